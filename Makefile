@@ -1,0 +1,73 @@
+# The two commands are `make train` and `make test`. Everything is installed into $(VENV), and again only when pyproject.toml changes.
+# pip is used as it is configured on the machine: index, proxies and which build of torch are its business.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+TESTS ?= tests
+PYTEST_ARGS ?=
+DEEPSPEED_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip
+# reasoning-gym's version range, read from pyproject.toml
+REASONING_GYM = $(shell sed -n 's/^ *"\(reasoning-gym[^"]*\)".*/\1/p' pyproject.toml)
+
+# The extras of $(1). reasoning-gym requires pycosat, which has no wheel; without a C compiler it is installed alone, which the demo task can use.
+define install
+	$(PIP) install -e '.[$(1)]' || { \
+		echo "Trying again without the packages that need a C compiler ..."; \
+		$(PIP) install -e '.[demo-base]' $(2) && $(PIP) install --no-deps '$(REASONING_GYM)'; }
+endef
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train demo test lint clean
+
+help:  ## show this list
+	@echo "make train    make .venv, prepare the demo model, fine-tune it (tl6) and export the adapter"
+	@echo "make test     run the whole test suite"
+	@echo "make lint     ruff and mypy"
+	@echo "make demo     prepare the demo model only"
+	@echo "make clean    remove .venv and caches; runs and the demo model stay"
+	@echo
+	@echo "make train ARGS='--max_steps 20 --output_dir runs/short'   settings of launch/train.py"
+	@echo "make train DEEPSPEED_ARGS='--num_gpus 2'                    settings of the deepspeed launcher"
+	@echo "make test TESTS=tests/test_prepare_demo.py PYTEST_ARGS='-k digits'"
+	@echo "make test PYTEST_ARGS='-m slow'                             the tests that take minutes"
+	@echo "PYTHON=python3.12 or VENV=other choose the interpreter and the folder"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	$(call install,demo,)
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(call install,test,pytest pytest-timeout)
+	@touch $@
+
+$(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[lint]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python tools/prepare_demo.py
+
+# The launcher starts its ranks with the first python on PATH. It finds the GPUs by itself, and starts one rank where there are none.
+train: demo
+	PATH="$(BIN):$$PATH" deepspeed $(DEEPSPEED_ARGS) launch/train.py --ds_config zero2.json $(ARGS)
+
+test: $(VENV)/.installed-test
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The paper's methods as data, and the tied adapter built from them."""

@@ -1,0 +1,91 @@
+"""The paper's configurations as data. This table drives which tensors exist, are tied, are trained, and how they start.
+
+The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
+B (o, r), u (r), v (o). "Tied" means one A and one B for all adapted layers; u and v are always per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import METHOD_NAMES, nearest_name
+
+Start = Literal["normal", "zero", "one"]
+FACTORS = ("A", "B", "u", "v")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of A, B, u, v in a method."""
+
+    tied: bool
+    trained: bool
+    start: Start
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the paper's table."""
+
+    name: str
+    A: Factor
+    B: Factor
+    u: Factor
+    v: Factor
+
+    def factor(self, name: str) -> Factor:
+        """The factor called A, B, u or v."""
+        found: Factor = getattr(self, name)
+        return found
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the update is zero before the first step (all methods but tl1)."""
+        return "zero" in (self.B.start, self.v.start)
+
+
+def _row(name: str, a: str, b: str, scale: str, b_start: Start, *, tied: bool = True) -> Method:
+    """a and b: trained or frozen. scale: which of u, v are trained."""
+    return Method(
+        name,
+        A=Factor(tied, a == "trained", "normal"),
+        B=Factor(tied, b == "trained", b_start),
+        u=Factor(False, "u" in scale, "one"),
+        v=Factor(False, "v" in scale, "zero" if "v" in scale else "one"),
+    )
+
+
+METHODS: dict[str, Method] = {
+    row.name: row
+    for row in (
+        _row("lora", "trained", "trained", "", "zero", tied=False),
+        _row("vera", "frozen", "frozen", "uv", "normal"),
+        _row("tl1", "trained", "frozen", "", "normal"),
+        _row("tl2", "trained", "frozen", "uv", "normal"),
+        _row("tl3", "frozen", "trained", "", "zero"),
+        _row("tl4", "frozen", "trained", "u", "zero"),
+        _row("tl5", "trained", "trained", "", "zero"),
+        _row("tl6", "trained", "trained", "uv", "normal"),
+    )
+}
+assert tuple(METHODS) == METHOD_NAMES, "settings and the method table list different methods"
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`. Raises UserError with the nearest known name."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def default_std_a(hidden_size: int) -> float:
+    """Width of A's start values: 1 / sqrt(d), so that A x has the size of x's entries."""
+    return 1.0 / math.sqrt(hidden_size)
+
+
+def default_std_b(method: Method, rank: int) -> float:
+    """Width of B's start values where B starts non-zero: 1 / sqrt(r), so that B A x has the size of x's entries."""
+    return 1.0 / math.sqrt(rank)

@@ -1,0 +1,206 @@
+"""The trained tensors of a run: one bank with A, B, u, v for all adapted layers.
+
+Owns shapes, start values, the update and delta_weight(). Leaves where the update is added to model/, files to
+checkpoint/. z = W x + (alpha / r) diag(v) B diag(u) A x, computed as W x + (x A_i^T) B_i^T with A_i = diag(u_i) A and
+B_i = (alpha / r) diag(v_i) B, which is the same sum and needs no (tokens x o) temporary for v's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.parallel.random_streams import draw_normal
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is, apart from its values.
+
+    Attributes:
+        layers: adapted layers, 1-based, ascending.
+        hidden_size: d, input width of the adapted linear.
+        qkv_rows: rows of Q, K and V in the fused projection; o is their sum.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    layers: tuple[int, ...]
+    hidden_size: int
+    qkv_rows: tuple[int, int, int]
+    seed: int
+    init_std_a: float
+    init_std_b: float
+
+    @property
+    def out_size(self) -> int:
+        """o, output width of the fused projection."""
+        return sum(self.qkv_rows)
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+    @property
+    def row(self) -> Method:
+        """The method's row of the table."""
+        return find_method(self.method)
+
+    def shape(self, factor: str) -> tuple[int, ...]:
+        """Full shape of A, B, u or v: (r, d), (o, r), (n, r), (n, o); A and B get a leading n where they are not tied."""
+        n, r = len(self.layers), self.rank
+        shape = {"A": (r, self.hidden_size), "B": (self.out_size, r), "u": (r,), "v": (self.out_size,)}[factor]
+        return shape if self.row.factor(factor).tied else (n, *shape)
+
+    def num_trained(self) -> dict[str, int]:
+        """Trained numbers by factor, frozen factors left out."""
+        return {name: torch.Size(self.shape(name)).numel() for name in FACTORS if self.row.factor(name).trained}
+
+
+def make_adapter_config(
+    method: str,
+    *,
+    rank: int,
+    layers: tuple[int, ...],
+    hidden_size: int,
+    qkv_rows: tuple[int, int, int],
+    seed: int,
+    alpha: float | None = None,
+    init_std_a: float | None = None,
+    init_std_b: float | None = None,
+) -> AdapterConfig:
+    """An AdapterConfig with the defaults filled in: alpha = rank, start widths by method. Raises UserError."""
+    row = find_method(method)
+    return AdapterConfig(
+        method=method,
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
+        layers=layers,
+        hidden_size=hidden_size,
+        qkv_rows=qkv_rows,
+        seed=seed,
+        init_std_a=default_std_a(hidden_size) if init_std_a is None else init_std_a,
+        init_std_b=default_std_b(row, rank) if init_std_b is None else init_std_b,
+    )
+
+
+def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
+    """Full fp32 start values of A, B, u, v; a function of the config alone, per layer where a factor is not tied."""
+    values = {}
+    for name in FACTORS:
+        factor, shape = config.row.factor(name), config.shape(name)
+        if factor.start != "normal":
+            values[name] = torch.full(shape, 1.0 if factor.start == "one" else 0.0)
+            continue
+        std = config.init_std_a if name == "A" else config.init_std_b
+        if factor.tied:
+            values[name] = draw_normal(shape, std=std, seed=config.seed, name=name)
+        else:
+            drawn = [draw_normal(shape[1:], std=std, seed=config.seed, name=f"{name}.{i}") for i in config.layers]
+            values[name] = torch.stack(drawn)
+    return values
+
+
+class LayerUpdate(NamedTuple):
+    """One layer's factors, fp32 views into the bank; u or v is None where it is frozen at one."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    u: torch.Tensor | None
+    v: torch.Tensor | None
+
+
+def folded_factors(update: LayerUpdate, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A_i = diag(u) A, (r, d), and B_i = scale diag(v) B, (o, r), in the factors' own dtype."""
+    a = update.a if update.u is None else update.u[:, None] * update.a
+    b = update.b if update.v is None else update.v[:, None] * update.b
+    return a, b if scale == 1.0 else b * scale
+
+
+def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate, scale: float) -> torch.Tensor:
+    """output + scale * diag(v) B diag(u) A hidden.
+
+    Args:
+        output: (..., o), what the frozen projection gave; the base's dtype.
+        hidden: (..., d), the projection's input.
+
+    Returns:
+        (..., o) in `output`'s dtype; the fp32 factors are cast to it just before their products.
+    """
+    a, b = (factor.to(output.dtype) for factor in folded_factors(update, scale))
+    low = functional.linear(hidden, a)
+    sizes = output.shape
+    return torch.addmm(output.reshape(-1, sizes[-1]), low.reshape(-1, a.shape[0]), b.t()).view(sizes)
+
+
+class TiedAdapter(nn.Module):
+    """The bank: parameters A, B, u, v, stacked over layers where they are per layer, fp32.
+
+    Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a
+    gradient. A tied factor is one Parameter however many layers use it.
+    """
+
+    def __init__(self, config: AdapterConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        for name in FACTORS:
+            factor = config.row.factor(name)
+            exists = factor.trained or factor.start != "one"
+            empty = torch.empty(config.shape(name), dtype=dtype) if exists else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=factor.trained))
+
+    def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy full tensors A, B, u, v into the parameters that exist; shapes must agree."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(values[name])
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All four factors as full fp32 CPU tensors; those that do not exist are ones."""
+        state = {}
+        for name in FACTORS:
+            parameter = getattr(self, name)
+            ones = torch.ones(self.config.shape(name))
+            state[name] = ones if parameter is None else parameter.detach().to("cpu", torch.float32, copy=True)
+        return state
+
+    def forward(self) -> dict[int, LayerUpdate]:
+        """The factors of each adapted layer, by 1-based layer."""
+        per_layer = {
+            name: (None,) * len(self.config.layers)
+            if getattr(self, name) is None
+            else (getattr(self, name),) * len(self.config.layers)
+            if self.config.row.factor(name).tied
+            else getattr(self, name).unbind(0)
+            for name in FACTORS
+        }
+        rows = zip(*(per_layer[name] for name in FACTORS), strict=True)
+        return {layer: LayerUpdate(*row) for layer, row in zip(self.config.layers, rows, strict=True)}
+
+
+def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
+    """(alpha / r) diag(v) B diag(u) A of one adapted layer, (o, d), in the state's dtype.
+
+    Args:
+        state: full A, B, u, v.
+        layer: 1-based; must be in `config.layers`.
+    """
+    a, b = lora_factors(config, state, layer)
+    return b @ a
+
+
+def lora_factors(
+    config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's update as a plain LoRA pair: diag(u) A, (r, d), and (alpha / r) diag(v) B, (o, r)."""
+    index = config.layers.index(layer)
+    parts = [state[name] if config.row.factor(name).tied else state[name][index] for name in FACTORS]
+    return folded_factors(LayerUpdate(*parts), config.scale)

@@ -1,0 +1,1 @@
+"""Base weights from safetensors, the native adapter, and the state a run resumes from."""

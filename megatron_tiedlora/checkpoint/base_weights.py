@@ -1,0 +1,142 @@
+"""Base weights straight from safetensors, tensor by tensor and slice by slice, into parameters that exist already.
+
+Files are memory-mapped, so what is read passes through the page cache and not through anonymous memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import WeightRule
+
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Which file of a Hugging Face folder holds which tensor, from its index or its one file.
+
+    Raises:
+        UserError: no safetensors weights, a file that the index names but is missing, or one that is not whole.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: not a safetensors index ({error})") from None
+        files = {name: folder / file for name, file in entries.items()}
+        for file in sorted(set(files.values())):
+            if file.parent != folder:
+                raise UserError(f"{index}: names a file outside its folder: {file}")
+            if not file.is_file():
+                raise UserError(f"{file}: no such file, but {_INDEX} names it; download the model again")
+        return files
+    single = folder / _SINGLE
+    if not single.is_file():
+        other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
+        hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
+        raise UserError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{hint}")
+    with open_weights(single) as reader:
+        return dict.fromkeys(reader.keys(), single)
+
+
+def open_weights(file: Path) -> Any:
+    """`safe_open` on the CPU; a truncated or corrupt file is a UserError that names it."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
+
+
+class BaseWeights:
+    """A base checkpoint, opened and checked against the rules before anything is read from it.
+
+    Attributes:
+        bytes_read: bytes of the stored tensors that this process has read so far.
+    """
+
+    def __init__(self, folder: Path, rules: Sequence[WeightRule]) -> None:
+        self.folder = folder
+        self.rules = tuple(rules)
+        self.bytes_read = 0
+        self._files = weight_map(folder)
+        self._open = ExitStack()
+        self._readers: dict[Path, Any] = {}
+        for file in sorted({self._files[n] for rule in self.rules for n in rule.hf_names if n in self._files}):
+            self._readers[file] = self._open.enter_context(open_weights(file))
+        self._check()
+
+    def __enter__(self) -> BaseWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _check(self) -> None:
+        for rule in self.rules:
+            for name, expected in zip(rule.hf_names, rule.hf_shapes(), strict=True):
+                if name not in self._files:
+                    raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors files")
+                file = self._files[name]
+                try:
+                    stored = self._readers[file].get_slice(name)
+                except SafetensorError as error:
+                    raise UserError(f"{file}: {error}, although the index names it") from None
+                shape = tuple(stored.get_shape())
+                if shape != expected:
+                    raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
+                if stored.get_dtype() not in _FLOAT_TYPES:
+                    raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
+
+    def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
+        """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype."""
+        stored = self._readers[self._files[name]].get_slice(name)
+        index: Any = ... if part is None else (slice(None),) * dim + (part,)
+        tensor: torch.Tensor = stored[index]
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def fill(self, rule: WeightRule, target: torch.Tensor, *, tp_rank: int = 0, tp_size: int = 1) -> None:
+        """Read the rank's part of one parameter into `target`, block by block, cast to its dtype and device."""
+        dim = rule.spec.dim or 0
+        offset = 0
+        for name, part in zip(rule.hf_names, rule.spec.block_slices(tp_rank, tp_size), strict=True):
+            size = part.stop - part.start
+            target.narrow(dim, offset, size).copy_(self.read(name, part, dim))
+            offset += size
+
+
+def load_base_weights(
+    weights: BaseWeights,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    access: Callable[[nn.Parameter], AbstractContextManager[Any]],
+    reads: bool = True,
+    progress: bool = False,
+) -> None:
+    """Fill every base parameter that `parameters` holds.
+
+    Args:
+        parameters: by name; those without a rule (the adapter's) are left alone.
+        access: opens one parameter for writing (it gathers under ZeRO-3).
+        reads: False on ranks that only take part in opening.
+        progress: show a bar.
+    """
+    rules = [rule for rule in weights.rules if rule.name in parameters]
+    with torch.no_grad():
+        for rule in tqdm(rules, desc="base weights", unit="tensor", disable=not progress, leave=False):
+            with access(parameters[rule.name]):
+                if reads:
+                    weights.fill(rule, parameters[rule.name].data)

@@ -1,0 +1,82 @@
+"""What --model means: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.data.demo import demo_model_path
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
+
+_WEIGHT_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model that was found.
+
+    Attributes:
+        name: what the user called it.
+        folder: the Hugging Face folder, or None for a preset shape.
+    """
+
+    name: str
+    folder: Path | None
+    config: LlamaConfig
+
+    @property
+    def base_hash(self) -> str:
+        """Hash of the config's fields that this code reads; equal for models of the same shape and computation."""
+        return hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+
+    def weights_folder(self) -> Path:
+        """The folder with weights and tokenizer. Raises UserError for a preset."""
+        if self.folder is None:
+            raise UserError(
+                f"--model {self.name} is a shape without weights, for --dry_run and benchmarks; give a Hugging Face"
+                " folder or a hub id"
+            )
+        return self.folder
+
+
+def find_model(name: str) -> ModelSource:
+    """Resolve --model; a hub id is downloaded (once, into the hub's cache) or taken from that cache.
+
+    Raises:
+        UserError: nothing of that name, a config that is not readable, or a feature that is not implemented.
+    """
+    if name in PRESETS:
+        return ModelSource(name, None, llama_config_from_hf(PRESETS[name], source=name))
+    folder = _demo_folder() if name == "demo" else _find_folder(name)
+    config = llama_config_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
+    return ModelSource(name, folder, config)
+
+
+def _demo_folder() -> Path:
+    folder = demo_model_path()
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: the demo model is not prepared; run `python tools/prepare_demo.py` (make train does)"
+        )
+    return folder
+
+
+def _find_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UserError(f"--model {name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WEIGHT_PATTERNS))
+    except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {name}: no such folder, and the hub did not give it ({reason})") from None

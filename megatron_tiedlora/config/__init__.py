@@ -1,0 +1,1 @@
+"""Settings (typed, frozen), presets of model shapes, cross-checks and the engine's JSON."""

@@ -1,0 +1,47 @@
+"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel width. Nothing else sets batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tiedlora.config.errors import UserError
+
+DEFAULT_LARGEST_MICRO_BATCH = 4
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_parallel: int
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+
+
+def plan_batches(global_batch_size: int, micro_batch_size: int | None, data_parallel: int) -> BatchPlan:
+    """Cut `global_batch_size` samples over `data_parallel` ranks.
+
+    Args:
+        micro_batch_size: samples per forward pass, or None for the largest divisor of a rank's share up to 4.
+
+    Raises:
+        UserError: the numbers do not divide; names all three and the nearest global batches that do.
+    """
+    unit = (micro_batch_size or 1) * data_parallel
+    if global_batch_size % unit:
+        below, above = global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else f"{above}"
+        micro = f"--micro_batch_size {micro_batch_size} x " if micro_batch_size else ""
+        raise UserError(
+            f"--global_batch_size {global_batch_size} does not divide by {micro}data parallel {data_parallel};"
+            f" the nearest that does is {nearest}"
+        )
+    if micro_batch_size is None:
+        share = global_batch_size // data_parallel
+        micro_batch_size = max(m for m in range(1, DEFAULT_LARGEST_MICRO_BATCH + 1) if share % m == 0)
+    return BatchPlan(global_batch_size, micro_batch_size, data_parallel)

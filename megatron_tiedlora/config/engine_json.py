@@ -1,0 +1,144 @@
+"""The DeepSpeed JSON: found, checked, and completed with what the settings own.
+
+DeepSpeed ignores unknown keys at its top level, clips at 1.0 when `gradient_clipping` is absent, and casts the adapters
+when a precision section is present, so every key is checked here before an engine sees it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.config.batch import BatchPlan
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import nearest_name
+
+REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+# Sections that would change the numerics behind the settings' back, and what to use in their place.
+REFUSED_SECTIONS = {
+    "bf16": "--dtype (the base's precision; adapters, gradients and optimizer are always fp32)",
+    "bfloat16": "--dtype",
+    "fp16": "--dtype (fp16 is not offered: bf16 needs no loss scaling)",
+    "amp": "--dtype",
+    "torch_autocast": "--dtype",
+    "data_types": "nothing: gradients are always accumulated in fp32",
+    "optimizer": "--learning_rate and --weight_decay",
+    "scheduler": "--learning_rate, --warmup_steps and --max_steps",
+}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+ENGINE_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "gradient_clipping",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_allgather",
+        "disable_python_gc",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "sparse_gradients",
+        "comms_logger",
+        "flops_profiler",
+        "aio",
+        "timers",
+        "log_level",
+    }
+)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A checked DeepSpeed JSON.
+
+    Attributes:
+        path: the file it came from.
+        values: what `deepspeed.initialize` gets, complete.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return int(self.values.get("zero_optimization", {}).get("stage", 0))
+
+
+def find_engine_json(name: str) -> Path:
+    """The file meant by --ds_config: as given, else in the project's ds_configs/. Raises UserError."""
+    for path in (Path(name), REPOSITORY_CONFIGS / name):
+        if path.is_file():
+            return path
+    shipped = sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.json"))
+    raise UserError(f"--ds_config {name}: no such file here or in ds_configs/{nearest_name(name, shipped)}")
+
+
+def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: float) -> EngineConfig:
+    """Read, check and complete a DeepSpeed JSON.
+
+    Args:
+        name: value of --ds_config.
+        batches: the batch arithmetic of the settings; the JSON may say "auto" or the same numbers.
+        gradient_clipping: the settings' value, written explicitly because DeepSpeed's default is 1.0.
+
+    Raises:
+        UserError: not JSON, an unknown key, a section or a number that contradicts the settings.
+    """
+    path = find_engine_json(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    known = ENGINE_KEYS.union(BATCH_KEYS)
+    for key in content:
+        if key in REFUSED_SECTIONS:
+            raise UserError(f"{path}: section {key!r} is not read; use {REFUSED_SECTIONS[key]}")
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest_name(key, known)}")
+    ours: dict[str, float] = {
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+    }
+    flags = {"gradient_clipping": "--gradient_clipping", "train_batch_size": "--global_batch_size"}
+    for key, value in ours.items():
+        if content.get(key, "auto") not in ("auto", value):
+            flag = flags.get(key, "--micro_batch_size")
+            raise UserError(
+                f'{path}: {key} is {content[key]} but the settings make it {value:g}; say "auto" or set {flag}'
+            )
+    zero = content.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
+    _check_zero_section(path, zero)
+    return EngineConfig(path, {**content, **ours})
+
+
+def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
+    # Imported here: converting and merging read settings too, and must run without DeepSpeed.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    names.update(DeepSpeedZeroConfig.model_fields)
+    for key in zero:
+        if key not in names:
+            raise UserError(f"{path}: unknown key zero_optimization.{key}{nearest_name(key, names)}")
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']}") from None

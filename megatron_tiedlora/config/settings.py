@@ -1,0 +1,222 @@
+"""Every setting of a training run, once: its name, type, default, help text and group.
+
+Owns the values and the checks that need nothing but the values. Checks that need the model, the world size or a file
+live where those are known. `cli.py` turns the fields below into flags; a YAML file holds the same flat names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_tiedlora.config.errors import UserError
+
+METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
+TASK_NAMES = ("demo", "squad", "gsm8k", "custom")
+
+GROUPS = {
+    "run": "where a run goes and how it starts",
+    "model": "the frozen base model",
+    "adapter": "what is trained",
+    "parallel": "how the model is cut (data parallel is what is left of the world)",
+    "data": "what it is trained on",
+    "speed": "trade memory for time",
+    "optimisation": "batches, steps and learning rate",
+}
+
+# Defaults that differ between the demo and every other task (those are the paper's).
+DEMO_DEFAULTS: dict[str, Any] = {
+    "global_batch_size": 24,
+    "max_steps": 30,
+    "learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "eval_interval": 10,
+    "max_length": 512,
+}
+PAPER_DEFAULTS: dict[str, Any] = {
+    "global_batch_size": 256,
+    "micro_batch_size": 1,
+    "max_steps": 2000,
+    "learning_rate": 1e-4,
+    "warmup_steps": 50,
+    "eval_interval": 30,
+    "max_length": 4096,
+}
+
+
+def _field(group: str, help_text: str, default: Any = ..., **constraints: Any) -> Any:
+    return Field(default=default, description=help_text, json_schema_extra={"group": group}, **constraints)
+
+
+def _optional(group: str, help_text: str, **constraints: Any) -> Any:
+    return _field(group, help_text, None, **constraints)
+
+
+class Settings(BaseModel):
+    """The settings of one run, validated and frozen.
+
+    Fields left out take the defaults of their task (`DEMO_DEFAULTS` or `PAPER_DEFAULTS`). What depends on the model or
+    the world stays None here and is resolved where that is known: `layers`, `init_std_a`, `init_std_b`,
+    `micro_batch_size`, `output_dir`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    ds_config: str = _field(
+        "run", "DeepSpeed JSON with engine knobs; a bare name is looked up here, then in ds_configs/", "zero2.json"
+    )
+    output_dir: str | None = _optional("run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK)")
+    seed: int = _field("run", "seed of start values and of the order of samples", 1234, ge=0)
+    resume: str = _field(
+        "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
+    )
+    dry_run: bool = _field("run", "print parameters, memory, messages, batches and one sample; train nothing", False)
+    world_size: int | None = _optional("run", "with --dry_run: the number of ranks to plan for", ge=1)
+    timeout_minutes: float = _field("run", "longest wait for another rank before the run fails", 30.0, gt=0)
+
+    model: str = _field(
+        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", "demo"
+    )
+    tokenizer: str | None = _optional(
+        "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
+    )
+    dtype: Literal["bf16", "fp32"] = _field("model", "precision of the frozen base; adapters are always fp32", "bf16")
+    max_length: int = _field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
+
+    method: Literal["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"] = _field(
+        "adapter", "which of the paper's configurations", "tl6"
+    )
+    rank: int = _field("adapter", "rank r of A and B", 8, ge=1)
+    alpha: float = _field("adapter", "the update is scaled by alpha / rank (default: the rank)", gt=0)
+    layers: tuple[int, ...] | None = _optional("adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)")
+    init_std_a: float | None = _optional("adapter", "standard deviation of A's start values (default: by method)", gt=0)
+    init_std_b: float | None = _optional(
+        "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0
+    )
+
+    tensor_parallel: int = _field("parallel", "ranks that share each layer (1 in this version)", 1, ge=1)
+    pipeline_parallel: int = _field("parallel", "stages that share the layers (1 in this version)", 1, ge=1)
+    sequence_parallel: bool = _field("parallel", "with tensor parallel: cut activations along the sequence too", True)
+
+    task: Literal["demo", "squad", "gsm8k", "custom"] = _field(
+        "data", "demo (generated), squad, gsm8k, or custom (your own JSONL)"
+    )
+    train_file: str | None = _optional(
+        "data", "training rows: .jsonl, .json, .parquet or a hub id (default: the task's own)"
+    )
+    validation_file: str | None = _optional(
+        "data", "validation rows, as above (default: carved from the training rows)"
+    )
+    test_file: str | None = _optional("data", "test rows, scored by greedy decoding before and after training")
+    prompt_template: str | None = _optional("data", "override the task's prompt, with {field} names of its rows")
+
+    packing: bool = _field("speed", "pack documents into full rows (false in this version)", False)
+    compile: Literal["auto", "true", "false"] = _field(
+        "speed", "compile elementwise parts (auto is false in this version)", "auto"
+    )
+    recompute: Literal["none", "full"] = _field(
+        "speed", "keep each layer's activations (none) or compute them again in the backward pass (full)", "none"
+    )
+
+    global_batch_size: int = _field("optimisation", "samples per step over all ranks", ge=1)
+    micro_batch_size: int | None = _optional(
+        "optimisation", "samples per forward pass on a rank [1; demo: the largest divisor of its share up to 4]", ge=1
+    )
+    max_steps: int = _field("optimisation", "optimizer steps", ge=1)
+    learning_rate: float = _field("optimisation", "peak learning rate of AdamW", gt=0)
+    weight_decay: float = _field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
+    warmup_steps: int = _field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
+    gradient_clipping: float = _field("optimisation", "largest gradient norm; 0 switches clipping off", 1.0, ge=0)
+    eval_interval: int = _field("optimisation", "steps between evaluations on the validation rows", ge=1)
+    eval_metric: Literal["loss"] = _field("optimisation", "what chooses the best checkpoint", "loss")
+    patience: int = _field("optimisation", "evaluations without improvement before the run stops early", 10, ge=1)
+    save_interval: int = _field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
+    save_interval_minutes: float | None = _optional("optimisation", "also save when this long has passed", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = {name: value for name, value in values.items() if value is not None}
+        if "task" not in filled and "train_file" in filled:
+            filled["task"] = "custom"
+        elif "task" not in filled and filled.get("model", "demo") == "demo":
+            filled["task"] = "demo"
+        defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
+        filled = {**defaults, **filled}
+        return {"alpha": filled.get("rank", 8), "save_interval": filled["eval_interval"], **filled}
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _parse_layers(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
+        if isinstance(value, str):
+            if value.strip().lower() in ("", "all", "none"):
+                return None
+            return tuple(part.strip() for part in value.split(","))
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
+            raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1 and stand once each")
+        if self.layers is not None and list(self.layers) != sorted(self.layers):
+            raise ValueError(f"--layers {','.join(map(str, self.layers))}: write them in ascending order")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
+            )
+        if self.task == "custom" and self.train_file is None:
+            raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
+        if self.world_size is not None and not self.dry_run:
+            raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is not available in this version; use 1 (data parallel)"
+                )
+        if self.packing:
+            raise ValueError("--packing true is not available in this version; use false")
+        if self.compile == "true":
+            raise ValueError("--compile true is not available in this version; use auto or false")
+        return self
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Validate flat names and values into Settings.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one) or a value out of range, in one line.
+    """
+    for name in values:
+        if name not in Settings.model_fields:
+            raise UserError(f"unknown setting {name!r}{nearest_name(name, Settings.model_fields)}; see --help")
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return (
+            f"--{name} is needed: with --model other than demo, say --task or --train_file"
+            if name == "task"
+            else (f"--{name} is needed")
+        )
+    return f"--{name} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}"

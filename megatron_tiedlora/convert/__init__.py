@@ -1,0 +1,1 @@
+"""Adapters into other tools' formats: merged checkpoints, PEFT adapters, and the check of both."""

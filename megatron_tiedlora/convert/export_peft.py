@@ -1,0 +1,94 @@
+"""PEFT LoRA adapters that are exactly the tied one: A' = diag(u) A, B' = (alpha / r) diag(v) B, cut into q, k and v rows.
+
+diag(v) B diag(u) A is a rank-r LoRA per layer, so nothing is lost; what is lost is the tie, and with it the small file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_tiedlora.adapters.tied_adapter import lora_factors
+from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.merge import adapted_projections, refuse_existing
+
+# What vLLM takes as max_lora_rank; another rank is exact after padding with zeros.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, torch.Tensor]:
+    """The fp32 tensors of the PEFT file by its names: lora_A (rank, d) and lora_B (rows, rank), zero-padded to `rank`."""
+    pad = rank - adapter.config.rank
+    tensors = {}
+    for layer, rule in adapted_projections(source, adapter).items():
+        a, b = lora_factors(adapter.config, adapter.state, layer)
+        a = torch.nn.functional.pad(a, (0, 0, 0, pad))
+        b = torch.nn.functional.pad(b, (0, pad))
+        for hf_name, rows in zip(rule.hf_names, b.split(rule.spec.blocks), strict=True):
+            module = f"base_model.model.{hf_name.removesuffix('.weight')}"
+            # safetensors refuses tensors that share storage, and q, k and v share A'
+            tensors[f"{module}.lora_A.weight"] = a.clone()
+            tensors[f"{module}.lora_B.weight"] = rows.contiguous().clone()
+    return tensors
+
+
+def peft_base(source: ModelSource) -> str:
+    """What PEFT loads the base from: an absolute folder, or the hub id."""
+    by_id = source.folder is None or (source.name != "demo" and not Path(source.name).expanduser().is_dir())
+    return source.name if by_id or source.folder is None else str(source.folder.resolve())
+
+
+def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:
+    """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1."""
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": peft_base(source),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    if len(adapter.config.layers) < source.config.num_layers:
+        config["layers_to_transform"] = [layer - 1 for layer in adapter.config.layers]
+        config["layers_pattern"] = "layers"
+    return config
+
+
+def export_peft(source: ModelSource, adapter: NativeAdapter, output: Path, *, pad_rank_to: int | None = None) -> int:
+    """Write a PEFT adapter folder, whole or not at all; returns its rank.
+
+    Raises:
+        UserError: a padded rank below the adapter's, or an output that exists.
+    """
+    rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
+    if rank < adapter.config.rank:
+        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
+    refuse_existing(output)
+    with new_folder(output) as temporary:
+        save_file(
+            peft_tensors(source, adapter, rank=rank), temporary / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
+        write_json(temporary / "adapter_config.json", peft_config(source, adapter, rank=rank))
+    return rank
+
+
+def serve_hint(output: Path, base: str, rank: int) -> str:
+    """How to serve the exported adapter with vLLM, and what to do where it does not take the rank."""
+    fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
+    if fitting is None:
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"
+    command = f"vllm serve {base} --enable-lora --lora-modules tied={output} --max-lora-rank {fitting}"
+    return f"serve with: {command}"

@@ -1,0 +1,1 @@
+"""Tasks, prompts, tokenisation and the deterministic loader."""

@@ -1,0 +1,133 @@
+"""Tokenised data, stored once under a key that is a hash of everything it depends on.
+
+Of all processes on a host the first to take the file lock tokenises and the others wait for the file, not for
+each other: no process group exists yet, so no collective can time out while a large data set is tokenised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
+from megatron_tiedlora.data.examples import Example
+
+FORMAT_VERSION = 1  # raise it whenever the ids made from the same text may change
+
+
+def tokenise_once(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    add_bos: bool = True,
+    progress: bool = False,
+) -> TokenDataset:
+    """Return the samples as ids, from the cache if the same texts were tokenised with the same tokenizer before.
+
+    cache_dir: default `data.demo.cache_dir()`; files are `tokens/<key>.safetensors` in it. A broken file is made
+    again. Raises UserError as `encode_dataset` does, and when the cache cannot be written.
+    """
+    if cache_dir is None:
+        from megatron_tiedlora.data.demo import cache_dir as default_cache_dir
+
+        cache_dir = default_cache_dir()
+    folder = Path(cache_dir) / "tokens"
+    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, add_bos=add_bos)}.safetensors"
+    dataset = _load(path)  # a finished file needs no lock: it is renamed into place whole
+    if dataset is not None:
+        return dataset
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(path.with_suffix(".lock"))):
+            dataset = _load(path)  # another process may have made it while we waited
+            if dataset is None:
+                dataset = encode_dataset(examples, tokenizer, max_length=max_length, add_bos=add_bos, progress=progress)
+                _save(dataset, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
+        ) from error
+    return dataset
+
+
+def cache_key(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, add_bos: bool = True
+) -> str:
+    """Return the hash of all that the ids depend on: texts, tokenizer, length and this code's format version."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {add_bos} {len(examples)}\n".encode())
+    digest.update(_tokenizer_content(tokenizer))
+    for example in examples:
+        for text in (example.prompt, example.completion):
+            raw = text.encode("utf-8")
+            digest.update(len(raw).to_bytes(8, "little"))  # lengths, so that moved borders change the hash
+            digest.update(raw)
+    return digest.hexdigest()
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocab_file = getattr(tokenizer, "vocab_file", None)
+    if backend is not None:
+        rules = backend.to_str().encode()
+    elif vocab_file and Path(vocab_file).is_file():
+        rules = Path(vocab_file).read_bytes()
+    else:
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    settings = [
+        type(tokenizer).__name__,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        bool(getattr(tokenizer, "split_special_tokens", False)),
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(rules).digest() + json.dumps(settings, sort_keys=True).encode()
+
+
+def _save(dataset: TokenDataset, path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {
+        "tokens": dataset.tokens,
+        "offsets": dataset.offsets,
+        "prompt_lengths": dataset.prompt_lengths,
+    }
+    metadata = {"truncated_prompts": str(dataset.truncated_prompts), "sha256": _checksum(arrays)}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(arrays, str(temporary), metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> TokenDataset | None:
+    """Return the stored data set, or None when the file is missing or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths")}
+            metadata = file.metadata() or {}
+        if metadata["sha256"] != _checksum(arrays):
+            return None
+        return TokenDataset(**arrays, truncated_prompts=int(metadata["truncated_prompts"]))
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()

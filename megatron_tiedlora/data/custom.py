@@ -1,0 +1,83 @@
+"""The four row shapes of `--task custom`, recognised row by row.
+
+Owns how a shape becomes a prompt and an answer. Turns of a conversation go through the tokenizer's chat
+template when it has one, else they become `Role: content` lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text
+
+SHAPES = '{"prompt","completion"}, {"input","output"}, {"instruction","input","output"} or {"messages"}'
+
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def custom_parts(row: Mapping[str, Any], source: str, tokenizer: Any) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """Return (fields for a prompt template, prompt, answers) of a row in any of the four shapes.
+
+    The template's fields are the row's own without the answer, and `prompt`: what would be used without one.
+    Raises UserError naming source, the fields it has and the shapes, or the field that is empty.
+    """
+    if "messages" in row:
+        prompt, answer = _from_messages(row["messages"], source, tokenizer)
+        answer_field = "messages"
+    elif "instruction" in row and "output" in row:
+        prompt, answer = _from_alpaca(row, source)
+        answer_field = "output"
+    elif "prompt" in row and "completion" in row:
+        prompt, answer = required_text(row, "prompt", source), required_text(row, "completion", source)
+        answer_field = "completion"
+    elif "input" in row and "output" in row:
+        prompt, answer = required_text(row, "input", source), required_text(row, "output", source)
+        answer_field = "output"
+    else:
+        raise UserError(f"{source}: the row has {describe_fields(row)}; expected {SHAPES}")
+    fields = {name: value for name, value in row.items() if name != answer_field}
+    return {**fields, "prompt": prompt}, prompt, (answer,)
+
+
+def _from_alpaca(row: Mapping[str, Any], source: str) -> tuple[str, str]:
+    instruction = required_text(row, "instruction", source)
+    answer = required_text(row, "output", source)
+    context = row.get("input")
+    context = "" if context is None else checked_text(context, "input", source, allow_empty=True)
+    template = _ALPACA_INPUT if context.strip() else _ALPACA
+    return template.format(instruction=instruction, input=context), answer
+
+
+def _from_messages(messages: Any, source: str, tokenizer: Any) -> tuple[str, str]:
+    """The last message, which must be the assistant's, is the answer; all before it are the prompt."""
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise UserError(f"{source}: field 'messages' is not a list of at least two messages")
+    turns: list[dict[str, str]] = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"{source}: message {number} is not an object with 'role' and 'content'")
+        place = f"{source}, message {number}"
+        turns.append({name: required_text(message, name, place) for name in ("role", "content")})
+    if turns[-1]["role"] != "assistant":
+        raise UserError(f"{source}: the last message is from {turns[-1]['role']!r}, not from 'assistant'")
+    return _render_turns(turns[:-1], source, tokenizer), turns[-1]["content"]
+
+
+def _render_turns(turns: list[dict[str, str]], source: str, tokenizer: Any) -> str:
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may refuse roles, or fail in any other way
+            raise UserError(f"{source}: the tokenizer's chat template refuses these messages ({error})") from error
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return "\n".join([*lines, "Assistant:"])

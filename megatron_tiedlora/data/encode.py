@@ -1,0 +1,241 @@
+"""From text to token ids: the same function for training and for generation.
+
+tokens = [BOS] + prompt + completion + EOS, prompt and completion tokenised apart, so that the ids a model sees
+before it answers do not depend on the answer. Supervised are the positions after the prompt, by position and
+never by id (padding may equal EOS); EOS always is. A prompt that does not fit loses its middle, an answer nothing.
+
+Owns ids, lengths and counts. Leaves batches and labels to `loader`, storing to `cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.examples import Example
+
+_CHUNK = 1000  # samples given to the tokenizer at once: enough for its threads, often enough for the bar
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One sample as ids.
+
+    tokens: (length,) int32, BOS and EOS included.
+    prompt_length: how many of them are not supervised (BOS and prompt).
+    truncated: whether the prompt lost its middle.
+    """
+
+    tokens: NDArray[np.int32]
+    prompt_length: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Counts over a data set, for reports."""
+
+    rows: int
+    truncated_prompts: int
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """All samples of a split, end to end.
+
+    tokens: (N,) int32. offsets: (n + 1,) int64, sample i is tokens[offsets[i]:offsets[i + 1]].
+    prompt_lengths: (n,) int32. truncated_prompts: how many prompts lost their middle.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int32]
+    truncated_prompts: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample, (n,) int64."""
+        return np.diff(self.offsets)
+
+    @property
+    def supervised_counts(self) -> NDArray[np.int64]:
+        """Supervised tokens of each sample, (n,) int64. A first token has no position that could predict it."""
+        return self.lengths - np.maximum(self.prompt_lengths, 1)
+
+    @property
+    def stats(self) -> TokenStats:
+        """Counts over the whole data set."""
+        return TokenStats(
+            rows=len(self),
+            truncated_prompts=self.truncated_prompts,
+            tokens=len(self.tokens),
+            supervised_tokens=int(self.supervised_counts.sum()),
+        )
+
+    def sample(self, index: int) -> NDArray[np.int32]:
+        """Return the ids of one sample, (length,) int32."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def supervised(self, index: int) -> int:
+        """Return how many tokens of one sample are supervised."""
+        return int(self.offsets[index + 1] - self.offsets[index] - max(int(self.prompt_lengths[index]), 1))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_length: int, add_bos: bool = True
+) -> NDArray[np.int32]:
+    """Return [BOS] + prompt ids, at most `max_length` of them (the middle is cut), (length,) int32.
+
+    For a prompt that fits these are exactly the ids that training puts before the answer.
+    """
+    return encode_prompts(tokenizer, [prompt], max_length=max_length, add_bos=add_bos)[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int, add_bos: bool = True
+) -> list[NDArray[np.int32]]:
+    """`encode_prompt` for many prompts at once."""
+    bos = _bos_id(tokenizer) if add_bos else None
+    return [
+        np.asarray(_with_bos(ids, bos, room=max_length)[0], dtype=np.int32) for ids in _ids(tokenizer, list(prompts))
+    ]
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int, add_bos: bool = True
+) -> EncodedExample:
+    """Return one sample as ids; raises as `encode_examples` does."""
+    return encode_examples(tokenizer, [example], max_length=max_length, add_bos=add_bos)[0]
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, add_bos: bool = True
+) -> list[EncodedExample]:
+    """Return samples as ids, each of at most `max_length` tokens.
+
+    Raises UserError when the tokenizer has no EOS, or when an answer with BOS, EOS and one token of its prompt
+    does not fit in `max_length` (the sample is named).
+    """
+    bos = _bos_id(tokenizer) if add_bos else None
+    eos = _eos_id(tokenizer)
+    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    completions = _continuation_ids(tokenizer, [example.completion for example in examples])
+    encoded = []
+    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        answer = completion if completion[-1:] == [eos] else [*completion, eos]
+        room = max_length - len(answer)
+        if room < (bos is not None) + bool(prompt):
+            raise UserError(
+                f"{example.source}: the answer of {len(answer)} tokens (EOS included) does not fit in "
+                f"max_length {max_length} with a prompt before it; raise --max_length or remove the row"
+            )
+        start, truncated = _with_bos(prompt, bos, room=room)
+        tokens = np.asarray([*start, *answer], dtype=np.int32)
+        encoded.append(EncodedExample(tokens=tokens, prompt_length=len(start), truncated=truncated))
+    return encoded
+
+
+def encode_dataset(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    add_bos: bool = True,
+    progress: bool = False,
+) -> TokenDataset:
+    """Tokenise all samples, with a progress bar if it takes more than a few seconds.
+
+    Raises UserError as `encode_examples` does, and when there is nothing to learn from.
+    """
+    encoded: list[EncodedExample] = []
+    with tqdm(total=len(examples), desc="tokenising", unit="sample", delay=2, disable=not progress) as bar:
+        for start in range(0, len(examples), _CHUNK):
+            chunk = examples[start : start + _CHUNK]
+            encoded += encode_examples(tokenizer, chunk, max_length=max_length, add_bos=add_bos)
+            bar.update(len(chunk))
+    lengths = np.asarray([len(sample.tokens) for sample in encoded], dtype=np.int64)
+    dataset = TokenDataset(
+        tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in encoded)]),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        prompt_lengths=np.asarray([sample.prompt_length for sample in encoded], dtype=np.int32),
+        truncated_prompts=sum(sample.truncated for sample in encoded),
+    )
+    check_supervised(dataset, examples[0].source if examples else "data")
+    return dataset
+
+
+def check_supervised(dataset: TokenDataset, source: str) -> None:
+    """Raise UserError when no token of the data set is supervised, so that there is no loss to compute."""
+    if dataset.stats.supervised_tokens < 1:
+        raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
+
+
+def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
+    return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
+
+
+def _with_bos(ids: list[int], bos: int | None, *, room: int) -> tuple[list[int], bool]:
+    """Return BOS and a prompt within `room` tokens, and whether its middle was cut.
+
+    A chat template may have written BOS already; a second one is not added.
+    """
+    start = [] if bos is None or ids[:1] == [bos] else [bos]
+    if len(start) + len(ids) <= room:
+        return start + ids, False
+    keep = max(room - len(start), 0)
+    head = (keep + 1) // 2
+    return start + ids[:head] + ids[len(ids) - (keep - head) :], True
+
+
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
+
+    A tokenizer that prefixes a space would turn " 42" into two spaces and "42" into one. So a leading space
+    is left to it, and a text without one is tokenised behind a newline whose own ids are then dropped (where
+    the newline stays a token by itself; where it merges with what follows, the extra space has to stay).
+    """
+    if not adds_prefix_space(tokenizer):
+        return _ids(tokenizer, texts)
+    newline = _ids(tokenizer, ["\n"])[0]
+    guarded = [text[1:] if text.startswith(" ") else "\n" + text for text in texts]
+    encoded = _ids(tokenizer, guarded)
+    for index, text in enumerate(texts):
+        if not text.startswith(" "):
+            ids = encoded[index]
+            whole = newline and ids[: len(newline)] == newline
+            encoded[index] = ids[len(newline) :] if whole else _ids(tokenizer, [text])[0]
+    return encoded
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token; give another --tokenizer"
+        )
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,34 @@
+"""Checked access to a row's fields, shared by all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tiedlora.config.errors import UserError
+
+
+def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
+    """Return the text of field `name`; raises UserError naming source and field when it is missing or empty."""
+    value = row.get(name)
+    if value is None:
+        raise UserError(f"{source}: field {name!r} is missing; the row has {describe_fields(row)}")
+    return checked_text(value, name, source)
+
+
+def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
+    """Return `value` if it is a text that can be tokenised; raises UserError naming source and field."""
+    if not isinstance(value, str):
+        raise UserError(f"{source}: field {name!r} is {type(value).__name__}, not text; put it in quotes")
+    if not allow_empty and not value.strip():
+        raise UserError(f"{source}: field {name!r} is empty; remove the row or fill it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text") from error
+    return value
+
+
+def describe_fields(row: Mapping[str, Any]) -> str:
+    """Return the names of a row's fields for a message."""
+    return ", ".join(repr(str(name)) for name in row) or "no fields"

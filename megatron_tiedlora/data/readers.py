@@ -1,0 +1,157 @@
+"""Rows out of files and hub data sets, each with the place it came from.
+
+Owns formats (.jsonl, .json, .parquet, a hub id through `datasets`) and their errors. Leaves the meaning of
+the fields to `tasks`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.config.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+Row = tuple[dict[str, Any], str]
+"""A row's fields and its source ("train.jsonl:12"), for messages."""
+
+
+def looks_like_path(path_or_hub: str) -> bool:
+    """Tell whether the string can only mean a local file: it has a data suffix or starts like a path."""
+    return path_or_hub.lower().endswith(SUFFIXES) or path_or_hub.startswith(("/", ".", "~"))
+
+
+def read_rows(
+    path_or_hub: str | Path, *, split: str = "train", config_name: str | None = None, limit: int | None = None
+) -> list[Row]:
+    """Read all rows (at most `limit`) of a local file, or of one split of a hub data set.
+
+    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD): its
+    elements are the rows, and the task unfolds them.
+
+    Raises UserError when the file or data set is missing, unreadable, broken (named by file and line) or empty.
+    """
+    name = str(path_or_hub)
+    path = Path(name).expanduser()
+    if path.exists() or looks_like_path(name):
+        rows = _read_file(path, limit=limit)
+    else:
+        rows = _read_hub(name, split=split, config_name=config_name, limit=limit)
+    if not rows:
+        raise UserError(f"{name}: holds no rows; give a file with at least one")
+    return rows
+
+
+def _read_file(path: Path, *, limit: int | None) -> list[Row]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a {', '.join(SUFFIXES)} file or a hub id")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".jsonl":
+            return _read_jsonl(path, limit=limit)
+        if suffix == ".json":
+            return _read_json(path, limit=limit)
+        if suffix == ".parquet":
+            return _read_parquet(path, limit=limit)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+    raise UserError(f"{path}: unknown suffix {suffix!r}; data files are {', '.join(SUFFIXES)}")
+
+
+def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
+    rows: list[Row] = []
+    with path.open("rb") as file:  # bytes: lines end at \n alone, and a wrong encoding is named by its line
+        for number, line in enumerate(file, start=1):
+            if limit is not None and len(rows) >= limit:
+                break
+            source = f"{path}:{number}"
+            row = _parse_json(line, source)
+            if row is _BLANK:
+                continue
+            rows.append((_object(row, source), source))
+    return rows
+
+
+def _read_json(path: Path, *, limit: int | None) -> list[Row]:
+    content = _parse_json(path.read_bytes(), str(path))
+    if content is _BLANK:
+        return []
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds {_kind(content)}; expected a list of objects or an object with a `data` list")
+    rows = []
+    for number, row in enumerate(content[:limit], start=1):
+        source = f"{path}: item {number}"
+        rows.append((_object(row, source), source))
+    return rows
+
+
+def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+    return _number_rows(table.slice(0, limit).to_pylist(), str(path))
+
+
+def _read_hub(name: str, *, split: str, config_name: str | None, limit: int | None) -> list[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config_name, split=split)
+    except Exception as error:  # the library raises many unrelated kinds, network errors among them
+        message = f"{name}: no such file, and the hub's split {split!r} cannot be loaded ({_first_line(error)})"
+        raise UserError(f"{message}; give a local file or another hub id") from error
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    return _number_rows(data, f"{name}[{split}]")
+
+
+def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
+    return [(dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1)]
+
+
+_BLANK = object()
+
+
+def _parse_json(raw: bytes, source: str) -> Any:
+    """Return the JSON value in `raw`, or `_BLANK` when there is nothing but white space."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})") from error
+    if not text.strip():
+        return _BLANK
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # A .jsonl line already has its number in the source; a .json file gets the line inside it.
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{source}: broken JSON: {error.msg} at {place}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{source}: broken JSON: {_first_line(error)}") from error
+
+
+def _object(value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: holds {_kind(value)}; expected a JSON object with the sample's fields")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

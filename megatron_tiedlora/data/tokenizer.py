@@ -1,0 +1,155 @@
+"""Tokenizers out of an HF folder, a hub id, or a bare SentencePiece file, and back into a folder.
+
+`tokenizer.json`, where there is one, is what the model was trained with, so it is read as it stands: the
+class names in tokenizer_config.json make transformers 5 rebuild the pre-tokenizer and lose parts of it
+(GPT2Tokenizer drops the splitting into digits, LlamaTokenizer merges a leading space with the dummy prefix).
+
+A bare SentencePiece file gives the ids of `SentencePieceProcessor.encode`, which is checked on load: text that
+spells a control piece ("</s>") is plain text, as it is there. BOS and EOS are never added here; `encode` does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from megatron_tiedlora.config.errors import UserError
+
+_HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+              "chat_template*", "config.json")  # fmt: skip
+
+_PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
+
+
+def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an HF folder, of a hub id, or of a bare SentencePiece `tokenizer.model`.
+
+    Raises UserError naming the place and `--tokenizer` when there is none, or none that can be read.
+    """
+    name = str(path_or_hub)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".model":
+            raise _refusal(name, "is neither a folder nor a SentencePiece .model file")
+        return _named(_load_sentencepiece(path, config_folder=None), name)
+    if path.is_dir():
+        return _named(_load_folder(path), name)
+    if name.startswith(("/", ".", "~")) or name.endswith(".model"):
+        raise _refusal(name, "does not exist")
+    return _named(_load_folder(_download(name)), name)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write the tokenizer to `folder` so that transformers 4 and 5 and their users read the same ids from it.
+
+    The class is written as PreTrainedTokenizerFast: both versions take it as "read tokenizer.json as it
+    stands". Special tokens that are named anyway are left out of the extra ones, whose list form version 4 refuses.
+    """
+    tokenizer.save_pretrained(str(folder))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    named = {config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):
+        config["extra_special_tokens"] = [token for token in extra if token not in named]
+        if not config["extra_special_tokens"]:
+            del config["extra_special_tokens"]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id to pad with: the tokenizer's own, else EOS, else 0. Padding is never told apart by its id."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise UserError when the tokenizer can give an id that the model's embedding of `vocab_size` rows lacks."""
+    vocabulary = tokenizer.get_vocab()
+    ids = [(token_id, token) for token, token_id in vocabulary.items()]
+    ids += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    largest_id, token = max(ids, default=(-1, ""))
+    if largest_id >= vocab_size:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer's vocabulary needs {largest_id + 1} ids (the last is {token!r}), "
+            f"but the model's embedding has {vocab_size} rows; give the model's own --tokenizer"
+        )
+
+
+def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
+    if (folder / "tokenizer.json").is_file():
+        return _guarded(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))
+    models = sorted(folder.glob("*.model"))
+    preferred = [path for path in models if path.name == "tokenizer.model"] or models[:1]
+    if preferred:
+        has_config = (folder / "tokenizer_config.json").is_file()
+        return _load_sentencepiece(preferred[0], config_folder=folder if has_config else None)
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
+        raise _refusal(str(folder), "holds no tokenizer (no tokenizer.json and no tokenizer.model)")
+    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder)))
+
+
+def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
+    """Convert a SentencePiece model; `config_folder` holds a tokenizer_config.json with special tokens and template."""
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise _refusal(str(path), "is not a SentencePiece model") from error
+    # transformers finds the file by its name in a folder, so it is given one that holds nothing else.
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(path, Path(scratch, "tokenizer.model"))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+            if config_folder is not None and (config_folder / name).is_file():
+                shutil.copyfile(config_folder / name, Path(scratch, name))
+        if config_folder is not None:
+            return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch))
+        tokenizer = _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, split_special_tokens=True))
+    for text in _PROBES:
+        if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
+            raise _refusal(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
+    return tokenizer
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub client raises many unrelated kinds, network errors among them
+        raise _refusal(hub_id, f"is no local folder and cannot be taken from the hub ({_first_line(error)})") from error
+
+
+def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
+    """Call `load`; whatever goes wrong inside the library becomes one line naming `place`."""
+    try:
+        tokenizer = load()
+    except Exception as error:  # corrupt files surface as anything from KeyError to the Rust side's Exception
+        raise _refusal(str(place), f"cannot be read as a tokenizer ({_first_line(error)})") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def _refusal(place: str, reason: str) -> UserError:
+    return UserError(f"{place}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

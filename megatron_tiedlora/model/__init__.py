@@ -1,0 +1,1 @@
+"""The LLaMA family as one flat list of layers."""

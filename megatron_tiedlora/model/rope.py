@@ -1,0 +1,84 @@
+"""Rotary position embedding in the half-rotation convention of Hugging Face, with the Llama-3 scaling.
+
+angle(p, i) = p * f_i, f_i = theta^(-2 i / head_dim); (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves
+of each head. Frequencies and angles are fp32, as in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Base frequency and, for Llama 3, how low frequencies are stretched (factor None: no scaling)."""
+
+    theta: float = 10000.0
+    factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    @staticmethod
+    def from_hf(values: Mapping[str, Any], *, source: str) -> RopeConfig:
+        """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before). Raises UserError."""
+        scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        theta = float(scaling.get("rope_theta", values.get("rope_theta") or 10000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{source}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not implemented")
+        if kind in (None, "default"):
+            return RopeConfig(theta)
+        if kind != "llama3":
+            raise UserError(f"{source}: rope_type {kind!r} is not implemented; 'default' and 'llama3' are")
+        return RopeConfig(
+            theta,
+            factor=float(scaling["factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+            original_max_positions=int(scaling["original_max_position_embeddings"]),
+        )
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+    """f_i, (head_dim / 2,) fp32.
+
+    Llama 3's scaling: wavelengths beyond original / low_freq_factor are stretched by `factor`, those under
+    original / high_freq_factor are kept, and between them the two are blended linearly.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = 1.0 / (config.theta**exponents)
+    if config.factor is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    blend = (config.original_max_positions / wavelengths - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    blended = (1 - blend) * frequencies / config.factor + blend * frequencies
+    low = wavelengths > config.original_max_positions / config.low_freq_factor
+    high = wavelengths < config.original_max_positions / config.high_freq_factor
+    scaled = torch.where(low, frequencies / config.factor, frequencies)
+    return torch.where(~low & ~high, blended, scaled)
+
+
+def rotation_table(
+    positions: torch.Tensor, config: RopeConfig, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position's angles, each (b, 1, s, head_dim / 2) in `dtype`, from positions (b, s)."""
+    frequencies = inverse_frequencies(config, head_dim, positions.device)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate heads (b, n, s, head_dim) by a `rotation_table`."""
+    cos, sin = table
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,47 @@
+"""Where a rank stands in the (pipeline, data, tensor) grid. Pure arithmetic; groups are made where an engine is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tiedlora.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid over (pp, dp, tp), tensor-parallel neighbours adjacent.
+
+    rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
+    """
+
+    rank: int
+    world_size: int
+    tp_size: int = 1
+    pp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size % (self.tp_size * self.pp_size):
+            raise UserError(
+                f"{self.world_size} ranks do not divide by --tensor_parallel {self.tp_size} x"
+                f" --pipeline_parallel {self.pp_size}"
+            )
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel width: what is left of the world."""
+        return self.world_size // (self.tp_size * self.pp_size)
+
+    @property
+    def tp_rank(self) -> int:
+        """Position among the ranks that share each layer."""
+        return self.rank % self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Position among the ranks that see different samples."""
+        return self.rank // self.tp_size % self.dp_size
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        return self.rank // (self.tp_size * self.dp_size)

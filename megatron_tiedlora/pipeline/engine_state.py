@@ -1,0 +1,84 @@
+"""The optimizer's moments as full tensors by name, out of any ZeRO stage and into any other.
+
+Owns what DeepSpeed keeps where. Values leave and enter as full fp32 tensors of the parameter's shape, so a state saved
+under one layout loads under every other. Reading and writing are collective: every rank calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_moments(engine: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> dict[str, torch.Tensor]:
+    """Full fp32 CPU moments after at least one step, named `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = {}
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            if zero_stage == 0:
+                full = engine.optimizer.state[parameter][moment]
+            else:
+                full = safe_get_full_optimizer_state(parameter, moment)
+            state[f"{moment}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
+    return state
+
+
+def write_moments(
+    engine: Any,
+    parameters: Mapping[str, nn.Parameter],
+    zero_stage: int,
+    *,
+    moments: Mapping[str, torch.Tensor],
+    step: int,
+) -> None:
+    """Put full moments and the step count into an engine that has not stepped yet.
+
+    torch's AdamW makes its state at the first step, so it is made here first, in the layout of the engine's partitions.
+    """
+    if zero_stage == 0:
+        for name, parameter in parameters.items():
+            engine.optimizer.state[parameter] = _fresh_state(parameter, step)
+            for moment in MOMENTS:
+                engine.optimizer.state[parameter][moment].copy_(moments[f"{moment}.{name}"])
+        return
+    optimizer = engine.optimizer
+    flat_masters = (
+        optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+    )
+    for flat in flat_masters:
+        optimizer.optimizer.state[flat] = _fresh_state(flat, step)
+    if zero_stage < 3:
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            _write_partition(optimizer, parameter, moment, moments[f"{moment}.{name}"], zero_stage)
+
+
+def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
+    return {"step": torch.tensor(float(step)), **zeros}
+
+
+def _write_partition(
+    optimizer: Any, parameter: nn.Parameter, moment: str, value: torch.Tensor, zero_stage: int
+) -> None:
+    if zero_stage < 3:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+        return
+    # DeepSpeed's own ZeRO-3 setter fails where a parameter does not divide by the ranks: the last partition is padded.
+    partition, _ = optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=moment
+    )
+    start = partition.numel() * torch.distributed.get_rank()
+    piece = value.flatten()[start : start + partition.numel()]
+    partition.zero_()
+    partition[: piece.numel()].copy_(piece)

@@ -1,0 +1,1 @@
+"""Optimizer, schedule, the loop, logs, stopping and resuming."""

@@ -1,0 +1,270 @@
+"""The training loop: steps, evaluations, checkpoints, early stopping, and stopping together.
+
+The loss of a step is the sum over its supervised tokens divided by their number in the global batch. Each micro-batch is
+divided by N_global / (accumulation steps x dp), so that DeepSpeed's own division by the accumulation steps and its mean
+over the ranks give exactly that, whatever the split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, save_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
+from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.parallel.collectives import sum_over_ranks
+from megatron_tiedlora.pipeline.engine import all_open, step_with_norm, trained_parameters
+from megatron_tiedlora.pipeline.engine_state import read_moments
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
+from megatron_tiedlora.training.stopping import RunStopped, StopWatch
+from megatron_tiedlora.training.validation import validation_loss
+
+# A step longer than this asks for stopping after every micro-batch, so that a signal is answered within its grace time.
+LONG_STEP_SECONDS = 10.0
+
+
+class RunFailed(UserError):
+    """Training cannot go on; the last good checkpoint stands."""
+
+
+@dataclass
+class Trainer:
+    """One rank's side of a run, from the engine to its end. `progress` says where it stands."""
+
+    plan: RunPlan
+    data: RunData
+    engine: Any
+    base: BaseIdentity
+    folder: RunFolder
+    device: torch.device
+    stop: StopWatch
+    log: MetricsLog | None  # rank 0's
+    progress: Progress = field(default_factory=Progress)
+    _saved_step: int | None = None
+    _save_due: bool = False
+    _last_save: float = field(default_factory=time.monotonic)
+    _step_seconds: float = 0.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and shows."""
+        return self.plan.grid.rank == 0
+
+    def run(self) -> str:
+        """Train to the last step or to early stopping; returns the reason of the end.
+
+        Raises:
+            RunStopped: all ranks agreed to stop; what was done is saved.
+            RunFailed: the loss or the gradient norm is not finite; nothing was saved after the last good step.
+        """
+        settings = self.plan.settings
+        self._saved_step = self.progress.step if self.progress.step else None
+        loader = TrainingLoader(
+            self.data.train,
+            seed=settings.seed,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=self.plan.batches.micro_batch_size,
+            dp_rank=self.plan.grid.dp_rank,
+            dp_size=self.plan.grid.dp_size,
+            pad_id=padding_id(self.data.tokenizer),
+            consumed_samples=self.progress.consumed_samples,
+        )
+        with self.stop.deferred(), self._bar() as bar:
+            try:
+                if self.progress.step == 0:
+                    self._evaluate_start(bar)
+                else:
+                    self._evaluate_and_save(bar)  # where a stop came between a step and its evaluation
+                while self.progress.step < settings.max_steps:
+                    if self.progress.evaluations_since_best >= settings.patience:
+                        return "early_stopping"
+                    self._train_step(next(loader), bar)
+                    self._evaluate_and_save(bar)
+                return "early_stopping" if self.progress.evaluations_since_best >= settings.patience else "max_steps"
+            except RunStopped:
+                self.save()
+                raise
+
+    def _bar(self) -> Any:
+        return tqdm(
+            total=self.plan.settings.max_steps,
+            initial=self.progress.step,
+            desc="training",
+            unit="step",
+            disable=not self.is_main,
+        )
+
+    def check_stop(self) -> None:
+        """Agree with all ranks on stopping; raises RunStopped on every rank where any wishes to."""
+        self._stop_if_wished(sum_over_ranks([float(self.stop.wish() > 0), float(self.stop.wish())], self.device))
+
+    def _stop_if_wished(self, wishes: list[float]) -> None:
+        count, total = wishes
+        if count:
+            number = round(total / count)
+            reason = "SIGINT" if number == 2 else "SIGTERM or the launcher's end" if number == 15 else "signals"
+            raise RunStopped(2 if number == 2 else 15, reason)
+
+    def _train_step(self, step: TrainingStep, bar: Any) -> None:
+        """One optimizer step on this rank's micro-batches; all ranks agree on loss and stopping before weights move."""
+        started = time.monotonic()
+        batches, grid = self.plan.batches, self.plan.grid
+        self.engine.train()
+        denominator = step.num_supervised / (batches.accumulation_steps * grid.dp_size)
+        loss_sum = 0.0
+        for index, batch in enumerate(step.micro_batches, start=1):
+            loss = self._forward(batch)
+            self.engine.backward(loss / denominator)
+            loss_sum += float(loss.detach())
+            if index < len(step.micro_batches):
+                self.engine.step()
+                if self._step_seconds > LONG_STEP_SECONDS:
+                    self.check_stop()
+        wish = self.stop.wish()
+        mine = [loss_sum, time.monotonic() - started, float(self._save_is_due()), float(wish > 0), float(wish)]
+        loss_sum, seconds, save_due, *wishes = sum_over_ranks(mine, self.device)
+        loss_value = loss_sum / step.num_supervised
+        number = self.progress.step + 1
+        rate = self.engine.get_lr()[0]
+        if not math.isfinite(loss_value):
+            raise RunFailed(self._not_finite("loss", loss_value, number))
+        norm = step_with_norm(self.engine, self.plan.engine.zero_stage)
+        if not math.isfinite(norm):
+            raise RunFailed(self._not_finite("gradient norm", norm, number))
+        self.progress = replace(self.progress, step=number, consumed_samples=step.consumed_samples)
+        self._step_seconds = seconds / grid.world_size
+        self._save_due = bool(save_due)
+        elapsed = time.monotonic() - started
+        self._report(bar, loss_value, rate, norm, step, elapsed)
+        self._stop_if_wished(wishes)
+
+    def _forward(self, batch: MicroBatch) -> torch.Tensor:
+        tensors = (batch.input_ids, batch.position_ids, batch.labels)
+        loss: torch.Tensor = self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+        return loss
+
+    def _not_finite(self, what: str, value: float, step: int) -> str:
+        last = f"checkpoint of step {self._saved_step} stands" if self._saved_step else "no checkpoint was written yet"
+        return (
+            f"the {what} is {value} at step {step}; {last}. Lower --learning_rate, or look at the samples of this step"
+        )
+
+    def _report(self, bar: Any, loss: float, rate: float, norm: float, step: TrainingStep, seconds: float) -> None:
+        speed = step.num_tokens / seconds
+        bar.update(1)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        if self.log is not None:
+            self.log.write(
+                {
+                    "step": self.progress.step,
+                    "split": "train",
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                    "tokens_per_second": speed,
+                    "supervised_tokens": step.num_supervised,
+                }
+            )
+
+    def evaluate(self) -> float:
+        """Validation loss of the adapter as it stands, the same on every rank."""
+        self.engine.eval()
+        return validation_loss(
+            self.engine,
+            self.data.validation,
+            grid=self.plan.grid,
+            device=self.device,
+            micro_batch_size=self.plan.batches.micro_batch_size,
+            pad_id=padding_id(self.data.tokenizer),
+            check_stop=self.check_stop,
+            progress=self.is_main,
+        )
+
+    def _evaluate_start(self, bar: Any) -> None:
+        """Validation loss before the first step; for a method that starts off the base, how far the start moves it."""
+        started = self.evaluate()
+        self._log_validation(started, bar)
+        if self.plan.adapter.row.starts_at_base:
+            return
+        bank: Any = self.engine.module.adapter
+        with all_open(bank, self.plan.engine):
+            kept = bank.B.detach().clone()
+            bank.B.data.zero_()
+        base = self.evaluate()
+        with all_open(bank, self.plan.engine):
+            bank.B.data.copy_(kept)
+        if self.is_main:
+            bar.write(
+                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from {base:.4f}"
+                f" (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} sets how far"
+            )
+
+    def _log_validation(self, loss: float, bar: Any) -> None:
+        if self.log is not None:
+            self.log.write({"step": self.progress.step, "split": "validation", "loss": loss})
+            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}")
+
+    def _save_is_due(self) -> bool:
+        minutes = self.plan.settings.save_interval_minutes
+        return self.is_main and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+
+    def _evaluate_and_save(self, bar: Any) -> None:
+        settings, step = self.plan.settings, self.progress.step
+        improved = False
+        due = step % settings.eval_interval == 0 or step == settings.max_steps
+        if due and self.progress.evaluated_step != step:
+            loss = self.evaluate()
+            self._log_validation(loss, bar)
+            if not math.isfinite(loss):
+                raise RunFailed(self._not_finite("validation loss", loss, step))
+            improved = self.progress.best_metric is None or loss < self.progress.best_metric
+            self.progress = (
+                replace(self.progress, best_metric=loss, best_step=step, evaluations_since_best=0)
+                if improved
+                else replace(self.progress, evaluations_since_best=self.progress.evaluations_since_best + 1)
+            )
+            self.progress = replace(self.progress, evaluated_step=step)
+        if improved or step % settings.save_interval == 0 or step == settings.max_steps or self._save_due:
+            self.save(best=improved)
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint of the step that was finished last, and the adapter if it is the best; all ranks take part.
+
+        Nothing is written before the first step, and nothing twice unless the step has become the best one.
+        """
+        if self.progress.step == 0 or (self._saved_step == self.progress.step and not best):
+            return
+        state = self.full_adapter_state()
+        parameters = trained_parameters(self.engine.module)
+        moments = read_moments(self.engine, parameters, self.plan.engine.zero_stage)
+        if self.is_main:
+            save_checkpoint(
+                self.folder.checkpoints,
+                progress=self.progress,
+                config=self.plan.adapter,
+                base=self.base,
+                state=state,
+                moments=moments,
+                settings=self.plan.resolved_settings(),
+            )
+            if best:
+                save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)
+        self._saved_step = self.progress.step
+        self._last_save = time.monotonic()
+
+    def full_adapter_state(self) -> dict[str, torch.Tensor]:
+        """Full fp32 A, B, u, v on the CPU; all ranks take part."""
+        bank = self.engine.module.adapter
+        with all_open(bank, self.plan.engine):
+            state: dict[str, torch.Tensor] = bank.full_state()
+        return state

@@ -1,0 +1,118 @@
+"""Everything a run is, decided and checked before a weight is read or a rank is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.batch import BatchPlan, plan_batches
+from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.parallel.grid import Grid
+
+# Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
+LAYOUT_SETTINGS = frozenset(
+    {
+        "ds_config",
+        "output_dir",
+        "resume",
+        "dry_run",
+        "world_size",
+        "timeout_minutes",
+        "tensor_parallel",
+        "pipeline_parallel",
+        "sequence_parallel",
+        "compile",
+        "recompute",
+        "micro_batch_size",
+        "save_interval",
+        "save_interval_minutes",
+        "test_file",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked run: its settings with what follows from them, the model and the number of ranks."""
+
+    settings: Settings
+    source: ModelSource
+    grid: Grid
+    batches: BatchPlan
+    engine: EngineConfig
+    adapter: AdapterConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base."""
+        return DTYPES[self.settings.dtype]
+
+    @property
+    def name(self) -> str:
+        """MODEL-TASK-METHOD-rRANK, for the run folder."""
+        model = self.settings.model.rstrip("/").rsplit("/", 1)[-1]
+        return f"{model}-{self.settings.task}-{self.settings.method}-r{self.settings.rank}"
+
+    def resolved_settings(self) -> dict[str, Any]:
+        """Every setting as a plain value, with what depends on the model and the world filled in."""
+        values = self.settings.model_dump()
+        values.update(
+            layers=list(self.adapter.layers),
+            init_std_a=self.adapter.init_std_a,
+            init_std_b=self.adapter.init_std_b,
+            micro_batch_size=self.batches.micro_batch_size,
+        )
+        return values
+
+
+def plan_run(settings: Settings, *, rank: int, world_size: int) -> RunPlan:
+    """Find the model and check that settings, model and world fit each other.
+
+    Raises:
+        UserError: the first thing that does not fit, with the fix.
+    """
+    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
+    engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
+    source = find_model(settings.model)
+    config = source.config
+    layers = settings.layers or tuple(range(1, config.num_layers + 1))
+    if layers[-1] > config.num_layers:
+        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {config.num_layers}")
+    if settings.max_length > config.max_positions:
+        raise UserError(
+            f"--max_length {settings.max_length}: {settings.model} was trained for {config.max_positions} positions;"
+            f" give at most that"
+        )
+    adapter = make_adapter_config(
+        settings.method,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        layers=layers,
+        hidden_size=config.hidden_size,
+        qkv_rows=config.qkv_rows,
+        seed=settings.seed,
+        init_std_a=settings.init_std_a,
+        init_std_b=settings.init_std_b,
+    )
+    return RunPlan(settings, source, grid, batches, engine, adapter)
+
+
+def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, source: str) -> None:
+    """Raise UserError where a checkpoint's settings contradict the plan's, naming the setting and both values."""
+    for name, value in plan.resolved_settings().items():
+        if name in LAYOUT_SETTINGS or name not in saved:
+            continue
+        before = saved[name]
+        if (list(before) if isinstance(before, (list, tuple)) else before) != value:
+            raise UserError(
+                f"{source}: was trained with --{name} {before}, now it is {value}; resume with the same value"
+            )

@@ -1,0 +1,156 @@
+"""The run folder: what is in it, who may use it, and the logs that rank 0 writes there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_tiedlora.checkpoint.atomic import write_json, write_text
+from megatron_tiedlora.config.errors import UserError
+
+State = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable checkpoints and `latest`."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The best adapter so far, native format."""
+        return self.path / "adapter"
+
+    @property
+    def status(self) -> Path:
+        """How the run ended; absent while it runs."""
+        return self.path / "run_status.json"
+
+    @property
+    def settings(self) -> Path:
+        """Every setting as resolved, versions and seed."""
+        return self.path / "run.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has used this folder."""
+        return self.settings.is_file()
+
+    def write_settings(self, content: Mapping[str, Any]) -> None:
+        """Write run.yaml and remove an earlier end's status."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False))
+        self.status.unlink(missing_ok=True)
+
+    def write_status(self, state: State, *, step: int, reason: str) -> None:
+        """Write run_status.json."""
+        write_json(self.status, {"state": state, "step": step, "reason": reason})
+
+
+def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
+    """The folder of a run.
+
+    Args:
+        output_dir: as given, or None for runs/NAME: the first free of NAME, NAME-2, NAME-3, ...; to resume, the last.
+        resume: value of --resume.
+
+    Raises:
+        UserError: the folder holds another run (or anything else) and --resume was not given.
+    """
+    if output_dir is not None:
+        folder = RunFolder(Path(output_dir).expanduser())
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(f"--output_dir {output_dir} is a file; give a folder")
+        if resume == "none" and folder.path.is_dir() and any(folder.path.iterdir()):
+            what = "the run of an earlier start" if folder.is_run else "other files"
+            raise UserError(
+                f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to go on with a run"
+            )
+        return folder
+    last, number = RunFolder(Path("runs") / name), 2
+    if resume == "none" and not last.path.exists():
+        return last
+    while (following := RunFolder(Path("runs") / f"{name}-{number}")).path.exists():
+        last, number = following, number + 1
+    return following if resume == "none" else last
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they will come again."""
+
+    def __init__(self, folder: RunFolder, *, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._file = folder.metrics
+        kept = [row for row in read_metrics(folder.metrics) if row["step"] <= resumed_step] if resumed_step else []
+        write_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
+        self._board = SummaryWriter(folder.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row: `step`, `split`, and numbers, unrounded."""
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(row)) + "\n")
+        for name, value in row.items():
+            if name not in ("step", "split"):
+                self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        self._board.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_losses(metrics: Path, target: Path) -> None:
+    """Draw training and validation loss over steps into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(metrics)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+    for split, style in (
+        ("train", {"color": "#7aa6c2", "linewidth": 1.2}),
+        ("validation", {"color": "#b5401f", "marker": "o"}),
+    ):
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, label=split, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per supervised token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(target)
+    pyplot.close(figure)

