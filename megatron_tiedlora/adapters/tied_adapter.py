@@ -172,18 +172,19 @@ class TiedAdapter(nn.Module):
             state[name] = ones if parameter is None else parameter.detach().to("cpu", torch.float32, copy=True)
         return state
 
-    def forward(self) -> dict[int, LayerUpdate]:
-        """The factors of each adapted layer, by 1-based layer."""
-        per_layer = {
-            name: (None,) * len(self.config.layers)
-            if getattr(self, name) is None
-            else (getattr(self, name),) * len(self.config.layers)
-            if self.config.row.factor(name).tied
-            else getattr(self, name).unbind(0)
-            for name in FACTORS
-        }
-        rows = zip(*(per_layer[name] for name in FACTORS), strict=True)
-        return {layer: LayerUpdate(*row) for layer, row in zip(self.config.layers, rows, strict=True)}
+    def forward(self) -> tuple[LayerUpdate, ...]:
+        """The factors of each adapted layer, in the order of `config.layers`."""
+        per_layer = []
+        for name in FACTORS:
+            parameter, num_layers = getattr(self, name), len(self.config.layers)
+            if parameter is None:
+                per_layer.append((None,) * num_layers)
+            elif self.config.row.factor(name).tied:
+                # A view and not the Parameter: under ZeRO-3 the Parameter is emptied when this call returns.
+                per_layer.append((parameter.view_as(parameter),) * num_layers)
+            else:
+                per_layer.append(parameter.unbind(0))
+        return tuple(LayerUpdate(*row) for row in zip(*per_layer, strict=True))
 
 
 def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:

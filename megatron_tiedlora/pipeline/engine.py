@@ -1,11 +1,12 @@
 """The model as a DeepSpeed engine: built in place under ZeRO-3, initialised with our optimizer, read for its norm.
 
-The engine's JSON has no precision section, so DeepSpeed treats the model as fp32: the frozen base keeps its own dtype and
-the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
+The engine's JSON has no precision section, so DeepSpeed treats the model as fp32: the frozen base keeps its own dtype,
+and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -25,8 +26,9 @@ def base_construction(config: EngineConfig, *, dtype: torch.dtype, device: torch
         return
     import deepspeed
 
-    # dtype is passed because zero.Init makes fp32 weights where the JSON has no precision section.
-    with deepspeed.zero.Init(config_dict_or_path=dict(config.values), dtype=dtype):
+    # Without a precision section zero.Init makes fp32 weights, so bf16 is said. fp32 must be left unsaid: where fp16 is not
+    # supported (CPUs), zero.Init takes any dtype that it is given for bf16 (seen in 0.19.8).
+    with deepspeed.zero.Init(config_dict_or_path=dict(config.values), dtype=None if dtype == torch.float32 else dtype):
         yield
 
 
@@ -87,8 +89,9 @@ def step_with_norm(engine: Any, zero_stage: int) -> float:
     """Take the optimizer step and return the gradient norm before clipping.
 
     DeepSpeed reports no norm at ZeRO-0, so there it is read from the gradients, already averaged over the ranks, before
-    the step clips them.
+    the step clips them. At ZeRO 1 to 3 it reports -1 for a norm that is not finite; here that is nan.
     """
-    norm = local_gradient_norm(engine.module) if zero_stage == 0 else None
+    local = local_gradient_norm(engine.module) if zero_stage == 0 else None
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    norm = float(engine.get_global_grad_norm() if local is None else local)
+    return norm if norm >= 0 else math.nan

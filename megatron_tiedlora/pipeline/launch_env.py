@@ -44,6 +44,14 @@ def rank_and_world_size() -> tuple[int, int]:
     )
 
 
+def local_rank() -> int:
+    """This process's number among those of its host; MPI sets a variable of its own."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
 def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.device:
     """Initialise torch.distributed through DeepSpeed (NCCL on CUDA, gloo on CPU); returns this rank's device.
 
@@ -57,7 +65,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         # DeepSpeed would compile its shared-memory operator here: a minute, and a rank that dies meanwhile leaves a
         # lock on which every later run hangs in silence. gloo serves the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(

@@ -50,7 +50,7 @@ class SequentialModel(nn.Module):
             caches: one per block, for decoding.
             wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
         """
-        updates = self.adapter() if self.adapter is not None else {}
+        updates = {} if self.adapter is None else dict(zip(self.adapter.config.layers, self.adapter(), strict=True))
         hidden = self.layers[0](tokens)
         for index in range(1, len(self.layers) - 1):
             block, update = self.layers[index], updates.get(index)

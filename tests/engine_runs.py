@@ -1,0 +1,152 @@
+"""Starts engine_worker.py on some ranks and reads back what it did; and the oracle's answer to the same case."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
+from oracle_training import OracleBatch, OracleRun, oracle_train
+from safetensors.torch import load_file, save_file
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What a run logged: per-step losses and norms before clipping, and the final full adapter."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    adapter: dict[str, torch.Tensor]
+
+
+def write_uneven_data(path: Path, *, rows: int = 40, seed: int = 0) -> Path:
+    """Prompt and completion rows whose supervised lengths run from 2 to 60 tokens."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as stream:
+        for index in range(rows):
+            prompt = "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(3, 40)))
+            answer = "".join(draw.choice("klmnop") for _ in range((1, 3, 9, 58)[index % 4]))
+            stream.write(json.dumps({"prompt": prompt + "?", "completion": answer}) + "\n")
+    return path
+
+
+def save_start(adapter: OracleAdapter, path: Path) -> Path:
+    """Write an oracle adapter's tensors as the worker reads them."""
+    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, path)
+    return path
+
+
+def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_limit: float = 200) -> list[EngineRun]:
+    """Run all cases in one start of `ranks` processes; a hang or a failing rank fails the test with its output."""
+    for index, case in enumerate(cases):
+        case["output"] = str(folder / f"case{index}")
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "MEGATRON_TIEDLORA_CACHE": str(folder / "cache"),
+    }
+    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(ranks)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(file)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        codes = [worker.wait(timeout=time_limit) for worker in workers]
+    except subprocess.TimeoutExpired:
+        codes = ["hang"]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+        for log in logs:
+            log.close()
+    if any(codes):
+        tails = "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
+        raise AssertionError(f"ranks ended with {codes}:\n{tails}")
+    return [_read(Path(case["output"])) for case in cases]
+
+
+def _read(folder: Path) -> EngineRun:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["split"] == "train"]
+    return EngineRun(
+        losses=[row["loss"] for row in steps],
+        grad_norms=[row["grad_norm"] for row in steps],
+        learning_rates=[row["learning_rate"] for row in steps],
+        adapter=load_file(folder / "adapter.safetensors"),
+    )
+
+
+def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path) -> OracleRun:
+    """The dense one-process answer: the same samples, one sequence at a time, in fp32."""
+    from megatron_tiedlora.data.cache import tokenise_once
+    from megatron_tiedlora.data.order import sample_indices
+    from megatron_tiedlora.data.tasks import load_split
+    from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+    model = Path(settings["model"])
+    tokenizer = load_tokenizer(model)
+    files = {"train": settings["train_file"], "validation": settings["validation_file"]}
+    examples = load_split("custom", "train", files=files, seed=settings["seed"], tokenizer=tokenizer)
+    dataset = tokenise_once(examples, tokenizer, max_length=settings["max_length"], cache_dir=cache)
+    steps = []
+    for step in range(settings["max_steps"]):
+        count = settings["global_batch_size"]
+        indices = sample_indices(len(dataset), seed=settings["seed"], consumed=step * count, count=count)
+        batch = []
+        for index in indices.tolist():
+            tokens = torch.from_numpy(dataset.sample(index).astype("int64"))
+            labels = torch.full_like(tokens, -100)
+            first = int(dataset.prompt_lengths[index])
+            labels[first - 1 : -1] = tokens[first:]
+            batch.append(OracleBatch(tokens[None], labels[None]))
+        steps.append(batch)
+    return oracle_train(
+        cast_weights(load_weights(model), torch.float32),
+        OracleConfig.from_folder(model),
+        start,
+        steps,
+        learning_rate=settings["learning_rate"],
+        warmup_steps=settings["warmup_steps"],
+        max_steps=settings["max_steps"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["gradient_clipping"],
+    )
+
+
+def relative_errors(found: list[float], expected: list[float]) -> list[float]:
+    """|found - expected| / |expected|, step by step."""
+    assert len(found) == len(expected)
+    return [abs(f - e) / abs(e) for f, e in zip(found, expected, strict=True)]
+
+
+def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found - expected).norm() / expected.norm())
