@@ -8,7 +8,6 @@ Read top to bottom: it is the table of contents of a run.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,51 +15,57 @@ from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.pipeline.launch_env import (
     join_process_group,
     leave_process_group,
+    local_rank,
     prepare_environment,
     rank_and_world_size,
 )
+from megatron_tiedlora.training.ending import reported_end
+from megatron_tiedlora.training.stopping import StopWatch
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130 or 143 stopped by a signal."""
     settings = parse_settings(argv)
     prepare_environment()
-    # What follows imports DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
-    from megatron_tiedlora.training import finish, session
-    from megatron_tiedlora.training.dry_run import dry_run_report
-    from megatron_tiedlora.training.ending import reported_end
-    from megatron_tiedlora.training.loop import Trainer
-    from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.run_data import prepare_data
-    from megatron_tiedlora.training.run_folder import MetricsLog
-    from megatron_tiedlora.training.stopping import StopWatch
-
-    if settings.dry_run:
-        print(dry_run_report(settings))
-        return 0
     rank, world_size = rank_and_world_size()
     is_main = rank == 0
+    if settings.dry_run:
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        if is_main:
+            print(dry_run_report(settings))
+        return 0
     stop = StopWatch()
     stop.install()
     with reported_end(rank) as end:
+        # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it, and
+        # signals are heard from here on.
+        from megatron_tiedlora.checkpoint.resume import Progress
+        from megatron_tiedlora.training import finish, session
+        from megatron_tiedlora.training.loop import Trainer
+        from megatron_tiedlora.training.plan import plan_run
+        from megatron_tiedlora.training.run_data import prepare_data
+        from megatron_tiedlora.training.run_folder import MetricsLog
+
         plan = plan_run(settings, rank=rank, world_size=world_size)
         data = prepare_data(plan, progress=is_main)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         folder = session.open_run_folder(plan, device)
-        checkpoint = session.find_checkpoint(plan, folder)
-        end.folder = folder
+        checkpoint = session.find_checkpoint(plan, folder, device)
+        start = checkpoint.progress if checkpoint else Progress()
         built = session.build_model(plan, device, checkpoint)
         engine = session.start_engine(plan, built.module, checkpoint)
         if is_main:
+            if checkpoint is not None:
+                session.take_over(folder, checkpoint)
             session.write_run_settings(plan, folder)
+        end.folder = folder
+        log = MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step) if is_main else None
+        end.trainer = trainer = Trainer(plan, data, engine, built.base, folder, device, stop, log, start)
+        if is_main:
             print("\n".join(session.headline(plan, data, folder, checkpoint)))
-        log = MetricsLog(folder, resumed_step=checkpoint.progress.step if checkpoint else 0) if is_main else None
-        trainer = Trainer(plan, data, engine, built.base, folder, device, stop, log)
-        end.trainer = trainer
         if checkpoint is None:
             finish.record_score(trainer, "before", finish.score(trainer))
-        else:
-            trainer.progress = checkpoint.progress
         end.reason = trainer.run()
         finish.use_best_adapter(trainer)
         finish.record_score(trainer, "after", finish.score(trainer))
@@ -72,4 +77,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, quiet=os.environ.get("LOCAL_RANK", "0") != "0", argv=sys.argv[1:])
+    run_command(main, quiet=local_rank() != 0, argv=sys.argv[1:])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 from megatron_tiedlora.config.errors import UserError
 
 TEMPORARY_PREFIX = ".writing-"
+_ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 def sync_path(path: Path) -> None:
@@ -40,18 +43,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        readable = temporary.stat().st_mode & 0o666
         for item in sorted(temporary.rglob("*")):
+            if item.is_file():
+                item.chmod(readable)  # safetensors makes files that only their owner reads
             sync_path(item)
         sync_path(temporary)
-        if path.exists():
-            # A folder cannot be renamed over a full one: step aside first. What a kill here leaves is found by its name.
-            aside = path.parent / f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}"
-            os.rename(path, aside)
-            os.rename(temporary, path)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-        sync_path(path.parent)
+        _put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -59,6 +57,36 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; a folder that was there is swapped out at once, then removed."""
+    if not path.exists():
+        os.rename(temporary, path)
+        sync_path(path.parent)
+        return
+    old = temporary
+    if not _exchange(temporary, path):
+        # Some network file systems cannot swap, and a folder cannot be renamed over a full one: step aside first. A
+        # kill between the two renames leaves the old one under a name from which `restore_interrupted` gets it back.
+        old = path.parent / f"{_ASIDE_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+    sync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,8 +107,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def restore_interrupted(folder: Path) -> None:
+    """Give back their names to folders that a killed writer had moved aside and not replaced yet."""
+    for aside in folder.glob(f"{_ASIDE_PREFIX}*"):
+        path = folder / aside.name.removeprefix(_ASIDE_PREFIX).rpartition("-")[0]
+        if not path.exists():
+            with suppress(OSError):  # another rank was faster
+                os.rename(aside, path)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in `folder`."""
+    """Remove what killed writers left in `folder`, after `restore_interrupted`."""
+    restore_interrupted(folder)
     for item in folder.glob(f"{TEMPORARY_PREFIX}*"):
         if item.is_dir():
             shutil.rmtree(item, ignore_errors=True)

@@ -34,9 +34,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            files = {name: folder / file for name, file in entries.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a safetensors index ({error})") from None
-        files = {name: folder / file for name, file in entries.items()}
         for file in sorted(set(files.values())):
             if file.parent != folder:
                 raise UserError(f"{index}: names a file outside its folder: {file}")

@@ -18,9 +18,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_model(
-    source: ModelSource, adapter: NativeAdapter | None, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    source: ModelSource,
+    adapter: NativeAdapter | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> SequentialModel:
-    """The model in evaluation mode, base in `dtype` and adapter in fp32.
+    """The model in evaluation mode, base in `dtype` and adapter in fp32; `progress` shows a bar.
 
     Raises:
         UserError: weights that are missing or do not fit, or an adapter of another base.
@@ -34,5 +39,10 @@ def load_model(
         scale = adapter.config.scale if adapter is not None else 1.0
         with torch.device(device):
             model = SequentialModel(layer_specs(source.config, update_scale=scale, dtype=dtype), bank)
-        load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
+        load_base_weights(
+            weights,
+            dict(model.named_parameters()),
+            access=lambda parameter: nullcontext(parameter),
+            progress=progress,
+        )
     return model.eval()

@@ -24,6 +24,7 @@ from megatron_tiedlora.config.errors import UserError
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class BaseIdentity:
     Attributes:
         name: as the user gave it to --model.
         config_hash: of the shape.
-        weights_hash: of the final norm's weight in bf16, which tells models of one shape apart.
+        weights_hash: of the final norm's weight in bf16, which tells models of one shape apart, and of the record of a
+            merge, since merging leaves the norm alone.
         shape: the fields of the config that the format writes out.
         dtype: precision of the base in training.
     """
@@ -49,7 +51,10 @@ def identify_base(source: ModelSource, weights: BaseWeights, dtype: str) -> Base
     """The identity of a base model; reads one small tensor."""
     config = source.config
     # bf16, because the same model is stored in fp32, fp16 and bf16: rounding to bf16 makes those equal.
-    norm = weights.read("model.norm.weight").to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    digest = hashlib.sha256(weights.read("model.norm.weight").to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    record = weights.folder / MERGE_RECORD
+    if record.is_file():
+        digest.update(record.read_bytes())
     shape = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -57,7 +62,7 @@ def identify_base(source: ModelSource, weights: BaseWeights, dtype: str) -> Base
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
     }
-    return BaseIdentity(source.name, source.base_hash, hashlib.sha256(norm).hexdigest(), shape, dtype)
+    return BaseIdentity(source.name, source.base_hash, digest.hexdigest(), shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,11 @@ def load_adapter(folder: Path) -> NativeAdapter:
         )
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]} is missing") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: a field is of the wrong kind ({error})") from None
+    _check_fields(file, config, base)
     weights = folder / WEIGHTS_FILE
     state = read_safetensors(weights)
     for name in FACTORS:
@@ -180,4 +190,17 @@ def load_adapter(folder: Path) -> NativeAdapter:
             raise UserError(f"{weights}: tensor {name} is missing")
         if tuple(state[name].shape) != config.shape(name):
             raise UserError(f"{weights}: {name} has shape {tuple(state[name].shape)}, expected {config.shape(name)}")
+        if not state[name].isfinite().all():
+            raise UserError(f"{weights}: {name} holds numbers that are not finite")
     return NativeAdapter(config, base, {name: state[name].float() for name in FACTORS})
+
+
+def _check_fields(file: Path, config: AdapterConfig, base: BaseIdentity) -> None:
+    for name, value in {"rank": config.rank, **base.shape}.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{file}: {name} = {value!r} is not a whole number above 0")
+    last = base.shape["num_layers"]
+    if not config.layers or any(layer not in range(1, last + 1) for layer in config.layers):
+        raise UserError(f"{file}: layers {list(config.layers)} are not among 1 to {last}")
+    if list(config.layers) != sorted(set(config.layers)):
+        raise UserError(f"{file}: layers {list(config.layers)} are not in ascending order")

@@ -16,7 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import (
+    new_folder,
+    remove_leftovers,
+    restore_interrupted,
+    write_json,
+    write_text,
+)
 from megatron_tiedlora.checkpoint.native_adapter import (
     BaseIdentity,
     NativeAdapter,
@@ -90,6 +96,7 @@ def save_checkpoint(
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The folder that `latest` names, or None where there is none. Raises UserError where it names nothing."""
+    restore_interrupted(checkpoints)
     pointer = checkpoints / LATEST_FILE
     if not pointer.is_file():
         return None

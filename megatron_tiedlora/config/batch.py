@@ -1,4 +1,7 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel width. Nothing else sets batches."""
+"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel width.
+
+Nothing else sets batch sizes.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,9 @@ from megatron_tiedlora.config.settings import (
     nearest_name,
 )
 
+# What a run's run.yaml holds beside its settings: passed over, so that the file can be given back with --config.
+RECORDED_NAMES = ("ranks", "versions")
+
 
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, in one line, instead of printing its usage and exiting."""
@@ -97,11 +100,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{where}: not valid YAML ({problem})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'name: value' lines, found a {type(content).__name__}")
+    content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
         if name not in Settings.model_fields:
             raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), Settings.model_fields)}")

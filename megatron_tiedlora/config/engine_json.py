@@ -122,8 +122,10 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
+    zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's defaults
     _check_zero_section(path, zero)
-    return EngineConfig(path, {**content, **ours})
+    kept = {key: value for key, value in content.items() if value != "auto"}
+    return EngineConfig(path, {**kept, "zero_optimization": zero, **ours})
 
 
 def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
         if key not in names:
             raise UserError(f"{path}: unknown key zero_optimization.{key}{nearest_name(key, names)}")
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+        DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))

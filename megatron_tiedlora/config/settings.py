@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
 
 METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 TASK_NAMES = ("demo", "squad", "gsm8k", "custom")
@@ -30,9 +31,9 @@ GROUPS = {
 # Defaults that differ between the demo and every other task (those are the paper's).
 DEMO_DEFAULTS: dict[str, Any] = {
     "global_batch_size": 24,
-    "max_steps": 30,
-    "learning_rate": 1e-2,
-    "warmup_steps": 3,
+    "max_steps": 20,
+    "learning_rate": 3e-2,
+    "warmup_steps": 2,
     "eval_interval": 10,
     "max_length": 512,
 }
@@ -63,7 +64,7 @@ class Settings(BaseModel):
     `micro_batch_size`, `output_dir`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     ds_config: str = _field(
         "run", "DeepSpeed JSON with engine knobs; a bare name is looked up here, then in ds_configs/", "zero2.json"
@@ -146,6 +147,8 @@ class Settings(BaseModel):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", "demo") == "demo":
             filled["task"] = "demo"
+        elif "task" not in filled and filled["model"] in PRESETS:
+            filled["task"] = "custom"  # a shape has no tokenizer, so its dry run reads no data
         defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
         filled = {**defaults, **filled}
         return {"alpha": filled.get("rank", 8), "save_interval": filled["eval_interval"], **filled}
@@ -171,7 +174,7 @@ class Settings(BaseModel):
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
             )
-        if self.task == "custom" and self.train_file is None:
+        if self.task == "custom" and self.train_file is None and self.model not in PRESETS:
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")

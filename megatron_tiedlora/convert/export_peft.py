@@ -1,10 +1,11 @@
-"""PEFT LoRA adapters that are exactly the tied one: A' = diag(u) A, B' = (alpha / r) diag(v) B, cut into q, k and v rows.
+"""PEFT LoRA adapters that are exactly the tied one: A' = diag(u) A, B' = (alpha / r) diag(v) B, cut by q, k and v rows.
 
 diag(v) B diag(u) A is a rank-r LoRA per layer, so nothing is lost; what is lost is the tie, and with it the small file.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.convert.merge import adapted_projections, refuse_existing
+from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
 
-# What vLLM takes as max_lora_rank; another rank is exact after padding with zeros.
+# What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, torch.Tensor]:
-    """The fp32 tensors of the PEFT file by its names: lora_A (rank, d) and lora_B (rows, rank), zero-padded to `rank`."""
+    """The fp32 tensors of the PEFT file by its names: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
     pad = rank - adapter.config.rank
     tensors = {}
     for layer, rule in adapted_projections(source, adapter).items():
@@ -71,12 +72,13 @@ def export_peft(source: ModelSource, adapter: NativeAdapter, output: Path, *, pa
     """Write a PEFT adapter folder, whole or not at all; returns its rank.
 
     Raises:
-        UserError: a padded rank below the adapter's, or an output that exists.
+        UserError: an adapter of another base, a padded rank below the adapter's, or an output that exists.
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
     refuse_existing(output)
+    check_base(source, adapter)
     with new_folder(output) as temporary:
         save_file(
             peft_tensors(source, adapter, rank=rank), temporary / "adapter_model.safetensors", metadata={"format": "pt"}
@@ -90,5 +92,5 @@ def serve_hint(output: Path, base: str, rank: int) -> str:
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
     if fitting is None:
         return f"vLLM takes ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"
-    command = f"vllm serve {base} --enable-lora --lora-modules tied={output} --max-lora-rank {fitting}"
-    return f"serve with: {command}"
+    flags = ["--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
+    return f"serve with: {shlex.join(['vllm', 'serve', base, *flags])}"

@@ -5,8 +5,10 @@ Works file by file over the base's own safetensors shards, so its memory is one 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,31 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.adapters.methods import FACTORS
+from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base
+from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
+from megatron_tiedlora.checkpoint.native_adapter import MERGE_RECORD, BaseIdentity, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.tokenizer import save_tokenizer
-from megatron_tiedlora.model.families.llama import WeightRule, weight_rules
+from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
+from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
+from megatron_tiedlora.model.families.llama import weight_rules
 
-MERGE_RECORD = "tiedlora_merge.json"
-# What beside weights makes a Hugging Face model folder: config, generation config, tokenizer, chat template.
-_COPIED = ("*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
-
-
-def adapted_projections(source: ModelSource, adapter: NativeAdapter) -> dict[int, WeightRule]:
-    """The fused QKV rule of every adapted layer, by 1-based layer."""
-    rules = {rule.name: rule for rule in weight_rules(source.config)}
-    return {layer: rules[f"layers.{layer}.attention.qkv.weight"] for layer in adapter.config.layers}
+INDEX_FILE = "model.safetensors.index.json"
+# What travels from the base beside its weights; anything else there is not the model's.
+_MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+)
 
 
 def merge_adapter(
@@ -45,76 +54,93 @@ def merge_adapter(
 ) -> None:
     """Write a merged Hugging Face checkpoint folder, whole or not at all.
 
+    It holds the tensors of the name table and no others, in the base's own files: a copy of a tied head is left out.
+
     Args:
         dtype: of the written weights (default: as each is stored in the base).
         tokenizer: a transformers tokenizer to save there in place of the base's own.
 
     Raises:
-        UserError: an adapter of another base, a base that holds a merge already, or an output that exists.
+        UserError: an adapter of another base, a base that holds a merge already, an output that exists, or a tokenizer
+            that cannot be read.
     """
     folder = source.weights_folder()
     refuse_existing(output)
-    if (folder / MERGE_RECORD).exists():
-        raise UserError(f"{folder}: an adapter is merged into this model already; give the plain base with --model")
-    with BaseWeights(folder, weight_rules(source.config)) as weights:
-        adapter.check_base(identify_base(source, weights, adapter.base.dtype), source="adapter")
-    targets = {
-        hf_name: (layer, slice(offset, offset + size))
-        for layer, rule in adapted_projections(source, adapter).items()
-        for hf_name, offset, size in zip(rule.hf_names, rule.spec.block_offsets(), rule.spec.blocks, strict=True)
-    }
-    files = weight_map(folder)
+    base = check_base(source, adapter)
+    own_files = [] if tokenizer is not None else _matching(folder, _TOKENIZER_FILES)
+    if own_files:
+        # Written anew over its copy: transformers rebuilds some tokenizers from their class names and loses parts.
+        tokenizer = load_tokenizer(folder)
+    wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
+    files = {name: file for name, file in weight_map(folder).items() if name in wanted}
+    updates = _updates(source, adapter)
     with new_folder(output) as temporary:
-        total = 0
-        for file in tqdm(sorted(set(files.values())), desc="merge", unit="file", disable=not progress, leave=False):
-            tensors = {}
-            with open_weights(file) as reader:
-                for name in reader.keys():
-                    tensors[name] = _merged(reader.get_tensor(name), targets.get(name), adapter, dtype)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            save_file(tensors, temporary / file.name, metadata={"format": "pt"})
-        _copy_side_files(folder, temporary)
-        if len(set(files.values())) > 1 or (folder / "model.safetensors.index.json").is_file():
+        total_size = 0
+        with tqdm(total=len(files), desc="merge", unit="tensor", disable=not progress, leave=False) as bar:
+            for file in sorted(set(files.values())):
+                tensors = {}
+                with open_weights(file) as reader:
+                    for name in (name for name, holder in files.items() if holder == file):
+                        tensors[name] = _merged(reader.get_tensor(name), updates.get(name), dtype)
+                        bar.update()
+                total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+        if (folder / INDEX_FILE).is_file():
             names = {name: file.name for name, file in files.items()}
-            index = {"metadata": {"total_size": total}, "weight_map": names}
-            write_json(temporary / "model.safetensors.index.json", index)
+            write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": names})
+        for file in (*_matching(folder, _MODEL_FILES), *own_files):
+            shutil.copyfile(file, temporary / file.name)
         if dtype is not None:
             _state_dtype(temporary / "config.json", dtype)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
-        record = {"method": adapter.config.method, "rank": adapter.config.rank, "base_model": adapter.base.name}
-        write_json(temporary / MERGE_RECORD, record)
+        write_json(temporary / MERGE_RECORD, _record(adapter, base))
 
 
-def refuse_existing(output: Path) -> None:
-    """Raise UserError where `output` holds anything."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists; give a new folder")
+def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted projection, by its Hugging Face name."""
+    factors = {}
+    for layer, rule in adapted_projections(source, adapter).items():
+        a, b = lora_factors(adapter.config, adapter.state, layer)
+        for name, rows in zip(rule.hf_names, b.split(rule.spec.blocks), strict=True):
+            factors[name] = (a, rows)
+    return factors
 
 
 def _merged(
-    weight: torch.Tensor,
-    target: tuple[int, slice] | None,
-    adapter: NativeAdapter,
-    dtype: torch.dtype | None,
+    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    out_type = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
-    if target is None:
+    out_type = weight.dtype if dtype is None else dtype
+    if factors is None:
         return weight.to(out_type)
-    layer, rows = target
-    delta = delta_weight(adapter.config, adapter.state, layer)[rows]
-    return (weight.float() + delta).to(out_type)
+    a, b = factors
+    return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + b @ a).to(out_type)
 
 
-def _copy_side_files(folder: Path, target: Path) -> None:
-    for pattern in _COPIED:
-        for file in folder.glob(pattern):
-            if file.is_file() and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
     values = json.loads(config_file.read_text(encoding="utf-8"))
-    values.pop("torch_dtype", None)  # the field's name before transformers 5
-    values["dtype"] = str(dtype).removeprefix("torch.")
+    # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
+    for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
+        values[name] = str(dtype).removeprefix("torch.")
     write_json(config_file, values)
+
+
+def _record(adapter: NativeAdapter, base: BaseIdentity) -> Mapping[str, Any]:
+    """What tells a merged folder from its base and from other merges; see `identify_base`."""
+    digest = hashlib.sha256()
+    for name in FACTORS:
+        digest.update(adapter.state[name].contiguous().numpy().tobytes())
+    return {
+        "method": adapter.config.method,
+        "rank": adapter.config.rank,
+        "alpha": adapter.config.alpha,
+        "layers": list(adapter.config.layers),
+        "base_model": adapter.base.name,
+        "base_hash": base.config_hash,
+        "base_weights_hash": base.weights_hash,
+        "adapter_sha256": digest.hexdigest(),
+    }

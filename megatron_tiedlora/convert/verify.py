@@ -1,24 +1,35 @@
-"""Do the exports compute what the adapter computes? Logits in fp32 of base + adapter, merged folder and PEFT adapter."""
+"""Do the exports compute what the adapter computes? Logits in fp32 of base + adapter, merged folder and PEFT adapter.
+
+A folder stored in 16 bits cannot have the adapter's logits, so it is compared with base + adapter rounded to the same
+bits: that difference must vanish, while the one to the unrounded adapter is only shown.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
-from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
+from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, read_json_object
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, read_json_object, read_safetensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
+from megatron_tiedlora.pipeline.sequential import SequentialModel
 
-# Of the largest logit, in fp32 arithmetic. Weights stored in 16 bits differ by their rounding, 2^-8 or 2^-11 a weight,
-# which comes to a few percent of the largest logit over a deep model.
-TOLERANCE_FP32 = 1e-4
-TOLERANCE_HALF = 5e-2
+TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
+
+Wanted = Literal["equal", "different", "rounded"]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class LogitComparison:
         largest, mean: of |difference|, as a share of the largest |logit|.
         divergence: mean KL(native || other), in nats a position.
         agreement: share of positions with the same most likely token.
-        tolerance: the bound on `largest`, or None where a difference is wanted (the plain base).
+        wanted: "equal" within TOLERANCE, "different" at all, or "rounded", which is shown and judged by the next row.
     """
 
     name: str
@@ -37,15 +48,28 @@ class LogitComparison:
     mean: float
     divergence: float
     agreement: float
-    tolerance: float | None
+    wanted: Wanted
 
     @property
     def passed(self) -> bool:
-        """Within tolerance; for the plain base: different at all."""
-        return self.largest > 0 if self.tolerance is None else self.largest <= self.tolerance
+        """Whether it is as wanted; a difference that is not a number never is."""
+        if self.wanted == "different":
+            return self.largest > 0
+        return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
+
+    @property
+    def verdict(self) -> str:
+        """The last column of the table."""
+        if self.wanted == "different":
+            if not self.passed:
+                return "FAILED: the adapter changes nothing"
+            return "differs, as it should" if self.largest > TOLERANCE else "differs too little for a check to see"
+        if not self.passed:
+            return f"FAILED: above {TOLERANCE:.0e}"
+        return "ok" if self.wanted == "equal" else "for information"
 
 
-def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, tolerance: float | None) -> LogitComparison:
+def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
     """Compare two sets of logits (b, s, V)."""
     scale = native.abs().max().item()
     difference = (native - other).abs()
@@ -56,7 +80,7 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, toleran
         mean=difference.mean().item() / scale,
         divergence=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
         agreement=(native.argmax(-1) == other.argmax(-1)).float().mean().item(),
-        tolerance=tolerance,
+        wanted=wanted,
     )
 
 
@@ -66,63 +90,133 @@ def probe_tokens(vocab_size: int, *, batch: int = 2, length: int = 48, seed: int
 
 
 def verify_export(
-    source: ModelSource, adapter: NativeAdapter, *, merged: Path | None = None, peft: Path | None = None
+    source: ModelSource,
+    adapter: NativeAdapter,
+    *,
+    merged: Path | None = None,
+    peft: Path | None = None,
+    progress: bool = False,
 ) -> list[LogitComparison]:
     """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter, all in fp32.
 
+    Holds one fp32 model at a time.
+
     Raises:
-        UserError: a folder that does not load, or PEFT is asked for and not installed.
+        UserError: a folder that does not load or is of another shape, or PEFT is asked for and not installed.
     """
-    from transformers import AutoModelForCausalLM
-
+    stored = {} if merged is None else _stored_types(source, merged)
+    if peft is not None:
+        _check_peft(peft)
     tokens = probe_tokens(source.config.vocab_size)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        native = load_model(source, adapter, dtype=torch.float32)(tokens, positions)
-        plain = load_model(source, None, dtype=torch.float32)(tokens, positions)
-        results = [compare_logits("base without adapter", native, plain, None)]
+    count = 1 + (merged is not None) + (peft is not None)
+    bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
+    results, rounded = [], None
+    with torch.no_grad(), bar:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        model = load_model(source, adapter, dtype=torch.float32, progress=progress)
+        native = model(tokens, positions)
+        bank, model.adapter = model.adapter, None
+        results.append(compare_logits("base without adapter", native, model(tokens, positions), "different"))
+        if any(dtype.itemsize < 4 for dtype in stored.values()):
+            _fold_and_round(model, adapter, source, stored)
+            rounded = model(tokens, positions)
+        del model, bank
+        bar.update()
         if merged is not None:
-            read_json_object(merged / "config.json", kind="a merged Hugging Face folder")
-            model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-            bound = TOLERANCE_FP32 if _stored_in_fp32(merged) else TOLERANCE_HALF
-            results.append(compare_logits("merged, in transformers", native, model(tokens).logits, bound))
-            del model
+            logits = _transformers_logits(merged, tokens)
+            if rounded is None:
+                results.append(compare_logits("merged, in transformers", native, logits, "equal"))
+            else:
+                results.append(compare_logits("merged, in transformers", native, logits, "rounded"))
+                results.append(compare_logits("  the rounding taken out", rounded, logits, "equal"))
+            bar.update()
         if peft is not None:
-            logits = _peft_logits(source, peft, tokens)
-            results.append(compare_logits("PEFT adapter, in peft", native, logits, TOLERANCE_FP32))
+            logits = _transformers_logits(source.weights_folder(), tokens, lambda base: _with_peft(base, peft))
+            results.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
+            bar.update()
     return results
-
-
-def _peft_logits(source: ModelSource, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base: Any = AutoModelForCausalLM.from_pretrained(source.weights_folder(), dtype=torch.float32)
-    logits: torch.Tensor = PeftModel.from_pretrained(base, folder)(tokens).logits
-    return logits
-
-
-def _stored_in_fp32(folder: Path) -> bool:
-    file = next(iter(weight_map(folder).values()))
-    with open_weights(file) as reader:
-        return all(reader.get_slice(name).get_dtype() in ("F32", "F64") for name in reader.keys())
 
 
 def format_comparisons(results: list[LogitComparison]) -> str:
     """A table of comparisons, one a line under a heading."""
+    heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
     lines = [
-        f"{'logits against base + adapter':<26} {'max diff':>10} {'mean diff':>10} {'KL':>10} {'top-1':>7}  verdict"
+        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
+        for row in results
     ]
-    for row in results:
-        verdict = (
-            ("ok" if row.passed else "FAILED")
-            if row.tolerance is not None
-            else ("differs, as it should" if row.passed else "FAILED: the adapter changes nothing")
-        )
-        lines.append(
-            f"{row.name:<26} {row.largest:>10.1e} {row.mean:>10.1e} {row.divergence:>10.1e} {row.agreement:>7.1%}  {verdict}"
-        )
-    return "\n".join(lines)
+    return "\n".join([heading, *(line + row.verdict for line, row in zip(lines, results, strict=True))])
+
+
+def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
+    """The dtype of every tensor of the merged folder, which must be the base's in names and shapes."""
+    if llama_config_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.config:
+        raise UserError(f"{merged / 'config.json'}: another model than {source.name}; give the base with --model")
+    rules = weight_rules(source.config)
+    with BaseWeights(merged, rules):  # checks names and shapes
+        pass
+    names, files = {name for rule in rules for name in rule.hf_names}, weight_map(merged)
+    types = {}
+    for file in set(files.values()):
+        with open_weights(file) as reader:
+            for name in (name for name in names if files[name] == file):
+                types[name] = _DTYPES[reader.get_slice(name).get_dtype()]
+    return types
+
+
+def _fold_and_round(
+    model: SequentialModel, adapter: NativeAdapter, source: ModelSource, stored: Mapping[str, torch.dtype]
+) -> None:
+    """Add the update to the fused weights and round every weight to what the merged folder stores."""
+    parameters = dict(model.named_parameters())
+    for layer in adapter.config.layers:
+        parameters[f"layers.{layer}.attention.qkv.weight"].add_(delta_weight(adapter.config, adapter.state, layer))
+    for rule in weight_rules(source.config):
+        blocks = parameters[rule.name].split(rule.spec.blocks, dim=rule.spec.dim or 0)
+        for name, block in zip(rule.hf_names, blocks, strict=True):
+            block.copy_(block.to(stored[name]))
+
+
+def _check_peft(folder: Path) -> None:
+    content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
+    if "peft_type" not in content:
+        raise UserError(f"{folder}: this is no PEFT adapter; make one with tools/export_peft.py")
+    read_safetensors(folder / "adapter_model.safetensors")
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
+
+
+def _with_peft(base: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _transformers_logits(
+    folder: Path, tokens: torch.Tensor, wrap: Callable[[Any], Any] = lambda model: model
+) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers():
+        try:
+            model = wrap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+        except Exception as error:  # of many kinds; each means that their users cannot load it either
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{folder}: does not load in transformers ({reason})") from error
+    logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bar for each model (ours counts models), and without its warning about PEFT's calls."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_tiedlora.config.errors import UserError
 
 CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
-DEFAULT_SIZES = {"train": 2400, "validation": 96, "test": 48}
+DEFAULT_SIZES = {"train": 2400, "validation": 48, "test": 48}
 
 # One index space, cut once: reasoning-gym draws row i from Random(seed + i), so two seeds whose ranges overlap yield
 # the same rows and cannot serve as two parts.

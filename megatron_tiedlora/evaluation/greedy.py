@@ -34,7 +34,7 @@ def decode_batch(
     Returns:
         the new tokens of each prompt, without EOS.
     """
-    weight = model.layers[-1].norm.weight
+    weight = next(model.layers.parameters())
     device = weight.device
     batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

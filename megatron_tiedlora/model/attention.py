@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries: fused QKV, the tied update on it, rotation, attention, output projection."""
+"""Causal self-attention with grouped queries: fused QKV with the tied update, rotation, attention, output."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class KeyValueCache:
         """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s).
 
         Returns:
-            all keys and values, (b, kv, capacity, head_dim) in the cache's dtype, and which of them each new token sees,
-            (b, 1, s, capacity) bool.
+            all keys and values, (b, kv, capacity, head_dim) in the cache's dtype, and which of them each new token
+            sees, (b, 1, s, capacity) bool.
         """
         index = positions[:, None, :, None].expand_as(keys)
         self.keys.scatter_(2, index, keys.to(self.keys.dtype))

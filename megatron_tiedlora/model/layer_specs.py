@@ -57,6 +57,8 @@ class Head(nn.Module):
     With tied embeddings it is made without a weight, and whoever runs the list gives it the embedding's Parameter.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, config: LlamaConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = RmsNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)

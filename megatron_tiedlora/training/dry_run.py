@@ -74,7 +74,7 @@ def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(hidden, positions, next(iter(bank().values())))
+            block(hidden, positions, bank()[0])
         total = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
     return total / length
 
@@ -158,7 +158,7 @@ def _sample(data: RunData) -> list[str]:
     parts = (("not supervised", ids[:prompt]), ("supervised", ids[prompt:]))
     lines = [f"first sample ({data.first_example.source}), {len(ids)} tokens"]
     for name, part in parts:
-        lines += [f"  [{name}, {len(part)} tokens]", *_indented(data.tokenizer.decode(np.asarray(part).tolist()))]
+        lines += [f"  [{name}, {len(part)} tokens]", *_indented(str(data.tokenizer.decode(np.asarray(part).tolist())))]
     return lines
 
 

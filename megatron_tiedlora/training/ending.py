@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.training.run_folder import RunFolder, State
 from megatron_tiedlora.training.stopping import RunStopped, exit_status
+
+if TYPE_CHECKING:  # imports DeepSpeed, for which signals need not wait
+    from megatron_tiedlora.training.loop import Trainer
 
 
 @dataclass
@@ -17,7 +21,7 @@ class End:
     """What is known of a run while it goes on; filled in as it becomes known.
 
     Attributes:
-        folder: the run folder, once it is this run's.
+        folder: the run folder, once this run has written its settings there; until then it is left as it is.
         trainer: once there is one; knows the step.
         reason: of a good end.
         status: the exit status of a run that did not raise.
@@ -30,15 +34,15 @@ class End:
     status: int = 0
 
     def record(self, state: State, reason: str) -> None:
-        """Write run_status.json where the folder exists (a start that failed before that leaves nothing behind)."""
-        if self.folder is not None and self.folder.path.is_dir():
+        """Write run_status.json, once the folder is this run's (a start that failed before that changes nothing)."""
+        if self.folder is not None:
             step = self.trainer.progress.step if self.trainer is not None else 0
             self.folder.write_status(state, step=step, reason=reason)
 
 
 @contextmanager
 def reported_end(rank: int) -> Iterator[End]:
-    """Report whatever ends the block: finished, stopped by a signal (swallowed; see `End.status`), or failed (raised)."""
+    """Report what ends the block: finished, stopped by a signal (swallowed; see `End.status`) or failed (raised)."""
     end = End(rank)
     try:
         yield end
@@ -53,8 +57,8 @@ def reported_end(rank: int) -> Iterator[End]:
             print(f"stopped by {stop}, {saved}", file=sys.stderr)
     except BaseException as error:
         # Whichever rank fails first says why; a peer that then loses its connection only repeats that it failed.
-        if rank == 0 or end.folder is None or not end.folder.status.exists():
-            end.record(
-                "failed", f"rank {rank}: {type(error).__name__}: {error}" if str(error) else type(error).__name__
-            )
+        if end.folder is not None and not end.folder.status.exists():
+            reason = f"rank {rank}: {type(error).__name__}: {error}" if str(error) else type(error).__name__
+            with suppress(UserError):  # the disk may be what failed; the first error is the one to tell
+                end.record("failed", reason)
         raise

@@ -18,7 +18,6 @@ from megatron_tiedlora.training.validation import Scores, score_by_decoding
 
 # Of the demo's worked answers, 99 % are shorter; decoding stops at EOS anyway.
 MAX_NEW_TOKENS = 200
-SCORES_FILE = "scores.json"
 
 
 def score(trainer: Trainer) -> Scores | None:
@@ -45,14 +44,16 @@ def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
     bank: Any = trainer.engine.module.adapter
     best = load_adapter(trainer.folder.checkpoints / f"step_{trainer.progress.best_step}")
-    with all_open(bank, trainer.plan.engine):
-        bank.load_full(best.state)
+    with trainer.stop.deferred():
+        with all_open(bank, trainer.plan.engine):
+            bank.load_full(best.state)
+        trainer.check_stop()
 
 
 def record_score(trainer: Trainer, moment: str, scores: Scores | None) -> None:
     """Keep a score ("before" or "after" training) in scores.json; a resumed run finds the first one there."""
     if trainer.is_main and scores is not None:
-        file = trainer.folder.path / SCORES_FILE
+        file = trainer.folder.scores
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
         write_json(file, kept)
@@ -63,10 +64,9 @@ def summary_lines(trainer: Trainer) -> list[str]:
     losses = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
     best = trainer.progress
     rows = ["", f"{'':<30}{'before':>10}{'after':>10}"]
-    rows.append(
-        f"{'validation loss':<30}{losses[0]['loss']:>10.4f}{best.best_metric:>10.4f}   (best, step {best.best_step})"
-    )
-    file = trainer.folder.path / SCORES_FILE
+    start = f"{losses[0]['loss']:.4f}" if losses and losses[0]["step"] == 0 else "-"
+    rows.append(f"{'validation loss':<30}{start:>10}{best.best_metric:>10.4f}   (best, step {best.best_step})")
+    file = trainer.folder.scores
     scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if scores:
         before, after = (f"{scores[m]['score']:.1%}" if m in scores else "-" for m in ("before", "after"))
@@ -82,7 +82,9 @@ def export(trainer: Trainer) -> list[str]:
 
     Raises:
         UserError: an export that does not compute what the adapter computes.
+        RunStopped: a signal; by now no other rank waits for this one.
     """
+    trainer.stop.raise_if_wished()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
     plot_losses(folder.metrics, folder.path / "loss.png")
     adapter = load_adapter(folder.adapter)

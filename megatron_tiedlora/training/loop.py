@@ -1,8 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, early stopping, and stopping together.
 
-The loss of a step is the sum over its supervised tokens divided by their number in the global batch. Each micro-batch is
-divided by N_global / (accumulation steps x dp), so that DeepSpeed's own division by the accumulation steps and its mean
-over the ranks give exactly that, whatever the split.
+The loss of a step is the sum over its supervised tokens divided by their number in the global batch. Each micro-batch
+is divided by N_global / (accumulation steps x dp), so that DeepSpeed's own division by the accumulation steps and its
+mean over the ranks give exactly that, whatever the split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.parallel.collectives import sum_over_ranks
+from megatron_tiedlora.parallel.collectives import broadcast_object, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import all_open, step_with_norm, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
 from megatron_tiedlora.training.plan import RunPlan
@@ -53,7 +53,7 @@ class Trainer:
     _saved_step: int | None = None
     _save_due: bool = False
     _last_save: float = field(default_factory=time.monotonic)
-    _step_seconds: float = 0.0
+    _step_seconds: float = math.inf  # unknown yet, so the first step counts as a long one
 
     @property
     def is_main(self) -> bool:
@@ -85,15 +85,17 @@ class Trainer:
                     self._evaluate_start(bar)
                 else:
                     self._evaluate_and_save(bar)  # where a stop came between a step and its evaluation
-                while self.progress.step < settings.max_steps:
-                    if self.progress.evaluations_since_best >= settings.patience:
-                        return "early_stopping"
+                while self.progress.step < settings.max_steps and not self._out_of_patience():
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
-                return "early_stopping" if self.progress.evaluations_since_best >= settings.patience else "max_steps"
+                self.save()  # after early stopping the last evaluation may not have been followed by a checkpoint
+                return "early_stopping" if self._out_of_patience() else "max_steps"
             except RunStopped:
                 self.save()
                 raise
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.evaluations_since_best >= self.plan.settings.patience
 
     def _bar(self) -> Any:
         return tqdm(
@@ -113,7 +115,7 @@ class Trainer:
         if count:
             number = round(total / count)
             reason = "SIGINT" if number == 2 else "SIGTERM or the launcher's end" if number == 15 else "signals"
-            raise RunStopped(2 if number == 2 else 15, reason)
+            raise self.stop.stopped(2 if number == 2 else 15, reason)
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
         """One optimizer step on this rank's micro-batches; all ranks agree on loss and stopping before weights move."""
@@ -205,11 +207,14 @@ class Trainer:
             bank.B.data.copy_(kept)
         if self.is_main:
             bar.write(
-                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from {base:.4f}"
-                f" (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} sets how far"
+                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
+                f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} sets how"
+                " far"
             )
 
     def _log_validation(self, loss: float, bar: Any) -> None:
+        if not math.isfinite(loss):
+            raise RunFailed(self._not_finite("validation loss", loss, self.progress.step))
         if self.log is not None:
             self.log.write({"step": self.progress.step, "split": "validation", "loss": loss})
             bar.write(f"step {self.progress.step}: validation loss {loss:.4f}")
@@ -225,8 +230,6 @@ class Trainer:
         if due and self.progress.evaluated_step != step:
             loss = self.evaluate()
             self._log_validation(loss, bar)
-            if not math.isfinite(loss):
-                raise RunFailed(self._not_finite("validation loss", loss, step))
             improved = self.progress.best_metric is None or loss < self.progress.best_metric
             self.progress = (
                 replace(self.progress, best_metric=loss, best_step=step, evaluations_since_best=0)
@@ -238,16 +241,38 @@ class Trainer:
             self.save(best=improved)
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the step that was finished last, and the adapter if it is the best; all ranks take part.
+        """Write a checkpoint of the last finished step, and the adapter if it is the best; all ranks take part.
 
-        Nothing is written before the first step, and nothing twice unless the step has become the best one.
+        Nothing is written before the first step, and no checkpoint twice: `latest` names it, so it is never replaced.
+
+        Raises:
+            UserError: it cannot be written; on every rank.
+            RunFailed: the adapter is not finite; nothing was written.
         """
-        if self.progress.step == 0 or (self._saved_step == self.progress.step and not best):
+        new = self._saved_step != self.progress.step
+        if self.progress.step == 0 or not (new or best):
             return
         state = self.full_adapter_state()
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+            raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
         parameters = trained_parameters(self.engine.module)
-        moments = read_moments(self.engine, parameters, self.plan.engine.zero_stage)
+        moments = read_moments(self.engine, parameters, self.plan.engine.zero_stage) if new else {}
+        failure: object = None
         if self.is_main:
+            try:
+                self._write(state, moments, new=new, best=best)
+            except UserError as error:
+                failure = error
+        failure = broadcast_object(failure, self.device)
+        if isinstance(failure, UserError):
+            raise failure
+        self._saved_step = self.progress.step
+        self._last_save = time.monotonic()
+
+    def _write(
+        self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
+    ) -> None:
+        if new:
             save_checkpoint(
                 self.folder.checkpoints,
                 progress=self.progress,
@@ -257,10 +282,8 @@ class Trainer:
                 moments=moments,
                 settings=self.plan.resolved_settings(),
             )
-            if best:
-                save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)
-        self._saved_step = self.progress.step
-        self._last_save = time.monotonic()
+        if best:
+            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)
 
     def full_adapter_state(self) -> dict[str, torch.Tensor]:
         """Full fp32 A, B, u, v on the CPU; all ranks take part."""

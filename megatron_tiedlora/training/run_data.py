@@ -47,7 +47,8 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         UserError: files, rows, tokenizer or vocabulary that do not fit, named.
     """
     settings = plan.settings
-    tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
+    model_folder = plan.source.weights_folder()  # refuses a preset, which has none
+    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     check_vocabulary(tokenizer, plan.source.config.vocab_size)
     train = _read(settings, "train", tokenizer)
     train_set, validation_set = (

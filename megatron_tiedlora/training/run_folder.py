@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
 from megatron_tiedlora.config.errors import UserError
 
 State = Literal["finished", "stopped", "failed"]
@@ -49,15 +50,28 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def scores(self) -> Path:
+        """What greedy decoding scored before and after training."""
+        return self.path / "scores.json"
+
+    @property
     def is_run(self) -> bool:
         """Whether a run has used this folder."""
         return self.settings.is_file()
 
     def write_settings(self, content: Mapping[str, Any]) -> None:
-        """Write run.yaml and remove an earlier end's status."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False))
-        self.status.unlink(missing_ok=True)
+        """Write run.yaml and remove an earlier end's status. Raises UserError where the folder cannot be written."""
+        new = not self.path.is_dir()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False))
+            self.status.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        except UserError:
+            if new:
+                self.path.rmdir()
+            raise
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json."""
@@ -68,22 +82,30 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
     """The folder of a run.
 
     Args:
-        output_dir: as given, or None for runs/NAME: the first free of NAME, NAME-2, NAME-3, ...; to resume, the last.
+        output_dir: as given, or None for runs/NAME: the first free of NAME, NAME-2, NAME-3, ...; to resume, the last,
+            or the run that the checkpoint given to --resume belongs to.
         resume: value of --resume.
 
     Raises:
-        UserError: the folder holds another run (or anything else) and --resume was not given.
+        UserError: the folder holds another run (or anything else) and --resume was not given, or cannot be written.
     """
     if output_dir is not None:
         folder = RunFolder(Path(output_dir).expanduser())
-        if folder.path.exists() and not folder.path.is_dir():
-            raise UserError(f"--output_dir {output_dir} is a file; give a folder")
+        place = next(parent for parent in (folder.path, *folder.path.absolute().parents) if parent.exists())
+        if not place.is_dir():
+            raise UserError(f"--output_dir {output_dir}: {place} is a file; give a folder")
+        if not os.access(place, os.W_OK):
+            raise UserError(f"--output_dir {output_dir}: {place} cannot be written; give another folder")
         if resume == "none" and folder.path.is_dir() and any(folder.path.iterdir()):
             what = "the run of an earlier start" if folder.is_run else "other files"
             raise UserError(
                 f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to go on with a run"
             )
         return folder
+    if resume not in ("none", "auto"):
+        folder = RunFolder(Path(resume).expanduser().parent.parent)
+        if folder.is_run:
+            return folder
     last, number = RunFolder(Path("runs") / name), 2
     if resume == "none" and not last.path.exists():
         return last
@@ -93,24 +115,29 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they will come again."""
+    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they come again."""
 
-    def __init__(self, folder: RunFolder, *, resumed_step: int) -> None:
+    def __init__(self, folder: RunFolder, *, resumed_step: int, evaluated_step: int | None = None) -> None:
+        """Open the logs of a run that goes on from `resumed_step`, having evaluated after `evaluated_step`."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._file = folder.metrics
-        kept = [row for row in read_metrics(folder.metrics) if row["step"] <= resumed_step] if resumed_step else []
+        last = {"train": resumed_step, "validation": evaluated_step or 0}
+        kept = [row for row in read_metrics(self._file) if row["step"] <= last[row["split"]]] if resumed_step else []
         write_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
         self._board = SummaryWriter(folder.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row: `step`, `split`, and numbers, unrounded."""
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(row)) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "split"):
-                self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
-        self._board.flush()
+        """Append one row: `step`, `split`, and numbers, unrounded. Raises UserError where the disk is full."""
+        try:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(dict(row)) + "\n")
+            for name, value in row.items():
+                if name not in ("step", "split"):
+                    self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
+            self._board.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.parent}: its logs cannot be written ({error.strerror or error})") from error
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
@@ -152,5 +179,7 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(target)
+    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    figure.savefig(unfinished, format="png")
     pyplot.close(figure)
+    unfinished.replace(target)

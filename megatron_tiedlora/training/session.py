@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,16 @@ from torch import nn
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
+from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base
-from megatron_tiedlora.checkpoint.resume import Checkpoint, latest_checkpoint, load_checkpoint
+from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import (
+    LATEST_FILE,
+    STATE_FILE,
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -25,7 +34,7 @@ from megatron_tiedlora.pipeline.engine import (
     parameter_access,
     trained_parameters,
 )
-from megatron_tiedlora.pipeline.engine_state import write_moments
+from megatron_tiedlora.pipeline.engine_state import MOMENTS, write_moments
 from megatron_tiedlora.pipeline.sequential import SequentialModel
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
@@ -35,20 +44,31 @@ from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
 
 def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
     """Choose the run folder on rank 0 and tell every rank. Raises UserError, on every rank, where it is not free."""
-    chosen: object = None
+
+    def choose() -> Path:
+        return choose_run_folder(plan.settings.output_dir, name=plan.name, resume=plan.settings.resume).path
+
+    path = _decided_by_rank_0(choose, plan, device)
+    assert path is not None
+    return RunFolder(path)
+
+
+def _decided_by_rank_0(decide: Callable[[], Path | None], plan: RunPlan, device: torch.device) -> Path | None:
+    """Rank 0's answer on every rank, or its UserError: two ranks that look at a shared folder may see it differ."""
+    answer: object = None
     if plan.grid.rank == 0:
         try:
-            folder = choose_run_folder(plan.settings.output_dir, name=plan.name, resume=plan.settings.resume)
-            chosen = str(folder.path)
+            answer = decide()
         except UserError as error:
-            chosen = error
-    chosen = broadcast_object(chosen, device)
-    if isinstance(chosen, UserError):
-        raise chosen
-    return RunFolder(Path(str(chosen)))
+            answer = error
+    answer = broadcast_object(answer, device)
+    if isinstance(answer, UserError):
+        raise answer
+    assert answer is None or isinstance(answer, Path)
+    return answer
 
 
-def find_checkpoint(plan: RunPlan, folder: RunFolder) -> Checkpoint | None:
+def find_checkpoint(plan: RunPlan, folder: RunFolder, device: torch.device) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     `auto` in a folder without a checkpoint starts from the beginning, so that one command serves a job's first and
@@ -57,17 +77,60 @@ def find_checkpoint(plan: RunPlan, folder: RunFolder) -> Checkpoint | None:
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    resume = plan.settings.resume
-    if resume == "none":
-        return None
-    path = latest_checkpoint(folder.checkpoints) if resume == "auto" else Path(resume).expanduser()
+    path = _decided_by_rank_0(lambda: _checkpoint_path(plan.settings.resume, folder), plan, device)
     if path is None:
         return None
-    if not path.is_dir():
-        raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
     checkpoint = load_checkpoint(path)
     check_resumed_settings(plan, checkpoint.settings, source=str(path))
+    best = checkpoint.progress.best_step
+    if best not in (None, checkpoint.progress.step) and not (path.parent / f"step_{best}").is_dir():
+        # A checkpoint that was taken out of its run: the best one so far is gone, so the next evaluation makes it anew.
+        forgotten = replace(
+            checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
+        )
+        return replace(checkpoint, progress=forgotten)
     return checkpoint
+
+
+def _checkpoint_path(resume: str, folder: RunFolder) -> Path | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return latest_checkpoint(folder.checkpoints)
+    path = Path(resume).expanduser()
+    if not path.is_dir():
+        raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
+    if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
+        raise UserError(f"--resume {resume}: {folder.path} holds another run; give a new --output_dir")
+    return path
+
+
+def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Make `checkpoint` the last one of the run folder, before training goes on from it; on rank 0.
+
+    Out of another folder it is copied first, with the best checkpoint and the logs. Then `latest` names it, so that a
+    later start goes on with this run, and adapter/ is the best one: a kill between two saves may have left an older.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    progress, source = checkpoint.progress, checkpoint.folder.resolve()
+    if source.parent != folder.checkpoints.resolve():
+        copies = {source: folder.checkpoints / f"step_{progress.step}"}
+        if progress.best_step not in (None, progress.step):
+            copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
+        for original, copy in copies.items():
+            with new_folder(copy) as unfinished:
+                shutil.copytree(original, unfinished, dirs_exist_ok=True)
+        run = RunFolder(source.parent.parent)
+        for earlier, copied in ((run.metrics, folder.metrics), (run.scores, folder.scores)):
+            if run.is_run and earlier.is_file():
+                write_text(copied, earlier.read_text(encoding="utf-8"))
+    remove_leftovers(folder.path)
+    write_text(folder.checkpoints / LATEST_FILE, f"step_{progress.step}\n")
+    if progress.best_step is not None:
+        best = load_adapter(folder.checkpoints / f"step_{progress.best_step}")
+        save_adapter(folder.adapter, best.config, best.base, best.state)
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
@@ -123,8 +186,14 @@ def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | No
 
 
 def start_engine(plan: RunPlan, model: nn.Module, checkpoint: Checkpoint | None) -> Any:
-    """The DeepSpeed engine around `model`, its optimizer and schedule standing where the checkpoint stood."""
+    """The DeepSpeed engine around `model`, its optimizer and schedule standing where the checkpoint stood.
+
+    Raises:
+        UserError: a checkpoint without the moments of every trained tensor.
+    """
     settings = plan.settings
+    if checkpoint is not None:
+        _check_moments(checkpoint, trained_parameters(model))
     optimizer = make_optimizer(
         trained_parameters(model).values(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -140,6 +209,18 @@ def start_engine(plan: RunPlan, model: nn.Module, checkpoint: Checkpoint | None)
         )
         resume_scheduler(scheduler, checkpoint.progress.step)
     return engine
+
+
+def _check_moments(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            stored = checkpoint.moments.get(f"{moment}.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
+                raise UserError(
+                    f"{checkpoint.folder / STATE_FILE}: {moment}.{name} is {found}, expected {tuple(parameter.shape)};"
+                    " resume from another checkpoint"
+                )
 
 
 def headline(plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None) -> list[str]:

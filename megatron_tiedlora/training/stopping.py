@@ -17,8 +17,11 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class RunStopped(Exception):
-    """All ranks have agreed to stop; the exit status is 128 + `signal_number`."""
+class RunStopped(BaseException):
+    """All ranks have agreed to stop; the exit status is 128 + `signal_number`.
+
+    Like KeyboardInterrupt no Exception: it can be raised anywhere, and must not be taken for a library's failure.
+    """
 
     def __init__(self, signal_number: int, reason: str) -> None:
         super().__init__(reason)
@@ -28,8 +31,8 @@ class RunStopped(Exception):
 def launcher_processes() -> list[psutil.Process]:
     """The launchers above this rank whose death means that the run is to stop.
 
-    A local `deepspeed` that is told to stop dies at once and leaves its per-node launcher and the ranks running, so both
-    are watched; likewise the agent of torchrun. Other parents (a shell) may come and go.
+    A local `deepspeed` that is told to stop dies at once and leaves its per-node launcher and the ranks running, so
+    both are watched; likewise the agent of torchrun. Other parents (a shell) may come and go.
     """
     watched = []
     try:
@@ -47,11 +50,15 @@ def launcher_processes() -> list[psutil.Process]:
 
 @dataclass
 class StopWatch:
-    """Notes the wish to stop. Outside `deferred()` a signal raises RunStopped at once."""
+    """Notes the wish to stop. Outside `deferred()` a signal raises RunStopped at once.
+
+    The first signal counts: a launcher that was interrupted itself sends its ranks another one while they end.
+    """
 
     launchers: list[psutil.Process] = field(default_factory=launcher_processes)
     _signal: int = 0
     _deferred: bool = False
+    _stopping: bool = False
 
     def install(self) -> None:
         """Take over SIGINT and SIGTERM of this process."""
@@ -59,9 +66,19 @@ class StopWatch:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = number
-        if not self._deferred:
-            raise RunStopped(number, signal.Signals(number).name)
+        self._signal = self._signal or number
+        if not self._deferred and not self._stopping:
+            self.raise_if_wished()
+
+    def stopped(self, number: int, reason: str) -> RunStopped:
+        """The exception to raise; from now on signals are ignored, so that the end is not interrupted."""
+        self._stopping = True
+        return RunStopped(number, reason)
+
+    def raise_if_wished(self) -> None:
+        """Raise RunStopped where this rank wishes to stop. Only where no other rank waits for it."""
+        if number := self.wish():
+            raise self.stopped(number, signal.Signals(number).name)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

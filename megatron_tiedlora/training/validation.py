@@ -76,8 +76,8 @@ def score_by_decoding(
 ) -> Scores:
     """Decode every prompt greedily, ranks sharing the prompts, and score the texts.
 
-    All ranks decode the same number of batches for the same number of steps, because under ZeRO-3 every call of the model
-    is a collective; a rank without prompts left decodes the first one again and does not count it.
+    All ranks decode the same number of batches for the same number of steps, because under ZeRO-3 every call of the
+    model is a collective; a rank without prompts left decodes the first one again and does not count it.
     """
     order = sorted(range(len(scored.prompts)), key=lambda index: len(scored.prompts[index]))
     batch_size = min(DECODING_BATCH, -(-len(order) // grid.dp_size))

@@ -1,6 +1,6 @@
 """The LLaMA family: what a Hugging Face `config.json` means here, what of it is refused, and the table of weight names.
 
-The name table is the one place that knows how Hugging Face names and fuses weights; loading, merging and export read it.
+The name table is the one place that knows how Hugging Face names and fuses weights; loading, merging, export read it.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class WeightRule:
 def weight_rules(config: LlamaConfig) -> tuple[WeightRule, ...]:
     """The name table: every base parameter, in the order of the flat list of layers.
 
-    Layer 0 is the embedding, layers 1 to L are the blocks, layer L + 1 is the head. With tied embeddings the head has no
-    weight of its own.
+    Layer 0 is the embedding, layers 1 to L are the blocks, layer L + 1 is the head. With tied embeddings the head has
+    no weight of its own.
     """
     d, f = config.hidden_size, config.intermediate_size
     o, attention_width = sum(config.qkv_rows), config.qkv_rows[0]

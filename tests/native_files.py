@@ -1,0 +1,36 @@
+"""Native adapters with given values on a model folder, for tests of files and conversions. Uses the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oracle import OracleAdapter
+
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base, save_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.model.families.llama import weight_rules
+
+
+def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter:
+    """`adapter`'s values as a native adapter of `source`."""
+    config = make_adapter_config(
+        adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        layers=adapter.layers,
+        hidden_size=source.config.hidden_size,
+        qkv_rows=source.config.qkv_rows,
+        seed=5,
+    )
+    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
+        base = identify_base(source, weights, "fp32")
+    return NativeAdapter(config, base, adapter.tensors)
+
+
+def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:
+    """Write `adapter` as a native adapter of the model folder `model` to `folder`."""
+    native = native_adapter(find_model(str(model)), adapter)
+    save_adapter(folder, native.config, native.base, native.state)
+    return native

@@ -1,0 +1,631 @@
+"""Merged checkpoints and PEFT adapters compute what the native adapter computes, in the programs that read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_files import native_adapter, write_native
+from oracle import OracleAdapter, OracleConfig, delta_weights, load_weights, merged_weights
+from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter, write_tiny_model
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import MERGE_RECORD, NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
+INDEX = "model.safetensors.index.json"
+
+# name: (model, sharded, adapted layers or all)
+CASES: dict[str, tuple[dict[str, Any], bool, tuple[int, ...] | None]] = {
+    "gqa": ({}, False, None),
+    "mha_sharded": ({"num_kv_heads": 4}, True, None),
+    "some_layers_sharded": ({"tied": True, "head_dim": 12}, True, (1, 3)),
+    "one_layer_bias": ({"attention_bias": True, "llama3_rope": True}, False, (2,)),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        name: write_tiny_model(root / name, max_shard_size="30KB" if sharded else None, **shape)
+        for name, (shape, sharded, _) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def gqa(bases: dict[str, Path]) -> tuple[ModelSource, NativeAdapter, OracleAdapter]:
+    """A base with kv heads < heads and a tl6 adapter of rank 4 and alpha 6."""
+    return with_adapter(bases["gqa"], "tl6")
+
+
+def with_adapter(
+    base: Path, method: str, layers: tuple[int, ...] | None = None, **keywords: Any
+) -> tuple[ModelSource, NativeAdapter, OracleAdapter]:
+    source = find_model(str(base))
+    oracle = random_adapter(method, OracleConfig.from_folder(base), alpha=6, layers=layers, **keywords)
+    return source, native_adapter(source, oracle), oracle
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 320, (2, 32), generator=torch.Generator().manual_seed(11))
+
+
+@torch.no_grad()
+def native_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.Tensor:
+    ids = tokens()
+    return load_model(source, adapter, dtype=torch.float32)(ids, torch.arange(32).expand_as(ids))
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens()).logits
+    return logits
+
+
+@torch.no_grad()
+def peft_logits(base: Path, folder: Path) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    logits: torch.Tensor = PeftModel.from_pretrained(model, str(folder))(tokens()).logits
+    return logits
+
+
+def share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------------------- both exports
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_exports_compute_what_the_adapter_computes(
+    bases: dict[str, Path], tmp_path: Path, method: str, case: str
+) -> None:
+    base = bases[case]
+    source, adapter, oracle = with_adapter(base, method, CASES[case][2])
+    merge_adapter(source, adapter, tmp_path / "merged")
+    export_peft(source, adapter, tmp_path / "peft")
+    native, plain = native_logits(source, adapter), native_logits(source, None)
+    assert share(plain, native) > 0.02  # the update is there
+    assert share(transformers_logits(tmp_path / "merged"), native) <= 1e-4
+    assert share(peft_logits(base, tmp_path / "peft"), native) <= 1e-4
+
+    expected = merged_weights(load_weights(base), OracleConfig.from_folder(base), oracle)
+    merged = load_weights(tmp_path / "merged")
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+    base_weights = load_weights(base)
+    layers = CASES[case][2] or (1, 2, 3)
+    changed = {f"model.layers.{i - 1}.self_attn.{part}_proj.weight" for i in layers for part in "qkv"}
+    assert {name for name in merged if not torch.equal(merged[name], base_weights[name])} == changed
+
+
+# --------------------------------------------------------------------------------------------- the merged folder
+
+
+def test_a_merged_folder_holds_a_whole_model_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["mha_sharded"], tmp_path / "base")
+    (base / "demo_manifest.json").write_text("{}")
+    (base / "optimizer.json").write_text("{}")
+    (base / "README.md").write_text("of the base")
+    (base / "LICENSE.txt").write_text("terms")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    found = {file.name for file in (tmp_path / "merged").iterdir()}
+    shards = {file.name for file in base.glob("*.safetensors")}
+    assert len(shards) > 3
+    assert found == shards | {
+        INDEX,
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "LICENSE.txt",
+        MERGE_RECORD,
+    }
+    for file in (tmp_path / "merged").iterdir():
+        assert file.stat().st_mode & 0o044 == (tmp_path / "merged").stat().st_mode & 0o044, file  # others may read it
+
+
+def test_a_sharded_base_stays_sharded_alike(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["mha_sharded"]
+    source, adapter, _ = with_adapter(base, "tl5")
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    before = json.loads((base / INDEX).read_text())
+    after = json.loads((tmp_path / "merged" / INDEX).read_text())
+    assert after["weight_map"] == before["weight_map"]
+    for name, file in after["weight_map"].items():
+        assert name in load_file(tmp_path / "merged" / file)
+    stored = load_weights(tmp_path / "merged")
+    assert after["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored.values())
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+def test_config_states_the_dtype_that_is_stored(
+    bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
+    expected = dtype or torch.float32
+    assert {tensor.dtype for tensor in load_weights(tmp_path / "merged").values()} == {expected}
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == expected
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == expected
+    values = json.loads((tmp_path / "merged" / "config.json").read_text())
+    original = json.loads((bases["gqa"] / "config.json").read_text())
+    assert {**values, "dtype": None} == {**original, "dtype": None}  # nothing else changes
+
+
+def test_config_of_transformers_4_states_the_dtype_in_its_own_field(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    values["torch_dtype"] = values.pop("dtype")
+    (base / "config.json").write_text(json.dumps(values))
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after["torch_dtype"] == "bfloat16" and "dtype" not in after
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_16_bit_merge_is_rounded_once(tmp_path: Path, stored: torch.dtype) -> None:
+    """Casting the update first, or the base, rounds twice, which moves one weight in five or more."""
+    base = write_tiny_model(tmp_path / "base", dtype=stored)
+    source, adapter, oracle = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
+    weights, merged = load_weights(base), load_weights(tmp_path / "merged")
+    same, twice = [], []
+    for layer in (1, 2, 3):
+        for part, delta in (delta_weights(oracle, OracleConfig.from_folder(base), layer) or {}).items():
+            name = f"model.layers.{layer - 1}.self_attn.{part}_proj.weight"
+            once = (weights[name].float() + delta).to(torch.bfloat16)
+            same.append(merged[name] == once)
+            twice.append((weights[name].to(torch.bfloat16) + delta.to(torch.bfloat16)) == once)
+    assert torch.cat([part.flatten() for part in same]).float().mean() > 0.999  # fp32 sums may end in another last bit
+    assert torch.cat([part.flatten() for part in twice]).float().mean() < 0.9  # the test can tell
+    assert torch.equal(merged["model.norm.weight"], weights["model.norm.weight"].to(torch.bfloat16))
+
+
+def test_a_tied_head_is_not_stored_twice(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Neither where the base is tidy nor where it carries a copy of the head, which need not even be equal."""
+    for name, extra in {"tidy": {}, "copied": {"lm_head.weight": torch.full((320, 32), 9.0)}}.items():
+        base = write_tiny_model(tmp_path / f"base_{name}", tied=True)
+        save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors", metadata={"format": "pt"})
+        source, adapter, _ = with_adapter(base, "tl6")
+        merge_adapter(source, adapter, tmp_path / name)
+        assert "lm_head.weight" not in load_weights(tmp_path / name)
+        assert share(transformers_logits(tmp_path / name), native_logits(source, adapter)) <= 1e-4
+
+
+def test_the_merged_tokenizer_is_the_one_of_training(bases: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    backend = json.loads((base / "tokenizer.json").read_text())
+    backend["model"]["vocab"]["12"] = 259
+    backend["model"]["merges"] = [["1", "2"]]
+    digits = {"type": "Digits", "individual_digits": True}
+    backend["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, backend["pre_tokenizer"]]}
+    (base / "tokenizer.json").write_text(json.dumps(backend))
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    ours, theirs = load_tokenizer(base), AutoTokenizer.from_pretrained(tmp_path / "merged")
+    # The class name makes transformers rebuild the base's own and lose the splitting into digits.
+    assert 259 in AutoTokenizer.from_pretrained(base)("12").input_ids and 259 not in ours("12").input_ids
+    for text in ("Question: 12 + 30?", "  naïve\n\n日本", "</s> <s>x", ""):
+        for special in (False, True):
+            assert theirs(text, add_special_tokens=special).input_ids == (
+                ours(text, add_special_tokens=special).input_ids
+            )
+    assert theirs.eos_token_id == ours.eos_token_id == 2
+    content = (tmp_path / "merged" / "tokenizer_config.json").read_text()
+    assert str(tmp_path) not in content  # nothing of this machine
+
+
+def test_another_tokenizer_replaces_the_base_s(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+    (base / "added_tokens.json").write_text("{}")
+    other = load_tokenizer(shutil.copytree(bases["gqa"], tmp_path / "other"))
+    other.add_tokens(["<only here>"])
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged", tokenizer=other)
+    assert "<only here>" in load_tokenizer(tmp_path / "merged").get_vocab()
+    assert not (tmp_path / "merged" / "added_tokens.json").exists()  # of the tokenizer that was replaced
+
+
+def test_a_base_without_tokenizer_is_merged_without_one(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", tokenizer=False)
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("tokenizer*"))
+    assert share(transformers_logits(tmp_path / "merged"), native_logits(source, adapter)) <= 1e-4
+
+
+def test_merging_twice_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    merged = find_model(str(tmp_path / "merged"))
+    for action in (
+        lambda: merge_adapter(merged, adapter, tmp_path / "twice"),
+        lambda: export_peft(merged, adapter, tmp_path / "twice"),
+    ):
+        with pytest.raises(UserError, match=r"already; give the plain base with --model$"):
+            action()
+    with pytest.raises(UserError, match="weights differ"):
+        load_model(merged, adapter, dtype=torch.float32)
+    assert {item.name for item in tmp_path.iterdir()} == {"merged"}
+
+
+def test_an_adapter_that_was_trained_on_a_merged_model_is_merged_into_it(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    source, first, _ = with_adapter(bases["gqa"], "tl6")
+    merge_adapter(source, first, tmp_path / "merged")
+    merged, second, _ = with_adapter(tmp_path / "merged", "tl5", seed=3)
+    merge_adapter(merged, second, tmp_path / "both")
+    assert share(transformers_logits(tmp_path / "both"), native_logits(merged, second)) <= 1e-4
+    with pytest.raises(UserError, match="weights differ"):
+        merge_adapter(source, second, tmp_path / "wrong")
+
+
+# --------------------------------------------------------------------------------------------- the PEFT adapter
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_peft_files_are_as_documented(bases: dict[str, Path], tmp_path: Path, layers: tuple[int, ...] | None) -> None:
+    base = bases["gqa"]
+    source, adapter, oracle = with_adapter(base, "tl6", layers)
+    assert export_peft(source, adapter, tmp_path / "peft") == 4
+    assert {f.name for f in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    content = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": 4,
+        "lora_alpha": 4,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    if layers:
+        expected |= {"layers_to_transform": [0, 2], "layers_pattern": "layers"}
+    assert content == expected
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    rows = {"q": slice(0, 32), "k": slice(32, 48), "v": slice(48, 64)}
+    names = {
+        f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj.lora_{side}.weight"
+        for layer in layers or (1, 2, 3)
+        for part in "qkv"
+        for side in "AB"
+    }
+    assert tensors.keys() == names
+    for index, layer in enumerate(layers or (1, 2, 3)):
+        for part, cut in rows.items():
+            prefix = f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj."
+            a, b = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
+            assert a.dtype == b.dtype == torch.float32
+            torch.testing.assert_close(a, torch.diag(oracle.u[index]) @ oracle.A)
+            torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
+
+
+def test_padding_the_rank_changes_nothing(
+    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    source, adapter, _ = gqa
+    export_peft(source, adapter, tmp_path / "plain")
+    assert export_peft(source, adapter, tmp_path / "padded", pad_rank_to=16) == 16
+    content = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
+    assert content["r"] == content["lora_alpha"] == 16
+    plain, padded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "padded"))
+    for name, tensor in padded.items():
+        kept, filled = (tensor[:4], tensor[4:]) if "lora_A" in name else (tensor[:, :4], tensor[:, 4:])
+        assert filled.numel() and torch.equal(kept, plain[name]) and not filled.any()
+    assert share(peft_logits(bases["gqa"], tmp_path / "padded"), native_logits(source, adapter)) <= 1e-4
+
+
+@pytest.mark.parametrize("rank", [3, 0, -8])
+def test_a_padded_rank_below_the_adapter_s_is_refused(
+    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], tmp_path: Path, rank: int
+) -> None:
+    with pytest.raises(UserError, match=f"--pad_rank_to {rank} is less than the adapter's rank 4"):
+        export_peft(*gqa[:2], tmp_path / "peft", pad_rank_to=rank)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
+def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
+    hint = serve_hint(Path("out dir/peft"), "org/base", rank)
+    assert hint.endswith(f"--max-lora-rank {served}")
+    assert "vllm serve org/base --enable-lora --lora-modules 'tied=out dir/peft'" in hint
+
+
+def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
+    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 513)
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    _, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    other_shape = find_model(str(bases["mha_sharded"]))
+    other_values = find_model(str(write_tiny_model(tmp_path / "other", seed=1, tokenizer=False)))
+    for source, what in ((other_shape, "num_key_value_heads"), (other_values, "weights differ")):
+        for convert in (merge_adapter, export_peft):
+            with pytest.raises(UserError, match=what):
+                convert(source, adapter, tmp_path / "output")
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_output_that_exists_is_refused(
+    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "output"
+    if kind == "folder":
+        output.mkdir()
+        (output / "mine").write_text("precious")
+    elif kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    for convert in (merge_adapter, export_peft):
+        with pytest.raises(UserError, match="exists; give a new folder"):
+            convert(*gqa[:2], output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert kind == "link" or (output / "mine" if kind == "folder" else output).read_text() == "precious"
+
+
+def test_an_output_that_is_an_empty_folder_is_filled(
+    gqa: tuple[ModelSource, NativeAdapter, OracleAdapter], tmp_path: Path
+) -> None:
+    export_peft(*gqa[:2], tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["gqa"], tmp_path / "base")
+    (base / "tokenizer.json").write_text("{")
+    source, adapter, _ = with_adapter(base, "tl6")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        merge_adapter(source, adapter, tmp_path / "merged")
+    assert {item.name for item in tmp_path.iterdir()} == {"base"}
+
+
+# --------------------------------------------------------------------------------------------- the check itself
+
+
+@pytest.fixture(scope="module")
+def exported(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
+    root = tmp_path_factory.mktemp("exported")
+    source, adapter, oracle = with_adapter(bases["gqa"], "tl6")
+    write_native(root / "adapter", bases["gqa"], oracle)
+    merge_adapter(source, adapter, root / "merged")
+    merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
+    export_peft(source, adapter, root / "peft")
+    return root
+
+
+def test_the_check_passes_what_is_right(bases: dict[str, Path], exported: Path) -> None:
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    rows = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft")
+    assert [row.passed for row in rows] == [True] * 3
+    plain, merged, peft = rows
+    assert plain.largest > 0.02 and plain.agreement < 1 and plain.divergence > 1e-3
+    for row in (merged, peft):
+        assert row.largest < 1e-5 and row.mean <= row.largest and row.agreement == 1.0 and abs(row.divergence) < 1e-6
+    table = format_comparisons(rows).splitlines()
+    assert len(table) == 4 and table[2].startswith("merged, in transformers") and table[2].endswith("ok")
+
+
+def test_the_check_takes_the_rounding_of_16_bits_out(bases: dict[str, Path], exported: Path) -> None:
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    plain, shown, judged = verify_export(source, adapter, merged=exported / "merged16")
+    assert shown.largest > 1e-3 and shown.passed and "information" in shown.verdict
+    assert judged.largest < 1e-5 and judged.passed
+    assert plain.passed
+
+
+@pytest.mark.parametrize("which", ["merged", "merged16"])
+@pytest.mark.parametrize("damage", ["plain", "swapped", "halved"])
+def test_the_check_fails_a_merge_that_is_wrong(
+    bases: dict[str, Path], exported: Path, tmp_path: Path, which: str, damage: str
+) -> None:
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    broken = shutil.copytree(exported / which, tmp_path / "broken")
+    weights, base = load_weights(broken), load_weights(bases["gqa"])
+    key, value = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
+    if damage == "plain":  # the update forgotten in one projection
+        weights[key] = base[key].to(weights[key].dtype)
+    elif damage == "swapped":  # k's rows for v's
+        change = weights[key].float() - base[key]
+        weights[value] = (base[value] + change).to(weights[key].dtype)
+    else:  # alpha / r forgotten
+        weights[key] = ((weights[key].float() + base[key]) / 2).to(weights[key].dtype)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert not all(row.passed for row in verify_export(source, adapter, merged=broken))
+
+
+def test_the_check_fails_a_peft_adapter_that_is_wrong(bases: dict[str, Path], exported: Path, tmp_path: Path) -> None:
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    broken = shutil.copytree(exported / "peft", tmp_path / "broken")
+    content = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps(content | {"lora_alpha": 6}))
+    rows = verify_export(source, adapter, peft=broken)
+    assert [row.passed for row in rows] == [True, False] and "FAILED" in format_comparisons(rows)
+
+
+def test_the_check_fails_an_adapter_that_changes_nothing(bases: dict[str, Path]) -> None:
+    source, _, oracle = with_adapter(bases["gqa"], "tl6")
+    adapter = native_adapter(source, oracle.with_tensors(v=torch.zeros_like(oracle.v)))
+    (row,) = verify_export(source, adapter)
+    assert not row.passed and "changes nothing" in row.verdict
+
+
+# --------------------------------------------------------------------------------------------- the commands
+
+# Runs a tool in this process's stead and says whether deepspeed was imported on the way.
+RUNNER = """
+import runpy, sys
+tool = sys.argv[1]
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(tool, run_name="__main__")
+finally:
+    print("deepspeed" in sys.modules, file=sys.stderr)
+"""
+
+
+def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUNNER, str(ROOT / "tools" / name), *(str(item) for item in arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
+    adapter = exported / "adapter"
+    merged = run_tool("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16")
+    assert merged.returncode == 0, merged.stderr
+    assert f"verify_export.py --adapter {adapter} --merged {tmp_path / 'merged'}" in merged.stdout
+    peft = run_tool("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8)
+    assert peft.returncode == 0, peft.stderr
+    assert "vllm serve" in peft.stdout and "--max-lora-rank 8" in peft.stdout
+    checked = run_tool(
+        "verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.count("ok") == 2
+    for result in (merged, peft, checked):
+        assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+
+
+def test_the_check_command_exits_1_where_an_export_is_wrong(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.verify_export import main
+
+    broken = shutil.copytree(exported / "merged", tmp_path / "broken")
+    weights = load_weights(broken)
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 1.01
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["--adapter", str(exported / "adapter"), "--merged", str(broken)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["merge_adapter.py", "export_peft.py", "verify_export.py"])
+def test_help_reads_without_loading_anything(tool: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"python tools/{tool} --adapter" in result.stdout and "--model M" in result.stdout
+    assert " torch\n" not in result.stderr and " yaml\n" in result.stderr
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no adapter": (["--adapter", "none", "--output", "out"], "none/adapter_config.json: no such file"),
+    "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
+    "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
+    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base is not to be had, give it with --model"),
+    "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
+    "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists"),
+    "no output": (["--adapter", "adapter"], "--output"),
+    "flag": (["--adapter", "adapter", "--ouput", "out"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line(
+    exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_tiedlora.config.cli import run_command
+    from tools import export_peft as export_tool
+    from tools import merge_adapter as merge_tool
+
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
+    lost = json.loads((exported / "adapter" / "adapter_config.json").read_text())
+    shutil.copytree(exported / "adapter", tmp_path / "lost")
+    (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps(lost | {"base_model": "/gone"}))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(item.name for item in tmp_path.iterdir())
+    arguments, message = WRONG[case]
+    for tool in (merge_tool, export_tool):
+        with pytest.raises(SystemExit) as end:
+            run_command(tool.main, arguments)
+        captured = capsys.readouterr()
+        assert end.value.code == 2 and not captured.out
+        assert captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert sorted(item.name for item in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder", "message"),
+    [
+        ("--merged", "none", "none/config.json: no such file"),
+        ("--merged", "peft", "peft/config.json: no such file"),
+        ("--peft", "none", "none/adapter_config.json: no such file"),
+        ("--peft", "adapter", "this is no PEFT adapter"),
+        ("--merged", "other", "another model than"),
+        ("--merged", "cut", "not a whole safetensors file"),
+        ("--peft", "cut", "not a whole safetensors file"),
+    ],
+)
+def test_a_folder_that_is_no_export_is_one_line(
+    exported: Path, bases: dict[str, Path], tmp_path: Path, flag: str, folder: str, message: str
+) -> None:
+    from tools.verify_export import main
+
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(bases["mha_sharded"], tmp_path / "other")
+    shutil.copytree(tmp_path / ("merged" if flag == "--merged" else "peft"), tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError) as error:
+        main(["--adapter", str(tmp_path / "adapter"), flag, str(tmp_path / folder)])
+    assert message in str(error.value) and "\n" not in str(error.value)

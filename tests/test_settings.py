@@ -1,0 +1,268 @@
+"""Settings from flags and YAML, batch arithmetic, and the DeepSpeed JSON: what is accepted, resolved and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_helpers  # noqa: F401  (names the accelerator before DeepSpeed is imported)
+
+from megatron_tiedlora.config.batch import BatchPlan, plan_batches
+from megatron_tiedlora.config.cli import build_parser, parse_settings
+from megatron_tiedlora.config.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
+
+# interface.md, "Settings of launch/train.py": scripts rely on these names.
+INTERFACE = {
+    "run": "config ds_config output_dir seed resume dry_run world_size timeout_minutes",
+    "model": "model tokenizer dtype max_length",
+    "adapter": "method rank alpha layers init_std_a init_std_b",
+    "parallel": "tensor_parallel pipeline_parallel sequence_parallel",
+    "data": "task train_file validation_file test_file prompt_template",
+    "speed": "packing compile recompute",
+    "optimisation": "global_batch_size micro_batch_size max_steps learning_rate weight_decay warmup_steps"
+    " gradient_clipping eval_interval eval_metric patience save_interval save_interval_minutes",
+}
+
+
+def refusal(*argv: str) -> str:
+    """The one line with which `argv` is refused."""
+    with pytest.raises(UserError) as caught:
+        parse_settings(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_flags_are_those_of_the_interface() -> None:
+    groups = {group.title: group for group in build_parser()._action_groups}
+    for name, flags in INTERFACE.items():
+        found = {option for action in groups[name]._group_actions for option in action.option_strings}
+        assert found == {f"--{flag}" for flag in flags.split()}, name
+    assert set(GROUPS) == set(INTERFACE)
+
+
+def test_help_is_grouped_and_short_enough_to_read() -> None:
+    text = build_parser().format_help()
+    positions = [text.index(f"\n{group}:\n") for group in GROUPS]
+    assert positions == sorted(positions)
+    for field in Settings.model_fields.values():
+        assert field.description
+    assert f"[{PAPER_DEFAULTS['learning_rate']:g}; demo {DEMO_DEFAULTS['learning_rate']:g}]" in " ".join(text.split())
+
+
+def test_demo_defaults() -> None:
+    settings = parse_settings([])
+    assert (settings.model, settings.task, settings.method, settings.rank) == ("demo", "demo", "tl6", 8)
+    assert settings.global_batch_size == 24
+    for ranks in (1, 2, 3, 8):
+        assert plan_batches(24, settings.micro_batch_size, ranks).accumulation_steps >= 1
+    assert settings.alpha == 8
+
+
+def test_paper_defaults_outside_the_demo() -> None:
+    settings = parse_settings(["--model=x", "--train_file=d.jsonl"])
+    assert settings.task == "custom"
+    found = (
+        settings.rank,
+        settings.learning_rate,
+        settings.warmup_steps,
+        settings.weight_decay,
+        settings.max_steps,
+        settings.global_batch_size,
+        settings.eval_interval,
+        settings.patience,
+        settings.save_interval,
+    )
+    assert found == (8, 1e-4, 50, 0.01, 2000, 256, 30, 10, 30)
+
+
+def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: tiny\ntrain_file: a.jsonl\nrank: 4\nlearning_rate: 1e-3\nlayers: [1, 3]\ndry_run: true\n")
+    settings = parse_settings(["--config", str(file), "--rank=2"])
+    assert (settings.rank, settings.learning_rate, settings.layers, settings.dry_run) == (2, 1e-3, (1, 3), True)
+    assert settings.alpha == 2  # follows the rank that holds in the end
+
+
+def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 4\ntokenizer: null\nranks: 2\nversions: {torch: '2'}\n")
+    assert parse_settings(["--config", str(file)]).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "layers"),
+    [(["--layers=8"], (8,)), (["--layers", "1,4,8"], (1, 4, 8)), (["--layers=all"], None), ([], None)],
+)
+def test_layers(argv: list[str], layers: tuple[int, ...] | None) -> None:
+    assert parse_settings(argv).layers == layers
+
+
+def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
+    assert parse_settings(["--local_rank=1", "--rank", "3"]).rank == 3
+    assert parse_settings(["--dry_run"]).dry_run
+    assert not parse_settings(["--dry_run", "false"]).dry_run
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--rnak=8"], ["--rnak", "did you mean --rank?"]),
+        (["--learning-rate", "1"], ["--learning-rate", "did you mean --learning_rate?"]),
+        (["--ran", "8"], ["--ran", "did you mean --rank?"]),
+        (["stray"], ["stray"]),
+        (["--rank"], ["--rank", "expected one argument"]),
+        (["--rank=0"], ["--rank 0", "greater than or equal to 1"]),
+        (["--rank=-3"], ["--rank -3"]),
+        (["--rank=two"], ["--rank two", "integer"]),
+        (["--method=tl7"], ["--method tl7", "'lora'", "'tl6'"]),
+        (["--dtype=fp16"], ["--dtype fp16", "'bf16'"]),
+        (["--learning_rate=0"], ["--learning_rate 0"]),
+        (["--learning_rate=nan"], ["--learning_rate nan"]),
+        (["--learning_rate=inf"], ["--learning_rate inf"]),
+        (["--alpha=0"], ["--alpha 0"]),
+        (["--layers=0,1"], ["--layers 0,1", "count from 1"]),
+        (["--layers=2,2"], ["--layers 2,2"]),
+        (["--layers=3,1"], ["--layers 3,1", "ascending"]),
+        (["--layers=a"], ["--layers"]),
+        (["--warmup_steps=90", "--max_steps=80"], ["--warmup_steps 90", "--max_steps 80"]),
+        (["--global_batch_size=0"], ["--global_batch_size 0"]),
+        (["--max_steps=-1"], ["--max_steps -1"]),
+        (["--patience=0"], ["--patience 0"]),
+        (["--task=imdb"], ["--task imdb", "'gsm8k'"]),
+        (["--task=custom"], ["--task custom", "--train_file"]),
+        (["--model=somewhere"], ["--task", "--train_file"]),
+        (["--world_size=4"], ["--world_size", "--dry_run"]),
+        (["--tensor_parallel=2"], ["--tensor_parallel 2", "not available"]),
+        (["--packing=true"], ["--packing", "not available"]),
+        (["--compile=true"], ["--compile", "not available"]),
+        (["--dry_run=perhaps"], ["--dry_run perhaps"]),
+        (["--config=missing.yaml"], ["missing.yaml", "no such file"]),
+    ],
+    ids=lambda value: "".join(value)[:40] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_refused_flags(argv: list[str], parts: list[str]) -> None:
+    message = refusal(*argv)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learning_rte: 1", ["unknown setting 'learning_rte'", "did you mean learning_rate?"]),
+        ("rank: 0", ["--rank 0"]),
+        ("rank: [", ["run.yaml:", "not valid YAML"]),
+        ("- a\n- b", ["run.yaml", "found a list"]),
+        ("1: 2", ["unknown setting 1"]),
+        ("seed: \x00", ["run.yaml", "not valid YAML"]),
+    ],
+)
+def test_refused_yaml(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = refusal("--config", str(file))
+    for part in parts:
+        assert part in message
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "micro", "steps"), [(1, 4, 6), (2, 4, 3), (3, 4, 2), (8, 3, 1), (24, 1, 1)])
+def test_micro_batch_is_the_largest_divisor_up_to_four(world: int, micro: int, steps: int) -> None:
+    plan = plan_batches(24, None, world)
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (micro, steps)
+
+
+def test_batches_that_do_not_divide() -> None:
+    with pytest.raises(UserError) as caught:
+        plan_batches(256, 3, 8)
+    message = str(caught.value)
+    for part in ("--global_batch_size 256", "--micro_batch_size 3", "data parallel 8", "240 or 264"):
+        assert part in message
+    with pytest.raises(UserError, match="nearest that does is 8"):
+        plan_batches(3, None, 8)
+
+
+# The DeepSpeed JSON -----------------------------------------------------------------------------------------------
+
+BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
+
+
+def load_json(tmp_path: Path, content: Any) -> Any:
+    file = tmp_path / "engine.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_engine_config(str(file), batches=BATCHES, gradient_clipping=0.5)
+
+
+def test_shipped_configs() -> None:
+    stages = {}
+    for file in sorted(REPOSITORY_CONFIGS.glob("*.json")):
+        config = load_engine_config(file.name, batches=BATCHES, gradient_clipping=0.5)
+        stages[file.name] = config.zero_stage
+        found = [config.values[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu")]
+        assert [*found, config.values["gradient_accumulation_steps"]] == [8, 2, 2]
+        assert config.values["gradient_clipping"] == 0.5
+        assert "auto" not in json.dumps(config.values)
+    assert stages == {f"zero{stage}.json": stage for stage in range(4)} | {"zero2_offload.json": 2}
+
+
+def test_auto_is_accepted_everywhere(tmp_path: Path) -> None:
+    zero = {"stage": "auto", "reduce_bucket_size": "auto"}
+    config = load_json(tmp_path, {"steps_per_print": "auto", "gradient_clipping": "auto", "zero_optimization": zero})
+    assert config.zero_stage == 0
+    assert config.values["zero_optimization"] == {} and "steps_per_print" not in config.values
+
+
+def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
+    content = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    assert load_json(tmp_path, {**content, "gradient_clipping": 0.5}).zero_stage == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"zero_optimisation": {}}, ["'zero_optimisation'", "did you mean zero_optimization?"]),
+        ({"zero_optimization": {"stag": 2}}, ["zero_optimization.stag", "did you mean stage?"]),
+        ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, ["offload_optimizer.devise"]),
+        ({"zero_optimization": 2}, ["zero_optimization must be an object"]),
+        ({"train_batch_size": 16}, ["train_batch_size is 16", "make it 8", "--global_batch_size"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "make it 2", "--micro_batch_size"]),
+        ({"gradient_accumulation_steps": 1}, ["is 1", "make it 2", "--micro_batch_size"]),
+        ({"gradient_clipping": 1.0}, ["is 1.0", "make it 0.5", "--gradient_clipping"]),
+        ("{", ["not valid JSON"]),
+        ("[]", ["expected a JSON object"]),
+    ],
+)
+def test_refused_json(tmp_path: Path, content: Any, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_json(tmp_path, content)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ["engine.json", *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"])
+def test_refused_sections_name_the_flag(tmp_path: Path, section: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_json(tmp_path, {section: {"enabled": True}})
+    assert f"section {section!r}" in str(caught.value) and REFUSED_SECTIONS[section] in str(caught.value)
+    assert "--" in REFUSED_SECTIONS[section]
+
+
+def test_missing_json_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"zero_2.json: no such file .* \(did you mean zero2.json\?\)"):
+        load_engine_config("zero_2.json", batches=BATCHES, gradient_clipping=1.0)
+
+
+def test_json_in_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.chdir(tmp_path)
+    assert load_engine_config("zero2.json", batches=BATCHES, gradient_clipping=1.0).zero_stage == 1

@@ -1,0 +1,50 @@
+"""Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp. Nothing is lost but the tie."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tiedlora.config.cli import CommandParser, run_command
+
+EXAMPLE = """\
+example:
+  python tools/export_peft.py --adapter runs/demo/adapter --output runs/demo/peft
+
+Padding the rank with zeros changes nothing in what the adapter computes; it is for programs that take certain ranks
+only. DIR appears when it is whole.
+"""
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    described = CommandParser(prog="export_peft.py", description=__doc__, epilog=EXAMPLE)
+    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+    described.add_argument(
+        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
+    )
+    described.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, filled up with zeros")
+    return described
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export; returns the exit status."""
+    options = parser().parse_known_names(argv)
+    # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
+    from megatron_tiedlora.convert.inputs import open_inputs, refuse_existing
+
+    refuse_existing(options.output)
+    source, adapter = open_inputs(options.adapter, options.model)
+    rank = export_peft(source, adapter, options.output, pad_rank_to=options.pad_rank_to)
+    base = peft_base(source)
+    print(f"exported {options.adapter} as LoRA of rank {rank} on {base}: {options.output}")
+    print(serve_hint(options.output, base, rank))
+    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

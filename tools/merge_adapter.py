@@ -1,0 +1,60 @@
+"""Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tiedlora.config.cli import CommandParser, run_command
+
+EXAMPLE = """\
+example:
+  python tools/merge_adapter.py --adapter runs/demo/adapter --output runs/demo/merged
+
+The base's files are read one by one, so the memory needed is that of one file. DIR appears when it is whole.
+"""
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    described = CommandParser(prog="merge_adapter.py", description=__doc__, epilog=EXAMPLE)
+    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+    described.add_argument(
+        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
+    )
+    described.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights [as the base stores each]"
+    )
+    described.add_argument(
+        "--tokenizer", metavar="T", help="tokenizer to put there: folder, hub id or tokenizer.model [the base's own]"
+    )
+    return described
+
+
+def main(argv: Sequence[str]) -> int:
+    """Merge; returns the exit status."""
+    options = parser().parse_known_names(argv)
+    # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    import torch
+
+    from megatron_tiedlora.convert.inputs import open_inputs, refuse_existing
+    from megatron_tiedlora.convert.merge import merge_adapter
+    from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+    refuse_existing(options.output)
+    source, adapter = open_inputs(options.adapter, options.model)
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    dtype = dtypes[options.dtype]
+    merge_adapter(source, adapter, options.output, dtype=dtype, tokenizer=tokenizer, progress=True)
+    print(f"merged {options.adapter} into {source.name}: {options.output}")
+    if not any(options.output.glob("tokenizer*")):
+        print(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
+    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

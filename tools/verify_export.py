@@ -1,0 +1,46 @@
+"""Compare the logits of base + adapter with those of its exports, in fp32; exit status 1 where one differs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tiedlora.config.cli import CommandParser, run_command
+
+EXAMPLE = """\
+example:
+  python tools/verify_export.py --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
+
+Columns: largest and mean difference as a share of the largest logit, KL divergence in nats a position, and how often
+the most likely token is the same, over random tokens. The memory needed is that of the model in fp32.
+"""
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    described = CommandParser(prog="verify_export.py", description=__doc__, epilog=EXAMPLE)
+    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+    described.add_argument(
+        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
+    )
+    described.add_argument("--merged", type=Path, metavar="DIR", help="what tools/merge_adapter.py wrote")
+    described.add_argument("--peft", type=Path, metavar="DIR", help="what tools/export_peft.py wrote")
+    return described
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare; returns the exit status."""
+    options = parser().parse_known_names(argv)
+    # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+
+    source, adapter = open_inputs(options.adapter, options.model)
+    results = verify_export(source, adapter, merged=options.merged, peft=options.peft, progress=True)
+    print(format_comparisons(results))
+    return 0 if all(row.passed for row in results) else 1
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
