@@ -55,7 +55,7 @@ class AdapterConfig:
         return find_method(self.method)
 
     def shape(self, factor: str) -> tuple[int, ...]:
-        """Full shape of A, B, u or v: (r, d), (o, r), (n, r), (n, o); A and B get a leading n where they are not tied."""
+        """Full shape: A (r, d), B (o, r), u (n, r), v (n, o); A and B get a leading n where they are not tied."""
         n, r = len(self.layers), self.rank
         shape = {"A": (r, self.hidden_size), "B": (self.out_size, r), "u": (r,), "v": (self.out_size,)}[factor]
         return shape if self.row.factor(factor).tied else (n, *shape)

@@ -1,4 +1,4 @@
-"""Where a rank stands in the (pipeline, data, tensor) grid. Pure arithmetic; groups are made where an engine is built."""
+"""Where a rank stands in the (pipeline, data, tensor) grid: pure arithmetic, no groups."""
 
 from __future__ import annotations
 

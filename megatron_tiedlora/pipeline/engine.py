@@ -26,8 +26,8 @@ def base_construction(config: EngineConfig, *, dtype: torch.dtype, device: torch
         return
     import deepspeed
 
-    # Without a precision section zero.Init makes fp32 weights, so bf16 is said. fp32 must be left unsaid: where fp16 is not
-    # supported (CPUs), zero.Init takes any dtype that it is given for bf16 (seen in 0.19.8).
+    # Without a precision section zero.Init makes fp32 weights, so bf16 is said. fp32 must be left unsaid: where fp16 is
+    # not supported (CPUs), zero.Init takes any dtype that it is given for bf16 (seen in 0.19.8).
     with deepspeed.zero.Init(config_dict_or_path=dict(config.values), dtype=None if dtype == torch.float32 else dtype):
         yield
 
