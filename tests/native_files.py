@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from oracle import OracleAdapter
+from oracle import OracleAdapter, OracleConfig
+from tiny_models import random_adapter
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -34,3 +36,12 @@ def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAda
     native = native_adapter(find_model(str(model)), adapter)
     save_adapter(folder, native.config, native.base, native.state)
     return native
+
+
+def with_adapter(
+    base: Path, method: str, layers: tuple[int, ...] | None = None, **keywords: Any
+) -> tuple[ModelSource, NativeAdapter, OracleAdapter]:
+    """The model folder `base` with a random adapter of rank 4 and alpha 6, none of whose tensors is zero."""
+    source = find_model(str(base))
+    oracle = random_adapter(method, OracleConfig.from_folder(base), alpha=6, layers=layers, **keywords)
+    return source, native_adapter(source, oracle), oracle

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -37,12 +36,13 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else importing it starts a pool of processes
     "TOKENIZERS_PARALLELISM": "false",
 }
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRELOADED = (
     "pytest",
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
     "megatron_tiedlora.training.dry_run",
@@ -125,50 +125,6 @@ def write_rows(path: Path, count: int, *, seed: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-# What a run folder holds ----------------------------------------------------------------------------------------
-
-
-def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of one split in metrics.jsonl; every line must be strict JSON."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line, parse_constant=_refuse_constant) for line in lines]
-    return [row for row in rows if row["split"] == split]
-
-
-def _refuse_constant(name: str) -> None:
-    raise AssertionError(f"{name} in metrics.jsonl")
-
-
-def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
-    """(step, loss) of one split."""
-    return [(row["step"], row["loss"]) for row in metrics(folder, split)]
-
-
-def status(folder: Path) -> dict[str, Any]:
-    """run_status.json."""
-    content: dict[str, Any] = json.loads((folder / "run_status.json").read_text())
-    assert set(content) == {"state", "step", "reason"}
-    return content
-
-
-def run_settings(folder: Path) -> dict[str, Any]:
-    """run.yaml."""
-    content: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text())
-    return content
-
-
-def checkpoint_names(folder: Path) -> set[str]:
-    """The names of the checkpoint folders; nothing else but `latest` may lie beside them."""
-    names = {item.name for item in (folder / "checkpoints").iterdir()}
-    assert "latest" in names
-    return names - {"latest"}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file under `folder` with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------
@@ -287,6 +243,15 @@ def start_ranks(
 def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
     """`start_ranks` and wait."""
     return start_ranks(arguments, **keywords).wait()
+
+
+def run(
+    base: Base, folder: Path, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
+) -> Ended:
+    """One start with run folder `folder`, which must end with status `expect` on every rank."""
+    arguments = base.arguments(**{"output_dir": folder, **changes})
+    work = folder.parent / f"{folder.name}-work"
+    return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
 
 
 @functools.cache
@@ -420,9 +385,3 @@ def wait_for(condition: Callable[[], bool], what: str, *, limit: float = TIME_LI
     while not condition():
         assert time.monotonic() < deadline, f"waited {limit} s for {what}"
         time.sleep(0.05)
-
-
-def has_step(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl has a training row of `step`."""
-    file = folder / "metrics.jsonl"
-    return file.is_file() and f'{{"step": {step}, "split": "train"' in file.read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -21,17 +22,17 @@ TRAIN = Path(__file__).resolve().parents[1] / "launch" / "train.py"
 
 def slow_steps() -> None:
     """Every training step takes 0.3 s longer, so that a signal comes between two of them."""
-    _before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
 
 
 def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:
-    """The rank (or each) sends itself a signal as soon as it has finished training step `step`."""
+    """The rank (or each) sends itself a signal at the start of training step `step`, which is the last one then."""
 
     def look(trainer: Any, *_: Any) -> None:
-        if trainer.progress.step == step and rank in (None, trainer.plan.grid.rank):
+        if trainer.progress.step + 1 == step and rank in (None, trainer.plan.grid.rank):
             os.kill(os.getpid(), number)
 
-    _before_call("megatron_tiedlora.training.loop", "Trainer._report", look)
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
 
 
 def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:
@@ -42,10 +43,66 @@ def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.
         if next(calls, None) == call:
             os.kill(os.getpid(), number)
 
-    _before_call(module, name, look)
+    before_call(module, name, look)
 
 
-def _before_call(module: str, name: str, look: Callable[..., Any]) -> None:
+def die_at_event(event: int, folder: Path) -> None:
+    """SIGKILL before the `event`-th look at or change of a file in `folder` (open, mkdir, rename, remove ...)."""
+    count = 0
+
+    def look(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if name.startswith(("open", "os.", "shutil.", "ctypes.")) and _names(arguments, folder):
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
+    return any(str(folder) in str(argument) for argument in arguments if isinstance(argument, str | bytes | Path))
+
+
+def poison(step: int, what: str) -> None:
+    """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
+    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
+    forward = module.Trainer._forward
+
+    def poisoned(trainer: Any, batch: Any) -> Any:
+        loss = forward(trainer, batch)
+        if trainer.progress.step + 1 != step:
+            return loss
+        return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
+
+    module.Trainer._forward = poisoned
+
+
+def scripted_validation(losses: dict[int, float]) -> None:
+    """The validation loss after each step is given, and is 10 elsewhere."""
+    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
+    module.Trainer.evaluate = lambda trainer: losses.get(trainer.progress.step, 10.0)
+
+
+def limit_files(module: str, name: str, size: int, *, call: int = 1) -> None:
+    """From the `call`-th call of `module.name` on no file can grow beyond `size` bytes, as on a disk that is full."""
+    calls = iter(range(1, call + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    before_call(module, name, look)
+
+
+def all_of(*preludes: Callable[[], None]) -> None:
+    """One prelude after the other."""
+    for prelude in preludes:
+        prelude()
+
+
+def before_call(module: str, name: str, look: Callable[..., Any]) -> None:
+    """Every call of `module.name` calls `look` with the same positional arguments first."""
     holder: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from run_helpers import metrics, run_ranks, status
+from run_files import metrics, status
+from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -1,0 +1,89 @@
+"""Reads what a run has left in its folder, and damages files on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+
+def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The rows of one split in metrics.jsonl; every line must be strict JSON."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=_refuse_constant) for line in lines]
+    return [row for row in rows if row["split"] == split]
+
+
+def _refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} in metrics.jsonl")
+
+
+def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
+    """(step, loss) of one split."""
+    return [(row["step"], row["loss"]) for row in metrics(folder, split)]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """run_status.json."""
+    content: dict[str, Any] = json.loads((folder / "run_status.json").read_text())
+    assert set(content) == {"state", "step", "reason"}
+    return content
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """run.yaml."""
+    content: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text())
+    return content
+
+
+def checkpoint_names(folder: Path) -> set[str]:
+    """The names of the checkpoint folders; nothing else but `latest` may lie beside them."""
+    names = {item.name for item in (folder / "checkpoints").iterdir()}
+    assert "latest" in names
+    return names - {"latest"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def has_step(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has a training row of `step`."""
+    file = folder / "metrics.jsonl"
+    return file.is_file() and f'{{"step": {step}, "split": "train"' in file.read_text()
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Both runs have the same rows, one for each step, and the same adapters, bit for bit."""
+    for split in ("train", "validation"):
+        assert losses(folder, split) == losses(whole, split)
+    keep = ("step", "loss", "learning_rate", "grad_norm", "supervised_tokens")
+    assert [[row[k] for k in keep] for row in metrics(folder)] == [[row[k] for k in keep] for row in metrics(whole)]
+    for part in ("adapter", "checkpoints"):
+        found, expected = files_of(folder / part), files_of(whole / part)
+        assert set(found) == set(expected)
+        assert all(found[name] == expected[name] for name in found if name.endswith(".safetensors")), part
+    assert status(folder) == status(whole)
+
+
+def truncate(file: Path) -> None:
+    """Cut the last bytes off."""
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change fields of a JSON object."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Call `change` on the tensors of a safetensors file and write them back."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)

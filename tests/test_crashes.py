@@ -1,0 +1,120 @@
+"""A run that is killed at any point loses no more than the steps since its last checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from run_files import assert_same_run, checkpoint_names, files_of, losses
+from run_helpers import Base, fork_server, run, write_base
+from run_preludes import die_at_event, kill_at_call, kill_at_step
+
+LOOP = "megatron_tiedlora.training.loop"
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_a_crash_that_lost_steps_leaves_each_row_once(base: Base, tmp_path: Path) -> None:
+    """SIGKILL at step 7, the last checkpoint at step 4; a last line cut short is overlooked."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(base, whole, eval_interval=4)
+    killed = partial(kill_at_step, 7, signal.SIGKILL)
+    run(base, folder, eval_interval=4, prelude=killed, expect=-signal.SIGKILL)
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6] and checkpoint_names(folder) == {"step_4"}
+    assert not (folder / "run_status.json").exists()
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "split": "tr')
+    run(base, folder, eval_interval=4, resume="auto")
+    assert_same_run(folder, whole)
+
+
+SAVE_POINTS = {
+    "before the checkpoint": (LOOP, "save_checkpoint", 2),
+    "before its state": ("megatron_tiedlora.checkpoint.resume", "save_file", 2),
+    "before `latest`": ("megatron_tiedlora.checkpoint.resume", "write_text", 2),
+    "before the adapter": (LOOP, "save_adapter", 2),
+}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before `latest`",
+        "before the adapter",
+        pytest.param("before the checkpoint", marks=pytest.mark.slow),
+        pytest.param("before its state", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_a_save(base: Base, tmp_path: Path, point: str) -> None:
+    """SIGKILL within the save of step 4: that of step 2 or 4 stands, and the resumed run equals the whole one."""
+    module, name, call = SAVE_POINTS[point]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(base, whole, max_steps=6)
+    prelude = partial(kill_at_call, module, name, call=call)
+    run(base, folder, max_steps=6, prelude=prelude, expect=-signal.SIGKILL)
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    assert latest == ("step_4" if point == "before the adapter" else "step_2")
+    run(base, folder, max_steps=6, resume="auto")
+    assert_same_run(folder, whole)
+    assert not list(folder.rglob(".writing*"))
+
+
+def test_a_save_killed_anywhere_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    """SIGKILL before every single look at a file within a save: `latest` names a whole checkpoint each time."""
+    from megatron_tiedlora.checkpoint.resume import latest_checkpoint, load_checkpoint
+
+    save_a_checkpoint(tmp_path / "first", 2)
+    save_a_checkpoint(tmp_path / "both", 2)
+    save_a_checkpoint(tmp_path / "both", 4)
+    expected = {2: files_of(tmp_path / "first" / "step_2"), 4: files_of(tmp_path / "both" / "step_4")}
+    found = []
+    for event in range(1, 200):
+        folder = Path(shutil.copytree(tmp_path / "first", tmp_path / "killed"))
+        process = fork_server().Process(target=_save_and_die, args=(folder, event), daemon=True)
+        process.start()
+        process.join(30)
+        latest = latest_checkpoint(folder)
+        assert latest is not None
+        step = load_checkpoint(latest).progress.step
+        assert files_of(latest) == expected[step]
+        found.append(step)
+        save_a_checkpoint(folder, 6)
+        assert {item.name for item in folder.iterdir()} == {"latest", "step_2", "step_6"}
+        shutil.rmtree(folder)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert event > 15 and found == sorted(found) and set(found) == {2, 4}
+
+
+def _save_and_die(folder: Path, event: int) -> None:
+    die_at_event(event, folder)
+    save_a_checkpoint(folder, 4)
+
+
+def save_a_checkpoint(folder: Path, step: int) -> None:
+    """Save small values that depend on `step`; the best is that of step 2."""
+    from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, start_values
+    from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity
+    from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+
+    config = make_adapter_config("tl6", rank=2, layers=(1, 2), hidden_size=8, qkv_rows=(8, 4, 4), seed=step)
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    state = start_values(config)
+    save_checkpoint(
+        folder,
+        progress=Progress(step=step, consumed_samples=step, best_step=2),
+        config=config,
+        base=BaseIdentity("tiny", "0", "0", shape, "fp32"),
+        state=state,
+        moments={f"exp_avg.{name}": tensor for name, tensor in state.items()},
+        settings={},
+    )

@@ -1,0 +1,298 @@
+"""Stopping and resuming: what is saved, that going on is exact, and that nobody is left behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from run_files import assert_same_run, checkpoint_names, files_of, has_step, losses, metrics, run_settings, status
+from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command, wait_for, write_base
+from run_preludes import kill_at_call, kill_at_step, scripted_validation
+
+LOOP = "megatron_tiedlora.training.loop"
+SESSION = "megatron_tiedlora.training.session"
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+# Exactness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "ranks"),
+    [
+        ("zero0.json", None),
+        ("zero2_offload.json", None),
+        ("zero3.json", 2),
+        pytest.param("zero1.json", None, marks=pytest.mark.slow),
+        pytest.param("zero2.json", None, marks=pytest.mark.slow),
+        pytest.param("zero3.json", None, marks=pytest.mark.slow),
+        pytest.param("zero0.json", 2, marks=pytest.mark.slow),
+        pytest.param("zero1.json", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_exact(base: Base, tmp_path: Path, ds_config: str, ranks: int | None) -> None:
+    """Ten steps in one go; and five, SIGTERM between two evaluations, then the rest: equal bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(base, whole, ranks=ranks, ds_config=ds_config)
+    run(base, parts, ranks=ranks, ds_config=ds_config, prelude=partial(kill_at_step, 5), expect=143)
+    stopped = status(parts)
+    assert (stopped["state"], stopped["step"]) == ("stopped", 5)
+    assert (parts / "checkpoints" / "latest").read_text() == "step_5\n"
+    run(base, parts, ranks=ranks, ds_config=ds_config, resume="auto")
+    assert_same_run(parts, whole)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A ZeRO-2 run over two ranks, and the same one stopped by one rank's signal at step 5."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    run(base, folder / "whole", ranks=2)
+    run(base, folder / "stopped", ranks=2, prelude=partial(kill_at_step, 5, rank=1), expect=143)
+    return folder / "whole", folder / "stopped"
+
+
+def copy_run(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def test_a_signal_at_one_rank_stops_all_and_resume_is_exact(
+    base: Base, tmp_path: Path, two_ranks: tuple[Path, Path]
+) -> None:
+    whole, stopped = two_ranks
+    assert status(stopped)["state"] == "stopped"
+    folder = copy_run(stopped, tmp_path / "run")
+    run(base, folder, ranks=2, resume="auto")
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "ranks"),
+    [
+        ("zero3.json", None),
+        ("zero0.json", 2),
+        pytest.param("zero2_offload.json", None, marks=pytest.mark.slow),
+        pytest.param("zero1.json", 2, marks=pytest.mark.slow),
+        pytest.param("zero3.json", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_under_another_layout(
+    base: Base, tmp_path: Path, two_ranks: tuple[Path, Path], ds_config: str, ranks: int | None
+) -> None:
+    whole, stopped = two_ranks
+    folder = copy_run(stopped, tmp_path / "run")
+    run(base, folder, ranks=ranks, ds_config=ds_config, resume="auto", micro_batch_size=1)
+    for split in ("train", "validation"):
+        assert [step for step, _ in losses(folder, split)] == [step for step, _ in losses(whole, split)]
+        found, expected = ([loss for _, loss in losses(f, split)] for f in (folder, whole))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+# Signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_sigint_ends_with_130(base: Base, tmp_path: Path) -> None:
+    ended = run(base, tmp_path / "run", prelude=partial(kill_at_step, 3, signal.SIGINT), expect=130)
+    assert status(tmp_path / "run") == {"state": "stopped", "step": 3, "reason": "SIGINT"}
+    assert "saved at step 3; go on with --resume auto" in ended.errors[0]
+    assert "Traceback" not in ended.errors[0]
+
+
+def test_the_first_signal_counts(base: Base, tmp_path: Path) -> None:
+    """A launcher that was interrupted sends its ranks SIGTERM while they end: still 130, and all is written."""
+    folder = tmp_path / "run"
+    ended = run(base, folder, prelude=_interrupt_then_terminate, expect=130)
+    assert status(folder) == {"state": "stopped", "step": 3, "reason": "SIGINT"}
+    assert checkpoint_names(folder) == {"step_2", "step_3"}
+    assert "Traceback" not in ended.errors[0]
+
+
+def _interrupt_then_terminate() -> None:
+    kill_at_step(3, signal.SIGINT)
+    kill_at_call(LOOP, "save_checkpoint", call=2, number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.training.ending", "exit_status", number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.training.ending", "End.record", number=signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:
+    """While the base is validated: stopped, without a checkpoint; resuming starts from the beginning."""
+    folder = tmp_path / "run"
+    start = partial(kill_at_call, LOOP, "Trainer._evaluate_start", number=signal.SIGTERM)
+    ended = run(base, folder, ranks=2, prelude=start, expect=143)
+    assert status(folder)["state"] == "stopped" and status(folder)["step"] == 0
+    assert not (folder / "checkpoints").exists() and not (folder / "adapter").exists()
+    assert "Traceback" not in "".join(ended.errors)
+    run(base, folder, ranks=2, resume="auto", max_steps=2, eval_interval=2)
+    assert [step for step, _ in losses(folder)] == [1, 2]
+
+
+def test_a_signal_while_weights_are_read_leaves_nothing(base: Base, tmp_path: Path) -> None:
+    prelude = partial(kill_at_call, SESSION, "load_base_weights", number=signal.SIGTERM)
+    ended = run(base, tmp_path / "run", prelude=prelude, expect=143)
+    assert not (tmp_path / "run").exists()
+    assert "stopped by SIGTERM, before the first step" in ended.errors[0] and "Traceback" not in ended.errors[0]
+
+
+def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, tmp_path: Path) -> None:
+    """The evaluation is done again after the resume, the export finished after the next; each row is there once."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(base, whole)
+    # The first evaluation is of the start, so the third one follows step 4.
+    evaluating = partial(kill_at_call, LOOP, "validation_loss", call=3, number=signal.SIGTERM)
+    run(base, folder, prelude=evaluating, expect=143)
+    assert status(folder)["step"] == 4 and [step for step, _ in losses(folder, "validation")] == [0, 2]
+    exporting = partial(kill_at_call, "megatron_tiedlora.training.finish", "export_peft", number=signal.SIGINT)
+    run(base, folder, resume="auto", prelude=exporting, expect=130)
+    assert status(folder) == {"state": "stopped", "step": 10, "reason": "SIGINT"}
+    assert not (folder / "peft").exists()
+    run(base, folder, resume="auto")
+    assert_same_run(folder, whole)
+    assert files_of(folder / "peft") == files_of(whole / "peft")
+
+
+def test_a_killed_launcher_stops_the_ranks(base: Base, tmp_path: Path) -> None:
+    """A local deepspeed dies at once from SIGKILL and leaves its launcher and rank; they end by themselves."""
+    _kill_launcher(base, tmp_path, signal.SIGKILL, ranks=1)
+
+
+def test_a_launcher_told_to_stop_stops_the_ranks(base: Base, tmp_path: Path) -> None:
+    """Likewise from SIGTERM, with two ranks."""
+    _kill_launcher(base, tmp_path, signal.SIGTERM, ranks=2)
+
+
+def _kill_launcher(base: Base, tmp_path: Path, number: int, *, ranks: int) -> None:
+    folder = tmp_path / "run"
+    arguments = base.arguments(output_dir=folder, max_steps=200, eval_interval=100)
+    command = start_command(
+        deepspeed_command(arguments, ranks=ranks, prelude="slow_steps"), folder=tmp_path / "work", cache=base.cache
+    )
+    try:
+        wait_for(lambda: has_step(folder, 2) or command.process.poll() is not None, "two steps")
+        assert command.process.poll() is None, command.ended().tail()
+        started = command.descendants()
+        assert len(started) == ranks + 1, [process.cmdline() for process in started]
+        command.process.send_signal(number)
+        assert command.process.wait(20) in (-number, 128 + number)
+        command.wait_gone(started)
+    finally:
+        command.kill()
+    assert status(folder)["state"] == "stopped"
+    step = status(folder)["step"]
+    assert 2 <= step < 200 and checkpoint_names(folder) == {f"step_{step}"}
+    assert len(metrics(folder)) == step
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_stop(base: Base, tmp_path: Path) -> None:
+    """The agent passes SIGTERM on to its ranks."""
+    folder = tmp_path / "run"
+    arguments = base.arguments(output_dir=folder, max_steps=100_000, eval_interval=100_000)
+    command = start_command(torchrun_command(arguments, ranks=2), folder=tmp_path / "work", cache=base.cache)
+    try:
+        wait_for(lambda: has_step(folder, 2) or command.process.poll() is not None, "two steps")
+        started = command.descendants()
+        psutil.Process(command.process.pid).terminate()
+        assert command.process.wait(60) != 0
+        command.wait_gone(started)
+    finally:
+        command.kill()
+    assert status(folder)["state"] == "stopped"
+
+
+# Early stopping, and runs that are over ----------------------------------------------------------------------------
+
+WORSE = {2: 5.0, 4: 4.0, 6: 4.5, 8: 4.25, 10: 3.0}  # best at step 4; patience 2 ends at step 8
+
+
+def test_early_stopping_and_patience_across_a_resume(base: Base, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script = partial(scripted_validation, WORSE)
+    run(base, whole, patience=2, save_interval=100, prelude=script)
+    assert status(whole) == {"state": "finished", "step": 8, "reason": "early_stopping"}
+    assert checkpoint_names(whole) == {"step_4", "step_8"}, "best and last"
+    run(base, parts, patience=2, save_interval=100, prelude=partial(_scripted_stop, 7), expect=143)
+    assert len(metrics(parts)) == 7
+    run(base, parts, patience=2, save_interval=100, resume="auto", prelude=script)
+    assert_same_run(parts, whole)
+    assert files_of(parts / "adapter") == {
+        name: content for name, content in files_of(parts / "checkpoints" / "step_4").items() if "adapter" in name
+    }
+    # A run that is over stays as it is.
+    before = files_of(parts)
+    ended = run(base, parts, patience=2, save_interval=100, resume="auto", prelude=script)
+    assert status(parts) == {"state": "finished", "step": 8, "reason": "early_stopping"}
+    after = files_of(parts)
+    assert {name for name in before if before[name] != after.get(name)} <= {"run.yaml", "loss.png"}
+    assert "step 4" in ended.outputs[0]
+
+
+def _scripted_stop(step: int) -> None:
+    scripted_validation(WORSE)
+    kill_at_step(step)
+
+
+def test_resuming_a_finished_run_changes_nothing(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(base, folder, max_steps=4)
+    before = files_of(folder)
+    run(base, folder, max_steps=4, resume="auto", ds_config="zero3.json")
+    after = files_of(folder)
+    assert status(folder) == {"state": "finished", "step": 4, "reason": "max_steps"}
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed <= {"run.yaml", "loss.png"}
+
+
+# Checkpoints of another folder ------------------------------------------------------------------------------------
+
+
+def test_branching_into_a_new_folder(base: Base, tmp_path: Path) -> None:
+    """--resume PATH with a new --output_dir takes the best checkpoint and the logs along, and leaves the first run."""
+    script = partial(scripted_validation, {2: 3.0})  # the best stays step 2
+    first, branch, whole = tmp_path / "first", tmp_path / "branch", tmp_path / "whole"
+    run(base, whole, prelude=script)
+    run(base, first, prelude=partial(_better_at_two_then_stop, 5), expect=143)
+    before = files_of(first)
+    run(base, branch, resume=first / "checkpoints" / "step_5", prelude=script)
+    assert_same_run(branch, whole)
+    assert files_of(first) == before
+    assert run_settings(branch)["output_dir"] == str(branch)
+
+
+def _better_at_two_then_stop(step: int) -> None:
+    scripted_validation({2: 3.0})
+    kill_at_step(step)
+
+
+def test_a_checkpoint_taken_out_of_its_run(base: Base, tmp_path: Path) -> None:
+    """Without the best one beside it, the best is found anew."""
+    run(base, tmp_path / "first", prelude=partial(_better_at_two_then_stop, 5), expect=143)
+    alone = Path(shutil.copytree(tmp_path / "first" / "checkpoints" / "step_5", tmp_path / "alone"))
+    shutil.rmtree(tmp_path / "first")
+    folder = tmp_path / "run"
+    run(base, folder, resume=alone)
+    assert [step for step, _ in losses(folder)] == [6, 7, 8, 9, 10]
+    assert status(folder)["state"] == "finished" and "step_10" in checkpoint_names(folder)
+
+
+def test_going_back_within_a_run(base: Base, tmp_path: Path) -> None:
+    """--resume PATH alone goes on in the run folder of that checkpoint, and a later `auto` goes on from there."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    script = partial(scripted_validation, {4: 3.0})
+    run(base, whole, prelude=script)
+    run(base, folder, prelude=script)
+    assert checkpoint_names(folder) == {"step_4", "step_10"}
+    back = folder / "checkpoints" / "step_4"
+    run(base, folder, output_dir=None, resume=back, prelude=partial(kill_at_step, 5, signal.SIGKILL), expect=-9)
+    assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
+    run(base, folder, resume="auto", prelude=script)
+    assert_same_run(folder, whole)
