@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         from megatron_tiedlora.training.dry_run import dry_run_report
 
         if is_main:
-            print(dry_run_report(settings))
+            print(dry_run_report(settings, launched_ranks=world_size))
         return 0
     stop = StopWatch()
     stop.install()
@@ -45,22 +45,18 @@ def main(argv: Sequence[str]) -> int:
         from megatron_tiedlora.training.loop import Trainer
         from megatron_tiedlora.training.plan import plan_run
         from megatron_tiedlora.training.run_data import prepare_data
-        from megatron_tiedlora.training.run_folder import MetricsLog
 
         plan = plan_run(settings, rank=rank, world_size=world_size)
         data = prepare_data(plan, progress=is_main)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        session.check_same_data(data, device)
         folder = session.open_run_folder(plan, device)
-        checkpoint = session.find_checkpoint(plan, folder, device)
+        checkpoint = session.find_checkpoint(plan, data, folder, device)
         start = checkpoint.progress if checkpoint else Progress()
         built = session.build_model(plan, device, checkpoint)
         engine = session.start_engine(plan, built.module, checkpoint)
-        if is_main:
-            if checkpoint is not None:
-                session.take_over(folder, checkpoint)
-            session.write_run_settings(plan, folder)
+        log = session.occupy_run_folder(plan, folder, checkpoint, device)
         end.folder = folder
-        log = MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step) if is_main else None
         end.trainer = trainer = Trainer(plan, data, engine, built.base, folder, device, stop, log, start)
         if is_main:
             print("\n".join(session.headline(plan, data, folder, checkpoint)))

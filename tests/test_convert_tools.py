@@ -1,4 +1,4 @@
-"""The check of exports, and the three commands: what they print, how they end, what they refuse."""
+"""What conversions refuse, the check of exports, and the three commands: what they print and how they end."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from oracle import load_weights
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -28,6 +30,57 @@ ROOT = Path(__file__).resolve().parents[1]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with kv heads < heads."""
     return write_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
+    """What the conversions take."""
+    return with_adapter(base, "tl6")[:2]
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    _, adapter, _ = with_adapter(base, "tl6")
+    other_shape = find_model(str(write_tiny_model(tmp_path / "mha", num_kv_heads=4, tokenizer=False)))
+    other_values = find_model(str(write_tiny_model(tmp_path / "other", seed=1, tokenizer=False)))
+    for source, what in ((other_shape, "num_key_value_heads"), (other_values, "weights differ")):
+        for convert in (merge_adapter, export_peft):
+            with pytest.raises(UserError, match=what):
+                convert(source, adapter, tmp_path / "output")
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_output_that_exists_is_refused(inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "output"
+    if kind == "folder":
+        output.mkdir()
+        (output / "mine").write_text("precious")
+    elif kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    for convert in (merge_adapter, export_peft):
+        with pytest.raises(UserError, match="exists; give a new folder"):
+            convert(*inputs, output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert kind == "link" or (output / "mine" if kind == "folder" else output).read_text() == "precious"
+
+
+def test_an_output_that_is_an_empty_folder_is_filled(inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path) -> None:
+    export_peft(*inputs, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "base")
+    (broken / "tokenizer.json").write_text("{")
+    source, adapter, _ = with_adapter(broken, "tl6")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        merge_adapter(source, adapter, tmp_path / "merged")
+    assert {item.name for item in tmp_path.iterdir()} == {"base"}
 
 
 # --------------------------------------------------------------------------------------------- the check itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from engine_runs import (
 from oracle import OracleConfig
 from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
+
+from megatron_tiedlora.config.engine_json import find_engine_json
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 STEPS = 20
@@ -92,14 +95,19 @@ def test_methods_equal_the_oracle(base: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_two_ranks_at_every_zero_stage(base: dict[str, Any], tmp_path: Path) -> None:
     """DP = 2 under ZeRO 0 to 3 and offload, 1 or 4 samples a micro-batch; rank 3 makes sizes that do not divide."""
+    # Tensors as small as these are never partitioned under ZeRO-3 unless its threshold for keeping them is 0.
+    small = json.loads(find_engine_json("zero3.json").read_text())
+    small["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    partitioned = tmp_path / "partitioned.json"
+    partitioned.write_text(json.dumps(small))
     prepared = [
-        case(base, tmp_path, f"{ds_config}-{micro}", ds_config=ds_config, micro_batch_size=micro, rank=3)
+        case(base, tmp_path, f"{Path(ds_config).name}-{micro}", ds_config=ds_config, micro_batch_size=micro, rank=3)
         for ds_config, micro in (
             ("zero0.json", 1),
             ("zero1.json", 4),
             ("zero2.json", 1),
             ("zero3.json", 4),
-            ("zero3.json", 1),
+            (str(partitioned), 1),
             ("zero2_offload.json", 2),
         )
     ]

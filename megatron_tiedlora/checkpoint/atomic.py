@@ -98,8 +98,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
         sync_path(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

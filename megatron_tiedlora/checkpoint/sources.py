@@ -12,7 +12,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.demo import demo_model_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
 
-_WEIGHT_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelSource:
         return self.folder
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, *, weights: bool = True) -> ModelSource:
     """Resolve --model; a hub id is downloaded (once, into the hub's cache) or taken from that cache.
 
     Raises:
@@ -51,7 +51,7 @@ def find_model(name: str) -> ModelSource:
     """
     if name in PRESETS:
         return ModelSource(name, None, llama_config_from_hf(PRESETS[name], source=name))
-    folder = _demo_folder() if name == "demo" else _find_folder(name)
+    folder = _demo_folder() if name == "demo" else _find_folder(name, weights=weights)
     config = llama_config_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
     return ModelSource(name, folder, config)
 
@@ -65,7 +65,7 @@ def _demo_folder() -> Path:
     return folder
 
 
-def _find_folder(name: str) -> Path:
+def _find_folder(name: str, *, weights: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -76,7 +76,7 @@ def _find_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WEIGHT_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])]))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {name}: no such folder, and the hub did not give it ({reason})") from None

@@ -23,8 +23,9 @@ from megatron_tiedlora.config.settings import (
     nearest_name,
 )
 
-# What a run's run.yaml holds beside its settings: passed over, so that the file can be given back with --config.
-RECORDED_NAMES = ("ranks", "versions")
+# What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
+RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
+RECORD_MARK = "versions"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -106,7 +107,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'name: value' lines, found a {type(content).__name__}")
-    content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
+    if RECORD_MARK in content:
+        content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
         if name not in Settings.model_fields:
             raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), Settings.model_fields)}")

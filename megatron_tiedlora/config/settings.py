@@ -16,7 +16,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 
 METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
-TASK_NAMES = ("demo", "squad", "gsm8k", "custom")
+LATER_TASKS = ("dialogsum", "hellaswag", "iwslt2017")
 
 GROUPS = {
     "run": "where a run goes and how it starts",
@@ -102,7 +102,7 @@ class Settings(BaseModel):
     pipeline_parallel: int = _field("parallel", "stages that share the layers (1 in this version)", 1, ge=1)
     sequence_parallel: bool = _field("parallel", "with tensor parallel: cut activations along the sequence too", True)
 
-    task: Literal["demo", "squad", "gsm8k", "custom"] = _field(
+    task: Literal["demo", "squad", "dialogsum", "hellaswag", "iwslt2017", "gsm8k", "custom"] = _field(
         "data", "demo (generated), squad, gsm8k, or custom (your own JSONL)"
     )
     train_file: str | None = _optional(
@@ -118,7 +118,7 @@ class Settings(BaseModel):
     compile: Literal["auto", "true", "false"] = _field(
         "speed", "compile elementwise parts (auto is false in this version)", "auto"
     )
-    recompute: Literal["none", "full"] = _field(
+    recompute: Literal["none", "selective", "full"] = _field(
         "speed", "keep each layer's activations (none) or compute them again in the backward pass (full)", "none"
     )
 
@@ -151,6 +151,8 @@ class Settings(BaseModel):
             filled["task"] = "custom"  # a shape has no tokenizer, so its dry run reads no data
         defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
         filled = {**defaults, **filled}
+        if "warmup_steps" not in values and str(filled["max_steps"]).isdigit():
+            filled["warmup_steps"] = min(filled["warmup_steps"], int(filled["max_steps"]))
         return {"alpha": filled.get("rank", 8), "save_interval": filled["eval_interval"], **filled}
 
     @field_validator("layers", mode="before")
@@ -183,6 +185,10 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"--{name} {getattr(self, name)} is not available in this version; use 1 (data parallel)"
                 )
+        if self.task in LATER_TASKS:
+            raise ValueError(f"--task {self.task} is not available in this version; use squad, gsm8k, custom or demo")
+        if self.recompute == "selective":
+            raise ValueError("--recompute selective is not available in this version; use none or full")
         if self.packing:
             raise ValueError("--packing true is not available in this version; use false")
         if self.compile == "true":

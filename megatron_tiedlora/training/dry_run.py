@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,10 +18,13 @@ from megatron_tiedlora.training.run_data import RunData, prepare_data
 _STEP_REPORT_BYTES = 40  # five fp64 numbers: loss, time, save, stop
 
 
-def dry_run_report(settings: Settings) -> str:
-    """The whole report as text. Raises UserError as a run would, before anything starts."""
-    world_size = settings.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_run(settings, rank=0, world_size=world_size)
+def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
+    """The whole report as text. Plans for --world_size ranks, else for as many as were launched.
+
+    Raises:
+        UserError: as a run would, before anything starts.
+    """
+    plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
     data = prepare_data(plan, progress=True) if plan.source.folder is not None else None
     sections = [_parameters(plan), _memory(plan, data), _messages(plan), _batches(plan)]
     sections += (
@@ -82,7 +84,8 @@ def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
 def _memory(plan: RunPlan, data: RunData | None) -> list[str]:
     config, stage, ranks = plan.source.config, plan.engine.zero_stage, plan.grid.dp_size
     trained = sum(plan.adapter.num_trained().values())
-    frozen = sum(torch.Size(plan.adapter.shape(n)).numel() for n in "AB") + trained
+    with torch.device("meta"):
+        held = sum(parameter.numel() for parameter in TiedAdapter(plan.adapter).parameters())
     per_token = saved_bytes_per_token(plan)
     length = plan.settings.max_length if data is None else int(data.train.lengths.max())
     tokens = plan.batches.micro_batch_size * length
@@ -90,7 +93,7 @@ def _memory(plan: RunPlan, data: RunData | None) -> list[str]:
     inputs = 0 if plan.settings.recompute == "none" else config.num_layers * config.hidden_size * plan.dtype.itemsize
     rows = [
         ("base weights", num_base_parameters(config) * plan.dtype.itemsize / (ranks if stage == 3 else 1)),
-        ("adapter", 4 * frozen / (ranks if stage == 3 else 1)),
+        ("adapter", 4 * held / (ranks if stage == 3 else 1)),
         ("gradients", 4 * trained / (ranks if stage >= 2 else 1)),
         ("optimizer (masters, moments)", (8 if stage == 0 else 12) * trained / (ranks if stage >= 1 else 1)),
         (f"activations, {plan.batches.micro_batch_size} x {length} tokens", tokens * (kept * per_token + inputs)),

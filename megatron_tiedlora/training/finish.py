@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 from megatron_tiedlora.checkpoint.atomic import write_json
@@ -11,13 +12,12 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.parallel.collectives import broadcast_object
 from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.run_data import MAX_NEW_TOKENS
 from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.training.validation import Scores, score_by_decoding
-
-# Of the demo's worked answers, 99 % are shorter; decoding stops at EOS anyway.
-MAX_NEW_TOKENS = 200
 
 
 def score(trainer: Trainer) -> Scores | None:
@@ -51,12 +51,25 @@ def use_best_adapter(trainer: Trainer) -> None:
 
 
 def record_score(trainer: Trainer, moment: str, scores: Scores | None) -> None:
-    """Keep a score ("before" or "after" training) in scores.json; a resumed run finds the first one there."""
-    if trainer.is_main and scores is not None:
-        file = trainer.folder.scores
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
-        write_json(file, kept)
+    """Keep a score ("before" or "after" training) in scores.json; a resumed run finds the first one there.
+
+    Raises:
+        UserError: it cannot be written; on every rank.
+    """
+    if scores is None:
+        return
+    failure: object = None
+    if trainer.is_main:
+        try:
+            file = trainer.folder.scores
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
+            write_json(file, kept)
+        except UserError as error:
+            failure = error
+    failure = broadcast_object(failure, trainer.device)
+    if isinstance(failure, UserError):
+        raise failure
 
 
 def summary_lines(trainer: Trainer) -> list[str]:
@@ -66,6 +79,8 @@ def summary_lines(trainer: Trainer) -> list[str]:
     rows = ["", f"{'':<30}{'before':>10}{'after':>10}"]
     start = f"{losses[0]['loss']:.4f}" if losses and losses[0]["step"] == 0 else "-"
     rows.append(f"{'validation loss':<30}{start:>10}{best.best_metric:>10.4f}   (best, step {best.best_step})")
+    if losses and losses[0]["step"] == 0 and losses[0]["loss"] <= (best.best_metric or 0.0):
+        rows.append("training made the validation loss no better: try another --learning_rate or more data")
     file = trainer.folder.scores
     scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if scores:
@@ -89,13 +104,13 @@ def export(trainer: Trainer) -> list[str]:
     plot_losses(folder.metrics, folder.path / "loss.png")
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
-    if not peft.exists():
-        export_peft(source, adapter, peft)
+    shutil.rmtree(peft, ignore_errors=True)  # of an earlier end of this run, whose best adapter may have been another
+    export_peft(source, adapter, peft)
     if settings.task != "demo":
         return []
-    if not merged.exists():
-        tokenizer = trainer.data.tokenizer if settings.tokenizer else None
-        merge_adapter(source, adapter, merged, tokenizer=tokenizer, progress=True)
+    shutil.rmtree(merged, ignore_errors=True)
+    tokenizer = trainer.data.tokenizer if settings.tokenizer else None
+    merge_adapter(source, adapter, merged, tokenizer=tokenizer, progress=True)
     results = verify_export(source, adapter, merged=merged, peft=peft)
     table = format_comparisons(results)
     if not all(row.passed for row in results):

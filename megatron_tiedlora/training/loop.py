@@ -52,6 +52,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     _saved_step: int | None = None
     _save_due: bool = False
+    _log_failure: UserError | None = None
     _last_save: float = field(default_factory=time.monotonic)
     _step_seconds: float = math.inf  # unknown yet, so the first step counts as a long one
 
@@ -88,6 +89,7 @@ class Trainer:
                 while self.progress.step < settings.max_steps and not self._out_of_patience():
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
+                self._raise_log_failure(sum_over_ranks([float(self._log_failure is not None)], self.device)[0])
                 self.save()  # after early stopping the last evaluation may not have been followed by a checkpoint
                 return "early_stopping" if self._out_of_patience() else "max_steps"
             except RunStopped:
@@ -133,8 +135,11 @@ class Trainer:
                 if self._step_seconds > LONG_STEP_SECONDS:
                     self.check_stop()
         wish = self.stop.wish()
-        mine = [loss_sum, time.monotonic() - started, float(self._save_is_due()), float(wish > 0), float(wish)]
-        loss_sum, seconds, save_due, *wishes = sum_over_ranks(mine, self.device)
+        flags = [float(self._save_is_due()), float(self._log_failure is not None), float(wish > 0), float(wish)]
+        loss_sum, seconds, save_due, log_failures, *wishes = sum_over_ranks(
+            [loss_sum, time.monotonic() - started, *flags], self.device
+        )
+        self._raise_log_failure(log_failures)
         loss_value = loss_sum / step.num_supervised
         number = self.progress.step + 1
         rate = self.engine.get_lr()[0]
@@ -165,18 +170,29 @@ class Trainer:
         speed = step.num_tokens / seconds
         bar.update(1)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        self._write_log(
+            {
+                "step": self.progress.step,
+                "split": "train",
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens_per_second": speed,
+                "supervised_tokens": step.num_supervised,
+            }
+        )
+
+    def _write_log(self, row: dict[str, Any]) -> None:
+        """Write a row on rank 0; a failure is kept until all ranks meet again, so that none waits for this one."""
         if self.log is not None:
-            self.log.write(
-                {
-                    "step": self.progress.step,
-                    "split": "train",
-                    "loss": loss,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "tokens_per_second": speed,
-                    "supervised_tokens": step.num_supervised,
-                }
-            )
+            try:
+                self.log.write(row)
+            except UserError as error:
+                self._log_failure = error
+
+    def _raise_log_failure(self, failures: float) -> None:
+        if failures:
+            raise self._log_failure or RunFailed("rank 0 cannot write the logs; its own message says why")
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
@@ -216,7 +232,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise RunFailed(self._not_finite("validation loss", loss, self.progress.step))
         if self.log is not None:
-            self.log.write({"step": self.progress.step, "split": "validation", "loss": loss})
+            self._write_log({"step": self.progress.step, "split": "validation", "loss": loss})
             bar.write(f"step {self.progress.step}: validation loss {loss:.4f}")
 
     def _save_is_due(self) -> bool:
@@ -280,7 +296,7 @@ class Trainer:
                 base=self.base,
                 state=state,
                 moments=moments,
-                settings=self.plan.resolved_settings(),
+                settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
             )
         if best:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)

@@ -35,6 +35,12 @@ LAYOUT_SETTINGS = frozenset(
         "save_interval",
         "save_interval_minutes",
         "test_file",
+        # Told apart by what they hold and not by their names: the base by its hashes, the data by their tokens.
+        "model",
+        "tokenizer",
+        "train_file",
+        "validation_file",
+        "prompt_template",
     }
 )
 
@@ -73,8 +79,11 @@ class RunPlan:
         return values
 
 
-def plan_run(settings: Settings, *, rank: int, world_size: int) -> RunPlan:
+def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = True) -> RunPlan:
     """Find the model and check that settings, model and world fit each other.
+
+    Args:
+        weights: whether a hub model's weights are needed, or its config and tokenizer alone.
 
     Raises:
         UserError: the first thing that does not fit, with the fix.
@@ -82,7 +91,7 @@ def plan_run(settings: Settings, *, rank: int, world_size: int) -> RunPlan:
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    source = find_model(settings.model)
+    source = find_model(settings.model, weights=weights)
     config = source.config
     layers = settings.layers or tuple(range(1, config.num_layers + 1))
     if layers[-1] > config.num_layers:
@@ -106,7 +115,7 @@ def plan_run(settings: Settings, *, rank: int, world_size: int) -> RunPlan:
     return RunPlan(settings, source, grid, batches, engine, adapter)
 
 
-def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, source: str) -> None:
+def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
     """Raise UserError where a checkpoint's settings contradict the plan's, naming the setting and both values."""
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or name not in saved:
@@ -116,3 +125,8 @@ def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, source: s
             raise UserError(
                 f"{source}: was trained with --{name} {before}, now it is {value}; resume with the same value"
             )
+    if saved.get("data_sha256") != data_sha256:
+        raise UserError(
+            f"{source}: was trained on other data than --train_file and --validation_file hold now (or they are cut or"
+            " tokenised in another way); resume with the same data"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from megatron_tiedlora.training.plan import RunPlan
 
 # What the demo decodes before and after training: enough to see a change, short enough for two CPU cores.
 DEMO_SCORED_SAMPLES = 24
+# Of the demo's worked answers, 99 % are shorter; decoding stops at EOS anyway.
+MAX_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class RunData:
     scored: ScoredSet | None
     first_example: Example
 
+    @property
+    def sha256(self) -> str:
+        """Of the tokenised training and validation parts: what ranks must share, and a resumed run must find again."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for array in (split.tokens, split.offsets, split.prompt_lengths):
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
 
 def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     """Read, check and tokenise every split of the run.
@@ -55,7 +67,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         tokenise_once(examples, tokenizer, max_length=settings.max_length, progress=progress)
         for examples in (train, _read(settings, "validation", tokenizer))
     )
-    return RunData(tokenizer, train_set, validation_set, _scored(settings, tokenizer), train[0])
+    return RunData(tokenizer, train_set, validation_set, _scored(plan, tokenizer), train[0])
 
 
 def _read(
@@ -72,7 +84,8 @@ def _read(
     )
 
 
-def _scored(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> ScoredSet | None:
+def _scored(plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> ScoredSet | None:
+    settings = plan.settings
     if settings.task == "demo":
         limit: int | None = DEMO_SCORED_SAMPLES
     elif settings.test_file is not None:
@@ -80,5 +93,6 @@ def _scored(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> ScoredSet
     else:
         return None
     examples = _read(settings, "test", tokenizer, limit)
-    prompts = encode_prompts(tokenizer, [e.prompt for e in examples], max_length=settings.max_length)
+    room = max(min(settings.max_length, plan.source.config.max_positions - MAX_NEW_TOKENS), 1)
+    prompts = encode_prompts(tokenizer, [e.prompt for e in examples], max_length=room)
     return ScoredSet(tuple(examples), tuple(prompts), get_task(settings.task).metric)

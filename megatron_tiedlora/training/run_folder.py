@@ -96,7 +96,8 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
             raise UserError(f"--output_dir {output_dir}: {place} is a file; give a folder")
         if not os.access(place, os.W_OK):
             raise UserError(f"--output_dir {output_dir}: {place} cannot be written; give another folder")
-        if resume == "none" and folder.path.is_dir() and any(folder.path.iterdir()):
+        foreign = folder.path.is_dir() and any(folder.path.iterdir()) and not folder.is_run
+        if foreign or (resume == "none" and folder.is_run):
             what = "the run of an earlier start" if folder.is_run else "other files"
             raise UserError(
                 f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to go on with a run"
@@ -158,7 +159,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(metrics: Path, target: Path) -> None:
-    """Draw training and validation loss over steps into a PNG."""
+    """Draw training and validation loss over steps into a PNG. Raises UserError where it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,6 +181,11 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axes.legend()
     figure.tight_layout()
     unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    figure.savefig(unfinished, format="png")
-    pyplot.close(figure)
-    unfinished.replace(target)
+    try:
+        figure.savefig(unfinished, format="png")
+        unfinished.replace(target)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        pyplot.close(figure)

@@ -21,13 +21,14 @@ from megatron_tiedlora.checkpoint.resume import (
     LATEST_FILE,
     STATE_FILE,
     Checkpoint,
+    Progress,
     latest_checkpoint,
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.parallel.collectives import broadcast_object
+from megatron_tiedlora.parallel.collectives import broadcast_object, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import (
     base_construction,
     initialize_engine,
@@ -39,7 +40,7 @@ from megatron_tiedlora.pipeline.sequential import SequentialModel
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
-from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
+from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
 
 
 def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
@@ -68,7 +69,38 @@ def _decided_by_rank_0(decide: Callable[[], Path | None], plan: RunPlan, device:
     return answer
 
 
-def find_checkpoint(plan: RunPlan, folder: RunFolder, device: torch.device) -> Checkpoint | None:
+def occupy_run_folder(
+    plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None, device: torch.device
+) -> MetricsLog | None:
+    """Make the folder this run's: what is resumed, run.yaml and the logs. Returns rank 0's log, None elsewhere.
+
+    Raises:
+        UserError: the folder cannot be written; on every rank.
+    """
+    logs: list[MetricsLog] = []
+
+    def occupy() -> None:
+        if checkpoint is not None:
+            take_over(folder, checkpoint)
+        write_run_settings(plan, folder)
+        start = checkpoint.progress if checkpoint is not None else Progress()
+        logs.append(MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step))
+
+    _decided_by_rank_0(occupy, plan, device)
+    return logs[0] if logs else None
+
+
+def check_same_data(data: RunData, device: torch.device) -> None:
+    """Every rank reads the data for itself; raise UserError where one found other samples than rank 0."""
+    mine = data.sha256
+    differing = sum_over_ranks([float(mine != broadcast_object(mine, device))], device)[0]
+    if differing:
+        raise UserError(
+            f"{differing:.0f} ranks read other training or validation data than rank 0; give every host the same files"
+        )
+
+
+def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: torch.device) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     `auto` in a folder without a checkpoint starts from the beginning, so that one command serves a job's first and
@@ -81,7 +113,7 @@ def find_checkpoint(plan: RunPlan, folder: RunFolder, device: torch.device) -> C
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    check_resumed_settings(plan, checkpoint.settings, source=str(path))
+    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(path))
     best = checkpoint.progress.best_step
     if best not in (None, checkpoint.progress.step) and not (path.parent / f"step_{best}").is_dir():
         # A checkpoint that was taken out of its run: the best one so far is gone, so the next evaluation makes it anew.

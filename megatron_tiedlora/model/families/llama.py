@@ -70,6 +70,9 @@ def llama_config_from_hf(values: Mapping[str, Any], *, source: str = "config.jso
     for name, off in _REFUSED:
         if values.get(name) not in off:
             raise UserError(f"{source}: {name} = {values[name]} is not implemented")
+    for kind in values.get("layer_types") or ():
+        if kind != "full_attention":
+            raise UserError(f"{source}: layer_types has {kind!r}, which is not implemented; 'full_attention' is")
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UserError(f"{source}: hidden_act = {activation!r} is not implemented; LLaMA's is 'silu'")
@@ -92,10 +95,25 @@ def llama_config_from_hf(values: Mapping[str, Any], *, source: str = "config.jso
         )
     except KeyError as error:
         raise UserError(f"{source}: {error.args[0]} is missing") from None
+    except ZeroDivisionError:
+        raise UserError(f"{source}: num_attention_heads is 0") from None
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: a size is not a number ({error})") from None
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+    ):
+        if getattr(config, name) < 1:
+            raise UserError(f"{source}: {name} is {getattr(config, name)}, not a positive number")
+    if config.head_dim % 2:
+        raise UserError(f"{source}: head_dim is {config.head_dim}; rotary embedding needs an even one")
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: {heads} heads do not divide by num_key_value_heads {kv_heads}")
     return config
