@@ -252,11 +252,10 @@ def test_validation_is_taken_out_of_train(tmp_path):
 
 
 def test_demo_rows(monkeypatch):
-    monkeypatch.setattr(
-        demo, "demo_examples", lambda split, *, seed: [{"question": f"{split} {seed}?", "answer": "1\n#### 1"}]
-    )
-    (sample,) = load_split("demo", "validation", files={}, seed=5)
-    assert (sample.prompt, sample.completion) == ("Question: validation 5?\nAnswer:", " 1\n#### 1")
+    monkeypatch.setattr(demo, "demo_examples", lambda split: [{"question": f"{split}?", "answer": "1\n#### 1"}])
+    for seed in (0, 5):  # the held-out rows do not depend on a run's seed
+        (sample,) = load_split("demo", "validation", files={}, seed=seed)
+        assert (sample.prompt, sample.completion) == ("Question: validation?\nAnswer:", " 1\n#### 1")
 
 
 def test_real_gsm8k():

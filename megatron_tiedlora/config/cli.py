@@ -130,7 +130,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, quiet: bool = False) -> NoReturn:
-    """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2.
+    """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
     Args:
         quiet: do not print the line: another rank on this host prints the same.
@@ -141,4 +141,6 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, qu
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     sys.exit(status)

@@ -35,7 +35,7 @@ class Task:
     template: the prompt with {field} names; empty where `parts` builds the prompt itself.
     parts: (row, source, tokenizer) -> (prompt fields, prompt or None for "use the template", answers).
     unfold: (row, source) -> flat rows; only for nested files.
-    generate: (split, seed) -> rows, for a task without files.
+    generate: split -> rows, for a task without files; whatever the run's seed, so that held-out parts stay comparable.
     hub_splits: our split -> the hub's; validation is taken out of train when it is not there.
     validation_rows: how many rows are taken out of a large train part (5 % of a small one).
     metric: name of the score in the evaluation package.
@@ -50,7 +50,7 @@ class Task:
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     validation_rows: int = 500
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
-    generate: Callable[[Split, int], Iterable[Row]] | None = None
+    generate: Callable[[Split], Iterable[Row]] | None = None
 
 
 def load_split(
@@ -135,7 +135,7 @@ def _read_all(task: Task, split: Split, *, files: Files, seed: int) -> list[Row]
     if name:
         rows = read_rows(name, split=split)
     elif task.generate:
-        rows = list(task.generate(split, seed))
+        rows = list(task.generate(split))
     else:
         assert task.hub_id is not None
         rows = read_rows(task.hub_id, split=task.hub_splits[split], config_name=task.hub_config)
@@ -228,8 +228,7 @@ def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str
     return items
 
 
-def _demo_rows(split: Split, _seed: int) -> Iterator[Row]:
-    """The demo's rows, the same whatever the run's seed: its held-out parts stay comparable and apart from training."""
+def _demo_rows(split: Split) -> Iterator[Row]:
     from megatron_tiedlora.data.demo import demo_examples
 
     for number, row in enumerate(demo_examples(split), start=1):

@@ -1,0 +1,75 @@
+"""What one rank finds or suffers is every rank's: data that differ between hosts, and logs that cannot be written."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import status
+from run_helpers import Base, run_ranks, write_base
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def other_data_on_rank_1() -> None:
+    """Rank 1 reads one training row less than its peer."""
+    import os
+
+    if os.environ["RANK"] == "1":
+        module: Any = importlib.import_module("megatron_tiedlora.training.run_data")
+        load = module.load_split
+
+        def shorter(task: str, split: str, **keywords: Any) -> Any:
+            examples = load(task, split, **keywords)
+            return examples[1:] if split == "train" else examples
+
+        module.load_split = shorter
+
+
+def broken_log(step: int) -> None:
+    """metrics.jsonl cannot be written from training step `step` on."""
+    module: Any = importlib.import_module("megatron_tiedlora.training.run_folder")
+    errors: Any = importlib.import_module("megatron_tiedlora.config.errors")
+    write = module.MetricsLog.write
+
+    def failing(log: Any, row: dict[str, Any]) -> None:
+        if row["step"] >= step:
+            raise errors.UserError("metrics.jsonl cannot be written (No space left on device)")
+        write(log, row)
+
+    module.MetricsLog.write = failing
+
+
+def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path) -> None:
+    arguments = base.arguments(output_dir=tmp_path / "run")
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=other_data_on_rank_1).expect(2)
+    assert "1 ranks read other training or validation data than rank 0" in ended.error_line()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_log_that_cannot_be_written_ends_all_ranks_in_order(base: Base, tmp_path: Path, step: int) -> None:
+    arguments = base.arguments(output_dir=tmp_path / "run")
+    prelude = partial(broken_log, step)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
+    assert "No space left on device" in ended.error_line()
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_folder_of_other_files_is_refused_whatever_resume_says(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "photo.txt").write_text("keep")
+    for resume in ("none", "auto"):
+        arguments = base.arguments(output_dir=folder, resume=resume)
+        ended = run_ranks(arguments, folder=tmp_path / f"work-{resume}", cache=base.cache).expect(2)
+        assert "holds other files" in ended.error_line()
+    assert [item.name for item in folder.iterdir()] == ["photo.txt"]
