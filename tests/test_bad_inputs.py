@@ -269,6 +269,15 @@ def test_output_folder_of_another_run(base: Base, stopped: Path, tmp_path: Path)
     assert "file is a file" in line
 
 
+def test_a_failed_start_leaves_an_empty_folder_empty(copy: Base) -> None:
+    """Weights are read after the folder was chosen; the same folder can be given again."""
+    truncate(copy.model / "model.safetensors")
+    folder = copy.folder / "mine"
+    folder.mkdir()
+    refused_in(copy, folder, ["not a whole safetensors file"], ranks=2)
+    assert not any(folder.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

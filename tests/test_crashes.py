@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_files import assert_same_run, checkpoint_names, files_of, losses
 from run_helpers import Base, fork_server, run, write_base
-from run_preludes import die_at_event, kill_at_call, kill_at_step
+from run_preludes import die_at_event, kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
 
@@ -36,6 +37,39 @@ def test_a_crash_that_lost_steps_leaves_each_row_once(base: Base, tmp_path: Path
     assert_same_run(folder, whole)
 
 
+def test_an_evaluation_done_again_is_logged_once(base: Base, tmp_path: Path) -> None:
+    """Stopped while step 4 is evaluated; evaluated after the resume, no improvement; then killed before a save."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    script = partial(scripted_validation, WORSE_AFTER_TWO)
+    run(base, whole, save_interval=100, prelude=script)
+    run(base, folder, save_interval=100, prelude=_stop_in_second_evaluation, expect=143)
+    assert losses(folder, "validation") == [(0, 10.0), (2, 3.0)] and checkpoint_names(folder) == {"step_2", "step_4"}
+    run(base, folder, save_interval=100, resume="auto", prelude=_killed_at_six, expect=-signal.SIGKILL)
+    assert [step for step, _ in losses(folder, "validation")] == [0, 2, 4]
+    run(base, folder, save_interval=100, resume="auto", prelude=script)
+    assert_same_run(folder, whole)
+
+
+WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
+
+
+def _stop_in_second_evaluation() -> None:
+    import megatron_tiedlora.training.loop as loop
+
+    def evaluate(trainer: loop.Trainer) -> float:
+        if trainer.progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.check_stop()
+        return WORSE_AFTER_TWO.get(trainer.progress.step, 10.0)
+
+    loop.Trainer.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def _killed_at_six() -> None:
+    scripted_validation(WORSE_AFTER_TWO)
+    kill_at_step(6, signal.SIGKILL)
+
+
 SAVE_POINTS = {
     "before the checkpoint": (LOOP, "save_checkpoint", 2),
     "before its state": ("megatron_tiedlora.checkpoint.resume", "save_file", 2),
@@ -44,27 +78,28 @@ SAVE_POINTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
-        "before `latest`",
-        "before the adapter",
-        pytest.param("before the checkpoint", marks=pytest.mark.slow),
-        pytest.param("before its state", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("point", SAVE_POINTS)
 def test_killed_in_a_save(base: Base, tmp_path: Path, point: str) -> None:
-    """SIGKILL within the save of step 4: that of step 2 or 4 stands, and the resumed run equals the whole one."""
-    module, name, call = SAVE_POINTS[point]
+    """SIGKILL within the save of step 4, the best: that of step 2 or 4 stands, and the rest equals the whole run."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(base, whole, max_steps=6)
-    prelude = partial(kill_at_call, module, name, call=call)
-    run(base, folder, max_steps=6, prelude=prelude, expect=-signal.SIGKILL)
+    script = partial(scripted_validation, BEST_AT_FOUR)
+    run(base, whole, max_steps=6, prelude=script)
+    run(base, folder, max_steps=6, prelude=partial(_killed_at_point, point), expect=-signal.SIGKILL)
     latest = (folder / "checkpoints" / "latest").read_text().strip()
     assert latest == ("step_4" if point == "before the adapter" else "step_2")
-    run(base, folder, max_steps=6, resume="auto")
+    run(base, folder, max_steps=6, resume="auto", prelude=script)
     assert_same_run(folder, whole)
+    assert files_of(folder / "adapter") == files_of(whole / "adapter")
     assert not list(folder.rglob(".writing*"))
+
+
+BEST_AT_FOUR = {2: 5.0, 4: 3.0, 6: 4.0}
+
+
+def _killed_at_point(point: str) -> None:
+    scripted_validation(BEST_AT_FOUR)
+    module, name, call = SAVE_POINTS[point]
+    kill_at_call(module, name, call=call)
 
 
 def test_a_save_killed_anywhere_leaves_the_last_one_whole(tmp_path: Path) -> None:

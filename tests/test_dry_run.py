@@ -46,7 +46,7 @@ def number(text: str, label: str) -> int:
         ("llama2-7b", 1, "zero0.json"),
         ("llama2-7b", 8, "zero2.json"),
         ("llama2-13b", 64, "zero1.json"),
-        ("llama2-70b", 256, "zero3.json"),
+        ("llama2-70b", 64, "zero3.json"),
     ],
 )
 def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_config: str) -> None:

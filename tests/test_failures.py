@@ -27,8 +27,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         ("zero0.json", "gradient", None),
         ("zero2.json", "gradient", None),
         ("zero3.json", "gradient", None),
-        pytest.param("zero1.json", "gradient", 2, marks=pytest.mark.slow),
-        pytest.param("zero2_offload.json", "gradient", None, marks=pytest.mark.slow),
+        ("zero1.json", "gradient", 2),
+        ("zero2_offload.json", "gradient", None),
     ],
 )
 def test_nan(base: Base, tmp_path: Path, ds_config: str, what: str, ranks: int | None) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +18,7 @@ from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -118,19 +117,6 @@ def save_adapter(folder: Path, config: AdapterConfig, base: BaseIdentity, state:
     """Write an adapter folder at once, replacing the one that was there. Raises UserError where it cannot."""
     with new_folder(folder) as temporary:
         write_adapter_files(temporary, config, base, state)
-
-
-def read_json_object(file: Path, *, kind: str) -> dict[str, Any]:
-    """A JSON object from `file`. Raises UserError naming it as `kind`."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected {kind}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return content
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

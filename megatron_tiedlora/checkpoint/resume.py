@@ -27,11 +27,11 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     BaseIdentity,
     NativeAdapter,
     load_adapter,
-    read_json_object,
     read_safetensors,
     write_adapter_files,
 )
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"

@@ -6,7 +6,6 @@ when a precision section is present, so every key is checked here before an engi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.settings import nearest_name
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -94,12 +94,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         UserError: not JSON, an unknown key, a section or a number that contradicts the settings.
     """
     path = find_engine_json(name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    content = read_json_object(path, kind="a DeepSpeed JSON")
     known = ENGINE_KEYS.union(BATCH_KEYS)
     for key in content:
         if key in REFUSED_SECTIONS:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from megatron_tiedlora.adapters.tied_adapter import delta_weight
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, read_json_object, read_safetensors
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, read_safetensors
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
 from megatron_tiedlora.pipeline.sequential import SequentialModel
 

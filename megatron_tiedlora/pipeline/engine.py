@@ -89,7 +89,8 @@ def step_with_norm(engine: Any, zero_stage: int) -> float:
     """Take the optimizer step and return the gradient norm before clipping.
 
     DeepSpeed reports no norm at ZeRO-0, so there it is read from the gradients, already averaged over the ranks, before
-    the step clips them. At ZeRO 1 to 3 it reports -1 for a norm that is not finite; here that is nan.
+    the step clips them. Where the norm is not finite, ZeRO 1 to 3 skip the step and report inf (0.19.8) or -1 (earlier
+    versions); here it is never negative.
     """
     local = local_gradient_norm(engine.module) if zero_stage == 0 else None
     engine.step()

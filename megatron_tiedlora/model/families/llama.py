@@ -5,7 +5,6 @@ The name table is the one place that knows how Hugging Face names and fuses weig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.rope import RopeConfig
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
@@ -121,16 +121,7 @@ def llama_config_from_hf(values: Mapping[str, Any], *, source: str = "config.jso
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The fields of `folder/config.json`. Raises UserError naming the file."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; --model takes a Hugging Face folder or hub id")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return values
+    return read_json_object(folder / "config.json", kind="a Hugging Face model folder or a hub id in --model")
 
 
 @dataclass(frozen=True)
