@@ -62,7 +62,7 @@ def _stop_in_second_evaluation() -> None:
             trainer.check_stop()
         return WORSE_AFTER_TWO.get(trainer.progress.step, 10.0)
 
-    loop.Trainer.evaluate = evaluate  # type: ignore[method-assign]
+    loop.Trainer.evaluate = evaluate  # type: ignore[method-assign, assignment]
 
 
 def _killed_at_six() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def report(folder: Path, arguments: list[str], **keywords: object) -> str:
+def report(folder: Path, arguments: list[str], **keywords: Any) -> str:
     """The report; nothing else may be printed but bars, and nothing written beside the cache."""
-    ended = run_ranks(arguments, folder=folder, **keywords).expect(0)  # type: ignore[arg-type]
+    ended = run_ranks(arguments, folder=folder, **keywords).expect(0)
     written = {name for name in files_of(folder) if ".rank" not in name and not name.startswith("cache/")}
     assert written == set()
     return ended.outputs[0]
