@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import distributed
+
+from megatron_tiedlora.config.errors import UserError
 
 
 def world_size() -> int:
@@ -30,3 +32,21 @@ def broadcast_object(value: object, device: torch.device) -> object:
     box = [value]
     distributed.broadcast_object_list(box, src=0, device=device)
     return box[0]
+
+
+def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> object:
+    """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
+
+    Raises:
+        UserError: rank 0's, on every rank, so that none waits for one that has left.
+    """
+    answer: object = None
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        try:
+            answer = decide()
+        except UserError as error:
+            answer = error
+    answer = broadcast_object(answer, device)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer

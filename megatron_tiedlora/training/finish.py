@@ -12,7 +12,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
-from megatron_tiedlora.parallel.collectives import broadcast_object
+from megatron_tiedlora.parallel.collectives import decided_by_rank_0
 from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.run_data import MAX_NEW_TOKENS
@@ -58,18 +58,14 @@ def record_score(trainer: Trainer, moment: str, scores: Scores | None) -> None:
     """
     if scores is None:
         return
-    failure: object = None
-    if trainer.is_main:
-        try:
-            file = trainer.folder.scores
-            kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
-            write_json(file, kept)
-        except UserError as error:
-            failure = error
-    failure = broadcast_object(failure, trainer.device)
-    if isinstance(failure, UserError):
-        raise failure
+
+    def write() -> None:
+        file = trainer.folder.scores
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
+        write_json(file, kept)
+
+    decided_by_rank_0(write, trainer.device)
 
 
 def summary_lines(trainer: Trainer) -> list[str]:

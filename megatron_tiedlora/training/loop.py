@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.parallel.collectives import broadcast_object, sum_over_ranks
+from megatron_tiedlora.parallel.collectives import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import all_open, step_with_norm, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
 from megatron_tiedlora.training.plan import RunPlan
@@ -273,15 +273,7 @@ class Trainer:
             raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
         parameters = trained_parameters(self.engine.module)
         moments = read_moments(self.engine, parameters, self.plan.engine.zero_stage) if new else {}
-        failure: object = None
-        if self.is_main:
-            try:
-                self._write(state, moments, new=new, best=best)
-            except UserError as error:
-                failure = error
-        failure = broadcast_object(failure, self.device)
-        if isinstance(failure, UserError):
-            raise failure
+        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best), self.device)
         self._saved_step = self.progress.step
         self._last_save = time.monotonic()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class RunData:
     scored: ScoredSet | None
     first_example: Example
 
-    @property
+    @cached_property  # every save writes it
     def sha256(self) -> str:
         """Of the tokenised training and validation parts: what ranks must share, and a resumed run must find again."""
         digest = hashlib.sha256()

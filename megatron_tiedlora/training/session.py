@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from megatron_tiedlora.checkpoint.resume import (
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.parallel.collectives import broadcast_object, sum_over_ranks
+from megatron_tiedlora.parallel.collectives import broadcast_object, decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import (
     base_construction,
     initialize_engine,
@@ -49,24 +49,9 @@ def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
     def choose() -> Path:
         return choose_run_folder(plan.settings.output_dir, name=plan.name, resume=plan.settings.resume).path
 
-    path = _decided_by_rank_0(choose, plan, device)
-    assert path is not None
+    path = decided_by_rank_0(choose, device)
+    assert isinstance(path, Path)
     return RunFolder(path)
-
-
-def _decided_by_rank_0(decide: Callable[[], Path | None], plan: RunPlan, device: torch.device) -> Path | None:
-    """Rank 0's answer on every rank, or its UserError: two ranks that look at a shared folder may see it differ."""
-    answer: object = None
-    if plan.grid.rank == 0:
-        try:
-            answer = decide()
-        except UserError as error:
-            answer = error
-    answer = broadcast_object(answer, device)
-    if isinstance(answer, UserError):
-        raise answer
-    assert answer is None or isinstance(answer, Path)
-    return answer
 
 
 def occupy_run_folder(
@@ -86,7 +71,7 @@ def occupy_run_folder(
         start = checkpoint.progress if checkpoint is not None else Progress()
         logs.append(MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step))
 
-    _decided_by_rank_0(occupy, plan, device)
+    decided_by_rank_0(occupy, device)
     return logs[0] if logs else None
 
 
@@ -109,7 +94,8 @@ def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: tor
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    path = _decided_by_rank_0(lambda: _checkpoint_path(plan.settings.resume, folder), plan, device)
+    path = decided_by_rank_0(lambda: _checkpoint_path(plan.settings.resume, folder), device)
+    assert path is None or isinstance(path, Path)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
