@@ -29,6 +29,7 @@ class EngineRun:
     grad_norms: list[float]
     learning_rates: list[float]
     adapter: dict[str, torch.Tensor]
+    local: list[dict[str, torch.Tensor]]  # each rank's part of it
 
 
 def write_uneven_data(path: Path, *, rows: int = 40, seed: int = 0) -> Path:
@@ -90,10 +91,10 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
     if any(codes):
         tails = "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
         raise AssertionError(f"ranks ended with {codes}:\n{tails}")
-    return [_read(Path(case["output"])) for case in cases]
+    return [_read(Path(case["output"]), ranks) for case in cases]
 
 
-def _read(folder: Path) -> EngineRun:
+def _read(folder: Path, ranks: int) -> EngineRun:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["split"] == "train"]
     return EngineRun(
@@ -101,10 +102,13 @@ def _read(folder: Path) -> EngineRun:
         grad_norms=[row["grad_norm"] for row in steps],
         learning_rates=[row["learning_rate"] for row in steps],
         adapter=load_file(folder / "adapter.safetensors"),
+        local=[load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)],
     )
 
 
-def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path) -> OracleRun:
+def oracle_run(
+    settings: dict[str, Any], start: OracleAdapter, cache: Path, *, optimizer: str = "adamw"
+) -> OracleRun:
     """The dense one-process answer: the same samples, one sequence at a time, in fp32."""
     from megatron_tiedlora.data.cache import tokenise_once
     from megatron_tiedlora.data.order import sample_indices
@@ -138,6 +142,7 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path) -> O
         max_steps=settings["max_steps"],
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["gradient_clipping"],
+        optimizer=optimizer,
     )
 
 

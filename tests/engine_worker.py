@@ -2,8 +2,8 @@
 
     python engine_worker.py cases.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
 
-A case: {"settings": {...}, "start": file of A, B, u, v or null, "output": folder}. Rank 0 leaves metrics.jsonl and
-adapter.safetensors in the output folder.
+A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}. Rank 0
+leaves metrics.jsonl and adapter.safetensors in the output folder, every rank its own part in rankN.safetensors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from megatron_tiedlora.pipeline.launch_env import (
 )
 
 
+def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:
+    """In place of training.optimizer.make_optimizer: p -= lr (g + decay p), without momentum."""
+    from torch.optim import SGD
+
+    return SGD(list(parameters), lr=learning_rate, weight_decay=weight_decay)
+
+
 def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
     from safetensors.torch import load_file, save_file
 
-    from megatron_tiedlora.training import session
+    from megatron_tiedlora.training import build, session
     from megatron_tiedlora.training.loop import Trainer
+    from megatron_tiedlora.training.optimizer import make_optimizer
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
@@ -35,19 +43,27 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)
     data = prepare_data(plan, progress=False)
     folder = RunFolder(Path(case["output"]))
-    built = session.build_model(plan, device, None)
+    use_sgd = case.get("optimizer") == "sgd"
+    build.make_optimizer = sgd if use_sgd else make_optimizer
+    built = build.build_model(plan, device, None)
     if case.get("start"):
-        built.module.adapter.load_full(load_file(case["start"]))
-    engine = session.start_engine(plan, built.module, None)
+        built.stage.adapter.load_full(load_file(case["start"]))
+    runner = build.start_engine(plan, built, device, None)
     if rank == 0:
         session.write_run_settings(plan, folder)
     log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
-    trainer = Trainer(plan, data, engine, built.base, folder, device, StopWatch(), log)
+    trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch(), log)
+    if use_sgd:
+        trainer.save = lambda **_: None  # it has no moments to save
     trainer.run()
+    save_file(
+        {name: parameter.detach().clone() for name, parameter in runner.bank.named_parameters()},
+        folder.path / f"rank{rank}.safetensors",
+    )
     state = trainer.full_adapter_state()
     if rank == 0:
         save_file(state, folder.path / "adapter.safetensors")
-    engine.destroy()
+    runner.engine.destroy()
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from oracle import OracleConfig, cast_weights, load_weights
 from oracle_training import oracle_gradients
 from tiny_models import random_adapter, random_batches, write_tiny_model
 
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: str) -> tuple[SequentialModel, Any]:
+def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: str) -> tuple[Stage, Any]:
     source = find_model(str(folder))
     oracle = random_adapter(
         method, OracleConfig.from_folder(folder), rank=4, alpha=6.0, layers=layers, seed=5, dtype=torch.float64
@@ -42,10 +42,10 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
         qkv_rows=source.config.qkv_rows,
         seed=0,
     )
-    bank = TiedAdapter(config, dtype=torch.float64)
+    bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     bank.load_full(oracle.tensors)
     specs = layer_specs(source.config, update_scale=config.scale, dtype=torch.float64)
-    model = SequentialModel(specs, bank, recompute=recompute)
+    model = Stage(specs, bank, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.config)) as weights:
         load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
     return model, oracle

@@ -24,7 +24,7 @@ from megatron_tiedlora.evaluation.metrics import (
     squad_exact_match,
 )
 from megatron_tiedlora.model.families.llama import LlamaConfig
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -51,7 +51,7 @@ class Decoder:
         source, config = find_model(str(folder)), OracleConfig.from_folder(folder)
         adapter = random_adapter("tl6", config, alpha=6)
         self.config: LlamaConfig = source.config
-        self.ours: SequentialModel = load_model(source, native_adapter(source, adapter), dtype=torch.float32)
+        self.ours: Stage = load_model(source, native_adapter(source, adapter), dtype=torch.float32)
         self.theirs: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         merged = merged_weights(load_weights(folder), config, adapter)
         missing, unexpected = self.theirs.load_state_dict(merged, strict=False)

@@ -11,7 +11,13 @@ import torch
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.methods import METHODS
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, make_adapter_config, start_values
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterConfig,
+    AdapterPart,
+    TiedAdapter,
+    make_adapter_config,
+    start_values,
+)
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.errors import UserError
@@ -20,7 +26,7 @@ from megatron_tiedlora.model import layer_specs as layer_specs_module
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, num_base_parameters
 from megatron_tiedlora.model.layer_specs import Block
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -82,21 +88,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer=False)
 
 
-def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (1, 2, 3)) -> SequentialModel:
+def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (1, 2, 3)) -> Stage:
     """The tiny model with an adapter in the middle of training: no tensor is zero."""
     source = find_model(str(folder))
     model = load_model(source, None, dtype=torch.float32)
     config = make_adapter_config(
         method, rank=4, layers=layers, hidden_size=source.config.hidden_size, qkv_rows=source.config.qkv_rows, seed=1
     )
-    model.adapter = TiedAdapter(config)
+    model.adapter = TiedAdapter(AdapterPart.whole(config))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.adapter.parameters():
         parameter.data.normal_(0.0, 0.3, generator=generator)
     return model
 
 
-def gradients(model: SequentialModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: Stage, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
     assert model.adapter is not None
@@ -127,9 +133,9 @@ def test_only_supervised_positions_meet_the_vocabulary(folder: Path, monkeypatch
     rows: list[int] = []
     real = layer_specs_module.sum_token_losses
 
-    def counted(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def counted(logits: torch.Tensor, targets: torch.Tensor, **keywords: Any) -> torch.Tensor:
         rows.append(logits.shape[0])
-        return real(logits, targets)
+        return real(logits, targets, **keywords)
 
     monkeypatch.setattr(layer_specs_module, "sum_token_losses", counted)
     monkeypatch.setattr(layer_specs_module, "HEAD_ROWS", 7)  # few rows at a time give the same sum
@@ -285,7 +291,7 @@ def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = Non
 
 def trained_numbers(config: AdapterConfig) -> int:
     with torch.device("meta"):
-        bank = TiedAdapter(config)
+        bank = TiedAdapter(AdapterPart.whole(config))
     return sum(parameter.numel() for parameter in bank.parameters() if parameter.requires_grad)
 
 

@@ -1,8 +1,9 @@
-"""The trained tensors of a run: one bank with A, B, u, v for all adapted layers.
+"""The trained tensors of a run: one bank with A, B, u, v for all adapted layers of a rank's stage.
 
-Owns shapes, start values, the update and delta_weight(). Leaves where the update is added to model/, files to
-checkpoint/. z = W x + (alpha / r) diag(v) B diag(u) A x, computed as W x + (x A_i^T) B_i^T with A_i = diag(u_i) A and
-B_i = (alpha / r) diag(v_i) B, which is the same sum and needs no (tokens x o) temporary for v's gradient.
+Owns shapes, cuts, start values, the update and delta_weight(). Leaves where the update is added to model/, files to
+checkpoint/, the tie between stages to tying. z = W x + (alpha / r) diag(v) B diag(u) A x, computed as
+W x + (x A_i^T) B_i^T with A_i = diag(u_i) A and B_i = (alpha / r) diag(v_i) B, which is the same sum and needs no
+(tokens x o) temporary for v's gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.parallel.collectives import copy_to_tensor_parallel_region, gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
+from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,66 @@ class AdapterConfig:
         shape = {"A": (r, self.hidden_size), "B": (self.out_size, r), "u": (r,), "v": (self.out_size,)}[factor]
         return shape if self.row.factor(factor).tied else (n, *shape)
 
+    def spec(self, factor: str) -> ShardSpec:
+        """How the factor is cut over tensor-parallel ranks: the one declaration that everything reads.
+
+        B and v are cut by heads, as W_qkv. A trained A is held in parts along d, whatever its rank r; a frozen A is
+        whole on every rank, so that it causes no message. u is whole.
+        """
+        last = len(self.shape(factor)) - 1
+        if factor == "B":
+            return ShardSpec(last - 1, self.qkv_rows)
+        if factor == "v":
+            return ShardSpec(last, self.qkv_rows)
+        if factor == "A" and self.row.A.trained:
+            return ShardSpec(last, (self.hidden_size,))
+        return ShardSpec(None, ())
+
     def num_trained(self) -> dict[str, int]:
         """Trained numbers by factor, frozen factors left out."""
         return {name: torch.Size(self.shape(name)).numel() for name in FACTORS if self.row.factor(name).trained}
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """What one rank holds of an adapter: its stage's adapted layers, and its tensor-parallel cut.
+
+    Attributes:
+        layers: adapted layers of the stage, a contiguous run of `config.layers`, or none.
+    """
+
+    config: AdapterConfig
+    layers: tuple[int, ...]
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @staticmethod
+    def whole(config: AdapterConfig) -> AdapterPart:
+        """All of it."""
+        return AdapterPart(config, config.layers)
+
+    @property
+    def rows(self) -> slice:
+        """Which entries of a per-layer factor's first dimension are the stage's."""
+        start = self.config.layers.index(self.layers[0]) if self.layers else 0
+        return slice(start, start + len(self.layers))
+
+    def exists(self, factor: str) -> bool:
+        """Whether the factor is a tensor here: not frozen at one, and tied or of a layer of this stage."""
+        entry = self.config.row.factor(factor)
+        return (entry.trained or entry.start != "one") and (entry.tied or bool(self.layers))
+
+    def local_shape(self, factor: str) -> tuple[int, ...]:
+        """Shape of this rank's part."""
+        shape = self.config.shape(factor)
+        if not self.config.row.factor(factor).tied:
+            shape = (len(self.layers), *shape[1:])
+        return self.config.spec(factor).local_shape(shape, self.tp_size)
+
+    def cut(self, factor: str, full: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a full factor (or of anything of its shape, such as a moment)."""
+        rows = full if self.config.row.factor(factor).tied else full[self.rows]
+        return self.config.spec(factor).split(rows, self.tp_rank, self.tp_size)
 
 
 def make_adapter_config(
@@ -110,7 +171,8 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
 
 
 class LayerUpdate(NamedTuple):
-    """One layer's factors, fp32 views into the bank; u or v is None where it is frozen at one."""
+    """One layer's factors on one rank, fp32: a (r, d), b (local_o, r), u (r), v (local_o); u or v is None where it is
+    frozen at one."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -129,11 +191,11 @@ def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate, 
     """output + scale * diag(v) B diag(u) A hidden.
 
     Args:
-        output: (..., o), what the frozen projection gave; the base's dtype.
+        output: (..., local_o), what the frozen projection gave; the base's dtype.
         hidden: (..., d), the projection's input.
 
     Returns:
-        (..., o) in `output`'s dtype; the fp32 factors are cast to it just before their products.
+        (..., local_o) in `output`'s dtype; the fp32 factors are cast to it just before their products.
     """
     a, b = (factor.to(output.dtype) for factor in folded_factors(update, scale))
     low = functional.linear(hidden, a)
@@ -142,48 +204,54 @@ def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate, 
 
 
 class TiedAdapter(nn.Module):
-    """The bank: parameters A, B, u, v, stacked over layers where they are per layer, fp32.
+    """The bank: parameters A, B, u, v of one rank, stacked over the stage's layers where they are per layer, fp32.
 
     Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a
-    gradient. A tied factor is one Parameter however many layers use it.
+    gradient. A tied factor is one Parameter however many layers use it, and every stage has it.
     """
 
-    def __init__(self, config: AdapterConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, part: AdapterPart, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = config
+        self.part = part
         for name in FACTORS:
-            factor = config.row.factor(name)
-            exists = factor.trained or factor.start != "one"
-            empty = torch.empty(config.shape(name), dtype=dtype) if exists else None
-            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=factor.trained))
+            empty = torch.empty(part.local_shape(name), dtype=dtype) if part.exists(name) else None
+            trained = part.config.row.factor(name).trained
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=trained))
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What the whole adapter is."""
+        return self.part.config
 
     def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy full tensors A, B, u, v into the parameters that exist; shapes must agree."""
+        """Copy this rank's parts of full tensors A, B, u, v into the parameters that exist; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(values[name])
+                parameter.copy_(self.part.cut(name, values[name]))
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """All four factors as full fp32 CPU tensors; those that do not exist are ones."""
-        state = {}
-        for name in FACTORS:
-            parameter = getattr(self, name)
-            ones = torch.ones(self.config.shape(name))
-            state[name] = ones if parameter is None else parameter.detach().to("cpu", torch.float32, copy=True)
-        return state
+    def forward(self, tensor_group: RankGroup = ALONE) -> tuple[LayerUpdate, ...]:
+        """The factors of each adapted layer of the stage: A (r, d) and u (r) whole, B and v this rank's rows.
 
-    def forward(self) -> tuple[LayerUpdate, ...]:
-        """The factors of each adapted layer, in the order of `config.layers`."""
+        With tensor parallelism a trained A is gathered here, once per call. The gradients of A and u that come back are
+        parts (of each rank's rows of B), and are summed here too: A's by the reduce-scatter that is its gather's
+        adjoint, u's by an all-reduce.
+        """
+        if not self.part.layers:
+            return ()
+        factors = {name: getattr(self, name) for name in FACTORS}
+        if self.config.row.A.trained:
+            factors["A"] = gather_from_tensor_parallel_region(factors["A"], tensor_group, dim=-1)
+        if self.config.row.u.trained:
+            factors["u"] = copy_to_tensor_parallel_region(factors["u"], tensor_group)
         per_layer = []
-        for name in FACTORS:
-            parameter, num_layers = getattr(self, name), len(self.config.layers)
-            if parameter is None:
-                per_layer.append((None,) * num_layers)
+        for name, tensor in factors.items():
+            if tensor is None:
+                per_layer.append((None,) * len(self.part.layers))
             elif self.config.row.factor(name).tied:
                 # A view and not the Parameter: under ZeRO-3 the Parameter is emptied when this call returns.
-                per_layer.append((parameter.view_as(parameter),) * num_layers)
+                per_layer.append((tensor.view_as(tensor),) * len(self.part.layers))
             else:
-                per_layer.append(parameter.unbind(0))
+                per_layer.append(tensor.unbind(0))
         return tuple(LayerUpdate(*row) for row in zip(*per_layer, strict=True))
 
 

@@ -116,27 +116,32 @@ class BaseWeights:
             size = part.stop - part.start
             target.narrow(dim, offset, size).copy_(self.read(name, part, dim))
             offset += size
+        target.narrow(dim, offset, target.shape[dim] - offset).zero_()  # padding
 
 
 def load_base_weights(
     weights: BaseWeights,
     parameters: Mapping[str, nn.Parameter],
+    rules: Sequence[WeightRule] | None = None,
     *,
     access: Callable[[nn.Parameter], AbstractContextManager[Any]],
+    tp_rank: int = 0,
+    tp_size: int = 1,
     reads: bool = True,
     progress: bool = False,
 ) -> None:
-    """Fill every base parameter that `parameters` holds.
+    """Fill every base parameter that `parameters` holds with this rank's part of it.
 
     Args:
         parameters: by name; those without a rule (the adapter's) are left alone.
+        rules: the name table of the stage; all of the checkpoint's where None.
         access: opens one parameter for writing (it gathers under ZeRO-3).
         reads: False on ranks that only take part in opening.
         progress: show a bar.
     """
-    rules = [rule for rule in weights.rules if rule.name in parameters]
+    mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in parameters]
     with torch.no_grad():
-        for rule in tqdm(rules, desc="base weights", unit="tensor", disable=not progress, leave=False):
+        for rule in tqdm(mine, desc="base weights", unit="tensor", disable=not progress, leave=False):
             with access(parameters[rule.name]):
                 if reads:
-                    weights.fill(rule, parameters[rule.name].data)
+                    weights.fill(rule, parameters[rule.name].data, tp_rank=tp_rank, tp_size=tp_size)

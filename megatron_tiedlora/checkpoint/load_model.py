@@ -6,13 +6,13 @@ from contextlib import nullcontext
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,7 +24,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> SequentialModel:
+) -> Stage:
     """The model in evaluation mode, base in `dtype` and adapter in fp32; `progress` shows a bar.
 
     Raises:
@@ -34,11 +34,11 @@ def load_model(
         bank = None
         if adapter is not None:
             adapter.check_base(identify_base(source, weights, adapter.base.dtype), source="adapter")
-            bank = TiedAdapter(adapter.config).to(device)
+            bank = TiedAdapter(AdapterPart.whole(adapter.config)).to(device)
             bank.load_full(adapter.state)
         scale = adapter.config.scale if adapter is not None else 1.0
         with torch.device(device):
-            model = SequentialModel(layer_specs(source.config, update_scale=scale, dtype=dtype), bank)
+            model = Stage(layer_specs(source.config, update_scale=scale, dtype=dtype), bank)
         load_base_weights(
             weights,
             dict(model.named_parameters()),

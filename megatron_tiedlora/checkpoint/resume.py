@@ -38,6 +38,11 @@ PROGRESS_FILE = "trainer_state.json"
 LATEST_FILE = "latest"
 
 
+def moment_name(moment: str, factor: str) -> str:
+    """What a factor's moment (`exp_avg`, `exp_avg_sq`) is called in the file."""
+    return f"{moment}.adapter.{factor}"
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands after `step` optimizer steps.

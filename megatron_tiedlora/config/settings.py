@@ -98,9 +98,12 @@ class Settings(BaseModel):
         "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0
     )
 
-    tensor_parallel: int = _field("parallel", "ranks that share each layer (1 in this version)", 1, ge=1)
-    pipeline_parallel: int = _field("parallel", "stages that share the layers (1 in this version)", 1, ge=1)
+    tensor_parallel: int = _field("parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1)
+    pipeline_parallel: int = _field("parallel", "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1)
     sequence_parallel: bool = _field("parallel", "with tensor parallel: cut activations along the sequence too", True)
+    replica_check_steps: int = _field(
+        "parallel", "compare copies of the adapter bit by bit in this many first steps and at saves (0: never)", 3, ge=0
+    )
 
     task: Literal["demo", "squad", "dialogsum", "hellaswag", "iwslt2017", "gsm8k", "custom"] = _field(
         "data", "demo (generated), squad, gsm8k, or custom (your own JSONL)"
@@ -180,11 +183,6 @@ class Settings(BaseModel):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
-        for name in ("tensor_parallel", "pipeline_parallel"):
-            if getattr(self, name) != 1:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} is not available in this version; use 1 (data parallel)"
-                )
         if self.task in LATER_TASKS:
             raise ValueError(f"--task {self.task} is not available in this version; use squad, gsm8k, custom or demo")
         if self.recompute == "selective":

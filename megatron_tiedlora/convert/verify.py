@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
 
@@ -165,7 +165,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 
 
 def _fold_and_round(
-    model: SequentialModel, adapter: NativeAdapter, source: ModelSource, stored: Mapping[str, torch.dtype]
+    model: Stage, adapter: NativeAdapter, source: ModelSource, stored: Mapping[str, torch.dtype]
 ) -> None:
     """Add the update to the fused weights and round every weight to what the merged folder stores."""
     parameters = dict(model.named_parameters())

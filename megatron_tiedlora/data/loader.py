@@ -10,6 +10,7 @@ Owns labels, padding and resume by a count of consumed samples. Leaves devices t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,18 @@ from numpy.typing import NDArray
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+from megatron_tiedlora.pipeline.running import StepInput
+
+# Shapes that repeat are kinder to memory and kernels.
+BASE_MULTIPLE = 8
+
+
+def pad_multiple(sequence_parts: int = 1) -> int:
+    """What lengths are padded to a multiple of, so that sequence parallelism can cut them into equal parts.
+
+    8, whatever the layout, for 1, 2, 4 and 8 parts; else the least common multiple. Padding changes no loss.
+    """
+    return math.lcm(BASE_MULTIPLE, sequence_parts)
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,11 @@ class MicroBatch:
     num_samples: int
     num_tokens: int
     num_supervised: int
+
+    @property
+    def model_input(self) -> StepInput:
+        """What the model is called with."""
+        return StepInput(self.input_ids, self.position_ids, self.labels)
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,7 @@ class TrainingLoader:
         dp_rank: int,
         dp_size: int,
         pad_id: int,
-        pad_multiple: int = 8,
+        pad_multiple: int = BASE_MULTIPLE,
         consumed_samples: int = 0,
     ) -> None:
         self._dataset = dataset
@@ -158,7 +176,7 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     pad_id: int,
-    pad_multiple: int = 8,
+    pad_multiple: int = BASE_MULTIPLE,
 ) -> Iterator[MicroBatch]:
     """Yield one rank's batches of a pass over all samples, sorted by length, each sample once over all ranks.
 
@@ -173,7 +191,7 @@ def evaluation_batches(
 
 
 def collate(
-    dataset: TokenDataset, indices: Sequence[int] | NDArray[np.int64], *, pad_id: int, pad_multiple: int = 8
+    dataset: TokenDataset, indices: Sequence[int] | NDArray[np.int64], *, pad_id: int, pad_multiple: int = BASE_MULTIPLE
 ) -> MicroBatch:
     """Pad samples to a common length that is a multiple of `pad_multiple`, whatever the layout.
 

@@ -11,12 +11,12 @@ import torch
 
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.families.llama import LlamaConfig
-from megatron_tiedlora.pipeline.sequential import SequentialModel
+from megatron_tiedlora.pipeline.stage import Stage
 
 
 @torch.no_grad()
 def decode_batch(
-    model: SequentialModel,
+    model: Stage,
     prompts: Sequence[Sequence[int]],
     *,
     config: LlamaConfig,
@@ -44,8 +44,9 @@ def decode_batch(
     tokens = tokens.to(device)
     # PyTorch's masked attention in bf16 is ten times slower than in fp32 on a CPU (7.6 ms for 0.7 at 24 x 450).
     like = torch.empty(0, dtype=torch.float32 if device.type == "cpu" else weight.dtype, device=device)
+    local_kv_heads = config.num_kv_heads // model.tensor_parallel.group.size
     caches = [
-        KeyValueCache(batch, config.num_kv_heads, longest + max_new_tokens, config.head_dim, like)
+        KeyValueCache(batch, local_kv_heads, longest + max_new_tokens, config.head_dim, like)
         for _ in range(config.num_layers)
     ]
     positions = torch.arange(longest, device=device).expand(batch, longest)

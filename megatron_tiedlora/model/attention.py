@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, add_update
 from megatron_tiedlora.model.rope import RopeConfig, rotate, rotation_table
-from megatron_tiedlora.parallel.layers import FrozenLinear
+from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region
+from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 class KeyValueCache:
@@ -57,17 +59,31 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.rope = rope
         self.update_scale = update_scale
-        self.qkv = FrozenLinear(hidden_size, sum(self.local_rows), dtype=dtype, bias=bias)
-        self.output = FrozenLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
+        self.qkv = ColumnParallelLinear(hidden_size, sum(self.local_rows), dtype=dtype, bias=bias)
+        self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
 
     def forward(
         self,
         hidden: torch.Tensor,
         positions: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        *,
         update: LayerUpdate | None = None,
+        mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """(b, s, d) and positions (b, s) -> (b, s, d). Without a cache, token t sees tokens 0 to t of its row."""
+        """Attention of this rank's heads, summed over the ranks.
+
+        Args:
+            hidden: what flows between layers, (b, s, d) or (b, s / p, d).
+            positions: (b, s).
+            mask: (b, 1, s, s) bool, which keys each token sees; None: tokens 0 to t of its row.
+            cache: of this rank's key and value heads; replaces `mask`.
+
+        Returns:
+            as `hidden`.
+        """
+        hidden = enter_tensor_parallel_region(hidden, tensor_parallel)
         batch, length, _ = hidden.shape
         fused = self.qkv(hidden)
         if update is not None:
@@ -76,11 +92,19 @@ class Attention(nn.Module):
         query, key, value = (p.view(batch, length, -1, self.head_dim).transpose(1, 2) for p in parts)
         table = rotation_table(positions, self.rope, self.head_dim, hidden.dtype)
         query, key = rotate(query, table), rotate(key, table)
-        mask = None
         if cache is not None:
             key, value, mask = cache.update(key, value, positions)
             query = query.to(key.dtype)
         mixed = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype)
+        output: torch.Tensor = self.output(mixed, tensor_parallel)
+        return output
+
+
+def document_mask(documents: torch.Tensor) -> torch.Tensor:
+    """(b, 1, s, s) bool from document ids (b, s): a token sees itself and what came before it in its own document."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (documents[:, None, :, None] == documents[:, None, None, :]) & causal

@@ -13,7 +13,9 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
-from megatron_tiedlora.parallel.layers import FrozenEmbedding, frozen_parameter
+from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_parameter
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL, sum_token_losses
 
 # Supervised rows whose logits exist at one time: 1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32.
@@ -23,64 +25,70 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, *, update_scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, *, attention_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu) -> None:
         super().__init__()
-        self.attention_norm = RmsNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.attention = Attention(
-            config.hidden_size,
-            local_heads=config.num_heads,
-            local_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope=config.rope,
-            bias=config.attention_bias,
-            update_scale=update_scale,
-            dtype=dtype,
-        )
-        self.mlp_norm = RmsNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.mlp = SwiGlu(config.hidden_size, config.intermediate_size, dtype=dtype)
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
 
     def forward(
         self,
         hidden: torch.Tensor,
         positions: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        *,
         update: LayerUpdate | None = None,
+        mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """(b, s, d) and positions (b, s) -> (b, s, d)."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), positions, update, cache)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        """What flows between layers, (b, s, d) or (b, s / p, d), and the same back; the rest as in Attention."""
+        hidden = hidden + self.attention(
+            self.attention_norm(hidden), positions, tensor_parallel, update=update, mask=mask, cache=cache
+        )
+        output: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden), tensor_parallel)
+        return output
 
 
 class Head(nn.Module):
     """Final norm, vocabulary projection and loss.
 
-    With tied embeddings it is made without a weight, and whoever runs the list gives it the embedding's Parameter.
+    With tied embeddings it is made without a weight, and whoever runs the list gives it the embedding's Parameter, or
+    one of its own where the embedding is on another stage.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, config: LlamaConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, norm: RmsNorm, weight: nn.Parameter | None, *, vocab_size: int) -> None:
         super().__init__()
-        self.norm = RmsNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        own = None if config.tied_embeddings else frozen_parameter(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.register_parameter("weight", own)
+        self.norm = norm
+        self.register_parameter("weight", weight)
+        self.vocab_size = vocab_size
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (b, s, V) without labels, else the summed loss of the supervised positions, a scalar.
+    def forward(
+        self, hidden: torch.Tensor, tensor_parallel: TensorParallel, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (b, s, V) without labels, else the summed loss of the supervised positions; the same on every rank.
 
         Args:
-            hidden: (b, s, d).
+            hidden: what flows between layers, (b, s, d) or (b, s / p, d).
             labels: (b, s) int64, the token that follows each position, or -100 where it is not supervised. Only
                 supervised positions meet the vocabulary.
         """
+        group = tensor_parallel.group
+        hidden = enter_tensor_parallel_region(hidden, tensor_parallel)
         if labels is None:
-            return nn.functional.linear(self.norm(hidden), self.weight)
+            local_logits = nn.functional.linear(self.norm(hidden), self.weight)
+            return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         supervised = labels != IGNORED_LABEL
         rows, targets = self.norm(hidden[supervised]), labels[supervised]
         if targets.numel() == 0:  # a zero that still reaches the adapters, so that every rank's gradients exist
             return hidden.float().sum() * 0.0
+        local_vocabulary = self.weight.shape[0]
+        first_id = group.rank * local_vocabulary
+        weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
         losses = [
-            sum_token_losses(nn.functional.linear(part, self.weight), target)
+            sum_token_losses(nn.functional.linear(part, weight), target, first_id=first_id, group=group)
             for part, target in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         ]
         return torch.stack(losses).sum()
@@ -95,17 +103,39 @@ class LayerSpec:
     build: Callable[[], nn.Module]
 
 
-def layer_specs(config: LlamaConfig, *, update_scale: float, dtype: torch.dtype) -> tuple[LayerSpec, ...]:
+def layer_specs(
+    config: LlamaConfig, *, update_scale: float, dtype: torch.dtype, tp_size: int = 1
+) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
-    Building makes empty weights on the default device; the checkpoint reader fills them.
+    Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width.
     """
+    d, local_vocabulary = config.hidden_size, -(-config.vocab_size // tp_size)
+
+    def norm() -> RmsNorm:
+        return RmsNorm(d, eps=config.norm_eps, dtype=dtype)
 
     def block() -> nn.Module:
-        return Block(config, update_scale=update_scale, dtype=dtype)
+        attention = Attention(
+            d,
+            local_heads=config.num_heads // tp_size,
+            local_kv_heads=config.num_kv_heads // tp_size,
+            head_dim=config.head_dim,
+            rope=config.rope,
+            bias=config.attention_bias,
+            update_scale=update_scale,
+            dtype=dtype,
+        )
+        mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype)
+        return Block(attention_norm=norm(), attention=attention, mlp_norm=norm(), mlp=mlp)
+
+    def head() -> nn.Module:
+        own = None if config.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)
+        return Head(norm(), own, vocab_size=config.vocab_size)
 
     return (
-        LayerSpec("embedding", 0, lambda: FrozenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype)),
+        LayerSpec("embedding", 0, lambda: VocabularyParallelEmbedding(local_vocabulary, d, dtype=dtype)),
         *(LayerSpec("block", index, block) for index in range(1, config.num_layers + 1)),
-        LayerSpec("head", config.num_layers + 1, lambda: Head(config, dtype=dtype)),
+        LayerSpec("head", config.num_layers + 1, head),
     )

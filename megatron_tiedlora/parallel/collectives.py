@@ -1,52 +1,151 @@
-"""Sums over all ranks that the loop needs once a step. A world of one needs no message."""
+"""Collectives of tensor parallelism, as functions that autograd can differentiate.
+
+Each region function is the adjoint of its partner: copy_to (identity; backward all-reduce) and reduce_from (all-reduce;
+backward identity), gather_from (all-gather; backward reduce-scatter) and reduce_scatter_to (reduce-scatter; backward
+all-gather). Gradients that arrive in a gather's backward are parts, one from each rank, so they are summed and never
+sliced. None changes its input, and in a group of one none sends anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import distributed
+from torch.autograd.function import once_differentiable
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 
+# Renamed in torch 2.13, where the old names warn.
+_all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
-def world_size() -> int:
-    """Ranks in the process group, 1 without one."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Elementwise fp64 sum of a few numbers over all ranks, the same on each."""
-    if world_size() == 1:
-        return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    summed: list[float] = total.tolist()
-    return summed
+SEQUENCE_DIM = 1  # of activations (b, s, d)
 
 
-def broadcast_object(value: object, device: torch.device) -> object:
-    """Rank 0's value on every rank (a small picklable one, from a peer of the same run)."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, device=device)
-    return box[0]
+def all_reduce(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """The sum over the group, bit-equal on every rank; a new tensor unless the group is one rank."""
+    if group.size == 1:
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=group.handle)
+    return total
 
 
-def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> object:
-    """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
+def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
+    if group.size == 1:
+        return tensor
+    dim %= tensor.ndim
+    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
+    _all_gather_into(gathered, tensor.contiguous(), group=group.handle)
+    return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
 
-    Raises:
-        UserError: rank 0's, on every rank, so that none waits for one that has left.
-    """
-    answer: object = None
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
-        try:
-            answer = decide()
-        except UserError as error:
-            answer = error
-    answer = broadcast_object(answer, device)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
+
+def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """This rank's equal part along `dim` of the sum over the group. `dim` must divide by the group's size."""
+    if group.size == 1:
+        return tensor
+    dim %= tensor.ndim
+    parts = tensor.unflatten(dim, (group.size, tensor.shape[dim] // group.size)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter_into(mine, parts.flatten(0, 1), group=group.handle)
+    return mine
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce(gradient, ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+        return all_reduce(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(tensor, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return reduce_scatter(gradient, ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter(tensor, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return all_gather(gradient, ctx.group, ctx.dim), None, None
+
+
+def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """The tensor itself; its gradient, of which each rank has a part, is summed over the group."""
+    if group.size == 1:
+        return tensor
+    copied: torch.Tensor = _CopyTo.apply(tensor, group)
+    return copied
+
+
+def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """The sum over the group; its gradient, the same on every rank, passes as it is."""
+    if group.size == 1:
+        return tensor
+    reduced: torch.Tensor = _ReduceFrom.apply(tensor, group)
+    return reduced
+
+
+def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+    """The ranks' parts along `dim`, joined; of the gradient, which is summed over the group, each keeps its part."""
+    if group.size == 1:
+        return tensor
+    gathered: torch.Tensor = _GatherFrom.apply(tensor, group, dim)
+    return gathered
+
+
+def gather_from_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """(b, s / size, d) -> (b, s, d)."""
+    return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
+
+
+def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """(b, s, d), of which each rank has an addend, -> this rank's (b, s / size, d) of the sum."""
+    if group.size == 1:
+        return hidden
+    scattered: torch.Tensor = _ReduceScatterTo.apply(hidden, group, SEQUENCE_DIM)
+    return scattered
+
+
+def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    """What flows between layers -> (b, s, d) on every rank, for column-parallel layers."""
+    if tensor_parallel.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel.group)
+    return copy_to_tensor_parallel_region(hidden, tensor_parallel.group)
+
+
+def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    """Addends (b, s, d) of the ranks -> their sum, in the form that flows between layers."""
+    if tensor_parallel.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(hidden, tensor_parallel.group)
+    return reduce_from_tensor_parallel_region(hidden, tensor_parallel.group)

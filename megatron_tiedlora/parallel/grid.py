@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tiedlora.config.errors import UserError
 
@@ -20,10 +20,12 @@ class Grid:
     pp_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.world_size % (self.tp_size * self.pp_size):
+        unit = self.tp_size * self.pp_size
+        if self.world_size % unit:
+            below = self.world_size // unit * unit
             raise UserError(
-                f"{self.world_size} ranks do not divide by --tensor_parallel {self.tp_size} x"
-                f" --pipeline_parallel {self.pp_size}"
+                f"{self.world_size} ranks do not divide by --tensor_parallel {self.tp_size} x --pipeline_parallel"
+                f" {self.pp_size}; start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
             )
 
     @property
@@ -45,3 +47,11 @@ class Grid:
     def pp_rank(self) -> int:
         """Pipeline stage."""
         return self.rank // (self.tp_size * self.dp_size)
+
+    def rank_of(self, *, pp_rank: int = 0, dp_rank: int = 0, tp_rank: int = 0) -> int:
+        """The rank at a place of the grid."""
+        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
+
+    def at(self, rank: int) -> Grid:
+        """The same grid seen from another rank."""
+        return replace(self, rank=rank)

@@ -1,7 +1,8 @@
-"""Frozen linear layers and the embedding, sized by what one rank holds.
+"""Frozen linear layers and the embedding, sized by what one rank holds. Their values come from the checkpoint reader.
 
-They own local weights and leave their values to the checkpoint reader. Y = X W^T with W (out, in); column-parallel
-layers hold rows of W, row-parallel layers hold columns (see ShardSpec). Weights are created empty and never trained.
+Y = X W^T with W (out, in). Column-parallel layers hold rows of W, and give their part of the output features; a
+row-parallel layer holds columns, and gives an addend of the output that is summed over the ranks (see ShardSpec).
+Weights are created empty and never trained, so no layer computes a gradient for one.
 """
 
 from __future__ import annotations
@@ -10,32 +11,58 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
+from megatron_tiedlora.parallel.groups import TensorParallel
+
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter without a gradient, on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
-class FrozenLinear(nn.Module):
-    """Y = X W^T + b on the rank's part of W."""
+class ColumnParallelLinear(nn.Module):
+    """Y_i = X W_i^T + b_i with W = [W_1; ...; W_p]: every rank sees all of X and gives its own features.
 
-    def __init__(self, local_in: int, local_out: int, *, dtype: torch.dtype, bias: bool = False) -> None:
+    The caller has brought X into the region (`enter_tensor_parallel_region`), since other products may share it.
+    """
+
+    def __init__(self, in_size: int, local_out: int, *, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
-        self.weight = frozen_parameter(local_out, local_in, dtype=dtype)
+        self.weight = frozen_parameter(local_out, in_size, dtype=dtype)
         self.bias = frozen_parameter(local_out, dtype=dtype) if bias else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., local_in) -> (..., local_out)."""
+        """(b, s, in) -> (b, s, local_out)."""
         return functional.linear(hidden, self.weight, self.bias)
 
 
-class FrozenEmbedding(nn.Module):
-    """Rows of a (vocabulary, d) table by token id."""
+class RowParallelLinear(nn.Module):
+    """Y = sum_i X_i W_i^T + b with W = [W_1, ..., W_p]: every rank has its features of X. b is added once."""
+
+    def __init__(self, local_in: int, out_size: int, *, dtype: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = frozen_parameter(out_size, local_in, dtype=dtype)
+        self.bias = frozen_parameter(out_size, dtype=dtype) if bias else None
+
+    def forward(self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """(b, s, local_in) -> what flows between layers: (b, s, out), or (b, s / p, out) with sequence parallelism."""
+        output = leave_tensor_parallel_region(functional.linear(local_hidden, self.weight), tensor_parallel)
+        return output if self.bias is None else output + self.bias
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    """Rows of a (vocabulary, d) table by token id; a rank adds zeros for the tokens of other ranks' rows."""
 
     def __init__(self, local_vocabulary: int, hidden_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = frozen_parameter(local_vocabulary, hidden_size, dtype=dtype)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(b, s) int64 -> (b, s, d)."""
-        return functional.embedding(tokens, self.weight)
+    def forward(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """(b, s) int64 -> what flows between layers, (b, s, d) or (b, s / p, d)."""
+        if tensor_parallel.group.size == 1:
+            return functional.embedding(tokens, self.weight)
+        local_vocabulary = self.weight.shape[0]
+        local_tokens = tokens - tensor_parallel.group.rank * local_vocabulary
+        foreign = (local_tokens < 0) | (local_tokens >= local_vocabulary)
+        rows = functional.embedding(local_tokens.masked_fill(foreign, 0), self.weight)
+        return leave_tensor_parallel_region(rows.masked_fill(foreign[..., None], 0.0), tensor_parallel)

@@ -1,7 +1,8 @@
 """How a full tensor is cut over tensor-parallel ranks: the one truth for loading, saving, merging and checks.
 
 A cut runs along one dimension that is made of blocks (fused QKV: [Q rows | K rows | V rows]); every rank holds the same
-contiguous fraction of each block, in the blocks' order.
+contiguous fraction of each block, in the blocks' order. A vocabulary may be padded with zero rows at its end, so that
+every rank's part has the same size; a full tensor never has padding.
 """
 
 from __future__ import annotations
@@ -20,42 +21,63 @@ class ShardSpec:
         dim: the dimension that is cut, or None for a tensor that every rank holds whole.
         blocks: full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they only say
             how it is fused from several sources along dimension 0.
+        padded: whether a block that does not divide is filled up with zeros (one block only).
     """
 
     dim: int | None
     blocks: tuple[int, ...]
+    padded: bool = False
+
+    def _block_share(self, size: int, tp_size: int) -> int:
+        if size % tp_size and not self.padded:
+            raise ValueError(f"a block of {size} does not divide by tensor parallel {tp_size}")
+        return -(-size // tp_size)
 
     def block_slices(self, tp_rank: int = 0, tp_size: int = 1) -> tuple[slice, ...]:
-        """For each block, the slice of it (in the block's own coordinates) that `tp_rank` of `tp_size` holds."""
+        """For each block, the slice of it (in the block's own coordinates, without padding) that a rank holds."""
         if self.dim is None:
             return tuple(slice(0, size) for size in self.blocks)
+        slices = []
         for size in self.blocks:
-            if size % tp_size:
-                raise ValueError(f"a block of {size} does not divide by tensor parallel {tp_size}")
-        return tuple(slice(tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size) for size in self.blocks)
+            share = self._block_share(size, tp_size)
+            slices.append(slice(min(tp_rank * share, size), min((tp_rank + 1) * share, size)))
+        return tuple(slices)
 
     def block_offsets(self) -> tuple[int, ...]:
         """Where each block starts along the full dimension."""
         return tuple(sum(self.blocks[:index]) for index in range(len(self.blocks)))
 
-    def local_size(self, tp_size: int = 1) -> int:
-        """Size along `dim` (0 for a replicated tensor) that one rank holds."""
-        return sum(part.stop - part.start for part in self.block_slices(0, tp_size))
+    def local_shape(self, full_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
+        """Shape of one rank's part, padding included."""
+        if self.dim is None:
+            return tuple(full_shape)
+        local = list(full_shape)
+        local[self.dim] = sum(self._block_share(size, tp_size) for size in self.blocks)
+        return tuple(local)
 
     def split(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-        """The part of `full` that `tp_rank` of `tp_size` holds; a view where that is one piece."""
+        """The part of `full` that `tp_rank` of `tp_size` holds; a view where that is one piece without padding."""
         if self.dim is None or tp_size == 1:
             return full
         pieces = [
             full.narrow(self.dim, offset + part.start, part.stop - part.start)
             for offset, part in zip(self.block_offsets(), self.block_slices(tp_rank, tp_size), strict=True)
         ]
+        missing = self.local_shape(full.shape, tp_size)[self.dim] - sum(piece.shape[self.dim] for piece in pieces)
+        if missing:
+            shape = list(full.shape)
+            shape[self.dim] = missing
+            pieces.append(full.new_zeros(shape))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The full tensor from the parts of all ranks, in rank order: the inverse of `split`."""
+        """The full tensor from the parts of all ranks, in rank order, without padding: the inverse of `split`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
-        sizes = [size // len(parts) for size in self.blocks]
-        cut = [part.split(sizes, dim=self.dim) for part in parts]
-        return torch.cat([piece for block in zip(*cut, strict=True) for piece in block], dim=self.dim)
+        shares = [self._block_share(size, len(parts)) for size in self.blocks]
+        cut = [part.split(shares, dim=self.dim) for part in parts]
+        joined = [
+            torch.cat(pieces, dim=self.dim).narrow(self.dim, 0, size)
+            for size, pieces in zip(self.blocks, zip(*cut, strict=True), strict=True)
+        ]
+        return torch.cat(joined, dim=self.dim)

@@ -1,7 +1,8 @@
-"""The optimizer's moments as full tensors by name, out of any ZeRO stage and into any other.
+"""The optimizer's moments by name, out of any ZeRO stage and into any other.
 
-Owns what DeepSpeed keeps where. Values leave and enter as full fp32 tensors of the parameter's shape, so a state saved
-under one layout loads under every other. Reading and writing are collective: every rank calls them.
+Owns what DeepSpeed keeps where. Values leave and enter as fp32 tensors of the rank's parameter, whole over its
+data-parallel ranks; adapters/gathering joins what tensor and pipeline parallelism have cut. Reading and writing are
+collective: every rank calls them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from torch import nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def read_moments(engine: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int) -> dict[str, torch.Tensor]:
-    """Full fp32 CPU moments after at least one step, named `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+def read_moments(
+    engine: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """fp32 moments after at least one step, by moment and parameter name, of the parameters' shapes."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    state = {}
+    state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in parameters.items():
         for moment in MOMENTS:
             if zero_stage == 0:
                 full = engine.optimizer.state[parameter][moment]
             else:
                 full = safe_get_full_optimizer_state(parameter, moment)
-            state[f"{moment}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
+            state[moment][name] = full.detach().to(torch.float32, copy=True)
     return state
 
 
@@ -35,10 +38,11 @@ def write_moments(
     parameters: Mapping[str, nn.Parameter],
     zero_stage: int,
     *,
-    moments: Mapping[str, torch.Tensor],
+    moments: Mapping[str, Mapping[str, torch.Tensor]],
     step: int,
+    dp_rank: int,
 ) -> None:
-    """Put full moments and the step count into an engine that has not stepped yet.
+    """Put moments, by moment and parameter name, and the step count into an engine that has not stepped yet.
 
     torch's AdamW makes its state at the first step, so it is made here first, in the layout of the engine's partitions.
     """
@@ -46,7 +50,7 @@ def write_moments(
         for name, parameter in parameters.items():
             engine.optimizer.state[parameter] = _fresh_state(parameter, step)
             for moment in MOMENTS:
-                engine.optimizer.state[parameter][moment].copy_(moments[f"{moment}.{name}"])
+                engine.optimizer.state[parameter][moment].copy_(moments[moment][name])
         return
     optimizer = engine.optimizer
     flat_masters = (
@@ -58,7 +62,7 @@ def write_moments(
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in parameters.items():
         for moment in MOMENTS:
-            _write_partition(optimizer, parameter, moment, moments[f"{moment}.{name}"], zero_stage)
+            _write_partition(optimizer, parameter, moment, moments[moment][name], zero_stage, dp_rank)
 
 
 def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
@@ -67,7 +71,7 @@ def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
 
 
 def _write_partition(
-    optimizer: Any, parameter: nn.Parameter, moment: str, value: torch.Tensor, zero_stage: int
+    optimizer: Any, parameter: nn.Parameter, moment: str, value: torch.Tensor, zero_stage: int, dp_rank: int
 ) -> None:
     if zero_stage < 3:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -78,7 +82,7 @@ def _write_partition(
     partition, _ = optimizer._get_fp32_opt_state_partition(
         parameter, release_swap_buffers=False, optim_state_key=moment
     )
-    start = partition.numel() * torch.distributed.get_rank()
+    start = partition.numel() * dp_rank
     piece = value.flatten()[start : start + partition.numel()]
     partition.zero_()
     partition[: piece.numel()].copy_(piece)

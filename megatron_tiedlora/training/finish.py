@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import Any
 
 from megatron_tiedlora.checkpoint.atomic import write_json
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
@@ -12,7 +11,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
-from megatron_tiedlora.parallel.collectives import decided_by_rank_0
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.run_data import MAX_NEW_TOKENS
@@ -21,14 +20,17 @@ from megatron_tiedlora.training.validation import Scores, score_by_decoding
 
 
 def score(trainer: Trainer) -> Scores | None:
-    """Greedy decoding of the run's scored set with the adapter as it stands; None where the run has no such set."""
+    """Greedy decoding of the run's scored set with the adapter as it stands; None where the run has no such set.
+
+    Decoding does not run through a pipeline in this version, so with several stages there is no score either.
+    """
     plan, data = trainer.plan, trainer.data
-    if data.scored is None:
+    if data.scored is None or plan.grid.pp_size > 1:
         return None
-    trainer.engine.eval()
+    trainer.runner.engine.eval()
     with trainer.stop.deferred():
         return score_by_decoding(
-            trainer.engine.module,
+            trainer.runner.stage,
             data.scored,
             tokenizer=data.tokenizer,
             config=plan.source.config,
@@ -42,7 +44,7 @@ def score(trainer: Trainer) -> Scores | None:
 
 def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
-    bank: Any = trainer.engine.module.adapter
+    bank = trainer.runner.bank
     best = load_adapter(trainer.folder.checkpoints / f"step_{trainer.progress.best_step}")
     with trainer.stop.deferred():
         with all_open(bank, trainer.plan.engine):

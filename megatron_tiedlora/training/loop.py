@@ -1,9 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, early stopping, and stopping together.
-
-The loss of a step is the sum over its supervised tokens divided by their number in the global batch. Each micro-batch
-is divided by N_global / (accumulation steps x dp), so that DeepSpeed's own division by the accumulation steps and its
-mean over the ranks give exactly that, whatever the split.
-"""
+"""The training loop: steps, evaluations, checkpoints, early stopping, and stopping together."""
 
 from __future__ import annotations
 
@@ -15,14 +10,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_tiedlora.adapters.gathering import gather_full, gather_state
 from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, save_adapter
-from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.parallel.collectives import decided_by_rank_0, sum_over_ranks
-from megatron_tiedlora.pipeline.engine import all_open, step_with_norm, trained_parameters
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
+from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
+from megatron_tiedlora.pipeline.running import Runner
+from megatron_tiedlora.training.checks import RunFailed, StepChecks
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
@@ -33,17 +31,13 @@ from megatron_tiedlora.training.validation import validation_loss
 LONG_STEP_SECONDS = 10.0
 
 
-class RunFailed(UserError):
-    """Training cannot go on; the last good checkpoint stands."""
-
-
 @dataclass
 class Trainer:
     """One rank's side of a run, from the engine to its end. `progress` says where it stands."""
 
     plan: RunPlan
     data: RunData
-    engine: Any
+    runner: Runner
     base: BaseIdentity
     folder: RunFolder
     device: torch.device
@@ -56,6 +50,9 @@ class Trainer:
     _last_save: float = field(default_factory=time.monotonic)
     _step_seconds: float = math.inf  # unknown yet, so the first step counts as a long one
 
+    def __post_init__(self) -> None:
+        self._checks = StepChecks(self.runner, check_steps=self.plan.settings.replica_check_steps)
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes and shows."""
@@ -66,7 +63,8 @@ class Trainer:
 
         Raises:
             RunStopped: all ranks agreed to stop; what was done is saved.
-            RunFailed: the loss or the gradient norm is not finite; nothing was saved after the last good step.
+            RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or copies of one
+                differ; nothing was saved after the last good step.
         """
         settings = self.plan.settings
         self._saved_step = self.progress.step if self.progress.step else None
@@ -78,6 +76,7 @@ class Trainer:
             dp_rank=self.plan.grid.dp_rank,
             dp_size=self.plan.grid.dp_size,
             pad_id=padding_id(self.data.tokenizer),
+            pad_multiple=self.plan.pad_multiple,
             consumed_samples=self.progress.consumed_samples,
         )
         with self.stop.deferred(), self._bar() as bar:
@@ -123,17 +122,9 @@ class Trainer:
         """One optimizer step on this rank's micro-batches; all ranks agree on loss and stopping before weights move."""
         started = time.monotonic()
         batches, grid = self.plan.batches, self.plan.grid
-        self.engine.train()
         denominator = step.num_supervised / (batches.accumulation_steps * grid.dp_size)
-        loss_sum = 0.0
-        for index, batch in enumerate(step.micro_batches, start=1):
-            loss = self._forward(batch)
-            self.engine.backward(loss / denominator)
-            loss_sum += float(loss.detach())
-            if index < len(step.micro_batches):
-                self.engine.step()
-                if self._step_seconds > LONG_STEP_SECONDS:
-                    self.check_stop()
+        inputs = [batch.model_input for batch in step.micro_batches]
+        loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
         wish = self.stop.wish()
         flags = [float(self._save_is_due()), float(self._log_failure is not None), float(wish > 0), float(wish)]
         loss_sum, seconds, save_due, log_failures, *wishes = sum_over_ranks(
@@ -142,12 +133,14 @@ class Trainer:
         self._raise_log_failure(log_failures)
         loss_value = loss_sum / step.num_supervised
         number = self.progress.step + 1
-        rate = self.engine.get_lr()[0]
+        rate = self.runner.engine.get_lr()[0]
         if not math.isfinite(loss_value):
             raise RunFailed(self._not_finite("loss", loss_value, number))
-        norm = step_with_norm(self.engine, self.plan.engine.zero_stage)
+        self._checks.before_step(number)
+        norm = self.runner.take_step()
         if not math.isfinite(norm):
             raise RunFailed(self._not_finite("gradient norm", norm, number))
+        self._checks.after_step(number)
         self.progress = replace(self.progress, step=number, consumed_samples=step.consumed_samples)
         self._step_seconds = seconds / grid.world_size
         self._save_due = bool(save_due)
@@ -155,10 +148,9 @@ class Trainer:
         self._report(bar, loss_value, rate, norm, step, elapsed)
         self._stop_if_wished(wishes)
 
-    def _forward(self, batch: MicroBatch) -> torch.Tensor:
-        tensors = (batch.input_ids, batch.position_ids, batch.labels)
-        loss: torch.Tensor = self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
-        return loss
+    def _between_micro_batches(self) -> None:
+        if self._step_seconds > LONG_STEP_SECONDS:
+            self.check_stop()
 
     def _not_finite(self, what: str, value: float, step: int) -> str:
         last = f"checkpoint of step {self._saved_step} stands" if self._saved_step else "no checkpoint was written yet"
@@ -196,14 +188,14 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
-        self.engine.eval()
         return validation_loss(
-            self.engine,
+            self.runner,
             self.data.validation,
             grid=self.plan.grid,
             device=self.device,
             micro_batch_size=self.plan.batches.micro_batch_size,
             pad_id=padding_id(self.data.tokenizer),
+            pad_multiple=self.plan.pad_multiple,
             check_stop=self.check_stop,
             progress=self.is_main,
         )
@@ -214,7 +206,7 @@ class Trainer:
         self._log_validation(started, bar)
         if self.plan.adapter.row.starts_at_base:
             return
-        bank: Any = self.engine.module.adapter
+        bank: Any = self.runner.bank
         with all_open(bank, self.plan.engine):
             kept = bank.B.detach().clone()
             bank.B.data.zero_()
@@ -263,16 +255,14 @@ class Trainer:
 
         Raises:
             UserError: it cannot be written; on every rank.
-            RunFailed: the adapter is not finite; nothing was written.
+            RunFailed: the adapter is not finite, or copies of it differ; nothing was written.
         """
         new = self._saved_step != self.progress.step
         if self.progress.step == 0 or not (new or best):
             return
+        self._checks.before_save(self.progress.step)
         state = self.full_adapter_state()
-        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
-        parameters = trained_parameters(self.engine.module)
-        moments = read_moments(self.engine, parameters, self.plan.engine.zero_stage) if new else {}
+        moments = self._full_moments() if new else {}
         decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best), self.device)
         self._saved_step = self.progress.step
         self._last_save = time.monotonic()
@@ -280,6 +270,8 @@ class Trainer:
     def _write(
         self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
     ) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+            raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
         if new:
             save_checkpoint(
                 self.folder.checkpoints,
@@ -294,8 +286,21 @@ class Trainer:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)
 
     def full_adapter_state(self) -> dict[str, torch.Tensor]:
-        """Full fp32 A, B, u, v on the CPU; all ranks take part."""
-        bank = self.engine.module.adapter
+        """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
+        bank = self.runner.bank
         with all_open(bank, self.plan.engine):
-            state: dict[str, torch.Tensor] = bank.full_state()
-        return state
+            return gather_state(dict(bank.named_parameters()), **self._gathering())
+
+    def _full_moments(self) -> dict[str, torch.Tensor]:
+        trained = trained_parameters(self.runner.bank)
+        moments = read_moments(self.runner.engine, trained, self.plan.engine.zero_stage)
+        names = list(self.plan.adapter.num_trained())
+        return {
+            moment_name(moment, name): tensor
+            for moment, local in moments.items()
+            for name, tensor in gather_full(names, local, **self._gathering()).items()
+        }
+
+    def _gathering(self) -> dict[str, Any]:
+        plan = self.plan
+        return {"config": plan.adapter, "grid": plan.grid, "stage_layers": plan.stage_layers, "device": self.device}

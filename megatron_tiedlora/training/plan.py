@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.loader import pad_multiple
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
+from megatron_tiedlora.training.layout import check_layout
 
 # Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -29,6 +32,7 @@ LAYOUT_SETTINGS = frozenset(
         "tensor_parallel",
         "pipeline_parallel",
         "sequence_parallel",
+        "replica_check_steps",
         "compile",
         "recompute",
         "micro_batch_size",
@@ -55,6 +59,29 @@ class RunPlan:
     batches: BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
+    stages: Stages
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between layers are cut along the sequence."""
+        return self.settings.sequence_parallel and self.grid.tp_size > 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """What lengths are padded to a multiple of."""
+        return pad_multiple(self.grid.tp_size if self.sequence_parallel else 1)
+
+    @property
+    def stage_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Adapted layers by stage."""
+        return tuple(tuple(layer for layer in self.adapter.layers if layer in stage) for stage in self.stages)
+
+    @property
+    def part(self) -> AdapterPart:
+        """What this rank holds of the adapter."""
+        return AdapterPart(
+            self.adapter, self.stage_layers[self.grid.pp_rank], self.grid.tp_rank, self.grid.tp_size
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +120,7 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     source = find_model(settings.model, weights=weights)
     config = source.config
+    check_layout(config, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, config.num_layers + 1))
     if layers[-1] > config.num_layers:
         raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {config.num_layers}")
@@ -112,7 +140,8 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
-    return RunPlan(settings, source, grid, batches, engine, adapter)
+    costs = layer_costs(config, length=settings.max_length, first_adapted=layers[0])
+    return RunPlan(settings, source, grid, batches, engine, adapter, partition(costs, grid.pp_size))
 
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:

@@ -1,43 +1,28 @@
-"""From a plan to a running engine: the process group, the run folder, the model on its device, what is resumed."""
+"""Where a run starts from and where it goes: the run folder, what is resumed, and what a user reads first."""
 
 from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
 from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     LATEST_FILE,
-    STATE_FILE,
     Checkpoint,
     Progress,
     latest_checkpoint,
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
-from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.parallel.collectives import broadcast_object, decided_by_rank_0, sum_over_ranks
-from megatron_tiedlora.pipeline.engine import (
-    base_construction,
-    initialize_engine,
-    parameter_access,
-    trained_parameters,
-)
-from megatron_tiedlora.pipeline.engine_state import MOMENTS, write_moments
-from megatron_tiedlora.pipeline.sequential import SequentialModel
-from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
+from megatron_tiedlora.model.families.llama import num_base_parameters
+from megatron_tiedlora.parallel.agreement import broadcast_object, decided_by_rank_0, sum_over_ranks
+from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
@@ -168,91 +153,29 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
 
 
-@dataclass(frozen=True)
-class BuiltModel:
-    """The model with base and adapter values in place, and which base that is."""
-
-    module: nn.Module
-    base: BaseIdentity
-    bytes_read: int
-
-
-def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None) -> BuiltModel:
-    """Build the flat list on `device`, read the base weights into it, and give the adapter its values.
-
-    Raises:
-        UserError: weights that are missing or do not fit, or a checkpoint of another base.
-    """
-    config = plan.source.config
-    with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype)
-        if checkpoint is not None:
-            checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
-        bank = TiedAdapter(plan.adapter).to(device)
-        bank.load_full(start_values(plan.adapter) if checkpoint is None else checkpoint.adapter.state)
-        specs = layer_specs(config, update_scale=plan.adapter.scale, dtype=plan.dtype)
-        with base_construction(plan.engine, dtype=plan.dtype, device=device):
-            model = SequentialModel(specs, bank, recompute=plan.settings.recompute)
-        load_base_weights(
-            weights,
-            dict(model.named_parameters()),
-            access=parameter_access(plan.engine),
-            reads=plan.engine.zero_stage < 3 or plan.grid.rank == 0,
-            progress=plan.grid.rank == 0,
-        )
-        return BuiltModel(model, base, weights.bytes_read)
-
-
-def start_engine(plan: RunPlan, model: nn.Module, checkpoint: Checkpoint | None) -> Any:
-    """The DeepSpeed engine around `model`, its optimizer and schedule standing where the checkpoint stood.
-
-    Raises:
-        UserError: a checkpoint without the moments of every trained tensor.
-    """
-    settings = plan.settings
-    if checkpoint is not None:
-        _check_moments(checkpoint, trained_parameters(model))
-    optimizer = make_optimizer(
-        trained_parameters(model).values(), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
-    engine = initialize_engine(model, plan.engine, optimizer=optimizer, scheduler=scheduler)
-    if checkpoint is not None:
-        write_moments(
-            engine,
-            trained_parameters(model),
-            plan.engine.zero_stage,
-            moments=checkpoint.moments,
-            step=checkpoint.progress.step,
-        )
-        resume_scheduler(scheduler, checkpoint.progress.step)
-    return engine
-
-
-def _check_moments(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            stored = checkpoint.moments.get(f"{moment}.{name}")
-            if stored is None or stored.shape != parameter.shape:
-                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
-                raise UserError(
-                    f"{checkpoint.folder / STATE_FILE}: {moment}.{name} is {found}, expected {tuple(parameter.shape)};"
-                    " resume from another checkpoint"
-                )
-
-
-def headline(plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None) -> list[str]:
+def headline(
+    plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None, built: BuiltModel
+) -> list[str]:
     """What a run is, in a few lines, before its progress bar."""
-    settings, batches = plan.settings, plan.batches
+    settings, batches, grid = plan.settings, plan.batches, plan.grid
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.config)
     layers = f"{len(plan.adapter.layers)} of {plan.source.config.num_layers} layers"
     start = "" if checkpoint is None else f", resumed from step {checkpoint.progress.step}"
-    return [
+    lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {settings.dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",
         f"batches    {batches.global_batch_size} samples a step = {batches.micro_batch_size} x"
         f" {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks, ZeRO-{plan.engine.zero_stage}",
-        f"run folder {folder.path}{start}",
     ]
+    if grid.tp_size * grid.pp_size > 1:
+        cut = ", cut along the sequence" if plan.sequence_parallel else ""
+        stages = ", ".join(f"{len(stage)}" for stage in plan.stages)
+        lines.append(
+            f"layout     tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} ({stages} layers with embedding and head)"
+            f" x data {grid.dp_size}"
+        )
+    read = ", ".join(f"{size / 1e6:,.1f}" for size in sorted(set(built.bytes_read)))
+    lines.append(f"read       {read} MB of base weights a rank")
+    return [*lines, f"run folder {folder.path}{start}"]

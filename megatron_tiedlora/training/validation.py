@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,40 +15,48 @@ from megatron_tiedlora.data.loader import evaluation_batches, num_evaluation_bat
 from megatron_tiedlora.evaluation.greedy import decode_batch
 from megatron_tiedlora.evaluation.metrics import METRICS
 from megatron_tiedlora.model.families.llama import LlamaConfig
-from megatron_tiedlora.parallel.collectives import sum_over_ranks
+from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.pipeline.running import Runner
+from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.run_data import ScoredSet
 
 # Decoding reads all weights for each token, so a larger batch costs little; scores do not depend on it.
 DECODING_BATCH = 24
 
 
-@torch.no_grad()
 def validation_loss(
-    model: Any,
+    runner: Runner,
     dataset: TokenDataset,
     *,
     grid: Grid,
     device: torch.device,
     micro_batch_size: int,
     pad_id: int,
+    pad_multiple: int,
     check_stop: Callable[[], None],
     progress: bool = False,
 ) -> float:
     """Mean loss over all supervised tokens of `dataset`, the same on every rank.
 
     Args:
-        model: called with (tokens, positions, labels), gives the summed loss.
-        check_stop: called before each batch, on all ranks together; may raise.
+        check_stop: called before each batch (each few in a pipeline), on all ranks together; may raise.
     """
     total = num_evaluation_batches(dataset, micro_batch_size=micro_batch_size, dp_size=grid.dp_size)
     batches = evaluation_batches(
-        dataset, micro_batch_size=micro_batch_size, dp_rank=grid.dp_rank, dp_size=grid.dp_size, pad_id=pad_id
+        dataset,
+        micro_batch_size=micro_batch_size,
+        dp_rank=grid.dp_rank,
+        dp_size=grid.dp_size,
+        pad_id=pad_id,
+        pad_multiple=pad_multiple,
     )
     loss = 0.0
-    for batch in tqdm(batches, total=total, desc="validation", unit="batch", disable=not progress, leave=False):
-        check_stop()
-        loss += float(model(batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device)))
+    with tqdm(total=total, desc="validation", unit="batch", disable=not progress, leave=False) as bar:
+        while some := [batch.model_input for batch in itertools.islice(batches, runner.inputs_at_once)]:
+            check_stop()
+            loss += runner.evaluate(some)
+            bar.update(len(some))
     return sum_over_ranks([loss], device)[0] / dataset.stats.supervised_tokens
 
 
@@ -63,7 +72,7 @@ class Scores:
 
 @torch.no_grad()
 def score_by_decoding(
-    model: Any,
+    model: Stage,
     scored: ScoredSet,
     *,
     tokenizer: Any,
@@ -74,7 +83,7 @@ def score_by_decoding(
     check_stop: Callable[[], None],
     progress: bool = False,
 ) -> Scores:
-    """Decode every prompt greedily, ranks sharing the prompts, and score the texts.
+    """Decode every prompt greedily, data-parallel ranks sharing the prompts, and score the texts.
 
     All ranks decode the same number of batches for the same number of steps, because under ZeRO-3 every call of the
     model is a collective; a rank without prompts left decodes the first one again and does not count it.
@@ -105,4 +114,5 @@ def score_by_decoding(
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             predictions.append(text)
             total += METRICS[scored.metric](text, scored.examples[index].references)
-    return Scores(scored.metric, sum_over_ranks([total], device)[0] / len(order), len(order), predictions)
+    mine = total if grid.tp_rank == 0 else 0.0  # a tensor-parallel group decodes the same prompts
+    return Scores(scored.metric, sum_over_ranks([mine], device)[0] / len(order), len(order), predictions)

@@ -6,7 +6,7 @@ The name table is the one place that knows how Hugging Face names and fuses weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,12 @@ def weight_rules(config: LlamaConfig) -> tuple[WeightRule, ...]:
     def whole(name: str, hf_name: str, size: int) -> WeightRule:
         return WeightRule(name, (hf_name,), ShardSpec(None, (size,)), (size,))
 
+    vocabulary = ShardSpec(0, (config.vocab_size,), padded=True)
     rules = [
         WeightRule(
             "layers.0.weight",
             ("model.embed_tokens.weight",),
-            ShardSpec(0, (config.vocab_size,)),
+            vocabulary,
             (config.vocab_size, d),
         )
     ]
@@ -193,12 +194,21 @@ def weight_rules(config: LlamaConfig) -> tuple[WeightRule, ...]:
         )
     rules.append(whole(f"layers.{last}.norm.weight", "model.norm.weight", d))
     if not config.tied_embeddings:
-        rules.append(
-            WeightRule(
-                f"layers.{last}.weight", ("lm_head.weight",), ShardSpec(0, (config.vocab_size,)), (config.vocab_size, d)
-            )
-        )
+        rules.append(WeightRule(head_weight_name(config), ("lm_head.weight",), vocabulary, (config.vocab_size, d)))
     return tuple(rules)
+
+
+def head_weight_name(config: LlamaConfig) -> str:
+    """The name here of the vocabulary projection, where it is a parameter of its own."""
+    return f"layers.{config.num_layers + 1}.weight"
+
+
+def stage_weight_rules(config: LlamaConfig, *, has_embedding: bool) -> tuple[WeightRule, ...]:
+    """The name table as a pipeline stage reads it: with tied embeddings, a head away from the embedding has a copy."""
+    rules = weight_rules(config)
+    if config.tied_embeddings and not has_embedding:
+        rules += (replace(rules[0], name=head_weight_name(config)),)
+    return rules
 
 
 def num_base_parameters(config: LlamaConfig) -> int:

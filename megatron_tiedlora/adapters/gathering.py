@@ -1,0 +1,87 @@
+"""Full tensors out of the ranks' parts, on rank 0: how every file becomes independent of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import distributed
+
+from megatron_tiedlora.adapters.methods import FACTORS
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.parallel.grid import Grid
+
+
+def parts_of_grid(
+    config: AdapterConfig, grid: Grid, stage_layers: Sequence[tuple[int, ...]]
+) -> dict[int, AdapterPart]:
+    """The part of the adapter that each rank of data-parallel rank 0 holds, by rank: together they hold all of it.
+
+    Args:
+        stage_layers: adapted layers by stage.
+    """
+    return {
+        grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterPart(config, layers, tp_rank, grid.tp_size)
+        for pp_rank, layers in enumerate(stage_layers)
+        for tp_rank in range(grid.tp_size)
+    }
+
+
+def gather_full(
+    names: Sequence[str],
+    local: Mapping[str, torch.Tensor],
+    *,
+    config: AdapterConfig,
+    grid: Grid,
+    stage_layers: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Full fp32 CPU tensors on rank 0, nothing elsewhere. Every rank calls it.
+
+    Args:
+        names: factors to gather, the same on every rank.
+        local: this rank's parts of them (or of their moments) by factor, where its part of the adapter has them.
+        device: where messages are sent from and received.
+    """
+    parts = parts_of_grid(config, grid, stage_layers)
+    full: dict[str, torch.Tensor] = {}
+    for name in names:
+        tied, cut = config.row.factor(name).tied, config.spec(name).dim is not None
+        owners = [
+            rank
+            for rank, part in parts.items()
+            if part.exists(name) and (cut or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
+        ]
+        if grid.rank in owners and grid.rank != 0:
+            distributed.send(local[name].detach().to(device, torch.float32).contiguous(), dst=0)
+        if grid.rank != 0:
+            continue
+        by_stage: dict[int, list[torch.Tensor]] = {}
+        for rank in owners:
+            if rank == 0:
+                piece = local[name].detach().to("cpu", torch.float32, copy=True)
+            else:
+                buffer = torch.empty(parts[rank].local_shape(name), dtype=torch.float32, device=device)
+                distributed.recv(buffer, src=rank)
+                piece = buffer.cpu()
+            by_stage.setdefault(grid.at(rank).pp_rank, []).append(piece)
+        joined = [config.spec(name).join(pieces) for pieces in by_stage.values()]
+        full[name] = joined[0] if len(joined) == 1 else torch.cat(joined)
+    return full
+
+
+def gather_state(
+    local: Mapping[str, torch.Tensor],
+    *,
+    config: AdapterConfig,
+    grid: Grid,
+    stage_layers: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """All four factors in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
+    row = config.row
+    tensors = [name for name in FACTORS if row.factor(name).trained or row.factor(name).start != "one"]
+    full = gather_full(tensors, local, config=config, grid=grid, stage_layers=stage_layers, device=device)
+    if grid.rank != 0:
+        return {}
+    return {name: full[name] if name in full else torch.ones(config.shape(name)) for name in FACTORS}

@@ -1,0 +1,54 @@
+"""Which ranks share messages: process groups made elsewhere, passed to whoever sends, never read from globals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Some ranks, and this one's place among them. A group of one has no handle, and sends nothing."""
+
+    handle: ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+ALONE = RankGroup()
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share each layer, and whether activations between layers are cut along the sequence.
+
+    With sequence parallelism, norms and residual sums run on (b, s / size, d); a layer gathers the sequence on entry
+    and reduce-scatters on exit. Without it every rank holds (b, s, d), and exits are all-reduces.
+    """
+
+    group: RankGroup = ALONE
+    sequence_parallel: bool = False
+
+    def whole_sequences(self) -> TensorParallel:
+        """The same ranks with activations that are not cut: for decoding, where a step is one token long."""
+        return replace(self, sequence_parallel=False)
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Every group that this rank belongs to.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: ranks with the other stages of the same samples and the same part of each layer.
+        data: ranks that hold the same tensors and see other samples.
+        tied: pipeline x data: ranks that hold the same part of A and B.
+        model: tensor x pipeline: ranks that together hold the model once.
+    """
+
+    tensor: RankGroup = ALONE
+    pipeline: RankGroup = ALONE
+    data: RankGroup = ALONE
+    tied: RankGroup = ALONE
+    model: RankGroup = ALONE

@@ -1,0 +1,95 @@
+"""Messages and bytes by group, counted where they enter torch.distributed: ours, DeepSpeed's, and point to point.
+
+    with TrafficCounter({"tensor": group, ...}) as counter:
+        ...
+    counter.traffic
+
+Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, in the backward pass
+too. It costs time, so it is for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WORLD = "world"
+# c10d operation -> (kind, index of the argument whose bytes are the whole message)
+_KINDS = {
+    "allreduce_": ("all-reduce", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "allgather_": ("all-gather", 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
+    "barrier": ("barrier", 0),
+}
+_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # counted where it is sent
+
+
+@dataclass
+class Traffic:
+    """Messages and bytes by (group, kind). Bytes are of the whole tensor: what a gather gives, what a reduction takes.
+
+    Over a ring of n ranks an all-gather or reduce-scatter of B bytes moves B (n - 1) / n from each rank, and an
+    all-reduce twice that.
+    """
+
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, group: str, kind: str, size: int, *, count: int = 1) -> None:
+        """Count `count` messages of `size` bytes each."""
+        if count:
+            self.messages[group, kind] += count
+            self.bytes[group, kind] += count * size
+
+    def of_group(self, group: str) -> tuple[int, int]:
+        """(messages, bytes) of a group, all kinds together."""
+        return (
+            sum(count for (name, _), count in self.messages.items() if name == group),
+            sum(size for (name, _), size in self.bytes.items() if name == group),
+        )
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Counts what this rank sends while the block runs."""
+
+    def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
+        """Name groups by their handles; what goes over another is counted as `world`."""
+        super().__init__()
+        self.traffic = Traffic()
+        self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count a collective, and let every operation through."""
+        if func.namespace == "c10d":
+            self._count(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        if name in _IGNORED:
+            return
+        assert name in _KINDS, f"c10d.{name} is not counted yet"
+        kind, position = _KINDS[name]
+        group = next(
+            ProcessGroup.unbox(argument)
+            for argument in args
+            if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().qualified_name()
+        )
+        label = self._names.get(group.group_name, WORLD) if kind != "send" else "pipeline"
+        self.traffic.add(label, kind, _num_bytes(args[position]))
+
+
+def _num_bytes(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(_num_bytes(item) for item in argument)

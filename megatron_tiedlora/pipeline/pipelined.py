@@ -1,0 +1,59 @@
+"""The flat list as DeepSpeed pipeline stages: our partition, our layers, its 1F1B schedule.
+
+A micro-batch enters as ((tokens, places), (labels, denominator)); hidden states and places travel from stage to stage,
+and the last stage's loss is the summed loss of its supervised tokens divided by the denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule
+
+from megatron_tiedlora.model.layer_specs import LayerSpec
+from megatron_tiedlora.pipeline.partition import Stages
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.pipeline.topology import quiet
+
+BuildStage = Callable[[Any, Sequence[LayerSpec]], Stage]
+
+
+class PipelinedModel(PipelineModule):
+    """This rank's stage of the list, as DeepSpeed's pipeline engine wants it."""
+
+    stage: Stage
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], stages: Stages, *, topology: Any, build_stage: BuildStage
+    ) -> None:
+        """Build this rank's part of `specs`.
+
+        Args:
+            build_stage: from DeepSpeed's process grid and the stage's specs to the stage.
+        """
+        self._stages = stages
+        self._build_stage = build_stage
+        with quiet():
+            # Lengths differ between micro-batches, so shapes travel with every message.
+            super().__init__(layers=list(specs), topology=topology, loss_fn=self._loss, dynamic_shape=True)
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Called by the base class; its own methods balance trained parameters, and ours balance work."""
+        self.parts = [stage.start for stage in self._stages] + [self._stages[-1].stop]
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _build(self) -> None:
+        """Called by the base class once its process groups are there."""
+        self.stage = self._build_stage(self._grid, self._layer_specs[self._local_start : self._local_stop])
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        """(tokens or hidden, places) -> (hidden, places), or the hidden states alone on the last stage."""
+        hidden, places = inputs
+        output = self.stage.run(hidden, places)
+        return output if self.stage.head is not None else (output, places)
+
+    def _loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        targets, denominator = labels
+        return self.stage.run_head(hidden, targets) / denominator

@@ -1,0 +1,188 @@
+"""One optimizer step and a forward pass on an engine, alike for one stage and for several.
+
+Losses are sums over supervised tokens. Each is divided by N_global / (accumulation steps x dp) before its backward pass,
+so that DeepSpeed's own division by the accumulation steps and its mean over the data-parallel ranks give the mean over
+the supervised tokens of the global batch, whatever the split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.tying import sum_tied_gradients_
+from megatron_tiedlora.config.engine_json import EngineConfig
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.pipeline.engine import clip_gradients_
+from megatron_tiedlora.pipeline.stage import Stage
+
+
+class StepInput(NamedTuple):
+    """One micro-batch: tokens, positions and labels (the next token or -100), each (b, s) int64."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass
+class Runner:
+    """An engine with what it runs: this rank's stage and groups. `PlainRunner` or `PipelineRunner`."""
+
+    engine: Any
+    stage: Stage
+    groups: ParallelGroups
+    config: EngineConfig
+    device: torch.device
+
+    @property
+    def bank(self) -> TiedAdapter:
+        """The adapter's part on this rank."""
+        assert self.stage.adapter is not None
+        return self.stage.adapter
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss goes into a sum over all ranks: those of one tensor-parallel group are equal."""
+        return self.stage.head is not None and self.groups.tensor.rank == 0
+
+    @property
+    def inputs_at_once(self) -> int:
+        """How many micro-batches `evaluate` takes best."""
+        return 1
+
+    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+        """Forward and backward passes of a step; gradients stand summed and averaged afterwards, and nothing has moved.
+
+        Args:
+            denominator: what each micro-batch's summed loss is divided by.
+            between: called after a micro-batch where all ranks can stop together; may raise.
+
+        Returns:
+            the summed loss of this rank's micro-batches; 0 where another rank counts it.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, batches: Sequence[StepInput]) -> float:
+        """Summed loss of some micro-batches without gradients; 0 where another rank counts it."""
+        raise NotImplementedError
+
+    def take_step(self) -> float:
+        """Clip and take the optimizer step; returns the gradient norm before clipping, nan where it is not finite.
+
+        Where the norm is not finite, ZeRO 1 to 3 skip the step and report inf (0.19.8) or -1 (earlier versions).
+        """
+        norm = None
+        if self.config.zero_stage == 0:
+            norm = clip_gradients_(self.bank, self.groups, float(self.config.values["gradient_clipping"]))
+        self._step()
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    def _on_device(self, batch: StepInput) -> StepInput:
+        return StepInput(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+
+
+class PlainRunner(Runner):
+    """One stage: DeepSpeedEngine, any ZeRO stage."""
+
+    def forward(self, batch: StepInput) -> torch.Tensor:
+        """Summed loss of a micro-batch, a scalar."""
+        loss: torch.Tensor = self.engine(*self._on_device(batch))
+        return loss
+
+    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+        """See Runner."""
+        self.engine.train()
+        total = 0.0
+        for index, batch in enumerate(batches, start=1):
+            loss = self.forward(batch)
+            self.engine.backward(loss / denominator)
+            total += float(loss.detach())
+            if index < len(batches):
+                self.engine.step()  # moves nothing before the last micro-batch
+                between()
+        return total if self.counts_loss else 0.0
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[StepInput]) -> float:
+        """See Runner."""
+        self.engine.eval()
+        total = sum(float(self.forward(batch)) for batch in batches)
+        return total if self.counts_loss else 0.0
+
+    def _step(self) -> None:
+        self.engine.step()
+
+
+class PipelineRunner(Runner):
+    """Several stages: DeepSpeed's PipelineEngine, its 1F1B schedule with our tied sum.
+
+    The schedule's optimizer step is put off to `take_step`, so that all ranks can agree on the loss before weights
+    move. The engine looks its instructions up in a map, and that is where they are replaced.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        from deepspeed.runtime.pipe import schedule
+
+        self.engine._INSTRUCTION_MAP = {
+            **type(self.engine)._INSTRUCTION_MAP,
+            schedule.ReduceTiedGrads: lambda _engine: sum_tied_gradients_(self.bank, self.groups),
+            schedule.OptimizerStep: lambda _engine: None,
+        }
+
+    @property
+    def inputs_at_once(self) -> int:
+        """Four to a stage leave a fifth of the time to the pipeline's filling."""
+        return 4 * self.groups.pipeline.size
+
+    def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
+        """See Runner; stages run ahead of each other, so there is no moment between micro-batches to stop at."""
+        from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+        self.engine.module.train()
+        total = self._run(TrainSchedule, batches, denominator)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[StepInput]) -> float:
+        """See Runner."""
+        from deepspeed.runtime.pipe.schedule import InferenceSchedule
+
+        self.engine.module.eval()
+        return self._run(InferenceSchedule, batches, 1.0)
+
+    def _run(self, schedule: Any, batches: Sequence[StepInput], denominator: float) -> float:
+        self.engine.total_loss = None
+        self.engine._compute_loss = True
+        self.engine.set_dataiterator(self._inputs(batches, denominator))
+        self.engine._exec_schedule(
+            schedule(micro_batches=len(batches), stages=self.groups.pipeline.size, stage_id=self.groups.pipeline.rank)
+        )
+        return float(self.engine.total_loss) * denominator if self.counts_loss else 0.0
+
+    def _inputs(self, batches: Sequence[StepInput], denominator: float) -> Iterator[Any]:
+        divisor = torch.tensor(denominator, dtype=torch.float32)
+        for batch in batches:
+            yield (batch.tokens, batch.positions[None]), (batch.labels, divisor)
+
+    def _step(self) -> None:
+        self.engine._exec_optimizer_step()
+
+
+def make_runner(
+    engine: Any, stage: Stage, groups: ParallelGroups, config: EngineConfig, device: torch.device
+) -> Runner:
+    """The runner for an engine of one or of several stages."""
+    kind = PlainRunner if groups.pipeline.size == 1 else PipelineRunner
+    return kind(engine, stage, groups, config, device)

@@ -1,0 +1,166 @@
+"""A contiguous part of the flat list with the adapter's part beside it: one pipeline stage, or the whole model.
+
+Owns how layers are called one after another, recompute, and what makes a stage without trained tensors or without a use
+for its input's gradient go on working. Leaves schedules and messages between stages to DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
+from megatron_tiedlora.model.attention import KeyValueCache, document_mask
+from megatron_tiedlora.model.layer_specs import LayerSpec
+from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.layers import frozen_parameter
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.likes = [(s.shape, s.dtype, s.device) for s in sources]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+
+
+class Stage(nn.Module):
+    """Some consecutive layers of the list, called in order, with the adapter bank beside them.
+
+    The bank is read once per call, outside recompute, so its gradients leave through one autograd path per call.
+
+    DeepSpeed wants of every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
+    without adapted layers therefore has an `anchor`, one number that is always zero. Where no adapted layer stands
+    before the stage, the gradient of its input is zeros, and nothing below its first adapted layer has a backward pass.
+    """
+
+    anchor: nn.Parameter | None
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        adapter: TiedAdapter | None,
+        *,
+        tensor_parallel: TensorParallel | None = None,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel or TensorParallel()
+        self.layers = nn.ModuleDict({str(spec.index): spec.build() for spec in specs})
+        self.blocks = [spec.index for spec in specs if spec.kind == "block"]
+        self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
+        self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
+        if self.head is not None and self.layers[self.head].weight is None:  # tied embeddings
+            self._give_head_its_weight()
+        self.adapter = adapter
+        self.recompute = recompute
+        anchored = adapter is not None and not adapter.part.layers
+        self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
+
+    def _give_head_its_weight(self) -> None:
+        head: Any = self.layers[str(self.head)]
+        if self.embedding is not None:
+            head.weight = self.layers[self.embedding].weight
+        else:
+            weight = head.norm.weight
+            rows = -(-head.vocab_size // self.tensor_parallel.group.size)
+            head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether an adapted layer stands before this stage."""
+        return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        documents: torch.Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The whole model: summed loss over supervised positions when `labels` are given, else logits (b, s, V).
+
+        Args:
+            tokens: (b, s) int64.
+            positions: (b, s) int64.
+            labels: (b, s) int64, the next token or -100.
+            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            caches: one per block, for decoding.
+            wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
+        """
+        tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
+        hidden = self.embed(tokens, tensor_parallel)
+        hidden = self.run_blocks(hidden, positions, tensor_parallel, documents=documents, caches=caches)
+        if wanted is not None:
+            assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
+            hidden = hidden.gather(1, wanted[:, None, None].expand(-1, 1, hidden.shape[-1]))
+        return self.run_head(hidden, labels, tensor_parallel)
+
+    def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
+
+        Args:
+            places: (1, b, s) int64 positions, or (2, b, s) positions and document ids.
+        """
+        documents = places[1] if places.shape[0] > 1 else None
+        if self.embedding is not None:
+            hidden = self.embed(inputs, self.tensor_parallel)
+        else:
+            hidden = inputs if self.needs_input_gradient else inputs.detach()
+        output = self.run_blocks(hidden, places[0], self.tensor_parallel, documents=documents)
+        sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
+        if self.embedding is None and not self.needs_input_gradient:
+            sources.append(inputs)
+        if sources and torch.is_grad_enabled():
+            output = _WithZeroGradients.apply(output, *sources)
+        return output
+
+    def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """(b, s) int64 -> what flows between layers."""
+        hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
+        return hidden
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        *,
+        documents: torch.Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        """Every block of the stage in order."""
+        mask = None if documents is None else document_mask(documents)
+        updates: dict[int, LayerUpdate] = {}
+        if self.adapter is not None:
+            updates = dict(zip(self.adapter.part.layers, self.adapter(tensor_parallel.group), strict=True))
+        for number, index in enumerate(self.blocks):
+            block, update = self.layers[str(index)], updates.get(index)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    block, hidden, positions, tensor_parallel, update=update, mask=mask, use_reentrant=False
+                )
+            else:
+                cache = caches[number] if caches else None
+                hidden = block(hidden, positions, tensor_parallel, update=update, mask=mask, cache=cache)
+        return hidden
+
+    def run_head(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, tensor_parallel: TensorParallel | None = None
+    ) -> torch.Tensor:
+        """What flows between layers -> logits, or with labels the summed loss."""
+        head = self.layers[str(self.head)]
+        logits_or_loss: torch.Tensor = head(hidden, tensor_parallel or self.tensor_parallel, labels)
+        return logits_or_loss

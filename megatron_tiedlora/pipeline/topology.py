@@ -1,0 +1,62 @@
+"""Process groups of the (pp, dp, tp) grid, made by DeepSpeed's own topology, and one more for the tie."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from torch import distributed
+
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed prints its topology, seeds and partition from rank 0; our own report says what a run is."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def make_topology(grid: Grid) -> Any:
+    """DeepSpeed's topology of the same axes and sizes: rank = (pp * dp_size + dp) * tp_size + tp in both."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size)
+    here = topology.get_coord(grid.rank)
+    assert (here.pipe, here.data, here.model) == (grid.pp_rank, grid.dp_rank, grid.tp_rank), (here, grid)
+    return topology
+
+
+def make_process_grid(grid: Grid) -> Any:
+    """DeepSpeed's grid of process groups (its `mpu`); every rank calls it."""
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+    with quiet():
+        return PipelineParallelGrid(topology=make_topology(grid))
+
+
+def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
+    """The groups of this rank, out of DeepSpeed's grid, with one for the tie; every rank calls it."""
+    tied = None
+    if grid.pp_size > 1:
+        for tp_rank in range(grid.tp_size):
+            ranks = [rank for rank in range(grid.world_size) if grid.at(rank).tp_rank == tp_rank]
+            handle = distributed.new_group(ranks)
+            if tp_rank == grid.tp_rank:
+                tied = handle
+    else:
+        tied = process_grid.get_data_parallel_group()
+    return ParallelGroups(
+        tensor=_group(process_grid.get_slice_parallel_group()),
+        pipeline=_group(process_grid.get_pipe_parallel_group()),
+        data=_group(process_grid.get_data_parallel_group()),
+        tied=_group(tied),
+        model=_group(process_grid.get_model_parallel_group()),
+    )
+
+
+def _group(handle: Any) -> RankGroup:
+    return RankGroup(handle, distributed.get_rank(handle), distributed.get_world_size(handle))

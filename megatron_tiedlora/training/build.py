@@ -1,0 +1,160 @@
+"""From a plan to a running engine: process groups, this rank's stage, its base weights, adapter and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base
+from megatron_tiedlora.checkpoint.resume import STATE_FILE, Checkpoint, moment_name
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
+from megatron_tiedlora.parallel.agreement import gather_numbers
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.pipeline.engine import (
+    base_construction,
+    initialize_engine,
+    mark_parameters,
+    parameter_access,
+    trained_parameters,
+)
+from megatron_tiedlora.pipeline.engine_state import MOMENTS, write_moments
+from megatron_tiedlora.pipeline.running import Runner, make_runner
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.pipeline.topology import make_groups, make_process_grid, make_topology
+from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
+from megatron_tiedlora.training.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """This rank's model with base and adapter values in place, and which base that is.
+
+    Attributes:
+        module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
+        process_grid: DeepSpeed's.
+        bytes_read: of base weights, by rank.
+    """
+
+    module: nn.Module
+    stage: Stage
+    groups: ParallelGroups
+    process_grid: Any
+    base: BaseIdentity
+    bytes_read: tuple[int, ...]
+
+
+def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None) -> BuiltModel:
+    """Build this rank's part of the flat list on `device`, read its slices of the base, give the adapter its values.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or a checkpoint of another base.
+    """
+    config, grid = plan.source.config, plan.grid
+    with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
+        base = identify_base(plan.source, weights, plan.settings.dtype)
+        if checkpoint is not None:
+            checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
+        module, stage, groups, process_grid = _build_stage(plan, device)
+        bank = stage.adapter
+        assert bank is not None
+        mark_parameters(bank, groups)
+        bank.load_full(start_values(plan.adapter) if checkpoint is None else checkpoint.adapter.state)
+        load_base_weights(
+            weights,
+            dict(stage.named_parameters()),
+            stage_weight_rules(config, has_embedding=stage.embedding is not None),
+            access=parameter_access(plan.engine),
+            tp_rank=grid.tp_rank,
+            tp_size=grid.tp_size,
+            reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
+            progress=grid.rank == 0,
+        )
+        read = gather_numbers(weights.bytes_read, device)
+    return BuiltModel(module, stage, groups, process_grid, base, tuple(read))
+
+
+def _build_stage(plan: RunPlan, device: torch.device) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
+    """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
+    grid = plan.grid
+    specs = layer_specs(plan.source.config, update_scale=plan.adapter.scale, dtype=plan.dtype, tp_size=grid.tp_size)
+    bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
+
+    def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
+        tensor_parallel = TensorParallel(groups.tensor, plan.sequence_parallel)
+        return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
+
+    if grid.pp_size == 1:
+        process_grid = make_process_grid(grid)
+        groups = make_groups(grid, process_grid)
+        with base_construction(plan.engine, dtype=plan.dtype, device=device, process_grid=process_grid):
+            stage = stage_of(groups, specs)
+        return stage, stage, groups, process_grid
+
+    from megatron_tiedlora.pipeline.pipelined import PipelinedModel
+
+    made: list[ParallelGroups] = []  # inside the PipelineModule's constructor, which makes the process grid
+
+    def build(process_grid: Any, mine: Sequence[LayerSpec]) -> Stage:
+        made.append(make_groups(grid, process_grid))
+        return stage_of(made[0], mine)
+
+    with device:
+        module = PipelinedModel(specs, plan.stages, topology=make_topology(grid), build_stage=build)
+    return module, module.stage, made[0], module.mpu()
+
+
+def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
+    """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood.
+
+    Raises:
+        UserError: a checkpoint without the moments of every trained tensor.
+    """
+    settings, bank = plan.settings, built.stage.adapter
+    assert bank is not None
+    if checkpoint is not None:
+        _check_moments(plan, checkpoint)
+    trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
+    optimizer = make_optimizer(trained, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
+    engine = initialize_engine(
+        built.module, plan.engine, optimizer=optimizer, scheduler=scheduler, process_grid=built.process_grid
+    )
+    if checkpoint is not None:
+        moments = {
+            moment: {
+                name: plan.part.cut(name, checkpoint.moments[moment_name(moment, name)])
+                for name in trained_parameters(bank)
+            }
+            for moment in MOMENTS
+        }
+        write_moments(
+            engine,
+            trained_parameters(bank),
+            plan.engine.zero_stage,
+            moments=moments,
+            step=checkpoint.progress.step,
+            dp_rank=plan.grid.dp_rank,
+        )
+        resume_scheduler(scheduler, checkpoint.progress.step)
+    return make_runner(engine, built.stage, built.groups, plan.engine, device)
+
+
+def _check_moments(plan: RunPlan, checkpoint: Checkpoint) -> None:
+    for factor in plan.adapter.num_trained():
+        for moment in MOMENTS:
+            name, shape = moment_name(moment, factor), plan.adapter.shape(factor)
+            stored = checkpoint.moments.get(name)
+            if stored is None or stored.shape != shape:
+                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
+                raise UserError(
+                    f"{checkpoint.folder / STATE_FILE}: {name} is {found}, expected {shape}; resume from another"
+                    " checkpoint"
+                )

@@ -1,0 +1,66 @@
+"""Checks while a run goes on: that trained tensors get gradients, and that copies of one tensor stay equal."""
+
+from __future__ import annotations
+
+from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.parallel.agreement import first_message, max_over_ranks
+from megatron_tiedlora.pipeline.running import Runner
+
+# With v = 0 or B = 0 at the start the partner's gradient is zero at the first step, so it must show by the second.
+GUARDED_STEPS = 2
+
+
+class RunFailed(UserError):
+    """Training cannot go on; the last good checkpoint stands."""
+
+
+class StepChecks:
+    """The checks of one run, or of one start of it; every rank calls each method at the same moment."""
+
+    def __init__(self, runner: Runner, *, check_steps: int) -> None:
+        """Watch from here on. Replicas are compared after the first `check_steps` steps and at saves (0: never)."""
+        self._runner = runner
+        self._check_steps = check_steps
+        self._steps = 0
+        self._guard: GradientGuard | None = GradientGuard(runner.bank)
+
+    def before_step(self, step: int) -> None:
+        """With the gradients of `step` in place and before anything moves.
+
+        Raises:
+            RunFailed: a trained tensor without a gradient, or with one that is still zero, by name; on every rank.
+        """
+        self._steps += 1
+        if self._guard is None:
+            return
+        missing = self._guard.missing()
+        text = f"no gradient reaches {', '.join(missing)} of this rank's stage" if missing else None
+        if found := first_message(text, self._runner.device):
+            raise RunFailed(f"step {step}: {found}; nothing was changed by this step")
+        if self._steps < GUARDED_STEPS:
+            return
+        largest = max_over_ranks(self._guard.largest(), self._runner.device)
+        zero = [label for label, value in zip(self._guard.labels(), largest, strict=True) if value == 0]
+        self._guard.remove()
+        self._guard = None
+        if zero:
+            raise RunFailed(
+                f"step {step}: the gradient of {', '.join(zero)} is exactly zero since the run's start; it would never"
+                " be trained"
+            )
+
+    def after_step(self, step: int) -> None:
+        """With the tensors as `step` has left them. Raises RunFailed where copies differ, on every rank."""
+        if self._steps <= self._check_steps:
+            self._compare(step)
+
+    def before_save(self, step: int) -> None:
+        """Before a checkpoint of `step` is written. Raises RunFailed where copies differ, on every rank."""
+        if self._check_steps > 0 and self._steps > self._check_steps:  # else it was compared after the step
+            self._compare(step)
+
+    def _compare(self, step: int) -> None:
+        mismatch = find_mismatch(self._runner.bank, self._runner.groups)
+        if found := first_message(str(mismatch) if mismatch else None, self._runner.device):
+            raise RunFailed(f"after step {step} {found}; the ranks no longer train one adapter, and nothing was saved")

@@ -1,0 +1,174 @@
+"""The same run at every layout: losses, norms and adapters of the dense oracle, and copies that are bit-equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import (
+    EngineRun,
+    oracle_run,
+    relative_distance,
+    relative_errors,
+    run_engine,
+    save_start,
+    write_uneven_data,
+)
+from oracle import OracleConfig
+from oracle_training import OracleRun
+from tiny_models import random_adapter, write_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
+STEPS = 6
+LOSS_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-5
+ADAPTER_TOLERANCE = {"adamw": 5e-5, "sgd": 1e-5}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a grid."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+LAYOUTS = [
+    Layout(*sizes)
+    for sizes in (
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 2, 1),
+        (1, 1, 2),
+        (2, 2, 1),
+        (2, 1, 2),
+        (1, 2, 2),
+        (4, 1, 1),
+        (1, 4, 1),
+        (2, 2, 2),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a tiny model whose 5 layers divide by neither 2 nor 4 stages; 8 heads on 4 key-value heads."""
+    folder = tmp_path_factory.mktemp("base")
+    model = write_tiny_model(folder / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
+    train = write_uneven_data(folder / "train.jsonl")
+    engines = {}
+    for stage in (0, 1, 2):
+        values = {
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000000},
+        }
+        engines[stage] = folder / f"zero{stage}.json"
+        engines[stage].write_text(json.dumps(values))
+    return {
+        "model": str(model),
+        "train_file": str(train),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "ds_config": str(engines[1]),
+        "dtype": "fp32",
+        "rank": 3,
+        "alpha": 6.0,
+        "seed": 11,
+        "max_length": 128,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "max_steps": STEPS,
+        "warmup_steps": 2,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "gradient_clipping": 0.05,
+        "eval_interval": 1000,
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case for the workers with the oracle's run of it."""
+
+    case: dict[str, Any]
+    oracle: OracleRun
+    layout: Layout
+    optimizer: str
+
+
+def prepare(
+    base: dict[str, Any],
+    folder: Path,
+    layout: Layout,
+    *,
+    optimizer: str = "sgd",
+    oracles: dict[Any, OracleRun],
+    **changes: Any,
+) -> Prepared:
+    """A case at `layout` that starts from random non-zero factors."""
+    settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
+    if optimizer == "sgd":
+        settings["learning_rate"] = 1.0
+    layers = settings.get("layers")
+    method, rank = settings.get("method", "tl6"), settings["rank"]
+    start = random_adapter(
+        method,
+        OracleConfig.from_folder(Path(base["model"])),
+        rank=rank,
+        alpha=settings["alpha"],
+        layers=tuple(layers) if layers else None,
+        seed=3,
+        scale=0.2,
+    )
+    key = (method, rank, optimizer, str(layers))
+    file = folder / f"{'-'.join(map(str, key))}.safetensors"
+    if key not in oracles:
+        save_start(start, file)
+        oracles[key] = oracle_run(settings, start, folder / "cache", optimizer=optimizer)
+    return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
+
+
+def check(run: EngineRun, prepared: Prepared) -> None:
+    """The run is the oracle's, and copies of tied tensors are equal to the last bit."""
+    oracle, layout, name = prepared.oracle, prepared.layout, prepared.case
+    assert min(oracle.grad_norms) > 0.05, "clipping must be active"
+    assert max(relative_errors(run.losses, oracle.losses)) <= LOSS_TOLERANCE, name
+    assert max(relative_errors(run.grad_norms, oracle.grad_norms)) <= NORM_TOLERANCE, name
+    for factor in oracle.adapter.trained:
+        distance = relative_distance(run.adapter[factor], oracle.adapter.tensors[factor])
+        assert distance <= ADAPTER_TOLERANCE[prepared.optimizer], (factor, distance, name)
+    if prepared.case["settings"].get("method", "tl6") != "lora":
+        for rank in range(layout.ranks):
+            for factor in ("A", "B"):
+                assert torch.equal(run.local[rank][factor], run.local[rank % layout.tp][factor]), (rank, factor, name)
+
+
+def run_and_check(prepared: list[Prepared], folder: Path) -> None:
+    ranks = prepared[0].layout.ranks
+    for item, run in zip(prepared, run_engine([p.case for p in prepared], folder, ranks=ranks), strict=True):
+        check(run, item)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_layouts(base: dict[str, Any], tmp_path: Path, ranks: int) -> None:
+    oracles: dict[Any, OracleRun] = {}
+    prepared = []
+    for layout in (layout for layout in LAYOUTS if layout.ranks == ranks):
+        for method in ("tl6", "tl5"):
+            for sequence_parallel in (True, False) if layout.tp > 1 else (True,):
+                for optimizer in ("sgd", "adamw"):
+                    changes = {"method": method, "sequence_parallel": sequence_parallel}
+                    prepared.append(
+                        prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes)
+                    )
+    run_and_check(prepared, tmp_path)
