@@ -66,16 +66,21 @@ def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
 
 def poison(step: int, what: str) -> None:
     """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
-    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
-    forward = module.Trainer._forward
+    module: Any = importlib.import_module("megatron_tiedlora.pipeline.running")
+    forward = module.PlainRunner.forward
+    steps = [0]
 
-    def poisoned(trainer: Any, batch: Any) -> Any:
-        loss = forward(trainer, batch)
-        if trainer.progress.step + 1 != step:
+    def look(trainer: Any, *_: Any) -> None:
+        steps[0] = trainer.progress.step + 1
+
+    def poisoned(runner: Any, batch: Any) -> Any:
+        loss = forward(runner, batch)
+        if steps[0] != step or not loss.requires_grad:
             return loss
         return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
 
-    module.Trainer._forward = poisoned
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
+    module.PlainRunner.forward = poisoned
 
 
 def scripted_validation(losses: dict[int, float]) -> None:

@@ -24,6 +24,9 @@ SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {
     "config/engine_json.py",  # DeepSpeed's own schema of the ZeRO section
     "pipeline/launch_env.py",
+    "pipeline/topology.py",  # DeepSpeed's topology and process groups
+    "pipeline/pipelined.py",  # its PipelineModule
+    "pipeline/running.py",  # its schedules
     "pipeline/engine.py",
     "pipeline/engine_state.py",
     "training/session.py",  # its version, for run.yaml

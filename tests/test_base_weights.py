@@ -83,10 +83,7 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int) -> None
         parts = []
         with BaseWeights(folder, rules) as weights:
             for rank in range(tp_size):
-                shape = list(rule.shape)
-                if rule.spec.dim is not None:
-                    shape[rule.spec.dim] = rule.spec.local_size(tp_size)
-                parts.append(torch.empty(shape))
+                parts.append(torch.empty(rule.spec.local_shape(rule.shape, tp_size)))
                 weights.fill(rule, parts[-1], tp_rank=rank, tp_size=tp_size)
             times = tp_size if rule.spec.dim is None else 1
             assert weights.bytes_read == times * 4 * torch.Size(rule.shape).numel()

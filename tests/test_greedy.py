@@ -122,7 +122,7 @@ def test_decoding_stops_when_all_are_done(decoders: dict[str, Decoder]) -> None:
     row = decoder.decode([prompt])[0]
     stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
     calls: list[int] = []
-    handle = decoder.ours.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    handle = decoder.ours.layers["0"].register_forward_hook(lambda *_: calls.append(1))
     try:
         decoder.decode([prompt], eos_id=row[stop])
         assert len(calls) == stop + 1

@@ -61,25 +61,25 @@ LAYOUTS = [
 ]
 
 
+def engine_json(folder: Path, stage: int, **zero: Any) -> Path:
+    """An engine JSON of a ZeRO stage that takes SGD too."""
+    zero = {"stage": stage, "reduce_bucket_size": 1000000, **zero}
+    file = folder / f"zero{stage}.json"
+    file.write_text(json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": zero}))
+    return file
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a tiny model whose 5 layers divide by neither 2 nor 4 stages; 8 heads on 4 key-value heads."""
     folder = tmp_path_factory.mktemp("base")
     model = write_tiny_model(folder / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
     train = write_uneven_data(folder / "train.jsonl")
-    engines = {}
-    for stage in (0, 1, 2):
-        values = {
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000000},
-        }
-        engines[stage] = folder / f"zero{stage}.json"
-        engines[stage].write_text(json.dumps(values))
     return {
         "model": str(model),
         "train_file": str(train),
         "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
-        "ds_config": str(engines[1]),
+        "ds_config": str(engine_json(folder, 1)),
         "dtype": "fp32",
         "rank": 3,
         "alpha": 6.0,
@@ -168,7 +168,43 @@ def test_layouts(base: dict[str, Any], tmp_path: Path, ranks: int) -> None:
             for sequence_parallel in (True, False) if layout.tp > 1 else (True,):
                 for optimizer in ("sgd", "adamw"):
                     changes = {"method": method, "sequence_parallel": sequence_parallel}
-                    prepared.append(
-                        prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes)
-                    )
+                    prepared.append(prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes))
+    run_and_check(prepared, tmp_path)
+
+
+def test_every_method_over_tensor_and_pipeline(base: dict[str, Any], tmp_path: Path) -> None:
+    """All eight methods and one-layer LoRA, on the first and on the last stage, at (2, 2, 1)."""
+    oracles: dict[Any, OracleRun] = {}
+    layout = Layout(2, 2, 1)
+    prepared = []
+    for optimizer in ("sgd", "adamw"):
+        cases = [{"method": method} for method in METHODS]
+        cases += [{"method": "lora", "layers": [layer]} for layer in (2, 5)]
+        prepared += [prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, **case) for case in cases]
+    run_and_check(prepared, tmp_path)
+
+
+def test_zero_stages_beside_tensor_parallelism(base: dict[str, Any], tmp_path: Path) -> None:
+    """ZeRO 0, 2 and 3 at (2, 1, 2); under ZeRO-3 with nothing kept whole; rank 1, which TP does not divide."""
+    oracles: dict[Any, OracleRun] = {}
+    prepared = []
+    for stage in (0, 2, 3):
+        file = engine_json(tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
+        for optimizer in ("sgd", "adamw"):
+            changes = {"ds_config": str(file), "rank": 1}
+            prepared.append(prepare(base, tmp_path, Layout(2, 1, 2), optimizer=optimizer, oracles=oracles, **changes))
+    run_and_check(prepared, tmp_path)
+
+
+def test_the_norm_at_zero_0_over_stages(base: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSpeed leaves later stages' tensors out of it there, so it is ours: every tensor once, every shard once."""
+    oracles: dict[Any, OracleRun] = {}
+    file = engine_json(tmp_path, 0)
+    prepared = [
+        prepare(
+            base, tmp_path, Layout(2, 2, 1), oracles=oracles, optimizer=optimizer, ds_config=str(file), method=method
+        )
+        for method in ("tl6", "lora")
+        for optimizer in ("sgd", "adamw")
+    ]
     run_and_check(prepared, tmp_path)

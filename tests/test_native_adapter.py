@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
+from megatron_tiedlora.adapters.gathering import gather_state
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.parallel.grid import Grid
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
@@ -54,9 +56,12 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     assert read_by_oracle.layers == (1, 3)
     for name, tensor in oracle.tensors.items():
         assert torch.equal(loaded.state[name], tensor) and torch.equal(read_by_oracle.tensors[name], tensor)
-    bank = TiedAdapter(loaded.config)
+    bank, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
     bank.load_full(loaded.state)
-    for name, tensor in bank.full_state().items():  # what a run would save again
+    local = dict(bank.named_parameters())
+    layers, device = [loaded.config.layers], torch.device("cpu")
+    full = gather_state(local, config=loaded.config, grid=whole, stage_layers=layers, device=device)
+    for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
 
 

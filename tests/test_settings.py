@@ -20,7 +20,7 @@ INTERFACE = {
     "run": "config ds_config output_dir seed resume dry_run world_size timeout_minutes",
     "model": "model tokenizer dtype max_length",
     "adapter": "method rank alpha layers init_std_a init_std_b",
-    "parallel": "tensor_parallel pipeline_parallel sequence_parallel",
+    "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template",
     "speed": "packing compile recompute",
     "optimisation": "global_batch_size micro_batch_size max_steps learning_rate weight_decay warmup_steps"
@@ -137,7 +137,6 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--task=custom"], ["--task custom", "--train_file"]),
         (["--model=somewhere"], ["--task", "--train_file"]),
         (["--world_size=4"], ["--world_size", "--dry_run"]),
-        (["--tensor_parallel=2"], ["--tensor_parallel 2", "not available"]),
         (["--packing=true"], ["--packing", "not available"]),
         (["--compile=true"], ["--compile", "not available"]),
         (["--dry_run=perhaps"], ["--dry_run perhaps"]),

@@ -15,6 +15,7 @@ from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
 SESSION = "megatron_tiedlora.training.session"
+BUILD = "megatron_tiedlora.training.build"
 
 pytestmark = pytest.mark.distributed
 
@@ -136,7 +137,7 @@ def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:
 
 
 def test_a_signal_while_weights_are_read_leaves_nothing(base: Base, tmp_path: Path) -> None:
-    prelude = partial(kill_at_call, SESSION, "load_base_weights", number=signal.SIGTERM)
+    prelude = partial(kill_at_call, BUILD, "load_base_weights", number=signal.SIGTERM)
     ended = run(base, tmp_path / "run", prelude=prelude, expect=143)
     assert not (tmp_path / "run").exists()
     assert "stopped by SIGTERM, before the first step" in ended.errors[0] and "Traceback" not in ended.errors[0]

@@ -12,9 +12,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.parallel.grid import Grid
 
 
-def parts_of_grid(
-    config: AdapterConfig, grid: Grid, stage_layers: Sequence[tuple[int, ...]]
-) -> dict[int, AdapterPart]:
+def parts_of_grid(config: AdapterConfig, grid: Grid, stage_layers: Sequence[tuple[int, ...]]) -> dict[int, AdapterPart]:
     """The part of the adapter that each rank of data-parallel rank 0 holds, by rank: together they hold all of it.
 
     Args:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from megatron_tiedlora.config.settings import (
     nearest_name,
 )
 
+QUIET_SECONDS = 1.0
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
 RECORD_MARK = "versions"
@@ -140,6 +143,10 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, qu
     except UserError as error:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            # The first rank that ends makes the launcher kill the others: let it be the one that prints.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(QUIET_SECONDS)
         status = 2
     except KeyboardInterrupt:
         status = 130

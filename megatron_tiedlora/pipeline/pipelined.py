@@ -25,9 +25,7 @@ class PipelinedModel(PipelineModule):
 
     stage: Stage
 
-    def __init__(
-        self, specs: Sequence[LayerSpec], stages: Stages, *, topology: Any, build_stage: BuildStage
-    ) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], stages: Stages, *, topology: Any, build_stage: BuildStage) -> None:
         """Build this rank's part of `specs`.
 
         Args:

@@ -79,9 +79,7 @@ class RunPlan:
     @property
     def part(self) -> AdapterPart:
         """What this rank holds of the adapter."""
-        return AdapterPart(
-            self.adapter, self.stage_layers[self.grid.pp_rank], self.grid.tp_rank, self.grid.tp_size
-        )
+        return AdapterPart(self.adapter, self.stage_layers[self.grid.pp_rank], self.grid.tp_rank, self.grid.tp_size)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,112 @@
+"""Real sizes, which take minutes: the demo model over tensor and pipeline ranks, and a 7B-shaped model in 24 GB.
+
+    make test PYTEST_ARGS="-m slow" TESTS=tests/test_slow_layouts.py
+
+Their figures stand in docs/parallelism.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from run_files import losses, metrics
+from run_helpers import ROOT, Command, deepspeed_command, plain_command, start_command, write_rows
+from tiny_models import write_tiny_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3600)]
+
+# A real cache: the demo model is prepared once a machine.
+CACHE = Path(os.environ.get("MEGATRON_TIEDLORA_CACHE", "~/.cache/megatron_tiedlora")).expanduser()
+GIGABYTE = 1024**3
+
+
+def train(arguments: list[str], folder: Path, *, ranks: int = 1) -> Command:
+    """launch/train.py under its launcher, with as many threads as the cores give each rank."""
+    command = plain_command(arguments) if ranks == 1 else deepspeed_command(arguments, ranks=ranks)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    started = start_command(["env", f"OMP_NUM_THREADS={threads}", *command], folder=folder, cache=CACHE)
+    started._deadline = time.monotonic() + 3000
+    return started
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(3, 1), (1, 2)])
+def test_the_demo_model_over_ranks(tmp_path: Path, tp: int, pp: int, demo_losses: list[float]) -> None:
+    """SmolLM2-135M, 9 heads on 3 key-value heads, bf16: 20 steps within 2e-2 a step and 5e-3 on average."""
+    sizes = [f"--tensor_parallel={tp}", f"--pipeline_parallel={pp}", "--ds_config=zero1.json"]
+    folder = tmp_path / "run"
+    train([*sizes, f"--output_dir={folder}"], tmp_path / "work", ranks=tp * pp).wait().expect(0)
+    found = [loss for _, loss in losses(folder)]
+    gaps = [abs(one - other) for one, other in zip(found, demo_losses, strict=True)]
+    print(f"tp {tp} pp {pp}: largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}")
+    assert max(gaps) <= 2e-2 and sum(gaps) / len(gaps) <= 5e-3
+
+
+@pytest.fixture(scope="module")
+def demo_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The one-process demo, step by step."""
+    folder = tmp_path_factory.mktemp("demo")
+    train([f"--output_dir={folder / 'run'}"], folder / "work").wait().expect(0)
+    found = [loss for _, loss in losses(folder / "run")]
+    assert len(found) == 20
+    return found
+
+
+@pytest.fixture(scope="module")
+def model_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random bf16 weights in the shape of LLaMA-2 7B, 13.5 GB on disk."""
+    folder = tmp_path_factory.mktemp("model") / "7b"
+    script = ROOT / "tools" / "write_random_model.py"
+    command = [plain_command([])[0], str(script), "--model", "llama2-7b", "--output", str(folder)]
+    started = start_command(command, folder=folder.parent / "work")
+    started._deadline = time.monotonic() + 1200
+    started.wait().expect(0)
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_7b_model_in_24_gb(tmp_path: Path, model_7b: Path, tp: int, pp: int) -> None:
+    """2 steps of 64 tokens on two ranks; the ranks' anonymous memory together stays under 20 GB."""
+    write_tiny_tokenizer(tmp_path / "tokenizer", vocab_size=32000)
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    folder = tmp_path / "run"
+    settings = {
+        "model": model_7b,
+        "tokenizer": tmp_path / "tokenizer",
+        "train_file": rows,
+        "validation_file": rows,
+        "tensor_parallel": tp,
+        "pipeline_parallel": pp,
+        "ds_config": "zero1.json",
+        "max_length": 64,
+        "global_batch_size": 1,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "eval_interval": 2,
+        "output_dir": folder,
+    }
+    started = time.monotonic()
+    command = train([f"--{name}={value}" for name, value in settings.items()], tmp_path / "work", ranks=2)
+    peak = 0
+    while command.process.poll() is None and time.monotonic() < command._deadline:
+        peak = max(peak, sum(map(anonymous_bytes, command.descendants())))
+        time.sleep(0.2)
+    command.wait().expect(0)
+    seconds = time.monotonic() - started
+    print(f"tp {tp} pp {pp}: peak of anonymous memory {peak / GIGABYTE:.2f} GiB, {seconds:.0f} s")
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
+    assert peak < 20e9
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """RssAnon of a process; 0 once it is gone."""
+    try:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", text)
+    return int(found.group(1)) * 1024 if found else 0

@@ -1,0 +1,90 @@
+"""Write a LLaMA checkpoint of random bf16 weights in the shape of a preset, to try memory and speed without a model.
+
+    python tools/write_random_model.py --model llama2-7b --output random-7b
+
+One shard a layer, written as it is drawn, so it takes the memory of one shard. There is no tokenizer: give one with
+--tokenizer where the folder is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.convert.inputs import refuse_existing
+from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
+from megatron_tiedlora.parallel.random_streams import stream_seed
+
+BYTES = torch.bfloat16.itemsize
+
+
+def draw(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
+    """A bf16 tensor: norms are one, the rest N(0, 1 / its last dimension), so that activations keep their size."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(stream_seed(seed, name))
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, shape[-1] ** -0.5, generator=generator)
+
+
+def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:
+    """The rules of each layer of the flat list, in order."""
+    for _, group in groupby(rules, key=lambda rule: rule.name.split(".")[1]):
+        yield list(group)
+
+
+def write_random_model(preset: str, output: Path, *, seed: int) -> None:
+    """Write config, shards and index of `preset` into `output`.
+
+    Raises:
+        UserError: `output` exists, or the disk is too small for it.
+    """
+    refuse_existing(output)
+    values = PRESETS[preset]
+    config = llama_config_from_hf(values, source=preset)
+    needed = num_base_parameters(config) * BYTES
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"--output {output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
+    index: dict[str, str] = {}
+    with new_folder(output) as folder:
+        parts = list(shards(weight_rules(config)))
+        for number, rules in enumerate(tqdm(parts, desc=preset, unit="shard"), start=1):
+            file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            tensors = {
+                name: draw(name, shape, seed=seed)
+                for rule in rules
+                for name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+            }
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(tensors, file))
+        write_json(folder / "config.json", {**values, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+        weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(weight_index, indent=2) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the command line and write the folder."""
+    parser = CommandParser(prog="write_random_model.py", description=(__doc__ or "").strip())
+    parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="the shape")
+    parser.add_argument("--output", required=True, type=Path, help="a new folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
+    arguments = parser.parse_known_names(argv)
+    write_random_model(arguments.model, arguments.output, seed=arguments.seed)
+    print(f"{arguments.output}: random weights in the shape of {arguments.model}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
