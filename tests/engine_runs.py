@@ -23,13 +23,21 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What a run logged: per-step losses and norms before clipping, and the final full adapter."""
+    """What a run logged: per-step losses and norms before clipping, and the final full adapter.
+
+    Attributes:
+        local: each rank's part of the adapter.
+        failures: each rank's message, where the run was stopped; `adapter` and `local` are empty then.
+        saved: the checkpoints that are there at the end.
+    """
 
     losses: list[float]
     grad_norms: list[float]
     learning_rates: list[float]
     adapter: dict[str, torch.Tensor]
-    local: list[dict[str, torch.Tensor]]  # each rank's part of it
+    local: list[dict[str, torch.Tensor]]
+    failures: list[str]
+    saved: list[str]
 
 
 def write_uneven_data(path: Path, *, rows: int = 40, seed: int = 0) -> Path:
@@ -97,18 +105,20 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
 def _read(folder: Path, ranks: int) -> EngineRun:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["split"] == "train"]
+    failures = [file.read_text() for rank in range(ranks) if (file := folder / f"failure{rank}.txt").exists()]
+    assert len(failures) in (0, ranks), f"some ranks went on: {failures}"
     return EngineRun(
         losses=[row["loss"] for row in steps],
         grad_norms=[row["grad_norm"] for row in steps],
         learning_rates=[row["learning_rate"] for row in steps],
-        adapter=load_file(folder / "adapter.safetensors"),
-        local=[load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)],
+        adapter={} if failures else load_file(folder / "adapter.safetensors"),
+        local=[] if failures else [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)],
+        failures=failures,
+        saved=sorted(item.name for item in (folder / "checkpoints").glob("step_*")),
     )
 
 
-def oracle_run(
-    settings: dict[str, Any], start: OracleAdapter, cache: Path, *, optimizer: str = "adamw"
-) -> OracleRun:
+def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, optimizer: str = "adamw") -> OracleRun:
     """The dense one-process answer: the same samples, one sequence at a time, in fp32."""
     from megatron_tiedlora.data.cache import tokenise_once
     from megatron_tiedlora.data.order import sample_indices

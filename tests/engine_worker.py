@@ -2,8 +2,10 @@
 
     python engine_worker.py cases.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
 
-A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}. Rank 0
-leaves metrics.jsonl and adapter.safetensors in the output folder, every rank its own part in rankN.safetensors.
+A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}, and
+"faults": what to break before the model is built (see fault_patches.py); "may_fail": whether a run that ends with a
+UserError is an answer (each rank then leaves its message in failureN.txt) or an error of the test. Rank 0 leaves
+metrics.jsonl and adapter.safetensors in the output folder, every rank its own part in rankN.safetensors.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fault_patches import apply_faults
+
+from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.pipeline.launch_env import (
     join_process_group,
@@ -71,7 +76,13 @@ def main() -> None:
     rank, world_size = rank_and_world_size()
     device = join_process_group(2.0, expected_ranks=world_size)
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case, rank, world_size, device)
+        with apply_faults(case.get("faults", [])):
+            try:
+                run_case(case, rank, world_size, device)
+            except UserError as error:
+                if not case.get("may_fail"):
+                    raise
+                Path(case["output"], f"failure{rank}.txt").write_text(str(error))
     leave_process_group()
 
 

@@ -118,7 +118,7 @@ def prepare(
     """A case at `layout` that starts from random non-zero factors."""
     settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
     if optimizer == "sgd":
-        settings["learning_rate"] = 1.0
+        settings["learning_rate"] = 0.3
     layers = settings.get("layers")
     method, rank = settings.get("method", "tl6"), settings["rank"]
     start = random_adapter(

@@ -14,7 +14,6 @@ from run_helpers import Base, deepspeed_command, run, start_command, torchrun_co
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
-SESSION = "megatron_tiedlora.training.session"
 BUILD = "megatron_tiedlora.training.build"
 
 pytestmark = pytest.mark.distributed
