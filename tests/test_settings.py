@@ -231,6 +231,7 @@ def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage"]),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, ["offload_optimizer.devise"]),
         ({"zero_optimization": 2}, ["zero_optimization must be an object"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm false", "drop it"]),
         ({"train_batch_size": 16}, ["train_batch_size is 16", "make it 8", "--global_batch_size"]),
         ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "make it 2", "--micro_batch_size"]),
         ({"gradient_accumulation_steps": 1}, ["is 1", "make it 2", "--micro_batch_size"]),

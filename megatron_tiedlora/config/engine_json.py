@@ -117,6 +117,10 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(
+            f"{path}: zero_optimization.compute_grad_norm false: every step's gradient norm is logged; drop it"
+        )
     zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's defaults
     _check_zero_section(path, zero)
     kept = {key: value for key, value in content.items() if value != "auto"}

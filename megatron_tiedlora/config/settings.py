@@ -74,7 +74,9 @@ class Settings(BaseModel):
     resume: str = _field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
     )
-    dry_run: bool = _field("run", "print parameters, memory, messages, batches and one sample; train nothing", False)
+    dry_run: bool = _field(
+        "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
+    )
     world_size: int | None = _optional("run", "with --dry_run: the number of ranks to plan for", ge=1)
     timeout_minutes: float = _field("run", "longest wait for another rank before the run fails", 30.0, gt=0)
 

@@ -1,11 +1,11 @@
 """Messages and bytes by group, counted where they enter torch.distributed: ours, DeepSpeed's, and point to point.
 
-    with TrafficCounter({"tensor": group, ...}) as counter:
+    with TrafficCounter(named_handles(groups)) as counter:
         ...
     counter.traffic
 
 Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, in the backward pass
-too. It costs time, so it is for tests and benchmarks.
+too. It costs time, so it is for tests and benchmarks. A group of one rank has no messages, whoever calls it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WORLD = "world"
+from megatron_tiedlora.parallel.groups import ParallelGroups
+
+TENSOR, PIPELINE, DATA, TIED, MODEL, WORLD = GROUPS = ("tensor", "pipeline", "data", "tied", "model", "world")
 # c10d operation -> (kind, index of the argument whose bytes are the whole message)
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
@@ -60,6 +62,12 @@ class Traffic:
         )
 
 
+def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
+    """The handles of a rank's groups by name. With one stage the tie is the data-parallel group, and counts as that."""
+    handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
+    return handles if groups.tied.handle is groups.data.handle else {**handles, TIED: groups.tied.handle}
+
+
 class TrafficCounter(TorchDispatchMode):
     """Counts what this rank sends while the block runs."""
 
@@ -85,7 +93,9 @@ class TrafficCounter(TorchDispatchMode):
             for argument in args
             if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().qualified_name()
         )
-        label = self._names.get(group.group_name, WORLD) if kind != "send" else "pipeline"
+        if group.size() == 1:  # DeepSpeed sums over groups of one rank too
+            return
+        label = self._names.get(group.group_name, WORLD) if kind != "send" else PIPELINE
         self.traffic.add(label, kind, _num_bytes(args[position]))
 
 

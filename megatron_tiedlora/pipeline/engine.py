@@ -122,13 +122,12 @@ def trained_parameters(bank: TiedAdapter) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in bank.named_parameters() if parameter.requires_grad}
 
 
-def clip_gradients_(bank: TiedAdapter, groups: ParallelGroups, max_norm: float) -> float:
+def clip_gradients_(bank: TiedAdapter, groups: ParallelGroups, max_norm: float, device: torch.device) -> float:
     """Scale the gradients so that their norm over the whole model is at most `max_norm` (0: leave them).
 
     Returns:
         the 2-norm before, the same on every rank: each tied or replicated tensor counted once and each shard once.
     """
-    device = next(bank.parameters()).device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for name in gradient_norm_counts(bank, groups):
         gradient = getattr(bank, name).grad

@@ -65,6 +65,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         # DeepSpeed would compile its shared-memory operator here: a minute, and a rank that dies meanwhile leaves a
         # lock on which every later run hangs in silence. gloo serves the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # which DeepSpeed's PipelineModule reads, MPI or not
     device = torch.device("cuda", local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)

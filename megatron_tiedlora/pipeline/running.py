@@ -1,8 +1,8 @@
 """One optimizer step and a forward pass on an engine, alike for one stage and for several.
 
-Losses are sums over supervised tokens. Each is divided by N_global / (accumulation steps x dp) before its backward pass,
-so that DeepSpeed's own division by the accumulation steps and its mean over the data-parallel ranks give the mean over
-the supervised tokens of the global batch, whatever the split.
+Losses are sums over supervised tokens. Each is divided by N_global / (accumulation steps x dp) before its backward
+pass, so that DeepSpeed's own division by the accumulation steps and its mean over the data-parallel ranks give the
+mean over the supervised tokens of the global batch, whatever the split.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Runner:
         """
         norm = None
         if self.config.zero_stage == 0:
-            norm = clip_gradients_(self.bank, self.groups, float(self.config.values["gradient_clipping"]))
+            max_norm = float(self.config.values["gradient_clipping"])
+            norm = clip_gradients_(self.bank, self.groups, max_norm, self.device)
         self._step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())

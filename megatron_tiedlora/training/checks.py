@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import first_message, max_over_ranks
+from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.pipeline.running import Runner
 
 # With v = 0 or B = 0 at the start the partner's gradient is zero at the first step, so it must show by the second.
@@ -61,6 +62,7 @@ class StepChecks:
             self._compare(step)
 
     def _compare(self, step: int) -> None:
-        mismatch = find_mismatch(self._runner.bank, self._runner.groups)
+        with all_open(self._runner.bank, self._runner.config):  # under ZeRO-3 data ranks have parts and no copies
+            mismatch = find_mismatch(self._runner.bank, self._runner.groups)
         if found := first_message(str(mismatch) if mismatch else None, self._runner.device):
             raise RunFailed(f"after step {step} {found}; the ranks no longer train one adapter, and nothing was saved")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.model.families.llama import num_base_parameters
-from megatron_tiedlora.model.layer_specs import Block
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
+from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
+from megatron_tiedlora.training.memory_plan import micro_batches_in_flight, saved_bytes_per_token, stage_memory
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
-
-_STEP_REPORT_BYTES = 40  # five fp64 numbers: loss, time, save, stop
+from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
+from megatron_tiedlora.training.traffic_plan import (
+    STOP_REPORT_BYTES,
+    assumed_shapes,
+    estimated_groups,
+    padded,
+    planned_shapes,
+    stage_traffic,
+)
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
@@ -26,7 +34,14 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
     data = prepare_data(plan, progress=True) if plan.source.folder is not None else None
-    sections = [_parameters(plan), _memory(plan, data), _messages(plan), _batches(plan)]
+    stages = plan_stages(plan)
+    sections = [
+        _parameters(plan),
+        _partition(plan, stages),
+        _memory(plan, stages, data),
+        _messages(plan, stages, data),
+        _batches(plan),
+    ]
     sections += (
         [_data(plan, data), _sample(data)]
         if data is not None
@@ -58,75 +73,100 @@ def _parameters(plan: RunPlan) -> list[str]:
     return lines
 
 
-def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
-    """Bytes that one block keeps for its backward pass, per token: the real code on tensors without data.
-
-    Counted by storage with autograd's saved-tensor hooks, parameters left out.
-    """
-    with FakeTensorMode():
-        block = Block(plan.source.config, update_scale=plan.adapter.scale, dtype=plan.dtype)
-        bank = TiedAdapter(plan.adapter)
-        hidden = torch.empty(1, length, plan.source.config.hidden_size, dtype=plan.dtype, requires_grad=True)
-        positions = torch.zeros(1, length, dtype=torch.long)
-        parameters = {p.untyped_storage()._cdata for p in (*block.parameters(), *bank.parameters())}
-        saved: dict[int, torch.Tensor] = {}  # keeps the tensors alive, so that no address is used twice
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(hidden, positions, bank()[0])
-        total = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
-    return total / length
-
-
-def _memory(plan: RunPlan, data: RunData | None) -> list[str]:
-    config, stage, ranks = plan.source.config, plan.engine.zero_stage, plan.grid.dp_size
-    trained = sum(plan.adapter.num_trained().values())
-    with torch.device("meta"):
-        held = sum(parameter.numel() for parameter in TiedAdapter(plan.adapter).parameters())
-    per_token = saved_bytes_per_token(plan)
-    length = plan.settings.max_length if data is None else int(data.train.lengths.max())
-    tokens = plan.batches.micro_batch_size * length
-    kept = config.num_layers if plan.settings.recompute == "none" else 1
-    inputs = 0 if plan.settings.recompute == "none" else config.num_layers * config.hidden_size * plan.dtype.itemsize
-    rows = [
-        ("base weights", num_base_parameters(config) * plan.dtype.itemsize / (ranks if stage == 3 else 1)),
-        ("adapter", 4 * held / (ranks if stage == 3 else 1)),
-        ("gradients", 4 * trained / (ranks if stage >= 2 else 1)),
-        ("optimizer (masters, moments)", (8 if stage == 0 else 12) * trained / (ranks if stage >= 1 else 1)),
-        (f"activations, {plan.batches.micro_batch_size} x {length} tokens", tokens * (kept * per_token + inputs)),
+def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
+    grid, config = plan.grid, plan.source.config
+    cut = "" if grid.tp_size == 1 else ", sequences cut" if plan.sequence_parallel else ", sequences whole"
+    rows = []
+    for stage in stages:
+        names = ["embedding"] * stage.is_first + [_ranges(stage.blocks)] + ["head"] * stage.is_last
+        rows.append(
+            [
+                " + ".join(names),
+                f"{stage.cost_share:.1%}",
+                _ranges(stage.part.layers) or "none",
+                readable(stage.full_base * plan.dtype.itemsize),
+            ]
+        )
+    return [
+        f"layout: {grid.world_size} ranks = tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} x data {grid.dp_size},"
+        f" {config.num_layers} layers",
+        *_stage_table(("layers", "work", "adapted", "base weights of the stage"), rows),
     ]
-    lines = [f"bytes per rank, ZeRO-{stage}, {ranks} data-parallel ranks"]
-    lines += [f"  {name:<36}{_bytes(size):>12}" for name, size in rows]
-    lines.append(f"  {'sum':<36}{_bytes(sum(size for _, size in rows)):>12}")
-    lines.append(
-        f"  (a block keeps {per_token / 1e3:,.1f} kB a token; logits of up to 1,024 rows and buffers come on top)"
-    )
+
+
+def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
+    per_token = saved_bytes_per_token(plan, 64 * plan.pad_multiple)
+    longest = plan.settings.max_length if data is None else int(data.train.lengths.max())
+    rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
+    cells = []
+    for stage in stages:
+        memory = stage_memory(plan, stage, tokens=rows * length, per_token=per_token)
+        sizes = (memory.base, memory.adapter, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        cells.append([*map(readable, sizes), str(micro_batches_in_flight(plan, stage))])
+    header = ("base weights", "adapter", "gradients", "optimizer", "activations", "sum", "in flight")
+    return [
+        f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
+        f" {rows} x {length} tokens",
+        *_stage_table(header, cells),
+        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight; logits of up to"
+        f" {HEAD_ROWS:,} rows and buffers come on top)",
+    ]
+
+
+def _messages(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
+    """By group, for a rank of each stage; bytes are of whole tensors, as parallel.traffic counts them."""
+    if data is None:
+        shapes, of = assumed_shapes(plan), f"samples of {plan.settings.max_length:,} tokens, all supervised"
+    else:
+        shapes, of = planned_shapes(plan, data.train), "step 1's samples on data-parallel rank 0"
+    lines = [f"messages and bytes per step and rank: {of}"]
+    if plan.grid.world_size == 1:
+        return [*lines, "  none: one rank sends nothing"]
+    traffic = [stage_traffic(plan, stage, shapes) for stage in stages]
+    estimated = [estimated_groups(plan, stage) for stage in stages]
+    groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
+    rows = []
+    for found, guessed in zip(traffic, estimated, strict=True):
+        counts = {group: found.of_group(group) for group in groups}
+        rows.append([f"{'~' * (g in guessed)}{n:,} / {readable(size)}" for g, (n, size) in counts.items()])
+    lines += _stage_table(tuple("all ranks" if group == WORLD else group for group in groups), rows)
+    lines.append("  (of whole tensors; a step after the first ones, whose checks send a little more)")
+    if any(estimated):
+        lines.append("  (~ depends on DeepSpeed's buckets and on what it fetches ahead or keeps; under ZeRO-3 at most)")
+    if plan.grid.pp_size == 1 and len(shapes) > 1:
+        lines.append(
+            f"  (where steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more of"
+            f" {STOP_REPORT_BYTES} B, to stop in time)"
+        )
     return lines
 
 
-def _messages(plan: RunPlan) -> list[str]:
-    """By group: with one rank nothing is sent; gradients are those of the trained tensors only."""
-    ranks, stage, steps = plan.grid.dp_size, plan.engine.zero_stage, plan.batches.accumulation_steps
-    trained = 4 * sum(plan.adapter.num_trained().values())
-    base = num_base_parameters(plan.source.config) * plan.dtype.itemsize
-    rows = [("tensor parallel", 0, 0.0), ("pipeline", 0, 0.0), ("tied, over stages", 0, 0.0)]
-    if ranks == 1:
-        rows.append(("data parallel", 0, 0.0))
-    else:
-        # Every ZeRO stage but 0 and 1 sums gradients after each micro-batch, not once a step.
-        sums = steps if stage >= 2 else 1
-        rows.append(("data parallel, gradient sums", sums, float(sums * trained)))
-        if stage in (1, 2):
-            rows.append(("data parallel, adapter gathered", 1, float(trained)))
-        if stage == 3:
-            layers = plan.source.config.num_layers + 2
-            rows.append(("data parallel, base gathered", 2 * steps * layers, float(2 * steps * base)))
-        rows.append(("all ranks, loss and stopping", 1, float(_STEP_REPORT_BYTES)))
-    lines = ["messages and bytes per step and rank (buckets of the JSON may cut sums further)"]
-    return lines + [f"  {name:<36}{count:>6}{_bytes(size):>14}" for name, count, size in rows]
+def _stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each stage; neighbours with equal cells share one."""
+    labels: list[tuple[int, int]] = []
+    for index, row in enumerate(rows):
+        if index and list(row) == list(rows[index - 1]):
+            labels[-1] = (labels[-1][0], index)
+        else:
+            labels.append((index, index))
+    lines = [["stage", *header]]
+    lines += [[str(a) if a == b else f"{a}-{b}", *rows[a]] for a, b in labels]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        f"  {line[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1,2,3,5 -> 1-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def _batches(plan: RunPlan) -> list[str]:
@@ -169,7 +209,8 @@ def _indented(text: str) -> Iterable[str]:
     return (f"    {line}" for line in text.splitlines())
 
 
-def _bytes(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes with a unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:,.2f} {unit}"

@@ -34,7 +34,7 @@ def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config:
         )
     if pp > 1 and zero_stage > 1:
         raise UserError(
-            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages sum gradients"
-            " once a step, not per micro-batch); use zero1.json, which costs a rank no more than whole gradients of its"
-            " part of the adapter"
+            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages sum their"
+            " gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than whole"
+            " gradients of its part of the adapter"
         )

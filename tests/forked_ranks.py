@@ -1,0 +1,99 @@
+"""Runs a function on some ranks that are joined by gloo and nothing else: no engine, no launcher, no training.
+
+Ranks are forked from the clean process of run_helpers. They meet in a file, every start in one of its own; a hang, or a
+rank that fails, fails the test with what the ranks printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_helpers import fork_server
+from torch import distributed
+
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+
+TIME_LIMIT = 120.0  # seconds; what the tests do takes a third of it on two busy cores
+
+
+def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:
+    """What `work(*arguments)`, a function that can be pickled, returns on each of `ranks` ranks, in rank order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        fork_server().Process(target=_be_rank, args=(rank, ranks, str(folder), work, arguments), daemon=True)
+        for rank in range(ranks)
+    ]
+    deadline = time.monotonic() + TIME_LIMIT
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = ["hang" if process.exitcode is None else process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.pid is not None and process.exitcode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+                process.join(10)
+    if any(codes):
+        errors = "\n".join(
+            f"--- rank {rank}\n{file.read_text()[-3000:]}"
+            for rank in range(ranks)
+            if (file := folder / f"rank{rank}.error").exists()
+        )
+        raise AssertionError(f"ranks ended with {codes}\n{errors}")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        )
+        torch.save(work(*arguments), f"{folder}/rank{rank}.pt")
+    except BaseException:
+        Path(folder, f"rank{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)  # at once: another rank may wait for this one, and then so would the end of the group
+    distributed.destroy_process_group()
+
+
+def group_of(ranks: list[int]) -> RankGroup:
+    """A group of these ranks; every rank of the world makes every group, and ranks outside get an empty answer."""
+    handle = distributed.new_group(ranks)
+    here = distributed.get_rank()
+    return RankGroup(handle, ranks.index(here), len(ranks)) if here in ranks else RankGroup(None, -1, len(ranks))
+
+
+def groups_of(grid: Grid) -> ParallelGroups:
+    """All groups of this rank, by their definitions: ranks that agree in every coordinate but those named."""
+
+    def group(*free: str) -> RankGroup:
+        def fixed(rank: int) -> tuple[int, ...]:
+            there = grid.at(rank)
+            coordinates = {"pipeline": there.pp_rank, "data": there.dp_rank, "tensor": there.tp_rank}
+            return tuple(value for name, value in coordinates.items() if name not in free)
+
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(grid.world_size):
+            members.setdefault(fixed(rank), []).append(rank)
+        return {key: group_of(ranks) for key, ranks in members.items()}[fixed(grid.rank)]
+
+    return ParallelGroups(
+        tensor=group("tensor"),
+        pipeline=group("pipeline"),
+        data=group("data"),
+        tied=group("pipeline", "data"),
+        model=group("tensor", "pipeline"),
+    )

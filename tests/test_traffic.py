@@ -1,0 +1,328 @@
+"""What --dry_run predicts is what real steps send: every message and byte, by group and kind, on every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import write_uneven_data
+from forked_ranks import run_on_ranks
+from report_tables import stage_table
+from tiny_models import write_tiny_model
+from torch import distributed
+from traffic_worker import Case, Counted, count_steps
+
+from megatron_tiedlora.adapters.methods import find_method
+from megatron_tiedlora.config.settings import METHOD_NAMES, make_settings
+from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.traffic import (
+    DATA,
+    GROUPS,
+    MODEL,
+    PIPELINE,
+    TENSOR,
+    TIED,
+    WORLD,
+    Traffic,
+    TrafficCounter,
+    named_handles,
+)
+from megatron_tiedlora.training import traffic_plan
+from megatron_tiedlora.training.dry_run import dry_run_report, readable
+from megatron_tiedlora.training.memory_plan import base_bytes, saved_bytes_per_token
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.stage_plan import plan_stages
+from megatron_tiedlora.training.traffic_plan import (
+    estimated_groups,
+    planned_shapes,
+    step_traffic,
+    zero_0_messages,
+    zero_messages,
+)
+
+pytestmark = pytest.mark.distributed
+
+TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
+BOTH = {**TP, **PP}
+WHOLE = {"sequence_parallel": False}
+FULL = {"recompute": "full"}
+ONE_LAYER = {"method": "lora", "layers": (3,)}
+
+# By name, what differs from the base settings. Data parallel is what is left of the ranks.
+CASES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "dp zero0": {"ds_config": "zero0.json"},
+        "dp zero1": {"ds_config": "zero1.json", "method": "vera"},
+        "dp zero1, gradients larger than a bucket": {"ds_config": "small1", "method": "lora"},
+        "dp zero1, a bucket for each gradient": {"ds_config": "small1"},
+        "dp zero2": {"ds_config": "zero2.json"},
+        "dp zero2, offloaded": {"ds_config": "zero2_offload.json", "method": "tl5"},
+        "dp zero3": {"ds_config": "zero3.json", "method": "vera"},
+        "dp zero3, base in parts": {"ds_config": "parted3"},
+        "pp": {**PP},
+        "pp zero0, one layer": {**PP, **ONE_LAYER, "ds_config": "zero0.json"},
+        "pp, bf16": {**PP, "dtype": "bf16", "method": "tl5"},
+        "tp whole": {**TP, **WHOLE},
+        "tp whole, recompute": {**TP, **WHOLE, **FULL, "method": "vera"},
+        "tp, recompute": {**TP, **FULL},
+        "tp, one layer": {**TP, **ONE_LAYER},
+        "tp, short head": {**TP, "head_rows": 16, "ds_config": "zero0.json"},
+        "tp, six layers": {**TP, "model": "six", "micro_batch_size": 4},
+        "tp, five layers": {**TP, "micro_batch_size": 4},
+        "tp, mutated": {**TP, "extra_message": True},
+        **{f"tp {method}": {**TP, "method": method, "layers": (2, 3, 5)} for method in METHOD_NAMES},
+    },
+    4: {
+        "tp x pp": {**BOTH},
+        "tp x pp tl5, recompute": {**BOTH, **FULL, "method": "tl5", "ds_config": "zero0.json"},
+        "tp x pp vera": {**BOTH, "method": "vera"},
+        "tp x pp whole": {**BOTH, **WHOLE},
+        "tp x pp, layer of the first stage": {**BOTH, "method": "lora", "layers": (2,)},
+        "tp x pp, layer of the last stage": {**BOTH, **WHOLE, **FULL, "method": "lora", "layers": (5,)},
+        "tp x pp, tied embeddings": {**BOTH, "model": "tied", "dtype": "bf16"},
+        "tp x dp": {**TP, "ds_config": "zero2.json"},
+        "tp x dp whole": {**TP, **WHOLE, "ds_config": "zero1.json", "method": "vera"},
+        "tp x dp, recompute": {**TP, **FULL, "ds_config": "zero0.json", "method": "tl5"},
+    },
+}
+MUTATED, ESTIMATED = "tp, mutated", "dp zero3, base in parts"
+ENGINES: dict[str, dict[str, Any]] = {
+    "small1": {"stage": 1, "reduce_bucket_size": 300},
+    "parted3": {"stage": 3, "reduce_bucket_size": 1000000, "stage3_param_persistence_threshold": 1000},
+}
+NAMES = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A case and what its ranks counted."""
+
+    case: Case
+    counted: list[Counted]
+
+    def plan(self, rank: int) -> RunPlan:
+        return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
+
+    def predicted(self, rank: int) -> Traffic:
+        """Of the third step, from settings and data alone."""
+        plan = self.plan(rank)
+        data = prepare_data(plan, progress=False)
+        return step_traffic(plan, planned_shapes(plan, data.train, consumed_samples=2 * plan.batches.global_batch_size))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
+    """All cases, in one start of two ranks and one of four."""
+    folder = tmp_path_factory.mktemp("traffic")
+    shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321}
+    models = {
+        "five": write_tiny_model(folder / "five", num_layers=5, **shape),
+        "six": write_tiny_model(folder / "six", num_layers=6, **shape),
+        "tied": write_tiny_model(folder / "tied", num_layers=3, tied=True, attention_bias=True, **shape),
+    }
+    engines = {name: folder / f"{name}.json" for name in ENGINES}
+    for name, section in ENGINES.items():
+        engines[name].write_text(json.dumps({"zero_optimization": section}))
+    base = {
+        "model": "five",
+        "train_file": str(write_uneven_data(folder / "train.jsonl")),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "ds_config": "zero1.json",
+        "dtype": "fp32",
+        "rank": 3,
+        "seed": 11,
+        "max_length": 128,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "max_steps": 10,
+        "gradient_clipping": 0.05,
+        "replica_check_steps": 0,
+    }
+    found = {}
+    for ranks, changes in CASES.items():
+        cases = []
+        for change in changes.values():
+            settings = {**base, **change}
+            extra = {name: settings.pop(name) for name in ("extra_message", "head_rows") if name in settings}
+            settings["model"] = str(models[settings["model"]])
+            settings["ds_config"] = str(engines.get(settings["ds_config"], settings["ds_config"]))
+            cases.append(Case(settings, **extra))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+            counted = run_on_ranks(count_steps, cases, str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
+        for index, name in enumerate(changes):
+            found[name] = Ran(cases[index], [by_case[index] for by_case in counted])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("ranks", "name"), [item for item in NAMES if item[1] not in (MUTATED, ESTIMATED)])
+def test_prediction_is_what_is_counted(
+    ran: Mapping[str, Ran], monkeypatch: pytest.MonkeyPatch, ranks: int, name: str
+) -> None:
+    found = ran[name]
+    if found.case.head_rows is not None:
+        monkeypatch.setattr(traffic_plan, "HEAD_ROWS", found.case.head_rows)
+        assert max(supervised for _, _, supervised in found.counted[0].shapes) > found.case.head_rows
+    for rank, counted in enumerate(found.counted):
+        plan = found.plan(rank)
+        assert len(counted.shapes) == plan.batches.accumulation_steps > 1
+        assert counted.traffic.messages, "nothing was counted"
+        assert found.predicted(rank) == counted.traffic, rank
+        assert not estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
+
+
+def test_what_zero_3_fetches_is_an_upper_bound(ran: Mapping[str, Ran]) -> None:
+    """Large parameters are gathered at most for each pass of each micro-batch; all else is exact."""
+    found = ran[ESTIMATED]
+    for rank, counted in enumerate(found.counted):
+        plan, predicted = found.plan(rank), found.predicted(rank)
+        assert estimated_groups(plan, plan_stages(plan)[0]) == {DATA}
+        gathers = (DATA, "all-gather")
+        assert counted.traffic.messages.pop(gathers) <= predicted.messages.pop(gathers)
+        # At least once a micro-batch, so half of what is said.
+        most, real = predicted.bytes.pop(gathers), counted.traffic.bytes.pop(gathers)
+        assert most / 2 <= real <= most
+        assert predicted == counted.traffic
+
+
+def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:
+    """The comparison can fail: a block that sends one message more than it should breaks it on every rank."""
+    found = ran[MUTATED]
+    for rank, counted in enumerate(found.counted):
+        predicted = found.predicted(rank)
+        assert predicted != counted.traffic
+        predicted.add(TENSOR, "all-reduce", 4, count=5 * len(counted.shapes))  # one fp32 number for each of 5 blocks
+        assert predicted == counted.traffic
+
+
+def test_eight_messages_a_layer_and_none_for_the_adapter(ran: Mapping[str, Ran]) -> None:
+    """One adapted layer more is 8 tensor-parallel messages of h more in each micro-batch, and nothing else."""
+    six, five = (ran[f"tp, {number} layers"].counted[0] for number in ("six", "five"))
+    assert six.shapes == five.shapes
+    more = Counted(Traffic(), six.shapes, 0, 0.0).traffic
+    for rows, length, _ in six.shapes:
+        for kind in ("all-gather", "reduce-scatter"):
+            more.add(TENSOR, kind, 4 * 32 * rows * length, count=4)
+    for kind in ("all-gather", "reduce-scatter"):
+        key = (TENSOR, kind)
+        assert six.traffic.messages[key] - five.traffic.messages[key] == more.messages[key]
+        assert six.traffic.bytes[key] - five.traffic.bytes[key] == more.bytes[key]
+    # u's gradient is one message, however many layers it is of.
+    key = (TENSOR, "all-reduce")
+    assert six.traffic.messages[key] == five.traffic.messages[key] == len(six.shapes)
+    assert six.traffic.bytes[key] - five.traffic.bytes[key] == 4 * 3 * len(six.shapes)
+
+
+def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
+    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u."""
+    frozen = ran["tp tl3"].counted[0].traffic  # A frozen, no u: all that is left are the layers' own messages
+    for method in METHOD_NAMES:
+        counted, row = ran[f"tp {method}"].counted[0], find_method(method)
+        micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.tied else 3)
+        expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())
+        if row.A.trained:
+            expected.add(TENSOR, "all-gather", size, count=micro_batches)
+            expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
+        if row.u.trained:
+            expected.add(TENSOR, "all-reduce", 4 * 3 * 3, count=micro_batches)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce"):
+            assert counted.traffic.messages[TENSOR, kind] == expected.messages[TENSOR, kind], (method, kind)
+            assert counted.traffic.bytes[TENSOR, kind] == expected.bytes[TENSOR, kind], (method, kind)
+
+
+def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran]) -> None:
+    for name in ("pp", "pp, bf16", "tp x pp", "tp x pp tl5, recompute"):
+        for rank, counted in enumerate(ran[name].counted):
+            parts = 2 if name.startswith("tp") else 1
+            # A and B, rank 3, each cut over tensor-parallel ranks: d is 32, and QKV has 48 + 24 + 24 rows.
+            assert counted.traffic.of_group(TIED) == (1, 4 * 3 * (32 + 96) // parts), (name, rank)
+    for name in ("pp zero0, one layer", "tp x pp vera", "tp x pp, layer of the first stage"):
+        assert all(counted.traffic.of_group(TIED) == (0, 0) for counted in ran[name].counted), name
+
+
+def test_which_groups_a_layout_uses(ran: Mapping[str, Ran]) -> None:
+    groups = {
+        "dp zero0": {DATA, WORLD},
+        "pp": {PIPELINE, TIED, MODEL, WORLD},
+        "tp, recompute": {TENSOR, MODEL, WORLD},
+        "tp x pp": {TENSOR, PIPELINE, TIED, MODEL, WORLD},
+        "tp x dp": {TENSOR, DATA, MODEL, WORLD},
+    }
+    for name, expected in groups.items():
+        for counted in ran[name].counted:
+            assert {group for group, _ in counted.traffic.messages} == expected, name
+
+
+def test_base_bytes_are_those_of_built_stages(ran: Mapping[str, Ran]) -> None:
+    seen = set()
+    for found in ran.values():
+        for rank, counted in enumerate(found.counted):
+            plan = found.plan(rank)
+            if plan.engine.zero_stage < 3:
+                stage = plan_stages(plan)[plan.grid.pp_rank]
+                assert base_bytes(plan, stage) == counted.base_bytes
+                seen.add(counted.base_bytes)
+    assert len(seen) >= 8, "models, cuts and stages differ"
+
+
+@pytest.mark.parametrize("name", ["dp zero0", "pp", "tp x pp", "tp x pp, tied embeddings", "tp x dp whole"])
+def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
+    """The tables of --dry_run hold what a built stage weighs and what is predicted for the first step."""
+    found = ran[name]
+    text = dry_run_report(make_settings(found.case.settings), launched_ranks=len(found.counted))
+    memory, messages = stage_table(text, "bytes per rank"), stage_table(text, "messages and bytes")
+    for rank, counted in enumerate(found.counted):
+        plan = found.plan(rank)
+        stage = plan.grid.pp_rank
+        assert memory[stage]["base weights"] == readable(counted.base_bytes)
+        if plan.grid.dp_rank == 0:
+            traffic = step_traffic(plan, planned_shapes(plan, prepare_data(plan, progress=False).train))
+            expected = {group: traffic.of_group(group) for group in GROUPS}
+            cells = {column.replace("all ranks", WORLD): cell for column, cell in messages[stage].items()}
+            assert cells == {group: f"{n:,} / {readable(size)}" for group, (n, size) in expected.items() if n}
+
+
+@pytest.mark.parametrize(
+    "name", ["dp zero0", "dp zero3", "tp whole", "tp, five layers", "tp x pp, tied embeddings", "tp vera"]
+)
+def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: str) -> None:
+    """What is counted on tensors without data equals what the block of a stage keeps at its layout."""
+    found = ran[name]
+    for rank, counted in enumerate(found.counted):
+        assert saved_bytes_per_token(found.plan(rank)) == counted.saved_bytes_per_token, rank
+
+
+def test_how_buckets_are_filled() -> None:
+    assert zero_0_messages([3, 4, 5], 100) == [12]
+    assert zero_0_messages([3, 4, 5], 6) == [7, 5]  # sent once it is more than full
+    bucket: dict[str, Any] = {"bucket_size": 6, "partition_size": 5, "by_partition": True}
+    assert zero_messages([2, 4, 1], starts=[0, 2, 6], **bucket) == [6, 1]
+    assert zero_messages([4, 4], starts=[0, 4], **bucket) == [4, 4]
+    # 3 | 16 from 3 on, cut at 5, 10, 15: pieces of 2, 5, 5, 4, of which two each are more than a bucket.
+    assert zero_messages([3, 16], starts=[0, 3], **bucket) == [3, 7, 9]
+    assert zero_messages([3, 16], starts=[0, 3], **{**bucket, "by_partition": False}) == [3, 16]
+
+
+def _count_alone(folder: str) -> Traffic:
+    alone = distributed.new_group([0])
+    groups = ParallelGroups(data=RankGroup(alone, 0, 1), tied=RankGroup(alone, 0, 1))
+    with TrafficCounter(named_handles(groups)) as counter:
+        distributed.all_reduce(torch.zeros(3), group=alone)
+    return counter.traffic
+
+
+def test_a_group_of_one_rank_has_no_messages(tmp_path: Path) -> None:
+    (counted,) = run_on_ranks(_count_alone, str(tmp_path), ranks=1, folder=tmp_path)
+    assert counted == Traffic()

@@ -1,0 +1,158 @@
+"""One rank of a traffic test: trains real steps through the package's own road and counts what one of them sends.
+
+`count_steps` runs on every rank (see forked_ranks.py) and takes cases one after another. The first steps, in which
+gradients are checked, are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+
+UNCOUNTED_STEPS = 2  # as many as the gradient guard watches; replica checks are switched off by the settings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of which one step is counted.
+
+    Attributes:
+        extra_message: put one more all-reduce into every block's forward pass.
+        head_rows: in place of layer_specs.HEAD_ROWS.
+    """
+
+    settings: dict[str, Any]
+    extra_message: bool = False
+    head_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a rank counted.
+
+    Attributes:
+        shapes: (rows, length, supervised tokens) of the step's micro-batches.
+        base_bytes: of the base parameters that the rank's stage was built with.
+        saved_bytes_per_token: what its last block keeps for the backward pass, by storage, parameters left out.
+    """
+
+    traffic: Traffic
+    shapes: list[tuple[int, int, int]]
+    base_bytes: int
+    saved_bytes_per_token: float
+
+
+def count_steps(cases: list[Case], folder: str) -> list[Counted]:
+    """Every case on this rank."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
+    from megatron_tiedlora.pipeline.launch_env import join_process_group
+
+    device = join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there
+    return [_count(case, rank, world_size, device, Path(folder)) for case in cases]
+
+
+def _count(case: Case, rank: int, world_size: int, device: torch.device, folder: Path) -> Counted:
+    from tqdm import tqdm
+
+    from megatron_tiedlora.config.settings import make_settings
+    from megatron_tiedlora.data.loader import TrainingLoader
+    from megatron_tiedlora.data.tokenizer import padding_id
+    from megatron_tiedlora.training import build
+    from megatron_tiedlora.training.loop import Trainer
+    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.training.run_data import prepare_data
+    from megatron_tiedlora.training.run_folder import RunFolder
+    from megatron_tiedlora.training.stopping import StopWatch
+
+    plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
+    assert plan.settings.replica_check_steps == 0
+    data = prepare_data(plan, progress=False)
+    with _patched(case):
+        built = build.build_model(plan, device, None)
+        base = [p for name, p in built.stage.named_parameters() if name.startswith("layers.")]
+        base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
+        saved = _saved_bytes_per_token(built.stage, plan)
+        runner = build.start_engine(plan, built, device, None)
+        folder = RunFolder(folder / "run")  # nothing is written
+        trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch([]), None)
+        loader = TrainingLoader(
+            data.train,
+            seed=plan.settings.seed,
+            global_batch_size=plan.batches.global_batch_size,
+            micro_batch_size=plan.batches.micro_batch_size,
+            dp_rank=plan.grid.dp_rank,
+            dp_size=plan.grid.dp_size,
+            pad_id=padding_id(data.tokenizer),
+            pad_multiple=plan.pad_multiple,
+        )
+        bar = tqdm(disable=True)
+        for _ in range(UNCOUNTED_STEPS):
+            trainer._train_step(next(loader), bar)
+        trainer._step_seconds = 0.0  # on a busy machine a step may be a long one, which asks all ranks to stop
+        step = next(loader)
+        with TrafficCounter(named_handles(built.groups)) as counter:
+            trainer._train_step(step, bar)
+    runner.engine.destroy()
+    shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
+    return Counted(counter.traffic, shapes, base_bytes, saved)
+
+
+@contextlib.contextmanager
+def _patched(case: Case) -> Iterator[None]:
+    from megatron_tiedlora.model import layer_specs
+
+    head_rows, forward, linear = layer_specs.HEAD_ROWS, layer_specs.Block.forward, torch.nn.functional.linear
+
+    def with_extra_message(self: Any, hidden: Any, positions: Any, tensor_parallel: Any, **keywords: Any) -> Any:
+        distributed.all_reduce(torch.zeros(1), group=tensor_parallel.group.handle)
+        return forward(self, hidden, positions, tensor_parallel, **keywords)
+
+    if case.head_rows is not None:
+        layer_specs.HEAD_ROWS = case.head_rows
+    if case.extra_message:
+        layer_specs.Block.forward = with_extra_message
+    try:
+        yield
+    finally:
+        layer_specs.HEAD_ROWS, layer_specs.Block.forward = head_rows, forward
+        torch.nn.functional.linear = linear  # ZeRO-3 leaves its own behind
+
+
+def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
+    """The stage's last block on a sequence of 256 tokens, with the adapter where it has one."""
+    from megatron_tiedlora.pipeline.engine import all_open
+
+    with all_open(stage, plan.engine):
+        return _count_saved_bytes(stage, plan)
+
+
+def _count_saved_bytes(stage: Any, plan: Any) -> float:
+    length, index = 256, stage.blocks[-1]
+    parts = plan.grid.tp_size if plan.sequence_parallel else 1
+    updates = dict(zip(stage.adapter.part.layers, stage.adapter(stage.tensor_parallel.group), strict=True))
+    hidden = torch.randn(1, length // parts, plan.source.config.hidden_size, dtype=plan.dtype, requires_grad=True)
+    held = [*stage.parameters(), *(factor for factor in updates.get(index, ()) if factor is not None)]
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = stage.layers[str(index)](
+            hidden, torch.arange(length)[None], stage.tensor_parallel, update=updates.get(index)
+        )
+    assert output.shape == hidden.shape
+    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters) / length
