@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
-import socket
-import subprocess
 import sys
+import time
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
 from oracle_training import OracleBatch, OracleRun, oracle_train
+from run_helpers import ENVIRONMENT, fork_server, free_port
 from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -63,43 +66,54 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
         case["output"] = str(folder / f"case{index}")
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     environment = {
-        **os.environ,
+        **ENVIRONMENT,
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()),
         "MEGATRON_TIEDLORA_CACHE": str(folder / "cache"),
     }
-    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(ranks)]
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(file)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        fork_server().Process(
+            target=_be_worker,
+            args=(str(file), {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(logs[rank])),
+            daemon=True,
         )
         for rank in range(ranks)
     ]
+    deadline = time.monotonic() + time_limit
     try:
-        codes = [worker.wait(timeout=time_limit) for worker in workers]
-    except subprocess.TimeoutExpired:
-        codes = ["hang"]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        codes = ["hang" if worker.exitcode is None else worker.exitcode for worker in workers]
     finally:
         for worker in workers:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-        for log in logs:
-            log.close()
+            if worker.pid is not None and worker.exitcode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+                worker.join(10)
     if any(codes):
-        tails = "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
+        tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
         raise AssertionError(f"ranks ended with {codes}:\n{tails}")
     return [_read(Path(case["output"]), ranks) for case in cases]
+
+
+def _be_worker(file: str, environment: dict[str, str], log: str) -> None:
+    """engine_worker.py as a script, in a process that has been forked for it."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.environ.update(environment)
+    sys.argv = [str(WORKER), file]
+    try:
+        runpy.run_path(str(WORKER), run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: another rank may wait for this one, and then so would the end of the group
 
 
 def _read(folder: Path, ranks: int) -> EngineRun:
@@ -142,6 +156,18 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, o
             labels[first - 1 : -1] = tokens[first:]
             batch.append(OracleBatch(tokens[None], labels[None]))
         steps.append(batch)
+    # One thread: on busy cores, threads that share such small products mostly wait for each other (50 s in place of 1).
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _oracle_train(settings, model, start, steps, optimizer)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _oracle_train(
+    settings: dict[str, Any], model: Path, start: OracleAdapter, steps: list[list[OracleBatch]], optimizer: str
+) -> OracleRun:
     return oracle_train(
         cast_weights(load_weights(model), torch.float32),
         OracleConfig.from_folder(model),
