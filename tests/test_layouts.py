@@ -196,14 +196,13 @@ def test_zero_stages_beside_tensor_parallelism(base: dict[str, Any], tmp_path: P
     run_and_check(prepared, tmp_path)
 
 
-def test_the_norm_at_zero_0_over_stages(base: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(1, 2, 2)], ids=str)
+def test_the_norm_at_zero_0_over_stages(base: dict[str, Any], tmp_path: Path, layout: Layout) -> None:
     """DeepSpeed leaves later stages' tensors out of it there, so it is ours: every tensor once, every shard once."""
     oracles: dict[Any, OracleRun] = {}
     file = engine_json(tmp_path, 0)
     prepared = [
-        prepare(
-            base, tmp_path, Layout(2, 2, 1), oracles=oracles, optimizer=optimizer, ds_config=str(file), method=method
-        )
+        prepare(base, tmp_path, layout, oracles=oracles, optimizer=optimizer, ds_config=str(file), method=method)
         for method in ("tl6", "lora")
         for optimizer in ("sgd", "adamw")
     ]

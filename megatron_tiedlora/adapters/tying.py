@@ -24,25 +24,26 @@ def tied_trained(bank: TiedAdapter) -> list[str]:
     return [name for name in FACTORS if row.factor(name).tied and row.factor(name).trained]
 
 
-def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> None:
+def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
     """Replace the gradients of tied tensors by their sum over stages and data-parallel ranks, counted once.
 
     The sum is left on the data-parallel rank 0 of each stage, and zeros on the others: the engine's own mean over the
     data-parallel ranks, which comes next, then adds zeros, so that every stage gets the same bits whatever its order of
     sums or its buckets. (A sum that every rank holds would be summed again in another order on each stage.)
 
-    Only a stage without an adapted layer may be without a gradient.
+    Only a stage without an adapted layer may be without a gradient. Elsewhere zeros take its place, so that no rank
+    waits for this one, and the caller stops the run.
 
-    Raises:
-        RuntimeError: a gradient is missing elsewhere.
+    Returns:
+        the tensors whose gradient is missing on this rank, where it should not be.
     """
     parameters = [getattr(bank, name) for name in tied_trained(bank)]
     if not parameters:
-        return
-    parts = []
+        return []
+    parts, missing = [], []
     for name, parameter in zip(tied_trained(bank), parameters, strict=True):
         if parameter.grad is None and bank.part.layers:
-            raise RuntimeError(f"{name} has no gradient on a stage that adapts layers {bank.part.layers}")
+            missing.append(name)
         parts.append((torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten())
     flat = torch.cat(parts)
     distributed.all_reduce(flat, group=groups.tied.handle)
@@ -50,6 +51,7 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> None:
         flat.zero_()
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter)
+    return missing
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class GradientGuard:
     def _look(self, name: str, gradient: torch.Tensor) -> None:
         self._seen.add(name)
         per_layer = gradient.detach().abs() if not self._is_tied(name) else gradient.detach().abs()[None]
-        largest = per_layer.flatten(1).amax(dim=1)
+        largest = per_layer.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
         before = self._largest.get(name)
         self._largest[name] = largest if before is None else torch.maximum(before, largest)
 

@@ -116,7 +116,9 @@ class Settings(BaseModel):
     validation_file: str | None = _optional(
         "data", "validation rows, as above (default: carved from the training rows)"
     )
-    test_file: str | None = _optional("data", "test rows, scored by greedy decoding before and after training")
+    test_file: str | None = _optional(
+        "data", "test rows, decoded and scored before and after training (not with --pipeline_parallel)"
+    )
     prompt_template: str | None = _optional("data", "override the task's prompt, with {field} names of its rows")
 
     packing: bool = _field("speed", "pack documents into full rows (false in this version)", False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class Runner:
     groups: ParallelGroups
     config: EngineConfig
     device: torch.device
+    missing_gradients: list[str] = field(default_factory=list)  # tied tensors of this rank, in the step's sum
 
     @property
     def bank(self) -> TiedAdapter:
@@ -138,9 +139,12 @@ class PipelineRunner(Runner):
 
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
-            schedule.ReduceTiedGrads: lambda _engine: sum_tied_gradients_(self.bank, self.groups),
+            schedule.ReduceTiedGrads: lambda _engine: self._sum_tied_gradients(),
             schedule.OptimizerStep: lambda _engine: None,
         }
+
+    def _sum_tied_gradients(self) -> None:
+        self.missing_gradients = sum_tied_gradients_(self.bank, self.groups)
 
     @property
     def inputs_at_once(self) -> int:

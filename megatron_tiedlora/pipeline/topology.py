@@ -10,7 +10,7 @@ from typing import Any
 from torch import distributed
 
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.groups import ALONE, ParallelGroups, RankGroup
 
 
 @contextmanager
@@ -59,4 +59,5 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
 
 def _group(handle: Any) -> RankGroup:
-    return RankGroup(handle, distributed.get_rank(handle), distributed.get_world_size(handle))
+    size = distributed.get_world_size(handle)
+    return ALONE if size == 1 else RankGroup(handle, distributed.get_rank(handle), size)

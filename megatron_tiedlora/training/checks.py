@@ -26,20 +26,19 @@ class StepChecks:
         self._steps = 0
         self._guard: GradientGuard | None = GradientGuard(runner.bank)
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, *, ranks_missing: float = 0.0) -> None:
         """With the gradients of `step` in place and before anything moves.
+
+        Args:
+            ranks_missing: how many ranks missed a gradient in the tied sum (`Runner.missing_gradients`).
 
         Raises:
             RunFailed: a trained tensor without a gradient, or with one that is still zero, by name; on every rank.
         """
         self._steps += 1
-        if self._guard is None:
-            return
-        missing = self._guard.missing()
-        text = f"no gradient reaches {', '.join(missing)} of this rank's stage" if missing else None
-        if found := first_message(text, self._runner.device):
-            raise RunFailed(f"step {step}: {found}; nothing was changed by this step")
-        if self._steps < GUARDED_STEPS:
+        if self._guard is not None or ranks_missing:
+            self._stop_where_missing(step)
+        if self._guard is None or self._steps < GUARDED_STEPS:
             return
         largest = max_over_ranks(self._guard.largest(), self._runner.device)
         zero = [label for label, value in zip(self._guard.labels(), largest, strict=True) if value == 0]
@@ -50,6 +49,13 @@ class StepChecks:
                 f"step {step}: the gradient of {', '.join(zero)} is exactly zero since the run's start; it would never"
                 " be trained"
             )
+
+    def _stop_where_missing(self, step: int) -> None:
+        names = [*self._runner.missing_gradients, *(self._guard.missing() if self._guard else [])]
+        layers = ", ".join(map(str, self._runner.bank.part.layers))
+        text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
+        if found := first_message(text if names else None, self._runner.device):
+            raise RunFailed(f"step {step}: {found}; nothing was changed by this step")
 
     def after_step(self, step: int) -> None:
         """With the tensors as `step` has left them. Raises RunFailed where copies differ, on every rank."""

@@ -108,8 +108,8 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
         f" {rows} x {length} tokens",
         *_stage_table(header, cells),
-        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight; logits of up to"
-        f" {HEAD_ROWS:,} rows and buffers come on top)",
+        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight; on the last stage the"
+        f" logits of every position are counted; fp32 logits of {HEAD_ROWS:,} rows and buffers come on top)",
     ]
 
 

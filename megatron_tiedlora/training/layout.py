@@ -27,6 +27,10 @@ def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config:
                 f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
                 f" {', '.join(map(str, possible))}"
             )
+    if (tp - 1) * -(-config.vocab_size // tp) >= config.vocab_size:
+        raise UserError(
+            f"--tensor_parallel {tp}: a vocabulary of {config.vocab_size} leaves a rank without a row; give fewer"
+        )
     if pp > config.num_layers:
         raise UserError(
             f"--pipeline_parallel {pp}: the model has {config.num_layers} layers and every stage needs one; give at"

@@ -126,8 +126,15 @@ class Trainer:
         inputs = [batch.model_input for batch in step.micro_batches]
         loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
         wish = self.stop.wish()
-        flags = [float(self._save_is_due()), float(self._log_failure is not None), float(wish > 0), float(wish)]
-        loss_sum, seconds, save_due, log_failures, *wishes = sum_over_ranks(
+        missing = float(bool(self.runner.missing_gradients))
+        flags = [
+            float(self._save_is_due()),
+            float(self._log_failure is not None),
+            missing,
+            float(wish > 0),
+            float(wish),
+        ]
+        loss_sum, seconds, save_due, log_failures, ranks_missing, *wishes = sum_over_ranks(
             [loss_sum, time.monotonic() - started, *flags], self.device
         )
         self._raise_log_failure(log_failures)
@@ -136,7 +143,7 @@ class Trainer:
         rate = self.runner.engine.get_lr()[0]
         if not math.isfinite(loss_value):
             raise RunFailed(self._not_finite("loss", loss_value, number))
-        self._checks.before_step(number)
+        self._checks.before_step(number, ranks_missing=ranks_missing)
         norm = self.runner.take_step()
         if not math.isfinite(norm):
             raise RunFailed(self._not_finite("gradient norm", norm, number))

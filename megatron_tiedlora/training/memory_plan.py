@@ -75,6 +75,8 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
     kept = blocks * (hidden if recomputes else tokens * per_token)
     if plan.grid.pp_size > 1:  # the engine keeps what came in and what went out
         kept += hidden * (1 if stage.is_first else 2)
+    if stage.is_last:  # logits, as if every position were supervised
+        kept += tokens * -(-plan.source.config.vocab_size // plan.grid.tp_size) * plan.dtype.itemsize
     again = tokens * per_token if recomputes and blocks else 0.0
     return micro_batches_in_flight(plan, stage) * kept + again
 

@@ -116,7 +116,7 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    source = find_model(settings.model, weights=weights)
+    source = find_model(settings.model, weights=False)  # a refusal must not wait for a download of weights
     config = source.config
     check_layout(config, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, config.num_layers + 1))
@@ -138,6 +138,8 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
+    if weights:
+        source = find_model(settings.model)
     costs = layer_costs(config, length=settings.max_length, first_adapted=layers[0])
     return RunPlan(settings, source, grid, batches, engine, adapter, partition(costs, grid.pp_size))
 

@@ -23,8 +23,9 @@ from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
 
 FP32, FP64, INT64 = 4, 8, 8  # bytes
 
-# What training/loop.py sums over all ranks: loss, seconds, whether to save, failures of logs, and stopping (two).
-STEP_REPORT_BYTES = 6 * FP64
+# What training/loop.py sums over all ranks: loss, seconds, whether to save, failures of logs, missing gradients, and
+# stopping (two).
+STEP_REPORT_BYTES = 7 * FP64
 # What it sums after each micro-batch but the last of a step that follows a long one, with one stage.
 STOP_REPORT_BYTES = 2 * FP64
 META_BYTES = 256 * 4  # DeepSpeed sends shapes ahead of a pipeline's activations: 256 int32 (TENSOR_META_SIZE)
