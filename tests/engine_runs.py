@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,25 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
         tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
         raise AssertionError(f"ranks ended with {codes}:\n{tails}")
     return [_read(Path(case["output"]), ranks) for case in cases]
+
+
+class SharedStarts:
+    """Starts that many tests share: made when the first of them asks. One that fails is not made again for the next."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, list[EngineRun] | AssertionError] = {}
+
+    def runs(self, ranks: int, cases: Callable[[], list[dict[str, Any]]], folder: Path) -> list[EngineRun]:
+        """What `run_engine` gives for `cases()`, which stand for `ranks` ranks."""
+        if ranks not in self._starts:
+            try:
+                self._starts[ranks] = run_engine(cases(), folder, ranks=ranks)
+            except AssertionError as error:
+                self._starts[ranks] = error
+        start = self._starts[ranks]
+        if isinstance(start, AssertionError):
+            raise start
+        return start
 
 
 def _be_worker(file: str, environment: dict[str, str], log: str) -> None:

@@ -96,7 +96,7 @@ def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_confi
         assert "none: one rank sends nothing" in text
         return
     (messages,) = stage_table(text, "messages and bytes")
-    assert sent(messages["all ranks"]) == (1, 48.0)
+    assert sent(messages["all ranks"]) == (1, 56.0)
     if ds_config == "zero3.json":  # how much is fetched together is DeepSpeed's business
         assert messages["data"].startswith("~") and "~ depends on" in text
         return
@@ -163,7 +163,7 @@ def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp
         assert count == steps * (large + 3 + 4 * last)
         small = 2 * 4 * r * d + 4 * blocks[stage] * r + 4 * 2 * tp * (length - 1) * last
         assert found == pytest.approx(steps * (large * hidden + small), rel=ROUNDED)
-        assert sent(row["model"]) == (1, 4.0) and sent(row["all ranks"]) == (1, 48.0)
+        assert sent(row["model"]) == (1, 4.0) and sent(row["all ranks"]) == (1, 56.0)
         assert "data" not in row if dp == 1 else sent(row["data"])[0] == 3  # gradients, what was stepped, the norm
 
 

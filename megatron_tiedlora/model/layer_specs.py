@@ -18,8 +18,8 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_parameter
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL, sum_token_losses
 
-# Supervised rows whose logits exist in fp32 at one time: 1,024 rows of a 49,152-word vocabulary are 0.2 GB. In the base's
-# dtype they stay for the backward pass.
+# Supervised rows whose logits exist in fp32 at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB). In the
+# dtype of the base they stay for the backward pass.
 HEAD_ROWS = 1024
 
 
