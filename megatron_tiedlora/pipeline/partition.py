@@ -6,7 +6,8 @@ pass costs as much as its forward pass (attention's twice that), and nothing bel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from megatron_tiedlora.model.families.llama import LlamaConfig
 
@@ -40,27 +41,45 @@ def partition(costs: Sequence[float], num_stages: int) -> Stages:
     Raises:
         ValueError: fewer blocks than stages.
     """
-    num_layers, num_blocks = len(costs), len(costs) - 2
+    num_blocks = len(costs) - 2
     if num_stages > num_blocks:
         raise ValueError(f"{num_blocks} layers cannot be cut into {num_stages} stages")
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[stop]: (largest, squares, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    # Twice over the same cuts: the least largest cost first, then the least sum of squares that keeps to it.
+    least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
+    _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
+    return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
+
+
+def _best_cuts(
+    total: Sequence[float],
+    num_stages: int,
+    add: Callable[[float, float], float],
+    *,
+    largest: float = math.inf,
+) -> tuple[float, tuple[int, ...]]:
+    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
+
+    Args:
+        total: cost of the layers before each.
+        largest: no stage may cost more.
+    """
+    num_layers = len(total) - 1
+    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(num_stages):
         left = num_stages - stage - 1
-        stops = [num_layers] if left == 0 else range(stage + 2, num_blocks - left + 2)
+        stops = [num_layers] if left == 0 else range(stage + 2, num_layers - left)
         following = {}
         for stop in stops:
             choices = []
-            for start, (largest, squares, cuts) in best.items():
-                if stop - start < (2 if start == 0 or stop == num_layers else 1):
-                    continue
+            for start, (value, cuts) in best.items():
                 cost = total[stop] - total[start]
-                choices.append((max(largest, cost), squares + cost * cost, (*cuts, stop)))
+                if stop - start >= (2 if start == 0 or stop == num_layers else 1) and cost <= largest:
+                    choices.append((add(value, cost), (*cuts, stop)))
             if choices:
                 following[stop] = min(choices)
         best = following
-    cuts = best[num_layers][2]
-    return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
+    return best[num_layers]

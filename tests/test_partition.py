@@ -1,0 +1,142 @@
+"""The cut into stages against all cuts there are, and what it makes of real models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
+
+
+def all_cuts(num_layers: int, num_stages: int) -> Iterator[list[range]]:
+    """Every contiguous cut of layers 0 to num_layers - 1 whose stages each have a block."""
+    blocks = set(range(1, num_layers - 1))
+    for cuts in combinations(range(1, num_layers), num_stages - 1):
+        stages = [range(a, b) for a, b in zip((0, *cuts), (*cuts, num_layers), strict=True)]
+        if all(blocks & set(stage) for stage in stages):
+            yield stages
+
+
+def key(costs: Sequence[float], stages: Sequence[range]) -> tuple[float, float]:
+    """(largest cost of a stage, sum of squares): what is to be least, in this order."""
+    sums = [sum(costs[index] for index in stage) for stage in stages]
+    return max(sums), sum(value * value for value in sums)
+
+
+def check_is_a_cut(stages: Stages, num_layers: int, num_stages: int) -> None:
+    assert len(stages) == num_stages
+    assert [index for stage in stages for index in stage] == list(range(num_layers))
+    for stage in stages:
+        assert any(0 < index < num_layers - 1 for index in stage), stages
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_cut_is_better(seed: int) -> None:
+    draw = random.Random(seed)
+    for num_layers in range(3, 11):
+        for num_stages in range(1, num_layers - 1):
+            # Whole numbers, so that sums are exact and ties are ties.
+            costs = [float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers)]
+            stages = partition(costs, num_stages)
+            check_is_a_cut(stages, num_layers, num_stages)
+            best = min(key(costs, cut) for cut in all_cuts(num_layers, num_stages))
+            assert key(costs, stages) == best, (costs, stages)
+
+
+def test_the_most_even_whole_is_not_made_of_the_best_beginnings() -> None:
+    """1 | 5 is the better beginning of three stages, but the last costs 6 anyhow, and then 6 | 2 | 3 is more even."""
+    assert partition([0.0, 1.0, 5.0, 2.0, 3.0, 5.0, 1.0, 0.0], 4) == (range(3), range(3, 4), range(4, 5), range(5, 8))
+
+
+def model(name: str, **changes: Any) -> LlamaConfig:
+    return llama_config_from_hf({**PRESETS[name], **changes})
+
+
+def num_blocks(stages: Stages, config: LlamaConfig) -> list[int]:
+    return [sum(0 < index <= config.num_layers for index in stage) for stage in stages]
+
+
+def test_costs_are_multiplications_per_token() -> None:
+    """LLaMA-2-7B by hand: 4 d^2 + 3 d f for a block's products, s d for causal attention; 70B has an eighth of keys."""
+    d, f, length = 4096, 11008, 1024
+    products, attention = 4 * d * d + 3 * d * f, length * d
+    costs = layer_costs(model("llama2-7b"), length=length, first_adapted=3)
+    assert costs[0] == 0 and costs[-1] == 2 * 32000 * d and len(costs) == 34
+    assert costs[1:3] == [products + attention] * 2
+    assert costs[3:-1] == [2 * products + 3 * attention] * 30
+    d, f = 8192, 28672
+    costs = layer_costs(model("llama2-70b"), length=length, first_adapted=1)
+    assert costs[1] == 2 * (2 * d * d + 2 * d * 1024 + 3 * d * f) + 3 * length * d
+
+
+@pytest.mark.parametrize("num_stages", range(2, 17))
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-70b"])
+def test_presets(name: str, num_stages: int) -> None:
+    """Blocks cost the same, so stages differ by one at most, and the head's counts among the costs of the last one."""
+    config = model(name)
+    costs = layer_costs(config, length=2048, first_adapted=1)
+    stages = partition(costs, num_stages)
+    check_is_a_cut(stages, config.num_layers + 2, num_stages)
+    counts, block = num_blocks(stages, config), costs[1]
+    fewest, rest = divmod(config.num_layers, num_stages)
+    assert sorted(counts) == [fewest] * (num_stages - rest) + [fewest + 1] * rest
+    if rest:  # the head makes the last stage one of those with fewer
+        assert counts[-1] == fewest
+    assert key(costs, stages)[0] == max((fewest + bool(rest)) * block, fewest * block + costs[-1])
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num_stages", "expected"),
+    [
+        (32000, 2, [16, 16]),  # a head of 0.6 blocks
+        (32000, 8, [4] * 8),
+        (32000, 5, [7, 7, 6, 6, 6]),
+        (64000, 2, [17, 15]),  # 1.2 blocks: 17 and 15 + 1.2, not 16 and 16 + 1.2
+        (128256, 4, [9, 9, 8, 6]),  # 2.4 blocks, as in Llama 3
+        (128256, 8, [5, 5, 4, 4, 4, 4, 4, 2]),  # 2 + 2.4; with 3 it would be the dearest
+    ],
+)
+def test_a_dear_head_takes_layers_off_the_last_stage(vocab_size: int, num_stages: int, expected: list[int]) -> None:
+    config = model("llama2-7b", vocab_size=vocab_size)
+    stages = partition(layer_costs(config, length=2048, first_adapted=1), num_stages)
+    counts = num_blocks(stages, config)
+    assert (sorted(counts[:-1]), counts[-1]) == (sorted(expected[:-1]), expected[-1])
+
+
+@pytest.mark.parametrize("layer", [1, 8, 16, 24, 32])
+def test_one_adapted_layer_shifts_the_cut(layer: int) -> None:
+    """Nothing below the adapted layer has a backward pass, so the stages of that part take about twice as many."""
+    config = model("llama2-7b")
+    costs = layer_costs(config, length=2048, first_adapted=layer)
+    stages = partition(costs, 4)
+    check_is_a_cut(stages, 34, 4)
+    assert key(costs, stages) == min(key(costs, cut) for cut in all_cuts(34, 4))
+    counts = num_blocks(stages, config)
+    if layer == 1:
+        assert counts == [8, 8, 8, 8]
+    elif layer == 16:
+        assert counts[0] > counts[1] > counts[3]
+    elif layer == 32:
+        assert counts == [8, 9, 9, 6]  # head and adapted layer together cost as much as three that only go forward
+
+
+@pytest.mark.parametrize("num_stages", [4, 5, 100])
+def test_more_stages_than_blocks_are_refused(num_stages: int) -> None:
+    with pytest.raises(ValueError, match=f"3 layers cannot be cut into {num_stages} stages"):
+        partition([0.0, 1.0, 1.0, 1.0, 5.0], num_stages)
+    assert partition([0.0, 1.0, 1.0, 1.0, 5.0], 3) == (range(2), range(2, 3), range(3, 5))
+
+
+def test_neither_embedding_nor_head_stands_alone() -> None:
+    """However dear they are."""
+    for costs in ([100.0, 1.0, 1.0, 100.0], [0.0, 9.0, 9.0, 100.0], [100.0, 1.0, 1.0, 1.0, 1.0, 0.0]):
+        stages = partition(costs, 2)
+        check_is_a_cut(stages, len(costs), 2)
+        assert key(costs, stages) == min(key(costs, cut) for cut in all_cuts(len(costs), 2))
+    assert partition([100.0, 1.0, 1.0, 1.0, 1.0, 0.0], 2) == (range(2), range(2, 6))
