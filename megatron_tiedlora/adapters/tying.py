@@ -56,16 +56,18 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Replicas of one tensor that differ."""
+    """Replicas of one tensor that differ: which ranks' from the first one's, and by how much at most."""
 
     tensor: str
     across: str
+    first: int
     ranks: tuple[int, ...]
     largest: float
 
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks))
-        return f"{self.tensor} differs between {self.across}: ranks {ranks} by up to {self.largest:.3g}"
+        where = f"{self.tensor} differs between {self.across}"
+        return f"{where}: rank {ranks} from rank {self.first} by up to {self.largest:.3g}"
 
 
 def replica_groups(part: AdapterPart, groups: ParallelGroups, factor: str) -> list[tuple[str, RankGroup]]:
@@ -97,13 +99,14 @@ def find_mismatch(bank: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
     return first
 
 
-def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[tuple[int, ...], float]:
-    """Global ranks that differ from the group's first, and by how much; all ranks of the group call it together."""
+def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
+    """The group's first rank, those that differ from it, and by how much; all ranks of the group call it together."""
     copies = all_gather(tensor[None], group, dim=0)
-    differing = [number for number in range(group.size) if not torch.equal(copies[number], copies[0])]
+    bits = copies.view(torch.int32)  # as they were compared: a nan equals itself, and -0 is not 0
+    differing = [number for number in range(group.size) if not torch.equal(bits[number], bits[0])]
     assert group.handle is not None
-    ranks = tuple(distributed.get_global_rank(group.handle, number) for number in differing)
-    return ranks, float((copies - copies[0]).abs().max())
+    first, *ranks = (distributed.get_global_rank(group.handle, number) for number in (0, *differing))
+    return first, tuple(ranks), float((copies - copies[0]).abs().max())
 
 
 class GradientGuard:

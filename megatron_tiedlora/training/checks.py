@@ -71,4 +71,6 @@ class StepChecks:
         with all_open(self._runner.bank, self._runner.config):  # under ZeRO-3 data ranks have parts and no copies
             mismatch = find_mismatch(self._runner.bank, self._runner.groups)
         if found := first_message(str(mismatch) if mismatch else None, self._runner.device):
-            raise RunFailed(f"after step {step} {found}; the ranks no longer train one adapter, and nothing was saved")
+            raise RunFailed(
+                f"after step {step} {found}; the ranks no longer train one adapter; this step was not saved"
+            )

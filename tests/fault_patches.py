@@ -1,0 +1,327 @@
+"""Faults put into the package on purpose, to show that the tests can fail. Each is a function that a rank calls before
+it builds a model: it gets a MonkeyPatch, which takes the fault out again, and arguments from the case.
+
+    {"settings": ..., "faults": [{"name": "tied_sum_left_out"}, {"name": "change_copy", "tensor": "A", ...}]}
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.function import once_differentiable
+
+RUNNING = "megatron_tiedlora.pipeline.running"
+BUILD = "megatron_tiedlora.training.build"
+ENGINE = "megatron_tiedlora.pipeline.engine"
+ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
+ATTENTION = "megatron_tiedlora.model.attention"
+CHECKS = "megatron_tiedlora.training.checks"
+
+
+@contextmanager
+def apply_faults(faults: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """The package with the faults in it, inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for fault in faults:
+            arguments = {name: value for name, value in fault.items() if name != "name"}
+            globals()[fault["name"]](patch, **arguments)
+        yield
+
+
+def put_in(faults: Sequence[dict[str, Any]]) -> None:
+    """`apply_faults` for good: a prelude of launch/train.py."""
+    for fault in faults:
+        arguments = {name: value for name, value in fault.items() if name != "name"}
+        globals()[fault["name"]](pytest.MonkeyPatch(), **arguments)
+
+
+def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
+    """Not a fault: gradients are not looked at."""
+    checks = importlib.import_module(CHECKS).StepChecks
+    make = checks.__init__
+
+    def without(made: Any, *positional: Any, **keywords: Any) -> None:
+        make(made, *positional, **keywords)
+        made._guard.remove()
+        made._guard = None
+
+    patch.setattr(checks, "__init__", without)
+
+
+# The tie --------------------------------------------------------------------------------------------------------
+
+
+def tied_sum_left_out(patch: pytest.MonkeyPatch) -> None:
+    """Every stage trains its own A and B."""
+    patch.setattr(f"{RUNNING}.sum_tied_gradients_", lambda bank, groups: [])
+
+
+def tied_sum_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    """What was summed over the stages is summed over them again."""
+    tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
+
+    def twice(bank: Any, groups: Any) -> Any:
+        tied_sum(bank, groups)
+        return tied_sum(bank, groups)
+
+    patch.setattr(f"{RUNNING}.sum_tied_gradients_", twice)
+
+
+def tied_sum_divided_twice(patch: pytest.MonkeyPatch) -> None:
+    """The tied sum is divided by the data-parallel ranks, and then the engine takes their mean."""
+    tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
+
+    def divided(bank: Any, groups: Any) -> Any:
+        missing = tied_sum(bank, groups)
+        for name in ("A", "B"):
+            getattr(bank, name).grad.div_(groups.data.size)
+        return missing
+
+    patch.setattr(f"{RUNNING}.sum_tied_gradients_", divided)
+
+
+# Sums over tensor-parallel ranks ----------------------------------------------------------------------------------
+
+
+class _GatherAndSlice(torch.autograd.Function):
+    """A gather whose backward pass keeps the rank's part of its own gradient, where a sum is due."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+        from megatron_tiedlora.parallel.collectives import all_gather
+
+        ctx.group, ctx.dim = group, dim
+        return all_gather(tensor, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.chunk(ctx.group.size, dim=ctx.dim)[ctx.group.rank].contiguous(), None, None
+
+
+def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
+    """A's gradient is sliced over the tensor-parallel ranks, not reduce-scattered."""
+    patch.setattr(f"{ADAPTER}.gather_from_tensor_parallel_region", _GatherAndSlice.apply)
+
+
+def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
+    """u's gradient is what the rank's own rows of B give."""
+    patch.setattr(f"{ADAPTER}.copy_to_tensor_parallel_region", lambda tensor, group: tensor)
+
+
+def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
+    """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
+    module = importlib.import_module(ATTENTION)
+    enter, add_update = module.enter_tensor_parallel_region, module.add_update
+    entered: list[Any] = []
+
+    def enter_and_keep(hidden: torch.Tensor, tensor_parallel: Any) -> torch.Tensor:
+        entered[:] = [hidden, tensor_parallel]
+        return enter(hidden, tensor_parallel)
+
+    def add_apart(output: torch.Tensor, hidden: torch.Tensor, update: Any, scale: float) -> torch.Tensor:
+        raw, tensor_parallel = entered
+        apart = _GatherAndSlice.apply(raw, tensor_parallel.group, 1) if tensor_parallel.sequence_parallel else raw
+        assert torch.equal(apart, hidden)
+        return add_update(output, apart, update, scale)
+
+    patch.setattr(module, "enter_tensor_parallel_region", enter_and_keep)
+    patch.setattr(module, "add_update", add_apart)
+
+
+# The norm ---------------------------------------------------------------------------------------------------------
+
+
+def replica_mark_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """ZeRO-1 to 3 count A and B once for each stage."""
+    _remark(patch, "ds_pipe_replicated")
+
+
+def shard_mark_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """ZeRO-1 to 3 count the parts of A, B and v on tensor-parallel rank 0 alone."""
+    _remark(patch, "tensor_model_parallel")
+
+
+def _remark(patch: pytest.MonkeyPatch, mark: str) -> None:
+    mark_parameters = importlib.import_module(BUILD).mark_parameters
+
+    def forget(bank: Any, groups: Any) -> None:
+        mark_parameters(bank, groups)
+        for parameter in bank.parameters():
+            setattr(parameter, mark, False)
+
+    patch.setattr(f"{BUILD}.mark_parameters", forget)
+
+
+def tied_counted_per_stage(patch: pytest.MonkeyPatch) -> None:
+    """ZeRO-0: the same as `replica_mark_forgotten`."""
+    counts = importlib.import_module(ENGINE).gradient_norm_counts
+    patch.setattr(
+        f"{ENGINE}.gradient_norm_counts",
+        lambda bank, groups: list(dict.fromkeys([*counts(bank, groups), *_of_rank_0(bank, groups, ("A", "B"))])),
+    )
+
+
+def _of_rank_0(bank: Any, groups: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if bank.part.config.spec(name).dim is not None or groups.tensor.rank == 0]
+
+
+def shards_counted_on_rank_0(patch: pytest.MonkeyPatch) -> None:
+    """ZeRO-0: the same as `shard_mark_forgotten`."""
+    counts = importlib.import_module(ENGINE).gradient_norm_counts
+    patch.setattr(
+        f"{ENGINE}.gradient_norm_counts",
+        lambda bank, groups: counts(bank, groups) if groups.tensor.rank == 0 else [],
+    )
+
+
+def replicas_counted_per_rank(patch: pytest.MonkeyPatch) -> None:
+    """ZeRO-0: u counts on every tensor-parallel rank."""
+    counts = importlib.import_module(ENGINE).gradient_norm_counts
+    patch.setattr(f"{ENGINE}.gradient_norm_counts", lambda bank, groups: sorted({*counts(bank, groups), "u"}))
+
+
+# Start values and the loss ----------------------------------------------------------------------------------------
+
+
+def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
+    """Every rank draws as many numbers as it holds, from the same seed, instead of cutting the full draw."""
+    module = importlib.import_module(ADAPTER)
+
+    def draw(bank: Any, values: Any) -> None:
+        config = bank.config
+        for name, parameter in bank.named_parameters():
+            factor = config.row.factor(name)
+            if factor.start == "normal" and factor.tied:
+                std = config.init_std_a if name == "A" else config.init_std_b
+                drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
+                parameter.data.copy_(drawn)
+            else:
+                parameter.data.copy_(bank.part.cut(name, values[name]))
+
+    patch.setattr(f"{ADAPTER}.TiedAdapter.load_full", draw)
+
+
+def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    """The gradient is of the mean of the micro-batches' means, not of the mean over the step's supervised tokens."""
+    module = importlib.import_module(RUNNING)
+
+    def count(batch: Any) -> int:
+        return max(int((batch.labels != -100).sum()), 1)
+
+    def accumulate(runner: Any, batches: Any, denominator: float, between: Callable[[], None]) -> float:
+        runner.engine.train()
+        total = 0.0
+        for index, batch in enumerate(batches, start=1):
+            loss = runner.forward(batch)
+            runner.engine.backward(loss / count(batch))
+            total += float(loss.detach())
+            if index < len(batches):
+                runner.engine.step()
+        return total if runner.counts_loss else 0.0
+
+    def inputs(runner: Any, batches: Any, denominator: float) -> Iterator[Any]:
+        for batch in batches:
+            divisor = torch.tensor(denominator if denominator == 1.0 else float(count(batch)))
+            yield (batch.tokens, batch.positions[None]), (batch.labels, divisor)
+
+    patch.setattr(module.PlainRunner, "accumulate", accumulate)
+    patch.setattr(module.PipelineRunner, "_inputs", inputs)
+
+
+# Copies and gradients, for the run's own checks -------------------------------------------------------------------
+
+
+def change_copy(
+    patch: pytest.MonkeyPatch,
+    *,
+    tensor: str,
+    rank: int,
+    step: int,
+    index: int = 0,
+    value: float | None = None,
+    before_save: bool = False,
+) -> None:
+    """After training step `step` one rank's entry `index` of a tensor has its last bit flipped, or is `value`.
+
+    Args:
+        before_save: only when the checkpoint of that step is about to be written.
+    """
+    checks = importlib.import_module(CHECKS).StepChecks
+    name = "before_save" if before_save else "after_step"
+    check = getattr(checks, name)
+
+    def change(made: Any, number: int) -> None:
+        if number == step and torch.distributed.get_rank() == rank:
+            parameter = getattr(made._runner.bank, tensor)
+            held = parameter.data if parameter.numel() else parameter.ds_tensor  # ZeRO-3 keeps this rank's piece there
+            flat = held.view(-1)
+            if value is None:
+                flat.view(torch.int32)[index] ^= 1
+            else:
+                flat[index] = value
+        check(made, number)
+
+    patch.setattr(checks, name, change)
+
+
+def no_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int] | None = None, since: int = 1) -> None:
+    """The gradient of a tensor (of some layers) does not arrive, from training step `since` on."""
+    step = _current_step(patch)
+    _change_update(patch, tensor, layers, lambda factor: factor.detach() if step() >= since else factor)
+
+
+def zero_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int] | None = None) -> None:
+    """The gradient of a tensor (of some layers) is zero in every entry."""
+    _change_update(patch, tensor, layers, lambda factor: factor.detach() + 0.0 * factor)
+
+
+def nan_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int], step: int) -> None:
+    """The gradient of a tensor is nan at training step `step`."""
+    current = _current_step(patch)
+
+    def poison(factor: torch.Tensor) -> torch.Tensor:
+        if current() == step and factor.requires_grad:
+            factor = factor.view_as(factor)
+            factor.register_hook(lambda gradient: gradient * float("nan"))
+        return factor
+
+    _change_update(patch, tensor, layers, poison)
+
+
+def _current_step(patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """What gives the number of the training step that is under way, 0 before the first."""
+    trainer = importlib.import_module("megatron_tiedlora.training.loop").Trainer
+    train_step, current = trainer._train_step, [0]
+
+    def note(made: Any, *positional: Any) -> None:
+        current[0] = made.progress.step + 1
+        train_step(made, *positional)
+
+    patch.setattr(trainer, "_train_step", note)
+    return lambda: current[0]
+
+
+def _change_update(
+    patch: pytest.MonkeyPatch,
+    tensor: str,
+    layers: Sequence[int] | None,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Pass a factor of some layers (all: None) through `change` on its way out of the bank."""
+    adapter = importlib.import_module(ADAPTER).TiedAdapter
+    forward, field = adapter.forward, tensor.lower()
+
+    def changed(bank: Any, *positional: Any) -> Any:
+        updates = forward(bank, *positional)
+        return tuple(
+            update._replace(**{field: change(getattr(update, field))}) if layers is None or layer in layers else update
+            for layer, update in zip(bank.part.layers, updates, strict=True)
+        )
+
+    patch.setattr(adapter, "forward", changed)

@@ -1,0 +1,139 @@
+"""Layouts that do not fit are refused with one line, on every rank, before a weight is read; in a dry run too.
+
+The model's folder has a config and a tokenizer but no weights, so whoever looks for a weight first says something else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import edit_json, losses
+from run_helpers import Base, run, run_ranks, write_base
+
+pytestmark = pytest.mark.distributed
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Settings that do not fit `ranks` ranks, or the model with some fields of its config changed.
+
+    Attributes:
+        parts: what the line must hold: the values, and the fix.
+    """
+
+    name: str
+    ranks: int
+    parts: Sequence[str]
+    settings: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def over_stages(ds_config: str | None, stage: int) -> Refusal:
+    """A ZeRO stage that does not go with a pipeline; None is the default file, zero2.json."""
+    file = ds_config or "zero2.json"
+    settings = {"pipeline_parallel": 2, **({"ds_config": ds_config} if ds_config else {})}
+    parts = [f"--ds_config {file}", f"ZeRO-{stage}", "--pipeline_parallel 2", "use zero1.json"]
+    return Refusal(f"{ds_config or 'default'}_over_stages", 2, parts, settings)
+
+
+def tensor(size: int, what: str, number: int, possible: str, **config: Any) -> Refusal:
+    """A number of tensor-parallel ranks that does not divide one of the model's sizes."""
+    parts = [f"--tensor_parallel {size} ", f" {number} ({what})", f"possible are {possible}"]
+    return Refusal(what.replace(" ", "_"), size, parts, {"tensor_parallel": size}, config)
+
+
+# The model: 4 heads of 8 on 2 key-value heads, hidden size 32, feed-forward width 48, 3 layers.
+REFUSALS = [
+    over_stages(None, 2),
+    over_stages("zero2.json", 2),
+    over_stages("zero2_offload.json", 2),
+    over_stages("zero3.json", 3),
+    tensor(3, "attention heads", 4, "1, 2"),
+    tensor(4, "key-value heads", 2, "1, 2"),
+    tensor(3, "hidden size", 32, "1, 2", num_attention_heads=6, num_key_value_heads=6),
+    tensor(4, "feed-forward width", 50, "1, 2", num_key_value_heads=4, intermediate_size=50),
+    Refusal(
+        "more_stages_than_layers",
+        4,
+        ["--pipeline_parallel 4", "3 layers", "at most 3"],
+        {"pipeline_parallel": 4, "ds_config": "zero1.json"},
+    ),
+    Refusal(
+        "a_world_that_tensor_parallel_does_not_divide",
+        3,
+        ["3 ranks", "--tensor_parallel 2", "2 or 4 ranks"],
+        {"tensor_parallel": 2},
+    ),
+    Refusal(
+        "a_world_that_the_grid_does_not_divide",
+        3,
+        ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "start 4 ranks"],
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json"},
+    ),
+    Refusal(
+        "a_batch_that_data_parallel_does_not_divide",
+        3,
+        ["--global_batch_size 4", "data parallel 3", "3 or 6"],
+        {"micro_batch_size": 1},
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def without_weights(base: Base, folder: Path, **config: Any) -> Path:
+    """A copy of the model's folder without its weights, and with some fields of its config changed."""
+    model = Path(shutil.copytree(base.model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+    edit_json(model / "config.json", **config)
+    return model
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry_run"])
+def test_refused(base: Base, tmp_path: Path, refusal: Refusal, dry: bool) -> None:
+    settings = {"model": without_weights(base, tmp_path / "model", **refusal.config), **refusal.settings}
+    settings |= {"dry_run": True, "world_size": refusal.ranks} if dry else {"output_dir": tmp_path / "run"}
+    work = tmp_path / "work"
+    ranks = None if dry else refusal.ranks
+    ended = run_ranks(base.arguments(**settings), folder=work, cache=base.cache, ranks=ranks).expect(2)
+    line = ended.error_line()
+    for part in refusal.parts:
+        assert part in line, line
+    assert not (tmp_path / "run").exists() and not (work / "runs").exists()
+
+
+def test_a_preset_is_refused_too(tmp_path: Path) -> None:
+    arguments = ["--model=llama2-70b", "--dry_run", "--world_size=16", "--tensor_parallel=16"]
+    line = run_ranks(arguments, folder=tmp_path).expect(2).error_line()
+    assert "--tensor_parallel 16 " in line and "8 (key-value heads); possible are 1, 2, 4, 8" in line
+
+
+def test_weights_would_be_missed(base: Base, tmp_path: Path) -> None:
+    """A layout that fits gets as far as the weights that are not there: what the refusals above came before."""
+    settings = {
+        "model": without_weights(base, tmp_path / "model"),
+        "tensor_parallel": 2,
+        "output_dir": tmp_path / "run",
+    }
+    ended = run_ranks(base.arguments(**settings), folder=tmp_path / "work", cache=base.cache, ranks=2).expect(2)
+    assert "model.safetensors" in ended.error_line()
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_whole_sequences_are_accepted(base: Base, tmp_path: Path, sequence_parallel: bool) -> None:
+    """Cutting activations along the sequence is a choice; a run and a dry run of it say which was made."""
+    short = {"max_steps": 1, "warmup_steps": 1, "eval_interval": 1}
+    settings = {"tensor_parallel": 2, "sequence_parallel": sequence_parallel, **short}
+    ended = run(base, tmp_path / "run", ranks=2, **settings)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1]
+    assert ("cut along the sequence" in ended.outputs[0]) == sequence_parallel
+    arguments = base.arguments(**settings, dry_run=True, world_size=2)
+    run_ranks(arguments, folder=tmp_path / "dry", cache=base.cache).expect(0)

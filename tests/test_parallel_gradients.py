@@ -1,0 +1,241 @@
+"""Forward and every gradient in fp64 at layouts, without engine or optimizer, against the dense oracle.
+
+Here nothing hides an error of 1e-9: what is summed, gathered, cut and sent is exact up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import relative_distance
+from forked_ranks import run_on_ranks
+from gradient_worker import DTYPE, Case, Outcome, joined_gradients, run_cases
+from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
+from oracle_training import oracle_gradients
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.parallel.grid import Grid
+
+pytestmark = pytest.mark.distributed
+
+METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
+# Sums of some thousand fp64 products in another order; 1e-13 is usual.
+TOLERANCE = 1e-10
+
+# No size of one is a size of another; heads * head_dim is not d; 321 words leave padding at TP 2 and 4.
+SHAPES: dict[str, dict[str, Any]] = {
+    "main": {"num_layers": 5, "head_dim": 6, "vocab_size": 321},
+    "bias": {"num_layers": 3, "head_dim": 6, "attention_bias": True},
+    "tied": {"num_layers": 3, "vocab_size": 321, "tied": True, "llama3_rope": True},
+    "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
+    "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
+}
+# At two stages one of them is then without an adapted layer.
+SOME_LAYERS = (("lora", (2,)), ("lora", (5,)), ("tl6", (1, 2)), ("tl6", (5,)))
+
+
+def _variants(layout: tuple[int, int, int]) -> list[dict[str, Any]]:
+    sequence = (True, False) if layout[0] > 1 else (False,)
+    return [
+        {"layout": layout, "sequence_parallel": cut, "recompute": recompute}
+        for cut in sequence
+        for recompute in ("none", "full")
+    ]
+
+
+def _cases(folders: dict[str, Path], ranks: int) -> list[Case]:
+    cases = []
+    for layout in {2: [(2, 1, 1), (1, 2, 1)], 3: [], 4: [(2, 2, 1)]}[ranks]:
+        for variant in _variants(layout):
+            cases += [Case(folders["main"], method=method, **variant) for method in METHODS]
+            cases += [Case(folders["main"], method="lora", layers=(2,), **variant)]
+            if variant["recompute"] == "full":
+                continue
+            cases += [Case(folders["main"], method=name, layers=layers, **variant) for name, layers in SOME_LAYERS[1:]]
+            cases += [Case(folders["main"], method=method, packed=True, **variant) for method in ("lora", "tl6")]
+            cases += [Case(folders[shape], **variant) for shape in ("bias", "tied")]
+        cases += [Case(folders["main"], packed=True, **_variants(layout)[1])]
+    if ranks == 3:
+        for variant in _variants((3, 1, 1)):
+            cases += [Case(folders["thirds"], method=method, **variant) for method in ("lora", "tl2", "tl6")]
+        cases += [Case(folders["thirds"], layout=(1, 3, 1), method=method) for method in ("tl5", "tl6")]
+    if ranks == 4:
+        # A is cut along d, so its rank may be anything; u is whole on every rank.
+        for variant in _variants((4, 1, 1)):
+            for rank in (1, 2):
+                names = ("lora", "tl5", "tl6") if variant["recompute"] == "none" else ("tl6",)
+                cases += [Case(folders["wide"], method=method, rank=rank, **variant) for method in names]
+        cases += [Case(folders["main"], layout=(1, 2, 2), method=method) for method in ("lora", "tl3", "tl6")]
+        cases += [Case(folders["main"], layout=(1, 4, 1), method="tl6", layers=(3,))]
+    return cases
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_tiny_model(folder / name, tokenizer=False, **shape) for name, shape in SHAPES.items()}
+
+
+class Answers:
+    """The oracle's loss, gradients and logits, worked out once for each adapter and model."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[Any, Any] = {}
+        self._weights: dict[Path, Any] = {}
+
+    def weights(self, case: Case) -> tuple[Any, OracleConfig]:
+        if case.folder not in self._weights:
+            loaded = cast_weights(load_weights(case.folder), DTYPE)
+            self._weights[case.folder] = loaded, OracleConfig.from_folder(case.folder)
+        return self._weights[case.folder]
+
+    def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+        """Of the samples, each on its own: neither padded nor packed."""
+        key = case.folder, case.method, case.rank, case.layers
+        if key not in self._gradients:
+            self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, case.samples)
+        return self._gradients[key]
+
+    def logits(self, case: Case) -> torch.Tensor:
+        batch = case.micro_batches[2]
+        return oracle_logits(
+            *self.weights(case), case.adapter, batch.input_ids, None, batch.positions, documents=batch.documents
+        )
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_gradients_equal_the_oracle(folders: dict[str, Path], tmp_path: Path, ranks: int) -> None:
+    cases, answers = _cases(folders, ranks), Answers()
+    by_rank = run_on_ranks(run_cases, cases, ranks=ranks, folder=tmp_path)
+    for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
+        check_numbers(case, list(outcomes), answers)
+        check_ties(case, list(outcomes))
+        check_messages(case, list(outcomes))
+
+
+def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None:
+    """Loss, logits and all gradients are the oracle's."""
+    loss, expected = answers.gradients(case)
+    last = [outcome for grid, outcome in zip(grids(case), outcomes, strict=True) if grid.pp_rank == grid.pp_size - 1]
+    tp_size = case.layout[0]
+    for tp_rank in range(tp_size):
+        found = sum(outcome.loss for outcome in last[tp_rank::tp_size])  # over data-parallel ranks
+        assert abs(found - loss) <= TOLERANCE * abs(loss), (found, loss, case)
+    if case.method == "tl6" and case.recompute == "none":
+        logits = answers.logits(case)
+        for outcome in last[:tp_size]:
+            assert outcome.logits is not None and outcome.logits.shape == logits.shape, case
+            assert (outcome.logits - logits).abs().max() <= TOLERANCE * logits.abs().max(), case
+    gradients = joined_gradients(case, outcomes)
+    assert gradients.keys() == expected.keys()
+    for name, reference in expected.items():
+        found = gradients[name]
+        assert found.shape == reference.shape and reference.abs().max() > 0, (name, case)
+        assert relative_distance(found, reference) <= TOLERANCE, (name, relative_distance(found, reference), case)
+        assert (found - reference).abs().max() <= TOLERANCE * reference.abs().max(), (name, case)
+
+
+def check_ties(case: Case, outcomes: list[Outcome]) -> None:
+    """Stages have different parts of a tied gradient before their sum; frozen tensors have none."""
+    row, all_parts = case.adapter_config.row, []
+    for grid, outcome in zip(grids(case), outcomes, strict=True):
+        part = case.part(grid)
+        tied = [name for name in case.adapter.trained if row.factor(name).tied]
+        assert not outcome.frozen_gradients, case
+        assert set(outcome.parts) == set(tied if part.layers else []), case
+        if grid.tp_rank == grid.dp_rank == 0 and part.layers:
+            all_parts.append(outcome.parts)
+        if grid.pp_rank > 0:  # the stage before wants a gradient only if a layer down there is adapted
+            wanted = case.adapter.layers[0] < case.stages[grid.pp_rank].start
+            assert len(outcome.input_gradients) == len(case.micro_batches[grid.dp_rank :: grid.dp_size])
+            assert (max(outcome.input_gradients) > 0) == wanted, case
+    for other in all_parts[1:]:
+        assert all(relative_distance(other[name], all_parts[0][name]) > 1e-3 for name in other), case
+
+
+def check_messages(case: Case, outcomes: list[Outcome]) -> None:
+    """What the tensor-parallel group sends is what the layers send, and for the adapter no more than the rules say."""
+    for grid, outcome in zip(grids(case), outcomes, strict=True):
+        found, tied = outcome.traffic.messages, outcome.tied_traffic
+        assert {group for group, _ in found} <= {"tensor", "pipeline"}, (found, case)
+        expected = tensor_messages(case, grid)
+        kinds = ("all-gather", "reduce-scatter", "all-reduce")
+        if not case.counted:
+            kinds = ()
+        elif (
+            case.recompute == "full"
+        ):  # blocks send again what they sent, by kinds[:2] or by kinds[2:]; adapters do not
+            kinds = kinds[2:] if case.sequence_parallel else kinds[:2]
+        for kind in kinds:
+            assert found["tensor", kind] == expected[kind], (kind, found, expected, case)
+        part, row = case.part(grid), case.adapter_config.row
+        sizes = [
+            torch.Size(part.local_shape(name)).numel()
+            for name in case.adapter.trained
+            if row.factor(name).tied and grid.pp_size > 1
+        ]
+        once = {("tied", "all-reduce"): 1} if sizes else {}
+        assert tied.messages == once and tied.of_group("tied")[1] == 8 * sum(sizes), case
+
+
+def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
+    """Messages of a rank's tensor-parallel group in one forward and backward pass without recompute, by kind.
+
+    Worked out by hand: a block enters and leaves its region twice; the adapter adds one gather of A, its
+    reduce-scatter, and one sum of u's gradient for each micro-batch and stage, whatever the number of layers.
+    """
+    count: Counter[str] = Counter()
+    if grid.tp_size == 1:
+        return count
+    enter, leave = ("all-gather", "reduce-scatter") if case.sequence_parallel else ("", "all-reduce")
+    enter_back, leave_back = ("reduce-scatter", "all-gather") if case.sequence_parallel else ("all-reduce", "")
+    config, first, stage = case.config, case.adapter.layers[0], case.stages[grid.pp_rank]
+    for batch in case.micro_batches[grid.dp_rank :: grid.dp_size]:
+        for layer in stage:
+            if layer == 0:
+                count[leave] += 1
+            elif layer <= config.num_layers:
+                count[enter] += 2
+                count[leave] += 2
+                if layer >= first:  # nothing below the first adapted linear has a backward pass
+                    count[enter_back] += 1 if layer == first else 2
+                    count[leave_back] += 2
+            else:
+                count[enter] += 1
+                count[enter_back] += 1
+                count["all-gather"] += batch.num_supervised > 0  # of the loss
+        if case.part(grid).layers:
+            count["all-gather"] += "A" in case.adapter.trained
+            count["reduce-scatter"] += "A" in case.adapter.trained
+            count["all-reduce"] += "u" in case.adapter.trained
+    return count
+
+
+def grids(case: Case) -> list[Grid]:
+    """Every rank's place."""
+    tp_size, pp_size, dp_size = case.layout
+    world_size = tp_size * pp_size * dp_size
+    return [Grid(rank, world_size, tp_size=tp_size, pp_size=pp_size) for rank in range(world_size)]
+
+
+def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
+    """Stages without an adapted layer, layers that stages do not divide, padding of vocabulary and sequence."""
+    cases = [case for ranks in (2, 3, 4) for case in _cases(folders, ranks)]
+    assert {(2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (3, 1, 1)} <= {case.layout for case in cases}
+    empty = [case for case in cases if any(not case.part(grid).layers for grid in grids(case))]
+    assert {(case.layout, case.layers) for case in empty} >= {
+        (layout, layers) for layout in ((1, 2, 1), (2, 2, 1)) for _, layers in SOME_LAYERS
+    }
+    for case in cases:
+        config, tp_size = case.config, case.layout[0]
+        assert config.num_kv_heads < config.num_heads and case.adapter.alpha != case.rank
+        assert config.num_layers % case.layout[1] or case.layout[1] in (1, 3)
+        lengths = {batch.input_ids.shape[1] for batch in case.micro_batches}
+        assert len(lengths) == 3 or case.packed, lengths
+        if tp_size == 2 and not case.sequence_parallel:  # so with it, padding is needed in every micro-batch
+            assert all(length % 2 for length in lengths) or case.packed, lengths
+    assert any(case.config.vocab_size % case.layout[0] for case in cases)
