@@ -6,17 +6,15 @@ import json
 import os
 import random
 import runpy
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import start_and_join
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
 from oracle_training import OracleBatch, OracleRun, oracle_train
 from run_helpers import ENVIRONMENT, fork_server, free_port
@@ -83,19 +81,7 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
         )
         for rank in range(ranks)
     ]
-    deadline = time.monotonic() + time_limit
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        codes = ["hang" if worker.exitcode is None else worker.exitcode for worker in workers]
-    finally:
-        for worker in workers:
-            if worker.pid is not None and worker.exitcode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(worker.pid, signal.SIGKILL)
-                worker.join(10)
+    codes = start_and_join(workers, time_limit)
     if any(codes):
         tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
         raise AssertionError(f"ranks ended with {codes}:\n{tails}")

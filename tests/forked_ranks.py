@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,23 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 TIME_LIMIT = 200.0  # seconds; the longest start takes 30 on two cores
 
 
+def start_and_join(processes: Sequence[Any], time_limit: float) -> list[int | str]:
+    """Start forked processes and wait for all; exit statuses, "hang" for one that had to be killed."""
+    deadline = time.monotonic() + time_limit
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return ["hang" if process.exitcode is None else process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.pid is not None and process.exitcode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+                process.join(10)
+
+
 def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:
     """What `work(*arguments)`, a function that can be pickled, returns on each of `ranks` ranks, in rank order."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,19 +50,7 @@ def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: 
         fork_server().Process(target=_be_rank, args=(rank, ranks, str(folder), work, arguments), daemon=True)
         for rank in range(ranks)
     ]
-    deadline = time.monotonic() + TIME_LIMIT
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = ["hang" if process.exitcode is None else process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.pid is not None and process.exitcode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-                process.join(10)
+    codes = start_and_join(processes, TIME_LIMIT)
     if any(codes):
         errors = "\n".join(
             f"--- rank {rank}\n{file.read_text()[-3000:]}"

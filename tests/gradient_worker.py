@@ -182,15 +182,20 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
             if name.startswith("layers."):
                 parameter.fill_(float("nan"))
     with BaseWeights(case.folder, weight_rules(case.config)) as weights:
-        load_base_weights(
-            weights,
-            dict(stage.named_parameters()),
-            stage_weight_rules(case.config, has_embedding=stage.embedding is not None),
-            access=lambda parameter: nullcontext(parameter),
-            tp_rank=grid.tp_rank,
-            tp_size=grid.tp_size,
-        )
+        fill_stage(stage, weights, case.config, grid)
     return stage
+
+
+def fill_stage(stage: Stage, weights: BaseWeights, config: LlamaConfig, grid: Grid) -> None:
+    """Read a rank's slices of the base into its stage."""
+    load_base_weights(
+        weights,
+        dict(stage.named_parameters()),
+        stage_weight_rules(config, has_embedding=stage.embedding is not None),
+        access=lambda parameter: nullcontext(parameter),
+        tp_rank=grid.tp_rank,
+        tp_size=grid.tp_size,
+    )
 
 
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.gathering import gather_state
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
@@ -59,8 +59,7 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     bank, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
     bank.load_full(loaded.state)
     local = dict(bank.named_parameters())
-    layers, device = [loaded.config.layers], torch.device("cpu")
-    full = gather_state(local, config=loaded.config, grid=whole, stage_layers=layers, device=device)
+    full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)), torch.device("cpu"))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gradient_worker import fill_stage
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.gathering import parts_of_grid
+from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
@@ -21,10 +21,10 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     start_values,
 )
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import identify_base
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
@@ -107,7 +107,7 @@ def parts_of(config: AdapterConfig, layout: str) -> tuple[Grid, dict[int, Adapte
     tp_size, stages = LAYOUTS[layout]
     grid = Grid(0, 2 * tp_size * len(stages), tp_size=tp_size, pp_size=len(stages))
     stage_layers = [tuple(layer for layer in config.layers if layer in stage) for stage in stages]
-    return grid, parts_of_grid(config, grid, stage_layers)
+    return grid, AdapterLayout(config, grid, tuple(stage_layers)).parts()
 
 
 def rejoin(config: AdapterConfig, grid: Grid, local: dict[int, torch.Tensor], factor: str) -> torch.Tensor:
@@ -223,14 +223,7 @@ def read_at(folder: Path, stages: Sequence[range], grid: Grid) -> tuple[Stage, R
     stage = Stage([specs[index] for index in stages[grid.pp_rank]], None, tensor_parallel=TensorParallel(group))
     with Recorder(folder, weight_rules(source.config)) as weights:
         identify_base(source, weights, "fp32")
-        load_base_weights(
-            weights,
-            dict(stage.named_parameters()),
-            stage_weight_rules(source.config, has_embedding=stage.embedding is not None),
-            access=lambda parameter: nullcontext(parameter),
-            tp_rank=grid.tp_rank,
-            tp_size=grid.tp_size,
-        )
+        fill_stage(stage, weights, source.config, grid)
     return stage, weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import distributed
@@ -12,27 +13,30 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.parallel.grid import Grid
 
 
-def parts_of_grid(config: AdapterConfig, grid: Grid, stage_layers: Sequence[tuple[int, ...]]) -> dict[int, AdapterPart]:
-    """The part of the adapter that each rank of data-parallel rank 0 holds, by rank: together they hold all of it.
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Where an adapter lies: which rank holds which part of it.
 
-    Args:
-        stage_layers: adapted layers by stage.
+    Attributes:
+        stage_layers: adapted layers by pipeline stage.
     """
-    return {
-        grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterPart(config, layers, tp_rank, grid.tp_size)
-        for pp_rank, layers in enumerate(stage_layers)
-        for tp_rank in range(grid.tp_size)
-    }
+
+    config: AdapterConfig
+    grid: Grid
+    stage_layers: tuple[tuple[int, ...], ...]
+
+    def parts(self) -> dict[int, AdapterPart]:
+        """The part of each rank of data-parallel rank 0, by rank: together they hold all of it."""
+        tp_size = self.grid.tp_size
+        return {
+            self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterPart(self.config, layers, tp_rank, tp_size)
+            for pp_rank, layers in enumerate(self.stage_layers)
+            for tp_rank in range(tp_size)
+        }
 
 
 def gather_full(
-    names: Sequence[str],
-    local: Mapping[str, torch.Tensor],
-    *,
-    config: AdapterConfig,
-    grid: Grid,
-    stage_layers: Sequence[tuple[int, ...]],
-    device: torch.device,
+    names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Full fp32 CPU tensors on rank 0, nothing elsewhere. Every rank calls it.
 
@@ -41,7 +45,7 @@ def gather_full(
         local: this rank's parts of them (or of their moments) by factor, where its part of the adapter has them.
         device: where messages are sent from and received.
     """
-    parts = parts_of_grid(config, grid, stage_layers)
+    config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, torch.Tensor] = {}
     for name in names:
         tied, cut = config.row.factor(name).tied, config.spec(name).dim is not None
@@ -69,17 +73,12 @@ def gather_full(
 
 
 def gather_state(
-    local: Mapping[str, torch.Tensor],
-    *,
-    config: AdapterConfig,
-    grid: Grid,
-    stage_layers: Sequence[tuple[int, ...]],
-    device: torch.device,
+    local: Mapping[str, torch.Tensor], layout: AdapterLayout, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """All four factors in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
-    row = config.row
+    row = layout.config.row
     tensors = [name for name in FACTORS if row.factor(name).trained or row.factor(name).start != "one"]
-    full = gather_full(tensors, local, config=config, grid=grid, stage_layers=stage_layers, device=device)
-    if grid.rank != 0:
+    full = gather_full(tensors, local, layout, device)
+    if layout.grid.rank != 0:
         return {}
-    return {name: full[name] if name in full else torch.ones(config.shape(name)) for name in FACTORS}
+    return {name: full[name] if name in full else torch.ones(layout.config.shape(name)) for name in FACTORS}

@@ -28,6 +28,9 @@ class ShardSpec:
     blocks: tuple[int, ...]
     padded: bool = False
 
+    def __post_init__(self) -> None:
+        assert not self.padded or len(self.blocks) == 1, "padding stands at the end of one block"
+
     def _block_share(self, size: int, tp_size: int) -> int:
         if size % tp_size and not self.padded:
             raise ValueError(f"a block of {size} does not divide by tensor parallel {tp_size}")

@@ -296,7 +296,7 @@ class Trainer:
         """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
         bank = self.runner.bank
         with all_open(bank, self.plan.engine):
-            return gather_state(dict(bank.named_parameters()), **self._gathering())
+            return gather_state(dict(bank.named_parameters()), self.plan.adapter_layout, self.device)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
         trained = trained_parameters(self.runner.bank)
@@ -305,9 +305,5 @@ class Trainer:
         return {
             moment_name(moment, name): tensor
             for moment, local in moments.items()
-            for name, tensor in gather_full(names, local, **self._gathering()).items()
+            for name, tensor in gather_full(names, local, self.plan.adapter_layout, self.device).items()
         }
-
-    def _gathering(self) -> dict[str, Any]:
-        plan = self.plan
-        return {"config": plan.adapter, "grid": plan.grid, "stage_layers": plan.stage_layers, "device": self.device}

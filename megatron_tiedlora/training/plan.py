@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -75,6 +76,11 @@ class RunPlan:
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:
         """Adapted layers by stage."""
         return tuple(tuple(layer for layer in self.adapter.layers if layer in stage) for stage in self.stages)
+
+    @property
+    def adapter_layout(self) -> AdapterLayout:
+        """Which rank holds which part of the adapter."""
+        return AdapterLayout(self.adapter, self.grid, self.stage_layers)
 
     @property
     def part(self) -> AdapterPart:
