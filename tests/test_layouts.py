@@ -89,7 +89,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "micro_batch_size": 2,
         "max_steps": STEPS,
         "warmup_steps": 2,
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,
         "weight_decay": 0.01,
         "gradient_clipping": 0.05,
         "eval_interval": 1000,
@@ -191,7 +191,7 @@ def test_zero_stages_beside_tensor_parallelism(base: dict[str, Any], tmp_path: P
     for stage in (0, 2, 3):
         file = engine_json(tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
         for optimizer in ("sgd", "adamw"):
-            changes = {"ds_config": str(file), "rank": 1}
+            changes = {"ds_config": str(file), "rank": 1, "alpha": 2.0}  # the same alpha / rank as elsewhere
             prepared.append(prepare(base, tmp_path, Layout(2, 1, 2), optimizer=optimizer, oracles=oracles, **changes))
     run_and_check(prepared, tmp_path)
 
