@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
@@ -20,8 +19,7 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 
 def tied_trained(bank: TiedAdapter) -> list[str]:
     """The factors that are tied and trained, in the order of the table."""
-    row = bank.config.row
-    return [name for name in FACTORS if row.factor(name).tied and row.factor(name).trained]
+    return [name for name in bank.config.num_trained() if bank.config.row.factor(name).tied]
 
 
 def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
@@ -144,18 +142,18 @@ class GradientGuard:
 
     def labels(self) -> list[str]:
         """What `largest` speaks of, in its order: tied tensors, and per-layer ones layer by layer; alike everywhere."""
-        row, found = self._part.config.row, []
-        for name in (name for name in FACTORS if row.factor(name).trained):
+        found = []
+        for name in self._part.config.num_trained():
             layers = self._part.config.layers
-            found += [name] if row.factor(name).tied else [f"{name} of layer {layer}" for layer in layers]
+            found += [name] if self._is_tied(name) else [f"{name} of layer {layer}" for layer in layers]
         return found
 
     def largest(self) -> list[float]:
         """The largest gradient seen on this rank for each of `labels`; 0 for what it does not hold."""
-        row, config, numbers = self._part.config.row, self._part.config, []
-        for name in (name for name in FACTORS if row.factor(name).trained):
+        config, numbers = self._part.config, []
+        for name in config.num_trained():
             mine = self._largest[name].tolist() if name in self._largest else []
-            if row.factor(name).tied:
+            if self._is_tied(name):
                 numbers += mine or [0.0]
             else:
                 whole = [0.0] * len(config.layers)
