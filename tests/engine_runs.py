@@ -142,7 +142,7 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, o
     """The dense one-process answer: the same samples, one sequence at a time, in fp32."""
     from megatron_tiedlora.data.cache import tokenise_once
     from megatron_tiedlora.data.order import sample_indices
-    from megatron_tiedlora.data.tasks import load_split
+    from megatron_tiedlora.data.splits import load_split
     from megatron_tiedlora.data.tokenizer import load_tokenizer
 
     model = Path(settings["model"])

@@ -240,7 +240,8 @@ def test_generation_sees_the_prompt_of_training(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
     prompt = encode_prompt(tokenizer, example().prompt, max_length=100)
     assert prompt.tolist() == sample.tokens[: sample.prompt_length].tolist()
-    both = encode_prompts(tokenizer, [example().prompt, "other " * 50], max_length=20)
+    both, num_cut = encode_prompts(tokenizer, [example().prompt, "other " * 50], max_length=20)
+    assert num_cut == 1
     assert (both[0] == prompt).all() and len(both[1]) == 20 and both[1][0] == tokenizer.bos_token_id
 
 

@@ -4,31 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from task_files import refusal, write, write_rows
 
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data import demo, readers
 from megatron_tiedlora.data.examples import join_answer
 from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.data.tasks import load_split, split_available
+from megatron_tiedlora.data.splits import load_split, split_available
 
 SHARED = Path(__file__).resolve().parent.parent / "../shared/data"
-
-
-def write(path: Path, text: str | bytes) -> str:
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(path)
-
-
-def write_rows(path: Path, rows: list) -> str:
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def refusal(call) -> str:
-    """The message of the UserError that `call` raises; it has to be one line."""
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def custom(path: str, **options) -> list:
@@ -89,6 +72,14 @@ def test_wrong_files(tmp_path):
         message = refusal(lambda path=path: read_rows(path))
         assert path in message and reason in message
     assert "a number" in refusal(lambda: read_rows(write(tmp_path / "n.json", "3")))
+
+
+def test_lines_of_text(tmp_path):
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\ntwo\xe2\x80\xa8half\x0b\rthree\n")
+    assert readers.read_lines(path) == ["one", "", "two\u2028half\x0b\rthree"]
+    assert "holds no lines" in refusal(lambda: readers.read_lines(write(tmp_path / "b.txt", " \n")))
+    assert "no such file" in refusal(lambda: readers.read_lines(tmp_path / "c.txt"))
+    assert f"{path}:2: not UTF-8 (byte 0xff" in refusal(lambda: readers.read_lines(write(Path(path), b"a\n\xff\n")))
 
 
 def test_hub_error_is_one_line(monkeypatch):

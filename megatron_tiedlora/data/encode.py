@@ -99,17 +99,16 @@ def encode_prompt(
 
     For a prompt that fits these are exactly the ids that training puts before the answer.
     """
-    return encode_prompts(tokenizer, [prompt], max_length=max_length, add_bos=add_bos)[0]
+    return encode_prompts(tokenizer, [prompt], max_length=max_length, add_bos=add_bos)[0][0]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int, add_bos: bool = True
-) -> list[NDArray[np.int32]]:
-    """`encode_prompt` for many prompts at once."""
+) -> tuple[list[NDArray[np.int32]], int]:
+    """`encode_prompt` for many prompts at once, and how many of them were cut."""
     bos = _bos_id(tokenizer) if add_bos else None
-    return [
-        np.asarray(_with_bos(ids, bos, room=max_length)[0], dtype=np.int32) for ids in _ids(tokenizer, list(prompts))
-    ]
+    encoded = [_with_bos(ids, bos, room=max_length) for ids in _ids(tokenizer, list(prompts))]
+    return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
 def encode_example(
@@ -130,7 +129,7 @@ def encode_examples(
     bos = _bos_id(tokenizer) if add_bos else None
     eos = _eos_id(tokenizer)
     prompts = _ids(tokenizer, [example.prompt for example in examples])
-    completions = _continuation_ids(tokenizer, [example.completion for example in examples])
+    completions = continuation_ids(tokenizer, [example.completion for example in examples])
     encoded = []
     for example, prompt, completion in zip(examples, prompts, completions, strict=True):
         answer = completion if completion[-1:] == [eos] else [*completion, eos]
@@ -187,20 +186,7 @@ def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
-def _with_bos(ids: list[int], bos: int | None, *, room: int) -> tuple[list[int], bool]:
-    """Return BOS and a prompt within `room` tokens, and whether its middle was cut.
-
-    A chat template may have written BOS already; a second one is not added.
-    """
-    start = [] if bos is None or ids[:1] == [bos] else [bos]
-    if len(start) + len(ids) <= room:
-        return start + ids, False
-    keep = max(room - len(start), 0)
-    head = (keep + 1) // 2
-    return start + ids[:head] + ids[len(ids) - (keep - head) :], True
-
-
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
     A tokenizer that prefixes a space would turn " 42" into two spaces and "42" into one. So a leading space
@@ -218,6 +204,19 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> l
             whole = newline and ids[: len(newline)] == newline
             encoded[index] = ids[len(newline) :] if whole else _ids(tokenizer, [text])[0]
     return encoded
+
+
+def _with_bos(ids: list[int], bos: int | None, *, room: int) -> tuple[list[int], bool]:
+    """Return BOS and a prompt within `room` tokens, and whether its middle was cut.
+
+    A chat template may have written BOS already; a second one is not added.
+    """
+    start = [] if bos is None or ids[:1] == [bos] else [bos]
+    if len(start) + len(ids) <= room:
+        return start + ids, False
+    keep = max(room - len(start), 0)
+    head = (keep + 1) // 2
+    return start + ids[:head] + ids[len(ids) - (keep - head) :], True
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

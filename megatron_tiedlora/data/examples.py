@@ -1,7 +1,7 @@
 """The unit every task produces: one prompt with the text that has to follow it.
 
 Owns the `Example` record and the one rule by which an answer is joined to its prompt. Leaves reading rows
-to `readers`, building prompts to `tasks` and tokens to `encode`.
+to `readers`, building prompts to `tasks` and `splits`, and tokens to `encode`.
 
 The full text of a sample is prompt + completion: the completion carries its own leading space.
 """
@@ -18,13 +18,15 @@ class Example:
     prompt: what the model is given, without a trailing space.
     completion: what it has to continue with, leading space included, end-of-sequence token not included.
     source: where it was read, for messages ("train.jsonl:12").
-    references: texts a prediction is scored against; the stripped completion when none are given.
+    references: texts a prediction is scored against, stripped; the stripped completion when none are given.
+    choices: the texts, stripped, of which the answer is one, references[0]; empty where there is no choice.
     """
 
     prompt: str
     completion: str
     source: str
     references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.references:

@@ -1,7 +1,8 @@
-"""Checked access to a row's fields, shared by all tasks."""
+"""Checked access to a row's fields, and small changes to them, shared by all tasks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,25 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
     except UnicodeEncodeError as error:
         raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text") from error
     return value
+
+
+def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
+    """Return the texts of a list out of field `name`; raises UserError when there is none, or one is empty."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{source}: field {name!r} holds no list of texts; give at least one text, as a list")
+    if not value:
+        raise UserError(f"{source}: field {name!r} is an empty list; every row needs at least one text in it")
+    return tuple(checked_text(text, name, source) for text in value)
+
+
+def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the row's fields but those named: what a prompt may use is all but the answer."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def one_line(text: str) -> str:
+    """Return the text with each line break, and the white space around it, made one space."""
+    return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
 
 
 def describe_fields(row: Mapping[str, Any]) -> str:

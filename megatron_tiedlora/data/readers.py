@@ -1,7 +1,7 @@
 """Rows out of files and hub data sets, each with the place it came from.
 
-Owns formats (.jsonl, .json, .parquet, a hub id through `datasets`) and their errors. Leaves the meaning of
-the fields to `tasks`.
+Owns formats (.jsonl, .json, .parquet, lines of plain text, a hub id through `datasets`) and their errors. Leaves the
+meaning of the fields to `tasks`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from megatron_tiedlora.config.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
+_PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
+
 Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
 
+def is_rows_file(name: str) -> bool:
+    """Tell whether the name has the suffix of a file of rows."""
+    return name.lower().endswith(SUFFIXES)
+
+
 def looks_like_path(path_or_hub: str) -> bool:
     """Tell whether the string can only mean a local file: it has a data suffix or starts like a path."""
-    return path_or_hub.lower().endswith(SUFFIXES) or path_or_hub.startswith(("/", ".", "~"))
+    return is_rows_file(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
-def read_rows(
-    path_or_hub: str | Path, *, split: str = "train", config_name: str | None = None, limit: int | None = None
-) -> list[Row]:
+def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
     """Read all rows (at most `limit`) of a local file, or of one split of a hub data set.
 
     A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD): its
@@ -38,18 +43,72 @@ def read_rows(
     path = Path(name).expanduser()
     if path.exists() or looks_like_path(name):
         rows = _read_file(path, limit=limit)
-    else:
-        rows = _read_hub(name, split=split, config_name=config_name, limit=limit)
-    if not rows:
-        raise UserError(f"{name}: holds no rows; give a file with at least one")
-    return rows
+        if not rows:
+            raise UserError(f"{name}: holds no rows; give a file with at least one")
+        return rows
+    return read_hub_rows(name, split=split, limit=limit)
 
 
-def _read_file(path: Path, *, limit: int | None) -> list[Row]:
+def read_hub_rows(
+    hub_id: str,
+    *,
+    split: str,
+    config_name: str | None = None,
+    parquet_branch: bool = False,
+    limit: int | None = None,
+) -> list[Row]:
+    """Read all rows (at most `limit`) of one split of a hub data set.
+
+    parquet_branch: read the copy that the hub keeps of every data set, for a repo whose own form is a loading script
+        (`datasets` runs none from version 4 on); its folders are `config_name`/`split`.
+
+    Raises UserError with the library's reason when the split cannot be loaded, or when it is empty.
+    """
+    import datasets
+
+    try:
+        if parquet_branch:
+            folder = f"hf://datasets/{hub_id}@{_PARQUET_BRANCH}/{config_name}/{split}"
+            data = datasets.load_dataset("parquet", data_files={split: f"{folder}/*.parquet"}, split=split)
+        else:
+            data = datasets.load_dataset(hub_id, config_name, split=split)
+    except Exception as error:  # the library raises many unrelated kinds, network errors among them
+        message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({_first_line(error)})"
+        raise UserError(f"{message}; give a local file or another hub id") from error
+    if not len(data):
+        raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    return _number_rows(data, f"{hub_id}[{split}]")
+
+
+def read_lines(name: str | Path) -> list[str]:
+    r"""Read the lines of a UTF-8 text file, their ends (\n or \r\n) taken off.
+
+    Raises UserError naming the file (and the line of what is not UTF-8) when it is missing, unreadable or empty.
+    """
+    path = Path(name).expanduser()
+    _check_file(path, "a text file")
+    try:
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+    if not raw.strip():
+        raise UserError(f"{path}: holds no lines; give a file with at least one")
+    # Lines end at \n alone, as in .jsonl: `splitlines` also cuts at characters that stand inside of sentences.
+    lines = raw.removesuffix(b"\n").split(b"\n")
+    return [_decode(line, f"{path}:{number}").removesuffix("\r") for number, line in enumerate(lines, start=1)]
+
+
+def _check_file(path: Path, expected: str) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a {', '.join(SUFFIXES)} file or a hub id")
+        raise UserError(f"{path}: is a folder; give {expected}")
+
+
+def _read_file(path: Path, *, limit: int | None) -> list[Row]:
+    _check_file(path, f"a {', '.join(SUFFIXES)} file or a hub id")
     suffix = path.suffix.lower()
     try:
         if suffix == ".jsonl":
@@ -103,19 +162,6 @@ def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
     return _number_rows(table.slice(0, limit).to_pylist(), str(path))
 
 
-def _read_hub(name: str, *, split: str, config_name: str | None, limit: int | None) -> list[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, config_name, split=split)
-    except Exception as error:  # the library raises many unrelated kinds, network errors among them
-        message = f"{name}: no such file, and the hub's split {split!r} cannot be loaded ({_first_line(error)})"
-        raise UserError(f"{message}; give a local file or another hub id") from error
-    if limit is not None:
-        data = data.select(range(min(limit, len(data))))
-    return _number_rows(data, f"{name}[{split}]")
-
-
 def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
     return [(dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1)]
 
@@ -125,10 +171,7 @@ _BLANK = object()
 
 def _parse_json(raw: bytes, source: str) -> Any:
     """Return the JSON value in `raw`, or `_BLANK` when there is nothing but white space."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})") from error
+    text = _decode(raw, source).removeprefix("\ufeff")
     if not text.strip():
         return _BLANK
     try:
@@ -139,6 +182,13 @@ def _parse_json(raw: bytes, source: str) -> Any:
         raise UserError(f"{source}: broken JSON: {error.msg} at {place}") from error
     except (RecursionError, ValueError) as error:
         raise UserError(f"{source}: broken JSON: {_first_line(error)}") from error
+
+
+def _decode(raw: bytes, source: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})") from error
 
 
 def _object(value: Any, source: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The four row shapes of `--task custom`, recognised row by row.
+"""Your own rows, in four shapes that are recognised row by row.
 
 Owns how a shape becomes a prompt and an answer. Turns of a conversation go through the tokenizer's chat
-template when it has one, else they become `Role: content` lines.
+template when it has one, else they become `Role: content` lines. A row of any shape may list further accepted answers
+in `references`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text
+from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text, required_texts, without
+from megatron_tiedlora.data.task import Parts, Task
 
 SHAPES = '{"prompt","completion"}, {"input","output"}, {"instruction","input","output"} or {"messages"}'
 
@@ -25,10 +27,9 @@ _ALPACA = (
 )
 
 
-def custom_parts(row: Mapping[str, Any], source: str, tokenizer: Any) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """Return (fields for a prompt template, prompt, answers) of a row in any of the four shapes.
+def _parts(row: Mapping[str, Any], source: str, tokenizer: Any) -> Parts:
+    """The template's fields are the row's own without the answers, and `prompt`: what would be used without one.
 
-    The template's fields are the row's own without the answer, and `prompt`: what would be used without one.
     Raises UserError naming source, the fields it has and the shapes, or the field that is empty.
     """
     if "messages" in row:
@@ -45,8 +46,9 @@ def custom_parts(row: Mapping[str, Any], source: str, tokenizer: Any) -> tuple[d
         answer_field = "output"
     else:
         raise UserError(f"{source}: the row has {describe_fields(row)}; expected {SHAPES}")
-    fields = {name: value for name, value in row.items() if name != answer_field}
-    return {**fields, "prompt": prompt}, prompt, (answer,)
+    references = row.get("references")
+    more = () if references is None else required_texts(references, "references", source)
+    return Parts({**without(row, answer_field, "references"), "prompt": prompt}, prompt, (answer, *more))
 
 
 def _from_alpaca(row: Mapping[str, Any], source: str) -> tuple[str, str]:
@@ -81,3 +83,12 @@ def _render_turns(turns: list[dict[str, str]], source: str, tokenizer: Any) -> s
             raise UserError(f"{source}: the tokenizer's chat template refuses these messages ({error})") from error
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return "\n".join([*lines, "Assistant:"])
+
+
+TASK = Task(
+    name="custom",
+    fields=(),
+    template="",
+    parts=_parts,
+    metrics=("exact_match",),
+)

@@ -1,0 +1,203 @@
+"""The samples of a split: rows from files, the hub or a generator, made examples by a task's record.
+
+Owns which source a split has, how validation rows are taken out of training rows, how rows of one sample are merged,
+and the user's prompt template. Leaves file formats to `readers`, a row's meaning to its task, and the answer's leading
+space to `examples.join_answer`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.examples import Example, join_answer
+from megatron_tiedlora.data.fields import describe_fields
+from megatron_tiedlora.data.order import permutation
+from megatron_tiedlora.data.readers import Row, read_hub_rows, read_rows
+from megatron_tiedlora.data.task import Parts, Split, Task
+from megatron_tiedlora.data.tasks import get_task
+
+Files = Mapping[str, str | Path | None]
+"""Split name -> local file or hub id; a missing key or None means that none was given."""
+
+_CARVE_STREAM = 2**32  # epochs use the streams from 0 up, so the held-out rows are drawn from one far above
+
+
+def load_split(
+    task: str | Task,
+    split: Split,
+    *,
+    files: Files,
+    seed: int,
+    prompt_template: str | None = None,
+    tokenizer: Any = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """Return the samples of one split, in file order (at most `limit`, the first ones).
+
+    The rows come from `files[split]`; without it from the task's own source (hub or generator), as long as no
+    file of another split was given. Where there is no validation part, one is taken out of train with `seed`,
+    and the train split then leaves those rows out. Held-out rows of one sample (see `Task.merge_by`) become one
+    example, with the references of all of them; on train every row stays an example.
+
+    Raises UserError: unknown task, no source for the split, unreadable file, a row with a missing or empty
+    field (named by file and line), a template with an unknown field.
+    """
+    entry = get_task(task) if isinstance(task, str) else task
+    rows = _split_rows(entry, split, files=files, seed=seed)
+    template = _check_template(prompt_template) if prompt_template else None
+    samples = [[row] for row in rows] if split == "train" else _merged(entry, rows)
+    return [_to_example(entry, sample, template, tokenizer) for sample in samples[:limit]]
+
+
+def split_available(task: str | Task, split: Split, *, files: Files) -> bool:
+    """Tell, without reading anything, whether `load_split` has a source for this split."""
+    return _find_source(get_task(task) if isinstance(task, str) else task, split, files=files) is not None
+
+
+# Splits -----------------------------------------------------------------------------------------------------
+
+
+def _find_source(task: Task, split: Split, *, files: Files) -> Literal["file", "own", "carve"] | None:
+    if files.get(split):
+        return "file"
+    if any(files.get(name) for name in ("train", "validation", "test")):
+        # A run on the user's own files never mixes in the hub's rows.
+        return "carve" if split == "validation" and files.get("train") else None
+    own = task.hub.splits if task.hub else {}
+    if task.generate or split in own:
+        return "own"
+    return "carve" if split == "validation" and "train" in own else None
+
+
+def _split_rows(task: Task, split: Split, *, files: Files, seed: int) -> list[Row]:
+    source = _find_source(task, split, files=files)
+    if source is None:
+        raise UserError(f"--task {task.name} has no {split} data here; give --{split}_file")
+    if source == "carve":
+        rows = _read_all(task, "train", files=files)
+        held_out = _held_out(task, rows, seed=seed)
+        if not held_out.any():
+            raise UserError(
+                f"{rows[0][1]}: one sample cannot be split into train and validation; give --validation_file"
+            )
+        return [row for row, taken in zip(rows, held_out, strict=True) if taken]
+    rows = _read_all(task, split, files=files)
+    if split == "train" and _find_source(task, "validation", files=files) == "carve":
+        held_out = _held_out(task, rows, seed=seed)
+        return [row for row, taken in zip(rows, held_out, strict=True) if not taken]
+    return rows
+
+
+def _held_out(task: Task, rows: Sequence[Row], *, seed: int) -> NDArray[np.bool_]:
+    """Return which train rows serve as validation, (num_rows,) bool; none when there is a single sample.
+
+    Rows of one sample stay together: a model must not be asked for what it was trained on.
+    """
+    numbers = np.array(_sample_numbers(task, rows))
+    num_samples = int(numbers.max()) + 1
+    large = num_samples >= 10 * task.validation_rows
+    count = task.validation_rows if large else min(max(1, num_samples // 20), num_samples - 1)
+    taken = np.zeros(num_samples, dtype=bool)
+    taken[permutation(num_samples, seed=seed, stream=_CARVE_STREAM)[:count]] = True
+    return taken[numbers]
+
+
+def _sample_numbers(task: Task, rows: Iterable[Row]) -> list[int]:
+    """The number of each row's sample, counted from 0 in file order: rows that agree in `merge_by` share one."""
+    seen: dict[Any, int] = {}
+    numbers = []
+    for place, (row, _) in enumerate(rows):
+        key = row.get(task.merge_by) if task.merge_by else None
+        numbers.append(seen.setdefault(key if isinstance(key, str) else place, len(seen)))
+    return numbers
+
+
+def _merged(task: Task, rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each sample, in file order of their first row."""
+    samples: dict[int, list[Row]] = {}
+    for number, row in zip(_sample_numbers(task, rows), rows, strict=True):
+        samples.setdefault(number, []).append(row)
+    return list(samples.values())
+
+
+def _read_all(task: Task, split: Split, *, files: Files) -> list[Row]:
+    given = str(files.get(split) or "")
+    rows = task.read_files(given, f"--{split}_file") if given and task.read_files else None
+    if rows is None and given and not (task.hub and given == task.hub.id and split in task.hub.splits):
+        rows = read_rows(given, split=split)
+    elif rows is None and task.generate:
+        rows = list(task.generate(split))
+    elif rows is None:
+        assert task.hub is not None
+        hub = task.hub
+        rows = read_hub_rows(hub.id, split=hub.splits[split], config_name=hub.config, parquet_branch=hub.parquet_branch)
+    if task.unfold:
+        rows = [flat for row, source in rows for flat in task.unfold(row, source)]
+    if not rows:
+        raise UserError(f"{given or task.name}: holds no samples of task {task.name}")
+    return rows
+
+
+# Prompts ----------------------------------------------------------------------------------------------------
+
+
+def _to_example(task: Task, rows: Sequence[Row], template: str | None, tokenizer: Any) -> Example:
+    """The example of a sample: the prompt and the answer of its first row, the references of all."""
+    parts = [_parts(task, row, source, tokenizer) for row, source in rows]
+    first, source = parts[0], rows[0][1]
+    if template is not None:
+        prompt = _fill(template, first.fields, source)
+    else:
+        prompt = task.template.format_map(first.fields) if first.prompt is None else first.prompt
+    if not prompt:
+        raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
+    references = (answer.strip() for row_parts in parts for answer in row_parts.answers)
+    return Example(
+        prompt=prompt,
+        completion=join_answer(prompt, first.answers[0]),
+        source=source,
+        references=tuple(dict.fromkeys(references)),
+        choices=tuple(choice.strip() for choice in first.choices),
+    )
+
+
+def _parts(task: Task, row: Mapping[str, Any], source: str, tokenizer: Any) -> Parts:
+    for name in task.fields:
+        if row.get(name) is None:
+            expected = ", ".join(repr(field) for field in task.fields)
+            found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+            raise UserError(f"{found}, and task {task.name} reads {expected}")
+    parts = task.parts(row, source, tokenizer)
+    if not parts.answers:
+        raise UserError(f"{source}: the row has no answer; every row needs at least one")
+    return parts
+
+
+def _check_template(template: str) -> str:
+    r"""Return the template with a typed-out \n (all a shell's quotes can hold) made a newline."""
+    try:
+        names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, and {{{{ for a brace") from error
+    for name, spec, conversion in names:
+        if not name.isidentifier() or spec or conversion:
+            raise UserError(f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name")
+    return template.replace("\\n", "\n")
+
+
+def _fill(template: str, fields: Mapping[str, Any], source: str) -> str:
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    for name in names:
+        if name not in fields:
+            known = ", ".join(sorted(fields)) or "none"
+            raise UserError(f"--prompt_template: {source} has no field {name!r}; fields for the prompt are {known}")
+        if not isinstance(fields[name], str):
+            raise UserError(f"--prompt_template: {source}: field {name!r} is not a text")
+    return template.format_map(fields)

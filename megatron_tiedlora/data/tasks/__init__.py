@@ -1,0 +1,30 @@
+"""The tasks, one file each: a module that defines `TASK` is found by being here, under its file's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.task import Task
+
+
+def _discover() -> Mapping[str, Task]:
+    found: dict[str, Task] = {}
+    for module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+        task = importlib.import_module(module.name).TASK
+        assert isinstance(task, Task) and module.name == f"{__name__}.{task.name}", f"{module.name}: name of its TASK"
+        found[task.name] = task
+    return MappingProxyType(found)
+
+
+TASKS: Mapping[str, Task] = _discover()
+
+
+def get_task(name: str) -> Task:
+    """Return the task called `name`; raises UserError with the known names."""
+    if name not in TASKS:
+        raise UserError(f"--task {name!r} is not known; tasks are {', '.join(sorted(TASKS))}")
+    return TASKS[name]

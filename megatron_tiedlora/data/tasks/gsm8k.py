@@ -1,0 +1,29 @@
+"""GSM8K: a word problem and its worked answer, which ends in `#### N`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tiedlora.data.fields import required_text, without
+from megatron_tiedlora.data.task import HubSource, Parts, Task
+
+
+def question_parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+    """`Parts` of a row with `question` and `answer`, the whole worked answer being what is trained on."""
+    required_text(row, "question", source)
+    return Parts(without(row, "answer"), None, (required_text(row, "answer", source),))
+
+
+TASK = Task(
+    name="gsm8k",
+    fields=("question", "answer"),
+    template="Question: {question}\nAnswer:",
+    parts=question_parts,
+    metrics=("gsm8k",),
+    # Worked answers have several lines, so one line break ends none of them; but a model that was not trained to end
+    # goes on with a question of its own, in the form of the prompt.
+    stop="\nQuestion:",
+    hub=HubSource("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
+    validation_rows=473,  # leaves 7,000 to train on
+)

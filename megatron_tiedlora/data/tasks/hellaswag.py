@@ -1,0 +1,64 @@
+r"""HellaSwag: the start of a scene and four endings, one of them right.
+
+A prompt is `{activity_label}: {ctx_a} {ctx_b.capitalize()}`, cleaned, and the answer is the text of the right ending,
+cleaned in the same way. The prompt does not show the endings; a template can, with {context} and {endings}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
+from megatron_tiedlora.data.task import HubSource, Parts, Task
+
+_BRACKETS = re.compile(r"\[.*?\]")  # headings and steps of the WikiHow articles that half of the rows come from
+
+
+def clean(text: str) -> str:
+    """The public definition: " [title]" ends a sentence, other brackets go, and so do double spaces.
+
+    Unlike there, nothing is left at the ends either: an answer has one space before it.
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return _BRACKETS.sub("", text).replace("  ", " ").strip()
+
+
+def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+    second = checked_text(row["ctx_b"], "ctx_b", source, allow_empty=True).capitalize()
+    start = f"{required_text(row, 'ctx_a', source)} {second}"
+    context = clean(f"{required_text(row, 'activity_label', source)}: {start}")
+    endings = required_texts(row["endings"], "endings", source)
+    choices = tuple(clean(ending) or ending.strip() for ending in endings)  # one of brackets alone keeps them
+    numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(choices, start=1))
+    fields = {**without(row, "label"), "context": context, "endings": numbered}
+    return Parts(fields, None, (choices[_label(row, len(choices), source)],), choices)
+
+
+def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
+    """The place of the right ending, counted from 0: a number in the original release, a digit on the hub."""
+    label = row.get("label")
+    if label is None or str(label).strip() in ("", "-1"):
+        raise UserError(
+            f"{source}: field 'label' is missing or empty, so nothing can be scored: HellaSwag's test split has no "
+            "labels; give its validation split (Rowan/hellaswag's, or hellaswag_val.jsonl) in its place"
+        )
+    text = str(label).strip()
+    if isinstance(label, bool | float) or not text.isdecimal() or int(text) >= num_endings:
+        raise UserError(f"{source}: field 'label' is {label!r}; it counts the {num_endings} endings from 0")
+    return int(text)
+
+
+TASK = Task(
+    name="hellaswag",
+    fields=("activity_label", "ctx_a", "ctx_b", "endings"),
+    template="{context}",
+    parts=_parts,
+    metrics=("accuracy", "accuracy_loglikelihood"),
+    stop="\n",  # an ending is one line
+    # The hub's test part has no labels: its validation part is what papers report.
+    hub=HubSource("Rowan/hellaswag", {"train": "train", "test": "validation"}),
+    validation_rows=2000,  # 5 % of 39,905: a standard error of one point
+)

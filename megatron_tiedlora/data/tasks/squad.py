@@ -1,0 +1,55 @@
+"""SQuAD 1.1: a question on a paragraph, answered by a span of it; several people's answers are accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.fields import required_text, required_texts, without
+from megatron_tiedlora.data.readers import Row
+from megatron_tiedlora.data.task import HubSource, Parts, Task
+
+
+def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+    """Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in the nested JSON."""
+    required_text(row, "context", source)
+    required_text(row, "question", source)
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    if isinstance(texts, list):
+        texts = [text.get("text") if isinstance(text, Mapping) else text for text in texts]
+    return Parts(without(row, "answers"), None, required_texts(texts, "answers", source))
+
+
+def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
+    """Yield flat rows from an article of nested SQuAD (paragraphs[].qas[]); a flat row is yielded as it is."""
+    if "paragraphs" not in row:
+        yield dict(row), source
+        return
+    for number, paragraph in enumerate(_objects(row, "paragraphs", source), start=1):
+        place = f"{source}, paragraph {number}"
+        for index, question in enumerate(_objects(paragraph, "qas", place), start=1):
+            flat = {"context": paragraph.get("context"), "title": row.get("title"), **question}
+            yield flat, f"{place}, question {index}"
+
+
+def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str, Any]]:
+    items = row.get(name)
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise UserError(f"{source}: field {name!r} is not a list of objects, as nested SQuAD has it")
+    return items
+
+
+TASK = Task(
+    name="squad",
+    fields=("context", "question", "answers"),
+    template="Context: {context} Question: {question} Answer:",
+    parts=_parts,
+    metrics=("squad", "squad_f1"),
+    stop="\n",  # answers are spans of one paragraph; a base model goes on with a paragraph of its own
+    # The hub has no public test part: its validation part is what papers report.
+    hub=HubSource("rajpurkar/squad", {"train": "train", "test": "validation"}),
+    validation_rows=4800,
+    unfold=_unfold,
+)
