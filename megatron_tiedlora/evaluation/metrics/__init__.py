@@ -1,0 +1,27 @@
+"""The metrics by name. Definitions are the tasks' own or their reference libraries'; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.evaluation.metrics.bleu import BLEU_METRIC
+from megatron_tiedlora.evaluation.metrics.choices import ACCURACY, ACCURACY_LOGLIKELIHOOD
+from megatron_tiedlora.evaluation.metrics.exact import EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1
+from megatron_tiedlora.evaluation.metrics.metric import Metric
+from megatron_tiedlora.evaluation.metrics.rouge import ROUGE_L
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1, ROUGE_L, BLEU_METRIC, ACCURACY, ACCURACY_LOGLIKELIHOOD)
+}
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name. Raises UserError naming all of them."""
+    if name not in METRICS:
+        raise UserError(f"metric {name!r} is unknown; there are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+__all__ = ["METRICS", "Metric", "find_metric"]

@@ -1,0 +1,83 @@
+"""Accuracy where an example has several endings of which its first reference is the right one.
+
+`accuracy` reads the ending off the generated text; `accuracy_loglikelihood` takes the ending that the model finds the
+most likely per character. The variant without that normalisation, lm-evaluation-harness's `acc`, favours short endings
+and is not reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.metrics.exact import token_f1
+from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed
+
+
+def checked_choices(answer: Answer) -> tuple[str, ...]:
+    """The endings. Raises UserError where there are none, one is blank, or none of them is the right one."""
+    example = answer.example
+    if not example.choices:
+        raise UserError(f"{example.source}: no endings to choose from; accuracy needs a task of several endings a row")
+    if not all(choice.strip() for choice in example.choices):
+        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty")
+    if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
+        raise UserError(f"{example.source}: the right ending {answer.references[0]!r} is not among the endings")
+    return example.choices
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
+    """Which ending a generated text means, in lower case and with single spaces; None where it means none.
+
+    It is the ending that equals the text but for case and white space; otherwise the ending with the highest SQuAD F1
+    to it. Where two different endings share the highest F1, and where all have 0 (an empty text, say), it is none.
+    """
+    text = _plain(prediction)
+    endings = list(dict.fromkeys(map(_plain, choices)))
+    if text in endings:
+        return text
+    scores = [token_f1(text, ending) for ending in endings]
+    best = max(scores)
+    return endings[scores.index(best)] if best > 0 and scores.count(best) == 1 else None
+
+
+def accuracy(answer: Answer) -> float:
+    """100 where the generated text means the right ending."""
+    return 100.0 * (chosen_ending(answer.prediction, checked_choices(answer)) == _plain(answer.references[0]))
+
+
+def accuracy_loglikelihood(answer: Answer) -> float:
+    """100 where the right ending has the highest log-likelihood per character, the first of equals.
+
+    A character is a Unicode code point of the ending, its leading space not counted: `acc_norm` of
+    lm-evaluation-harness. Scores that are not numbers choose nothing.
+    """
+    choices = checked_choices(answer)
+    assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"
+    scores = [score / len(choice.strip()) for score, choice in zip(answer.choice_scores, choices, strict=True)]
+    if any(map(math.isnan, scores)):
+        return 0.0
+    return 100.0 * (choices[scores.index(max(scores))].strip() == answer.references[0].strip())
+
+
+ACCURACY = Metric(
+    "accuracy",
+    accuracy,
+    fixed(
+        "accuracy of the generated ending: the one that equals the text but for case and white space, else the one of"
+        " highest SQuAD F1 to it; a tie is wrong"
+    ),
+)
+ACCURACY_LOGLIKELIHOOD = Metric(
+    "accuracy_loglikelihood",
+    accuracy_loglikelihood,
+    fixed("accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)"),
+    needs_choice_scores=True,
+)
