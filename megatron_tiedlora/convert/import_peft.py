@@ -1,0 +1,275 @@
+"""A PEFT LoRA adapter of q, k and v read as a native `lora` adapter, which it is exactly: nothing is rounded or fitted.
+
+PEFT adds s B_p A_p to projection p, s = lora_alpha / r (/ sqrt(r) with use_rslora). Where A is the same for all
+projections of a layer, that is A and the stacked rows of B. Where it is not, A stacks the A_p and B is block-diagonal,
+so that the rank is the sum. A projection that the adapter leaves alone has zero rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    NativeAdapter,
+    identify_base,
+    read_safetensors,
+)
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
+
+_PARTS = ("q_proj", "k_proj", "v_proj")
+_MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
+_KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
+# Fields of PEFT's config that change nothing in what a LoRA of linear layers computes, or that are read below.
+# Any other field that is set changes the computation, or may do so in a version of PEFT that is yet to come.
+_HARMLESS = {
+    "peft_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "task_type",
+    "inference_mode",
+    "runtime_config",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_dropout",
+    "fan_in_fan_out",  # PEFT itself drops it for linear layers
+    "bias",
+    "init_lora_weights",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "ensure_weight_tying",
+}
+# Of the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+class _Pair(NamedTuple):
+    """One projection's fp32 lora_A (r, d) and lora_B (rows, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
+    """What kind of adapter a folder holds.
+
+    Raises:
+        UserError: no adapter is there; a run folder and a model folder are told what to give instead.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"--adapter {folder}: no such folder")
+    if not (place / CONFIG_FILE).is_file():
+        if (place / "adapter" / CONFIG_FILE).is_file():
+            raise UserError(f"--adapter {folder}: this is a run folder; give {Path(folder) / 'adapter'}")
+        if (place / "config.json").is_file():
+            raise UserError(f"--adapter {folder}: this is a model folder; give it with --model")
+        raise UserError(f"--adapter {folder}: no {CONFIG_FILE} there; give a native adapter's folder or a PEFT one's")
+    content = read_json_object(place / CONFIG_FILE, kind="an adapter folder")
+    if "peft_type" in content:
+        return "peft"
+    if "format_version" in content:
+        return "native"
+    raise UserError(f"{place / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
+
+
+def load_peft_adapter(folder: Path, source: ModelSource) -> NativeAdapter:
+    """Read a PEFT LoRA adapter as a native one of `source`.
+
+    PEFT's files do not say which weights they were trained on, so only shapes are checked, and the adapter's identity
+    is that of `source` itself.
+
+    Raises:
+        UserError: not a PEFT LoRA adapter of q_proj, k_proj and v_proj; a feature that is not a plain LoRA; tensors
+            that are missing, unknown, not finite or of other shapes than `source`'s.
+    """
+    file = folder / CONFIG_FILE
+    content = read_json_object(file, kind="a PEFT adapter folder")
+    _refuse_features(file, content)
+    rank, scale = _rank_and_scale(file, content)
+    modules = _targets(file, content, source)
+    pairs = _read_pairs(folder, modules, rank=rank, source=source)
+    layers = tuple(sorted({layer for layer, _ in pairs}))
+    a, b = _joined(pairs, layers, rank=rank, config=source.config)
+    config = make_adapter_config(
+        "lora",
+        rank=a.shape[1],
+        alpha=scale * a.shape[1],
+        layers=layers,
+        hidden_size=source.config.hidden_size,
+        qkv_rows=source.config.qkv_rows,
+        seed=0,
+    )
+    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
+        base = identify_base(source, weights, "fp32")
+    state = {"A": a, "B": b, "u": torch.ones(config.shape("u")), "v": torch.ones(config.shape("v"))}
+    return NativeAdapter(config, base, state)
+
+
+def _refuse_features(file: Path, content: Mapping[str, Any]) -> None:
+    if "peft_type" not in content:
+        raise UserError(f"{file}: not a PEFT adapter, it has no peft_type")
+    if content["peft_type"] != "LORA":
+        raise UserError(f"{file}: peft_type {content['peft_type']} cannot be read; LORA can")
+    if content.get("bias") not in (None, "none"):
+        raise UserError(f"{file}: bias = {content['bias']!r} trains biases, which cannot be read; 'none' can")
+    start = content.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise UserError(
+            f"{file}: init_lora_weights = {start!r} changes the base weights too; convert it to a plain LoRA with PEFT"
+            " (path_initial_model_for_weight_conversion) first"
+        )
+    for name, value in content.items():
+        if name not in _HARMLESS and value:
+            shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
+            raise UserError(f"{file}: {name} = {shown} is not a plain LoRA, which alone can be read")
+
+
+def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = content.get("r"), content.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{file}: r = {rank!r} is not a whole number above 0")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{file}: lora_alpha = {alpha!r} is not a number")
+    return rank, alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
+
+
+def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set[str]:
+    """Names of the q, k and v projections that the config adapts, by PEFT's own rules of matching."""
+    targets, layers = content.get("target_modules"), content.get("layers_to_transform")
+    if isinstance(targets, list) and targets:
+        for name in targets:
+            if str(name).rpartition(".")[2] not in _PARTS:
+                raise UserError(f"{file}: target module {name} cannot be read; {', '.join(_PARTS)} can")
+    elif not isinstance(targets, str) or targets == "all-linear":
+        raise UserError(f"{file}: target_modules = {targets!r} cannot be read; a list of {', '.join(_PARTS)} can")
+    if not isinstance(layers, int | list | None):
+        raise UserError(f"{file}: layers_to_transform = {layers!r} is neither a layer nor a list of layers")
+    chosen = [layers] if isinstance(layers, int) else layers or range(source.config.num_layers)
+    for layer in chosen:
+        if layer not in range(source.config.num_layers):
+            raise UserError(
+                f"{file}: layers_to_transform has {layer}, but {source.name} has layers 0 to"
+                f" {source.config.num_layers - 1}; give the adapter's own base with --model"
+            )
+    try:
+        is_target, is_excluded = _matcher(targets), _matcher(content.get("exclude_modules") or ())
+        names = [f"model.layers.{i}.self_attn.{part}" for i in range(source.config.num_layers) for part in _PARTS]
+        whole_names = targets if isinstance(targets, list) else ()
+        found = {
+            name
+            for name in names
+            if is_target(name)
+            and not is_excluded(name)
+            # layers_to_transform does not hold for a module that is named in full.
+            and (name in whole_names or _layer_and_part(name)[0] in chosen)
+        }
+    except (re.error, TypeError) as error:
+        raise UserError(
+            f"{file}: target_modules or exclude_modules is neither a regular expression nor a list of names ({error})"
+        ) from None
+    if not found:
+        raise UserError(f"{file}: target_modules {targets!r} name no {', '.join(_PARTS)} of {source.name}")
+    return found
+
+
+def _matcher(modules: Any) -> Callable[[str], bool]:
+    if isinstance(modules, str):
+        pattern = re.compile(modules)
+        return lambda name: pattern.fullmatch(name) is not None
+    return lambda name: any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _layer_and_part(module: str) -> tuple[int, str]:
+    """0-based layer and projection of a module's name."""
+    match = _MODULE.fullmatch(module)
+    assert match is not None, module
+    return int(match[1]), match[2]
+
+
+def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSource) -> dict[tuple[int, str], _Pair]:
+    """The adapted projections by 1-based layer and name; every tensor is of `modules` and of the right shape."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
+    stored = read_safetensors(file)
+    config = source.config
+    for key, tensor in stored.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{file}: {key} is not a LoRA factor of {', '.join(_PARTS)}, which alone can be read")
+        layer, part, side = int(match[2]), match[3], match[4]
+        if layer >= config.num_layers:
+            raise UserError(
+                f"{file}: {key} is of layer {layer}, but {source.name} has layers 0 to {config.num_layers - 1};"
+                " give the adapter's own base with --model"
+            )
+        if match[1] not in modules:
+            raise UserError(f"{file}: {key} is there, but {CONFIG_FILE} does not target its module")
+        rows = config.qkv_rows[_PARTS.index(part)]
+        expected = (rank, config.hidden_size) if side == "A" else (rows, rank)
+        if tuple(tensor.shape) != expected:
+            raise UserError(
+                f"{file}: {key} has shape {tuple(tensor.shape)}, but r and {source.name} make it {expected}; give the"
+                " adapter's own base with --model"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {key} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {key} holds numbers that are not finite")
+    pairs = {}
+    for module in modules:
+        keys = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+        for key in keys:
+            if key not in stored:
+                raise UserError(
+                    f"{file}: {key} is missing, but {CONFIG_FILE} targets its module; copy the adapter again, or give"
+                    " its own base with --model"
+                )
+        layer, part = _layer_and_part(module)
+        pairs[layer + 1, part] = _Pair(*(stored[key].float() for key in keys))
+    return pairs
+
+
+def _joined(
+    pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, config: LlamaConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The native A (n, R, d) and B (n, o, R): R is `rank` where each layer has one A, else `rank` for each projection
+    that is adapted anywhere."""
+    by_layer = [{part: pairs[layer, part] for part in _PARTS if (layer, part) in pairs} for layer in layers]
+    parts = [part for part in _PARTS if any(part in here for here in by_layer)]
+    shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())
+    full_rank = rank if shared else rank * len(parts)
+    starts = dict(zip(_PARTS, (0, config.qkv_rows[0], sum(config.qkv_rows[:2])), strict=True))
+    a = torch.zeros(len(layers), full_rank, config.hidden_size)
+    b = torch.zeros(len(layers), sum(config.qkv_rows), full_rank)
+    for index, here in enumerate(by_layer):
+        for part, pair in here.items():
+            column = 0 if shared else rank * parts.index(part)
+            a[index, column : column + rank] = pair.a
+            b[index, starts[part] : starts[part] + len(pair.b), column : column + rank] = pair.b
+    return a, b

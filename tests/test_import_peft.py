@@ -1,0 +1,246 @@
+"""PEFT LoRA adapters read as native ones: the same update as PEFT's own, and a refusal of all that is not a LoRA."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_files import with_adapter, write_native
+from oracle import OracleConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter, write_tiny_model
+
+from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.convert.merge import merge_adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, fewer key-value heads than heads, and q wider than the hidden size: rows 48, 24 and 24 of 32."""
+    return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12, tokenizer=False)
+
+
+def peft_model(base: Path, **options: Any) -> Any:
+    """PEFT's own model with a random adapter, B not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return peft
+
+
+def logits_of(model: Callable[..., Any], *positions: torch.Tensor) -> torch.Tensor:
+    ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output = model(ids, *positions)
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+    return found
+
+
+def share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------------------- the same update
+
+Q_AND_V = ["q_proj", "v_proj"]
+# name: options of PEFT's LoraConfig, layers and rank of the native adapter
+OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
+    "q_v": ({"r": 3, "lora_alpha": 5, "target_modules": Q_AND_V}, (1, 2, 3), 6),
+    "k": ({"r": 3, "lora_alpha": 5, "target_modules": ["k_proj"]}, (1, 2, 3), 3),
+    "q_k_v": ({"r": 2, "lora_alpha": 7, "target_modules": ["v_proj", "k_proj", "q_proj"]}, (1, 2, 3), 6),
+    "rslora": ({"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": Q_AND_V}, (1, 2, 3), 8),
+    "layers": ({"r": 3, "target_modules": Q_AND_V, "layers_to_transform": [2, 0], "lora_dropout": 0.1}, (1, 3), 6),
+    "layer": ({"r": 3, "target_modules": ["k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, (2,), 3),
+    "pattern": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"}, (1, 3), 6),
+    "full_name": ({"r": 2, "target_modules": ["model.layers.1.self_attn.v_proj", "k_proj"]}, (1, 2, 3), 4),
+    "full_name_beside_layers": (
+        {"r": 2, "target_modules": ["model.layers.1.self_attn.v_proj", "k_proj"], "layers_to_transform": [0]},
+        (1, 2),
+        2,  # no layer has two projections
+    ),
+    "excluded": ({"r": 2, "target_modules": Q_AND_V, "exclude_modules": ["1.self_attn.v_proj"]}, (1, 2, 3), 4),
+    "gaussian": ({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, (1, 2, 3), 2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
+    options, layers, rank = OPTIONS[name]
+    peft = peft_model(base, **options)
+    peft.save_pretrained(tmp_path)
+    source = find_model(str(base))
+    assert adapter_kind(tmp_path) == "peft"
+    adapter = load_peft_adapter(tmp_path, source)
+    assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
+    positions = torch.arange(24).expand(2, 24)
+    ours = logits_of(load_model(source, adapter, dtype=torch.float32), positions)
+    assert share(ours, logits_of(peft)) <= 1e-5
+    with peft.disable_adapter():
+        assert share(ours, logits_of(peft)) > 0.01  # the update is there
+
+
+@pytest.mark.parametrize("method", ["lora", "tl6"])
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, layers: tuple[int, ...] | None) -> None:
+    """The export's A is one for q, k and v, so the rank stays."""
+    source, native, _ = with_adapter(base, method, layers)
+    export_peft(source, native, tmp_path / "peft")
+    back = load_peft_adapter(tmp_path / "peft", source)
+    assert (back.config.rank, back.config.layers) == (4, native.config.layers)
+    for layer in native.config.layers:
+        found, expected = (delta_weight(one.config, one.state, layer) for one in (back, native))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
+        name: (back.config.shape(name), torch.float32) for name in "ABuv"
+    }
+
+
+def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
+    peft = peft_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
+    peft.save_pretrained(tmp_path / "peft")
+    source = find_model(str(base))
+    merge_adapter(source, load_peft_adapter(tmp_path / "peft", source), tmp_path / "merged")
+    expected = peft.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_16_bits_are_read_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    peft_model(base, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    save_file(stored, tmp_path / WEIGHTS)
+    adapter = load_peft_adapter(tmp_path, find_model(str(base)))
+    key = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    assert torch.equal(adapter.state["A"][1, 2:], stored[key].float())
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of q and v as PEFT writes it."""
+    folder = tmp_path_factory.mktemp("plain")
+    peft_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V).save_pretrained(folder)
+    return folder
+
+
+def refusal(base: Path, folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_peft_adapter(folder, find_model(str(base)))
+    message = str(caught.value)
+    assert message.startswith(str(folder)) and "\n" not in message
+    return message.removeprefix(f"{folder}/")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "VERA"}, "peft_type VERA cannot be read; LORA can"),
+        ({"use_dora": True}, "use_dora = True is not a plain LoRA"),
+        ({"bias": "lora_only"}, "bias = 'lora_only' trains biases"),
+        ({"lora_bias": True}, "lora_bias = True is not a plain LoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain LoRA"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern = "),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern = "),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = "),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
+        ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the base weights too"),
+        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj cannot be read; q_proj, k_proj, v_proj can"),
+        ({"target_modules": "all-linear"}, "target_modules = 'all-linear' cannot be read"),
+        ({"target_modules": None}, "target_modules = None cannot be read"),
+        ({"target_modules": "q_proj"}, "target_modules 'q_proj' name no q_proj"),  # a whole name has to match it
+        ({"target_modules": "(q"}, "target_modules or exclude_modules is neither a regular expression"),
+        ({"exclude_modules": 3}, "target_modules or exclude_modules is neither a regular expression nor a list"),
+        ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
+        ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),
+        ({"r": 0}, "r = 0 is not a whole number above 0"),
+        ({"r": True}, "r = True is not a whole number"),
+        ({"lora_alpha": None}, "lora_alpha = None is not a number"),
+    ],
+)
+def test_what_is_not_a_plain_lora_is_refused_by_name(
+    base: Path, plain: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(plain, tmp_path / "adapter")
+    content = json.loads((plain / CONFIG).read_text())
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(content | changes))
+    assert re.match(rf"{re.escape(CONFIG)}: {said}", refusal(base, tmp_path / "adapter"))
+
+
+Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({f"{Q1}.lora_A.weight": None}, f"{Q1}.lora_A.weight is missing, but {CONFIG} targets its module"),
+        ({f"{Q1}.lora_B.weight": None}, f"{Q1}.lora_B.weight is missing"),
+        ({f"{Q1}.lora_A.weight": torch.ones(2, 32)}, r"\S* has shape \(2, 32\), but r and .* make it \(3, 32\)"),
+        ({f"{Q1}.lora_A.weight": torch.ones(3, 64)}, r"\S* has shape \(3, 64\), but r and .* make it \(3, 32\)"),
+        ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but r and .* make it \(48, 3\)"),
+        ({f"{Q1}.lora_B.weight": torch.full((48, 3), torch.inf)}, r"\S* holds numbers that are not finite"),
+        ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is int8, not floating point"),
+        ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, k_proj, v_proj"),
+        ({f"{LAYERS}.0.self_attn.o_proj.lora_A.weight": torch.ones(3, 48)}, r"\S*o_proj\S* is not a LoRA factor"),
+        ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is of layer 3, but .* 0 to 2; give"),
+        ({f"{LAYERS}.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is there, but \S* does not target"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    base: Path, plain: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], said: str
+) -> None:
+    shutil.copytree(plain, tmp_path / "adapter")
+    tensors = load_file(plain / WEIGHTS) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "adapter" / WEIGHTS)
+    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", refusal(base, tmp_path / "adapter"))
+
+
+def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
+    assert refusal(base, tmp_path).startswith(f"{CONFIG}: no such file; expected a PEFT adapter folder")
+    (tmp_path / CONFIG).write_text("{}")
+    assert refusal(base, tmp_path) == f"{CONFIG}: not a PEFT adapter, it has no peft_type"
+    shutil.copy(plain / CONFIG, tmp_path)
+    assert refusal(base, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    assert refusal(base, tmp_path).startswith("adapter_model.bin: pickled weights are not read")
+
+
+def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
+    write_native(tmp_path / "run" / "adapter", base, random_adapter("tl5", OracleConfig.from_folder(base)))
+    assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
+    assert adapter_kind(plain) == "peft"
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / CONFIG).write_text('{"r": 3}')
+    (tmp_path / "empty").mkdir()
+    for folder, said in {
+        tmp_path / "run": f"--adapter {tmp_path}/run: this is a run folder; give {tmp_path}/run/adapter",
+        tmp_path / "none": f"--adapter {tmp_path}/none: no such folder",
+        base: f"--adapter {base}: this is a model folder; give it with --model",
+        tmp_path / "empty": f"--adapter {tmp_path}/empty: no {CONFIG} there; give a native adapter's folder or",
+        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",
+    }.items():
+        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+            adapter_kind(folder)
