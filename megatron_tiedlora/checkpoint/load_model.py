@@ -1,4 +1,4 @@
-"""A base model with an adapter in one process, without an engine: for merging checks, export checks and decoding."""
+"""A base model with an adapter, without an engine: for checks of exports and for decoding, whole or one rank's part."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from contextlib import nullcontext
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.model.families.llama import weight_rules
+from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.pipeline.partition import Stages
 from megatron_tiedlora.pipeline.stage import Stage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -23,26 +26,64 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    grid: Grid | None = None,
+    groups: ParallelGroups | None = None,
+    stages: Stages | None = None,
+    merged: bool = False,
     progress: bool = False,
 ) -> Stage:
-    """The model in evaluation mode, base in `dtype` and adapter in fp32; `progress` shows a bar.
+    """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
+
+    Args:
+        grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
+        merged: fold the adapter into the weights (added in fp32, cast once) instead of keeping it beside them.
+        progress: show a bar.
 
     Raises:
         UserError: weights that are missing or do not fit, or an adapter of another base.
     """
-    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
-        bank = None
+    grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
+    config = source.config
+    with BaseWeights(source.weights_folder(), weight_rules(config)) as weights:
         if adapter is not None:
             adapter.check_base(identify_base(source, weights, adapter.base.dtype), source="adapter")
-            bank = TiedAdapter(AdapterPart.whole(adapter.config)).to(device)
+        layers = range(config.num_layers + 2) if stages is None else stages[grid.pp_rank]
+        bank = None
+        if adapter is not None and not merged:
+            adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
+            bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             bank.load_full(adapter.state)
         scale = adapter.config.scale if adapter is not None else 1.0
+        specs = layer_specs(config, update_scale=scale, dtype=dtype, tp_size=grid.tp_size)
         with torch.device(device):
-            model = Stage(layer_specs(source.config, update_scale=scale, dtype=dtype), bank)
+            model = Stage(
+                specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)
+            )
         load_base_weights(
             weights,
             dict(model.named_parameters()),
+            stage_weight_rules(config, has_embedding=model.embedding is not None),
             access=lambda parameter: nullcontext(parameter),
+            tp_rank=grid.tp_rank,
+            tp_size=grid.tp_size,
             progress=progress,
         )
+        if adapter is not None and merged:
+            _merge(model, adapter, weights, grid)
     return model.eval()
+
+
+@torch.no_grad()
+def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
+    """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
+    rules = {rule.name: rule for rule in weights.rules}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[2:] != ["attention", "qkv", "weight"] or int(parts[1]) not in adapter.config.layers:
+            continue
+        rule = rules[name]
+        wide = torch.empty_like(parameter, dtype=torch.float32)
+        weights.fill(rule, wide, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
+        delta = delta_weight(adapter.config, adapter.state, int(parts[1]))
+        wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
+        parameter.copy_(wide)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -13,30 +15,35 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
+@dataclass
 class KeyValueCache:
-    """Keys and values of one layer while decoding; sequences of different lengths share a batch.
+    """Keys and values of one layer while decoding, each (b, kv, capacity, head_dim); sequences of different lengths
+    share a batch.
 
-    The next token of each sequence is written at its own position, so padding never stands between tokens.
+    The next token of each sequence is written at its own position, so padding never stands between tokens. `filled` is
+    the longest sequence's length: what lies beyond it is not read.
     """
 
-    def __init__(self, batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> None:
-        self.keys = like.new_zeros(batch, local_kv_heads, capacity, head_dim)
-        self.values = like.new_zeros(batch, local_kv_heads, capacity, head_dim)
+    keys: torch.Tensor
+    values: torch.Tensor
+    filled: int = 0
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s).
+    @staticmethod
+    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> KeyValueCache:
+        """Room for `capacity` tokens a sequence, in the dtype and on the device of `like`."""
+        shape = (batch, local_kv_heads, capacity, head_dim)
+        return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
-        Returns:
-            all keys and values, (b, kv, capacity, head_dim) in the cache's dtype, and which of them each new token
-            sees, (b, 1, s, capacity) bool.
-        """
+    def update(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s)."""
         index = positions[:, None, :, None].expand_as(keys)
         self.keys.scatter_(2, index, keys.to(self.keys.dtype))
         self.values.scatter_(2, index, values.to(self.values.dtype))
-        slots = torch.arange(self.keys.shape[2], device=positions.device)
-        return self.keys, self.values, slots <= positions[:, None, :, None]
+        self.filled += keys.shape[2]
+
+    def take(self, rows: torch.Tensor) -> KeyValueCache:
+        """A copy that holds the sequences `rows` (n,), any of them several times, to be continued in several ways."""
+        return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
 class Attention(nn.Module):
@@ -78,7 +85,8 @@ class Attention(nn.Module):
             hidden: what flows between layers, (b, s, d) or (b, s / p, d).
             positions: (b, s).
             mask: (b, 1, s, s) bool, which keys each token sees; None: tokens 0 to t of its row.
-            cache: of this rank's key and value heads; replaces `mask`.
+            cache: of this rank's key and value heads, which keeps the new ones. Its first tokens are whole prompts,
+                padded on the right, and later ones see what the cache holds up to their position; replaces `mask`.
 
         Returns:
             as `hidden`.
@@ -92,15 +100,36 @@ class Attention(nn.Module):
         query, key, value = (p.view(batch, length, -1, self.head_dim).transpose(1, 2) for p in parts)
         table = rotation_table(positions, self.rope, self.head_dim, hidden.dtype)
         query, key = rotate(query, table), rotate(key, table)
-        if cache is not None:
-            key, value, mask = cache.update(key, value, positions)
-            query = query.to(key.dtype)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        if cache is not None and cache.filled:
+            mixed = _attend_to_cache(query, key, value, positions, cache)
+        else:
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+            )
+            if cache is not None:
+                cache.update(key, value, positions)
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype)
         output: torch.Tensor = self.output(mixed, tensor_parallel)
         return output
+
+
+def _attend_to_cache(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, cache: KeyValueCache
+) -> torch.Tensor:
+    """Attention of new tokens, (b, heads, s, head_dim), to all that came before them, themselves included.
+
+    The query heads of one key-value head stand as tokens of one head: they share its keys and its mask, so that no key
+    is copied for them.
+    """
+    cache.update(key, value, positions)
+    keys, values = cache.keys[:, :, : cache.filled], cache.values[:, :, : cache.filled]
+    batch, heads, length, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    folded = query.to(keys.dtype).reshape(batch, kv_heads, -1, head_dim)
+    visible = torch.arange(cache.filled, device=positions.device) <= positions[:, None, :, None]
+    mask = visible.repeat(1, 1, heads // kv_heads, 1)
+    mixed = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    return mixed.view(batch, heads, length, head_dim)
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from megatron_tiedlora.model.norm import RmsNorm
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_parameter
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL, sum_token_losses
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL, sum_token_losses, token_losses
 
 # Supervised rows whose logits exist in fp32 at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB). In the
 # dtype of the base they stay for the backward pass.
@@ -67,7 +67,12 @@ class Head(nn.Module):
         self.vocab_size = vocab_size
 
     def forward(
-        self, hidden: torch.Tensor, tensor_parallel: TensorParallel, labels: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        labels: torch.Tensor | None = None,
+        *,
+        summed: bool = True,
     ) -> torch.Tensor:
         """Logits (b, s, V) without labels, else the summed loss of the supervised positions; the same on every rank.
 
@@ -75,6 +80,7 @@ class Head(nn.Module):
             hidden: what flows between layers, (b, s, d) or (b, s / p, d).
             labels: (b, s) int64, the token that follows each position, or -100 where it is not supervised. Only
                 supervised positions meet the vocabulary.
+            summed: False for every position's own loss, (b, s), 0 where it is not supervised; without a gradient.
         """
         group = tensor_parallel.group
         hidden = enter_tensor_parallel_region(hidden, tensor_parallel)
@@ -83,16 +89,20 @@ class Head(nn.Module):
             return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         supervised = labels != IGNORED_LABEL
         rows, targets = self.norm(hidden[supervised]), labels[supervised]
-        if targets.numel() == 0:  # a zero that still reaches the adapters, so that every rank's gradients exist
+        if summed and targets.numel() == 0:
+            # A zero that still reaches the adapters, so that every rank's gradients exist.
             return hidden.float().sum() * 0.0
         local_vocabulary = self.weight.shape[0]
         first_id = group.rank * local_vocabulary
         weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
+        function = sum_token_losses if summed else token_losses
         losses = [
-            sum_token_losses(nn.functional.linear(part, weight), target, first_id=first_id, group=group)
+            function(nn.functional.linear(part, weight), target, first_id=first_id, group=group)
             for part, target in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         ]
-        return torch.stack(losses).sum()
+        if summed:
+            return torch.stack(losses).sum()
+        return torch.zeros(labels.shape, device=labels.device).masked_scatter_(supervised, torch.cat(losses).float())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import distributed
@@ -62,6 +63,16 @@ def broadcast_object(value: object, device: torch.device) -> object:
     box = [value]
     distributed.broadcast_object_list(box, src=0, device=device)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Every rank's value (a picklable one, from a peer of the same run) in rank order on rank 0, None elsewhere."""
+    if world_size() == 1:
+        return [value]
+    is_main = distributed.get_rank() == 0
+    gathered: list[Any] | None = [None] * world_size() if is_main else None
+    distributed.gather_object(value, gathered, dst=0)
+    return gathered
 
 
 def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> object:

@@ -22,21 +22,29 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def _losses(
+    local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses (T,), logsumexp over all ids (T,), each label's place among the rank's ids (T,), whether it is one)."""
+    wide = upcast(local_logits)
+    index = labels - first_id
+    own = (index >= 0) & (index < wide.shape[1])
+    index = index.masked_fill(~own, 0)
+    picked = wide.gather(1, index[:, None])[:, 0].masked_fill(~own, 0.0)
+    numbers = torch.stack((wide.logsumexp(dim=-1), picked))[None]
+    of_ranks = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
+    total = of_ranks[:, 0].logsumexp(dim=0)
+    return total - of_ranks[:, 1].sum(dim=0), total, index, own
+
+
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup
     ) -> torch.Tensor:
-        wide = upcast(local_logits)
-        index = labels - first_id
-        own = (index >= 0) & (index < wide.shape[1])
-        index = index.masked_fill(~own, 0)
-        picked = wide.gather(1, index[:, None])[:, 0].masked_fill(~own, 0.0)
-        numbers = torch.stack((wide.logsumexp(dim=-1), picked))[None]
-        of_ranks = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
-        total = of_ranks[:, 0].logsumexp(dim=0)
+        losses, total, index, own = _losses(local_logits, labels, first_id, group)
         ctx.save_for_backward(local_logits, total, index, own)
-        return (total - of_ranks[:, 1].sum(dim=0)).sum()
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -61,3 +69,9 @@ def sum_token_losses(
     """
     loss: torch.Tensor = _SumTokenLosses.apply(local_logits, labels, first_id, group)
     return loss
+
+
+@torch.no_grad()
+def token_losses(local_logits: torch.Tensor, labels: torch.Tensor, *, first_id: int, group: RankGroup) -> torch.Tensor:
+    """-log softmax(logits)[label] of each position, (T,), without a gradient; arguments as in `sum_token_losses`."""
+    return _losses(local_logits, labels, first_id, group)[0]

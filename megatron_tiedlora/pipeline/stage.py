@@ -6,7 +6,7 @@ for its input's gradient go on working. Leaves schedules and messages between st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,31 +82,43 @@ class Stage(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        inputs: torch.Tensor,
         positions: torch.Tensor,
         labels: torch.Tensor | None = None,
         *,
         documents: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
+        updates: Mapping[int, LayerUpdate] | None = None,
         wanted: torch.Tensor | None = None,
+        summed: bool = True,
     ) -> torch.Tensor:
-        """The whole model: summed loss over supervised positions when `labels` are given, else logits (b, s, V).
+        """The whole model, or one stage of it while decoding.
 
         Args:
-            tokens: (b, s) int64.
+            inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100.
             documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
             caches: one per block, for decoding.
+            updates: see `run_blocks`.
             wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
+            summed: see `Head.forward`.
+
+        Returns:
+            the summed loss over supervised positions when `labels` are given, else logits (b, s, V); what flows between
+            layers where the stage has no head.
         """
         tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
-        hidden = self.embed(tokens, tensor_parallel)
-        hidden = self.run_blocks(hidden, positions, tensor_parallel, documents=documents, caches=caches)
+        hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
+        hidden = self.run_blocks(
+            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
+        )
+        if self.head is None:
+            return hidden
         if wanted is not None:
             assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
             hidden = hidden.gather(1, wanted[:, None, None].expand(-1, 1, hidden.shape[-1]))
-        return self.run_head(hidden, labels, tensor_parallel)
+        return self.run_head(hidden, labels, tensor_parallel, summed=summed)
 
     def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
@@ -127,6 +139,12 @@ class Stage(nn.Module):
             output = _WithZeroGradients.apply(output, *sources)
         return output
 
+    def read_adapter(self) -> dict[int, LayerUpdate]:
+        """The factors of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
+        if self.adapter is None:
+            return {}
+        return dict(zip(self.adapter.part.layers, self.adapter(self.tensor_parallel.group), strict=True))
+
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """(b, s) int64 -> what flows between layers."""
         hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
@@ -140,12 +158,15 @@ class Stage(nn.Module):
         *,
         documents: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
+        updates: Mapping[int, LayerUpdate] | None = None,
     ) -> torch.Tensor:
-        """Every block of the stage in order."""
+        """Every block of the stage in order.
+
+        Args:
+            updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
+        """
         mask = None if documents is None else document_mask(documents)
-        updates: dict[int, LayerUpdate] = {}
-        if self.adapter is not None:
-            updates = dict(zip(self.adapter.part.layers, self.adapter(tensor_parallel.group), strict=True))
+        updates = self.read_adapter() if updates is None else updates
         for number, index in enumerate(self.blocks):
             block, update = self.layers[str(index)], updates.get(index)
             if self.recompute == "full" and torch.is_grad_enabled():
@@ -158,9 +179,14 @@ class Stage(nn.Module):
         return hidden
 
     def run_head(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None, tensor_parallel: TensorParallel | None = None
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        tensor_parallel: TensorParallel | None = None,
+        *,
+        summed: bool = True,
     ) -> torch.Tensor:
-        """What flows between layers -> logits, or with labels the summed loss."""
+        """What flows between layers -> logits, or with labels the loss; see `Head.forward`."""
         head = self.layers[str(self.head)]
-        logits_or_loss: torch.Tensor = head(hidden, tensor_parallel or self.tensor_parallel, labels)
+        logits_or_loss: torch.Tensor = head(hidden, tensor_parallel or self.tensor_parallel, labels, summed=summed)
         return logits_or_loss

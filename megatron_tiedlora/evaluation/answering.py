@@ -1,0 +1,140 @@
+"""From held-out samples to answers: which rank decodes what, and how texts come back in the samples' order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.encode import continuation_ids, encode_prompts
+from megatron_tiedlora.data.examples import Example, join_answer
+from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Agree, generate
+from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.parallel.agreement import gather_objects
+from megatron_tiedlora.parallel.grid import Grid
+
+# Decoding reads all weights for each token, so a larger batch costs little; answers do not depend on it.
+DECODING_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Held-out samples as ids.
+
+    Attributes:
+        prompts: BOS and prompt of each sample.
+        endings: of each sample, the ids of each of its choices behind the prompt; empty where it has none.
+        num_cut: how many prompts lost their middle.
+    """
+
+    task: Task
+    examples: tuple[Example, ...]
+    prompts: tuple[NDArray[np.int32], ...]
+    endings: tuple[tuple[tuple[int, ...], ...], ...]
+    num_cut: int
+
+
+def encode_scored(
+    examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int
+) -> ScoredSet:
+    """Tokenise samples as training does, prompts cut to `longest_prompt` tokens.
+
+    Raises:
+        UserError: a tokenizer without EOS, or a choice without a token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token; give another")
+    prompts, num_cut = encode_prompts(tokenizer, [example.prompt for example in examples], max_length=longest_prompt)
+    endings = []
+    for example in examples:
+        ids = continuation_ids(tokenizer, [join_answer(example.prompt, choice) for choice in example.choices])
+        if not all(ids):
+            raise UserError(f"{example.source}: a choice has no token; remove the row")
+        endings.append(tuple(tuple(ending) for ending in ids))
+    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_cut)
+
+
+def answer_all(
+    decoder: Decoder,
+    scored: ScoredSet,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    max_new_tokens: int,
+    batch_size: int = DECODING_BATCH,
+    agree: Agree = bool,
+    progress: bool = False,
+) -> list[Answer] | None:
+    """Decode every prompt greedily, data-parallel ranks sharing them; on rank 0 all answers, in the samples' order.
+
+    All ranks go through the same number of batches, so that they can agree on stopping, and because under ZeRO-3 every
+    call of the model is a collective; a rank without prompts left decodes the first one again and does not count it.
+
+    Args:
+        batch_size: samples that a data-parallel rank decodes at once.
+        agree: from "this rank's sequences are done" to "those of all ranks are"; may raise.
+        progress: show a bar.
+    """
+    # The longest first: what does not fit into memory then fails at once, and not after hours.
+    order = sorted(range(len(scored.prompts)), key=lambda index: -len(scored.prompts[index]))
+    batch_size = min(batch_size, -(-len(order) // grid.dp_size))
+    num_batches = -(-len(order) // (batch_size * grid.dp_size))
+    has_endings = any(scored.endings)
+    is_end = _stop_test(tokenizer, scored.task.stop)
+    mine: dict[int, tuple[str, tuple[float, ...]]] = {}
+    with tqdm(total=len(order), desc="decoding", unit="sample", disable=not progress, leave=False) as bar:
+        for number in range(num_batches):
+            start = (number * grid.dp_size + grid.dp_rank) * batch_size
+            indices = order[start : start + batch_size]
+            used = indices or order[:1]
+            prompts = [scored.prompts[index].tolist() for index in used]
+            rows = generate(
+                decoder,
+                prompts,
+                eos_id=int(tokenizer.eos_token_id),
+                max_new_tokens=max_new_tokens,
+                is_end=is_end,
+                agree=agree,
+            )
+            choice_scores: list[list[float]] = [[] for _ in used]
+            if has_endings:
+                samples = [(prompt, scored.endings[index]) for prompt, index in zip(prompts, used, strict=True)]
+                choice_scores = ending_log_likelihoods(decoder, samples)
+            agree(True)
+            for index, row, scores in zip(indices, rows, choice_scores, strict=False):
+                mine[index] = (_text(tokenizer, row, scored.task.stop), tuple(scores))
+            bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))
+    # Tensor-parallel ranks have the same answers, and log-likelihoods are the last stage's.
+    tells = grid.tp_rank == 0 and decoder.is_last
+    gathered = gather_objects(mine if tells else {})
+    if gathered is None:
+        return None
+    found = {index: answer for part in gathered for index, answer in part.items()}
+    return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(scored.examples)]
+
+
+def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
+    """Whether new tokens hold the stop text; asked after each token, so only the last ones need to be read."""
+    if stop is None:
+        return lambda _: False
+    width = len(stop.encode())  # a token is a byte at least
+    return lambda row: stop in _decoded(tokenizer, row[-width:])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | None) -> str:
+    text = _decoded(tokenizer, row)
+    return (text if stop is None else text.split(stop, 1)[0]).strip()
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
+    text = tokenizer.decode(list(row), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,137 @@
+"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, at any layout.
+
+Prompts are padded on the right and every sequence writes its next token at its own position, so padding is never seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from megatron_tiedlora.evaluation.decoder import Chosen, Decoder
+
+# Ranks that decode independently of each other ask one another this often whether to stop: a sum over all ranks waits
+# for the last of them.
+TOKENS_BETWEEN_AGREEMENTS = 8
+
+Item = TypeVar("Item")
+
+Agree = Callable[[bool], bool]
+"""From "this rank's sequences are done" to "those of all ranks are"; called by all ranks together, and may raise."""
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    is_end: Callable[[Sequence[int]], bool] = lambda _: False,
+    agree: Agree = bool,
+) -> list[list[int]]:
+    """Continue each prompt with its most likely tokens until EOS, `is_end` or `max_new_tokens`.
+
+    Args:
+        prompts: token ids, none empty; lengths may differ. The same on all ranks of a pipeline and tensor group.
+        is_end: asked with a sequence's new tokens after each of them.
+
+    Returns:
+        the new tokens of each prompt, without EOS; on every rank of the pipeline.
+    """
+    parts = [
+        _Part(decoder, some, eos_id=eos_id, max_new_tokens=max_new_tokens, is_end=is_end)
+        for some in split_evenly(prompts, decoder.num_parts)
+    ]
+    every = 1 if decoder.calls_together else TOKENS_BETWEEN_AGREEMENTS
+    for step in range(max_new_tokens):
+        for part in parts:
+            part.advance()
+        done = all(part.is_done for part in parts)
+        if (step + 1) % every == 0 and agree(done):
+            break
+    for part in parts:
+        part.collect()
+    decoder.finish()
+    return [row for part in parts for row in part.rows]
+
+
+def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
+    """At most `num_parts` runs of `items`, none empty, whose lengths differ by one at most."""
+    count = min(num_parts, len(items))
+    borders = [len(items) * index // count for index in range(count + 1)]
+    return [items[start:stop] for start, stop in itertools.pairwise(borders)]
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
+    """Rows of different lengths as one (b, longest) int64 tensor."""
+    longest = max(len(row) for row in rows)
+    padded = torch.full((len(rows), longest), fill, dtype=torch.long)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded.to(device)
+
+
+class _Part:
+    """Sequences that go through the stages together."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        eos_id: int,
+        max_new_tokens: int,
+        is_end: Callable[[Sequence[int]], bool],
+    ) -> None:
+        self.decoder = decoder
+        self.eos_id = eos_id
+        self.is_end = is_end
+        self.tokens = pad_right(prompts, 0, decoder.device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=decoder.device)
+        self.caches = decoder.new_caches(len(prompts), self.tokens.shape[1] + max_new_tokens)
+        self.rows: list[list[int]] = [[] for _ in prompts]
+        self.ended = [False] * len(prompts)
+        self.num_chosen = 0
+        self.waiting: Chosen | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every sequence has ended, as far as the tokens collected tell."""
+        return all(self.ended)
+
+    def advance(self) -> None:
+        """One more token for every sequence; the choice is collected before the next, so that stages run ahead."""
+        self.collect()
+        if self.is_done and not self.decoder.calls_together:
+            return
+        if self.num_chosen == 0:
+            positions = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
+            logits = self.decoder.forward(self.tokens, positions, self.caches, wanted=self.lengths - 1)
+        else:
+            positions = (self.lengths + self.num_chosen - 1)[:, None]
+            logits = self.decoder.forward(self.tokens, positions, self.caches)
+        chosen = None if logits is None else logits[:, -1].argmax(-1)
+        self.num_chosen += 1
+        self.waiting = self.decoder.share(chosen, len(self.rows))
+        if self.decoder.num_parts == 1:
+            self.collect()
+
+    def collect(self) -> None:
+        """Take the tokens that the last stage chose, where some are under way."""
+        if self.waiting is None:
+            return
+        chosen = self.waiting.wait()
+        self.waiting = None
+        self.tokens = chosen[:, None]
+        for index, token in enumerate(chosen.tolist()):
+            if self.ended[index]:
+                continue
+            if token == self.eos_id:
+                self.ended[index] = True
+            else:
+                self.rows[index].append(token)
+                self.ended[index] = self.is_end(self.rows[index])
