@@ -1,4 +1,4 @@
-"""Runs launch/train.py on a tiny model: as forked ranks, as a plain command, or under a launcher.
+"""Runs launch/train.py (or another script) on a tiny model: as forked ranks, as a plain command, under a launcher.
 
 Every start has a time limit, and a hang is a failure. `start_ranks` forks its ranks off a server that has imported
 torch, DeepSpeed and transformers already (seconds for each start otherwise); a rank is still a process of its own, in
@@ -29,6 +29,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
+EVALUATE = ROOT / "launch" / "evaluate.py"
 PRELUDES = ROOT / "tests" / "run_preludes.py"
 # Seconds. Imports take up to 20 on a busy machine; what the tests train takes a second or two.
 TIME_LIMIT = 120.0
@@ -45,6 +46,8 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
+    "megatron_tiedlora.evaluation.held_out",
+    "megatron_tiedlora.evaluation.results",
     "megatron_tiedlora.training.dry_run",
     "megatron_tiedlora.training.finish",
     "megatron_tiedlora.training.session",
@@ -213,8 +216,9 @@ def start_ranks(
     ranks: int | None = None,
     prelude: Prelude | None = None,
     environment: dict[str, str] | None = None,
+    script: Path = TRAIN,
 ) -> World:
-    """Start launch/train.py with `arguments` in `folder`.
+    """Start `script` with `arguments` in `folder`.
 
     Args:
         ranks: started as a launcher would, with RANK and so on; None is plain python without any of them.
@@ -232,7 +236,7 @@ def start_ranks(
         if ranks is not None:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         out, err = (folder / f"{start}.rank{rank}.{kind}" for kind in ("out", "err"))
-        rank_arguments = (list(arguments), environment.copy(), str(folder), str(out), str(err), prelude)
+        rank_arguments = ([str(script), *arguments], environment.copy(), str(folder), str(out), str(err), prelude)
         process = fork_server().Process(target=_be_rank, args=rank_arguments, daemon=True)
         process.start()
         processes.append(process)
@@ -280,7 +284,7 @@ def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def _be_rank(
-    arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str, prelude: Prelude | None
+    command: list[str], environment: dict[str, str], folder: str, out: str, err: str, prelude: Prelude | None
 ) -> None:
     os.setsid()
     for path, number in ((out, 1), (err, 2)):
@@ -291,10 +295,10 @@ def _be_rank(
         os.environ.pop(name, None)
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [str(TRAIN), *arguments]
+    sys.argv = command
     if prelude is not None:
         prelude()
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def free_port() -> int:

@@ -94,7 +94,10 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
     folder, ended = finished
     scores = json.loads((folder / "scores.json").read_text())
     assert set(scores) == {"before", "after"}
-    assert all(set(row) == {"metric", "score", "samples"} and row["samples"] == 3 for row in scores.values())
+    for moment in scores.values():
+        assert set(moment) == {"exact_match"}
+        entry = moment["exact_match"]
+        assert entry["n"] == 3 and 0 <= entry["confidence_interval"][0] <= entry["score"] <= 100 and entry["signature"]
     before, after = losses(folder, "validation")[0][1], min(loss for _, loss in losses(folder, "validation"))
     (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss")]
     assert f"{before:.4f}" in line and f"{after:.4f}" in line

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.settings import METHOD_NAMES, nearest_name
+from megatron_tiedlora.config.fields import nearest_name
+from megatron_tiedlora.config.settings import METHOD_NAMES
 
 Start = Literal["normal", "zero", "one"]
 FACTORS = ("A", "B", "u", "v")

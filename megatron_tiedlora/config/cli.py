@@ -1,4 +1,7 @@
-"""From the command line and a YAML file to `Settings`: argparse reads, pydantic checks, the command line wins."""
+"""From the command line and a YAML file to settings: argparse reads, pydantic checks, the command line wins.
+
+Works for the settings of any command; those of launch/train.py (`Settings`) are the default.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import yaml
-from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.settings import (
-    DEMO_DEFAULTS,
-    GROUPS,
-    PAPER_DEFAULTS,
-    Settings,
-    make_settings,
+from megatron_tiedlora.config.fields import (
+    AnySettings,
+    CommandSettings,
+    field_choices,
+    field_group,
     nearest_name,
+    validate_settings,
 )
+from megatron_tiedlora.config.settings import Settings
 
 QUIET_SECONDS = 1.0
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
@@ -64,37 +67,30 @@ def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
     return {int: "N", float: "X"}.get(kind, "TEXT"), None
 
 
-def _default_text(name: str, field: FieldInfo) -> str:
-    if name in PAPER_DEFAULTS and name in DEMO_DEFAULTS:
-        return f" [{PAPER_DEFAULTS[name]:g}; demo {DEMO_DEFAULTS[name]:g}]"
-    if field.is_required() or field.default is None:
-        return ""
-    return f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
-
-
-def build_parser(prog: str = "train.py", description: str | None = None) -> CommandParser:
-    """The parser with one flag per setting, in the groups of `GROUPS`."""
+def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
+    """The parser of a command, with one flag per setting, in the groups of `kind`."""
     parser = CommandParser(
-        prog=prog,
-        description=description or "Fine-tune a LLaMA model with Tied-LoRA.",
+        prog=kind.prog,
+        description=kind.about,
         epilog="Every flag can stand in the YAML file of --config under the same name; the command line wins.",
     )
-    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    groups = {name: parser.add_argument_group(name, text) for name, text in kind.groups.items()}
     groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
-    for name, field in Settings.model_fields.items():
-        extra = typing.cast(dict[str, Any], field.json_schema_extra)
+    for name, field in kind.model_fields.items():
         metavar, choices = _value_kind(field.annotation)
+        choices = field_choices(field) or choices
         keywords: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}" if choices else metavar}
         if choices == ("true", "false"):  # a bare --dry_run means true
             keywords.update(nargs="?", const="true")
-        help_text = (field.description or "") + _default_text(name, field)
-        groups[extra["group"]].add_argument(f"--{name}", help=help_text.replace("%", "%%"), **keywords)
+        default = kind.default_text(name)
+        help_text = (field.description or "") + (f" [{default}]" if default else "")
+        groups[field_group(field)].add_argument(f"--{name}", help=help_text.replace("%", "%%"), **keywords)
     # The deepspeed and torch launchers put these before the user's arguments; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, Any]:
     """The mapping in a YAML file of settings. Raises UserError naming the file, and the line where known."""
     file = Path(path)
     if not file.is_file():
@@ -113,23 +109,31 @@ def read_yaml(path: str) -> dict[str, Any]:
     if RECORD_MARK in content:
         content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
-        if name not in Settings.model_fields:
-            raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), Settings.model_fields)}")
+        if name not in kind.model_fields:
+            raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), kind.model_fields)}")
     return content
 
 
-def parse_settings(argv: Sequence[str]) -> Settings:
-    """Settings from the command line, over those of the file given with --config, over the defaults.
+@overload
+def parse_settings(argv: Sequence[str]) -> Settings: ...
+
+
+@overload
+def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings: ...
+
+
+def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) -> CommandSettings:
+    """Settings of `kind` from the command line, over those of the file given with --config, over the defaults.
 
     Raises:
         UserError: anything unknown or out of range, in one line.
     """
-    values = vars(build_parser().parse_known_names(argv))
+    values = vars(build_parser(kind).parse_known_names(argv))
     values.pop("local_rank")
     config = values.pop("config")
-    merged = read_yaml(config) if config else {}
+    merged = read_yaml(config, kind) if config else {}
     merged.update({name: value for name, value in values.items() if value is not None})
-    return make_settings(merged)
+    return validate_settings(merged, kind)
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, quiet: bool = False) -> NoReturn:

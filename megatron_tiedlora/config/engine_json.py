@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.fields import nearest_name
 from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.settings import nearest_name
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

@@ -6,17 +6,16 @@ live where those are known. `cli.py` turns the fields below into flags; a YAML f
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field, validate_settings
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.task_names import TASK_NAMES
 
 METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
-LATER_TASKS = ("dialogsum", "hellaswag", "iwslt2017")
 
 GROUPS = {
     "run": "where a run goes and how it starts",
@@ -48,15 +47,7 @@ PAPER_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _field(group: str, help_text: str, default: Any = ..., **constraints: Any) -> Any:
-    return Field(default=default, description=help_text, json_schema_extra={"group": group}, **constraints)
-
-
-def _optional(group: str, help_text: str, **constraints: Any) -> Any:
-    return _field(group, help_text, None, **constraints)
-
-
-class Settings(BaseModel):
+class Settings(CommandSettings):
     """The settings of one run, validated and frozen.
 
     Fields left out take the defaults of their task (`DEMO_DEFAULTS` or `PAPER_DEFAULTS`). What depends on the model or
@@ -64,85 +55,119 @@ class Settings(BaseModel):
     `micro_batch_size`, `output_dir`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    prog: ClassVar[str] = "train.py"
+    about: ClassVar[str] = "Fine-tune a LLaMA model with Tied-LoRA."
+    groups: ClassVar[Mapping[str, str]] = GROUPS
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, say --task or --train_file"}
 
-    ds_config: str = _field(
+    ds_config: str = setting_field(
         "run", "DeepSpeed JSON with engine knobs; a bare name is looked up here, then in ds_configs/", "zero2.json"
     )
-    output_dir: str | None = _optional("run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK)")
-    seed: int = _field("run", "seed of start values and of the order of samples", 1234, ge=0)
-    resume: str = _field(
+    output_dir: str | None = optional_field("run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK)")
+    seed: int = setting_field("run", "seed of start values and of the order of samples", 1234, ge=0)
+    resume: str = setting_field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
     )
-    dry_run: bool = _field(
+    dry_run: bool = setting_field(
         "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
     )
-    world_size: int | None = _optional("run", "with --dry_run: the number of ranks to plan for", ge=1)
-    timeout_minutes: float = _field("run", "longest wait for another rank before the run fails", 30.0, gt=0)
+    world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
+    timeout_minutes: float = setting_field("run", "longest wait for another rank before the run fails", 30.0, gt=0)
 
-    model: str = _field(
+    model: str = setting_field(
         "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", "demo"
     )
-    tokenizer: str | None = _optional(
+    tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = _field("model", "precision of the frozen base; adapters are always fp32", "bf16")
-    max_length: int = _field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
+    dtype: Literal["bf16", "fp32"] = setting_field(
+        "model", "precision of the frozen base; adapters are always fp32", "bf16"
+    )
+    max_length: int = setting_field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
 
-    method: Literal["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"] = _field(
+    method: Literal["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"] = setting_field(
         "adapter", "which of the paper's configurations", "tl6"
     )
-    rank: int = _field("adapter", "rank r of A and B", 8, ge=1)
-    alpha: float = _field("adapter", "the update is scaled by alpha / rank (default: the rank)", gt=0)
-    layers: tuple[int, ...] | None = _optional("adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)")
-    init_std_a: float | None = _optional("adapter", "standard deviation of A's start values (default: by method)", gt=0)
-    init_std_b: float | None = _optional(
+    rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
+    alpha: float = setting_field("adapter", "the update is scaled by alpha / rank (default: the rank)", gt=0)
+    layers: tuple[int, ...] | None = optional_field(
+        "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
+    )
+    init_std_a: float | None = optional_field(
+        "adapter", "standard deviation of A's start values (default: by method)", gt=0
+    )
+    init_std_b: float | None = optional_field(
         "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0
     )
 
-    tensor_parallel: int = _field("parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1)
-    pipeline_parallel: int = _field("parallel", "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1)
-    sequence_parallel: bool = _field("parallel", "with tensor parallel: cut activations along the sequence too", True)
-    replica_check_steps: int = _field(
+    tensor_parallel: int = setting_field(
+        "parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1
+    )
+    pipeline_parallel: int = setting_field(
+        "parallel", "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1
+    )
+    sequence_parallel: bool = setting_field(
+        "parallel", "with tensor parallel: cut activations along the sequence too", True
+    )
+    replica_check_steps: int = setting_field(
         "parallel", "compare copies of the adapter bit by bit in this many first steps and at saves (0: never)", 3, ge=0
     )
 
-    task: Literal["demo", "squad", "dialogsum", "hellaswag", "iwslt2017", "gsm8k", "custom"] = _field(
-        "data", "demo (generated), squad, gsm8k, or custom (your own JSONL)"
+    task: str = setting_field(
+        "data", "demo (generated), one of the paper's, or custom (your own rows)", choices=TASK_NAMES
     )
-    train_file: str | None = _optional(
-        "data", "training rows: .jsonl, .json, .parquet or a hub id (default: the task's own)"
+    train_file: str | None = optional_field(
+        "data",
+        "training rows: .jsonl, .json, .parquet, a hub id, or for iwslt2017 two aligned texts A.de,A.en (default: the"
+        " task's own)",
     )
-    validation_file: str | None = _optional(
+    validation_file: str | None = optional_field(
         "data", "validation rows, as above (default: carved from the training rows)"
     )
-    test_file: str | None = _optional(
-        "data", "test rows, decoded and scored before and after training (not with --pipeline_parallel)"
+    test_file: str | None = optional_field("data", "test rows, decoded and scored before and after training")
+    prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
+    max_new_tokens: int | None = optional_field(
+        "data", "longest answer that is decoded [500, or half of a shorter context; demo 200]", ge=1
     )
-    prompt_template: str | None = _optional("data", "override the task's prompt, with {field} names of its rows")
 
-    packing: bool = _field("speed", "pack documents into full rows (false in this version)", False)
-    compile: Literal["auto", "true", "false"] = _field(
+    packing: bool = setting_field("speed", "pack documents into full rows (false in this version)", False)
+    compile: Literal["auto", "true", "false"] = setting_field(
         "speed", "compile elementwise parts (auto is false in this version)", "auto"
     )
-    recompute: Literal["none", "selective", "full"] = _field(
+    recompute: Literal["none", "selective", "full"] = setting_field(
         "speed", "keep each layer's activations (none) or compute them again in the backward pass (full)", "none"
     )
 
-    global_batch_size: int = _field("optimisation", "samples per step over all ranks", ge=1)
-    micro_batch_size: int | None = _optional(
+    global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
+    micro_batch_size: int | None = optional_field(
         "optimisation", "samples per forward pass on a rank [1; demo: the largest divisor of its share up to 4]", ge=1
     )
-    max_steps: int = _field("optimisation", "optimizer steps", ge=1)
-    learning_rate: float = _field("optimisation", "peak learning rate of AdamW", gt=0)
-    weight_decay: float = _field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
-    warmup_steps: int = _field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
-    gradient_clipping: float = _field("optimisation", "largest gradient norm; 0 switches clipping off", 1.0, ge=0)
-    eval_interval: int = _field("optimisation", "steps between evaluations on the validation rows", ge=1)
-    eval_metric: Literal["loss"] = _field("optimisation", "what chooses the best checkpoint", "loss")
-    patience: int = _field("optimisation", "evaluations without improvement before the run stops early", 10, ge=1)
-    save_interval: int = _field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
-    save_interval_minutes: float | None = _optional("optimisation", "also save when this long has passed", gt=0)
+    max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
+    learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)
+    weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
+    warmup_steps: int = setting_field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
+    gradient_clipping: float = setting_field(
+        "optimisation", "largest gradient norm; 0 switches clipping off", 1.0, ge=0
+    )
+    eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
+    eval_metric: str = setting_field(
+        "optimisation", "what chooses the best checkpoint: loss, or a metric of the task", "loss", min_length=1
+    )
+    eval_samples: int | None = optional_field(
+        "optimisation", "validation rows that are decoded for --eval_metric (default: all)", ge=1
+    )
+    patience: int = setting_field(
+        "optimisation", "evaluations without improvement before the run stops early", 10, ge=1
+    )
+    save_interval: int = setting_field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
+    save_interval_minutes: float | None = optional_field("optimisation", "also save when this long has passed", gt=0)
+
+    @classmethod
+    def default_text(cls, name: str) -> str:
+        """As for every command, and both of the two defaults where the demo has its own."""
+        if name in PAPER_DEFAULTS and name in DEMO_DEFAULTS:
+            return f"{PAPER_DEFAULTS[name]:g}; demo {DEMO_DEFAULTS[name]:g}"
+        return super().default_text(name)
 
     @model_validator(mode="before")
     @classmethod
@@ -187,8 +212,8 @@ class Settings(BaseModel):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
-        if self.task in LATER_TASKS:
-            raise ValueError(f"--task {self.task} is not available in this version; use squad, gsm8k, custom or demo")
+        if self.eval_samples is not None and self.eval_metric == "loss":
+            raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
         if self.recompute == "selective":
             raise ValueError("--recompute selective is not available in this version; use none or full")
         if self.packing:
@@ -198,36 +223,10 @@ class Settings(BaseModel):
         return self
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
 def make_settings(values: Mapping[str, Any]) -> Settings:
     """Validate flat names and values into Settings.
 
     Raises:
         UserError: an unknown name (with the nearest known one) or a value out of range, in one line.
     """
-    for name in values:
-        if name not in Settings.model_fields:
-            raise UserError(f"unknown setting {name!r}{nearest_name(name, Settings.model_fields)}; see --help")
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "missing":
-        return (
-            f"--{name} is needed: with --model other than demo, say --task or --train_file"
-            if name == "task"
-            else (f"--{name} is needed")
-        )
-    return f"--{name} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return validate_settings(values, Settings)

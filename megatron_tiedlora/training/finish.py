@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 
 from megatron_tiedlora.checkpoint.atomic import write_json
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
@@ -11,35 +12,17 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.training.loop import Trainer
-from megatron_tiedlora.training.run_data import MAX_NEW_TOKENS
 from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
-from megatron_tiedlora.training.validation import Scores, score_by_decoding
 
 
-def score(trainer: Trainer) -> Scores | None:
-    """Greedy decoding of the run's scored set with the adapter as it stands; None where the run has no such set.
-
-    Decoding does not run through a pipeline in this version, so with several stages there is no score either.
-    """
-    plan, data = trainer.plan, trainer.data
-    if data.scored is None or plan.grid.pp_size > 1:
-        return None
-    trainer.runner.engine.eval()
+def score(trainer: Trainer) -> dict[str, Score]:
+    """Scores of the run's test samples with the adapter as it stands; none where the run has no such set."""
     with trainer.stop.deferred():
-        return score_by_decoding(
-            trainer.runner.stage,
-            data.scored,
-            tokenizer=data.tokenizer,
-            config=plan.source.config,
-            grid=plan.grid,
-            device=trainer.device,
-            max_new_tokens=MAX_NEW_TOKENS,
-            check_stop=trainer.check_stop,
-            progress=trainer.is_main,
-        )
+        return trainer.score(trainer.data.scored)
 
 
 def use_best_adapter(trainer: Trainer) -> None:
@@ -52,40 +35,50 @@ def use_best_adapter(trainer: Trainer) -> None:
         trainer.check_stop()
 
 
-def record_score(trainer: Trainer, moment: str, scores: Scores | None) -> None:
-    """Keep a score ("before" or "after" training) in scores.json; a resumed run finds the first one there.
+def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> None:
+    """Keep scores ("before" or "after" training) in scores.json; a resumed run finds the first ones there.
 
     Raises:
         UserError: it cannot be written; on every rank.
     """
-    if scores is None:
+    if not scores:
         return
 
     def write() -> None:
         file = trainer.folder.scores
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        kept[moment] = {"metric": scores.metric, "score": scores.mean, "samples": scores.num_samples}
+        kept[moment] = {name: score.plain() for name, score in scores.items()}
         write_json(file, kept)
 
     decided_by_rank_0(write, trainer.device)
 
 
 def summary_lines(trainer: Trainer) -> list[str]:
-    """The table that a run ends with: validation loss and score before and after. Read from the run folder."""
-    losses = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
-    best = trainer.progress
-    rows = ["", f"{'':<30}{'before':>10}{'after':>10}"]
-    start = f"{losses[0]['loss']:.4f}" if losses and losses[0]["step"] == 0 else "-"
-    rows.append(f"{'validation loss':<30}{start:>10}{best.best_metric:>10.4f}   (best, step {best.best_step})")
-    if losses and losses[0]["step"] == 0 and losses[0]["loss"] <= (best.best_metric or 0.0):
-        rows.append("training made the validation loss no better: try another --learning_rate or more data")
+    """The table that a run ends with: validation loss and scores before and after. Read from the run folder."""
+    rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
+    metric, best = trainer.plan.settings.eval_metric, trainer.progress
+    validation = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
+    by_step = {row["step"]: row for row in validation}
+    for name in dict.fromkeys(("loss", metric)):
+        start, end = (by_step.get(step, {}).get(name) for step in (0, best.best_step))
+        chosen = f"   (best, step {best.best_step})" if name == metric else ""
+        rows.append(f"{f'validation {name}':<34}{_number(start, name):>10}{_number(end, name):>10}{chosen}")
+        worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
+        if name == metric and worse:
+            rows.append(f"training made the validation {name} no better: try another --learning_rate or more data")
     file = trainer.folder.scores
     scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if scores:
-        before, after = (f"{scores[m]['score']:.1%}" if m in scores else "-" for m in ("before", "after"))
-        name = f"exact match, {next(iter(scores.values()))['samples']} held out"
-        rows.append(f"{name:<30}{before:>10}{after:>10}")
+    for name in next(iter(scores.values()), {}):
+        before, after = (scores.get(moment, {}).get(name, {}) for moment in ("before", "after"))
+        label = f"{name}, {(before or after)['n']} test samples"
+        rows.append(f"{label:<34}{_number(before.get('score')):>10}{_number(after.get('score')):>10}")
     return rows
+
+
+def _number(value: float | None, name: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
 
 
 def export(trainer: Trainer) -> list[str]:

@@ -1,10 +1,11 @@
-"""What a layout must fulfil, checked before a weight is read: each refusal names the numbers and the fix."""
+"""What a layout must fulfil for training, checked before a weight is read: the model's terms, and the engine's."""
 
 from __future__ import annotations
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.pipeline.layout import check_model_layout
 
 
 def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config: str) -> None:
@@ -13,32 +14,10 @@ def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config:
     Raises:
         UserError: the first thing that does not fit.
     """
-    tp, pp = grid.tp_size, grid.pp_size
-    sizes = {
-        "attention heads": config.num_heads,
-        "key-value heads": config.num_kv_heads,
-        "hidden size": config.hidden_size,
-        "feed-forward width": config.intermediate_size,
-    }
-    for name, size in sizes.items():
-        if size % tp:
-            possible = [n for n in range(1, config.num_kv_heads + 1) if all(s % n == 0 for s in sizes.values())]
-            raise UserError(
-                f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
-                f" {', '.join(map(str, possible))}"
-            )
-    if (tp - 1) * -(-config.vocab_size // tp) >= config.vocab_size:
+    check_model_layout(config, grid)
+    if grid.pp_size > 1 and zero_stage > 1:
         raise UserError(
-            f"--tensor_parallel {tp}: a vocabulary of {config.vocab_size} leaves a rank without a row; give fewer"
-        )
-    if pp > config.num_layers:
-        raise UserError(
-            f"--pipeline_parallel {pp}: the model has {config.num_layers} layers and every stage needs one; give at"
-            f" most {config.num_layers}"
-        )
-    if pp > 1 and zero_stage > 1:
-        raise UserError(
-            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages sum their"
-            " gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than whole"
-            " gradients of its part of the adapter"
+            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {grid.pp_size} (stages"
+            " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
+            " whole gradients of its part of the adapter"
         )

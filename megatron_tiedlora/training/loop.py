@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_chec
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
@@ -107,16 +111,13 @@ class Trainer:
             disable=not self.is_main,
         )
 
+    def agree(self, done: bool) -> bool:
+        """Whether all ranks are done; raises RunStopped on every rank where any wishes to stop."""
+        return self.stop.agree(done, self.device)
+
     def check_stop(self) -> None:
         """Agree with all ranks on stopping; raises RunStopped on every rank where any wishes to."""
-        self._stop_if_wished(sum_over_ranks([float(self.stop.wish() > 0), float(self.stop.wish())], self.device))
-
-    def _stop_if_wished(self, wishes: list[float]) -> None:
-        count, total = wishes
-        if count:
-            number = round(total / count)
-            reason = "SIGINT" if number == 2 else "SIGTERM or the launcher's end" if number == 15 else "signals"
-            raise self.stop.stopped(2 if number == 2 else 15, reason)
+        self.agree(True)
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
         """One optimizer step on this rank's micro-batches; all ranks agree on loss and stopping before weights move."""
@@ -153,7 +154,7 @@ class Trainer:
         self._save_due = bool(save_due)
         elapsed = time.monotonic() - started
         self._report(bar, loss_value, rate, norm, step, elapsed)
-        self._stop_if_wished(wishes)
+        self.stop.stop_if_any(*wishes)
 
     def _between_micro_batches(self) -> None:
         if self._step_seconds > LONG_STEP_SECONDS:
@@ -210,7 +211,7 @@ class Trainer:
     def _evaluate_start(self, bar: Any) -> None:
         """Validation loss before the first step; for a method that starts off the base, how far the start moves it."""
         started = self.evaluate()
-        self._log_validation(started, bar)
+        self._log_validation(started, self.score(self.data.scored_validation), bar)
         if self.plan.adapter.row.starts_at_base:
             return
         bank: Any = self.runner.bank
@@ -227,12 +228,41 @@ class Trainer:
                 " far"
             )
 
-    def _log_validation(self, loss: float, bar: Any) -> None:
+    def score(self, scored: ScoredSet | None) -> dict[str, Score]:
+        """Scores of the adapter as it stands by greedy decoding, by metric, the same on every rank; all take part.
+
+        Raises:
+            UserError: answers that cannot be scored.
+            RunStopped: all ranks agreed to stop.
+        """
+        if scored is None:
+            return {}
+        runner, plan = self.runner, self.plan
+        runner.engine.module.eval()
+        decoder = Decoder(
+            runner.stage, runner.groups, plan.source.config, calls_together=plan.engine.zero_stage == 3
+        )
+        answers = answer_all(
+            decoder,
+            scored,
+            tokenizer=self.data.tokenizer,
+            grid=plan.grid,
+            max_new_tokens=plan.max_new_tokens,
+            agree=self.agree,
+            progress=self.is_main,
+        )
+        scores = decided_by_rank_0(lambda: score_answers(scored.task.metrics, answers or []), self.device)
+        assert isinstance(scores, dict)
+        return scores
+
+    def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
         if not math.isfinite(loss):
             raise RunFailed(self._not_finite("validation loss", loss, self.progress.step))
         if self.log is not None:
-            self._write_log({"step": self.progress.step, "split": "validation", "loss": loss})
-            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}")
+            values = {name: score.value for name, score in scores.items()}
+            self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
+            shown = "".join(f", {name} {value:.2f} %" for name, value in values.items())
+            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}{shown}")
 
     def _save_is_due(self) -> bool:
         minutes = self.plan.settings.save_interval_minutes
@@ -243,11 +273,13 @@ class Trainer:
         improved = False
         due = step % settings.eval_interval == 0 or step == settings.max_steps
         if due and self.progress.evaluated_step != step:
-            loss = self.evaluate()
-            self._log_validation(loss, bar)
-            improved = self.progress.best_metric is None or loss < self.progress.best_metric
+            loss, scores = self.evaluate(), self.score(self.data.scored_validation)
+            self._log_validation(loss, scores, bar)
+            value = scores[settings.eval_metric].value if scores else loss
+            best = self.progress.best_metric
+            improved = best is None or (value > best if scores else value < best)
             self.progress = (
-                replace(self.progress, best_metric=loss, best_step=step, evaluations_since_best=0)
+                replace(self.progress, best_metric=value, best_step=step, evaluations_since_best=0)
                 if improved
                 else replace(self.progress, evaluations_since_best=self.progress.evaluations_since_best + 1)
             )

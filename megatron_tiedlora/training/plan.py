@@ -13,10 +13,12 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, 
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
+from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import pad_multiple
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
 from megatron_tiedlora.training.layout import check_layout
@@ -40,6 +42,7 @@ LAYOUT_SETTINGS = frozenset(
         "save_interval",
         "save_interval_minutes",
         "test_file",
+        "max_new_tokens",
         # Told apart by what they hold and not by their names: the base by its hashes, the data by their tokens.
         "model",
         "tokenizer",
@@ -93,6 +96,13 @@ class RunPlan:
         return DTYPES[self.settings.dtype]
 
     @property
+    def max_new_tokens(self) -> int:
+        """Longest answer that is decoded."""
+        return resolve_max_new_tokens(
+            self.settings.max_new_tokens, self.source.config.max_positions, self.settings.task
+        )
+
+    @property
     def name(self) -> str:
         """MODEL-TASK-METHOD-rRANK, for the run folder."""
         model = self.settings.model.rstrip("/").rsplit("/", 1)[-1]
@@ -106,6 +116,7 @@ class RunPlan:
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
             micro_batch_size=self.batches.micro_batch_size,
+            max_new_tokens=self.max_new_tokens,
         )
         return values
 
@@ -119,11 +130,18 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
+    metrics = get_task(settings.task).metrics
+    if settings.eval_metric not in ("loss", *metrics):
+        raise UserError(
+            f"--eval_metric {settings.eval_metric} is no metric of task {settings.task}; give loss or"
+            f" {' or '.join(metrics)}"
+        )
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     source = find_model(settings.model, weights=False)  # a refusal must not wait for a download of weights
     config = source.config
+    resolve_max_new_tokens(settings.max_new_tokens, config.max_positions, settings.task)
     check_layout(config, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, config.num_layers + 1))
     if layers[-1] > config.num_layers:

@@ -7,40 +7,35 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.cache import tokenise_once
-from megatron_tiedlora.data.encode import TokenDataset, encode_prompts
+from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.tasks import Split, get_task, load_split
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.task import Split
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.training.plan import RunPlan
-
-# What the demo decodes before and after training: enough to see a change, short enough for two CPU cores.
-DEMO_SCORED_SAMPLES = 24
-# Of the demo's worked answers, 99 % are shorter; decoding stops at EOS anyway.
-MAX_NEW_TOKENS = 200
-
-
-@dataclass(frozen=True)
-class ScoredSet:
-    """Held-out samples for greedy decoding: prompts as ids, with the texts that predictions are scored against."""
-
-    examples: tuple[Example, ...]
-    prompts: tuple[NDArray[np.int32], ...]
-    metric: str
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Tokenised splits, the tokenizer, and what is decoded before and after training (None: nothing)."""
+    """Tokenised splits and the tokenizer.
+
+    Attributes:
+        scored: what is decoded before and after training; None: nothing.
+        scored_validation: what is decoded at every evaluation; None where the loss chooses the best checkpoint.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: TokenDataset
     validation: TokenDataset
     scored: ScoredSet | None
+    scored_validation: ScoredSet | None
     first_example: Example
 
     @cached_property  # every save writes it
@@ -63,12 +58,19 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     model_folder = plan.source.weights_folder()  # refuses a preset, which has none
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     check_vocabulary(tokenizer, plan.source.config.vocab_size)
-    train = _read(settings, "train", tokenizer)
+    train, validation = (_read(settings, split, tokenizer) for split in ("train", "validation"))
     train_set, validation_set = (
         tokenise_once(examples, tokenizer, max_length=settings.max_length, progress=progress)
-        for examples in (train, _read(settings, "validation", tokenizer))
+        for examples in (train, validation)
     )
-    return RunData(tokenizer, train_set, validation_set, _scored(plan, tokenizer), train[0])
+    return RunData(
+        tokenizer,
+        train_set,
+        validation_set,
+        _encode(plan, tokenizer, _test_examples(settings, tokenizer)),
+        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else validation[: settings.eval_samples]),
+        train[0],
+    )
 
 
 def _read(
@@ -85,15 +87,15 @@ def _read(
     )
 
 
-def _scored(plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> ScoredSet | None:
-    settings = plan.settings
+def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """What is decoded before and after training: the demo's first samples, or the test rows that were given."""
     if settings.task == "demo":
-        limit: int | None = DEMO_SCORED_SAMPLES
-    elif settings.test_file is not None:
-        limit = None
-    else:
+        return _read(settings, "test", tokenizer, DEMO_SCORED_SAMPLES)
+    return [] if settings.test_file is None else _read(settings, "test", tokenizer)
+
+
+def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> ScoredSet | None:
+    if not examples:
         return None
-    examples = _read(settings, "test", tokenizer, limit)
-    room = max(min(settings.max_length, plan.source.config.max_positions - MAX_NEW_TOKENS), 1)
-    prompts = encode_prompts(tokenizer, [e.prompt for e in examples], max_length=room)
-    return ScoredSet(tuple(examples), tuple(prompts), get_task(settings.task).metric)
+    room = min(plan.settings.max_length, plan.source.config.max_positions - plan.max_new_tokens)
+    return encode_scored(examples, get_task(plan.settings.task), tokenizer, longest_prompt=room)

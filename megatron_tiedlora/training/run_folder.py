@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
+from megatron_tiedlora.checkpoint.output_folder import check_place
 from megatron_tiedlora.config.errors import UserError
 
 State = Literal["finished", "stopped", "failed"]
@@ -91,11 +91,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
     """
     if output_dir is not None:
         folder = RunFolder(Path(output_dir).expanduser())
-        place = next(parent for parent in (folder.path, *folder.path.absolute().parents) if parent.exists())
-        if not place.is_dir():
-            raise UserError(f"--output_dir {output_dir}: {place} is a file; give a folder")
-        if not os.access(place, os.W_OK):
-            raise UserError(f"--output_dir {output_dir}: {place} cannot be written; give another folder")
+        check_place(folder.path, given=output_dir)
         foreign = folder.path.is_dir() and any(folder.path.iterdir()) and not folder.is_run
         if foreign or (resume == "none" and folder.is_run):
             what = "the run of an earlier start" if folder.is_run else "other files"

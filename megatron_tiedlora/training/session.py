@@ -176,8 +176,6 @@ def headline(
             f"layout     tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} ({stages} layers with embedding and head)"
             f" x data {grid.dp_size}"
         )
-    if grid.pp_size > 1 and data.scored is not None:
-        lines.append("scores     none: greedy decoding does not run through a pipeline in this version")
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
     return [*lines, f"run folder {folder.path}{start}"]

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
+import torch
+
+from megatron_tiedlora.parallel.agreement import sum_over_ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -79,6 +82,27 @@ class StopWatch:
         """Raise RunStopped where this rank wishes to stop. Only where no other rank waits for it."""
         if number := self.wish():
             raise self.stopped(number, signal.Signals(number).name)
+
+    def stop_if_any(self, count: float, total: float) -> None:
+        """Raise RunStopped where `count` ranks wish to stop, by signals whose numbers sum up to `total`; on every rank.
+
+        Where a terminal interrupts the ranks they have the same signal; of several kinds, SIGTERM counts.
+        """
+        if count:
+            number = round(total / count)
+            reason = "SIGINT" if number == 2 else "SIGTERM or the launcher's end" if number == 15 else "signals"
+            raise self.stopped(2 if number == 2 else 15, reason)
+
+    def agree(self, mine: bool, device: torch.device) -> bool:
+        """Whether `mine` holds on every rank; all ranks ask together, and stop together where any of them wishes to.
+
+        Raises:
+            RunStopped: one does; on every rank.
+        """
+        wish = self.wish()
+        missing, count, total = sum_over_ranks([float(not mine), float(wish > 0), float(wish)], device)
+        self.stop_if_any(count, total)
+        return missing == 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -1,0 +1,97 @@
+"""Decode a task's held-out rows greedily and score the answers: of a base model, an adapter, a merged or PEFT folder.
+
+    python launch/evaluate.py                                                          the demo model on the demo task
+    deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
+
+Read top to bottom: it is the table of contents of an evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.pipeline.launch_env import (
+    join_process_group,
+    leave_process_group,
+    local_rank,
+    prepare_environment,
+    rank_and_world_size,
+)
+from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank; returns the exit status: 0 finished, 130 or 143 stopped by a signal."""
+    settings = parse_settings(argv, EvaluateSettings)
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    stop = StopWatch()
+    stop.install()
+    try:
+        _evaluate(settings, rank, world_size, stop)
+    except RunStopped as stopped:
+        if rank == 0:
+            print(f"stopped by {stopped}; nothing was written", file=sys.stderr)
+        return exit_status(stopped.signal_number)
+    return 0
+
+
+def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch) -> None:
+    # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
+    # from here on.
+    from megatron_tiedlora.checkpoint.load_model import load_model
+    from megatron_tiedlora.evaluation.answering import answer_all
+    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
+    from megatron_tiedlora.evaluation.plan import plan_evaluation
+    from megatron_tiedlora.evaluation.results import output_folder, score_table, write_results
+    from megatron_tiedlora.evaluation.scores import score_answers
+    from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.pipeline.topology import make_groups, make_process_grid
+
+    is_main = rank == 0
+    plan = plan_evaluation(settings, rank=rank, world_size=world_size)
+    held_out = read_held_out(plan)
+    device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+    check_same_rows(held_out, device)
+    decided_by_rank_0(lambda: output_folder(plan), device)  # refuses one that is not free before work is done for it
+    groups = make_groups(plan.grid, make_process_grid(plan.grid))
+    stage = load_model(
+        plan.source,
+        plan.adapter,
+        dtype=plan.dtype,
+        device=device,
+        grid=plan.grid,
+        groups=groups,
+        stages=plan.stages,
+        merged=settings.merge_adapter,
+        progress=is_main,
+    )
+    if is_main:
+        print("\n".join(plan.headline(len(held_out.scored.examples), held_out.scored.num_cut)))
+    with stop.deferred():
+        answers = answer_all(
+            Decoder(stage, groups, plan.source.config),
+            held_out.scored,
+            tokenizer=held_out.tokenizer,
+            grid=plan.grid,
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=settings.batch_size,
+            agree=lambda mine: stop.agree(mine, device),
+            progress=is_main,
+        )
+    leave_process_group()
+    if answers is None:  # the answers are on rank 0
+        return
+    stop.raise_if_wished()
+    scores = score_answers(plan.task.metrics, answers, seed=settings.seed)
+    with stop.deferred():  # this takes a moment, and is then done
+        folder = write_results(plan, answers, scores)
+    print("\n".join(score_table(plan, scores, folder)))
+
+
+if __name__ == "__main__":
+    run_command(main, quiet=local_rank() != 0, argv=sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Every setting of launch/evaluate.py: which model, cut how, decodes what, and where its answers and scores go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
+from megatron_tiedlora.config.task_names import TASK_NAMES
+
+GROUPS = {
+    "run": "where answers and scores go",
+    "model": "what decodes",
+    "parallel": "how the model is cut (data parallel is what is left of the world)",
+    "data": "what is decoded and scored",
+}
+
+
+class EvaluateSettings(CommandSettings):
+    """The settings of one evaluation, validated and frozen.
+
+    What depends on the model or the task stays None here and is resolved where that is known: `model` (the adapter's
+    base, or the demo), `output_dir`, `max_length`, `max_new_tokens`, `limit`.
+    """
+
+    prog: ClassVar[str] = "evaluate.py"
+    about: ClassVar[str] = "Decode a task's rows greedily and score the answers, with or without an adapter."
+    groups: ClassVar[Mapping[str, str]] = GROUPS
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, say --task or --test_file"}
+
+    output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
+    seed: int = setting_field(
+        "run", "seed of the resampling, and of a validation part that is carved from training rows", 1234, ge=0
+    )
+    timeout_minutes: float = setting_field("run", "longest wait for another rank before the job fails", 30.0, gt=0)
+
+    model: str | None = optional_field(
+        "model", "demo, a HF folder (a merged one too) or hub id (default: the adapter's base, or demo)"
+    )
+    adapter: str | None = optional_field("model", "native adapter (RUN/adapter) or PEFT LoRA folder (default: none)")
+    merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it beside", False)
+    tokenizer: str | None = optional_field(
+        "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
+    )
+    dtype: Literal["bf16", "fp32"] = setting_field(
+        "model", "precision of the base, and of an adapter that is added to it", "bf16"
+    )
+    max_length: int | None = optional_field(
+        "model", "longest prompt and answer together; longer prompts lose their middle (default: the model's)", ge=8
+    )
+
+    tensor_parallel: int = setting_field(
+        "parallel", "ranks that share each layer; must divide heads and widths", 1, ge=1
+    )
+    pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
+
+    task: str = setting_field("data", "what the rows are, and how answers are scored", choices=TASK_NAMES)
+    split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
+    test_file: str | None = optional_field(
+        "data", "rows of the test split: .jsonl, .json, .parquet or a hub id (default: the task's own)"
+    )
+    validation_file: str | None = optional_field(
+        "data", "rows of the validation split (default: carved from the training rows, as a run of --seed does)"
+    )
+    train_file: str | None = optional_field("data", "training rows, to carve the validation split from")
+    prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
+    max_new_tokens: int | None = optional_field(
+        "data", "longest answer [500, or half of a shorter context; demo 200]", ge=1
+    )
+    batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
+    limit: int | None = optional_field("data", "only this many rows, the first ones [all; demo 24]", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = {name: value for name, value in values.items() if value is not None}
+        files = ("test_file", "validation_file", "train_file")
+        if "task" not in filled and any(name in filled for name in files):
+            filled["task"] = "custom"
+        elif "task" not in filled and filled.get("model", "demo") == "demo" and "adapter" not in filled:
+            filled["task"] = "demo"
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateSettings:
+        if self.merge_adapter and self.adapter is None:
+            raise ValueError("--merge_adapter needs --adapter")
+        unread = ("validation_file", "train_file") if self.split == "test" else ("test_file",)
+        for name in unread:
+            if getattr(self, name) is not None:
+                other = "validation" if self.split == "test" else "test"
+                raise ValueError(f"--{name} only goes with --split {other}; this one decodes the {self.split} rows")
+        return self

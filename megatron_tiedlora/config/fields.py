@@ -1,0 +1,121 @@
+"""What the settings of every command have in common: a field is a name, a type, a default, a help text and a group.
+
+Owns how fields are declared and how values become frozen settings; which settings there are is each command's, and
+`cli.py` turns the fields of any command into flags and YAML names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from megatron_tiedlora.config.errors import UserError
+
+AnySettings = TypeVar("AnySettings", bound="CommandSettings")
+
+
+def setting_field(
+    group: str, help_text: str, default: Any = ..., *, choices: Sequence[str] | None = None, **constraints: Any
+) -> Any:
+    """A field of a `CommandSettings`.
+
+    Args:
+        group: a key of the class's `groups`.
+        default: left out where the command needs the value, or fills it in from other values.
+        choices: of a text, where they are not known when the code is written (else let the type be a Literal).
+        constraints: pydantic's, such as `ge=1`.
+    """
+    extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
+    return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
+
+
+def optional_field(group: str, help_text: str, **constraints: Any) -> Any:
+    """A field that may be left out, and is None then; the arguments are those of `setting_field`."""
+    return setting_field(group, help_text, None, **constraints)
+
+
+def field_group(field: FieldInfo) -> str:
+    """The group that a field was declared in."""
+    return str(_extra(field)["group"])
+
+
+def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
+    """The choices that a field was declared with; None where its type alone says what it takes."""
+    choices = _extra(field).get("choices")
+    return None if choices is None else tuple(choices)
+
+
+def _extra(field: FieldInfo) -> Mapping[str, Any]:
+    assert isinstance(field.json_schema_extra, dict), "declare settings with setting_field"
+    return field.json_schema_extra
+
+
+class CommandSettings(BaseModel):
+    """The settings of one start of a command, validated and frozen. Subclasses declare fields with `setting_field`.
+
+    Attributes:
+        prog: the command's file name, for its help.
+        about: what the command does, for its help.
+        groups: name and description of each group of flags, in the order of the help.
+        missing: by field, what to say beside "is needed" where a value is missing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    prog: ClassVar[str]
+    about: ClassVar[str]
+    groups: ClassVar[Mapping[str, str]]
+    missing: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def default_text(cls, name: str) -> str:
+        """The default of a field as its help shows it; '' where the help text says it, or there is none."""
+        field = cls.model_fields[name]
+        if field.is_required() or field.default is None:
+            return ""
+        return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> CommandSettings:
+        for name, field in type(self).model_fields.items():
+            choices, value = field_choices(field), getattr(self, name)
+            if choices is not None and value is not None and value not in choices:
+                known = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"--{name} {value}: input should be one of {known}{nearest_name(value, choices)}")
+        return self
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
+    """Validate flat names and values into settings of `kind`.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one) or a value out of range, in one line.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise UserError(f"unknown setting {name!r}{nearest_name(str(name), kind.model_fields)}; see --help")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError(_one_line(error, kind)) from None
+
+
+def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        hint = kind.missing.get(name)
+        return f"--{name} is needed" + (f": {hint}" if hint else "")
+    return f"--{name} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,0 +1,181 @@
+"""Everything an evaluation is, decided and checked before weights are read or a rank is waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, MERGE_RECORD, NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, resolve_max_new_tokens
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.convert.inputs import open_inputs
+from megatron_tiedlora.data.tasks import Task, get_task
+from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.pipeline.layout import check_model_layout
+from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A checked evaluation: its settings with what follows from them, the model and the number of ranks.
+
+    Attributes:
+        kind: of the model: base, merged (a folder that an adapter was merged into), native or peft.
+        max_length: longest prompt and answer together, in tokens.
+        limit: of samples; None is all.
+    """
+
+    settings: EvaluateSettings
+    task: Task
+    source: ModelSource
+    adapter: NativeAdapter | None
+    kind: str
+    grid: Grid
+    stages: Stages
+    max_length: int
+    max_new_tokens: int
+    limit: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base."""
+        return DTYPES[self.settings.dtype]
+
+    @property
+    def adapter_name(self) -> str:
+        """METHOD-rRANK, or base where there is no adapter."""
+        if self.adapter is None:
+            return self.kind
+        method = "peft" if self.kind == "peft" else self.adapter.config.method
+        return f"{method}-r{self.adapter.config.rank}"
+
+    @property
+    def name(self) -> str:
+        """MODEL-TASK-ADAPTER, for the folder."""
+        model = self.source.name.rstrip("/").rsplit("/", 1)[-1]
+        return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
+
+    def headline(self, num_samples: int, num_cut: int) -> list[str]:
+        """What is evaluated, in a few lines, before its progress bar; `num_cut` prompts do not fit whole."""
+        settings, grid = self.settings, self.grid
+        adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
+        merged = ", merged" if settings.merge_adapter else ""
+        cut = f", {num_cut} of them without their middle to fit" if num_cut else ""
+        return [
+            f"model      {self.source.name} in {settings.dtype}{adapter}{merged}",
+            f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
+            f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
+            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
+        ]
+
+    def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
+        """Every setting as a plain value, with what depends on the model, the task and the world filled in."""
+        return {
+            **self.settings.model_dump(),
+            "output_dir": str(output_dir),
+            "model": self.source.name,
+            "max_length": self.max_length,
+            "max_new_tokens": self.max_new_tokens,
+            "limit": self.limit,
+        }
+
+    def model_facts(self) -> dict[str, Any]:
+        """What decoded, and in which layout: kind of model, adapter and ranks, for results.json."""
+        adapter = None
+        if self.adapter is not None:
+            config = self.adapter.config
+            adapter = {
+                "method": config.method,
+                "rank": config.rank,
+                "alpha": config.alpha,
+                "layers": list(config.layers),
+                "merged": self.settings.merge_adapter,
+            }
+        layout = {
+            "tensor_parallel": self.grid.tp_size,
+            "pipeline_parallel": self.grid.pp_size,
+            "data_parallel": self.grid.dp_size,
+        }
+        return {"model_kind": self.kind, "adapter": adapter, "layout": layout}
+
+
+def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -> EvaluationPlan:
+    """Find model and adapter, and check that settings, model and world fit each other.
+
+    Raises:
+        UserError: the first thing that does not fit, with the fix.
+    """
+    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    source, adapter, kind = _find_model(settings)
+    config = source.config
+    check_model_layout(config, grid)
+    max_length = config.max_positions if settings.max_length is None else settings.max_length
+    if max_length > config.max_positions:
+        raise UserError(
+            f"--max_length {max_length}: {source.name} was trained for {config.max_positions} positions; give at most"
+            " that"
+        )
+    limit = settings.limit
+    if limit is None and settings.task == "demo":
+        limit = DEMO_SCORED_SAMPLES
+    if adapter is None:
+        source = find_model(source.name)  # until now without the weights of a hub model
+        source.weights_folder()  # refuses a shape
+    return EvaluationPlan(
+        settings=settings,
+        task=get_task(settings.task),
+        source=source,
+        adapter=adapter,
+        kind=kind,
+        grid=grid,
+        stages=partition(_decoding_costs(config, max_length), grid.pp_size),
+        max_length=max_length,
+        max_new_tokens=resolve_max_new_tokens(settings.max_new_tokens, max_length, settings.task),
+        limit=limit,
+    )
+
+
+def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str]:
+    """(base, adapter, kind of model). Raises UserError where either is not there, or they do not belong together."""
+    if settings.adapter is None:
+        source = find_model(settings.model or "demo", weights=False)
+        return source, None, "merged" if _is_merged(source) else "base"
+    if adapter_kind(settings.adapter) == "native":
+        return *open_inputs(settings.adapter, settings.model), "native"
+    folder = Path(settings.adapter).expanduser()
+    named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
+    named = named if isinstance(named, str) else ""
+    if not (settings.model or named):
+        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
+    try:
+        source = find_model(settings.model or named)
+    except UserError as error:
+        if settings.model is not None:
+            raise
+        raise UserError(f"{folder}: its base is not to be had, give it with --model ({error})") from None
+    if _is_merged(source) and not _same_folder(source, named):
+        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+    return source, load_peft_adapter(folder, source), "peft"
+
+
+def _is_merged(source: ModelSource) -> bool:
+    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
+
+
+def _same_folder(source: ModelSource, named: str) -> bool:
+    return Path(named).expanduser().resolve() == source.weights_folder().resolve()
+
+
+def _decoding_costs(config: LlamaConfig, length: int) -> list[float]:
+    """Costs of every layer of the flat list where nothing is trained: no layer, nor the head, has a backward pass."""
+    *layers, head = layer_costs(config, length=length, first_adapted=config.num_layers + 1)
+    return [*layers, head / 2]

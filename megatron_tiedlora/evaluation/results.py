@@ -1,0 +1,107 @@
+"""What an evaluation leaves: predictions.jsonl, a line a sample, results.json, and a table on the screen."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_tiedlora
+from megatron_tiedlora.checkpoint.atomic import new_folder, write_json, write_text
+from megatron_tiedlora.checkpoint.output_folder import choose_output_folder
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.metrics import find_metric
+from megatron_tiedlora.evaluation.plan import EvaluationPlan
+from megatron_tiedlora.evaluation.scores import Score
+
+PREDICTIONS_FILE = "predictions.jsonl"
+RESULTS_FILE = "results.json"
+DEFAULT_PARENT = "evaluations"
+_LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
+
+
+def output_folder(plan: EvaluationPlan) -> Path:
+    """Where the files are going to be. Raises UserError where other files are there, or none can be written."""
+    return choose_output_folder(plan.settings.output_dir, parent=DEFAULT_PARENT, name=plan.name)
+
+
+def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
+    """One line of predictions.jsonl: texts, `score` by the task's own (first) metric, the others under their names."""
+    first, *others = metrics
+    example = answer.example
+    row: dict[str, Any] = {
+        "prompt": example.prompt,
+        "prediction": answer.prediction,
+        "references": list(answer.references),
+        "score": find_metric(first).sample(answer),
+        **{name: find_metric(name).sample(answer) for name in others},
+    }
+    if example.choices:
+        row.update(choices=list(example.choices), choice_scores=list(answer.choice_scores))
+    return row
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """Readable in any language; what some readers take for the end of a line is escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    for separator in ("\x85", "\u2028", "\u2029"):
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text + "\n"
+
+
+def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
+    """The content of results.json: the task's own score, all scores, what decoded, settings and versions."""
+    first = plan.task.metrics[0]
+    described = {name: score.plain() for name, score in scores.items()}
+    return {
+        "task": plan.task.name,
+        "split": plan.settings.split,
+        "metric": first,
+        **described[first],
+        "scores": described,
+        **plan.model_facts(),
+        "settings": plan.resolved_settings(folder),
+        "ranks": plan.grid.world_size,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"megatron_tiedlora": megatron_tiedlora.__version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # a metric that was not asked for needs it
+            continue
+    return found
+
+
+def write_results(plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score]) -> Path:
+    """Write both files at once, in a folder that is there whole or not at all; returns it.
+
+    Raises:
+        UserError: another job has filled the folder meanwhile, or it cannot be written.
+    """
+    folder = output_folder(plan)
+    rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
+    with new_folder(folder) as temporary:
+        write_text(temporary / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
+        write_json(temporary / RESULTS_FILE, results_content(plan, scores, folder))
+    return folder
+
+
+def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> list[str]:
+    """What a user reads at the end: scores in per cent with intervals, by which rule, and where the files are."""
+    count = next(iter(scores.values())).num_samples
+    width = max(len("metric"), *map(len, scores))
+    lines = [
+        f"{plan.task.name}, {count} {plan.settings.split} rows, scores in per cent",
+        f"  {'metric':<{width}}  {'score':>6}  {'95 % interval':<16}  signature",
+    ]
+    for name, score in scores.items():
+        interval = f"{score.low:.2f} to {score.high:.2f}"
+        lines.append(f"  {name:<{width}}  {score.value:>6.2f}  {interval:<16}  {score.signature}")
+    return [*lines, f"files     {folder / PREDICTIONS_FILE}", f"          {folder / RESULTS_FILE}"]

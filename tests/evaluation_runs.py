@@ -1,0 +1,95 @@
+"""Starts launch/evaluate.py on tiny models and reads what it has left; scores computed anew from predictions.jsonl."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_helpers import EVALUATE, Ended, run_ranks
+
+TEXTS = ("prompt", "prediction", "references")
+
+
+def evaluate(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any = None, **settings: Any) -> Ended:
+    """One evaluation into `folder`, started in `work`, which must end well on every rank."""
+    settings = {"output_dir": folder, "dtype": "fp32", **settings}
+    arguments = [f"--{name}={str(value).lower() if value is True else value}" for name, value in settings.items()]
+    ended = run_ranks(arguments, folder=work, ranks=ranks, prelude=prelude, script=EVALUATE).expect(0)
+    assert {item.name for item in folder.iterdir()} == {"predictions.jsonl", "results.json"}
+    return ended
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl, as a user would read them."""
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """results.json."""
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def texts(folder: Path) -> list[str]:
+    """What was predicted, in the order of the file."""
+    return [row["prediction"] for row in predictions(folder)]
+
+
+def score_again(task: str, row: dict[str, Any]) -> dict[str, float]:
+    """The scores of one line of predictions.jsonl by the task's own definition, in per cent; shares no code."""
+    found, wanted = row["prediction"], row["references"]
+    if task == "custom":
+        return {"exact_match": 100.0 * (found in wanted)}
+    if task == "gsm8k":
+        numbers = [re.findall(r"#### (-?[0-9.,]+)", text) for text in (found, wanted[0])]
+        first = [some[0].replace(",", "") if some else None for some in numbers]
+        return {"gsm8k": 100.0 * (first[0] is not None and first[0] == first[1])}
+    assert task == "squad"
+
+    def words(text: str) -> list[str]:
+        kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+    def f1(one: list[str], other: list[str]) -> float:
+        common = sum((Counter(one) & Counter(other)).values())
+        if not common:
+            return 0.0
+        precision, recall = common / len(one), common / len(other)
+        return 2 * precision * recall / (precision + recall)
+
+    mine = words(found)
+    return {
+        "squad": 100.0 * any(mine == words(text) for text in wanted),
+        "squad_f1": 100.0 * max(f1(mine, words(text)) for text in wanted),
+    }
+
+
+def answering_model(folder: Path, answer: str) -> Path:
+    """Change the tiny model in `folder` so that it continues `...:` with `answer` and the end, whatever came before.
+
+    The answer becomes one token. Attention and feed-forward add next to nothing to a token's embedding, from which the
+    head reads what comes next.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    colon = tokenizer.encode(":", add_special_tokens=False)[0]
+    tokenizer.add_tokens([answer])
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chain = (colon, tokenizer.convert_tokens_to_ids(answer), tokenizer.eos_token_id)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 1e-3
+            layer.mlp.down_proj.weight *= 1e-3
+        embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
+        for token, following in itertools.pairwise(chain):
+            model.lm_head.weight[following] = 6 * torch.nn.functional.normalize(embedding[token] * norm, dim=0)
+    model.save_pretrained(folder)
+    return folder

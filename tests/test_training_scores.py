@@ -1,0 +1,117 @@
+"""Scores by decoding in a training run: before and after it, and as what chooses the best checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import losses, metrics, status
+from run_helpers import Base, run_ranks, write_base
+
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+
+ONE_RANK = {"ds_config": "zero1.json"}
+# Ranks and settings that change where a run computes and not what.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, ONE_RANK),
+    "pp2": (2, {"pipeline_parallel": 2, **ONE_RANK}),
+    "tp2_dp2": (4, {"tensor_parallel": 2, **ONE_RANK}),
+    "zero3_dp2": (2, {"ds_config": "zero3.json"}),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Every answer is "x", which the tiny model learns late for some of the prompts."""
+    base = write_base(tmp_path_factory.mktemp("base"))
+    rows = [{"prompt": f"say {index} {letter}", "completion": "x"} for index, letter in enumerate(LETTERS)]
+    base.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base
+
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+
+
+def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
+    settings = {
+        "validation_file": base.train,
+        "test_file": base.train,
+        "max_new_tokens": 8,
+        "learning_rate": 5e-2,
+        "max_steps": 16,
+        "rank": 8,
+        "output_dir": folder / "run",
+        **changes,
+    }
+    run_ranks(base.arguments(**settings), folder=folder, ranks=ranks).expect(0)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run at every layout, judged by its metric on half of the validation rows."""
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        name: start(base, root / name, ranks, eval_metric="exact_match", eval_samples=12, **changes)
+        for name, (ranks, changes) in LAYOUTS.items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_metric_chooses_the_best_checkpoint(runs: dict[str, Path], layout: str) -> None:
+    """The first step with the highest score, although the loss went on falling."""
+    rows = metrics(runs[layout], "validation")
+    by_loss = min(rows, key=lambda row: row["loss"])["step"]
+    by_metric = max(rows, key=lambda row: (row["exact_match"], -row["step"]))["step"]
+    assert 0 < by_metric < by_loss
+    best = load_adapter(runs[layout] / "adapter").state
+    kept = load_adapter(runs[layout] / "checkpoints" / f"step_{by_metric}").state
+    last = load_adapter(runs[layout] / "checkpoints" / f"step_{by_loss}").state
+    assert all((best[name] == kept[name]).all() for name in best)
+    assert any((best[name] != last[name]).any() for name in best)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
+def test_scores_do_not_depend_on_the_layout(runs: dict[str, Path], layout: str) -> None:
+    alone, here = runs["alone"], runs[layout]
+    assert [(row["step"], row["exact_match"]) for row in metrics(here, "validation")] == [
+        (row["step"], row["exact_match"]) for row in metrics(alone, "validation")
+    ]
+    assert json.loads((here / "scores.json").read_text()) == json.loads((alone / "scores.json").read_text())
+
+
+def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: dict[str, Path]) -> None:
+    scores = json.loads((runs["alone"] / "scores.json").read_text())
+    assert scores["before"]["exact_match"]["n"] == scores["after"]["exact_match"]["n"] == len(LETTERS)
+    assert scores["before"]["exact_match"]["score"] == 0 < scores["after"]["exact_match"]["score"] < 100
+    shares = {row["exact_match"] for row in metrics(runs["alone"], "validation")}
+    assert all(share * 12 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
+
+
+def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:
+    """The score stays at 0 while the loss falls: two evaluations after the first one the run ends."""
+    run = start(base, tmp_path, eval_metric="exact_match", patience=2, test_file=None)
+    assert status(run) == {"state": "finished", "step": 6, "reason": "early_stopping"}
+    assert [loss for _, loss in losses(run, "validation")] == sorted(
+        (loss for _, loss in losses(run, "validation")), reverse=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval_metric": "bleu"}, ("--eval_metric bleu", "custom", "loss or exact_match")),
+        ({"max_new_tokens": 256}, ("--max_new_tokens 256", "256 positions")),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    base: Base, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    ended = run_ranks(base.arguments(output_dir=tmp_path / "run", **changes), folder=tmp_path)
+    assert ended.statuses == [2] and not (tmp_path / "run").exists()
+    (line,) = [line for line in ended.errors[0].splitlines() if line.startswith("error:")]
+    assert all(word in line for word in words), line
