@@ -19,6 +19,7 @@ ORDER = (
     "convert",
     "evaluation",
     "training",
+    "study",
 )
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {

@@ -1,0 +1,190 @@
+"""Figures 2 and 3: scores by rank, averaged over the tasks and for each task; error bars are 95 % intervals.
+
+Where the paper published a score of the same model, task, method and rank, Figure 3 shows it as a hollow mark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.study.paper import table2_points
+from megatron_tiedlora.study.scores import Study, TestScore
+from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
+
+BEST_METHODS = ("lora", "vera", "tl5", "tl6")
+# Colours that differ also for eyes that tell red and green apart badly, and marks that differ too.
+STYLES: Mapping[str, tuple[str, str]] = {
+    "lora": ("#000000", "o"),
+    "vera": ("#999999", "s"),
+    "tl1": ("#56B4E9", "v"),
+    "tl2": ("#0072B2", "^"),
+    "tl3": ("#F0C419", "<"),
+    "tl4": ("#CC79A7", ">"),
+    "tl5": ("#009E73", "D"),
+    "tl6": ("#D55E00", "P"),
+}
+BASE_LABEL, PAPER_LABEL = "base model", "the paper"
+NAMES = {"lora": "LoRA", "vera": "VeRA", **{f"tl{i}": f"TL{i}" for i in range(1, 7)}}
+
+
+@dataclass(frozen=True)
+class PlotPoint:
+    """A score by rank with the lengths of its error bar below and above, in per cent."""
+
+    rank: int
+    value: float
+    below: float
+    above: float
+
+
+def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
+    """By method, the mean over the studies by rank, where all of them have a score at that rank.
+
+    The tasks' test sets are independent, so the lengths of their error bars add as squares.
+    """
+    found: dict[str, list[PlotPoint]] = {}
+    for method in METHOD_NAMES:
+        by_task = [{r.point.rank: r.score for r in s.table_results if r.point.method == method} for s in studies]
+        ranks = sorted(set.intersection(*map(set, by_task)))
+        points = [_mean(rank, [score for scores in by_task if (score := scores[rank]) is not None]) for rank in ranks]
+        if points:
+            found[method] = points
+    return found
+
+
+def _mean(rank: int, scores: Sequence[TestScore]) -> PlotPoint:
+    count = len(scores)
+    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / count
+    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / count
+    return PlotPoint(rank, sum(score.value for score in scores) / count, below, above)
+
+
+def draw_figure2(studies: Sequence[Study], target: Path) -> None:
+    """All methods, and the best ones beside LoRA and VeRA. Raises UserError where it cannot be written."""
+    figure, axes = _panels(2)
+    data = lines(studies)
+    best = {name: points for name, points in data.items() if name in BEST_METHODS}
+    for panel, chosen, name in zip(axes, (data, best), ("all methods", "LoRA, VeRA, TL5, TL6"), strict=True):
+        _draw(panel, chosen, title=f"{model_title(studies[0])}: {name}", base=_mean_base(studies))
+        panel.set_ylabel(_score_label(studies))
+    _save(figure, axes, target)
+
+
+def draw_figure3(studies: Sequence[Study], target: Path) -> None:
+    """One panel for each task. Raises UserError where it cannot be written."""
+    figure, axes = _panels(len(studies))
+    for panel, study in zip(axes, studies, strict=True):
+        base, data = study.base, lines([study])
+        published = {name: table2_points(base.paper_model, name, base.task, base.metric) for name in data}
+        heading = f"{model_title(study)}: {title(study)}"
+        _draw(panel, data, title=heading, base=_mean_base([study]), published=published)
+        panel.set_ylabel(_score_label([study]))
+    _save(figure, axes, target)
+
+
+def _score_label(studies: Sequence[Study]) -> str:
+    if len(studies) > 1:
+        return f"mean score of {len(studies)} tasks, per cent"
+    return f"{METRIC_TITLES.get(studies[0].base.metric, studies[0].base.metric)}, per cent"
+
+
+def _mean_base(studies: Sequence[Study]) -> float | None:
+    values = [study.base_score.value for study in studies if study.base_score is not None]
+    return sum(values) / len(values) if len(values) == len(studies) else None
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows + 0.5), dpi=130, squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
+
+
+def _draw(
+    axes: Any,
+    data: Mapping[str, Sequence[PlotPoint]],
+    *,
+    title: str,
+    base: float | None,
+    published: Mapping[str, Mapping[int, float]] | None = None,
+) -> None:
+    ranks = {point.rank for points in data.values() for point in points}
+    for index, (method, points) in enumerate(data.items()):
+        colour, mark = STYLES[method]
+        # Marks of one rank stand a little beside each other, so that their error bars can be told apart.
+        beside = 2 ** (0.04 * (index - (len(data) - 1) / 2))
+        axes.errorbar(
+            [point.rank * beside for point in points],
+            [point.value for point in points],
+            yerr=[[point.below for point in points], [point.above for point in points]],
+            label=NAMES[method],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            linewidth=1.4,
+            elinewidth=0.7,
+            capsize=2,
+        )
+        theirs = (published or {}).get(method, {})
+        if theirs:
+            ranks |= theirs.keys()
+            places, scores = [rank * beside for rank in theirs], list(theirs.values())
+            axes.plot(places, scores, mark, color=colour, markerfacecolor="none", markersize=9)
+            axes.plot([], [], "o", color="#444444", markerfacecolor="none", markersize=9, label=PAPER_LABEL)
+    values = [point.value for points in data.values() for point in points]
+    if base is not None and values:
+        low, high = min(values), max(values)
+        span = max(high - low, 1.0)
+        shown = low - span < base < high + span
+        if shown:
+            axes.axhline(base, color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
+        else:  # drawn, it would press the curves together
+            axes.plot([], [], color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
+        title += f"\nbase model {base:.2f}" + ("" if shown else ", outside of the plot")
+    axes.set_title(title, fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ranks), [str(rank) for rank in sorted(ranks)])
+    axes.minorticks_off()
+    axes.set_xlabel("rank r")
+    axes.grid(alpha=0.3)
+    if not values:
+        axes.text(0.5, 0.5, "no rank has all its scores yet", transform=axes.transAxes, ha="center")
+
+
+def _save(figure: Any, axes: Sequence[Any], target: Path) -> None:
+    from matplotlib import pyplot
+
+    entries: dict[str, Any] = {}
+    for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
+    height = figure.get_size_inches()[1]
+    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+    if names:
+        columns = -(-len(names) // (2 if len(axes) == 1 else 1))
+        figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
+    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    try:
+        figure.savefig(unfinished, format="png", metadata={"Software": None})  # the same bytes for the same scores
+        unfinished.replace(target)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,130 @@
+"""Which runs a study is made of: points (an adapter that is scored) and, for each, one run by learning rate.
+
+Owns names, order and counts of trained parameters; starts and reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.sweep_settings import SweepSettings
+
+SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
+PAPER_LAYER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the number of trained parameters depends on: layers L, hidden size d, and rows of Q, K and V."""
+
+    num_layers: int
+    hidden_size: int
+    qkv_rows: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Point:
+    """An adapter of the study: a method at a rank, on all layers or on one (1-based)."""
+
+    method: str
+    rank: int
+    layer: int | None = None
+
+    def num_trained(self, shape: Shape) -> int:
+        """Trained parameters on a model of `shape`."""
+        layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
+        config = make_adapter_config(
+            self.method,
+            rank=self.rank,
+            layers=layers,
+            hidden_size=shape.hidden_size,
+            qkv_rows=shape.qkv_rows,
+            seed=0,
+        )
+        return sum(config.num_trained().values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a point."""
+
+    point: Point
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """METHOD-rRANK-lrRATE[-layerN], its folder's name."""
+        point = self.point
+        layer = "" if point.layer is None else f"-layer{point.layer}"
+        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{layer}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The training settings that the grid decides."""
+        settings: dict[str, Any] = {
+            "method": self.point.method,
+            "rank": self.point.rank,
+            "learning_rate": self.learning_rate,
+        }
+        return settings if self.point.layer is None else {**settings, "layers": self.point.layer}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of a study. `table` are those of Table 2 and the figures, `single` and `rival` those of Table 3."""
+
+    table: tuple[Point, ...]
+    single: tuple[Point, ...]
+    rival: Point | None
+    learning_rates: tuple[float, ...]
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """All of them, each once, in the order in which they are trained."""
+        extra = (self.rival,) if self.rival is not None else ()
+        return tuple(dict.fromkeys((*self.table, *self.single, *extra)))
+
+    def runs(self, point: Point) -> tuple[Run, ...]:
+        """The runs of a point, one by learning rate, as they were given."""
+        return tuple(Run(point, rate) for rate in self.learning_rates)
+
+
+def make_grid(settings: SweepSettings, num_layers: int) -> Grid:
+    """The grid that `settings` ask for on a model of `num_layers` layers.
+
+    Raises:
+        UserError: a layer beyond the model.
+    """
+    layers = single_layers(settings.single_layers, num_layers)
+    rank = settings.single_layer_rank
+    return Grid(
+        table=tuple(Point(method, r) for method in settings.methods for r in settings.ranks),
+        single=tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers),
+        rival=Point(SINGLE_LAYER_RIVAL, rank) if layers else None,
+        learning_rates=settings.learning_rates,
+    )
+
+
+def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
+    """The layers that are adapted one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
+    if wanted is None:
+        return ()
+    if isinstance(wanted, str):
+        return tuple(sorted({1, num_layers, *range(PAPER_LAYER_STEP, num_layers + 1, PAPER_LAYER_STEP)}))
+    if max(wanted) > num_layers:
+        raise UserError(f"--single_layers {max(wanted)}: the model has layers 1 to {num_layers}")
+    return tuple(wanted)
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it stands in names: 1e-4, 2.5e-5, 3e-2; different rates have different texts."""
+    sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
+    assert not sign and isinstance(exponent, int)
+    text = "".join(map(str, digits))
+    mantissa = text[0] + (f".{text[1:]}" if len(text) > 1 else "")
+    return f"{mantissa}e{exponent + len(text) - 1}"

@@ -1,0 +1,246 @@
+"""How the commands of a study are started, watched and stopped; which commands, and when, is jobs.py's.
+
+A command is launch/train.py or launch/evaluate.py under the `deepspeed` launcher. Its end is judged by the files that
+it leaves and not by its exit status, which a launcher may lose.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import psutil
+
+from megatron_tiedlora.config.errors import UserError
+
+LOCK_FILE = ".lock"
+LOG_MARK = "$ "  # before the command, at every start that a log tells of
+LOOK_SECONDS = 5.0  # between looks at what a launcher has started, for the case that it dies
+
+
+@dataclass(frozen=True)
+class Command:
+    """One start of a script.
+
+    Attributes:
+        settings: the script's flags, by name.
+        launcher: arguments of the `deepspeed` launcher.
+        log: what it prints is added to this file.
+        lock: descriptor that the command keeps open, so that the study stays locked while it lives.
+    """
+
+    script: Literal["train", "evaluate"]
+    settings: Mapping[str, Any]
+    launcher: tuple[str, ...]
+    log: Path
+    lock: int
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The settings as flags; None is left out."""
+        return tuple(f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
+
+
+class Child(Protocol):
+    """A command that was started."""
+
+    def ended(self) -> bool:
+        """Whether it and all that it started are gone."""
+
+    def interrupt(self, number: int) -> None:
+        """Tell it to stop, by a signal; it saves and ends in its own time."""
+
+    def kill(self) -> None:
+        """End it at once, with all that it started."""
+
+
+Start = Callable[[Command], Child]
+
+
+def flag_text(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@dataclass
+class LaunchedChild:
+    """A `deepspeed` launcher in a session of its own, with its ranks.
+
+    A launcher that is told to stop ends before its ranks, which save first; so their ends are waited for too.
+    """
+
+    process: subprocess.Popen[bytes]
+    _ranks: list[psutil.Process] = field(default_factory=list)
+    _looked: float = field(default_factory=time.monotonic)
+
+    def ended(self) -> bool:
+        """Whether launcher and ranks are gone."""
+        if self.process.poll() is None:
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._remember()
+            return False
+        self._ranks = [rank for rank in self._ranks if _runs(rank)]
+        return not self._ranks
+
+    def interrupt(self, number: int) -> None:
+        """Signal the launcher, whose ranks notice its end; remember them."""
+        self._remember()
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        self._remember()
+        for rank in self._ranks:
+            with suppress(psutil.Error):
+                rank.kill()
+        with suppress(ProcessLookupError):
+            self.process.kill()
+
+    def _remember(self) -> None:
+        self._looked = time.monotonic()
+        with suppress(psutil.Error):
+            known = {rank.pid for rank in self._ranks}
+            found = psutil.Process(self.process.pid).children(recursive=True)
+            self._ranks += [rank for rank in found if rank.pid not in known]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def deepspeed_starter(scripts: Path) -> Start:
+    """Starts the scripts in folder `scripts` with the `deepspeed` of this interpreter.
+
+    Raises:
+        UserError: there is none.
+    """
+    launcher = Path(sys.executable).with_name("deepspeed")
+    if not launcher.is_file():
+        raise UserError(f"{launcher}: no such launcher; run the sweep with the python that DeepSpeed is installed for")
+
+    def start(command: Command) -> Child:
+        words = [str(launcher), *command.launcher, str(scripts / f"{command.script}.py"), *command.arguments]
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            log.write(f"{LOG_MARK}{shlex.join(words)}\n".encode())
+            log.flush()
+            return LaunchedChild(
+                subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
+                    pass_fds=(command.lock,),
+                )
+            )
+
+    return start
+
+
+# Where a command runs ---------------------------------------------------------------------------------------------
+
+
+def launcher_slots(
+    *, launcher_args: str | None, gpus_per_run: int | None, runs_at_once: int, gpus: Sequence[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Launcher arguments of each place where a command can run at the same time as those in the others.
+
+    Args:
+        gpus: of this machine, as the launcher counts them.
+
+    Raises:
+        UserError: fewer GPUs than a run is to have.
+    """
+    if gpus_per_run is None:
+        return (tuple(shlex.split(launcher_args or "")),) * runs_at_once
+    count = len(gpus) // gpus_per_run
+    if not count:
+        raise UserError(f"--gpus_per_run {gpus_per_run}: this machine has {len(gpus)} GPUs to give")
+    places = (gpus[index * gpus_per_run : (index + 1) * gpus_per_run] for index in range(count))
+    return tuple(("--include", f"localhost:{','.join(place)}") for place in places)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """GPUs by the launcher's numbers: those of CUDA_VISIBLE_DEVICES (`--include` overrides it), else all."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if named is None or not count:
+        return tuple(str(index) for index in range(count))
+    names = tuple(name.strip() for name in named.split(","))[:count]
+    if not all(name.isdigit() for name in names):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: --gpus_per_run needs GPUs by number, as in 0,1")
+    return names
+
+
+def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
+    """Launcher arguments with a port of its own for the ranks to meet, unless they name one."""
+    if any(word.split("=")[0] == "--master_port" for word in launcher):
+        return tuple(launcher)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return (*launcher, "--master_port", str(probe.getsockname()[1]))
+
+
+# One study at a time, and its signals -----------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the folder's lock, and give its descriptor. Commands inherit it: one that outlived a killed sweep holds it.
+
+    Raises:
+        UserError: another sweep, or a run that one has left, is at work here.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {folder}: another sweep, or a run that a killed one has left, is at work here; wait for"
+                " its end, or end it"
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM inside `with`, in the order of their arrival; they are noted and nothing else."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)

@@ -1,0 +1,208 @@
+"""A study's folder: what it was started with, so that a later start goes on with the same study or is refused.
+
+`sweep.yaml` holds the settings (and can be given back with --config), `base.json` what the base model and the task are,
+so that tables need neither, and `sweep_status.json` how the last start ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.fields import field_group
+from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.sweep_settings import (
+    DECIDED_BY_SWEEP,
+    SWEEP_FILE,
+    SweepCommand,
+    SweepSettings,
+    make_command,
+    read_sweep_yaml,
+    resolve_train,
+)
+from megatron_tiedlora.study.grid import Run, Shape, single_layers
+from megatron_tiedlora.study.paper import paper_model
+from megatron_tiedlora.study.processes import LOG_MARK
+from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
+
+# Of the settings that a resumed run may change, those that say what a study is about.
+_SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
+_TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
+_OWN_PLACE = {"output_dir", "dry_run", "tables_from"}
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths of a study."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What it was started with."""
+        return self.path / SWEEP_FILE
+
+    @property
+    def base(self) -> Path:
+        """What the base model and the task are."""
+        return self.path / "base.json"
+
+    @property
+    def status(self) -> Path:
+        """How the last start ended; absent while one is at work."""
+        return self.path / "sweep_status.json"
+
+    def run(self, run: Run) -> Path:
+        """The run folder of a run."""
+        return self.path / "runs" / run.name
+
+    def score(self, name: str) -> Path:
+        """What launch/evaluate.py wrote on the adapter of the run called `name`, or on `base`."""
+        return self.path / "scores" / name
+
+    def log(self, name: str) -> Path:
+        """What the command called `name` printed."""
+        return self.path / "logs" / f"{name}.log"
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What a study is about, apart from its settings."""
+
+    model: str
+    base_hash: str
+    shape: Shape
+    paper_model: str | None
+    task: str
+    metric: str
+
+
+def describe_base(source: ModelSource, *, task: str, metric: str) -> BaseRecord:
+    """The record of a study of `task` on a model."""
+    config = source.config
+    shape = Shape(config.num_layers, config.hidden_size, config.qkv_rows)
+    return BaseRecord(source.name, source.base_hash, shape, paper_model(source.name, config), task, metric)
+
+
+def check_folder(folder: StudyFolder) -> None:
+    """Raise UserError where the folder holds anything but a study, or is a file."""
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not folder.settings.is_file():
+        raise UserError(f"--output_dir {path} holds other files and no sweep; give a new folder")
+
+
+def check_goes_on(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> None:
+    """Raise UserError where the study in the folder was started with settings that `now` contradicts, by name."""
+    if not folder.settings.is_file():
+        return
+    before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
+    _check_extended(before.settings, now.settings, base.shape.num_layers, where)
+    if before.settings.test_limit != now.settings.test_limit:
+        raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
+    # Of the same point, so that what follows from the rank (alpha) is compared where it was given.
+    theirs, ours = resolve_train(now.settings, before.given), now.train
+    for name in type(ours).model_fields:
+        free = (LAYOUT_SETTINGS - _SAME_STUDY) | DECIDED_BY_SWEEP.keys()
+        if name not in free and getattr(theirs, name) != getattr(ours, name):
+            raise UserError(
+                f"{where} --{name} {getattr(theirs, name)}, now it is {getattr(ours, name)}; give the same, or another"
+                " --output_dir"
+            )
+    if folder.base.is_file() and (found := read_base(folder)).base_hash != base.base_hash:
+        raise UserError(f"{folder.base}: --model {base.model} is another model now than the sweep's {found.model} was")
+
+
+def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:
+    pairs: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
+        name: (getattr(before, name), getattr(now, name)) for name in ("methods", "ranks", "learning_rates")
+    }
+    layers = (single_layers(settings.single_layers, num_layers) for settings in (before, now))
+    pairs["single_layers"] = (next(layers), next(layers))
+    for name, (old, new) in pairs.items():
+        missing = [value for value in old if value not in new]
+        if missing:
+            raise UserError(
+                f"{where} --{name} {','.join(map(str, old))}, now {missing[0]} is missing; more may be added, none left"
+                " out"
+            )
+    if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
+        raise UserError(
+            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; give the same"
+        )
+
+
+def occupy(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
+    """Write what the study is, before its first command starts. Raises UserError where it cannot be written."""
+    remove_leftovers(folder.path)
+    own = {
+        name: _plain(getattr(command.settings, name))
+        for name, field in SweepSettings.model_fields.items()
+        if name not in _OWN_PLACE and field_group(field) != "processes"
+    }
+    given = {name: _plain(getattr(command.train, name)) for name in command.given}
+    content = {name: value for name, value in {**own, **given}.items() if value is not None}
+    write_text(folder.settings, yaml.safe_dump(content, sort_keys=False))
+    write_json(folder.base, asdict(base))
+    folder.status.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_command(folder: StudyFolder) -> SweepCommand:
+    """What the study in the folder was started with. Raises UserError."""
+    return make_command({**read_sweep_yaml(str(folder.settings)), "output_dir": str(folder.path)})
+
+
+def read_base(folder: StudyFolder) -> BaseRecord:
+    """base.json. Raises UserError naming what is broken."""
+    content = dict(read_json_object(folder.base, kind="a sweep's folder"))
+    try:
+        shape = Shape(**content.pop("shape"))
+        shape = Shape(shape.num_layers, shape.hidden_size, tuple(shape.qkv_rows))  # type: ignore[arg-type]
+        return BaseRecord(shape=shape, **content)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder.base}: is not what a sweep writes ({error})") from None
+
+
+def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str]) -> None:
+    """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log."""
+    failed = [
+        {"name": name, "reason": reason, "log": str(folder.log(name)), "last_lines": last_lines(folder.log(name))}
+        for name, reason in failures.items()
+    ]
+    write_json(folder.status, {"state": state, "failed": failed})
+
+
+def last_lines(log: Path, count: int = 12) -> list[str]:
+    """The last lines that a command's last start printed, without the states of its progress bars."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 20_000))
+        lines = stream.read().decode(errors="replace").split("\n")
+    starts = [index for index, line in enumerate(lines) if line.startswith(LOG_MARK)]
+    last = lines[starts[-1] + 1 :] if starts else lines
+    shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
+    return [line for line in shown if line and _BAR_MARK not in line][-count:]
+
+
+def read_json_or_none(file: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none or a kill has cut it short."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

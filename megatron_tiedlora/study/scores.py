@@ -1,0 +1,156 @@
+"""What a study's folder says: how each run ended, which learning rate is the better one, and what the test set gave.
+
+Reads files that launch/train.py and launch/evaluate.py have written; decides nothing else. Scores are in per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.checkpoint.resume import LATEST_FILE, PROGRESS_FILE
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
+from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
+from megatron_tiedlora.training.run_folder import RunFolder
+
+BASE_NAME = "base"
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run stands: `finished`, `failed`, `stopped`, `cut off` (killed, or at work) or `to do`."""
+
+    state: str
+    reason: str = ""
+    step: int = 0
+    best: float | None = None
+
+
+@dataclass(frozen=True)
+class TestScore:
+    """A score on the test set with its 95 % confidence interval, in per cent."""
+
+    value: float
+    low: float
+    high: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A point of a study.
+
+    Attributes:
+        run: of the better learning rate on validation, None while no run of the point is finished.
+        missing: runs of other learning rates that are not finished, so that the choice is not the last word.
+    """
+
+    point: Point
+    num_trained: int
+    run: Run | None = None
+    missing: tuple[Run, ...] = ()
+    score: TestScore | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with its results, in the order of its grid; `base_score` is the model's without an adapter."""
+
+    folder: Path
+    base: BaseRecord
+    grid: Grid
+    base_score: TestScore | None
+    results: tuple[Result, ...]
+
+    def result(self, point: Point) -> Result:
+        """The result of a point of the grid."""
+        return next(result for result in self.results if result.point == point)
+
+    @property
+    def table_results(self) -> tuple[Result, ...]:
+        """Those of Table 2 and the figures that have a score."""
+        return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
+
+
+def read_run(folder: Path) -> RunEnd:
+    """How a run stands, by its folder."""
+    run = RunFolder(folder)
+    if not run.is_run:
+        return RunEnd("to do")
+    status = read_json_or_none(run.status)
+    if status is None:
+        return RunEnd("cut off")
+    best = None
+    pointer = run.checkpoints / LATEST_FILE
+    if pointer.is_file():
+        progress = read_json_or_none(run.checkpoints / pointer.read_text(encoding="utf-8").strip() / PROGRESS_FILE)
+        best = None if progress is None else progress.get("best_metric")
+    return RunEnd(str(status.get("state")), str(status.get("reason", "")), int(status.get("step", 0)), best)
+
+
+def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
+    """The finished run that is best on validation; of equals the first. None where no run is finished.
+
+    Args:
+        metric: of --eval_metric: `loss`, of which less is better, or a score.
+    """
+    ends = {run: read_run(folder.run(run)) for run in runs}
+    sign = 1.0 if metric == "loss" else -1.0
+    finished = {
+        run: sign * end.best
+        for run, end in ends.items()
+        if end.state == "finished" and end.best is not None and math.isfinite(end.best)
+    }
+    return min(finished, key=lambda run: finished[run]) if finished else None
+
+
+def read_score(folder: Path) -> TestScore | None:
+    """The score that launch/evaluate.py left in `folder`, or None where there is none yet.
+
+    Raises:
+        UserError: a results.json of another kind.
+    """
+    file = folder / RESULTS_FILE
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = read_json_or_none(file) or {}
+    try:
+        low, high = content["confidence_interval"]
+        return TestScore(float(content["score"]), float(low), float(high), int(content["n"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: is not what launch/evaluate.py writes; remove the folder and start again") from None
+
+
+def read_study(path: Path) -> Study:
+    """A study from its folder, as far as it has come.
+
+    Raises:
+        UserError: no study, or a broken file.
+    """
+    folder = StudyFolder(path)
+    if not folder.settings.is_file():
+        raise UserError(f"{path}: holds no sweep; give the --output_dir of one")
+    command, base = read_command(folder), read_base(folder)
+    grid = make_grid(command.settings, base.shape.num_layers)
+    metric = command.train.eval_metric
+    results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
+    return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results)
+
+
+def _read_result(folder: StudyFolder, grid: Grid, point: Point, base: BaseRecord, metric: str) -> Result:
+    runs = grid.runs(point)
+    chosen = best_run(folder, runs, metric=metric)
+    return Result(
+        point,
+        point.num_trained(base.shape),
+        chosen,
+        tuple(run for run in runs if chosen is not None and read_run(folder.run(run)).state != "finished"),
+        None if chosen is None else read_score(folder.score(chosen.name)),
+    )
+
+

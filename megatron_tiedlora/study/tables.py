@@ -1,0 +1,172 @@
+"""The paper's Table 2 and Table 3, from studies of one task each, as values; text.py writes them out.
+
+P% is a method's trained parameters in per cent of those of LoRA at LoRA's best rank. The average decline of a method
+against LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores, over the tasks, LoRA at its
+best rank. Of the definitions that the paper may have meant it alone comes to its figures for tl6 at LoRA's best rank:
+1.95 % with GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300; the
+mean of the tasks' own declines would be 5.07 and 1.63). For one task it is the decline in per cent of LoRA's score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_tiedlora.adapters.methods import find_method
+from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.study.grid import Point
+from megatron_tiedlora.study.paper import (
+    BEST_RANK,
+    LORA_RANK,
+    TABLE3_RANK,
+    PaperCell,
+    table2_cell,
+    table3_scores,
+)
+from megatron_tiedlora.study.scores import Result, Study, TestScore
+
+LORA = "lora"
+BASE_ROW = "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: its result, P% and decline in per cent, and the paper's cell; None: unknown."""
+
+    result: Result | None
+    params_percent: float | None = None
+    decline: float | None = None
+    paper: PaperCell | None = None
+
+    @property
+    def score(self) -> TestScore | None:
+        """The test score."""
+        return None if self.result is None else self.result.score
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's cells, one a task, with their mean and the average decline where no task lacks a score."""
+
+    section: str
+    method: str
+    cells: tuple[Cell, ...]
+    mean: float | None
+    decline: float | None
+
+
+def table2(studies: Sequence[Study]) -> list[Row]:
+    """The rows of Table 2: all methods at LoRA's best rank, then each but LoRA at its own best rank.
+
+    The best rank is that of the best score on the test set, as in the paper; of equal scores the smaller rank.
+    """
+    methods = [name for name in METHOD_NAMES if any(name == p.method for s in studies for p in s.grid.table)]
+    rows = []
+    for section in (LORA_RANK, BEST_RANK):
+        for method in methods:
+            if section == BEST_RANK and method == LORA and len(methods) > 1:
+                continue
+            cells = tuple(_cell(study, section, method) for study in studies)
+            rows.append(Row(section, method, cells, *_averages(studies, cells)))
+    return [row for row in rows if any(cell.result is not None for cell in row.cells)]
+
+
+def _cell(study: Study, section: str, method: str) -> Cell:
+    base = study.base
+    lora = best_result(study, LORA)
+    paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
+    result = best_result(study, method, rank=_rank(lora) if section == LORA_RANK else None)
+    if section == LORA_RANK and lora is None:
+        result = None
+    if result is None or lora is None:
+        return Cell(result, paper=paper)
+    return Cell(
+        result,
+        params_percent=100 * result.num_trained / lora.num_trained,
+        decline=decline([_value(lora)], [_value(result)]),
+        paper=paper,
+    )
+
+
+def _rank(result: Result | None) -> int | None:
+    return None if result is None else result.point.rank
+
+
+def _value(result: Result) -> float:
+    assert result.score is not None
+    return result.score.value
+
+
+def best_result(study: Study, method: str, *, rank: int | None = None) -> Result | None:
+    """The method's result of the best test score, at `rank` or at any; None where there is no score."""
+    found = [r for r in study.table_results if r.point.method == method and rank in (None, r.point.rank)]
+    return max(found, key=lambda r: (_value(r), -r.point.rank)) if found else None
+
+
+def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
+    """The average decline of `scores` against LoRA's on the same tasks, in per cent; None where LoRA's are all zero."""
+    return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
+
+
+def _averages(studies: Sequence[Study], cells: Sequence[Cell]) -> tuple[float | None, float | None]:
+    if any(cell.result is None for cell in cells):
+        return None, None
+    scores = [_value(cell.result) for cell in cells if cell.result is not None]
+    lora = [best_result(study, LORA) for study in studies]
+    values = [_value(result) for result in lora if result is not None]
+    return sum(scores) / len(scores), decline(values, scores) if len(values) == len(scores) else None
+
+
+def tensors_text(method: str) -> str:
+    """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are left out."""
+    row = find_method(method)
+
+    def state(name: str) -> str:
+        factor = row.factor(name)
+        return ("tied" if factor.tied else "per layer") + ("" if factor.trained else ", frozen")
+
+    both = state("A") == state("B")
+    parts = [f"A, B {state('A')}"] if both else [f"A {state('A')}", f"B {state('B')}"]
+    scales = [name for name in ("u", "v") if row.factor(name).trained]
+    return "; ".join(parts + ([", ".join(scales)] if scales else []))
+
+
+# Table 3 ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SingleCell:
+    """A column of Table 3 on a task: `layer_8` or the tied method, its result and the paper's score."""
+
+    column: str
+    result: Result
+    paper: float | None
+
+
+@dataclass(frozen=True)
+class SingleRow:
+    """LoRA on single layers of one study, and the tied method of the same rank."""
+
+    study: Study
+    rank: int
+    cells: tuple[SingleCell, ...]
+
+
+def table3(studies: Sequence[Study]) -> list[SingleRow]:
+    """The rows of Table 3, one for each study that trained single layers."""
+    rows = []
+    for study in studies:
+        rival = study.grid.rival
+        if rival is None:
+            continue
+        base = study.base
+        paper = table3_scores(base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
+        points = (*study.grid.single, rival)
+        cells = tuple(SingleCell(column(p), study.result(p), paper.get(column(p))) for p in points)
+        rows.append(SingleRow(study, rival.rank, cells))
+    return rows
+
+
+def column(point: Point) -> str:
+    """The column of a point in Table 3."""
+    return point.method if point.layer is None else f"layer_{point.layer}"

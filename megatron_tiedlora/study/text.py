@@ -1,0 +1,245 @@
+"""The tables as Markdown, to read, and as CSV, with unrounded numbers, one cell a line.
+
+table2.csv and table3.csv begin with the columns of the paper's own numbers as the package holds them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron_tiedlora.study.grid import rate_text
+from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
+from megatron_tiedlora.study.scores import Result, Study
+from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, table2, table3, tensors_text
+
+SECTION_TITLES = {
+    LORA_RANK: "All methods at LoRA's best rank",
+    BEST_RANK: "Each method at its own best rank",
+}
+METRIC_TITLES = {
+    "exact_match": "EM",
+    "gsm8k": "EM",
+    "squad": "EM",
+    "squad_f1": "F1",
+    "rougeL": "RougeL",
+    "bleu": "BLEU",
+    "accuracy": "accuracy",
+    "accuracy_loglikelihood": "accuracy",
+}
+NONE, INCOMPLETE = "-", "*"
+
+
+def title(study: Study) -> str:
+    """`task (metric)`."""
+    return f"{study.base.task} ({METRIC_TITLES.get(study.base.metric, study.base.metric)})"
+
+
+def model_title(study: Study) -> str:
+    """The base model as the user called it, without its folder."""
+    return study.base.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+# Table 2 ----------------------------------------------------------------------------------------------------------
+
+
+def table2_markdown(studies: Sequence[Study]) -> str:
+    """Table 2 for a reader."""
+    rows, several = table2(studies), len(studies) > 1
+    with_paper = [any(row.cells[i].paper is not None for row in rows) for i in range(len(studies))]
+    header = ["method", "tensors"]
+    for study, paper in zip(studies, with_paper, strict=True):
+        header += [title(study), "95 % interval", "r", "P%", "decline %"] + (["paper", "r", "P%"] if paper else [])
+    header += ["mean score", "average decline %"] if several else []
+    lines = [f"# Table 2: {model_title(studies[0])} on {', '.join(title(study) for study in studies)}", ""]
+    sections = [section for section in SECTION_TITLES if any(row.section == section for row in rows)]
+    if not sections:
+        lines += ["No method has a score yet.", ""]
+    for section in sections:
+        lines += [f"## {SECTION_TITLES[section]}", ""]
+        body = [_base_row(studies, with_paper)] if any(study.base_score for study in studies) else []
+        for row in (row for row in rows if row.section == section):
+            cells = [row.method, tensors_text(row.method)]
+            for cell, paper in zip(row.cells, with_paper, strict=True):
+                cells += _cell_texts(cell) + (_paper_texts(cell) if paper else [])
+            body.append(cells + ([_number(row.mean), _number(row.decline)] if several else []))
+        lines += [*_markdown_table(header, body), ""]
+    return "\n".join([*lines, *_notes2(studies, rows, with_paper=any(with_paper))]) + "\n"
+
+
+def _cell_texts(cell: Cell) -> list[str]:
+    if cell.result is None or cell.score is None:
+        return [NONE] * 5
+    mark = INCOMPLETE if cell.result.missing else ""
+    score = cell.score
+    return [
+        _number(score.value) + mark,
+        f"{score.low:.2f} to {score.high:.2f}",
+        str(cell.result.point.rank),
+        _number(cell.params_percent, 1),
+        _number(cell.decline),
+    ]
+
+
+def _paper_texts(cell: Cell) -> list[str]:
+    paper = cell.paper
+    return [NONE] * 3 if paper is None else [_number(paper.score), str(paper.rank), _number(paper.params_percent, 1)]
+
+
+def _base_row(studies: Sequence[Study], with_paper: Sequence[bool]) -> list[str]:
+    cells = [BASE_ROW, "no adapter"]
+    for study, paper in zip(studies, with_paper, strict=True):
+        score = study.base_score
+        known = [NONE] * 2 if score is None else [_number(score.value), f"{score.low:.2f} to {score.high:.2f}"]
+        cells += [*known, *[NONE] * (6 if paper else 3)]
+    if len(studies) > 1:
+        values = [study.base_score.value for study in studies if study.base_score is not None]
+        cells += [_number(sum(values) / len(values) if len(values) == len(studies) else None), NONE]
+    return cells
+
+
+def _notes2(studies: Sequence[Study], rows: Sequence[Row], *, with_paper: bool) -> list[str]:
+    sizes = ", ".join(f"{s.base_score.num_samples:,} of {s.base.task}" for s in studies if s.base_score is not None)
+    notes = [
+        f"- Scores are on the test set ({sizes} rows), in per cent." if sizes else "- Scores are in per cent.",
+        "- The learning rate of each score is the better one on validation; ranks are compared on the test set, as in"
+        " the paper.",
+        "- P%: trained parameters in per cent of LoRA's at LoRA's best rank.",
+        "- decline %: 100 (LoRA - method) / LoRA, LoRA at its best rank"
+        + ("; the average decline is that of the mean scores." if len(studies) > 1 else "."),
+    ]
+    for study in studies:
+        if not any(result.point.method == "lora" for result in study.table_results):
+            notes.append(f"- {study.base.task}: LoRA has no score, so nothing can be compared with it.")
+    if any(cell.result is not None and cell.result.missing for row in rows for cell in row.cells):
+        notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
+    for study in studies:
+        ranks: dict[str, list[str]] = {}
+        for point in study.grid.table:
+            if study.result(point).score is None:
+                ranks.setdefault(point.method, []).append(str(point.rank))
+        if ranks:
+            names = "; ".join(f"{method} at r {', '.join(missing)}" for method, missing in ranks.items())
+            notes.append(f"- {study.base.task}: no score (yet) of {names}.")
+    if with_paper:
+        models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
+        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}.")
+    return notes
+
+
+def table2_csv(studies: Sequence[Study]) -> str:
+    """Table 2 with one cell a line."""
+    lines: list[list[Any]] = [
+        ["model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"]
+        + ["low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"]
+        + ["paper_score", "paper_rank", "paper_params_percent"]
+    ]
+    for study in studies:
+        if (score := study.base_score) is not None:
+            where = [study.base.model, BASE_ROW, BASE_ROW, study.base.task, study.base.metric]
+            lines.append([*where, score.value, None, None, score.low, score.high, score.num_samples, *[None] * 7])
+    for row in table2(studies):
+        for study, cell in zip(studies, row.cells, strict=True):
+            if cell.result is not None or cell.paper is not None:
+                where = [study.base.model, row.section, row.method, study.base.task, study.base.metric]
+                lines.append([*where, *_cell_values(cell)])
+        if len(studies) > 1 and row.mean is not None:
+            where = [studies[0].base.model, row.section, row.method, "average", ""]
+            lines.append([*where, row.mean, *[None] * 5, row.decline, *[None] * 6])
+    return _csv(lines)
+
+
+def _cell_values(cell: Cell) -> list[Any]:
+    paper = cell.paper
+    published = [None] * 3 if paper is None else [paper.score, paper.rank, paper.params_percent]
+    if cell.result is None or cell.score is None:
+        return [None] * 10 + published
+    score = cell.score
+    return [
+        *(score.value, cell.result.point.rank, cell.params_percent, score.low, score.high, score.num_samples),
+        *(cell.decline, *_result_values(cell.result)),
+        *published,
+    ]
+
+
+def _result_values(result: Result) -> list[Any]:
+    rate = None if result.run is None else rate_text(result.run.learning_rate)
+    return [rate, result.num_trained, str(not result.missing).lower()]
+
+
+# Table 3 ----------------------------------------------------------------------------------------------------------
+
+
+def table3_markdown(studies: Sequence[Study]) -> str:
+    """Table 3 for a reader: a row for each task, and the paper's beneath it where it has one."""
+    rows = table3(studies)
+    lines = [f"# Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all", ""]
+    columns = _columns(rows)
+    body = []
+    for row in rows:
+        cells = {cell.column: cell for cell in row.cells}
+        scores = (_single_text(cells[name].result) if name in cells else "" for name in columns)
+        body.append([title(row.study), *scores])
+        if any(cell.paper is not None for cell in row.cells):
+            published = (_number(cells[name].paper) if name in cells else "" for name in columns)
+            body.append(["the paper", *published])
+    header = ["task", *(name.replace("_", " ") for name in columns)]
+    notes = []
+    for row in rows:
+        counts = sorted({cell.result.num_trained for cell in row.cells})
+        notes.append(
+            f"- {row.study.base.task}: rank {row.rank}, {' or '.join(f'{count:,}' for count in counts)} trained"
+            " parameters each; scores in per cent with the 95 % interval."
+        )
+    if any(cell.result.missing for row in rows for cell in row.cells):
+        notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
+    return "\n".join([*lines, *_markdown_table(header, body), "", *notes]) + "\n"
+
+
+def _columns(rows: Sequence[SingleRow]) -> list[str]:
+    names = {cell.column for row in rows for cell in row.cells}
+    layers = sorted((name for name in names if name.startswith("layer_")), key=lambda name: int(name[6:]))
+    return layers + sorted(names.difference(layers))
+
+
+def _single_text(result: Result) -> str:
+    if result.score is None:
+        return NONE
+    score, mark = result.score, INCOMPLETE if result.missing else ""
+    return f"{_number(score.value)}{mark} ({score.low:.2f} to {score.high:.2f})"
+
+
+def table3_csv(studies: Sequence[Study]) -> str:
+    """Table 3 with one cell a line."""
+    lines: list[list[Any]] = [
+        ["model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"]
+        + ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score"]
+    ]
+    for row in table3(studies):
+        base = row.study.base
+        for cell in row.cells:
+            score = cell.result.score
+            values = [None] * 4 if score is None else [score.value, score.low, score.high, score.num_samples]
+            where = [base.model, base.task, base.metric, row.rank, cell.column]
+            lines.append([*where, *values, *_result_values(cell.result), cell.paper])
+    return _csv(lines)
+
+
+# Both -------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _csv(lines: Iterable[Sequence[Any]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(lines)
+    return stream.getvalue()

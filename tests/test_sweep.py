@@ -1,0 +1,213 @@
+"""Sweeps that train: killed and started again, with runs that fail, stopped by signals, extended, refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import files_of, losses, run_settings
+from run_helpers import Base, start_command
+from sweep_runs import (
+    LAUNCH,
+    kill_all_at_call,
+    kill_all_at_step,
+    lose_the_loss,
+    run_sweep,
+    signal_sweep_at_step,
+    slow_steps,
+    starts,
+    study_arguments,
+    write_study_base,
+)
+
+RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "1e-1")]
+TABLES = ("table2.md", "table2.csv", "figure2.png", "figure3.png")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
+    return write_study_base(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def whole(study: tuple[Base, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run(study, folder)
+    assert starts(work(folder)) == order(RUNS)
+    return folder
+
+
+def order(runs: list[str]) -> list[str]:
+    """Everything that a sweep of `runs` starts, by name of the log."""
+    names, previous = ["score base"], None
+    for name in runs:
+        point = name.rpartition("-lr")[0]
+        if previous not in (None, point):
+            names.append(f"score {previous}")
+        names.append(name)
+        previous = point
+    return [*names, f"score {previous}"]
+
+
+def work(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}-work"
+
+
+def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Any:
+    arguments = study_arguments(*study, folder, **changes)
+    return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
+
+
+def go_on(study: tuple[Base, Path], folder: Path, *more: str, expect: int = 0, preludes: Any = None) -> Any:
+    arguments = [f"--output_dir={folder}", *more]
+    return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
+
+
+def test_killed_twice_and_started_again(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+    folder, cut = tmp_path / "out", RUNS[4]
+    run(study, folder, expect=-signal.SIGKILL, preludes={cut: functools.partial(kill_all_at_step, step=7)})
+    begun = order(RUNS)[: order(RUNS).index(cut) + 1]
+    assert starts(work(folder)) == begun
+    assert [step for step, _ in losses(folder / "runs" / cut)] == [1, 2, 3, 4, 5, 6]
+    before = {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
+    stamps = {path: path.stat().st_mtime_ns for name in RUNS[:4] for path in (folder / "runs" / name).rglob("*")}
+
+    died = kill_all_at_call
+    died = functools.partial(died, module="megatron_tiedlora.evaluation.results", name="results_content")
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={"score tl6-r2": died})
+    assert starts(work(folder)) == [cut, RUNS[5], "score tl6-r2"]
+    log = (folder / "logs" / f"{cut}.log").read_text()
+    assert "resumed from step 4" in log
+
+    go_on(study, folder)
+    assert starts(work(folder)) == ["score tl6-r2", RUNS[6], RUNS[7], "score tl6-r3"]
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert before == {name: files_of(folder / "runs" / name) for name in RUNS[:4]}
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    for name in RUNS:
+        assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
+    status = json.loads((folder / "sweep_status.json").read_text())
+    assert status == {"state": "finished", "failed": []}
+
+    go_on(study, folder)  # nothing is left to do
+    assert starts(work(folder)) == []
+
+
+def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
+    results = {path.parent.name: json.loads(path.read_text()) for path in (whole / "scores").glob("*/results.json")}
+    assert results["base"]["score"] == 0.0 and results["base"]["adapter"] is None
+    # By each point's better rate on validation, and nothing else.
+    best = {}
+    for name in RUNS:
+        loss = min(value for step, value in losses(whole / "runs" / name, "validation") if step > 0)
+        point = name.rpartition("-lr")[0]
+        if point not in best or loss < best[point][0]:
+            best[point] = (loss, name)
+    assert set(results) == {"base", *(name for _, name in best.values())}
+    # Else a wrong choice might not show: the first rate is not always the best, and no score is another's.
+    assert {name.rpartition("-lr")[2] for _, name in best.values()} == {"2e-1", "1e-1"}
+    assert len({content["score"] for content in results.values()}) == len(results)
+    for _, name in best.values():
+        adapter = results[name]["adapter"]
+        assert name.startswith(f"{adapter['method']}-r{adapter['rank']}-lr")
+        settings = results[name]["settings"]
+        assert settings["adapter"] == str(whole / "runs" / name / "adapter")
+        assert (settings["dtype"], settings["seed"], settings["max_new_tokens"]) == ("fp32", 5, 3)
+        assert settings["test_file"] == str(study[1])
+    # The test set is decoded for the chosen adapters alone, and by no run.
+    assert {run_settings(whole / "runs" / name)["test_file"] for name in RUNS} == {None}
+    table = (whole / "table2.md").read_text()
+    lora, tl6 = ({r: results[best[f"{m}-r{r}"][1]]["score"] for r in (2, 3)} for m in ("lora", "tl6"))
+    rank = max(lora, key=lambda r: lora[r])
+    section, _, own = table.partition("Each method")
+    assert "| base | no adapter | 0.00 |" in section and f"| lora | A, B per layer | {lora[rank]:.2f} |" in section
+    assert f"| tl6 | A, B tied; u, v | {tl6[rank]:.2f} |" in section
+    assert f"| tl6 | A, B tied; u, v | {max(tl6.values()):.2f} |" in own
+    assert {path.name for path in whole.iterdir()} == {
+        *TABLES,
+        *("runs", "scores", "logs", "sweep.yaml", "base.json", "sweep_status.json", ".lock"),
+    }
+
+
+def test_more_ranks_can_be_added_and_none_left_out(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    ended = go_on(study, folder, "--methods=lora", expect=2)
+    assert "--methods lora,tl6, now tl6 is missing" in ended.error_line()
+    ended = go_on(study, folder, "--max_steps=17", expect=2)
+    assert "the sweep was started with --max_steps 16, now it is 17" in ended.error_line()
+    ended = go_on(study, folder, "--test_limit=3", expect=2)
+    assert "--test_limit None, now it is 3" in ended.error_line()
+    assert starts(work(folder)) == []
+    go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,1e-1", "--ranks=2,3")
+    assert starts(work(folder)) == order(["tl5-r2-lr2e-1", "tl5-r2-lr1e-1", "tl5-r3-lr2e-1", "tl5-r3-lr1e-1"])[1:]
+    assert "| tl5 | A, B tied |" in (folder / "table2.md").read_text()
+
+
+def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
+    # On validation 2e-1 is the better rate of both: of tl5 the worse run fails, of lora the better.
+    folder, worse, better = tmp_path / "out", "tl5-r2-lr1e-1", "lora-r2-lr2e-1-layer2"
+    changes = {"methods": "tl5", "ranks": "2", "single_layers": "2", "single_layer_rank": 2, "test_limit": 5}
+    ended = run(study, folder, expect=1, preludes={worse: lose_the_loss, better: lose_the_loss}, **changes)
+    singles = [better, "lora-r2-lr1e-1-layer2", "score lora-r2-layer2"]
+    assert starts(work(folder)) == ["score base", "tl5-r2-lr2e-1", worse, "score tl5-r2", *singles]
+    assert ended.error_line().startswith(f"error: 2 failed: {worse}, {better} (")
+    failed = json.loads((folder / "sweep_status.json").read_text())["failed"]
+    assert [run["name"] for run in failed] == [worse, better]
+    assert "the loss is nan at step 2" in failed[0]["reason"]
+    assert any("the loss is nan" in line for line in failed[0]["last_lines"])
+    table = (folder / "table2.md").read_text()
+    assert "(5 of custom rows)" in table and "not all learning rates are finished" in table
+
+    go_on(study, folder)  # tried again, now without what made them fail; scored again where the choice is another now
+    assert starts(work(folder)) == [worse, better, "score lora-r2-layer2"]
+    assert "not all learning rates" not in (folder / "table2.md").read_text()
+    header, _, row = (folder / "table3.md").read_text().splitlines()[2:5]
+    assert header == "| task | layer 2 | tl5 |" and row.startswith("| custom (EM) |")
+    assert "rank 2, 192 trained parameters each" in (folder / "table3.md").read_text()  # r (d + o), d 32, o 64
+    assert {path.name for path in (folder / "scores").iterdir()} == {
+        *("base", "tl5-r2-lr2e-1", "lora-r2-lr1e-1-layer2", better)
+    }
+
+
+def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    bad = tmp_path / "test.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    ended = run((study[0], bad), folder, expect=1)
+    assert starts(work(folder)) == ["score base"]
+    line = f"error: 1 failed: score base; nothing else was started (logs in {folder / 'logs'})"
+    assert ended.error_line() == line
+    assert "test.jsonl:2" in ended.outputs[0] and not (folder / "table2.md").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_what_runs_and_it_saves(
+    study: tuple[Base, Path], tmp_path: Path, number: int, status: int
+) -> None:
+    folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr1e-1"]
+    stop = functools.partial(signal_sweep_at_step, step=2, number=number, beside=folder / "runs" / names[0])
+    changes = {"methods": "tl6", "ranks": "2", "runs_at_once": 3}
+    run(study, folder, expect=status, preludes=dict(zip(names, (slow_steps, stop), strict=True)), **changes)
+    assert set(starts(work(folder))) >= set(names)
+    states = {name: json.loads((folder / "runs" / name / "run_status.json").read_text()) for name in names}
+    assert {state["state"] for state in states.values()} == {"stopped"}, states
+    assert all(1 <= state["step"] < 16 for state in states.values())
+    assert all((folder / "runs" / name / "checkpoints" / f"step_{states[name]['step']}").is_dir() for name in names)
+    assert json.loads((folder / "sweep_status.json").read_text())["state"] == "stopped"
+    assert not (folder / "table2.md").exists()
+
+
+def test_the_command_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(LAUNCH / "sweep.py"), f"--output_dir={tmp_path / 'out'}", "--rank=4"]
+    line = start_command(command, folder=tmp_path / "work").wait().expect(2).error_line()
+    assert line == "error: --rank cannot be given to a sweep: the sweep trains those of --ranks"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,258 @@
+"""How a sweep's commands are ordered, placed, started, watched and stopped; nothing is trained here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
+from megatron_tiedlora.study.processes import (
+    Command,
+    LaunchedChild,
+    StopSignals,
+    deepspeed_starter,
+    launcher_slots,
+    locked,
+    visible_gpus,
+    with_port,
+)
+from megatron_tiedlora.study.record import last_lines
+
+
+class World:
+    """Jobs that take `ticks` looks each, with all that happens to them in `events`."""
+
+    def __init__(self, *, ticks: int = 3, stop: Callable[[World], None] | None = None) -> None:
+        self.events: list[str] = []
+        self.most = self.now = 0
+        self.ticks, self.stop = ticks, stop
+        self.signals = StopSignals()
+
+    def start(self, command: Any) -> Any:
+        name, slot = command
+        self.events.append(f"{name}@{slot[0]}")
+        self.now += 1
+        self.most = max(self.most, self.now)
+        return _Child(self, name)
+
+    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> Job:
+        def command(slot: tuple[str, ...]) -> Any:
+            return None if nothing else (name, slot)
+
+        return Job(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
+
+    def run(self, *jobs: Job, slots: int = 1) -> Outcome:
+        places = [(str(index),) for index in range(slots)]
+        return run_jobs(jobs, slots=places, start=self.start, stop=self.signals, finished=0)
+
+
+class _Child:
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name, self.left = world, name, world.ticks
+
+    def ended(self) -> bool:
+        self.left -= 1
+        if self.world.stop is not None:
+            self.world.stop(self.world)
+        if self.left == 0:
+            self.world.now -= 1
+            self.world.events.append(f"{self.name} ends")
+        return self.left == 0
+
+    def interrupt(self, number: int) -> None:
+        self.world.events.append(f"{self.name} told {number}")
+
+    def kill(self) -> None:
+        self.world.events.append(f"{self.name} killed")
+        self.left = 1
+
+
+def test_one_after_another_in_the_order_given() -> None:
+    world = World(ticks=1)
+    assert world.run(world.job("a"), world.job("b"), world.job("c", "a", "b")) == Outcome()
+    assert world.events == ["a@0", "a ends", "b@0", "b ends", "c@0", "c ends"]
+
+
+def test_several_at_once_each_in_a_place_of_its_own() -> None:
+    world = World()
+    world.run(world.job("a"), world.job("b"), world.job("s", "a", "b"), world.job("c"), world.job("d"), slots=3)
+    assert world.events[:3] == ["a@0", "b@1", "c@2"] and world.most == 3
+    assert world.events.index("s@0") > world.events.index("b ends")
+    assert not world.now
+
+
+def test_a_failure_is_kept_and_what_needs_it_still_comes() -> None:
+    world = World(ticks=1)
+    outcome = world.run(world.job("a", fails=True), world.job("b", nothing=True), world.job("s", "a", "b"))
+    assert outcome == Outcome(failures={"a": "why"})
+    assert world.events == ["a@0", "a ends", "s@0", "s ends"]
+
+
+def test_a_vital_failure_ends_it_all() -> None:
+    world = World(ticks=2)
+    outcome = world.run(world.job("a", fails=True, vital=True), world.job("b"), world.job("c"), slots=2)
+    assert outcome == Outcome(failures={"a": "why"}, given_up=True)
+    assert "b told 15" in world.events and "c@0" not in world.events
+
+
+@pytest.mark.parametrize(
+    ("received", "killed"),
+    [([2], False), ([15, 15], False), ([2, 2], True), ([15, 2], True)],
+)
+def test_signals_are_passed_on_once_and_a_second_interrupt_kills(received: list[int], killed: bool) -> None:
+    waiting = list(received)
+
+    def stop(world: World) -> None:
+        if waiting:
+            world.signals.received.append(waiting.pop(0))
+
+    world = World(ticks=6, stop=stop)
+    outcome = world.run(world.job("a", fails=True), world.job("b"))
+    assert outcome == Outcome(stopped_by=received[0])
+    assert [event for event in world.events if "told" in event] == [f"a told {received[0]}"]
+    assert ("a killed" in world.events) == killed and "b@0" not in world.events and world.events[-1] == "a ends"
+
+
+def test_stop_signals_are_noted_and_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == [15, 2]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Places -------------------------------------------------------------------------------------------------------------
+
+
+def slots(**changes: Any) -> tuple[tuple[str, ...], ...]:
+    settings: dict[str, Any] = {"launcher_args": None, "gpus_per_run": None, "runs_at_once": 1, "gpus": ()}
+    return launcher_slots(**{**settings, **changes})
+
+
+def test_places() -> None:
+    assert slots() == ((),)
+    assert slots(launcher_args="--num_gpus 4 --hostfile 'my hosts'", runs_at_once=2) == (
+        ("--num_gpus", "4", "--hostfile", "my hosts"),
+    ) * 2
+    gpus = tuple("01234567")
+    assert slots(gpus_per_run=2, gpus=gpus) == tuple(
+        ("--include", f"localhost:{pair}") for pair in ("0,1", "2,3", "4,5", "6,7")
+    )
+    assert len(slots(gpus_per_run=3, gpus=gpus)) == 2
+    with pytest.raises(UserError, match="--gpus_per_run 4: this machine has 3 GPUs"):
+        slots(gpus_per_run=4, gpus=gpus[:3])
+
+
+def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert visible_gpus() == ("3", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    with pytest.raises(UserError, match="needs GPUs by number"):
+        visible_gpus()
+
+
+def test_a_port_for_each_start_unless_one_is_named() -> None:
+    one, other = with_port(("--num_gpus", "2")), with_port(("--num_gpus", "2"))
+    assert one[:3] == ("--num_gpus", "2", "--master_port") and int(one[3]) > 0 and one[3] != other[3]
+    assert with_port(("--master_port", "5")) == ("--master_port", "5")
+    assert with_port(("--master_port=5",)) == ("--master_port=5",)
+
+
+# Processes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
+    with locked(tmp_path) as lock, pytest.raises(UserError, match="another sweep"), locked(tmp_path):
+        pass
+    with locked(tmp_path) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    try:
+        with pytest.raises(UserError, match="a run that a killed one has left"), locked(tmp_path):
+            pass
+    finally:
+        left.communicate(b"\n")
+    with locked(tmp_path):
+        pass
+
+
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; print('rank', flush=True); time.sleep(RANK)"])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
+    out = tmp_path / "out"
+    with out.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER.replace("RANK", "60" if kill else "1.5")],
+            stdout=stream,
+            start_new_session=True,
+        )
+    child = LaunchedChild(process)
+    deadline = time.monotonic() + 30
+    while not out.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not child.ended()
+    (child.kill if kill else lambda: child.interrupt(signal.SIGTERM))()
+    process.wait(10)
+    assert kill or not child.ended()  # the launcher is gone, its rank is not
+    while not child.ended():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(UserError, match="deepspeed: no such launcher"):
+        deepspeed_starter(tmp_path)
+    launcher = fake.with_name("deepspeed")
+    launcher.write_text('#!/bin/sh\necho "$@"\n[ -e /proc/$$/fd/$LOCK ] && echo holds the lock\n')
+    launcher.chmod(0o755)
+    settings = {"rank": 2, "layers": (1, 4), "packing": False, "adapter": None}
+    log = tmp_path / "logs" / "a b.log"
+    for port in ("1", "2"):
+        with locked(tmp_path) as lock:
+            monkeypatch.setenv("LOCK", str(lock))
+            command = Command("train", settings, ("--master_port", port), log, lock)
+            child = deepspeed_starter(Path("/scripts"))(command)
+            deadline = time.monotonic() + 30
+            while not child.ended():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    flags = "/scripts/train.py --rank=2 --layers=1,4 --packing=false"
+    assert log.read_text().splitlines() == [
+        f"$ {launcher} --master_port 1 {flags}",
+        f"--master_port 1 {flags}",
+        "holds the lock",
+        f"$ {launcher} --master_port 2 {flags}",
+        f"--master_port 2 {flags}",
+        "holds the lock",
+    ]
+    assert last_lines(log) == [f"--master_port 2 {flags}", "holds the lock"]
+
+
+def test_last_lines_are_what_was_printed_and_not_the_bars(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    bars = "\x1b[A\ntraining:  0%|  | 0/6\rtraining: 50%|# | 3/6\x1b[A\n\n"
+    log.write_text(f"$ first\nold\n$ second\none\n{bars}error: two\n")
+    assert last_lines(log) == ["one", "error: two"] and last_lines(log, 1) == ["error: two"]
+    assert last_lines(tmp_path / "none") == []

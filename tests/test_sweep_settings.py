@@ -1,0 +1,149 @@
+"""What a sweep is told: its own settings and the runs', and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import Base, write_base
+from study_files import write_study
+from sweep_runs import study_arguments
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.study.grid import Point, make_grid
+from megatron_tiedlora.study.sweep import sweep
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def no_start() -> Any:
+    raise AssertionError("nothing is to be started")
+
+
+def test_the_papers_grid_is_the_default() -> None:
+    grid = make_grid(parse_sweep(["--output_dir=x"]).settings, 32)
+    assert len(grid.points) == 56 and len({run.name for p in grid.points for run in grid.runs(p)}) == 112
+    assert grid.learning_rates == (1e-4, 1e-5) and {point.rank for point in grid.points} == {2, 4, 8, 16, 32, 64, 128}
+    assert not grid.single and grid.rival is None
+
+
+def test_single_layers_bring_tl5_of_their_rank_once() -> None:
+    argv = ["--output_dir=x", "--methods=tl5,tl6", "--ranks=16,8", "--single_layers=2,1", "--single_layer_rank=4"]
+    grid = make_grid(parse_sweep(argv).settings, 3)
+    names = [run.name for point in grid.points for run in grid.runs(point)][-6:]
+    assert names == [f"{a}-lr{r}{b}" for a, b in (("lora-r4", "-layer2"), ("lora-r4", "-layer1"), ("tl5-r4", ""))
+                     for r in ("1e-4", "1e-5")]  # fmt: skip
+    assert Point("tl5", 4) not in grid.table
+    assert next(iter(grid.runs(grid.single[0]))).settings == {
+        "method": "lora",
+        "rank": 4,
+        "learning_rate": 1e-4,
+        "layers": 2,
+    }
+    assert len(make_grid(parse_sweep([*argv[:4], "--single_layer_rank=16"]).settings, 3).points) == 4 + 2
+
+
+def test_yaml_holds_names_of_both_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("output_dir: x\nranks: [4, 8]\nlearning_rates: 1e-3\nmax_steps: 7\ndtype: fp32\nmethods: lora\n")
+    command = parse_sweep(["--config", str(file), "--ranks=2", "--max_steps", "9"])
+    settings = command.settings
+    assert (settings.ranks, settings.learning_rates, settings.methods) == ((2,), (1e-3,), ("lora",))
+    assert dict(command.given) == {"max_steps": "9", "dtype": "fp32"} and command.train.max_steps == 9
+    file.write_text("output_dir: x\nrankz: 3\n")
+    with pytest.raises(UserError, match=r"s.yaml: unknown setting 'rankz' \(did you mean ranks?\?\)"):
+        parse_sweep(["--config", str(file)])
+
+
+def test_the_folder_alone_goes_on(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", learning_rates=[3e-4], max_steps=11, task="gsm8k")
+    command = parse_sweep([f"--output_dir={folder}", "--runs_at_once=2"])
+    assert (command.settings.learning_rates, command.settings.ranks) == ((3e-4,), (2, 8))
+    assert (command.train.max_steps, command.train.task, command.settings.runs_at_once) == (11, "gsm8k", 2)
+
+
+REFUSED = [
+    ("--methods=lora,tl7", "--methods tl7: no such method (did you mean tl6?); known: lora, vera, tl1"),
+    ("--methods=", "--methods is empty"),
+    ("--ranks=", "--ranks is empty"),
+    ("--learning_rates=", "--learning_rates is empty"),
+    ("--ranks=2,0", "--ranks 0: ranks count from 1"),
+    ("--ranks=2,4,2", "--ranks has 2 twice"),
+    ("--ranks=two", "--ranks two: input should be a valid integer"),
+    ("--methods=tl6,tl6", "--methods has tl6 twice"),
+    ("--learning_rates=1e-4,0.0001", "--learning_rates has 0.0001 twice"),
+    ("--learning_rates=-1", "--learning_rates -1: learning rates are above 0"),
+    ("--learning_rates=inf", "--learning_rates inf: input should be a finite number"),
+    ("--single_layers=0", "--single_layers 0: single layers count from 1"),
+    ("--single_layers=4", "--single_layers 4: the model has layers 1 to 3"),
+    ("--single_layers=none", "--single_layers none: "),
+    ("--rank=4", "--rank cannot be given to a sweep: the sweep trains those of --ranks"),
+    ("--method=tl6", "--method cannot be given to a sweep: the sweep trains those of --methods"),
+    ("--learning_rate=1", "--learning_rate cannot be given to a sweep"),
+    ("--layers=1", "--layers cannot be given to a sweep: the sweep adapts all layers"),
+    ("--resume=none", "--resume cannot be given to a sweep"),
+    ("--world_size=2", "--world_size cannot be given to a sweep"),
+    ("--max_step=4", "unknown argument --max_step (did you mean --max_steps?)"),
+    ("--method_s=4", "unknown argument --method_s (did you mean --methods?)"),
+    ("--max_steps=0", "--max_steps 0: input should be greater than or equal to 1"),
+    ("--task=squat", "--task squat: "),
+    ("--test_file=none.jsonl", "none.jsonl: no such file"),
+    ("--train_file=none.jsonl", "none.jsonl: no such file"),
+    ("--max_length=100000", "--max_length 100000: "),
+    ("--tensor_parallel=3", "--tensor_parallel 3 does not divide"),
+    ("--eval_metric=bleu", "--eval_metric bleu is no metric of task custom"),
+    ("--model=nowhere/", "--model nowhere/: no such folder"),
+    ("--gpus_per_run=1 --launcher_args=x", "leave --launcher_args out"),
+    ("--gpus_per_run=1 --runs_at_once=2", "leave --runs_at_once out"),
+    ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
+    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs to give"),
+    ("--tables_from=a", "does not go with --tables_from"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_refused_with_one_line_and_nothing_started(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, line: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    folder = tmp_path / "out"
+    arguments = [*study_arguments(base, base.validation, folder), *flags.split(" ")]
+    with pytest.raises(UserError, match=re.escape(line)) as error:
+        sweep(arguments, no_start if flags != "--gpus_per_run=1" else lambda: None)
+    assert "\n" not in str(error.value) and not folder.exists()
+
+
+def test_a_task_without_a_test_set_needs_a_file(base: Base, tmp_path: Path) -> None:
+    arguments = [a for a in study_arguments(base, base.validation, tmp_path / "out") if "--test_file" not in a]
+    with pytest.raises(UserError, match="--task custom has no test set of its own; give one with --test_file"):
+        sweep(arguments, no_start)
+
+
+def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    for folder, line in ((tmp_path / "mine", "holds other files"), (tmp_path / "mine" / "letter.txt", "is a file")):
+        with pytest.raises(UserError, match=line):
+            sweep(study_arguments(base, base.validation, folder), no_start)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [f"--output_dir={tmp_path / 'out'}", "--model=llama2-7b", "--task=squad"]
+    argv += ["--ranks=8", "--learning_rates=1e-4"]
+    assert sweep([*argv, "--dry_run", "--single_layers=paper"], no_start) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sweep      18 runs and 19 scores of llama2-7b on squad (squad)"
+    counts = {line.split()[0]: line.split()[1] for line in lines if "to do" in line and "-lr" in line}
+    assert counts["lora-r8-lr1e-4"] == "4,194,304" and counts["tl6-r8-lr1e-4"] == "524,544"
+    assert counts["lora-r16-lr1e-4-layer32"] == counts["tl5-r16-lr1e-4"] == "262,144" and len(counts) == 18
+    assert lines[-1] == "  18 to do" and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="llama2-7b is a shape without weights"):
+        sweep(argv, no_start)
+    assert not (tmp_path / "out").exists()
