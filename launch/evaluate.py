@@ -87,7 +87,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     if answers is None:  # the answers are on rank 0
         return
     stop.raise_if_wished()
-    scores = score_answers(plan.task.metrics, answers, seed=settings.seed)
+    scores = score_answers(plan.task.metrics, answers)
     with stop.deferred():  # this takes a moment, and is then done
         folder = write_results(plan, answers, scores)
     print("\n".join(score_table(plan, scores, folder)))

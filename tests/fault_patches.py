@@ -124,11 +124,11 @@ def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
         entered[:] = [hidden, tensor_parallel]
         return enter(hidden, tensor_parallel)
 
-    def add_apart(output: torch.Tensor, hidden: torch.Tensor, update: Any, scale: float) -> torch.Tensor:
+    def add_apart(output: torch.Tensor, hidden: torch.Tensor, update: Any) -> torch.Tensor:
         raw, tensor_parallel = entered
         apart = _GatherAndSlice.apply(raw, tensor_parallel.group, 1) if tensor_parallel.sequence_parallel else raw
         assert torch.equal(apart, hidden)
-        return add_update(output, apart, update, scale)
+        return add_update(output, apart, update)
 
     patch.setattr(module, "enter_tensor_parallel_region", enter_and_keep)
     patch.setattr(module, "add_update", add_apart)

@@ -98,6 +98,7 @@ def groups_of(grid: Grid) -> ParallelGroups:
     return ParallelGroups(
         tensor=group("tensor"),
         pipeline=group("pipeline"),
+        choices=group("pipeline"),
         data=group("data"),
         tied=group("pipeline", "data"),
         model=group("tensor", "pipeline"),

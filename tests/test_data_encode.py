@@ -18,7 +18,7 @@ from megatron_tiedlora.data.encode import (
     adds_prefix_space,
     check_supervised,
     encode_dataset,
-    encode_example,
+    encode_examples,
     encode_prompt,
     encode_prompts,
 )
@@ -98,6 +98,11 @@ def byte_level(byte_folder):
 @pytest.fixture(params=["byte_level", "spm"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
+
+
+def encode_example(tokenizer, sample: Example, **keywords):
+    """One sample alone."""
+    return encode_examples(tokenizer, [sample], **keywords)[0]
 
 
 def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 apples") -> Example:

@@ -9,7 +9,7 @@ from task_files import refusal, write, write_rows
 from megatron_tiedlora.data import demo, readers
 from megatron_tiedlora.data.examples import join_answer
 from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.data.splits import load_split, split_available
+from megatron_tiedlora.data.splits import load_split
 
 SHARED = Path(__file__).resolve().parent.parent / "../shared/data"
 
@@ -234,7 +234,6 @@ def test_validation_is_taken_out_of_train(tmp_path):
     # With a validation file of its own nothing is taken out of train.
     assert len(load_split("custom", "train", files={**files, "validation": path}, seed=3)) == 60
     assert "--test_file" in refusal(lambda: load_split("custom", "test", files=files, seed=3))
-    assert split_available("custom", "validation", files=files) and not split_available("gsm8k", "test", files=files)
     one = write_rows(tmp_path / "one.jsonl", [{"prompt": "p", "completion": "c"}])
     assert len(load_split("custom", "train", files={"train": one}, seed=0)) == 1
     assert "--validation_file" in refusal(lambda: load_split("custom", "validation", files={"train": one}, seed=0))

@@ -268,10 +268,11 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
     plan = plan_run(make_settings(settings), rank=0, world_size=1)
     length = 256
-    block = layer_specs(plan.source.config, update_scale=plan.adapter.scale, dtype=plan.dtype)[1].build()
+    block = layer_specs(plan.source.config, dtype=plan.dtype)[1].build()
     bank = TiedAdapter(plan.part)
     bank.load_full(start_values(plan.adapter))
-    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *bank.parameters())}
+    places = block.attention.places(torch.arange(length)[None], plan.dtype)
+    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *bank.parameters(), *places.table)}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -280,7 +281,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
 
     hidden = torch.randn(1, length, plan.source.config.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden, torch.arange(length)[None], TensorParallel(), update=bank()[0])
+        output = block(hidden, places, TensorParallel(), update=bank()[0])
     counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     assert output.shape == hidden.shape
     assert saved_bytes_per_token(plan, length) == counted / length

@@ -25,14 +25,11 @@ from run_preludes import before_call, kill_at_call, limit_files
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.evaluation.answers import Answer
-from megatron_tiedlora.evaluation.held_out import read_held_out
-from megatron_tiedlora.evaluation.plan import plan_evaluation
 from megatron_tiedlora.evaluation.results import _json_line, prediction_row
 
 pytestmark = pytest.mark.distributed
@@ -222,21 +219,6 @@ def test_choices_are_scored_by_their_likelihoods(models: Models, tmp_path: Path)
     scores = results(tmp_path / "one")["scores"]
     assert list(scores) == ["accuracy", "accuracy_loglikelihood"]
     assert scores["accuracy_loglikelihood"]["score"] == pytest.approx(sum(right) / len(right))
-
-
-def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(models: Models) -> None:
-    chosen = {"model": str(models.base), "max_length": 24, "max_new_tokens": 14, "test_file": str(models.rows)}
-    plan = plan_evaluation(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
-    scored = read_held_out(plan).scored
-    lengths = [min(1 + len(example.prompt), 24 - 14) for example in scored.examples]  # one token a letter, and BOS
-    assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
-    num_cut = sum(len(example.prompt) >= 24 - 14 for example in scored.examples)
-    assert 0 < num_cut == scored.num_cut < NUM_ROWS
-    assert f"{num_cut} of them without their middle" in plan.headline(NUM_ROWS, scored.num_cut)[1]
-
-    demo = validate_settings({"model": str(models.base), "task": "demo"}, EvaluateSettings)
-    plan = plan_evaluation(demo, rank=0, world_size=1)
-    assert (plan.limit, plan.max_new_tokens, plan.name) == (24, 128, "model-demo-base")
 
 
 def test_a_line_is_a_line_for_every_reader() -> None:

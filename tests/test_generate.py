@@ -29,7 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mha": {"num_kv_heads": 4, "attention_bias": True},
     "mha_tied": {"num_kv_heads": 4, "tied": True, "vocab_size": 321},
 }
-LAYOUTS = ((2, 1), (1, 2), (2, 2), (1, 3))
+LAYOUTS = ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1), (1, 1, 3))  # data, tensor, pipeline
+FEW = ("gqa",)  # shapes of what need not be seen for all of them
 NEW_TOKENS = 24
 
 
@@ -102,7 +103,7 @@ def expected(references: dict[str, Reference]) -> dict[str, list[list[int]]]:
 
 
 def decode(decoder: Decoder, batch: list[list[int]], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[list[int]]:
-    return generate(decoder, batch, eos_id=eos_id, max_new_tokens=new)
+    return generate(decoder, batch, end_ids=(eos_id,), max_new_tokens=new)
 
 
 # One process ----------------------------------------------------------------------------------------------------
@@ -152,12 +153,30 @@ def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
     batch = prompts(seed=7, count=5)
     free = decode(decoder, batch)
     rows = generate(
-        decoder, batch, eos_id=EOS_ID, max_new_tokens=NEW_TOKENS, is_end=lambda row: row[-1] % 7 == 0 and len(row) > 2
+        decoder,
+        batch,
+        end_ids=(EOS_ID,),
+        max_new_tokens=NEW_TOKENS,
+        is_end=lambda row: row[-1] % 7 == 0 and len(row) > 2,
     )
     for row, whole in zip(rows, free, strict=True):
         end = next((i + 1 for i, token in enumerate(whole) if token % 7 == 0 and i > 1), NEW_TOKENS)
         assert row == whole[:end]
     assert len({len(row) for row in rows}) > 1
+
+
+def test_an_attention_kernel_may_lay_its_result_out_by_tokens(
+    references: dict[str, Reference], expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA's kernels do: (b, heads, s, head_dim) is then no contiguous tensor."""
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def by_tokens(*args: Any, **keywords: Any) -> torch.Tensor:
+        return original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_tokens)
+    decoder = build(references["gqa"].folder, grid=Grid(0, 1))
+    references["gqa"].check(prompts(), decode(decoder, prompts()), expected["gqa"])
 
 
 def count_calls(decoder: Decoder) -> tuple[list[int], Any]:
@@ -182,7 +201,7 @@ def test_the_model_is_called_once_a_token_and_no_more_once_all_are_done(decoder:
         again = generate(
             decoder,
             [prompt],
-            eos_id=row[stop],
+            end_ids=(row[stop],),
             max_new_tokens=NEW_TOKENS,
             agree=lambda mine: bool(asked.append(mine)),
         )
@@ -200,7 +219,7 @@ def test_ranks_that_call_together_go_on_until_all_are_done(references: dict[str,
     stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
     calls, asked = count_calls(decoder)[0], []
     rows = generate(
-        decoder, [prompt], eos_id=row[stop], max_new_tokens=NEW_TOKENS, agree=lambda mine: bool(asked.append(mine))
+        decoder, [prompt], end_ids=(row[stop],), max_new_tokens=NEW_TOKENS, agree=lambda mine: bool(asked.append(mine))
     )
     assert rows == [row[:stop]] and len(calls) == NEW_TOKENS
     assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
@@ -285,35 +304,83 @@ def test_a_prompt_is_computed_once_for_all_its_endings(decoder: Decoder) -> None
 
 def _decode_rank(folders: dict[str, str], world_size: int, tp: int, pp: int) -> dict[str, Any]:
     grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
+    batch = prompts()[grid.dp_rank :: grid.dp_size]
     answers: dict[str, Any] = {}
     for name, folder in folders.items():
         decoder = build(Path(folder), grid=grid)
-        answers[name] = decode(decoder, prompts())
-        answers[name, "eos"] = decode(decoder, prompts(), eos_id=answers[name][4][5])
-        answers[name, "few"] = decode(decoder, prompts()[: pp - 1] or prompts()[:1], new=3)
-        answers[name, "likelihoods"] = ending_log_likelihoods(decoder, samples())
+        answers[name] = decode(decoder, batch)
+        answers[name, "eos"] = decode(decoder, batch, eos_id=answers[name][4][5])
+        answers[name, "few"] = decode(decoder, batch[: pp - 1] or batch[:1], new=3)
+        if name in FEW:
+            answers["likelihoods"] = ending_log_likelihoods(decoder, samples())
+            answers["merged"] = decode(build(Path(folder), grid=grid, merged=True), batch)
+            answers["stopped"] = _stopped(decoder, batch)
     return answers
 
 
+def _stopped(decoder: Decoder, batch: list[list[int]]) -> list[list[int]]:
+    """What is decoded after all ranks stopped in the middle of a batch: nothing of it may still be under way."""
+
+    def refuse(_: bool) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(decoder, batch, end_ids=(EOS_ID,), max_new_tokens=NEW_TOKENS, agree=refuse)
+    return decode(decoder, batch, new=3)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(("dp", "tp", "pp"), LAYOUTS)
 def test_every_layout_decodes_the_same(
-    references: dict[str, Reference], expected: dict[str, list[list[int]]], tp: int, pp: int, tmp_path: Path
+    references: dict[str, Reference], expected: dict[str, list[list[int]]], dp: int, tp: int, pp: int, tmp_path: Path
 ) -> None:
     """All ranks have all tokens; three stages have parts of 10, 11 and 11 prompts under way."""
-    usable = {name: str(reference.folder) for name, reference in references.items()}
-    ranks = run_on_ranks(_decode_rank, usable, tp * pp, tp, pp, ranks=tp * pp, folder=tmp_path / "ranks")
-    for name, reference in references.items():
-        wanted = reference_likelihoods(reference.model)
-        alone = build(reference.folder, grid=Grid(0, 1))
-        ended = decode(alone, prompts(), eos_id=ranks[0][name][4][5])
+    shapes = FEW if pp > 2 else tuple(references)
+    folders = {name: str(references[name].folder) for name in shapes}
+    world = dp * tp * pp
+    ranks = run_on_ranks(_decode_rank, folders, world, tp, pp, ranks=world, folder=tmp_path / "ranks")
+    for name in shapes:
+        reference, alone = references[name], build(references[name].folder, grid=Grid(0, 1))
         for rank, answers in enumerate(ranks):
+            grid = Grid(rank, world, tp_size=tp, pp_size=pp)
+            batch, right = (rows[grid.dp_rank :: dp] for rows in (prompts(), expected[name]))
             rows = answers[name]
-            reference.check(prompts(), rows, expected[name])
-            assert answers[name, "eos"] == ended
+            reference.check(batch, rows, right)
+            assert answers[name, "eos"] == decode(alone, batch, eos_id=rows[4][5])
             assert answers[name, "few"] == [row[:3] for row in rows[: max(pp - 1, 1)]]
-            if rank // tp == pp - 1:
-                found = torch.tensor(answers[name, "likelihoods"])
-                assert torch.allclose(found, torch.tensor(wanted), rtol=1e-5, atol=1e-4)
+            if name not in FEW:
+                continue
+            reference.check(batch, answers["merged"], right)
+            assert answers["stopped"] == [row[:3] for row in rows]
+            if grid.pp_rank == pp - 1:
+                wanted = torch.tensor(reference_likelihoods(reference.model))
+                assert torch.allclose(torch.tensor(answers["likelihoods"]), wanted, rtol=1e-5, atol=1e-4)
             else:
-                assert answers[name, "likelihoods"] == [[]] * len(samples())
+                assert answers["likelihoods"] == [[]] * len(samples())
+
+
+def _groups_used(folder: str) -> tuple[set[str], set[str]]:
+    """(groups of point-to-point messages, groups of broadcasts) of a batch in two stages."""
+    grid = Grid(torch.distributed.get_rank(), 2, pp_size=2)
+    decoder = build(Path(folder), grid=grid)
+    seen: dict[str, set[str]] = {"isend": set(), "recv": set(), "broadcast": set()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, groups in seen.items():
+            original = getattr(torch.distributed, name)
+
+            def noted(*args: Any, _original: Any = original, _groups: set[str] = groups, **keywords: Any) -> Any:
+                _groups.add(keywords["group"].group_name)
+                return _original(*args, **keywords)
+
+            patch.setattr(torch.distributed, name, noted)
+        decode(decoder, prompts(count=4), new=3)
+    return seen["isend"] | seen["recv"], seen["broadcast"]
+
+
+@pytest.mark.distributed
+def test_choices_travel_apart_from_hidden_states(references: dict[str, Reference], tmp_path: Path) -> None:
+    """Ranks send the two in different orders, and NCCL may keep one queue a group."""
+    for between_stages, from_the_last in run_on_ranks(
+        _groups_used, str(references["gqa"].folder), ranks=2, folder=tmp_path / "ranks"
+    ):
+        assert between_stages and from_the_last and not between_stages & from_the_last

@@ -44,7 +44,7 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
     )
     bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     bank.load_full(oracle.tensors)
-    specs = layer_specs(source.config, update_scale=config.scale, dtype=torch.float64)
+    specs = layer_specs(source.config, dtype=torch.float64)
     model = Stage(specs, bank, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.config)) as weights:
         load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))

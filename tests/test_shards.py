@@ -218,7 +218,7 @@ class Recorder(BaseWeights):
 def read_at(folder: Path, stages: Sequence[range], grid: Grid) -> tuple[Stage, Recorder]:
     """What the rank of `grid` builds and reads, the base's identity included."""
     source = find_model(str(folder))
-    specs = layer_specs(source.config, update_scale=1.0, dtype=torch.float32, tp_size=grid.tp_size)
+    specs = layer_specs(source.config, dtype=torch.float32, tp_size=grid.tp_size)
     group = RankGroup(None, grid.tp_rank, grid.tp_size)
     stage = Stage([specs[index] for index in stages[grid.pp_rank]], None, tensor_parallel=TensorParallel(group))
     with Recorder(folder, weight_rules(source.config)) as weights:

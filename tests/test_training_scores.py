@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_files import losses, metrics, status
 from run_helpers import Base, run_ranks, write_base
 
+from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.data.encode import encode_prompt
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.parallel.groups import ParallelGroups
 
 ONE_RANK = {"ds_config": "zero1.json"}
 # Ranks and settings that change where a run computes and not what.
@@ -51,10 +59,10 @@ def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run at every layout, judged by its metric on half of the validation rows."""
+    """One run at every layout, judged by its metric on some of the validation rows."""
     root = tmp_path_factory.mktemp("runs")
     return {
-        name: start(base, root / name, ranks, eval_metric="exact_match", eval_samples=12, **changes)
+        name: start(base, root / name, ranks, eval_metric="exact_match", eval_samples=17, **changes)
         for name, (ranks, changes) in LAYOUTS.items()
     }
 
@@ -89,7 +97,25 @@ def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: 
     assert scores["before"]["exact_match"]["n"] == scores["after"]["exact_match"]["n"] == len(LETTERS)
     assert scores["before"]["exact_match"]["score"] == 0 < scores["after"]["exact_match"]["score"] < 100
     shares = {row["exact_match"] for row in metrics(runs["alone"], "validation")}
-    assert all(share * 12 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
+    assert all(share * 17 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
+
+
+def test_ranks_of_zero_3_call_the_model_until_all_are_done(
+    base: Base, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two test rows, one of which the trained model ends at once: its rank goes on calling, or the other would wait."""
+    adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
+    tokenizer = load_tokenizer(base.model)
+    decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.config)
+    rows = [json.loads(line) for line in base.train.read_text().splitlines()]
+    prompts = [encode_prompt(tokenizer, row["prompt"], max_length=60).tolist() for row in rows]
+    lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]
+    chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
+    assert min(lengths) < 8
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    judged = {"eval_metric": "exact_match", "eval_samples": 17}
+    run = start(base, tmp_path, 2, ds_config="zero3.json", test_file=tmp_path / "test.jsonl", **judged)
+    assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 2
 
 
 def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def decode_here(decoder: Any, prompts: Rows, new_tokens: int) -> Rows:
     """By this package; no token ends a sequence."""
     from megatron_tiedlora.evaluation.generate import generate
 
-    return generate(decoder, prompts, eos_id=-1, max_new_tokens=new_tokens)
+    return generate(decoder, prompts, end_ids=(), max_new_tokens=new_tokens)
 
 
 def decode_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:

@@ -172,22 +172,23 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
 
 class LayerUpdate(NamedTuple):
     """One layer's factors on one rank, fp32: a (r, d), b (local_o, r), u (r), v (local_o); u or v is None where it is
-    frozen at one."""
+    frozen at one. `scale` is alpha / r."""
 
     a: torch.Tensor
     b: torch.Tensor
     u: torch.Tensor | None
     v: torch.Tensor | None
+    scale: float
 
 
-def folded_factors(update: LayerUpdate, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def folded_factors(update: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     """A_i = diag(u) A, (r, d), and B_i = scale diag(v) B, (o, r), in the factors' own dtype."""
     a = update.a if update.u is None else update.u[:, None] * update.a
     b = update.b if update.v is None else update.v[:, None] * update.b
-    return a, b if scale == 1.0 else b * scale
+    return a, b if update.scale == 1.0 else b * update.scale
 
 
-def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate, scale: float) -> torch.Tensor:
+def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate) -> torch.Tensor:
     """output + scale * diag(v) B diag(u) A hidden.
 
     Args:
@@ -197,7 +198,7 @@ def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate, 
     Returns:
         (..., local_o) in `output`'s dtype; the fp32 factors are cast to it just before their products.
     """
-    a, b = (factor.to(output.dtype) for factor in folded_factors(update, scale))
+    a, b = (factor.to(output.dtype) for factor in folded_factors(update))
     low = functional.linear(hidden, a)
     sizes = output.shape
     return torch.addmm(output.reshape(-1, sizes[-1]), low.reshape(-1, a.shape[0]), b.t()).view(sizes)
@@ -252,7 +253,7 @@ class TiedAdapter(nn.Module):
                 per_layer.append((tensor.view_as(tensor),) * len(self.part.layers))
             else:
                 per_layer.append(tensor.unbind(0))
-        return tuple(LayerUpdate(*row) for row in zip(*per_layer, strict=True))
+        return tuple(LayerUpdate(a, b, u, v, self.config.scale) for a, b, u, v in zip(*per_layer, strict=True))
 
 
 def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
@@ -271,5 +272,5 @@ def lora_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's update as a plain LoRA pair: diag(u) A, (r, d), and (alpha / r) diag(v) B, (o, r)."""
     index = config.layers.index(layer)
-    parts = [state[name] if config.row.factor(name).tied else state[name][index] for name in FACTORS]
-    return folded_factors(LayerUpdate(*parts), config.scale)
+    a, b, u, v = (state[name] if config.row.factor(name).tied else state[name][index] for name in FACTORS)
+    return folded_factors(LayerUpdate(a, b, u, v, config.scale))

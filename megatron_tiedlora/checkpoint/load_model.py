@@ -53,8 +53,7 @@ def load_model(
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
             bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             bank.load_full(adapter.state)
-        scale = adapter.config.scale if adapter is not None else 1.0
-        specs = layer_specs(config, update_scale=scale, dtype=dtype, tp_size=grid.tp_size)
+        specs = layer_specs(config, dtype=dtype, tp_size=grid.tp_size)
         with torch.device(device):
             model = Stage(
                 specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)

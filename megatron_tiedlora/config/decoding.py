@@ -15,7 +15,7 @@ def resolve_max_new_tokens(value: int | None, max_positions: int, task: str) -> 
 
     Args:
         value: of --max_new_tokens; None for 500 (the demo: 200), or half of a context that is shorter than twice that.
-        max_positions: tokens of prompt and answer together, as many as the model was made for or fewer.
+        max_positions: that the model was made for, prompt and answer together.
 
     Raises:
         UserError: a value that leaves no position to a prompt.
@@ -24,7 +24,15 @@ def resolve_max_new_tokens(value: int | None, max_positions: int, task: str) -> 
         return max(min(DEMO_NEW_TOKENS if task == "demo" else DEFAULT_NEW_TOKENS, max_positions // 2), 1)
     if value >= max_positions:
         raise UserError(
-            f"--max_new_tokens {value} leaves no room for a prompt in {max_positions} positions (the model's, or"
-            " --max_length); give fewer"
+            f"--max_new_tokens {value} leaves no room for a prompt in the model's {max_positions} positions; give fewer"
         )
     return value
+
+
+def longest_prompt(max_length: int | None, max_positions: int, max_new_tokens: int) -> int:
+    """Tokens of a prompt that is decoded: as many as in training, where the model's positions leave room for an answer.
+
+    Args:
+        max_length: of --max_length; None for the model's positions.
+    """
+    return min(max_length or max_positions, max_positions - max_new_tokens)

@@ -32,7 +32,7 @@ class EvaluateSettings(CommandSettings):
 
     output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
     seed: int = setting_field(
-        "run", "seed of the resampling, and of a validation part that is carved from training rows", 1234, ge=0
+        "run", "of a validation part that is carved from training rows: the run's seed gives the run's part", 1234, ge=0
     )
     timeout_minutes: float = setting_field("run", "longest wait for another rank before the job fails", 30.0, gt=0)
 
@@ -89,6 +89,8 @@ class EvaluateSettings(CommandSettings):
     def _check(self) -> EvaluateSettings:
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
+        if self.validation_file is not None and self.train_file is not None:
+            raise ValueError("--train_file is read only where --validation_file is left out; give one of the two")
         unread = ("validation_file", "train_file") if self.split == "test" else ("test_file",)
         for name in unread:
             if getattr(self, name) is not None:

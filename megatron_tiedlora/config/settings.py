@@ -130,6 +130,8 @@ class Settings(CommandSettings):
         "data", "longest answer that is decoded [500, or half of a shorter context; demo 200]", ge=1
     )
 
+    eval_batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
+
     packing: bool = setting_field("speed", "pack documents into full rows (false in this version)", False)
     compile: Literal["auto", "true", "false"] = setting_field(
         "speed", "compile elementwise parts (auto is false in this version)", "auto"

@@ -111,13 +111,6 @@ def encode_prompts(
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
-def encode_example(
-    tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int, add_bos: bool = True
-) -> EncodedExample:
-    """Return one sample as ids; raises as `encode_examples` does."""
-    return encode_examples(tokenizer, [example], max_length=max_length, add_bos=add_bos)[0]
-
-
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, add_bos: bool = True
 ) -> list[EncodedExample]:

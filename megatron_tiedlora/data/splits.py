@@ -56,11 +56,6 @@ def load_split(
     return [_to_example(entry, sample, template, tokenizer) for sample in samples[:limit]]
 
 
-def split_available(task: str | Task, split: Split, *, files: Files) -> bool:
-    """Tell, without reading anything, whether `load_split` has a source for this split."""
-    return _find_source(get_task(task) if isinstance(task, str) else task, split, files=files) is not None
-
-
 # Splits -----------------------------------------------------------------------------------------------------
 
 

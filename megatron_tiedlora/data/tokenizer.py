@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
@@ -42,6 +43,17 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     if name.startswith(("/", ".", "~")) or name.endswith(".model"):
         raise _refusal(name, "does not exist")
     return _named(_load_folder(_download(name)), name)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> frozenset[int]:
+    """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
+    several). Raises UserError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise _refusal(tokenizer.name_or_path, "has no end-of-sequence token")
+    file = model_folder / "generation_config.json"
+    more = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
+    more = more if isinstance(more, list) else [more]
+    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if isinstance(token, int))})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +16,14 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.encode import continuation_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree, generate
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.parallel.agreement import gather_objects
 from megatron_tiedlora.parallel.grid import Grid
-
-# Decoding reads all weights for each token, so a larger batch costs little; answers do not depend on it.
-DECODING_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ScoredSet:
         prompts: BOS and prompt of each sample.
         endings: of each sample, the ids of each of its choices behind the prompt; empty where it has none.
         num_cut: how many prompts lost their middle.
+        end_ids: tokens that end an answer.
     """
 
     task: Task
@@ -40,18 +42,38 @@ class ScoredSet:
     prompts: tuple[NDArray[np.int32], ...]
     endings: tuple[tuple[tuple[int, ...], ...], ...]
     num_cut: int
+    end_ids: frozenset[int]
+
+    @property
+    def sha256(self) -> str:
+        """Of prompts, references and choices: what ranks must share."""
+        digest = hashlib.sha256()
+        for example, prompt in zip(self.examples, self.prompts, strict=True):
+            digest.update(repr((prompt.tolist(), example.references, example.choices)).encode())
+        return digest.hexdigest()
 
 
 def encode_scored(
-    examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, *, longest_prompt: int
+    examples: Sequence[Example],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest_prompt: int,
+    model_folder: Path,
 ) -> ScoredSet:
     """Tokenise samples as training does, prompts cut to `longest_prompt` tokens.
 
+    Args:
+        model_folder: says which tokens end a sequence, beside the tokenizer.
+
     Raises:
-        UserError: a tokenizer without EOS, or a choice without a token.
+        UserError: a tokenizer without an end token, an example that the task's metrics cannot score, or a choice
+            without a token.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token; give another")
+    ends = end_ids(tokenizer, model_folder)
+    for name in task.metrics:
+        for example in examples:
+            find_metric(name).check(example)
     prompts, num_cut = encode_prompts(tokenizer, [example.prompt for example in examples], max_length=longest_prompt)
     endings = []
     for example in examples:
@@ -59,7 +81,7 @@ def encode_scored(
         if not all(ids):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
         endings.append(tuple(tuple(ending) for ending in ids))
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_cut)
+    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_cut, ends)
 
 
 def answer_all(
@@ -69,7 +91,7 @@ def answer_all(
     tokenizer: PreTrainedTokenizerBase,
     grid: Grid,
     max_new_tokens: int,
-    batch_size: int = DECODING_BATCH,
+    batch_size: int,
     agree: Agree = bool,
     progress: bool = False,
 ) -> list[Answer] | None:
@@ -99,7 +121,7 @@ def answer_all(
             rows = generate(
                 decoder,
                 prompts,
-                eos_id=int(tokenizer.eos_token_id),
+                end_ids=scored.end_ids,
                 max_new_tokens=max_new_tokens,
                 is_end=is_end,
                 agree=agree,
@@ -108,7 +130,6 @@ def answer_all(
             if has_endings:
                 samples = [(prompt, scored.endings[index]) for prompt, index in zip(prompts, used, strict=True)]
                 choice_scores = ending_log_likelihoods(decoder, samples)
-            agree(True)
             for index, row, scores in zip(indices, rows, choice_scores, strict=False):
                 mine[index] = (_text(tokenizer, row, scored.task.stop), tuple(scores))
             bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))

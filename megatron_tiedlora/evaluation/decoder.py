@@ -36,7 +36,7 @@ class Decoder:
             calls_together: whether all ranks must call the model equally often (ZeRO-3, which gathers weights in it).
         """
         self.stage = stage
-        self.pipeline = groups.pipeline
+        self.pipeline, self.choices = groups.pipeline, groups.choices
         self.config = config
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
@@ -101,7 +101,7 @@ class Decoder:
         return Chosen(self, chosen, batch)
 
     def _from_last(self) -> dict[str, Any]:
-        return {"group": self.pipeline.handle, "group_src": self.pipeline.size - 1}
+        return {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
     def _receive_choice(self, batch: int) -> torch.Tensor:
         chosen = torch.empty(batch, dtype=torch.int64, device=self.device)
@@ -137,9 +137,9 @@ class Chosen:
 
 @torch.no_grad()
 def _folded(stage: Stage, dtype: torch.dtype) -> dict[int, LayerUpdate]:
-    """diag(u) A and diag(v) B of every adapted layer in the base's dtype; alpha / r is left to the layer."""
+    """diag(u) A and (alpha / r) diag(v) B of every adapted layer in the base's dtype."""
     folded = {}
     for layer, update in stage.read_adapter().items():
-        a, b = folded_factors(update, 1.0)
-        folded[layer] = LayerUpdate(a.to(dtype, copy=True), b.to(dtype, copy=True), None, None)
+        a, b = folded_factors(update)
+        folded[layer] = LayerUpdate(a.to(dtype, copy=True), b.to(dtype, copy=True), None, None, 1.0)
     return folded

@@ -6,7 +6,7 @@ Prompts are padded on the right and every sequence writes its next token at its 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -28,35 +28,49 @@ def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
-    eos_id: int,
+    end_ids: Collection[int],
     max_new_tokens: int,
     is_end: Callable[[Sequence[int]], bool] = lambda _: False,
     agree: Agree = bool,
 ) -> list[list[int]]:
-    """Continue each prompt with its most likely tokens until EOS, `is_end` or `max_new_tokens`.
+    """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
     Args:
         prompts: token ids, none empty; lengths may differ. The same on all ranks of a pipeline and tensor group.
+        end_ids: tokens that end a sequence.
         is_end: asked with a sequence's new tokens after each of them.
 
     Returns:
-        the new tokens of each prompt, without EOS; on every rank of the pipeline.
+        the new tokens of each prompt, without the end; on every rank of the pipeline.
+
+    Raises:
+        whatever `agree` does, once nothing is under way between the stages.
     """
     parts = [
-        _Part(decoder, some, eos_id=eos_id, max_new_tokens=max_new_tokens, is_end=is_end)
+        _Part(decoder, some, end_ids=end_ids, max_new_tokens=max_new_tokens, is_end=is_end)
         for some in split_evenly(prompts, decoder.num_parts)
     ]
     every = 1 if decoder.calls_together else TOKENS_BETWEEN_AGREEMENTS
-    for step in range(max_new_tokens):
+    for step in range(1, max_new_tokens + 1):
         for part in parts:
             part.advance()
-        done = all(part.is_done for part in parts)
-        if (step + 1) % every == 0 and agree(done):
+        if step % every and step < max_new_tokens:
+            continue
+        try:
+            all_done = agree(all(part.is_done for part in parts))
+        except BaseException:  # on all ranks at this step, so that what is under way still arrives
+            _finish(decoder, parts)
+            raise
+        if all_done:
             break
+    _finish(decoder, parts)
+    return [row for part in parts for row in part.rows]
+
+
+def _finish(decoder: Decoder, parts: Sequence[_Part]) -> None:
     for part in parts:
         part.collect()
     decoder.finish()
-    return [row for part in parts for row in part.rows]
 
 
 def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
@@ -83,12 +97,12 @@ class _Part:
         decoder: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
-        eos_id: int,
+        end_ids: Collection[int],
         max_new_tokens: int,
         is_end: Callable[[Sequence[int]], bool],
     ) -> None:
         self.decoder = decoder
-        self.eos_id = eos_id
+        self.end_ids = end_ids
         self.is_end = is_end
         self.tokens = pad_right(prompts, 0, decoder.device)
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=decoder.device)
@@ -130,7 +144,7 @@ class _Part:
         for index, token in enumerate(chosen.tolist()):
             if self.ended[index]:
                 continue
-            if token == self.eos_id:
+            if token in self.end_ids:
                 self.ended[index] = True
             else:
                 self.rows[index].append(token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.evaluation.plan import EvaluationPlan
-from megatron_tiedlora.parallel.agreement import broadcast_object, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import num_differing
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,6 @@ class HeldOut:
 
     tokenizer: PreTrainedTokenizerBase
     scored: ScoredSet
-
-    @property
-    def sha256(self) -> str:
-        """Of prompts, references and choices: what ranks must share."""
-        digest = hashlib.sha256()
-        for example, prompt in zip(self.scored.examples, self.scored.prompts, strict=True):
-            digest.update(repr((prompt.tolist(), example.references, example.choices)).encode())
-        return digest.hexdigest()
 
 
 def read_held_out(plan: EvaluationPlan) -> HeldOut:
@@ -50,13 +41,17 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
         tokenizer=tokenizer,
         limit=plan.limit,
     )
-    room = plan.max_length - plan.max_new_tokens
-    return HeldOut(tokenizer, encode_scored(examples, plan.task, tokenizer, longest_prompt=room))
+    scored = encode_scored(
+        examples,
+        plan.task,
+        tokenizer,
+        longest_prompt=plan.longest_prompt,
+        model_folder=plan.source.weights_folder(),
+    )
+    return HeldOut(tokenizer, scored)
 
 
 def check_same_rows(held_out: HeldOut, device: torch.device) -> None:
     """Every rank reads the rows for itself; raise UserError where one found others than rank 0."""
-    mine = held_out.sha256
-    differing = sum_over_ranks([float(mine != broadcast_object(mine, device))], device)[0]
-    if differing:
-        raise UserError(f"{differing:.0f} ranks read other rows than rank 0; give every host the same files")
+    if differing := num_differing(held_out.scored.sha256, device):
+        raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")

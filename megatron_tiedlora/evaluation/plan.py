@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, MERGE_RECORD, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, resolve_max_new_tokens
+from megatron_tiedlora.config.cli import read_yaml
+from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.json_files import read_json_object
@@ -30,8 +32,9 @@ class EvaluationPlan:
 
     Attributes:
         kind: of the model: base, merged (a folder that an adapter was merged into), native or peft.
-        max_length: longest prompt and answer together, in tokens.
+        longest_prompt: in tokens; a longer one loses its middle.
         limit: of samples; None is all.
+        notes: what a user should know before they trust the scores.
     """
 
     settings: EvaluateSettings
@@ -41,9 +44,10 @@ class EvaluationPlan:
     kind: str
     grid: Grid
     stages: Stages
-    max_length: int
+    longest_prompt: int
     max_new_tokens: int
     limit: int | None
+    notes: tuple[str, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,6 +79,7 @@ class EvaluationPlan:
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
+            *(f"note       {note}" for note in self.notes),
         ]
 
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
@@ -83,7 +88,7 @@ class EvaluationPlan:
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
             "model": self.source.name,
-            "max_length": self.max_length,
+            "max_length": self.settings.max_length or self.source.config.max_positions,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
         }
@@ -118,12 +123,13 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     source, adapter, kind = _find_model(settings)
     config = source.config
     check_model_layout(config, grid)
-    max_length = config.max_positions if settings.max_length is None else settings.max_length
-    if max_length > config.max_positions:
+    if (settings.max_length or 0) > config.max_positions:
         raise UserError(
-            f"--max_length {max_length}: {source.name} was trained for {config.max_positions} positions; give at most"
-            " that"
+            f"--max_length {settings.max_length}: {source.name} was trained for {config.max_positions} positions; give"
+            " at most that"
         )
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, config.max_positions, settings.task)
+    prompt = longest_prompt(settings.max_length, config.max_positions, max_new_tokens)
     limit = settings.limit
     if limit is None and settings.task == "demo":
         limit = DEMO_SCORED_SAMPLES
@@ -137,11 +143,28 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         adapter=adapter,
         kind=kind,
         grid=grid,
-        stages=partition(_decoding_costs(config, max_length), grid.pp_size),
-        max_length=max_length,
-        max_new_tokens=resolve_max_new_tokens(settings.max_new_tokens, max_length, settings.task),
+        stages=partition(_decoding_costs(config, prompt), grid.pp_size),
+        longest_prompt=prompt,
+        max_new_tokens=max_new_tokens,
         limit=limit,
+        notes=tuple(_notes(settings, source, kind)),
     )
+
+
+def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterator[str]:
+    """Where an adapter was trained on another base or with other prompts, as far as the files beside it tell."""
+    if settings.adapter is None:
+        return
+    folder = Path(settings.adapter).expanduser()
+    if kind == "peft":
+        named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
+        if isinstance(named, str) and named != source.name and not _same_folder(source, named):
+            yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
+    run_file = folder.parent / "run.yaml"
+    trained = read_yaml(str(run_file)) if run_file.is_file() else {}
+    for name in ("task", "prompt_template", "tokenizer"):
+        if name in trained and trained[name] != getattr(settings, name):
+            yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
 
 
 def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str]:

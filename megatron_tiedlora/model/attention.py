@@ -46,6 +46,22 @@ class KeyValueCache:
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call stand, alike for all layers.
+
+    Attributes:
+        positions: (b, s) int64.
+        table: cos and sin of their rotation, see `rotation_table`.
+        mask: (b, 1, s, keys) bool, which keys each token sees; None: tokens 0 to t of its row. Where the keys are a
+            cache's, the s tokens stand once for each query head of a key-value head: (b, 1, heads / kv * s, keys).
+    """
+
+    positions: torch.Tensor
+    table: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor | None = None
+
+
 class Attention(nn.Module):
     """z = W_o attention(rope(Q), rope(K), V), [Q | K | V] = W_qkv x + (alpha / r) diag(v) B diag(u) A x."""
 
@@ -58,35 +74,53 @@ class Attention(nn.Module):
         head_dim: int,
         rope: RopeConfig,
         bias: bool,
-        update_scale: float,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
         self.head_dim = head_dim
         self.rope = rope
-        self.update_scale = update_scale
         self.qkv = ColumnParallelLinear(hidden_size, sum(self.local_rows), dtype=dtype, bias=bias)
         self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
+
+    def places(
+        self,
+        positions: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        documents: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Places:
+        """What every layer's `forward` needs of the tokens' places, computed once for all of them.
+
+        Args:
+            positions: (b, s) int64.
+            dtype: of the activations.
+            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            cache: of any of the layers, as it stands before the call. The first tokens in it are whole prompts, padded
+                on the right; later ones see what it holds up to their own position.
+        """
+        mask = None if documents is None else document_mask(documents)
+        if cache is not None and cache.filled:
+            keys = torch.arange(cache.filled + positions.shape[1], device=positions.device)
+            mask = (keys <= positions[:, None, :, None]).repeat(1, 1, self.local_rows[0] // self.local_rows[1], 1)
+        return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), mask)
 
     def forward(
         self,
         hidden: torch.Tensor,
-        positions: torch.Tensor,
+        places: Places,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Attention of this rank's heads, summed over the ranks.
 
         Args:
             hidden: what flows between layers, (b, s, d) or (b, s / p, d).
-            positions: (b, s).
-            mask: (b, 1, s, s) bool, which keys each token sees; None: tokens 0 to t of its row.
-            cache: of this rank's key and value heads, which keeps the new ones. Its first tokens are whole prompts,
-                padded on the right, and later ones see what the cache holds up to their position; replaces `mask`.
+            places: of the s tokens, from `places`.
+            cache: of this rank's key and value heads, which keeps the new ones.
 
         Returns:
             as `hidden`.
@@ -95,41 +129,39 @@ class Attention(nn.Module):
         batch, length, _ = hidden.shape
         fused = self.qkv(hidden)
         if update is not None:
-            fused = add_update(fused, hidden, update, self.update_scale)
+            fused = add_update(fused, hidden, update)
         parts = fused.split(self.local_rows, dim=-1)
         query, key, value = (p.view(batch, length, -1, self.head_dim).transpose(1, 2) for p in parts)
-        table = rotation_table(positions, self.rope, self.head_dim, hidden.dtype)
-        query, key = rotate(query, table), rotate(key, table)
+        query, key = rotate(query, places.table), rotate(key, places.table)
         if cache is not None and cache.filled:
-            mixed = _attend_to_cache(query, key, value, positions, cache)
+            cache.update(key, value, places.positions)
+            mixed = _attend_to_cache(query, cache, places.mask)
         else:
             mixed = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+                query,
+                key,
+                value,
+                attn_mask=places.mask,
+                is_causal=places.mask is None,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
             if cache is not None:
-                cache.update(key, value, positions)
+                cache.update(key, value, places.positions)
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype)
         output: torch.Tensor = self.output(mixed, tensor_parallel)
         return output
 
 
-def _attend_to_cache(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, cache: KeyValueCache
-) -> torch.Tensor:
-    """Attention of new tokens, (b, heads, s, head_dim), to all that came before them, themselves included.
+def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of new tokens, (b, heads, s, head_dim), to all that the cache holds of them and before them.
 
-    The query heads of one key-value head stand as tokens of one head: they share its keys and its mask, so that no key
-    is copied for them.
+    The query heads of one key-value head stand as tokens of one head: they share its keys, so that no key is copied
+    for them.
     """
-    cache.update(key, value, positions)
     keys, values = cache.keys[:, :, : cache.filled], cache.values[:, :, : cache.filled]
-    batch, heads, length, head_dim = query.shape
-    kv_heads = keys.shape[1]
-    folded = query.to(keys.dtype).reshape(batch, kv_heads, -1, head_dim)
-    visible = torch.arange(cache.filled, device=positions.device) <= positions[:, None, :, None]
-    mask = visible.repeat(1, 1, heads // kv_heads, 1)
+    folded = query.to(keys.dtype).reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
     mixed = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    return mixed.view(batch, heads, length, head_dim)
+    return mixed.reshape(query.shape)  # a copy where the kernel's result lies by tokens, as CUDA's does
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:

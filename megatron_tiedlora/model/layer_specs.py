@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.model.attention import Attention, KeyValueCache
+from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
@@ -36,16 +36,15 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        positions: torch.Tensor,
+        places: Places,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
-        mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """What flows between layers, (b, s, d) or (b, s / p, d), and the same back; the rest as in Attention."""
         hidden = hidden + self.attention(
-            self.attention_norm(hidden), positions, tensor_parallel, update=update, mask=mask, cache=cache
+            self.attention_norm(hidden), places, tensor_parallel, update=update, cache=cache
         )
         output: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden), tensor_parallel)
         return output
@@ -115,7 +114,7 @@ class LayerSpec:
 
 
 def layer_specs(
-    config: LlamaConfig, *, update_scale: float, dtype: torch.dtype, tp_size: int = 1
+    config: LlamaConfig, *, dtype: torch.dtype, tp_size: int = 1
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
@@ -135,7 +134,6 @@ def layer_specs(
             head_dim=config.head_dim,
             rope=config.rope,
             bias=config.attention_bias,
-            update_scale=update_scale,
             dtype=dtype,
         )
         mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype)

@@ -75,6 +75,11 @@ def gather_objects(value: Any) -> list[Any] | None:
     return gathered
 
 
+def num_differing(value: str, device: torch.device) -> int:
+    """How many ranks have another value than rank 0, the same number on every rank."""
+    return round(sum_over_ranks([float(value != broadcast_object(value, device))], device)[0])
+
+
 def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> object:
     """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
 

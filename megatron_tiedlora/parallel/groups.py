@@ -42,6 +42,8 @@ class ParallelGroups:
     Attributes:
         tensor: ranks that share each layer.
         pipeline: ranks with the other stages of the same samples and the same part of each layer.
+        choices: the same ranks, for what the last stage tells all others while decoding: it must not stand in one queue
+            with what goes from stage to stage, since ranks send the two in different orders.
         data: ranks that hold the same tensors and see other samples.
         tied: pipeline x data: ranks that hold the same part of A and B.
         model: tensor x pipeline: ranks that together hold the model once.
@@ -49,6 +51,7 @@ class ParallelGroups:
 
     tensor: RankGroup = ALONE
     pipeline: RankGroup = ALONE
+    choices: RankGroup = ALONE
     data: RankGroup = ALONE
     tied: RankGroup = ALONE
     model: RankGroup = ALONE

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
-from megatron_tiedlora.model.attention import KeyValueCache, document_mask
+from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import frozen_parameter
@@ -165,17 +165,17 @@ class Stage(nn.Module):
         Args:
             updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
         """
-        mask = None if documents is None else document_mask(documents)
         updates = self.read_adapter() if updates is None else updates
+        attention: Any = self.layers[str(self.blocks[0])].attention
+        cache = caches[0] if caches else None
+        places = attention.places(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block, update = self.layers[str(index)], updates.get(index)
             if self.recompute == "full" and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    block, hidden, positions, tensor_parallel, update=update, mask=mask, use_reentrant=False
-                )
+                hidden = checkpoint(block, hidden, places, tensor_parallel, update=update, use_reentrant=False)
             else:
                 cache = caches[number] if caches else None
-                hidden = block(hidden, positions, tensor_parallel, update=update, mask=mask, cache=cache)
+                hidden = block(hidden, places, tensor_parallel, update=update, cache=cache)
         return hidden
 
     def run_head(

@@ -39,19 +39,25 @@ def make_process_grid(grid: Grid) -> Any:
 
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
-    """The groups of this rank, out of DeepSpeed's grid, with one for the tie; every rank calls it."""
-    tied = None
+    """The groups of this rank, out of DeepSpeed's grid, with those for the tie and for choices; every rank calls it."""
+    tied, choices = None, ALONE
     if grid.pp_size > 1:
         for tp_rank in range(grid.tp_size):
             ranks = [rank for rank in range(grid.world_size) if grid.at(rank).tp_rank == tp_rank]
             handle = distributed.new_group(ranks)
             if tp_rank == grid.tp_rank:
                 tied = handle
+        for place in range(grid.dp_size * grid.tp_size):
+            ranks = list(range(place, grid.world_size, grid.dp_size * grid.tp_size))
+            handle = distributed.new_group(ranks)
+            if grid.rank in ranks:
+                choices = _group(handle)
     else:
         tied = process_grid.get_data_parallel_group()
     return ParallelGroups(
         tensor=_group(process_grid.get_slice_parallel_group()),
         pipeline=_group(process_grid.get_pipe_parallel_group()),
+        choices=choices,
         data=_group(process_grid.get_data_parallel_group()),
         tied=_group(tied),
         model=_group(process_grid.get_model_parallel_group()),

@@ -84,7 +84,7 @@ def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | No
 def _build_stage(plan: RunPlan, device: torch.device) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
     """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
-    specs = layer_specs(plan.source.config, update_scale=plan.adapter.scale, dtype=plan.dtype, tp_size=grid.tp_size)
+    specs = layer_specs(plan.source.config, dtype=plan.dtype, tp_size=grid.tp_size)
     bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:

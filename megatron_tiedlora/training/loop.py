@@ -248,6 +248,7 @@ class Trainer:
             tokenizer=self.data.tokenizer,
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
+            batch_size=plan.settings.eval_batch_size,
             agree=self.agree,
             progress=self.is_main,
         )

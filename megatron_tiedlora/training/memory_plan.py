@@ -97,7 +97,7 @@ def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
     """
     config, tp_size = plan.source.config, plan.grid.tp_size
     with FakeTensorMode():
-        specs = layer_specs(config, update_scale=plan.adapter.scale, dtype=plan.dtype, tp_size=tp_size)
+        specs = layer_specs(config, dtype=plan.dtype, tp_size=tp_size)
         block = specs[1].build()
         assert isinstance(block, Block)
         update = _layer_update(plan)
@@ -105,8 +105,9 @@ def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
             torch.empty(1, size, config.hidden_size, dtype=plan.dtype, requires_grad=True)
             for size in (length // _sequence_parts(plan), length)
         )
-        positions = torch.zeros(1, length, dtype=torch.long)
-        held = (*block.parameters(), *(factor for factor in update if factor is not None))
+        # What all layers share: the table is kept once a micro-batch, not once a layer.
+        places = block.attention.places(torch.zeros(1, length, dtype=torch.long), plan.dtype)
+        held = (*block.parameters(), *places.table, *(t for t in update if isinstance(t, torch.Tensor)))
         parameters = {tensor.untyped_storage()._cdata for tensor in held}
         saved: dict[int, torch.Tensor] = {}  # keeps the tensors alive, so that no address is used twice
 
@@ -123,7 +124,7 @@ def saved_bytes_per_token(plan: RunPlan, length: int = 256) -> float:
         alone = TensorParallel()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs = [block.attention_norm(between), block.mlp_norm(between * 1)]  # of two different inputs
-            outputs += [block.attention(inside, positions, alone, update=update), block.mlp(inside * 1, alone)]
+            outputs += [block.attention(inside, places, alone, update=update), block.mlp(inside * 1, alone)]
             assert all(output.requires_grad for output in outputs)
         total = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters)
     return total / length
@@ -146,4 +147,6 @@ def _layer_update(plan: RunPlan) -> LayerUpdate:
         shape = adapter.shape(name) if name in ("A", "u") else part.local_shape(name)
         shape = shape if factor.tied else shape[1:]
         factors[name] = torch.empty(shape, requires_grad=factor.trained) if part.exists(name) else None
-    return LayerUpdate(*(factors[name] for name in FACTORS))  # type: ignore[arg-type]
+    a, b, u, v = (factors[name] for name in FACTORS)
+    assert a is not None and b is not None
+    return LayerUpdate(a, b, u, v, adapter.scale)

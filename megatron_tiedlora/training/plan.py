@@ -42,7 +42,7 @@ LAYOUT_SETTINGS = frozenset(
         "save_interval",
         "save_interval_minutes",
         "test_file",
-        "max_new_tokens",
+        "eval_batch_size",
         # Told apart by what they hold and not by their names: the base by its hashes, the data by their tokens.
         "model",
         "tokenizer",
@@ -172,6 +172,8 @@ def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha2
     """Raise UserError where a checkpoint's settings contradict the plan's, naming the setting and both values."""
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or name not in saved:
+            continue
+        if name == "max_new_tokens" and plan.settings.eval_metric == "loss":  # decides nothing of such a run
             continue
         before = saved[name]
         if (list(before) if isinstance(before, (list, tuple)) else before) != value:

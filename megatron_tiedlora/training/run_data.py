@@ -9,17 +9,20 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES
+from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.cache import tokenise_once
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.training.plan import RunPlan
+
+_DRAW_STREAM = 2**32 + 1  # beside the one that carves validation rows; epochs use those from 0 up
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,18 @@ class RunData:
 
     @cached_property  # every save writes it
     def sha256(self) -> str:
-        """Of the tokenised training and validation parts: what ranks must share, and a resumed run must find again."""
+        """Of the tokenised training and validation parts: what a resumed run must find again."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for array in (split.tokens, split.offsets, split.prompt_lengths):
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    @property
+    def shared_sha256(self) -> str:
+        """Of everything that ranks must share."""
+        scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
+        return " ".join([self.sha256, *scored])
 
 
 def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
@@ -68,7 +77,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         train_set,
         validation_set,
         _encode(plan, tokenizer, _test_examples(settings, tokenizer)),
-        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else validation[: settings.eval_samples]),
+        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(validation, settings)),
         train[0],
     )
 
@@ -87,6 +96,12 @@ def _read(
     )
 
 
+def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
+    """--eval_samples of the validation rows, drawn with the seed and in their order: files are often sorted."""
+    order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
+    return [examples[index] for index in sorted(order.tolist())]
+
+
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """What is decoded before and after training: the demo's first samples, or the test rows that were given."""
     if settings.task == "demo":
@@ -97,5 +112,12 @@ def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> li
 def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> ScoredSet | None:
     if not examples:
         return None
-    room = min(plan.settings.max_length, plan.source.config.max_positions - plan.max_new_tokens)
-    return encode_scored(examples, get_task(plan.settings.task), tokenizer, longest_prompt=room)
+    return encode_scored(
+        examples,
+        get_task(plan.settings.task),
+        tokenizer,
+        longest_prompt=longest_prompt(
+            plan.settings.max_length, plan.source.config.max_positions, plan.max_new_tokens
+        ),
+        model_folder=plan.source.weights_folder(),
+    )

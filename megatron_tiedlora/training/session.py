@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import num_base_parameters
-from megatron_tiedlora.parallel.agreement import broadcast_object, decided_by_rank_0, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
@@ -62,11 +62,10 @@ def occupy_run_folder(
 
 def check_same_data(data: RunData, device: torch.device) -> None:
     """Every rank reads the data for itself; raise UserError where one found other samples than rank 0."""
-    mine = data.sha256
-    differing = sum_over_ranks([float(mine != broadcast_object(mine, device))], device)[0]
-    if differing:
+    if differing := num_differing(data.shared_sha256, device):
         raise UserError(
-            f"{differing:.0f} ranks read other training or validation data than rank 0; give every host the same files"
+            f"{differing} ranks read other training, validation or test data than rank 0; give every host the same"
+            " files"
         )
 
 

@@ -6,6 +6,8 @@ import re
 import string
 from collections import Counter
 
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed
 
@@ -29,6 +31,12 @@ def gsm8k_exact_match(answer: Answer) -> float:
     """100 where the final number equals a reference's, as strings; a prediction without one is wrong."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
+
+
+def has_final_number(example: Example) -> None:
+    """Raise UserError where no reference has a final number, so that no prediction could be right."""
+    if not any(final_number(reference) for reference in example.references):
+        raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
 
 
 def normalise_squad(text: str) -> str:
@@ -69,6 +77,7 @@ GSM8K = Metric(
     "gsm8k",
     gsm8k_exact_match,
     fixed("GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong"),
+    check=has_final_number,
 )
 SQUAD = Metric("squad", squad_exact_match, fixed(f"SQuAD v1.1 exact match: {_SQUAD_RULE}"))
 SQUAD_F1 = Metric("squad_f1", squad_f1, fixed(f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"))

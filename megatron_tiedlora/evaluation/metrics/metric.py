@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.evaluation.answers import Answer
+
+
+def _accepts(_: Example) -> None:
+    """Any example can be scored."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Metric:
         signature: says by which rule, library and version these answers are scored; two values compare only where
             their signatures agree.
         needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a pass of the model for each choice.
+        check: raises UserError for an example that the metric can never score as right, before anything is decoded.
         statistics: the counts of one answer, always the same number of them.
         combine: the corpus's value from the counts, summed over its answers.
     """
@@ -29,6 +35,7 @@ class Metric:
     sample: Callable[[Answer], float]
     signature: Callable[[Sequence[Answer]], str]
     needs_choice_scores: bool = False
+    check: Callable[[Example], None] = _accepts
     statistics: Callable[[Answer], tuple[int, ...]] | None = None
     combine: Callable[[Sequence[int]], float] | None = None
 

@@ -1,0 +1,104 @@
+"""What an evaluation plans before it decodes: how long prompts may be, how many rows, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from native_files import with_adapter, write_native
+from run_helpers import write_rows
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import validate_settings
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.evaluation.held_out import read_held_out
+from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.training.run_data import prepare_data
+
+NUM_ROWS = 7
+
+
+@dataclass(frozen=True)
+class Models:
+    """A base with one adapter in two of its forms, and rows to decode."""
+
+    base: Path
+    native: Path
+    peft: Path
+    rows: Path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("plans")
+    base = write_tiny_model(folder / "model")
+    source, adapter, oracle = with_adapter(base, "tl6", layers=(1, 3), seed=3)
+    write_native(folder / "native", base, oracle)
+    export_peft(source, adapter, folder / "peft")
+    return Models(base, folder / "native", folder / "peft", write_rows(folder / "rows.jsonl", NUM_ROWS))
+
+
+def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(models: Models) -> None:
+    chosen = {"model": str(models.base), "max_new_tokens": 246, "test_file": str(models.rows)}
+    plan = plan_evaluation(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
+    scored = read_held_out(plan).scored
+    lengths = [min(1 + len(example.prompt), 256 - 246) for example in scored.examples]  # one token a letter, and BOS
+    assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
+    num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
+    assert 0 < num_cut == scored.num_cut < NUM_ROWS
+    assert f"{num_cut} of them without their middle" in plan.headline(NUM_ROWS, scored.num_cut)[1]
+
+    demo = validate_settings({"model": str(models.base), "task": "demo"}, EvaluateSettings)
+    plan = plan_evaluation(demo, rank=0, world_size=1)
+    assert (plan.limit, plan.max_new_tokens, plan.name) == (24, 128, "model-demo-base")
+
+
+@pytest.mark.parametrize("lengths", [{"max_length": 15}, {"max_length": 256, "max_new_tokens": 246}])
+def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[str, int], tmp_path: Path) -> None:
+    """Whatever cuts them: --max_length, or the model's positions less those of an answer."""
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    shared = {"model": str(models.base), "test_file": str(models.rows), **lengths}
+    plan = plan_evaluation(validate_settings(shared, EvaluateSettings), rank=0, world_size=1)
+    training = plan_run(
+        make_settings({**shared, "train_file": str(short), "validation_file": str(short), "global_batch_size": 1}),
+        rank=0,
+        world_size=1,
+    )
+    here, there = read_held_out(plan).scored, prepare_data(training, progress=False).scored
+    assert there is not None and plan.max_new_tokens == training.max_new_tokens
+    assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
+    assert 0 < here.num_cut == there.num_cut < NUM_ROWS
+
+
+def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) -> None:
+    """What the files beside it tell of other prompts or, for PEFT, of another base is noted before decoding."""
+    (tmp_path / "run").mkdir()
+    shutil.copytree(models.native, tmp_path / "run" / "adapter")
+    template = {"task": "custom", "prompt_template": "Q: {prompt}", "versions": {}}
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(template))
+    shutil.copytree(models.peft, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/other"}))
+    rows = {"test_file": str(models.rows)}
+    notes = {}
+    for name, chosen in {
+        "same": {"adapter": str(models.native)},
+        "template": {"adapter": str(tmp_path / "run" / "adapter")},
+        "given": {"adapter": str(tmp_path / "run" / "adapter"), "prompt_template": "Q: {prompt}"},
+        "peft": {"adapter": str(tmp_path / "peft"), "model": str(models.base)},
+        "peft_same": {"adapter": str(models.peft), "model": str(models.base)},
+    }.items():
+        plan = plan_evaluation(validate_settings({**rows, **chosen}, EvaluateSettings), rank=0, world_size=1)
+        notes[name] = plan.notes
+        assert sum(line.startswith("note") for line in plan.headline(1, 0)) == len(plan.notes)
+    assert notes["same"] == notes["given"] == notes["peft_same"] == ()
+    assert "--prompt_template Q: {prompt}" in notes["template"][0] and len(notes["template"]) == 1
+    assert "someone/other" in notes["peft"][0] and len(notes["peft"]) == 1
