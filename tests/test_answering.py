@@ -18,7 +18,7 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.generate import generate
 from megatron_tiedlora.parallel.grid import Grid
@@ -192,3 +192,26 @@ def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: P
     sample = Example("How many?", " 18", "test.jsonl:3")
     with pytest.raises(UserError, match=r"test\.jsonl:3.*#### NUMBER"):
         encode_scored([sample], get_task("gsm8k"), load_tokenizer(folder), longest_prompt=60, model_folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("Denver\nQ: who", "\n", "Denver"),
+        ("\n\n Denver\n", "\n", "Denver"),  # a line break before the answer is not its end
+        ("\n \n", "\n", ""),
+        ("18\nQuestion: next", "\nQuestion:", "18"),
+        ("\nQuestion: next", "\nQuestion:", ""),
+        ("18\nSo", "\nQuestion:", "18\nSo"),
+        ("a\nb", None, "a\nb"),
+    ],
+)
+def test_where_a_prediction_ends(folder: Path, text: str, stop: str | None, left: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    row = tokenizer.encode(text, add_special_tokens=False)
+    assert _text(tokenizer, row, stop) == left
+    ends = [_stop_test(tokenizer, stop)(row[: count + 1]) for count in range(len(row))]
+    first = next((count for count, end in enumerate(ends) if end), None)
+    assert (first is None) == (stop is None or text.lstrip("\n ").find(stop.lstrip("\n ") or stop) < 0)
+    if first is not None:
+        assert tokenizer.decode(row[: first + 1]).endswith(str(stop))

@@ -63,7 +63,8 @@ def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
     if kind is bool:
         return "", ("true", "false")
     if typing.get_origin(kind) is tuple:
-        return "N[,N...]", None
+        item = "TEXT" if typing.get_args(kind)[0] is str else "N"
+        return f"{item}[,{item}...]", None
     return {int: "N", float: "X"}.get(kind, "TEXT"), None
 
 

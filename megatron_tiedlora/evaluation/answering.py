@@ -147,12 +147,30 @@ def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable
     if stop is None:
         return lambda _: False
     width = len(stop.encode())  # a token is a byte at least
-    return lambda row: stop in _decoded(tokenizer, row[-width:])
+
+    def ends(row: Sequence[int]) -> bool:
+        # The whole text is read only where the last tokens hold the stop.
+        return stop in _decoded(tokenizer, row[-width:]) and _cut(_decoded(tokenizer, row), stop) is not None
+
+    return ends
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | None) -> str:
     text = _decoded(tokenizer, row)
-    return (text if stop is None else text.split(stop, 1)[0]).strip()
+    cut = None if stop is None else _cut(text, stop)
+    return text[:cut].strip()
+
+
+def _cut(text: str, stop: str) -> int | None:
+    """Where the text ends before the stop; None where it does not hold it.
+
+    A stop of white space counts behind something visible only: models that were not taught the task often put a line
+    break before their answer.
+    """
+    place = text.find(stop)
+    while place >= 0 and not (text[:place] + stop).strip():
+        place = text.find(stop, place + 1)
+    return place if place >= 0 else None
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
