@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def other_data_on_rank_1() -> None:
-    """Rank 1 reads one training row less than its peer."""
+def other_data_on_rank_1(part: str) -> None:
+    """Rank 1 reads one row less than its peer."""
     import os
 
     if os.environ["RANK"] == "1":
@@ -29,7 +30,7 @@ def other_data_on_rank_1() -> None:
 
         def shorter(task: str, split: str, **keywords: Any) -> Any:
             examples = load(task, split, **keywords)
-            return examples[1:] if split == "train" else examples
+            return examples[1:] if split == part else examples
 
         module.load_split = shorter
 
@@ -48,10 +49,12 @@ def broken_log(step: int) -> None:
     module.MetricsLog.write = failing
 
 
-def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path) -> None:
-    arguments = base.arguments(output_dir=tmp_path / "run")
-    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=other_data_on_rank_1).expect(2)
-    assert "1 ranks read other training or validation data than rank 0" in ended.error_line()
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path, part: str) -> None:
+    arguments = base.arguments(output_dir=tmp_path / "run", test_file=base.validation)
+    prelude = functools.partial(other_data_on_rank_1, part)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
+    assert "1 ranks read other training, validation or test data than rank 0" in ended.error_line()
     assert not (tmp_path / "run").exists()
 
 

@@ -204,7 +204,7 @@ def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
             stdout=stream,
             start_new_session=True,
         )
-    child = LaunchedChild(process)
+    child = LaunchedChild(process, "train.py")
     deadline = time.monotonic() + 30
     while not out.read_text():
         assert time.monotonic() < deadline
@@ -216,6 +216,44 @@ def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
     while not child.ended():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+HARD_OF_HEARING = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("starting", flush=True)
+time.sleep(1)
+hear_again = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+subprocess.Popen([sys.executable, "train.py"], preexec_fn=hear_again)
+"""
+RANK = "import time\nprint('rank', flush=True)\ntime.sleep(120)\n"
+
+
+def test_a_rank_that_starts_after_its_launcher_was_told_is_told_too(tmp_path: Path) -> None:
+    """The launcher is told in the middle of its start, loses the signal and ends; its rank knows of nothing."""
+    (tmp_path / "train.py").write_text(RANK)
+    out = tmp_path / "out"
+    with out.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HARD_OF_HEARING],
+            stdout=stream,
+            stderr=subprocess.DEVNULL,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+    child = LaunchedChild(process, "train.py")
+    deadline = time.monotonic() + 30
+    while "starting" not in out.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.interrupt(signal.SIGINT)
+    try:
+        while not child.ended():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        child.kill()
+    assert process.poll() == 0
 
 
 def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,10 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
     parts = plan.grid.tp_size if plan.sequence_parallel else 1
     updates = dict(zip(stage.adapter.part.layers, stage.adapter(stage.tensor_parallel.group), strict=True))
     hidden = torch.randn(1, length // parts, plan.source.config.hidden_size, dtype=plan.dtype, requires_grad=True)
-    held = [*stage.parameters(), *(factor for factor in updates.get(index, ()) if factor is not None)]
+    block = stage.layers[str(index)]
+    places = block.attention.places(torch.arange(length)[None], plan.dtype)  # kept once for all layers
+    factors = (factor for factor in updates.get(index, ()) if isinstance(factor, torch.Tensor))
+    held = [*stage.parameters(), *places.table, *factors]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, torch.Tensor] = {}
 
@@ -151,8 +154,6 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = stage.layers[str(index)](
-            hidden, torch.arange(length)[None], stage.tensor_parallel, update=updates.get(index)
-        )
+        output = block(hidden, places, stage.tensor_parallel, update=updates.get(index))
     assert output.shape == hidden.shape
     return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters) / length

@@ -80,43 +80,60 @@ def flag_text(value: Any) -> str:
 class LaunchedChild:
     """A `deepspeed` launcher in a session of its own, with its ranks.
 
-    A launcher that is told to stop ends before its ranks, which save first; so their ends are waited for too.
+    A launcher that is told to stop ends before its ranks, which save first; so their ends are waited for too. One that
+    is told while it starts may end without having told those that it was about to start: `script` tells them by their
+    command line, and they are told here.
     """
 
     process: subprocess.Popen[bytes]
-    _ranks: list[psutil.Process] = field(default_factory=list)
+    script: str
+    _started: list[psutil.Process] = field(default_factory=list)
     _looked: float = field(default_factory=time.monotonic)
+    _told: int = 0
 
     def ended(self) -> bool:
         """Whether launcher and ranks are gone."""
-        if self.process.poll() is None:
-            if time.monotonic() - self._looked > LOOK_SECONDS:
-                self._remember()
-            return False
-        self._ranks = [rank for rank in self._ranks if _runs(rank)]
-        return not self._ranks
+        alone = self.process.poll() is not None
+        if self._told or alone or time.monotonic() - self._looked > LOOK_SECONDS:
+            for newcomer in self._remember():
+                self._tell_late(newcomer)
+        self._started = [process for process in self._started if _runs(process)]
+        return alone and not self._started
 
     def interrupt(self, number: int) -> None:
         """Signal the launcher, whose ranks notice its end; remember them."""
         self._remember()
+        self._told = number
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL to all."""
         self._remember()
-        for rank in self._ranks:
+        for process in self._started:
             with suppress(psutil.Error):
-                rank.kill()
+                process.kill()
         with suppress(ProcessLookupError):
             self.process.kill()
 
-    def _remember(self) -> None:
+    def _remember(self) -> list[psutil.Process]:
+        """Note what has been started in the launcher's session since the last look; returns it."""
         self._looked = time.monotonic()
+        known = {self.process.pid, *(process.pid for process in self._started)}
+        found = [process for process in psutil.process_iter() if process.pid not in known and self._is_mine(process)]
+        self._started += found
+        return found
+
+    def _is_mine(self, process: psutil.Process) -> bool:
+        try:
+            return os.getsid(process.pid) == self.process.pid and _runs(process)
+        except OSError:  # it has just ended
+            return False
+
+    def _tell_late(self, process: psutil.Process) -> None:
         with suppress(psutil.Error):
-            known = {rank.pid for rank in self._ranks}
-            found = psutil.Process(self.process.pid).children(recursive=True)
-            self._ranks += [rank for rank in found if rank.pid not in known]
+            if self._told and self.script in process.cmdline():
+                process.send_signal(self._told)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -137,21 +154,21 @@ def deepspeed_starter(scripts: Path) -> Start:
         raise UserError(f"{launcher}: no such launcher; run the sweep with the python that DeepSpeed is installed for")
 
     def start(command: Command) -> Child:
-        words = [str(launcher), *command.launcher, str(scripts / f"{command.script}.py"), *command.arguments]
+        script = str(scripts / f"{command.script}.py")
+        words = [str(launcher), *command.launcher, script, *command.arguments]
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with command.log.open("ab") as log:
             log.write(f"{LOG_MARK}{shlex.join(words)}\n".encode())
             log.flush()
-            return LaunchedChild(
-                subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
-                    pass_fds=(command.lock,),
-                )
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
+                pass_fds=(command.lock,),
             )
+            return LaunchedChild(process, script)
 
     return start
 
