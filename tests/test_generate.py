@@ -17,7 +17,7 @@ from tiny_models import EOS_ID, random_adapter, write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, generate, split_evenly
+from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, generate, similar_lengths
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -165,20 +165,6 @@ def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
     assert len({len(row) for row in rows}) > 1
 
 
-def test_an_attention_kernel_may_lay_its_result_out_by_tokens(
-    references: dict[str, Reference], expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As CUDA's kernels do: (b, heads, s, head_dim) is then no contiguous tensor."""
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def by_tokens(*args: Any, **keywords: Any) -> torch.Tensor:
-        return original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_tokens)
-    decoder = build(references["gqa"].folder, grid=Grid(0, 1))
-    references["gqa"].check(prompts(), decode(decoder, prompts()), expected["gqa"])
-
-
 def count_calls(decoder: Decoder) -> tuple[list[int], Any]:
     calls: list[int] = []
     return calls, decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
@@ -245,10 +231,17 @@ def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
         assert (logits.amax(1) - chosen <= 0.03 * logits.abs().amax(1)).all()
 
 
-def test_parts_of_a_batch_are_even_and_none_is_empty() -> None:
-    assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"]
-    assert split_evenly("ab", 3) == ["a", "b"]
-    assert split_evenly("abc", 1) == ["abc"]
+def test_prompts_of_similar_length_are_computed_together(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert similar_lengths([100, 80, 75, 74, 60, 56, 10]) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert similar_lengths([5000, 5000, 4096, 4096, 4096]) == [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 5)]
+    assert similar_lengths([9]) == [slice(0, 1)]
+    shapes: list[tuple[int, ...]] = []
+    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    try:
+        decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
+    finally:
+        handle.remove()
+    assert shapes == [(2, 30), (2, 12), (1, 3)]
 
 
 # Likelihoods ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Greedy decoding with a key-value cache, for prompts of different lengths in one batch, at any layout.
 
 Prompts are padded on the right and every sequence writes its next token at its own position, so padding is never seen.
+Prompts of similar length are computed together, so that little of it is computed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from typing import TypeVar
 import torch
 
 from megatron_tiedlora.evaluation.decoder import Chosen, Decoder
+from megatron_tiedlora.model.attention import KeyValueCache
+
+# Prompts are computed together until they are so many tokens with their padding, which bounds what stands in memory at
+# one time, or until one is shorter than this share of the longest.
+PROMPT_TOKENS_AT_ONCE = 8192
+LEAST_SHARE_OF_LONGEST = 0.75
 
 # Ranks that decode independently of each other ask one another this often whether to stop: a sum over all ranks waits
 # for the last of them.
@@ -64,7 +71,7 @@ def generate(
         if all_done:
             break
     _finish(decoder, parts)
-    return [row for part in parts for row in part.rows]
+    return [row for part in parts for row in part.in_given_order()]
 
 
 def _finish(decoder: Decoder, parts: Sequence[_Part]) -> None:
@@ -78,6 +85,21 @@ def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
     count = min(num_parts, len(items))
     borders = [len(items) * index // count for index in range(count + 1)]
     return [items[start:stop] for start, stop in itertools.pairwise(borders)]
+
+
+def similar_lengths(lengths: Sequence[int]) -> list[slice]:
+    """Runs of descending `lengths` that are worth computing together; see the constants."""
+    runs, start = [], 0
+    for place in range(1, len(lengths) + 1):
+        longest = lengths[start]
+        if (
+            place == len(lengths)
+            or lengths[place] < LEAST_SHARE_OF_LONGEST * longest
+            or longest * (place + 1 - start) > PROMPT_TOKENS_AT_ONCE
+        ):
+            runs.append(slice(start, place))
+            start = place
+    return runs
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
@@ -104,10 +126,12 @@ class _Part:
         self.decoder = decoder
         self.end_ids = end_ids
         self.is_end = is_end
-        self.tokens = pad_right(prompts, 0, decoder.device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=decoder.device)
-        self.caches = decoder.new_caches(len(prompts), self.tokens.shape[1] + max_new_tokens)
+        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first
+        self.prompts = [prompts[index] for index in self.order]
+        self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
+        self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + max_new_tokens)
         self.rows: list[list[int]] = [[] for _ in prompts]
+        self.tokens = torch.empty(0)  # the last ones, once there are some
         self.ended = [False] * len(prompts)
         self.num_chosen = 0
         self.waiting: Chosen | None = None
@@ -123,16 +147,34 @@ class _Part:
         if self.is_done and not self.decoder.calls_together:
             return
         if self.num_chosen == 0:
-            positions = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
-            logits = self.decoder.forward(self.tokens, positions, self.caches, wanted=self.lengths - 1)
+            chosen = self._read_prompts()
         else:
             positions = (self.lengths + self.num_chosen - 1)[:, None]
             logits = self.decoder.forward(self.tokens, positions, self.caches)
-        chosen = None if logits is None else logits[:, -1].argmax(-1)
+            chosen = None if logits is None else logits[:, -1].argmax(-1)
         self.num_chosen += 1
         self.waiting = self.decoder.share(chosen, len(self.rows))
         if self.decoder.num_parts == 1:
             self.collect()
+
+    def _read_prompts(self) -> torch.Tensor | None:
+        """Fill the caches and choose every sequence's first token, (b,) on the last stage."""
+        found = []
+        for rows in similar_lengths([len(prompt) for prompt in self.prompts]):
+            tokens = pad_right(self.prompts[rows], 0, self.decoder.device)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            caches = [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in self.caches]
+            logits = self.decoder.forward(tokens, positions, caches, wanted=self.lengths[rows] - 1)
+            if logits is not None:
+                found.append(logits[:, -1].argmax(-1))
+        for cache in self.caches:
+            cache.filled = len(self.prompts[0])
+        return torch.cat(found) if found else None
+
+    def in_given_order(self) -> list[list[int]]:
+        """The new tokens of each prompt."""
+        found = dict(zip(self.order, self.rows, strict=True))
+        return [found[index] for index in range(len(found))]
 
     def collect(self) -> None:
         """Take the tokens that the last stage chose, where some are under way."""

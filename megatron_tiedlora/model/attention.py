@@ -35,11 +35,16 @@ class KeyValueCache:
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
-        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s)."""
-        index = positions[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
-        self.values.scatter_(2, index, values.to(self.values.dtype))
-        self.filled += keys.shape[2]
+        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s); the first ones at 0 to s - 1."""
+        length = keys.shape[2]
+        if not self.filled:
+            self.keys[:, :, :length] = keys
+            self.values[:, :, :length] = values
+        else:
+            index = positions[:, None, :, None].expand_as(keys)
+            self.keys.scatter_(2, index, keys.to(self.keys.dtype))
+            self.values.scatter_(2, index, values.to(self.values.dtype))
+        self.filled += length
 
     def take(self, rows: torch.Tensor) -> KeyValueCache:
         """A copy that holds the sequences `rows` (n,), any of them several times, to be continued in several ways."""
@@ -53,8 +58,8 @@ class Places:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        mask: (b, 1, s, keys) bool, which keys each token sees; None: tokens 0 to t of its row. Where the keys are a
-            cache's, the s tokens stand once for each query head of a key-value head: (b, 1, heads / kv * s, keys).
+        mask: (b, 1, s, s) bool, which tokens each token sees; None: tokens 0 to t of its row. Where the keys are a
+            cache's, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys) in the cache's dtype.
     """
 
     positions: torch.Tensor
@@ -102,9 +107,16 @@ class Attention(nn.Module):
         """
         mask = None if documents is None else document_mask(documents)
         if cache is not None and cache.filled:
-            keys = torch.arange(cache.filled + positions.shape[1], device=positions.device)
-            mask = (keys <= positions[:, None, :, None]).repeat(1, 1, self.local_rows[0] // self.local_rows[1], 1)
+            mask = self._cache_mask(positions, cache)
         return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), mask)
+
+    def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        batch, length = positions.shape
+        kv_heads, group = cache.keys.shape[1], self.local_rows[0] // self.local_rows[1]
+        keys = torch.arange(cache.filled + length, device=positions.device)
+        hidden = keys > positions[:, :, None]  # (b, s, keys)
+        added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
 
     def forward(
         self,
@@ -156,12 +168,21 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
     """Attention of new tokens, (b, heads, s, head_dim), to all that the cache holds of them and before them.
 
     The query heads of one key-value head stand as tokens of one head: they share its keys, so that no key is copied
-    for them.
+    for them. In fp32 (so always on a CPU) two plain products take two thirds of the time of PyTorch's fused kernel,
+    which is made for long queries; in bf16 that one keeps the scores in fp32.
     """
-    keys, values = cache.keys[:, :, : cache.filled], cache.values[:, :, : cache.filled]
-    folded = query.to(keys.dtype).reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
-    mixed = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    return mixed.reshape(query.shape)  # a copy where the kernel's result lies by tokens, as CUDA's does
+    assert mask is not None, "a cache's places have a mask"
+    batch, heads, length, head_dim = query.shape
+    keys, values = (tensor.flatten(0, 1)[:, : cache.filled] for tensor in (cache.keys, cache.values))
+    folded = query.to(keys.dtype).reshape(keys.shape[0], -1, head_dim)
+    if keys.dtype == torch.float32:
+        scores = torch.baddbmm(mask, folded, keys.transpose(1, 2), alpha=head_dim**-0.5)
+        mixed = torch.bmm(scores.softmax(dim=-1), values)
+    else:
+        mixed = functional.scaled_dot_product_attention(
+            folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None]
+        )
+    return mixed.reshape(batch, heads, length, head_dim)  # a copy where a kernel's result lies by tokens, as CUDA's
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,46 @@
+"""Parts of decoding by themselves: attention to a cache, and how a batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_tiedlora.evaluation.generate import split_evenly
+from megatron_tiedlora.model.attention import Attention, KeyValueCache, _attend_to_cache
+from megatron_tiedlora.model.rope import RopeConfig
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_to_a_cache(
+    dtype: torch.dtype, length: int, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a plain softmax, in every dtype that a cache may have; CUDA's kernels lay their results out by tokens."""
+    original = torch.nn.functional.scaled_dot_product_attention
+    if by_tokens:
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda *args, **keywords: original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2),
+        )
+    torch.manual_seed(0)
+    layer = Attention(48, local_heads=6, local_kv_heads=2, head_dim=8, rope=RopeConfig(), bias=False, dtype=dtype)
+    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
+    cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
+    positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
+    places = layer.places(positions, dtype, cache=cache)
+    cache.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), positions)
+    query = torch.randn(3, 6, length, 8, dtype=dtype)
+    ours = _attend_to_cache(query, cache, places.mask)
+    keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (cache.keys, cache.values))
+    scores = query.double() @ keys.transpose(2, 3) / 8**0.5
+    hidden = torch.arange(20) > positions[:, None, :, None]
+    wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+    assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_parts_of_a_batch_are_even_and_none_is_empty() -> None:
+    assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"]
+    assert split_evenly("ab", 3) == ["a", "b"]
+    assert split_evenly("abc", 1) == ["abc"]
