@@ -287,6 +287,27 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
     assert saved_bytes_per_token(plan, length) == counted / length
 
 
+def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
+    """The report's bytes are those of the decoder's own caches."""
+    from megatron_tiedlora.checkpoint.load_model import load_model
+    from megatron_tiedlora.config.settings import make_settings
+    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.parallel.groups import ParallelGroups
+    from megatron_tiedlora.training.memory_plan import decoding_cache_bytes
+    from megatron_tiedlora.training.plan import plan_run
+
+    settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11)
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    plan = plan_run(make_settings(texts), rank=0, world_size=1)
+    decoder = Decoder(load_model(plan.source, None, dtype=torch.float32), ParallelGroups(), plan.source.config)
+    caches = decoder.new_caches(5, 30 + 11)
+    found = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+    assert found == decoding_cache_bytes(plan, longest_prompt=30) > 0
+    text = report(tmp_path / "work", [*base.arguments(**{**settings, "dry_run": True})])
+    assert "for 5 prompts of up to" in text and "with 11 new ones" in text
+    assert "of keys and values" not in report(tmp_path / "none", [*base.arguments(dry_run=True)])
+
+
 def test_several_ranks_print_one_report(base: Base, tmp_path: Path) -> None:
     ended: Ended = run_ranks(base.arguments(dry_run=True), folder=tmp_path, cache=base.cache, ranks=2).expect(0)
     assert "2 data-parallel ranks" in ended.outputs[0] and ended.outputs[1] == ""

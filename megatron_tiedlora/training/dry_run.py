@@ -12,7 +12,12 @@ from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
 from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
-from megatron_tiedlora.training.memory_plan import micro_batches_in_flight, saved_bytes_per_token, stage_memory
+from megatron_tiedlora.training.memory_plan import (
+    decoding_cache_bytes,
+    micro_batches_in_flight,
+    saved_bytes_per_token,
+    stage_memory,
+)
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
@@ -110,6 +115,20 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
         *_stage_table(header, cells),
         f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight; on the last stage the"
         f" logits of every position are counted; fp32 logits of {HEAD_ROWS:,} rows and buffers come on top)",
+        *_decoding(plan, data),
+    ]
+
+
+def _decoding(plan: RunPlan, data: RunData | None) -> list[str]:
+    """What decoding takes beside the weights, where the run decodes anything."""
+    sets = [] if data is None else [part for part in (data.scored, data.scored_validation) if part is not None]
+    if not sets:
+        return []
+    longest = max(len(prompt) for part in sets for prompt in part.prompts)
+    size = decoding_cache_bytes(plan, longest_prompt=longest)
+    return [
+        f"  decoding: up to {readable(size)} of keys and values for {plan.settings.eval_batch_size} prompts of up to"
+        f" {longest} tokens with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
     ]
 
 

@@ -63,6 +63,15 @@ def base_bytes(plan: RunPlan, stage: StagePlan) -> int:
     return sum(stage.local_base) * plan.dtype.itemsize
 
 
+def decoding_cache_bytes(plan: RunPlan, *, longest_prompt: int) -> float:
+    """Keys and values of a decoded batch on the rank with most blocks, in the base's dtype (fp32 on a CPU)."""
+    config, batch = plan.source.config, plan.settings.eval_batch_size
+    blocks = max(sum(1 <= layer <= config.num_layers for layer in stage) for stage in plan.stages)
+    # A pipeline has a part of the batch on each stage, so every rank holds the caches of the whole batch.
+    per_token = 2 * blocks * config.num_kv_heads // plan.grid.tp_size * config.head_dim * plan.dtype.itemsize
+    return float(batch * (longest_prompt + plan.max_new_tokens) * per_token)
+
+
 def micro_batches_in_flight(plan: RunPlan, stage: StagePlan) -> int:
     """How many micro-batches 1F1B has begun and not ended on a stage."""
     return min(plan.grid.pp_size - stage.index, plan.batches.accumulation_steps)
