@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_tiedlora.evaluation.generate import split_evenly
+from megatron_tiedlora.evaluation.likelihood import _groups
 from megatron_tiedlora.model.attention import Attention, KeyValueCache, _attend_to_cache
 from megatron_tiedlora.model.rope import RopeConfig
 
@@ -44,3 +45,11 @@ def test_parts_of_a_batch_are_even_and_none_is_empty() -> None:
     assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"]
     assert split_evenly("ab", 3) == ["a", "b"]
     assert split_evenly("abc", 1) == ["abc"]
+
+
+def test_endings_are_scored_in_groups_of_a_bounded_size() -> None:
+    samples = [([1] * length, [[2] * 10] * 4) for length in (4086, 4086, 1000, 1000, 9000)]
+    sizes = [len(group) for group in _groups(samples, whole=False)]
+    assert sizes == [2, 2, 1]  # 8 x 4,096 is the bound; one sample is never split
+    assert [len(group) for group in _groups(samples, whole=True)] == [5]
+    assert [len(group) for group in _groups(samples[:1], whole=False)] == [1]

@@ -296,10 +296,10 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
     from megatron_tiedlora.training.memory_plan import decoding_cache_bytes
     from megatron_tiedlora.training.plan import plan_run
 
-    settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11)
+    settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11, dtype="bf16")
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
-    decoder = Decoder(load_model(plan.source, None, dtype=torch.float32), ParallelGroups(), plan.source.config)
+    decoder = Decoder(load_model(plan.source, None, dtype=torch.bfloat16), ParallelGroups(), plan.source.config)
     caches = decoder.new_caches(5, 30 + 11)
     found = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
     assert found == decoding_cache_bytes(plan, longest_prompt=30) > 0

@@ -211,6 +211,17 @@ def test_ranks_that_call_together_go_on_until_all_are_done(references: dict[str,
     assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
 
 
+def test_ranks_that_call_together_read_their_prompts_in_one_call(references: dict[str, Reference]) -> None:
+    """Whatever the lengths are: a peer's may be alike, and it must call as often."""
+    decoder = build(references["gqa"].folder, grid=Grid(0, 1), calls_together=True)
+    calls = count_calls(decoder)[0]
+    decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
+    assert len(calls) == 1
+    calls.clear()
+    ending_log_likelihoods(decoder, [([5] * 9000, [[6, 7]] * 4)] * 2)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("new", [1, 2])
 def test_few_tokens(decoder: Decoder, new: int) -> None:
     batch = prompts(seed=5, count=9)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from run_files import losses, metrics, status
-from run_helpers import Base, run_ranks, write_base
+from run_helpers import ROOT, Base, run_ranks, write_base
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
@@ -103,7 +103,8 @@ def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: 
 def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     base: Base, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two test rows, one of which the trained model ends at once: its rank goes on calling, or the other would wait."""
+    """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
+    each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
     adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
     tokenizer = load_tokenizer(base.model)
     decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.config)
@@ -112,10 +113,15 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]
     chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
     assert min(lengths) < 8
+    chosen += [{"prompt": "say " + "long " * 8, "completion": "x"}, {"prompt": "say it all", "completion": "x"}]
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    judged = {"eval_metric": "exact_match", "eval_samples": 17}
-    run = start(base, tmp_path, 2, ds_config="zero3.json", test_file=tmp_path / "test.jsonl", **judged)
-    assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 2
+    # The trained run at its end: nothing is left to do but to score.
+    judged = {"eval_metric": "exact_match", "eval_samples": 17, "resume": runs["alone"] / "checkpoints" / "step_16"}
+    run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **judged)
+    assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
 
 
 def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def generate(
         the new tokens of each prompt, without the end; on every rank of the pipeline.
 
     Raises:
-        whatever `agree` does, once nothing is under way between the stages.
+        whatever `agree` does, when nothing is under way between the stages.
     """
     parts = [
         _Part(decoder, some, end_ids=end_ids, max_new_tokens=max_new_tokens, is_end=is_end)
@@ -63,21 +63,12 @@ def generate(
             part.advance()
         if step % every and step < max_new_tokens:
             continue
-        try:
-            all_done = agree(all(part.is_done for part in parts))
-        except BaseException:  # on all ranks at this step, so that what is under way still arrives
-            _finish(decoder, parts)
-            raise
-        if all_done:
+        for part in parts:  # nothing may be under way while all ranks meet: stages would wait for each other crosswise
+            part.collect()
+        decoder.finish()
+        if agree(all(part.is_done for part in parts)):
             break
-    _finish(decoder, parts)
     return [row for part in parts for row in part.in_given_order()]
-
-
-def _finish(decoder: Decoder, parts: Sequence[_Part]) -> None:
-    for part in parts:
-        part.collect()
-    decoder.finish()
 
 
 def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
@@ -160,7 +151,9 @@ class _Part:
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches and choose every sequence's first token, (b,) on the last stage."""
         found = []
-        for rows in similar_lengths([len(prompt) for prompt in self.prompts]):
+        # Where ranks must call the model equally often, their prompts must not decide how often that is.
+        whole = [slice(0, len(self.prompts))]
+        for rows in whole if self.decoder.calls_together else similar_lengths([len(p) for p in self.prompts]):
             tokens = pad_right(self.prompts[rows], 0, self.decoder.device)
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             caches = [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in self.caches]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import pad_right, split_evenly
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+
+# Tokens of prompts and endings, each ending with a copy of its prompt, that stand in the caches at one time.
+ENDING_TOKENS_AT_ONCE = 32768
 
 Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
 """A prompt's ids and those of its endings, none of them empty."""
@@ -26,9 +29,22 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample]) -> list[
     """
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.num_parts):
-        scores += _score(decoder, part)
+        for some in _groups(part, whole=decoder.calls_together):
+            scores += _score(decoder, some)
     decoder.finish()
     return scores
+
+
+def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
+    """Runs of samples whose caches, a copy for each ending, are of a bounded size; one run where it must be whole."""
+    start, rows, longest = 0, 0, 0
+    for place, (prompt, endings) in enumerate(samples):
+        grown = max(longest, len(prompt) + max(map(len, endings)))
+        if not whole and place > start and (rows + len(endings)) * grown > ENDING_TOKENS_AT_ONCE:
+            yield samples[start:place]
+            start, rows, grown = place, 0, len(prompt) + max(map(len, endings))
+        rows, longest = rows + len(endings), grown
+    yield samples[start:]
 
 
 def _score(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:

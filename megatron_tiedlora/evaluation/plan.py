@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,9 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
         if isinstance(named, str) and named != source.name and not _same_folder(source, named):
             yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
     run_file = folder.parent / "run.yaml"
-    trained = read_yaml(str(run_file)) if run_file.is_file() else {}
+    trained: dict[str, Any] = {}
+    with suppress(UserError):  # a file of another kind or version: there is nothing to compare with
+        trained = read_yaml(str(run_file)) if run_file.is_file() else {}
     for name in ("task", "prompt_template", "tokenizer"):
         if name in trained and trained[name] != getattr(settings, name):
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"

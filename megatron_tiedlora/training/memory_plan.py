@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate
+from megatron_tiedlora.evaluation.decoder import cache_dtype
 from megatron_tiedlora.model.layer_specs import Block, layer_specs
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -64,11 +65,12 @@ def base_bytes(plan: RunPlan, stage: StagePlan) -> int:
 
 
 def decoding_cache_bytes(plan: RunPlan, *, longest_prompt: int) -> float:
-    """Keys and values of a decoded batch on the rank with most blocks, in the base's dtype (fp32 on a CPU)."""
+    """Keys and values of a decoded batch on the rank with most blocks, on the device that is here."""
     config, batch = plan.source.config, plan.settings.eval_batch_size
+    dtype = cache_dtype(plan.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     blocks = max(sum(1 <= layer <= config.num_layers for layer in stage) for stage in plan.stages)
     # A pipeline has a part of the batch on each stage, so every rank holds the caches of the whole batch.
-    per_token = 2 * blocks * config.num_kv_heads // plan.grid.tp_size * config.head_dim * plan.dtype.itemsize
+    per_token = 2 * blocks * config.num_kv_heads // plan.grid.tp_size * config.head_dim * dtype.itemsize
     return float(batch * (longest_prompt + plan.max_new_tokens) * per_token)
 
 
