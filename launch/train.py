@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.pipeline.launch_env import (
+    first_to_fail,
     join_process_group,
     leave_process_group,
-    local_rank,
     prepare_environment,
     rank_and_world_size,
 )
@@ -73,4 +73,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, quiet=local_rank() != 0, argv=sys.argv[1:])
+    run_command(main, sys.argv[1:], speaks=first_to_fail)

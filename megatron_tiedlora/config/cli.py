@@ -6,9 +6,7 @@ Works for the settings of any command; those of launch/train.py (`Settings`) are
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,7 +26,6 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.settings import Settings
 
-QUIET_SECONDS = 1.0
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
 RECORD_MARK = "versions"
@@ -137,21 +134,19 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
     return validate_settings(merged, kind)
 
 
-def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, quiet: bool = False) -> NoReturn:
+def run_command(
+    main: Callable[[Sequence[str]], int], argv: Sequence[str], *, speaks: Callable[[], bool] = lambda: True
+) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
     Args:
-        quiet: do not print the line: another rank on this host prints the same.
+        speaks: whether to print the line; another rank on this host may have said it.
     """
     try:
         status = main(argv)
     except UserError as error:
-        if not quiet:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            # The first rank that ends makes the launcher kill the others: let it be the one that prints.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(QUIET_SECONDS)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         status = 130

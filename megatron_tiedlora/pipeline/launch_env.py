@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
+import time
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_tiedlora.config.errors import UserError
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -42,6 +47,28 @@ def rank_and_world_size() -> tuple[int, int]:
     raise UserError(
         "no rank in the environment; start with `deepspeed`, `torchrun` or `mpirun`, or plain python for one"
     )
+
+
+def first_to_fail() -> bool:
+    """Whether this rank is the first of its host to fail: it says why, and its peers need not say it again.
+
+    The first one leaves an empty file in the temporary folder, named after its launcher; old ones are removed.
+    """
+    try:
+        if rank_and_world_size()[1] == 1:
+            return True
+        launcher, folder = psutil.Process(os.getppid()), Path(tempfile.gettempdir())
+        mine = f"{_FAILED}{os.getuid()}-"
+        for old in folder.glob(f"{mine}*"):
+            if time.time() - old.stat().st_mtime > _FAILED_SECONDS:
+                old.unlink(missing_ok=True)
+        name = f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{os.environ.get('MASTER_PORT', '')}"
+        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    except (UserError, OSError, psutil.Error):  # better twice than never
+        return True
+    return True
 
 
 def local_rank() -> int:
