@@ -39,7 +39,7 @@ def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     stopped.wait().expect(143)
     assert status(cut / "runs" / RUNS[0])["state"] == "stopped"
 
-    again = [f"--output_dir={cut}", "--launcher_args=--num_gpus 2"]
+    again = [f"--output_dir={cut}"]
     killed = start(base, again, tmp_path / "b")
     wait_for(lambda: has_step(cut / "runs" / RUNS[1], 2), "the second run", limit=LIMIT)
     left = [process for process in killed.descendants() if "launch" in " ".join(process.cmdline())]
@@ -53,5 +53,7 @@ def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     psutil.wait_procs(left, timeout=60)
 
     start(base, again, tmp_path / "d").wait().expect(0)
+    commands = [line for line in (cut / "logs" / f"{RUNS[0]}.log").read_text().splitlines() if line.startswith("$ ")]
+    assert len(commands) == 2 and all(" --num_gpus 2 " in command for command in commands)  # as it was started with
     for name in ("table2.md", "table2.csv", "figure2.png", "figure3.png"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

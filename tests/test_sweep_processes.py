@@ -15,13 +15,13 @@ import pytest
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
+from megatron_tiedlora.study.lock import locked
 from megatron_tiedlora.study.processes import (
     Command,
     LaunchedChild,
     StopSignals,
     deepspeed_starter,
     launcher_slots,
-    locked,
     visible_gpus,
     with_port,
 )
@@ -108,18 +108,50 @@ def test_a_vital_failure_ends_it_all() -> None:
     ("received", "killed"),
     [([2], False), ([15, 15], False), ([2, 2], True), ([15, 2], True)],
 )
-def test_signals_are_passed_on_once_and_a_second_interrupt_kills(received: list[int], killed: bool) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
+    received: list[int], killed: bool, together: bool
+) -> None:
     waiting = list(received)
 
     def stop(world: World) -> None:
-        if waiting:
+        while waiting:
             world.signals.received.append(waiting.pop(0))
+            if not together:
+                break
 
     world = World(ticks=6, stop=stop)
     outcome = world.run(world.job("a", fails=True), world.job("b"))
     assert outcome == Outcome(stopped_by=received[0])
     assert [event for event in world.events if "told" in event] == [f"a told {received[0]}"]
     assert ("a killed" in world.events) == killed and "b@0" not in world.events and world.events[-1] == "a ends"
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+def test_an_error_of_the_sweeps_own_leaves_nothing_running(impatient: bool) -> None:
+    """The third cannot be started: what runs is told, also behind one that cannot be told, and waited for."""
+
+    def stop(world: World) -> None:
+        if impatient and "b told 15" in world.events and not world.signals.received:
+            world.signals.received.append(2)
+
+    world = World(ticks=4, stop=stop)
+    start = world.start
+
+    def full_disk(command: Any) -> Any:
+        if command[0] == "c":
+            raise OSError(28, "no space left on device")
+        child = start(command)
+        if command[0] == "a":
+            child.interrupt = None
+        return child
+
+    world.start = full_disk  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no space"):
+        world.run(world.job("a"), world.job("b"), world.job("c"), world.job("d"), slots=4)
+    assert "b told 15" in world.events and "d@3" not in world.events
+    assert [event for event in world.events if "ends" in event] == ["a ends", "b ends"] and not world.now
+    assert ("b killed" in world.events) == impatient
 
 
 def test_stop_signals_are_noted_and_given_back() -> None:
@@ -141,9 +173,10 @@ def slots(**changes: Any) -> tuple[tuple[str, ...], ...]:
 
 def test_places() -> None:
     assert slots() == ((),)
-    assert slots(launcher_args="--num_gpus 4 --hostfile 'my hosts'", runs_at_once=2) == (
-        ("--num_gpus", "4", "--hostfile", "my hosts"),
-    ) * 2
+    assert (
+        slots(launcher_args="--num_gpus 4 --hostfile 'my hosts'", runs_at_once=2)
+        == (("--num_gpus", "4", "--hostfile", "my hosts"),) * 2
+    )
     gpus = tuple("01234567")
     assert slots(gpus_per_run=2, gpus=gpus) == tuple(
         ("--include", f"localhost:{pair}") for pair in ("0,1", "2,3", "4,5", "6,7")
@@ -223,7 +256,7 @@ import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 print("starting", flush=True)
 time.sleep(1)
-hear_again = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+hear_again = lambda: (signal.signal(signal.SIGINT, signal.default_int_handler), time.sleep(0.5))  # seen as a fork first
 subprocess.Popen([sys.executable, "train.py"], preexec_fn=hear_again)
 """
 RANK = "import time\nprint('rank', flush=True)\ntime.sleep(120)\n"

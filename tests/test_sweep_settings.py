@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from sweep_runs import study_arguments
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.evaluation.plan import DEMO_SCORED_SAMPLES as EVALUATE_LIMIT
 from megatron_tiedlora.study.grid import Point, make_grid
+from megatron_tiedlora.study.plan import plan_sweep
+from megatron_tiedlora.study.record import occupy
 from megatron_tiedlora.study.sweep import sweep
 
 
@@ -68,6 +73,62 @@ def test_the_folder_alone_goes_on(tmp_path: Path) -> None:
     assert (command.train.max_steps, command.train.task, command.settings.runs_at_once) == (11, "gsm8k", 2)
 
 
+def write_started(base: Base, folder: Path, *flags: str, file: Path | None = None, **changes: Any) -> Path:
+    """The folder of a sweep that was started, and cut off before its first command."""
+    plan = plan_sweep(parse_sweep([*study_arguments(base, file or base.validation, folder, **changes), *flags]))
+    folder.mkdir()
+    occupy(plan.folder, plan.command, plan.base)
+    return folder
+
+
+def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> None:
+    folder = write_started(base, tmp_path / "out", "--launcher_args=--num_gpus 2", "--runs_at_once=3")
+
+    def processes(*flags: str) -> tuple[Any, ...]:
+        plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
+        occupy(plan.folder, plan.command, plan.base)
+        return plan.settings.launcher_args, plan.settings.gpus_per_run, plan.settings.runs_at_once
+
+    assert processes() == ("--num_gpus 2", None, 3)
+    assert processes("--launcher_args=--num_gpus 4") == ("--num_gpus 4", None, 3)
+    assert processes("--gpus_per_run=2") == processes() == (None, 2, 1)
+    assert processes("--runs_at_once=2") == processes() == (None, None, 2)
+
+
+def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) -> None:
+    rows, again = tmp_path / "rows.jsonl", [f"--output_dir={tmp_path / 'out'}", "--dry_run"]
+    rows.write_bytes(base.validation.read_bytes())
+    folder = write_started(base, tmp_path / "out", file=rows)
+    known = json.loads((folder / "base.json").read_text())["file_sha256"]
+    files = (base.train, base.validation, rows)
+    assert known == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert sweep(again, no_start) == 0
+    rows.write_text(rows.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match=f"^{re.escape(str(rows))}: holds other rows than when the sweep was started"):
+        sweep(again, no_start)
+    # A study of before sums were noted goes on, and they are noted now.
+    old = json.loads((folder / "base.json").read_text())
+    del old["file_sha256"]
+    (folder / "base.json").write_text(json.dumps(old))
+    plan = plan_sweep(parse_sweep(again))
+    occupy(plan.folder, plan.command, plan.base)
+    found = json.loads((folder / "base.json").read_text())["file_sha256"]
+    assert found == {**known, str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"), [((), 48), (("--test_limit=3",), 3), (("--test_file={file}",), 30)], ids=["own", "limit", "file"]
+)
+def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags: tuple[str, ...], rows: int) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"question": "1 + 1?", "answer": "2\\n#### 2"}\n' * 30)
+    argv = [f"--output_dir={tmp_path / 'out'}", f"--model={base.model}", "--task=demo", "--max_length=64"]
+    plan = plan_sweep(parse_sweep([*argv, *(flag.format(file=file) for flag in flags)]))
+    score = plan.jobs(0)[0].command(())
+    assert score is not None and f"--limit={rows}" in score.arguments
+    assert EVALUATE_LIMIT < 30  # else the limit would not be needed
+
+
 REFUSED = [
     ("--methods=lora,tl7", "--methods tl7: no such method (did you mean tl6?); known: lora, vera, tl1"),
     ("--methods=", "--methods is empty"),
@@ -101,6 +162,7 @@ REFUSED = [
     ("--model=nowhere/", "--model nowhere/: no such folder"),
     ("--gpus_per_run=1 --launcher_args=x", "leave --launcher_args out"),
     ("--gpus_per_run=1 --runs_at_once=2", "leave --runs_at_once out"),
+    ("--runs_at_once=2 --launcher_args=--master_port=7", "--runs_at_once 2: the runs cannot share the --master_port"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
     ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs to give"),
     ("--tables_from=a", "does not go with --tables_from"),
@@ -132,6 +194,12 @@ def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line):
             sweep(study_arguments(base, base.validation, folder), no_start)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_a_folder_of_a_start_that_was_cut_off_at_once(base: Base, tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".writing-sweep.yaml-0123abcd").write_text("meth")
+    assert sweep([*study_arguments(base, base.validation, tmp_path), "--dry_run"], no_start) == 0
 
 
 def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

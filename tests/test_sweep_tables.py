@@ -16,6 +16,7 @@ from megatron_tiedlora.model.families.llama import llama_config_from_hf
 from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, Shape, rate_text, single_layers
+from megatron_tiedlora.study.record import StudyFolder
 from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
 from megatron_tiedlora.study.tables import table2, tensors_text
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
@@ -153,6 +154,8 @@ def test_only_finished_runs_with_a_number_are_chosen(tmp_path: Path) -> None:
     assert [end.state for end in ends] == ["failed", "cut off", "to do"] and ends[0].reason == "the loss is nan"
     write_run(study, "tl6-r2-lr1e-4", best=math.nan)
     assert read_study(study).result(Point("tl6", 2)).run is None
+    end = read_run(study / "runs" / "tl6-r2-lr1e-4")
+    assert (end.state, end.reason) == ("failed", "it ended without a finite value on validation")
     assert "40.00* |" in table2_markdown([read_study(study)]) and "not all learning rates" in table2_markdown(
         [read_study(study)]
     )
@@ -179,6 +182,8 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
     other = llama_config_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 31}, source="x")
     assert paper.paper_model("llama2-7b", other) is None
     assert paper.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
+    assert paper.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
+    assert paper.paper_model("gpt-2b-001-chat", other) is None and paper.paper_model("gpt-2b-001/x", other) is None
     cell = paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
     assert cell == paper.PaperCell(88.49, 4, 43.8)
     assert paper.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
@@ -188,11 +193,30 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
     assert "paper" not in table2_markdown([read_study(study)]).replace("as in the paper", "")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"test_limit": 100}, {"prompt_template": "{question}"}]
+    + [{name: "rows.jsonl"} for name in ("train_file", "validation_file", "test_file")],
+    ids=str,
+)
+def test_other_rows_or_prompts_than_the_papers_are_noted(tmp_path: Path, setting: dict[str, Any]) -> None:
+    study = read_study(single_layer_study(tmp_path / "study", **setting))
+    line = f"its own rows and prompts; --{next(iter(setting))} may make others here"
+    whole = read_study(single_layer_study(tmp_path / "whole"))
+    for table in (table2_markdown, table3_markdown):
+        assert line in table([study]) and "its own rows and prompts" not in table([whole])
+        for text in (table([study]), table([whole])):
+            assert "| the paper |" in text if table is table3_markdown else "told by shape or name" in text
+    for csv_table in (table2_csv, table3_csv):
+        assert {row["paper_score"] for row in csv.DictReader(csv_table([study]).splitlines())} != {""}
+
+
 # Table 3 ------------------------------------------------------------------------------------------------------------
 
 
-def single_layer_study(folder: Path, rank: int = 16) -> Path:
-    study = write_study(folder, single_layers="paper", single_layer_rank=rank)
+def single_layer_study(folder: Path, rank: int = 16, **settings: Any) -> Path:
+    study = write_study(folder, single_layers="paper", single_layer_rank=rank, **settings)
+    write_scored(study, "lora-r8-lr1e-4", 80.0)
     row = paper_rows("table3.csv", task="squad")[0]
     for column, score in row.items():
         if column.startswith("layer_"):
@@ -211,7 +235,7 @@ def test_table3_as_the_paper_lays_it_out(tmp_path: Path) -> None:
     assert text[2].startswith("| task | layer 1 | layer 4 | layer 8 |") and text[2].endswith("| layer 32 | tl5 |")
     assert "| 87.55 (86.55 to 88.55) |" in text[4] and "| the paper | 85.30 | 86.50 | 87.55 |" in text[5]
     # tl5 at this rank was trained for Table 3; Table 2 is of the grid alone.
-    assert not [row for row in table2(studies) if row.method == "tl5"]
+    assert {row.method for row in table2(studies)} == {"lora"}
 
 
 def test_table3_at_another_rank_is_not_the_papers(tmp_path: Path) -> None:
@@ -298,7 +322,7 @@ def test_ties_on_validation_go_to_the_first(tmp_path: Path) -> None:
     study = read_study(path)
     for run in study.grid.runs(Point("lora", 2)):
         write_run(path, run.name, best=0.5)
-    chosen = best_run(sweep.StudyFolder(path), study.grid.runs(Point("lora", 2)), metric="loss")
+    chosen = best_run(StudyFolder(path), study.grid.runs(Point("lora", 2)), metric="loss")
     assert chosen is not None and chosen.learning_rate == 1e-5
 
 

@@ -51,7 +51,7 @@ class SweepSettings(CommandSettings):
         "run": "where the study goes; a second start with the same folder goes on",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how runs are started",
+        "processes": "how runs are started; a second start may change it",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -72,7 +72,9 @@ class SweepSettings(CommandSettings):
     single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer and of the tl5 beside it", 16, ge=1)
 
     test_batch_size: int | None = optional_field("scores", "samples that are decoded together", ge=1)
-    test_limit: int | None = optional_field("scores", "score the first N test rows only", ge=1)
+    test_limit: int | None = optional_field(
+        "scores", "score the first N test rows only (default: all; a run of the demo decodes its own 24)", ge=1
+    )
 
     launcher_args: str | None = optional_field(
         "processes", 'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"'
@@ -120,10 +122,20 @@ class SweepSettings(CommandSettings):
             other = "launcher_args" if self.launcher_args is not None else "runs_at_once"
             raise ValueError(f"--gpus_per_run chooses the GPUs of every run itself; leave --{other} out")
         try:
-            shlex.split(self.launcher_args or "")
+            launcher = shlex.split(self.launcher_args or "")
         except ValueError as error:
             raise ValueError(f"--launcher_args {self.launcher_args}: {str(error).lower()}") from None
+        if self.runs_at_once > 1 and names_port(launcher):
+            raise ValueError(
+                f"--runs_at_once {self.runs_at_once}: the runs cannot share the --master_port of --launcher_args; leave"
+                " it out, and each gets one of its own"
+            )
         return self
+
+
+def names_port(launcher: Sequence[str]) -> bool:
+    """Whether launcher arguments say at which port the ranks meet."""
+    return any(word.split("=")[0] == "--master_port" for word in launcher)
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,11 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         raise UserError(f"--{other} does not go with --tables_from, which reads sweeps that are there")
     started = Path(str(merged.get("output_dir", ""))).expanduser() / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
-        merged = {**read_sweep_yaml(str(started)), **merged}
+        before = read_sweep_yaml(str(started))
+        # GPUs by run go with neither of the other two: where one side is given now, it replaces the other.
+        shared = ("launcher_args", "runs_at_once")
+        replaced = shared if "gpus_per_run" in merged else ("gpus_per_run",) if {*shared} & merged.keys() else ()
+        merged = {**{name: value for name, value in before.items() if name not in replaced}, **merged}
     return make_command(merged)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,7 @@ def run_jobs(
     """Run all jobs, each in a free slot as soon as what it needs has ended; the first of the list that can goes first.
 
     A signal is passed on to what runs, nothing more is started, and its end is waited for; a second Ctrl-C kills.
+    An error of the sweep's own (a full disk) does the same as SIGTERM, and is raised when all have ended.
 
     Args:
         slots: launcher arguments of each place.
@@ -77,7 +79,7 @@ def run_jobs(
     running: list[_Running] = []
     waited_for = {job.name for job in jobs}
     heard = 0
-    with _bar(finished, len(jobs)) as bar:
+    with _bar(finished, len(jobs)) as bar, _none_left_running(running, stop, bar):
         while pending or running:
             if len(stop.received) > heard:
                 _pass_on(stop.received[heard:], running, bar, first=not outcome.stopped_by)
@@ -108,15 +110,45 @@ def run_jobs(
     return outcome
 
 
+@contextmanager
+def _none_left_running(running: Sequence[_Running], stop: StopSignals, bar: Any) -> Iterator[None]:
+    """Where the block raises, tell what runs to stop and wait for its end; Ctrl-C kills."""
+    try:
+        yield
+    except BaseException as error:
+        heard, left = len(stop.received), list(running)
+        for place in left:
+            with suppress(Exception):  # whatever is wrong with one, the others are told too
+                place.child.interrupt(signal.SIGTERM)
+        if left:
+            with suppress(Exception):
+                bar.write(f"stopping: {', '.join(place.job.name for place in left)} save first ({error})")
+        while left:
+            left = [place for place in left if not _is_gone(place.child)]
+            if signal.SIGINT in stop.received[heard:]:
+                heard = len(stop.received)
+                for place in left:
+                    with suppress(Exception):
+                        place.child.kill()
+            time.sleep(POLL_SECONDS)
+        raise
+
+
+def _is_gone(child: Child) -> bool:
+    with suppress(Exception):
+        return child.ended()
+    return True  # nothing can be learnt of it
+
+
 def _pass_on(signals: Sequence[int], running: Sequence[_Running], bar: Any, *, first: bool) -> None:
     """The first signal to every command, once; after it only a Ctrl-C counts: schedulers send SIGTERM twice."""
-    if first and running:
-        bar.write(f"stopping: {', '.join(place.job.name for place in running)} save first (Ctrl-C once more: kill)")
     for place in running:
         if first:
             place.child.interrupt(signals[0])
-        elif signal.SIGINT in signals:
+        if signal.SIGINT in signals[1 if first else 0 :]:
             place.child.kill()
+    if first and running:
+        bar.write(f"stopping: {', '.join(place.job.name for place in running)} save first (Ctrl-C once more: kill)")
 
 
 def _note_end(place: _Running, outcome: Outcome, bar: Any) -> None:

@@ -33,10 +33,11 @@ class PaperCell:
 
 
 def paper_model(name: str, config: LlamaConfig) -> str | None:
-    """Which of the paper's models a base is: LLaMA-2 7B by all sizes of its config, GPT-2B-001 by its name."""
+    """Which of the paper's models a base is: LLaMA-2 7B by all sizes of its config, GPT-2B-001 by its name
+    without folders."""
     if config == llama_config_from_hf(PRESETS["llama2-7b"], source="llama2-7b"):
         return "llama2-7b"
-    return "gpt-2b-001" if "gpt-2b-001" in name.lower() else None
+    return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
 
 def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:

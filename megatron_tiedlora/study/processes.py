@@ -6,7 +6,6 @@ it leaves and not by its exit status, which a launcher may lose.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
@@ -14,18 +13,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import psutil
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.sweep_settings import names_port
 
-LOCK_FILE = ".lock"
 LOG_MARK = "$ "  # before the command, at every start that a log tells of
 LOOK_SECONDS = 5.0  # between looks at what a launcher has started, for the case that it dies
 
@@ -38,7 +37,7 @@ class Command:
         settings: the script's flags, by name.
         launcher: arguments of the `deepspeed` launcher.
         log: what it prints is added to this file.
-        lock: descriptor that the command keeps open, so that the study stays locked while it lives.
+        lock: descriptor that the launcher keeps open, so that the study stays locked while it lives.
     """
 
     script: Literal["train", "evaluate"]
@@ -90,26 +89,29 @@ class LaunchedChild:
     _started: list[psutil.Process] = field(default_factory=list)
     _looked: float = field(default_factory=time.monotonic)
     _told: int = 0
+    _untold: list[psutil.Process] = field(default_factory=list)  # not the script yet when the launcher was told
 
     def ended(self) -> bool:
         """Whether launcher and ranks are gone."""
         alone = self.process.poll() is not None
         if self._told or alone or time.monotonic() - self._looked > LOOK_SECONDS:
-            for newcomer in self._remember():
-                self._tell_late(newcomer)
+            newcomers = self._remember()
+            if self._told:
+                self._untold = [process for process in [*self._untold, *newcomers] if not self._tell_late(process)]
         self._started = [process for process in self._started if _runs(process)]
         return alone and not self._started
 
     def interrupt(self, number: int) -> None:
         """Signal the launcher, whose ranks notice its end; remember them."""
         self._remember()
-        self._told = number
+        self._told, self._untold = number, [process for process in self._started if not self._is_script(process)]
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to all."""
+        """SIGKILL to all, and to what is just being started as soon as it is seen."""
         self._remember()
+        self._told, self._untold = signal.SIGKILL, []
         for process in self._started:
             with suppress(psutil.Error):
                 process.kill()
@@ -130,10 +132,21 @@ class LaunchedChild:
         except OSError:  # it has just ended
             return False
 
-    def _tell_late(self, process: psutil.Process) -> None:
+    def _tell_late(self, process: psutil.Process) -> bool:
+        """Signal it once it is the script, which a fork becomes a moment later; whether that is done."""
+        if not _runs(process):
+            return True
+        if not self._is_script(process):
+            return False
         with suppress(psutil.Error):
-            if self._told and self.script in process.cmdline():
-                process.send_signal(self._told)
+            process.send_signal(self._told)
+        return True
+
+    def _is_script(self, process: psutil.Process) -> bool:
+        try:
+            return self.script in process.cmdline()
+        except psutil.Error:
+            return False
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -147,7 +160,7 @@ def deepspeed_starter(scripts: Path) -> Start:
     """Starts the scripts in folder `scripts` with the `deepspeed` of this interpreter.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; from the starter: the log cannot be written, or the launcher cannot be started.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
     if not launcher.is_file():
@@ -156,21 +169,32 @@ def deepspeed_starter(scripts: Path) -> Start:
     def start(command: Command) -> Child:
         script = str(scripts / f"{command.script}.py")
         words = [str(launcher), *command.launcher, script, *command.arguments]
-        command.log.parent.mkdir(parents=True, exist_ok=True)
-        with command.log.open("ab") as log:
-            log.write(f"{LOG_MARK}{shlex.join(words)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
-                pass_fds=(command.lock,),
-            )
-            return LaunchedChild(process, script)
+        try:
+            command.log.parent.mkdir(parents=True, exist_ok=True)
+            with command.log.open("a+b", buffering=0) as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 1))
+                cut = log.read(1) not in (b"", b"\n")  # by a kill, in the middle of a progress bar
+                mark = f"\n{LOG_MARK}" if cut else LOG_MARK
+                log.write(f"{mark}{shlex.join(words)}\n".encode())
+                return LaunchedChild(_launch(words, log, command.lock), script)
+        except OSError as error:
+            raise UserError(f"{command.log}: cannot be written ({error.strerror or error})") from error
 
     return start
+
+
+def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
+            pass_fds=(lock,),
+        )
+    except OSError as error:
+        raise UserError(f"{words[0]}: cannot be started ({error.strerror or error})") from error
 
 
 # Where a command runs ---------------------------------------------------------------------------------------------
@@ -212,46 +236,31 @@ def visible_gpus() -> tuple[str, ...]:
 
 def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
     """Launcher arguments with a port of its own for the ranks to meet, unless they name one."""
-    if any(word.split("=")[0] == "--master_port" for word in launcher):
+    if names_port(launcher):
         return tuple(launcher)
     with socket.socket() as probe:
         probe.bind(("", 0))
         return (*launcher, "--master_port", str(probe.getsockname()[1]))
 
 
-# One study at a time, and its signals -----------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock, and give its descriptor. Commands inherit it: one that outlived a killed sweep holds it.
-
-    Raises:
-        UserError: another sweep, or a run that one has left, is at work here.
-    """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output_dir {folder}: another sweep, or a run that a killed one has left, is at work here; wait for"
-                " its end, or end it"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+# Signals ----------------------------------------------------------------------------------------------------------
 
 
 class StopSignals:
-    """SIGINT and SIGTERM inside `with`, in the order of their arrival; they are noted and nothing else."""
+    """SIGINT and SIGTERM inside `with`, in the order of their arrival; they are noted and nothing else.
+
+    A terminal that hangs up (SIGHUP) counts as SIGTERM, unless that was to be ignored, as under nohup.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,))):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -260,4 +269,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received.append(number)
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
+
+    def _leave_terminals(self) -> None:
+        """What is printed from now on is dropped: to a terminal that is gone it would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

@@ -1,24 +1,24 @@
 """A study's folder: what it was started with, so that a later start goes on with the same study or is refused.
 
 `sweep.yaml` holds the settings (and can be given back with --config), `base.json` what the base model and the task are,
-so that tables need neither, and `sweep_status.json` how the last start ended.
+so that tables need neither, and what the files of rows held, and `sweep_status.json` how the last start ended.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, remove_leftovers, write_json, write_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.fields import field_group
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.sweep_settings import (
     DECIDED_BY_SWEEP,
@@ -34,6 +34,7 @@ from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
+LOCK_FILE, RUNS, SCORES = ".lock", "runs", "scores"
 # Of the settings that a resumed run may change, those that say what a study is about.
 _SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
@@ -63,11 +64,11 @@ class StudyFolder:
 
     def run(self, run: Run) -> Path:
         """The run folder of a run."""
-        return self.path / "runs" / run.name
+        return self.path / RUNS / run.name
 
     def score(self, name: str) -> Path:
         """What launch/evaluate.py wrote on the adapter of the run called `name`, or on `base`."""
-        return self.path / "scores" / name
+        return self.path / SCORES / name
 
     def log(self, name: str) -> Path:
         """What the command called `name` printed."""
@@ -76,7 +77,11 @@ class StudyFolder:
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """What a study is about, apart from its settings."""
+    """What a study is about, apart from its settings.
+
+    Attributes:
+        file_sha256: of the local files of rows, by name; None in the record of a study that noted none.
+    """
 
     model: str
     base_hash: str
@@ -84,21 +89,47 @@ class BaseRecord:
     paper_model: str | None
     task: str
     metric: str
+    file_sha256: Mapping[str, str] | None = None
 
 
-def describe_base(source: ModelSource, *, task: str, metric: str) -> BaseRecord:
-    """The record of a study of `task` on a model."""
+def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterable[str | None]) -> BaseRecord:
+    """The record of a study of `task` on a model.
+
+    Args:
+        files: what stands for rows: local files (two of aligned text with a comma between them) or hub ids.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
     config = source.config
     shape = Shape(config.num_layers, config.hidden_size, config.qkv_rows)
-    return BaseRecord(source.name, source.base_hash, shape, paper_model(source.name, config), task, metric)
+    model = paper_model(source.name, config)
+    return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
+
+
+def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
+    sums = {}
+    for given in filter(None, files):
+        names = [given] if Path(given).expanduser().exists() else [name.strip() for name in given.split(",")]
+        for name, path in ((name, Path(name).expanduser()) for name in names):
+            if path.is_file():
+                try:
+                    with path.open("rb") as stream:
+                        sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                except OSError as error:
+                    raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+    return sums
 
 
 def check_folder(folder: StudyFolder) -> None:
-    """Raise UserError where the folder holds anything but a study, or is a file."""
+    """Raise UserError where the folder holds anything but a study, or is a file. A start that was cut off before it
+    had written its settings does not count."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
-    if path.is_dir() and any(path.iterdir()) and not folder.settings.is_file():
+    if not path.is_dir() or folder.settings.is_file():
+        return
+    if any(item.name != LOCK_FILE and not item.name.startswith(TEMPORARY_PREFIX) for item in path.iterdir()):
         raise UserError(f"--output_dir {path} holds other files and no sweep; give a new folder")
 
 
@@ -119,8 +150,20 @@ def check_goes_on(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> N
                 f"{where} --{name} {getattr(theirs, name)}, now it is {getattr(ours, name)}; give the same, or another"
                 " --output_dir"
             )
-    if folder.base.is_file() and (found := read_base(folder)).base_hash != base.base_hash:
+    if not folder.base.is_file():
+        return
+    found = read_base(folder)
+    if found.base_hash != base.base_hash:
         raise UserError(f"{folder.base}: --model {base.model} is another model now than the sweep's {found.model} was")
+    if found.file_sha256 is None:
+        return
+    sums = base.file_sha256 or {}
+    for name in [*found.file_sha256, *sums]:
+        if found.file_sha256.get(name) != sums.get(name):
+            raise UserError(
+                f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); put the"
+                " former file back, or give another --output_dir"
+            )
 
 
 def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:
@@ -146,9 +189,7 @@ def occupy(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None
     """Write what the study is, before its first command starts. Raises UserError where it cannot be written."""
     remove_leftovers(folder.path)
     own = {
-        name: _plain(getattr(command.settings, name))
-        for name, field in SweepSettings.model_fields.items()
-        if name not in _OWN_PLACE and field_group(field) != "processes"
+        name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _OWN_PLACE
     }
     given = {name: _plain(getattr(command.train, name)) for name in command.given}
     content = {name: value for name, value in {**own, **given}.items() if value is not None}
@@ -177,13 +218,18 @@ def read_base(folder: StudyFolder) -> BaseRecord:
         raise UserError(f"{folder.base}: is not what a sweep writes ({error})") from None
 
 
-def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str]) -> None:
-    """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log."""
+def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *, reason: str | None = None) -> None:
+    """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
+
+    Args:
+        reason: why the sweep itself could not go on.
+    """
     failed = [
         {"name": name, "reason": reason, "log": str(folder.log(name)), "last_lines": last_lines(folder.log(name))}
         for name, reason in failures.items()
     ]
-    write_json(folder.status, {"state": state, "failed": failed})
+    why = {} if reason is None else {"reason": reason}
+    write_json(folder.status, {"state": state, **why, "failed": failed})
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:

@@ -19,11 +19,15 @@ from megatron_tiedlora.training.run_folder import RunFolder
 
 BASE_NAME = "base"
 RESULTS_FILE = "results.json"
+_ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")
 
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a run stands: `finished`, `failed`, `stopped`, `cut off` (killed, or at work) or `to do`."""
+    """How a run stands: `finished`, `failed`, `stopped`, `cut off` (killed, or at work) or `to do`.
+
+    A run that ended without a finite value on validation, by which it would be chosen, has failed.
+    """
 
     state: str
     reason: str = ""
@@ -59,13 +63,24 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with its results, in the order of its grid; `base_score` is the model's without an adapter."""
+    """A study with its results, in the order of its grid.
+
+    Attributes:
+        base_score: the model's without an adapter.
+        own_rows: settings that were given and may make rows or prompts other than the paper's.
+    """
 
     folder: Path
     base: BaseRecord
     grid: Grid
     base_score: TestScore | None
     results: tuple[Result, ...]
+    own_rows: tuple[str, ...] = ()
+
+    @property
+    def paper_model(self) -> str | None:
+        """The paper's model whose numbers stand beside this study's; None where there is none."""
+        return self.base.paper_model
 
     def result(self, point: Point) -> Result:
         """The result of a point of the grid."""
@@ -85,12 +100,14 @@ def read_run(folder: Path) -> RunEnd:
     status = read_json_or_none(run.status)
     if status is None:
         return RunEnd("cut off")
-    best = None
+    state, reason, best = str(status.get("state")), str(status.get("reason", "")), None
     pointer = run.checkpoints / LATEST_FILE
     if pointer.is_file():
         progress = read_json_or_none(run.checkpoints / pointer.read_text(encoding="utf-8").strip() / PROGRESS_FILE)
         best = None if progress is None else progress.get("best_metric")
-    return RunEnd(str(status.get("state")), str(status.get("reason", "")), int(status.get("step", 0)), best)
+    if state == "finished" and (best is None or not math.isfinite(best)):
+        state, reason = "failed", "it ended without a finite value on validation"
+    return RunEnd(state, reason, int(status.get("step", 0)), best)
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
@@ -139,7 +156,9 @@ def read_study(path: Path) -> Study:
     grid = make_grid(command.settings, base.shape.num_layers)
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
-    return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results)
+    given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in _ROW_SETTINGS}}
+    own_rows = tuple(name for name, value in given.items() if value is not None)
+    return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results, own_rows)
 
 
 def _read_result(folder: StudyFolder, grid: Grid, point: Point, base: BaseRecord, metric: str) -> Result:
@@ -152,5 +171,3 @@ def _read_result(folder: StudyFolder, grid: Grid, point: Point, base: BaseRecord
         tuple(run for run in runs if chosen is not None and read_run(folder.run(run)).state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
     )
-
-

@@ -1,59 +1,25 @@
-"""A study from its settings to its tables: which jobs there are, what each starts, and what is written at the end."""
+"""A study from its settings to its tables: what is started, and what is written at the end; plan.py has its jobs."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megatron_tiedlora.checkpoint.atomic import write_text
-from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
-from megatron_tiedlora.data.readers import looks_like_path, read_rows
-from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
-from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
-from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
-from megatron_tiedlora.study.processes import (
-    Command,
-    Start,
-    StopSignals,
-    launcher_slots,
-    locked,
-    visible_gpus,
-    with_port,
-)
-from megatron_tiedlora.study.record import (
-    BaseRecord,
-    StudyFolder,
-    check_folder,
-    check_goes_on,
-    describe_base,
-    last_lines,
-    occupy,
-    write_status,
-)
-from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
+from megatron_tiedlora.study.jobs import Outcome, run_jobs
+from megatron_tiedlora.study.lock import locked, refuse_left_behind
+from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
+from megatron_tiedlora.study.processes import Start, StopSignals
+from megatron_tiedlora.study.record import last_lines, occupy, write_status
+from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.tables import table3
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
-from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.run_folder import RunFolder
 
-# Training settings that the test set is decoded with as well.
-_SHARED_WITH_EVALUATE = (
-    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "max_length", "tensor_parallel", "pipeline_parallel"),
-    *("task", "test_file", "prompt_template", "max_new_tokens"),
-)
 _SHOWN_FAILURES = 3
 
 
@@ -64,7 +30,8 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         starter: makes what starts commands; raises UserError where that cannot be.
 
     Raises:
-        UserError: before anything was started: settings, model, task or folder that do not fit.
+        UserError: before anything was started: settings, model, task or folder that do not fit; or after what ran
+            was told to stop and has ended: a file that cannot be written, a launcher that cannot be started.
     """
     command = parse_sweep(argv)
     if command.settings.tables_from is not None:
@@ -77,8 +44,14 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
     start, slots, folder = starter(), plan.slots(), plan.folder
     _make_folder(folder.path)
     with locked(folder.path) as lock, StopSignals() as stop:
+        refuse_left_behind(folder.path)
         occupy(folder, command, plan.base)
-        outcome = run_jobs(plan.jobs(lock), slots=slots, start=start, stop=stop, finished=plan.num_finished())
+        try:
+            outcome = run_jobs(plan.jobs(lock), slots=slots, start=start, stop=stop, finished=plan.num_finished())
+        except BaseException as error:
+            with suppress(UserError):  # the disk may be full
+                write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)
+            raise
         return _end(plan, outcome)
 
 
@@ -143,228 +116,3 @@ def write_tables(studies: Sequence[Study], folder: Path) -> list[Path]:
     draw_figure2(studies, folder / "figure2.png")
     draw_figure3(studies, folder / "figure3.png")
     return [folder / name for name in (*texts, "figure2.png", "figure3.png")]
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """A checked study."""
-
-    command: SweepCommand
-    folder: StudyFolder
-    source: ModelSource
-    base: BaseRecord
-    grid: Grid
-
-    @property
-    def settings(self) -> SweepSettings:
-        """The sweep's own settings."""
-        return self.command.settings
-
-    def slots(self) -> tuple[tuple[str, ...], ...]:
-        """Launcher arguments of each place for a command."""
-        gpus = () if self.settings.gpus_per_run is None else visible_gpus()
-        return launcher_slots(
-            launcher_args=self.settings.launcher_args,
-            gpus_per_run=self.settings.gpus_per_run,
-            runs_at_once=self.settings.runs_at_once,
-            gpus=gpus,
-        )
-
-    def jobs(self, lock: int) -> list[Job]:
-        """What is not finished yet, in order: the base model's score, then by point its runs and its score."""
-        jobs = [] if self._scored(BASE_NAME) else [self._score_base(lock)]
-        for point in self.grid.points:
-            runs = self._unfinished(point)
-            jobs += [self._train(run, lock) for run in runs]
-            # What is scored is known when the runs have ended, so the score is a job wherever a run is one.
-            if runs or not self._point_scored(point):
-                jobs.append(self._score(point, tuple(run.name for run in runs), lock))
-        return jobs
-
-    def num_finished(self) -> int:
-        """Jobs of the whole study that are done."""
-        runs = [run for point in self.grid.points for run in self.grid.runs(point)]
-        open_runs = [run for point in self.grid.points for run in self._unfinished(point)]
-        scores = [p for p in self.grid.points if not self._unfinished(p) and self._point_scored(p)]
-        return len(runs) - len(open_runs) + len(scores) + self._scored(BASE_NAME)
-
-    def _unfinished(self, point: Point) -> list[Run]:
-        return [run for run in self.grid.runs(point) if read_run(self.folder.run(run)).state != "finished"]
-
-    def _scored(self, name: str) -> bool:
-        return read_score(self.folder.score(name)) is not None
-
-    def best(self, point: Point) -> Run | None:
-        """The run that is scored."""
-        return best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
-
-    def _point_scored(self, point: Point) -> bool:
-        best = self.best(point)
-        return best is not None and self._scored(best.name)
-
-    def _train(self, run: Run, lock: int) -> Job:
-        path = self.folder.run(run)
-        max_steps = self.command.train.max_steps
-
-        def command(slot: tuple[str, ...]) -> Command:
-            given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-            settings = {**given, **run.settings, "output_dir": path, "resume": "auto"}
-            return Command("train", settings, with_port(slot), self.folder.log(run.name), lock)
-
-        def failure() -> str | None:
-            end = read_run(path)
-            return None if end.state == "finished" else _reason(self.folder.log(run.name), end.reason)
-
-        def done() -> tuple[float, str]:
-            end = read_run(path)
-            if end.state == "finished" and end.best is not None:
-                return 1.0, f"best validation {self.command.train.eval_metric} {end.best:.4f}, ended at step {end.step}"
-            row = last_row(RunFolder(path).metrics)
-            if row is None:
-                return 0.0, "starting"
-            step = int(row["step"])
-            return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
-
-        return Job(run.name, (), command, failure, done)
-
-    def _score(self, point: Point, needs: tuple[str, ...], lock: int) -> Job:
-        name = _score_name(point)
-
-        def command(slot: tuple[str, ...]) -> Command | None:
-            best = self.best(point)
-            if best is None or self._scored(best.name):
-                return None
-            return self._evaluate(best.name, self.folder.run(best) / "adapter", name, slot, lock)
-
-        def failure() -> str | None:
-            best = self.best(point)
-            scored = best is not None and self._scored(best.name)
-            return None if scored else _reason(self.folder.log(name))
-
-        def done() -> tuple[float, str]:
-            best = self.best(point)
-            return 0.0, "" if best is None else self._score_words(best.name)
-
-        return Job(name, needs, command, failure, done)
-
-    def _score_base(self, lock: int) -> Job:
-        name = f"score {BASE_NAME}"
-
-        def command(slot: tuple[str, ...]) -> Command:
-            return self._evaluate(BASE_NAME, None, name, slot, lock)
-
-        def failure() -> str | None:
-            return None if self._scored(BASE_NAME) else _reason(self.folder.log(name))
-
-        return Job(name, (), command, failure, lambda: (0.0, self._score_words(BASE_NAME)), vital=True)
-
-    def _score_words(self, name: str) -> str:
-        score = read_score(self.folder.score(name))
-        return "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
-
-    def _evaluate(self, name: str, adapter: Path | None, log: str, slot: tuple[str, ...], lock: int) -> Command:
-        folder = self.folder.score(name)
-        shutil.rmtree(folder, ignore_errors=True)  # without a result in it
-        settings = {
-            **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
-            "adapter": adapter,
-            "batch_size": self.settings.test_batch_size,
-            "limit": self.settings.test_limit,
-            "output_dir": folder,
-        }
-        return Command("evaluate", settings, with_port(slot), self.folder.log(log), lock)
-
-    def dry_run_lines(self) -> list[str]:
-        """Every run with its state and trained parameters."""
-        points, base = self.grid.points, self.base
-        runs = [run for point in points for run in self.grid.runs(point)]
-        lines = [
-            f"sweep      {len(runs)} runs and {len(points) + 1} scores of {base.model} on {base.task} ({base.metric})",
-            f"folder     {self.folder.path}",
-            "",
-            f"  {'run':<28}{'trained parameters':>20}   state",
-        ]
-        counts: dict[str, int] = {}
-        for run in runs:
-            end = read_run(self.folder.run(run))
-            counts[end.state] = counts.get(end.state, 0) + 1
-            best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
-            state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
-            lines.append(f"  {run.name:<28}{run.point.num_trained(base.shape):>20,}   {state}")
-        return [*lines, "", "  " + ", ".join(f"{count} {state}" for state, count in counts.items())]
-
-
-def plan_sweep(command: SweepCommand) -> SweepPlan:
-    """Check all that can be checked before anything is started: folder, model, grid, task and every run's settings.
-
-    Raises:
-        UserError: the first thing that does not fit.
-    """
-    settings, train = command.settings, command.train
-    folder = StudyFolder(Path(settings.output_dir).expanduser())
-    check_folder(folder)
-    task = get_task(train.task)
-    # Not on as many ranks as the launcher will start, which only it knows: on as few as the layout can have.
-    ranks = train.tensor_parallel * train.pipeline_parallel
-    with _no_accelerator_needed():
-        source = plan_run(train, rank=0, world_size=ranks, weights=False).source
-    base = describe_base(source, task=task.name, metric=task.metrics[0])
-    check_goes_on(folder, command, base)
-    grid = make_grid(settings, source.config.num_layers)
-    for run in _each_run(grid):
-        make_settings({**command.given, **run.settings})
-    files = {name: getattr(train, name) for name in ("train_file", "validation_file", "test_file")}
-    if task.hub is None and task.generate is None and files["test_file"] is None:
-        raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    _check_files(files, read_by_task=task.read_files is not None)
-    return SweepPlan(command, folder, source, base, grid)
-
-
-@contextmanager
-def _no_accelerator_needed() -> Iterator[None]:
-    """Where there is no GPU, DeepSpeed, whose schema checks the engine's JSON, warns of it unless it is told so.
-
-    For this process alone: a command may start on another host.
-    """
-    told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
-    if not told:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        yield
-    finally:
-        if not told:
-            del os.environ["DS_ACCELERATOR"]
-
-
-def _each_run(grid: Grid) -> Iterator[Run]:
-    return (run for point in grid.points for run in grid.runs(point))
-
-
-def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
-    """Raise UserError where a local file is not there; hub ids, and formats that only a task knows, are left alone."""
-    for value in files.values():
-        if value is not None and not read_by_task and (looks_like_path(value) or Path(value).exists()):
-            read_rows(value, limit=1)
-
-
-def _score_name(point: Point) -> str:
-    layer = "" if point.layer is None else f"-layer{point.layer}"
-    return f"score {point.method}-r{point.rank}{layer}"
-
-
-def _reason(log: Path, recorded: str = "") -> str:
-    """Why a command failed: the error line of its log, else what it recorded of itself, else that there is neither."""
-    lines = [line for line in last_lines(log, 40) if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else recorded or "it ended without a result"
-
-
-def last_row(metrics: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl that grows."""
-    try:
-        with metrics.open("rb") as stream:
-            stream.seek(max(0, metrics.stat().st_size - 4096))
-            lines = stream.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return row if isinstance(row, dict) and {"step", "split", "loss"} <= row.keys() else None

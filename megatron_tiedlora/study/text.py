@@ -124,9 +124,19 @@ def _notes2(studies: Sequence[Study], rows: Sequence[Row], *, with_paper: bool) 
             names = "; ".join(f"{method} at r {', '.join(missing)}" for method, missing in ranks.items())
             notes.append(f"- {study.base.task}: no score (yet) of {names}.")
     if with_paper:
-        models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
-        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}.")
-    return notes
+        models = {MODEL_TITLES[s.paper_model] for s in studies if s.paper_model is not None}
+        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
+    return notes + _other_rows_notes(studies)
+
+
+def _other_rows_notes(studies: Sequence[Study]) -> list[str]:
+    """Where the paper's numbers may not be of the same rows or prompts as the study's."""
+    return [
+        f"- {study.base.task}: the paper's numbers are of its own rows and prompts;"
+        f" {', '.join(f'--{n}' for n in study.own_rows)} may make others here."
+        for study in studies
+        if study.own_rows and study.paper_model is not None
+    ]
 
 
 def table2_csv(studies: Sequence[Study]) -> str:
@@ -195,6 +205,7 @@ def table3_markdown(studies: Sequence[Study]) -> str:
         )
     if any(cell.result.missing for row in rows for cell in row.cells):
         notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
+    notes += _other_rows_notes([row.study for row in rows])
     return "\n".join([*lines, *_markdown_table(header, body), "", *notes]) + "\n"
 
 
