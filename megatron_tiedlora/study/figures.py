@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
 from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
+from megatron_tiedlora.training.run_folder import save_figure
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that differ also for eyes that tell red and green apart badly, and marks that differ too.
@@ -167,8 +166,7 @@ def _draw(
 
 
 def _save(figure: Any, axes: Sequence[Any], target: Path) -> None:
-    from matplotlib import pyplot
-
+    """One legend for all panels beneath them."""
     entries: dict[str, Any] = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()
@@ -179,12 +177,4 @@ def _save(figure: Any, axes: Sequence[Any], target: Path) -> None:
     if names:
         columns = -(-len(names) // (2 if len(axes) == 1 else 1))
         figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
-    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    try:
-        figure.savefig(unfinished, format="png", metadata={"Software": None})  # the same bytes for the same scores
-        unfinished.replace(target)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, target)

@@ -176,9 +176,20 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
+    save_figure(figure, target)
+
+
+def save_figure(figure: Any, target: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all, the same bytes for the same drawing; and close it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from matplotlib import pyplot
+
     unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
-        figure.savefig(unfinished, format="png")
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
         unfinished.replace(target)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
