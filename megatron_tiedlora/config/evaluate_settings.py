@@ -48,7 +48,10 @@ class EvaluateSettings(CommandSettings):
         "model", "precision of the base, and of an adapter that is added to it", "bf16"
     )
     max_length: int | None = optional_field(
-        "model", "longest prompt and answer together; longer prompts lose their middle (default: the model's)", ge=8
+        "model",
+        "longest prompt, as in a run of this --max_length; longer ones lose their middle (default: the model's positions"
+        " less those of an answer)",
+        ge=8,
     )
 
     tensor_parallel: int = setting_field(
