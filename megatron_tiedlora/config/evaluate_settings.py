@@ -49,8 +49,8 @@ class EvaluateSettings(CommandSettings):
     )
     max_length: int | None = optional_field(
         "model",
-        "longest prompt, as in a run of this --max_length; longer ones lose their middle (default: the model's positions"
-        " less those of an answer)",
+        "longest prompt, as in a run of this --max_length; longer ones lose their middle (default: the model's"
+        " positions less those of an answer)",
         ge=8,
     )
 
