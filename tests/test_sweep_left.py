@@ -175,7 +175,9 @@ with StopSignals() as stop:
 def test_a_terminal_that_hangs_up_stops_and_what_is_printed_then_is_no_error(tmp_path: Path) -> None:
     note = tmp_path / "note"
     master, slave = pty.openpty()
-    lead = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    # Whatever this suite runs under: nohup would hand down a SIGHUP that is ignored.
+    lead = "import fcntl, signal, termios; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    lead += "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", lead + LISTENER, str(note)], stdin=slave, stdout=slave, stderr=slave,
         start_new_session=True,
