@@ -49,3 +49,8 @@ def test_what_earlier_runs_left_is_removed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_silences_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     assert first_to_fail() and first_to_fail()
+
+
+def test_a_mark_that_a_peer_removes_meanwhile_makes_nobody_speak_twice(tmp_path: Path) -> None:
+    (tmp_path / f"megatron_tiedlora-failed-{os.getuid()}-1").symlink_to(tmp_path / "gone")  # listed, and not there
+    assert first_to_fail() and not first_to_fail()

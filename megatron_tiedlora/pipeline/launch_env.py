@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def first_to_fail() -> bool:
         launcher, folder = psutil.Process(os.getppid()), Path(tempfile.gettempdir())
         mine = f"{_FAILED}{os.getuid()}-"
         for old in folder.glob(f"{mine}*"):
-            if time.time() - old.stat().st_mtime > _FAILED_SECONDS:
-                old.unlink(missing_ok=True)
+            with suppress(OSError):  # a peer has just removed it
+                if time.time() - old.stat().st_mtime > _FAILED_SECONDS:
+                    old.unlink()
         name = f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{os.environ.get('MASTER_PORT', '')}"
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
