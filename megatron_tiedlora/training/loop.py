@@ -20,7 +20,7 @@ from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_message, sum_over_ranks
 from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
 from megatron_tiedlora.pipeline.running import Runner
@@ -191,8 +191,9 @@ class Trainer:
                 self._log_failure = error
 
     def _raise_log_failure(self, failures: float) -> None:
-        if failures:
-            raise self._log_failure or RunFailed("rank 0 cannot write the logs; its own message says why")
+        if failures:  # the same words on every rank: whichever ends first prints them
+            reason = first_message(str(self._log_failure) if self._log_failure else None, self.device)
+            raise self._log_failure or RunFailed(reason)
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
