@@ -30,7 +30,6 @@ ENGINE_FILES = {
     "pipeline/running.py",  # its schedules
     "pipeline/engine.py",
     "pipeline/engine_state.py",
-    "training/session.py",  # its version, for run.yaml
 }
 
 

@@ -73,6 +73,9 @@ def test_costs_are_multiplications_per_token() -> None:
     d, f = 8192, 28672
     costs = layer_costs(model("llama2-70b"), length=length, first_adapted=1)
     assert costs[1] == 2 * (2 * d * d + 2 * d * 1024 + 3 * d * f) + 3 * length * d
+    # Where nothing is trained, nothing has a backward pass: neither a block nor the head.
+    costs = layer_costs(model("llama2-70b"), length=length, first_adapted=None)
+    assert costs[1:-1] == [2 * d * d + 2 * d * 1024 + 3 * d * f + length * d] * 80 and costs[-1] == 32000 * d
 
 
 @pytest.mark.parametrize("num_stages", range(2, 17))

@@ -26,13 +26,13 @@ def other_data_on_rank_1(part: str) -> None:
 
     if os.environ["RANK"] == "1":
         module: Any = importlib.import_module("megatron_tiedlora.training.run_data")
-        load = module.load_split
+        load = module.read_split
 
-        def shorter(task: str, split: str, **keywords: Any) -> Any:
-            examples = load(task, split, **keywords)
+        def shorter(settings: Any, split: str, **keywords: Any) -> Any:
+            examples = load(settings, split, **keywords)
             return examples[1:] if split == part else examples
 
-        module.load_split = shorter
+        module.read_split = shorter
 
 
 def broken_log(step: int) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.fields import describe_fields
 from megatron_tiedlora.data.order import permutation
@@ -54,6 +56,21 @@ def load_split(
     template = _check_template(prompt_template) if prompt_template else None
     samples = [[row] for row in rows] if split == "train" else _merged(entry, rows)
     return [_to_example(entry, sample, template, tokenizer) for sample in samples[:limit]]
+
+
+def read_split(
+    settings: Settings | EvaluateSettings, split: Split, *, tokenizer: Any, limit: int | None = None
+) -> list[Example]:
+    """`load_split` of the task, the files, the seed and the template that a command was given."""
+    return load_split(
+        settings.task,
+        split,
+        files={"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file},
+        seed=settings.seed,
+        prompt_template=settings.prompt_template,
+        tokenizer=tokenizer,
+        limit=limit,
+    )
 
 
 # Splits -----------------------------------------------------------------------------------------------------

@@ -71,16 +71,18 @@ def encode_scored(
             without a token.
     """
     ends = end_ids(tokenizer, model_folder)
-    for name in task.metrics:
+    metrics = [find_metric(name) for name in task.metrics]
+    for metric in metrics:
         for example in examples:
-            find_metric(name).check(example)
+            metric.check(example)
     prompts, num_cut = encode_prompts(tokenizer, [example.prompt for example in examples], max_length=longest_prompt)
-    endings = []
-    for example in examples:
-        ids = continuation_ids(tokenizer, [join_answer(example.prompt, choice) for choice in example.choices])
-        if not all(ids):
+    reads_choices = any(metric.needs_choice_scores for metric in metrics)
+    choices = [[join_answer(e.prompt, choice) for choice in e.choices] if reads_choices else [] for e in examples]
+    ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts]))
+    endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
+    for example, of_example in zip(examples, endings, strict=True):
+        if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
-        endings.append(tuple(tuple(ending) for ending in ids))
     return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_cut, ends)
 
 

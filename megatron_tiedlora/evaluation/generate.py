@@ -151,9 +151,10 @@ class _Part:
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches and choose every sequence's first token, (b,) on the last stage."""
         found = []
-        # Where ranks must call the model equally often, their prompts must not decide how often that is.
-        whole = [slice(0, len(self.prompts))]
-        for rows in whole if self.decoder.calls_together else similar_lengths([len(p) for p in self.prompts]):
+        runs = similar_lengths([len(prompt) for prompt in self.prompts])
+        if self.decoder.calls_together:  # a rank's own prompts must not decide how often it calls the model
+            runs = [slice(0, len(self.prompts))]
+        for rows in runs:
             tokens = pad_right(self.prompts[rows], 0, self.decoder.device)
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             caches = [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in self.caches]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.evaluation.plan import EvaluationPlan
@@ -32,15 +32,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
     settings = plan.settings
     tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
     check_vocabulary(tokenizer, plan.source.config.vocab_size)
-    examples = load_split(
-        plan.task,
-        settings.split,
-        files={"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file},
-        seed=settings.seed,
-        prompt_template=settings.prompt_template,
-        tokenizer=tokenizer,
-        limit=plan.limit,
-    )
+    examples = read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit)
     scored = encode_scored(
         examples,
         plan.task,

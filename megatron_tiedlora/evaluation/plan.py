@@ -21,7 +21,6 @@ from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
 from megatron_tiedlora.convert.inputs import open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
-from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.layout import check_model_layout
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
@@ -144,7 +143,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         adapter=adapter,
         kind=kind,
         grid=grid,
-        stages=partition(_decoding_costs(config, prompt), grid.pp_size),
+        stages=partition(layer_costs(config, length=prompt, first_adapted=None), grid.pp_size),
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
         limit=limit,
@@ -158,8 +157,8 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
         return
     folder = Path(settings.adapter).expanduser()
     if kind == "peft":
-        named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
-        if isinstance(named, str) and named != source.name and not _same_folder(source, named):
+        named = _named_base(folder)
+        if named and named != source.name and not _same_folder(source, named):
             yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
     run_file = folder.parent / "run.yaml"
     trained: dict[str, Any] = {}
@@ -178,8 +177,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     if adapter_kind(settings.adapter) == "native":
         return *open_inputs(settings.adapter, settings.model), "native"
     folder = Path(settings.adapter).expanduser()
-    named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
-    named = named if isinstance(named, str) else ""
+    named = _named_base(folder)
     if not (settings.model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
     try:
@@ -193,15 +191,15 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     return source, load_peft_adapter(folder, source), "peft"
 
 
+def _named_base(folder: Path) -> str:
+    """What a PEFT folder calls its base; '' where it does not say."""
+    named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""
+
+
 def _is_merged(source: ModelSource) -> bool:
     return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
 
 
 def _same_folder(source: ModelSource, named: str) -> bool:
     return Path(named).expanduser().resolve() == source.weights_folder().resolve()
-
-
-def _decoding_costs(config: LlamaConfig, length: int) -> list[float]:
-    """Costs of every layer of the flat list where nothing is trained: no layer, nor the head, has a backward pass."""
-    *layers, head = layer_costs(config, length=length, first_adapted=config.num_layers + 1)
-    return [*layers, head / 2]

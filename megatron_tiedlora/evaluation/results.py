@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import megatron_tiedlora
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import choose_output_folder
+from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.evaluation.plan import EvaluationPlan
@@ -65,18 +63,8 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
         **plan.model_facts(),
         "settings": plan.resolved_settings(folder),
         "ranks": plan.grid.world_size,
-        "versions": _versions(),
+        "versions": installed_versions(*_LIBRARIES),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"megatron_tiedlora": megatron_tiedlora.__version__, "python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:  # a metric that was not asked for needs it
-            continue
-    return found
 
 
 def write_results(plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score]) -> Path:

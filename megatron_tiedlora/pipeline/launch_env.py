@@ -30,10 +30,16 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = any(name in os.environ for name in (*_RANK_VARIABLES[:2], *_MPI_VARIABLES))
     if not started:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(zip(_RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", port), strict=True))
+        values = ("0", "1", "0", "127.0.0.1", str(free_port("127.0.0.1")))
+        os.environ.update(zip(_RANK_VARIABLES, values, strict=True))
+
+
+def free_port(host: str = "") -> int:
+    """A port of this machine that nothing uses now, on `host` or on all of its addresses."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -40,28 +40,29 @@ def make_process_grid(grid: Grid) -> Any:
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
     """The groups of this rank, out of DeepSpeed's grid, with those for the tie and for choices; every rank calls it."""
-    tied, choices = None, ALONE
+    choices = None
     if grid.pp_size > 1:
-        for tp_rank in range(grid.tp_size):
-            ranks = [rank for rank in range(grid.world_size) if grid.at(rank).tp_rank == tp_rank]
-            handle = distributed.new_group(ranks)
-            if tp_rank == grid.tp_rank:
-                tied = handle
-        for place in range(grid.dp_size * grid.tp_size):
-            ranks = list(range(place, grid.world_size, grid.dp_size * grid.tp_size))
-            handle = distributed.new_group(ranks)
-            if grid.rank in ranks:
-                choices = _group(handle)
+        tied = _new_groups(grid, lambda place: place.tp_rank)
+        choices = _new_groups(grid, lambda place: (place.dp_rank, place.tp_rank))
     else:
         tied = process_grid.get_data_parallel_group()
     return ParallelGroups(
         tensor=_group(process_grid.get_slice_parallel_group()),
         pipeline=_group(process_grid.get_pipe_parallel_group()),
-        choices=choices,
+        choices=ALONE if choices is None else _group(choices),
         data=_group(process_grid.get_data_parallel_group()),
         tied=_group(tied),
         model=_group(process_grid.get_model_parallel_group()),
     )
+
+
+def _new_groups(grid: Grid, alike: Callable[[Grid], Any]) -> Any:
+    """Make a group of all ranks whose places are `alike`, for each kind of place; returns this rank's."""
+    members: dict[Any, list[int]] = {}
+    for rank in range(grid.world_size):
+        members.setdefault(alike(grid.at(rank)), []).append(rank)
+    handles = {kind: distributed.new_group(ranks) for kind, ranks in members.items()}
+    return handles[alike(grid)]
 
 
 def _group(handle: Any) -> RankGroup:

@@ -81,7 +81,7 @@ def draw_figure3(studies: Sequence[Study], target: Path) -> None:
     figure, axes = _panels(len(studies))
     for panel, study in zip(axes, studies, strict=True):
         base, data = study.base, lines([study])
-        published = {name: table2_points(study.paper_model, name, base.task, base.metric) for name in data}
+        published = {name: table2_points(study.base.paper_model, name, base.task, base.metric) for name in data}
         heading = f"{model_title(study)}: {title(study)}"
         _draw(panel, data, title=heading, base=_mean_base([study]), published=published)
         panel.set_ylabel(_score_label([study]))

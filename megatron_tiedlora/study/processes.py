@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ import psutil
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import names_port
+from megatron_tiedlora.pipeline.launch_env import free_port
+from megatron_tiedlora.training.stopping import alive
 
 LOG_MARK = "$ "  # before the command, at every start that a log tells of
 LOOK_SECONDS = 5.0  # between looks at what a launcher has started, for the case that it dies
@@ -98,7 +99,7 @@ class LaunchedChild:
             newcomers = self._remember()
             if self._told:
                 self._untold = [process for process in [*self._untold, *newcomers] if not self._tell_late(process)]
-        self._started = [process for process in self._started if _runs(process)]
+        self._started = [process for process in self._started if alive(process)]
         return alone and not self._started
 
     def interrupt(self, number: int) -> None:
@@ -128,13 +129,13 @@ class LaunchedChild:
 
     def _is_mine(self, process: psutil.Process) -> bool:
         try:
-            return os.getsid(process.pid) == self.process.pid and _runs(process)
+            return os.getsid(process.pid) == self.process.pid and alive(process)
         except OSError:  # it has just ended
             return False
 
     def _tell_late(self, process: psutil.Process) -> bool:
         """Signal it once it is the script, which a fork becomes a moment later; whether that is done."""
-        if not _runs(process):
+        if not alive(process):
             return True
         if not self._is_script(process):
             return False
@@ -147,13 +148,6 @@ class LaunchedChild:
             return self.script in process.cmdline()
         except psutil.Error:
             return False
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def deepspeed_starter(scripts: Path) -> Start:
@@ -238,9 +232,7 @@ def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
     """Launcher arguments with a port of its own for the ranks to meet, unless they name one."""
     if names_port(launcher):
         return tuple(launcher)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return (*launcher, "--master_port", str(probe.getsockname()[1]))
+    return (*launcher, "--master_port", str(free_port()))
 
 
 # Signals ----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ so that tables need neither, and what the files of rows held, and `sweep_status.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class BaseRecord:
     model: str
     base_hash: str
     shape: Shape
-    paper_model: str | None
+    paper_model: str | None  # whose published numbers stand beside the study's
     task: str
     metric: str
     file_sha256: Mapping[str, str] | None = None
@@ -211,9 +211,8 @@ def read_base(folder: StudyFolder) -> BaseRecord:
     """base.json. Raises UserError naming what is broken."""
     content = dict(read_json_object(folder.base, kind="a sweep's folder"))
     try:
-        shape = Shape(**content.pop("shape"))
-        shape = Shape(shape.num_layers, shape.hidden_size, tuple(shape.qkv_rows))  # type: ignore[arg-type]
-        return BaseRecord(shape=shape, **content)
+        shape = content.pop("shape")
+        return BaseRecord(shape=Shape(**{**shape, "qkv_rows": tuple(shape["qkv_rows"])}), **content)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder.base}: is not what a sweep writes ({error})") from None
 
@@ -247,8 +246,6 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
 
 def read_json_or_none(file: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none or a kill has cut it short."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    with suppress(OSError, UserError):
+        return read_json_object(file, kind="a JSON object")
+    return None

@@ -13,12 +13,12 @@ from typing import Any
 
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE, PROGRESS_FILE
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
 from megatron_tiedlora.training.run_folder import RunFolder
 
 BASE_NAME = "base"
-RESULTS_FILE = "results.json"
 _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")
 
 
@@ -76,11 +76,6 @@ class Study:
     base_score: TestScore | None
     results: tuple[Result, ...]
     own_rows: tuple[str, ...] = ()
-
-    @property
-    def paper_model(self) -> str | None:
-        """The paper's model whose numbers stand beside this study's; None where there is none."""
-        return self.base.paper_model
 
     def result(self, point: Point) -> Result:
         """The result of a point of the grid."""

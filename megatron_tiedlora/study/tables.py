@@ -74,7 +74,7 @@ def table2(studies: Sequence[Study]) -> list[Row]:
 def _cell(study: Study, section: str, method: str) -> Cell:
     base = study.base
     lora = best_result(study, LORA)
-    paper = table2_cell(study.paper_model, section, method, base.task, base.metric)
+    paper = table2_cell(study.base.paper_model, section, method, base.task, base.metric)
     result = best_result(study, method, rank=_rank(lora) if section == LORA_RANK else None)
     if section == LORA_RANK and lora is None:
         result = None
@@ -160,7 +160,7 @@ def table3(studies: Sequence[Study]) -> list[SingleRow]:
         if rival is None:
             continue
         base = study.base
-        paper = table3_scores(study.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
+        paper = table3_scores(study.base.paper_model, base.task, base.metric) if rival.rank == TABLE3_RANK else {}
         points = (*study.grid.single, rival)
         cells = tuple(SingleCell(column(p), study.result(p), paper.get(column(p))) for p in points)
         rows.append(SingleRow(study, rival.rank, cells))

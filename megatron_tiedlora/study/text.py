@@ -124,7 +124,7 @@ def _notes2(studies: Sequence[Study], rows: Sequence[Row], *, with_paper: bool) 
             names = "; ".join(f"{method} at r {', '.join(missing)}" for method, missing in ranks.items())
             notes.append(f"- {study.base.task}: no score (yet) of {names}.")
     if with_paper:
-        models = {MODEL_TITLES[s.paper_model] for s in studies if s.paper_model is not None}
+        models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
         notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
     return notes + _other_rows_notes(studies)
 
@@ -135,7 +135,7 @@ def _other_rows_notes(studies: Sequence[Study]) -> list[str]:
         f"- {study.base.task}: the paper's numbers are of its own rows and prompts;"
         f" {', '.join(f'--{n}' for n in study.own_rows)} may make others here."
         for study in studies
-        if study.own_rows and study.paper_model is not None
+        if study.own_rows and study.base.paper_model is not None
     ]
 
 

@@ -15,13 +15,14 @@ from megatron_tiedlora.data.cache import tokenise_once
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.training.plan import RunPlan
 
+_TRAINED_ON: tuple[Split, ...] = ("train", "validation")
 _DRAW_STREAM = 2**32 + 1  # beside the one that carves validation rows; epochs use those from 0 up
 
 
@@ -67,7 +68,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     model_folder = plan.source.weights_folder()  # refuses a preset, which has none
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     check_vocabulary(tokenizer, plan.source.config.vocab_size)
-    train, validation = (_read(settings, split, tokenizer) for split in ("train", "validation"))
+    train, validation = (read_split(settings, split, tokenizer=tokenizer) for split in _TRAINED_ON)
     train_set, validation_set = (
         tokenise_once(examples, tokenizer, max_length=settings.max_length, progress=progress)
         for examples in (train, validation)
@@ -82,20 +83,6 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     )
 
 
-def _read(
-    settings: Settings, split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> list[Example]:
-    return load_split(
-        settings.task,
-        split,
-        files={"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file},
-        seed=settings.seed,
-        prompt_template=settings.prompt_template,
-        tokenizer=tokenizer,
-        limit=limit,
-    )
-
-
 def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
     """--eval_samples of the validation rows, drawn with the seed and in their order: files are often sorted."""
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
@@ -105,8 +92,8 @@ def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """What is decoded before and after training: the demo's first samples, or the test rows that were given."""
     if settings.task == "demo":
-        return _read(settings, "test", tokenizer, DEMO_SCORED_SAMPLES)
-    return [] if settings.test_file is None else _read(settings, "test", tokenizer)
+        return read_split(settings, "test", tokenizer=tokenizer, limit=DEMO_SCORED_SAMPLES)
+    return [] if settings.test_file is None else read_split(settings, "test", tokenizer=tokenizer)
 
 
 def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> ScoredSet | None:

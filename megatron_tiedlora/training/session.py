@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import megatron_tiedlora
 from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
@@ -20,6 +18,7 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.training.build import BuiltModel
@@ -137,16 +136,7 @@ def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     """Write run.yaml: every setting as resolved, and the versions that computed it."""
-    import deepspeed
-    import transformers
-
-    versions = {
-        "megatron_tiedlora": megatron_tiedlora.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
