@@ -19,7 +19,7 @@ RUNNING = "megatron_tiedlora.pipeline.running"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.pipeline.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
-ATTENTION = "megatron_tiedlora.model.attention"
+QKV = "megatron_tiedlora.model.qkv"
 CHECKS = "megatron_tiedlora.training.checks"
 
 
@@ -116,22 +116,16 @@ def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
-    module = importlib.import_module(ATTENTION)
-    enter, add_update = module.enter_tensor_parallel_region, module.add_update
-    entered: list[Any] = []
+    leave = importlib.import_module(QKV)._leave
 
-    def enter_and_keep(hidden: torch.Tensor, tensor_parallel: Any) -> torch.Tensor:
-        entered[:] = [hidden, tensor_parallel]
-        return enter(hidden, tensor_parallel)
+    def leave_apart(of_normed: Any, of_low: Any, a: Any, tensor_parallel: Any, **keywords: Any) -> Any:
+        summed, low = leave(of_normed, of_low, torch.zeros_like(a), tensor_parallel, **keywords)
+        if summed is not None:
+            parts = (of_low @ a.to(of_low.dtype)).chunk(tensor_parallel.sequence_parts, dim=1)
+            summed = summed + parts[tensor_parallel.group.rank % len(parts)]
+        return summed, low
 
-    def add_apart(output: torch.Tensor, hidden: torch.Tensor, update: Any) -> torch.Tensor:
-        raw, tensor_parallel = entered
-        apart = _GatherAndSlice.apply(raw, tensor_parallel.group, 1) if tensor_parallel.sequence_parallel else raw
-        assert torch.equal(apart, hidden)
-        return add_update(output, apart, update)
-
-    patch.setattr(module, "enter_tensor_parallel_region", enter_and_keep)
-    patch.setattr(module, "add_update", add_apart)
+    patch.setattr(f"{QKV}._leave", leave_apart)
 
 
 # The norm ---------------------------------------------------------------------------------------------------------
@@ -228,7 +222,7 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     def inputs(runner: Any, batches: Any, denominator: float) -> Iterator[Any]:
         for batch in batches:
             divisor = torch.tensor(denominator if denominator == 1.0 else float(count(batch)))
-            yield (batch.tokens, batch.positions[None]), (batch.labels, divisor)
+            yield (batch.tokens, batch.positions[None]), (*runner._supervised(batch), divisor)
 
     patch.setattr(module.PlainRunner, "accumulate", accumulate)
     patch.setattr(module.PipelineRunner, "_inputs", inputs)

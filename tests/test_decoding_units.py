@@ -26,7 +26,8 @@ def test_attention_to_a_cache(
             lambda *args, **keywords: original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2),
         )
     torch.manual_seed(0)
-    layer = Attention(48, local_heads=6, local_kv_heads=2, head_dim=8, rope=RopeConfig(), bias=False, dtype=dtype)
+    sizes = {"local_heads": 6, "local_kv_heads": 2, "head_dim": 8}
+    layer = Attention(48, **sizes, rope=RopeConfig(), norm_eps=1e-6, bias=False, dtype=dtype)
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)

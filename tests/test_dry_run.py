@@ -156,12 +156,14 @@ def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp
         each = (1024 + state + 8 * length) * (not last) + state * (not first)
         assert sent(row["pipeline"]) == (steps * sends, pytest.approx(steps * each, rel=ROUNDED))
         # Of h: 8 or 4 a layer; the first stage has the embedding's, but no backward pass into its first layer; the last
-        # has the head's entry, forth and back. Beside them A's two and u's one, and 4 of the loss.
+        # has the head's entry, forth and back. Beside them A's two and u's one, and 4 of the loss. Where sequences are
+        # cut r columns travel with two messages of each layer; in the model's first layer those of one way back alone.
         per_layer, head = (8, 2) if sequence_parallel else (4, 1)
-        large = per_layer * blocks[stage] + head * last
+        large, alone = per_layer * blocks[stage] + head * last, first and sequence_parallel
         count, found = sent(row["tensor"])
-        assert count == steps * (large + 3 + 4 * last)
+        assert count == steps * (large + alone + 3 + 4 * last)
         small = 2 * 4 * r * d + 4 * blocks[stage] * r + 4 * 2 * tp * (length - 1) * last
+        small += sequence_parallel * blocks[stage] * 2 * 2 * r * length
         assert found == pytest.approx(steps * (large * hidden + small), rel=ROUNDED)
         assert sent(row["model"]) == (1, 4.0) and sent(row["all ranks"]) == (1, 56.0)
         assert "data" not in row if dp == 1 else sent(row["data"])[0] == 3  # gradients, what was stepped, the norm
@@ -187,8 +189,9 @@ def test_a_layer_that_few_stages_need(tmp_path: Path) -> None:
     for stage, row in enumerate(messages):
         blocks = numbers(partition[stage]["layers"])
         backward = [block for block in blocks if block >= 20]
-        # 4 a layer each way, without the way back into layer 20; the embedding's; the head's two and the loss's four.
-        large = 4 * len(blocks) + 4 * len(backward) - (20 in blocks) + (stage == 0) + 2 * (stage == 3)
+        # 4 a layer each way; the way back into layer 20 has r columns alone; the embedding's; the head's two and the
+        # loss's four.
+        large = 4 * len(blocks) + 4 * len(backward) + (stage == 0) + 2 * (stage == 3)
         assert sent(row["tensor"])[0] == 256 * (large + 2 * (stage == home) + 4 * (stage == 3)), stage
         assert "tied" not in row
         assert memory[stage]["gradients"] == ("4 B" if stage != home else "262.14 kB")  # an anchor, or A and B
@@ -284,7 +287,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
         output = block(hidden, places, TensorParallel(), update=bank()[0])
     counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     assert output.shape == hidden.shape
-    assert saved_bytes_per_token(plan, length) == counted / length
+    assert saved_bytes_per_token(plan) == counted / length
 
 
 def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model import layer_specs as layer_specs_module
+from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, num_base_parameters
 from megatron_tiedlora.model.layer_specs import Block
+from megatron_tiedlora.parallel import loss as loss_module
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.pipeline.stage import Stage
 
@@ -131,13 +133,13 @@ def test_only_supervised_positions_meet_the_vocabulary(folder: Path, monkeypatch
     labels = some_labels(ids, 0.3)
     whole = model(ids, positions(ids), labels).item()
     rows: list[int] = []
-    real = layer_specs_module.sum_token_losses
+    real = loss_module.multiply
 
-    def counted(logits: torch.Tensor, targets: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        rows.append(logits.shape[0])
-        return real(logits, targets, **keywords)
+    def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[0])
+        return real(hidden, weight)
 
-    monkeypatch.setattr(layer_specs_module, "sum_token_losses", counted)
+    monkeypatch.setattr(loss_module, "multiply", counted)
     monkeypatch.setattr(layer_specs_module, "HEAD_ROWS", 7)  # few rows at a time give the same sum
     assert model(ids, positions(ids), labels).item() == pytest.approx(whole, rel=1e-6)
     assert sum(rows) == (labels != -100).sum() and max(rows) == 7
@@ -156,30 +158,35 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
     labels = some_labels(ids, 0.5)
     plain = gradients(model, model(ids, positions(ids), labels))
     calls = []
-    forward = Block.forward
+    attend, finish = Attention.attend, Block.finish
 
-    def counted(self: Block, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        calls.append(1)
-        return forward(self, *arguments, **keywords)
+    def counted(self: Attention, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append("attend")
+        return attend(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Block, "forward", counted)
+    def counted_too(self: Block, *arguments: Any) -> torch.Tensor:
+        calls.append("finish")
+        return finish(self, *arguments)
+
+    monkeypatch.setattr(Attention, "attend", counted)
+    monkeypatch.setattr(Block, "finish", counted_too)
     model.recompute = "full"
     recomputed = gradients(model, model(ids, positions(ids), labels))
-    assert len(calls) == 2 * 3  # each block once forwards, once more in the backward pass
+    assert calls.count("attend") == calls.count("finish") == 2 * 3  # once forwards, once more in the backward pass
     for name, gradient in plain.items():
         assert torch.equal(recomputed[name], gradient), name
 
 
 def test_layers_without_the_adapter_are_the_base(folder: Path) -> None:
-    """An adapter on layer 3 leaves what enters layer 3 alone and changes what leaves it."""
-    model, ids = adapted_model(folder, "lora", (3,)), tokens()
+    """An adapter on layer 2 leaves what enters layer 2 alone and changes what leaves it."""
+    model, ids = adapted_model(folder, "lora", (2,)), tokens()
     seen: dict[str, list[torch.Tensor]] = {"in": [], "out": []}
 
     def look(_module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
         seen["in"].append(arguments[0].detach())
         seen["out"].append(output.detach())
 
-    model.layers["3"].register_forward_hook(look)
+    model.layers["2"].register_forward_hook(look)
     model(ids, positions(ids))
     model.adapter = None
     model(ids, positions(ids))

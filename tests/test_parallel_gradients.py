@@ -186,7 +186,8 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     """Messages of a rank's tensor-parallel group in one forward and backward pass without recompute, by kind.
 
     Worked out by hand: a block enters and leaves its region twice; the adapter adds one gather of A, its
-    reduce-scatter, and one sum of u's gradient for each micro-batch and stage, whatever the number of layers.
+    reduce-scatter, and one sum of u's gradient for each micro-batch and stage, whatever the number of layers. Nothing
+    below the first adapted layer needs a gradient; with sequence parallelism a trained A there needs one of r columns.
     """
     count: Counter[str] = Counter()
     if grid.tp_size == 1:
@@ -201,8 +202,9 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
             elif layer <= config.num_layers:
                 count[enter] += 2
                 count[leave] += 2
-                if layer >= first:  # nothing below the first adapted linear has a backward pass
-                    count[enter_back] += 1 if layer == first else 2
+                if layer >= first:
+                    alone = case.sequence_parallel and "A" in case.adapter.trained
+                    count[enter_back] += 1 if layer == first and not alone else 2
                     count[leave_back] += 2
             else:
                 count[enter] += 1

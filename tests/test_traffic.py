@@ -208,13 +208,17 @@ def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:
 
 
 def test_eight_messages_a_layer_and_none_for_the_adapter(ran: Mapping[str, Ran]) -> None:
-    """One adapted layer more is 8 tensor-parallel messages of h more in each micro-batch, and nothing else."""
+    """One adapted layer more is 8 tensor-parallel messages of h more in each micro-batch, and nothing else.
+
+    Two of them also carry the adapter's columns.
+    """
     six, five = (ran[f"tp, {number} layers"].counted[0] for number in ("six", "five"))
     assert six.shapes == five.shapes
     more = Counted(Traffic(), six.shapes, 0, 0.0).traffic
     for rows, length, _ in six.shapes:
         for kind in ("all-gather", "reduce-scatter"):
-            more.add(TENSOR, kind, 4 * 32 * rows * length, count=4)
+            more.add(TENSOR, kind, 4 * 32 * rows * length, count=3)
+            more.add(TENSOR, kind, 4 * (32 + 8) * rows * length)  # with h, or its gradient: 3 columns, filled up to 8
     for kind in ("all-gather", "reduce-scatter"):
         key = (TENSOR, kind)
         assert six.traffic.messages[key] - five.traffic.messages[key] == more.messages[key]
@@ -226,7 +230,10 @@ def test_eight_messages_a_layer_and_none_for_the_adapter(ran: Mapping[str, Ran])
 
 
 def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
-    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u."""
+    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u.
+
+    Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
+    """
     frozen = ran["tp tl3"].counted[0].traffic  # A frozen, no u: all that is left are the layers' own messages
     for method in METHOD_NAMES:
         counted, row = ran[f"tp {method}"].counted[0], find_method(method)
@@ -235,6 +242,9 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
         if row.A.trained:
             expected.add(TENSOR, "all-gather", size, count=micro_batches)
             expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
+            for rows, length, _ in counted.shapes:
+                expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
+                expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length * 2  # of 3 adapted layers
         if row.u.trained:
             expected.add(TENSOR, "all-reduce", 4 * 3 * 3, count=micro_batches)
         for kind in ("all-gather", "reduce-scatter", "all-reduce"):

@@ -111,21 +111,22 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
 @contextlib.contextmanager
 def _patched(case: Case) -> Iterator[None]:
     from megatron_tiedlora.model import layer_specs
+    from megatron_tiedlora.model.attention import Attention
 
-    head_rows, forward, linear = layer_specs.HEAD_ROWS, layer_specs.Block.forward, torch.nn.functional.linear
+    head_rows, attend, linear = layer_specs.HEAD_ROWS, Attention.attend, torch.nn.functional.linear
 
     def with_extra_message(self: Any, hidden: Any, positions: Any, tensor_parallel: Any, **keywords: Any) -> Any:
         distributed.all_reduce(torch.zeros(1), group=tensor_parallel.group.handle)
-        return forward(self, hidden, positions, tensor_parallel, **keywords)
+        return attend(self, hidden, positions, tensor_parallel, **keywords)
 
     if case.head_rows is not None:
         layer_specs.HEAD_ROWS = case.head_rows
     if case.extra_message:
-        layer_specs.Block.forward = with_extra_message
+        Attention.attend = with_extra_message  # type: ignore[method-assign]
     try:
         yield
     finally:
-        layer_specs.HEAD_ROWS, layer_specs.Block.forward = head_rows, forward
+        layer_specs.HEAD_ROWS, Attention.attend = head_rows, attend  # type: ignore[method-assign]
         torch.nn.functional.linear = linear  # ZeRO-3 leaves its own behind
 
 

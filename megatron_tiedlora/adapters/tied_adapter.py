@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.collectives import copy_to_tensor_parallel_region, gather_from_tensor_parallel_region
@@ -186,22 +185,6 @@ def folded_factors(update: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     a = update.a if update.u is None else update.u[:, None] * update.a
     b = update.b if update.v is None else update.v[:, None] * update.b
     return a, b if update.scale == 1.0 else b * update.scale
-
-
-def add_update(output: torch.Tensor, hidden: torch.Tensor, update: LayerUpdate) -> torch.Tensor:
-    """output + scale * diag(v) B diag(u) A hidden.
-
-    Args:
-        output: (..., local_o), what the frozen projection gave; the base's dtype.
-        hidden: (..., d), the projection's input.
-
-    Returns:
-        (..., local_o) in `output`'s dtype; the fp32 factors are cast to it just before their products.
-    """
-    a, b = (factor.to(output.dtype) for factor in folded_factors(update))
-    low = functional.linear(hidden, a)
-    sizes = output.shape
-    return torch.addmm(output.reshape(-1, sizes[-1]), low.reshape(-1, a.shape[0]), b.t()).view(sizes)
 
 
 class TiedAdapter(nn.Module):

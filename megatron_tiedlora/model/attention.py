@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries: fused QKV with the tied update, rotation, attention, output."""
+"""Causal self-attention with grouped queries: norm and QKV in one step (qkv.py), attention, output."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, add_update
-from megatron_tiedlora.model.rope import RopeConfig, rotate, rotation_table
-from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.model.qkv import NormedQkv
+from megatron_tiedlora.model.rope import RopeConfig, rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_tiedlora.parallel.layers import RowParallelLinear
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Places:
 
 
 class Attention(nn.Module):
-    """z = W_o attention(rope(Q), rope(K), V), [Q | K | V] = W_qkv x + (alpha / r) diag(v) B diag(u) A x."""
+    """z = W_o attention(Q, K, V); see NormedQkv for the three. `attend` and `output` are called one after the other."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Attention(nn.Module):
         local_kv_heads: int,
         head_dim: int,
         rope: RopeConfig,
+        norm_eps: float,
         bias: bool,
         dtype: torch.dtype,
     ) -> None:
@@ -85,7 +86,9 @@ class Attention(nn.Module):
         self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
         self.head_dim = head_dim
         self.rope = rope
-        self.qkv = ColumnParallelLinear(hidden_size, sum(self.local_rows), dtype=dtype, bias=bias)
+        self.qkv = NormedQkv(
+            hidden_size, self.local_rows, head_dim=head_dim, eps=norm_eps, bias=bias, dtype=dtype
+        )
         self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
 
     def places(
@@ -118,7 +121,7 @@ class Attention(nn.Module):
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         return added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
 
-    def forward(
+    def attend(
         self,
         hidden: torch.Tensor,
         places: Places,
@@ -127,24 +130,14 @@ class Attention(nn.Module):
         update: LayerUpdate | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """Attention of this rank's heads, summed over the ranks.
+        """What this rank's heads found, (b, s, local heads * head_dim), for `output`.
 
         Args:
             hidden: what flows between layers, (b, s, d) or (b, s / p, d).
             places: of the s tokens, from `places`.
             cache: of this rank's key and value heads, which keeps the new ones.
-
-        Returns:
-            as `hidden`.
         """
-        hidden = enter_tensor_parallel_region(hidden, tensor_parallel)
-        batch, length, _ = hidden.shape
-        fused = self.qkv(hidden)
-        if update is not None:
-            fused = add_update(fused, hidden, update)
-        parts = fused.split(self.local_rows, dim=-1)
-        query, key, value = (p.view(batch, length, -1, self.head_dim).transpose(1, 2) for p in parts)
-        query, key = rotate(query, places.table), rotate(key, places.table)
+        query, key, value = self.qkv(hidden, places.table, tensor_parallel, update)
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
             mixed = _attend_to_cache(query, cache, places.mask)
@@ -159,9 +152,7 @@ class Attention(nn.Module):
             )
             if cache is not None:
                 cache.update(key, value, places.positions)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype)
-        output: torch.Tensor = self.output(mixed, tensor_parallel)
-        return output
+        return mixed.transpose(1, 2).flatten(2).to(hidden.dtype)
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

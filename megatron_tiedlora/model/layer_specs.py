@@ -13,22 +13,21 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
+from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_parameter
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear, frozen_parameter
+from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
 
-# Supervised rows whose logits exist in fp32 at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB). In the
-# dtype of the base they stay for the backward pass.
+# Supervised rows whose logits exist at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
 HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
 
-    def __init__(self, *, attention_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu) -> None:
+    def __init__(self, *, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu) -> None:
         super().__init__()
-        self.attention_norm = attention_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
@@ -43,9 +42,17 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """What flows between layers, (b, s, d) or (b, s / p, d), and the same back; the rest as in Attention."""
-        hidden = hidden + self.attention(
-            self.attention_norm(hidden), places, tensor_parallel, update=update, cache=cache
-        )
+        mixed = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
+        return self.finish(hidden, mixed, tensor_parallel)
+
+    def finish(self, hidden: torch.Tensor, mixed: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """What comes after attention, position by position: of all positions, or of some.
+
+        Args:
+            hidden: what came into the block, (b, s, d) or (b, s / p, d).
+            mixed: what attention found, (b, s, local heads * head_dim).
+        """
+        hidden = hidden + self.attention.output(mixed, tensor_parallel)
         output: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden), tensor_parallel)
         return output
 
@@ -69,39 +76,33 @@ class Head(nn.Module):
         self,
         hidden: torch.Tensor,
         tensor_parallel: TensorParallel,
-        labels: torch.Tensor | None = None,
+        supervised: Supervised | None = None,
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """Logits (b, s, V) without labels, else the summed loss of the supervised positions; the same on every rank.
+        """Logits (b, s, V), or with `supervised` the loss of those positions, summed; the same on every rank.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (b, s / p, d).
-            labels: (b, s) int64, the token that follows each position, or -100 where it is not supervised. Only
-                supervised positions meet the vocabulary.
-            summed: False for every position's own loss, (b, s), 0 where it is not supervised; without a gradient.
+            hidden: what flows between layers, (b, s, d) or (b, s / p, d); with `supervised` of its `rows` alone, (1, m,
+                d) or (1, m / p, d).
+            summed: False for every position's own loss, (n,), without a gradient.
         """
         group = tensor_parallel.group
-        hidden = enter_tensor_parallel_region(hidden, tensor_parallel)
-        if labels is None:
-            local_logits = nn.functional.linear(self.norm(hidden), self.weight)
+        hidden = enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
+        if supervised is None:
+            local_logits = frozen_linear(hidden, self.weight)
             return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
-        supervised = labels != IGNORED_LABEL
-        rows, targets = self.norm(hidden[supervised]), labels[supervised]
-        if summed and targets.numel() == 0:
-            # A zero that still reaches the adapters, so that every rank's gradients exist.
-            return hidden.float().sum() * 0.0
-        local_vocabulary = self.weight.shape[0]
-        first_id = group.rank * local_vocabulary
+        first_id = group.rank * self.weight.shape[0]
         weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
-        function = sum_token_losses if summed else token_losses
-        losses = [
-            function(nn.functional.linear(part, weight), target, first_id=first_id, group=group)
-            for part, target in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        ]
-        if summed:
-            return torch.stack(losses).sum()
-        return torch.zeros(labels.shape, device=labels.device).masked_scatter_(supervised, torch.cat(losses).float())
+        losses = sum_token_losses if summed else token_losses
+        return losses(
+            hidden[0][supervised.kept],
+            weight,
+            supervised.targets,
+            first_id=first_id,
+            group=group,
+            rows_at_once=HEAD_ROWS,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ def layer_specs(
             local_kv_heads=config.num_kv_heads // tp_size,
             head_dim=config.head_dim,
             rope=config.rope,
+            norm_eps=config.norm_eps,
             bias=config.attention_bias,
             dtype=dtype,
         )
         mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype)
-        return Block(attention_norm=norm(), attention=attention, mlp_norm=norm(), mlp=mlp)
+        return Block(attention=attention, mlp_norm=norm(), mlp=mlp)
 
     def head() -> nn.Module:
         own = None if config.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)

@@ -30,6 +30,11 @@ class TensorParallel:
     group: RankGroup = ALONE
     sequence_parallel: bool = False
 
+    @property
+    def sequence_parts(self) -> int:
+        """Into how many parts activations between layers are cut along the sequence."""
+        return self.group.size if self.sequence_parallel else 1
+
     def whole_sequences(self) -> TensorParallel:
         """The same ranks with activations that are not cut: for decoding, where a step is one token long."""
         return replace(self, sequence_parallel=False)

@@ -2,13 +2,16 @@
 
 Y = X W^T with W (out, in). Column-parallel layers hold rows of W, and give their part of the output features; a
 row-parallel layer holds columns, and gives an addend of the output that is summed over the ranks (see ShardSpec).
-Weights are created empty and never trained, so no layer computes a gradient for one.
+Weights are created empty and never trained: dX = dY W needs nothing of X, so no layer keeps its input.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
@@ -18,6 +21,39 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter without a gradient, on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return multiply(hidden, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight, None, None
+
+
+def multiply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., in) times W^T, W (out, in), plus the bias: (..., out). For use where autograd is not looking.
+
+    Not `functional.linear`, in whose place DeepSpeed's zero.Init puts a function of its own (seen in 0.19.8).
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    product = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    return product.view(*hidden.shape[:-1], weight.shape[0])
+
+
+def frozen_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """hidden (..., in) times W^T, W (out, in), plus the bias: (..., out).
+
+    Keeps W alone for the backward pass, which gives the gradient of `hidden` and of nothing else; torch's own product
+    is replaced by one that keeps its input under ZeRO-3 (seen in DeepSpeed 0.19.8).
+    """
+    product: torch.Tensor = _FrozenLinear.apply(hidden, weight, bias)
+    return product
 
 
 class ColumnParallelLinear(nn.Module):
@@ -33,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(b, s, in) -> (b, s, local_out)."""
-        return functional.linear(hidden, self.weight, self.bias)
+        return frozen_linear(hidden, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -46,7 +82,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """(b, s, local_in) -> what flows between layers: (b, s, out), or (b, s / p, out) with sequence parallelism."""
-        output = leave_tensor_parallel_region(functional.linear(local_hidden, self.weight), tensor_parallel)
+        output = leave_tensor_parallel_region(frozen_linear(local_hidden, self.weight), tensor_parallel)
         return output if self.bias is None else output + self.bias
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.groups import RankGroup
+from megatron_tiedlora.parallel.layers import multiply
 
 IGNORED_LABEL = -100
 
@@ -40,38 +41,74 @@ def _losses(
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        first_id: int,
+        group: RankGroup,
+        rows_at_once: int,
     ) -> torch.Tensor:
-        losses, total, index, own = _losses(local_logits, labels, first_id, group)
-        ctx.save_for_backward(local_logits, total, index, own)
-        return losses.sum()
+        needs_rows = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(rows) if needs_rows else None
+        loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
+        for start in range(0, len(rows), rows_at_once):
+            part = slice(start, start + rows_at_once)
+            local_logits = multiply(rows[part], weight)
+            losses, total, index, own = _losses(local_logits, labels[part], first_id, group)
+            loss += losses.sum()
+            if gradient is not None:
+                chance = (upcast(local_logits) - total[:, None]).exp_()
+                chance.scatter_add_(1, index[:, None], -own.to(chance.dtype)[:, None])
+                torch.mm(chance.to(rows.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        local_logits, total, index, own = ctx.saved_tensors
-        chance = (upcast(local_logits) - total[:, None]).exp()
-        chance.scatter_add_(1, index[:, None], -own.to(chance.dtype)[:, None])
-        return (chance * gradient).to(local_logits.dtype), None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (of_rows,) = ctx.saved_tensors
+        return (upcast(of_rows) * gradient).to(of_rows.dtype), None, None, None, None, None
 
 
 def sum_token_losses(
-    local_logits: torch.Tensor, labels: torch.Tensor, *, first_id: int, group: RankGroup
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    first_id: int,
+    group: RankGroup,
+    rows_at_once: int,
 ) -> torch.Tensor:
-    """Sum over positions of -log softmax(logits)[label], the same on every rank.
+    """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
+
+    W is frozen, so the gradient of `rows` is worked out beside the loss, a few rows at a time, and it alone is kept:
+    no logits are.
 
     Args:
-        local_logits: (T, V_local), any float dtype; the logits of ids first_id to first_id + V_local - 1, no padding.
-        labels: (T,) int64, all of them supervised, the same on every rank.
+        rows: (n, d), any float dtype, the same on every rank.
+        weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, no padding.
+        labels: (n,) int64, all of them supervised, the same on every rank.
+        rows_at_once: rows whose logits exist at one time.
 
     Returns:
-        a scalar in max(fp32, dtype of `local_logits`). Its gradient with respect to `local_logits` needs no message.
+        a scalar in max(fp32, dtype of `rows`). Its gradient with respect to `rows` is this rank's addend, that of its
+        part of the vocabulary, and needs no message here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(local_logits, labels, first_id, group)
+    loss: torch.Tensor = _SumTokenLosses.apply(rows, weight, labels, first_id, group, rows_at_once)
     return loss
 
 
 @torch.no_grad()
-def token_losses(local_logits: torch.Tensor, labels: torch.Tensor, *, first_id: int, group: RankGroup) -> torch.Tensor:
-    """-log softmax(logits)[label] of each position, (T,), without a gradient; arguments as in `sum_token_losses`."""
-    return _losses(local_logits, labels, first_id, group)[0]
+def token_losses(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    first_id: int,
+    group: RankGroup,
+    rows_at_once: int,
+) -> torch.Tensor:
+    """-log softmax(rows W^T)[label] of each row, (n,), without a gradient; arguments as in `sum_token_losses`."""
+    parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
+    return torch.cat([_losses(multiply(part, weight), target, first_id, group)[0] for part, target in parts])

@@ -1,7 +1,7 @@
 """The flat list as DeepSpeed pipeline stages: our partition, our layers, its 1F1B schedule.
 
-A micro-batch enters as ((tokens, places), (labels, denominator)); hidden states and places travel from stage to stage,
-and the last stage's loss is the summed loss of its supervised tokens divided by the denominator.
+A micro-batch enters as ((tokens, places), (supervised positions, denominator)); hidden states and places travel from
+stage to stage, and the last stage's loss is the summed loss of its supervised tokens divided by the denominator.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from deepspeed.pipe import PipelineModule
 
 from megatron_tiedlora.model.layer_specs import LayerSpec
+from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.pipeline.partition import Stages
-from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.pipeline.stage import Attended, Stage
 from megatron_tiedlora.pipeline.topology import quiet
 
 BuildStage = Callable[[Any, Sequence[LayerSpec]], Stage]
@@ -47,11 +48,11 @@ class PipelinedModel(PipelineModule):
         self.stage = self._build_stage(self._grid, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        """(tokens or hidden, places) -> (hidden, places), or the hidden states alone on the last stage."""
+        """(tokens or hidden, places) -> (hidden, places), or on the last stage what the loss goes on with."""
         hidden, places = inputs
         output = self.stage.run(hidden, places)
         return output if self.stage.head is not None else (output, places)
 
-    def _loss(self, hidden: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        targets, denominator = labels
-        return self.stage.run_head(hidden, targets) / denominator
+    def _loss(self, attended: Attended, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        *supervised, denominator = labels
+        return self.stage.run_head(attended, Supervised(*supervised)) / denominator

@@ -17,6 +17,7 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_tied_gradients_
 from megatron_tiedlora.config.engine_json import EngineConfig
+from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.pipeline.engine import clip_gradients_
 from megatron_tiedlora.pipeline.stage import Stage
@@ -90,8 +91,9 @@ class Runner:
     def _step(self) -> None:
         raise NotImplementedError
 
-    def _on_device(self, batch: StepInput) -> StepInput:
-        return StepInput(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+    def _supervised(self, batch: StepInput) -> Supervised:
+        """The batch's supervised positions, found on the host, for the last layers of this rank's stage."""
+        return find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
 
 
 class PlainRunner(Runner):
@@ -99,8 +101,12 @@ class PlainRunner(Runner):
 
     def forward(self, batch: StepInput) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar."""
-        loss: torch.Tensor = self.engine(*self._on_device(batch))
+        supervised = Supervised(*map(self._on_device, self._supervised(batch)))
+        loss: torch.Tensor = self.engine(self._on_device(batch.tokens), self._on_device(batch.positions), supervised)
         return loss
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
@@ -179,7 +185,7 @@ class PipelineRunner(Runner):
     def _inputs(self, batches: Sequence[StepInput], denominator: float) -> Iterator[Any]:
         divisor = torch.tensor(denominator, dtype=torch.float32)
         for batch in batches:
-            yield (batch.tokens, batch.positions[None]), (batch.labels, divisor)
+            yield (batch.tokens, batch.positions[None]), (*self._supervised(batch), divisor)
 
     def _step(self) -> None:
         self.engine._exec_optimizer_step()

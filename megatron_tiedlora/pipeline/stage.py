@@ -6,8 +6,8 @@ for its input's gradient go on working. Leaves schedules and messages between st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
+from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import frozen_parameter
 
@@ -31,6 +32,18 @@ class _WithZeroGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+
+
+class Attended(NamedTuple):
+    """The last block, stopped after its attention, so that the rest can be done for supervised positions only.
+
+    Attributes:
+        hidden: what came into the block, (b, s, d) or (b, s / p, d).
+        mixed: what its attention found, (b, s, local heads * head_dim).
+    """
+
+    hidden: torch.Tensor
+    mixed: torch.Tensor
 
 
 class Stage(nn.Module):
@@ -84,7 +97,7 @@ class Stage(nn.Module):
         self,
         inputs: torch.Tensor,
         positions: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Supervised | None = None,
         *,
         documents: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
@@ -97,12 +110,13 @@ class Stage(nn.Module):
         Args:
             inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
             positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100.
+            labels: (b, s) int64, the next token or -100; or what `find_supervised` made of them on the host.
             documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
             caches: one per block, for decoding.
             updates: see `run_blocks`.
             wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
-            summed: see `Head.forward`.
+            summed: False for every position's own loss, (b, s), 0 where there is no label, without a gradient; only
+                with `labels` as a tensor.
 
         Returns:
             the summed loss over supervised positions when `labels` are given, else logits (b, s, V); what flows between
@@ -110,21 +124,26 @@ class Stage(nn.Module):
         """
         tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
         hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-        hidden = self.run_blocks(
+        reached = self.run_blocks(
             hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
         )
-        if self.head is None:
-            return hidden
-        if wanted is not None:
-            assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-            hidden = hidden.gather(1, wanted[:, None, None].expand(-1, 1, hidden.shape[-1]))
-        return self.run_head(hidden, labels, tensor_parallel, summed=summed)
+        if isinstance(reached, torch.Tensor):
+            return reached
+        if wanted is None:
+            return self.run_head(reached, labels, tensor_parallel, summed=summed)
+        size, length = positions.shape
+        rows = torch.arange(size, device=wanted.device) * length + wanted
+        assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
+        return self._head()(self._finish(reached, tensor_parallel, rows, rows), tensor_parallel).transpose(0, 1)
 
-    def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor | Attended:
         """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
 
         Args:
             places: (1, b, s) int64 positions, or (2, b, s) positions and document ids.
+
+        Returns:
+            what flows between layers; where the stage has the head, what `run_head` goes on with.
         """
         documents = places[1] if places.shape[0] > 1 else None
         if self.embedding is not None:
@@ -135,9 +154,12 @@ class Stage(nn.Module):
         sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
         if self.embedding is None and not self.needs_input_gradient:
             sources.append(inputs)
-        if sources and torch.is_grad_enabled():
-            output = _WithZeroGradients.apply(output, *sources)
-        return output
+        if not sources or not torch.is_grad_enabled():
+            return output
+        if isinstance(output, torch.Tensor):
+            tied: torch.Tensor = _WithZeroGradients.apply(output, *sources)
+            return tied
+        return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
         """The factors of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
@@ -159,8 +181,8 @@ class Stage(nn.Module):
         documents: torch.Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
-    ) -> torch.Tensor:
-        """Every block of the stage in order.
+    ) -> torch.Tensor | Attended:
+        """Every block of the stage in order; before a head the last one as far as its attention.
 
         Args:
             updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
@@ -170,23 +192,64 @@ class Stage(nn.Module):
         cache = caches[0] if caches else None
         places = attention.places(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
-            block, update = self.layers[str(index)], updates.get(index)
-            if self.recompute == "full" and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, places, tensor_parallel, update=update, use_reentrant=False)
-            else:
-                cache = caches[number] if caches else None
-                hidden = block(hidden, places, tensor_parallel, update=update, cache=cache)
+            block: Any = self.layers[str(index)]
+            stops = self.head is not None and index == self.blocks[-1]
+            call = block.attention.attend if stops else block
+            arguments = (hidden, places, tensor_parallel)
+            result = self._call(call, *arguments, update=updates.get(index), cache=caches[number] if caches else None)
+            if stops:
+                return Attended(hidden, result)
+            hidden = result
         return hidden
+
+    def _call(self, function: Callable[..., torch.Tensor], *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """The function's result, of which only the arguments are kept under recompute."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, **keywords)
+            return result
+        return function(*arguments, **keywords)
+
+    def _head(self) -> Any:
+        return self.layers[str(self.head)]
+
+    def _finish(
+        self,
+        attended: Attended,
+        tensor_parallel: TensorParallel,
+        rows: torch.Tensor | None = None,
+        local_rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The rest of the last block, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
+
+        Args:
+            local_rows: of those `rows` that this rank goes on with, in the (b s) or (b s / p) of what flows between layers.
+        """
+        hidden, mixed = attended
+        if rows is not None and local_rows is not None:
+            hidden, mixed = hidden.flatten(0, 1)[local_rows][None], mixed.flatten(0, 1)[rows][None]
+        block: Any = self.layers[str(self.blocks[-1])]
+        return self._call(block.finish, hidden, mixed, tensor_parallel)
 
     def run_head(
         self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None,
+        attended: Attended,
+        labels: torch.Tensor | Supervised | None,
         tensor_parallel: TensorParallel | None = None,
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """What flows between layers -> logits, or with labels the loss; see `Head.forward`."""
-        head = self.layers[str(self.head)]
-        logits_or_loss: torch.Tensor = head(hidden, tensor_parallel or self.tensor_parallel, labels, summed=summed)
-        return logits_or_loss
+        """From the last block's attention to logits, or with labels to their loss; arguments as in `forward`."""
+        tensor_parallel = tensor_parallel or self.tensor_parallel
+        if labels is None:
+            logits: torch.Tensor = self._head()(self._finish(attended, tensor_parallel), tensor_parallel)
+            return logits
+        num_parts = tensor_parallel.sequence_parts
+        supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
+        local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
+        hidden = self._finish(attended, tensor_parallel, supervised.rows, local_rows)
+        losses: torch.Tensor = self._head()(hidden, tensor_parallel, supervised, summed=summed)
+        if summed:
+            return losses
+        assert isinstance(labels, torch.Tensor)
+        spread = torch.zeros(labels.numel(), device=labels.device)
+        return spread.index_put_((supervised.rows[supervised.kept],), losses.float()).view(labels.shape)

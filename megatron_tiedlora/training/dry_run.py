@@ -100,7 +100,7 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
-    per_token = saved_bytes_per_token(plan, 64 * plan.pad_multiple)
+    per_token = saved_bytes_per_token(plan)
     longest = plan.settings.max_length if data is None else int(data.train.lengths.max())
     rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
     cells = []
@@ -113,8 +113,8 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
         f" {rows} x {length} tokens",
         *_stage_table(header, cells),
-        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight; on the last stage the"
-        f" logits of every position are counted; fp32 logits of {HEAD_ROWS:,} rows and buffers come on top)",
+        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less where"
+        f" positions have no label; logits of {HEAD_ROWS:,} rows and buffers come on top)",
         *_decoding(plan, data),
     ]
 

@@ -73,7 +73,12 @@ class RunPlan:
     @property
     def pad_multiple(self) -> int:
         """What lengths are padded to a multiple of."""
-        return pad_multiple(self.grid.tp_size if self.sequence_parallel else 1)
+        return pad_multiple(self.sequence_parts)
+
+    @property
+    def sequence_parts(self) -> int:
+        """Into how many parts activations between layers are cut along the sequence."""
+        return self.grid.tp_size if self.sequence_parallel else 1
 
     @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,9 @@ the traffic of a step after the first ones, whose checks send a little more. Mes
 where a number depends on how DeepSpeed fills its buckets or fetches ahead, `estimated_groups` names the group.
 
 With h the bytes of a micro-batch's hidden states (rows x length x d), each adapted block sends 8 messages of h with
-sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward) or 4 without.
+sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward) or 4 without. Under
+sequence parallelism two of the 8 also carry r columns of the adapter, filled up to a multiple of 8. After the last
+attention h is of supervised positions only.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import plan_global_batch
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.model.qkv import COLUMN_MULTIPLE
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
@@ -59,11 +65,16 @@ _HARMLESS_ZERO = frozenset(
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What of a micro-batch its messages depend on."""
+    """What of a micro-batch its messages depend on.
+
+    Attributes:
+        num_after: positions that what comes after the last attention computes; see `Supervised`.
+    """
 
     num_rows: int
     length: int
     num_supervised: int
+    num_after: int
 
     @property
     def num_tokens(self) -> int:
@@ -76,9 +87,8 @@ def assumed_shapes(plan: RunPlan) -> tuple[MicroBatchShape, ...]:
 
     A sample's first token has no position that could predict it.
     """
-    rows, longest = plan.batches.micro_batch_size, plan.settings.max_length
-    shape = MicroBatchShape(rows, padded(longest, plan.pad_multiple), rows * (longest - 1))
-    return (shape,) * plan.batches.accumulation_steps
+    lengths = np.full(plan.batches.micro_batch_size, plan.settings.max_length)
+    return (_shape(plan, lengths, np.ones_like(lengths)),) * plan.batches.accumulation_steps
 
 
 def planned_shapes(plan: RunPlan, dataset: TokenDataset, *, consumed_samples: int = 0) -> tuple[MicroBatchShape, ...]:
@@ -90,13 +100,19 @@ def planned_shapes(plan: RunPlan, dataset: TokenDataset, *, consumed_samples: in
         global_batch_size=plan.batches.global_batch_size,
         micro_batch_size=plan.batches.micro_batch_size,
     )
-    lengths, supervised = dataset.lengths, dataset.supervised_counts
     return tuple(
-        MicroBatchShape(
-            len(indices), padded(int(lengths[indices].max()), plan.pad_multiple), int(supervised[indices].sum())
-        )
+        _shape(plan, dataset.lengths[indices], np.maximum(dataset.prompt_lengths[indices], 1))
         for indices in batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
     )
+
+
+def _shape(plan: RunPlan, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> MicroBatchShape:
+    """Of samples of `lengths` tokens whose tokens from `starts` on are supervised: each by the position before it."""
+    length, num_parts = padded(int(lengths.max()), plan.pad_multiple), plan.sequence_parts
+    edges = np.arange(num_parts + 1) * (length // num_parts)
+    before = np.clip(edges[:, None], starts - 1, lengths - 1).sum(axis=1)  # by edge
+    most = max(1, int(np.diff(before).max()))
+    return MicroBatchShape(len(lengths), length, int((lengths - starts).sum()), num_parts * most)
 
 
 def padded(length: int, multiple: int) -> int:
@@ -128,33 +144,75 @@ def stage_traffic(plan: RunPlan, stage: StagePlan, shapes: Sequence[MicroBatchSh
     return traffic
 
 
-def _hidden_bytes(plan: RunPlan, shape: MicroBatchShape) -> int:
-    return shape.num_tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+def _hidden_bytes(plan: RunPlan, num_tokens: int) -> int:
+    return num_tokens * plan.source.config.hidden_size * plan.dtype.itemsize
 
 
 def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:
-    """Tensor-parallel messages of a micro-batch in embedding, blocks and head."""
-    size = _hidden_bytes(plan, shape)
-    blocks, backward = len(stage.blocks), len(stage.backward_blocks)
-    # Entries and exits of parallel regions, by pass. Recomputing a block stops once all that its backward pass needs is
-    # there again, so its last exit is not repeated.
-    again = backward if plan.settings.recompute == "full" else 0
-    entries, exits = 2 * blocks + 2 * again, 2 * blocks + again
-    backward_exits, backward_entries = 2 * backward, 2 * backward - stage.starts_backward_chain
+    """Tensor-parallel messages of a micro-batch in embedding, blocks and head.
+
+    Recomputing a block stops once all that its backward pass needs is there again, so its last exit is not repeated.
+    """
+    sent = _Regions(traffic, plan)
     if stage.is_first:
-        exits += 1  # the embedding, which is frozen
+        sent.leave(shape.num_tokens)  # the embedding, which is frozen
+    for block in stage.blocks:
+        ends_here = stage.is_last and block == stage.blocks[-1]
+        after = shape.num_after if ends_here else shape.num_tokens
+        beside = plan.adapter.rank if block in stage.part.layers else 0
+        backward = block in stage.backward_blocks
+        again = backward and plan.settings.recompute == "full"
+        for _ in range(2 if again else 1):
+            sent.enter(shape.num_tokens, beside=beside)
+            sent.leave(after)
+            sent.enter(after)
+        sent.leave(after)
+        if backward:
+            sent.back_through_leave(after, count=2)
+            sent.back_through_enter(after)
+            travels = beside if plan.adapter.row.A.trained else 0
+            if block > stage.first_adapted:
+                sent.back_through_enter(shape.num_tokens, beside=travels)
+            elif travels and plan.sequence_parallel:  # nothing below needs a gradient, but A does
+                size = shape.num_tokens * travels * plan.dtype.itemsize
+                traffic.add(TENSOR, "reduce-scatter", size)
     if stage.is_last:
-        entries += 1  # the head
-        backward_entries += 1
-    if plan.sequence_parallel:
-        traffic.add(TENSOR, "all-gather", size, count=entries + backward_exits)
-        traffic.add(TENSOR, "reduce-scatter", size, count=exits + backward_entries)
-    else:
-        traffic.add(TENSOR, "all-reduce", size, count=exits + backward_entries)
-    if stage.is_last:  # two fp32 numbers a supervised row and rank, for each chunk of the head
+        sent.enter(shape.num_after)
+        sent.back_through_enter(shape.num_after)
+        # two fp32 numbers a supervised row and rank, for each chunk of the head
         for start in range(0, shape.num_supervised, HEAD_ROWS):
             rows = min(HEAD_ROWS, shape.num_supervised - start)
             traffic.add(TENSOR, "all-gather", plan.grid.tp_size * 2 * rows * FP32)
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """What entering and leaving a tensor-parallel region sends, by the number of positions."""
+
+    traffic: Traffic
+    plan: RunPlan
+
+    def _add(self, kind: str, num_tokens: int, count: int = 1, beside: int = 0) -> None:
+        size = _hidden_bytes(self.plan, num_tokens)
+        size += num_tokens * padded(beside, COLUMN_MULTIPLE) * self.plan.dtype.itemsize
+        self.traffic.add(TENSOR, kind, size, count=count)
+
+    def enter(self, num_tokens: int, *, beside: int = 0) -> None:
+        if self.plan.sequence_parallel:
+            self._add("all-gather", num_tokens, beside=beside)
+
+    def leave(self, num_tokens: int) -> None:
+        self._add("reduce-scatter" if self.plan.sequence_parallel else "all-reduce", num_tokens)
+
+    def back_through_leave(self, num_tokens: int, *, count: int) -> None:
+        if self.plan.sequence_parallel:
+            self._add("all-gather", num_tokens, count)
+
+    def back_through_enter(self, num_tokens: int, *, beside: int = 0) -> None:
+        if self.plan.sequence_parallel:
+            self._add("reduce-scatter", num_tokens, beside=beside)
+        else:
+            self._add("all-reduce", num_tokens)
 
 
 def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
@@ -172,7 +230,7 @@ def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
 
 def _add_pipeline(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:
     """Forward, shapes, hidden states and positions; backward, one gradient (of zeros where none is needed)."""
-    hidden = _hidden_bytes(plan, shape) // (plan.grid.tp_size if plan.sequence_parallel else 1)
+    hidden = _hidden_bytes(plan, shape.num_tokens) // plan.sequence_parts
     if not stage.is_last:
         for size in (META_BYTES, hidden, INT64 * shape.num_tokens):
             traffic.add(PIPELINE, "send", size)

@@ -165,7 +165,7 @@ def weight_rules(config: LlamaConfig) -> tuple[WeightRule, ...]:
     for index in range(config.num_layers):
         here, there = f"layers.{index + 1}.", f"model.layers.{index}."
         qkv = tuple(f"{there}self_attn.{part}_proj." for part in "qkv")
-        rules.append(whole(f"{here}attention_norm.weight", f"{there}input_layernorm.weight", d))
+        rules.append(whole(f"{here}attention.qkv.norm", f"{there}input_layernorm.weight", d))
         rules.append(
             WeightRule(
                 f"{here}attention.qkv.weight", tuple(n + "weight" for n in qkv), ShardSpec(0, config.qkv_rows), (o, d)

@@ -1,0 +1,239 @@
+"""Norm, fused QKV projection with the tied update, and rotation: one step of the model, with one backward pass.
+
+    [Q | K | V] = rotated(W x + c + s diag(v) B diag(u) A x)        x = norm(hidden), s = alpha / r
+
+With dy the gradient of the sum, h = A x and g = s dy diag(v) B diag(u), the backward pass is
+
+    dx = dy W + g A        dA = g^T x        du = sum over tokens of (s dy diag(v) B) h
+    G = s dy^T h diag(u)   dB = diag(v) G    dv = sum over r of G B
+
+so it keeps the norm's input, one number a token for the norm, and h, r numbers a token, and makes no product of
+tokens x o. x is computed again. A frozen factor has no gradient, and what only that would need is not computed.
+
+Under sequence parallelism h is computed from each rank's part of the sequence and travels beside x, and g beside dx, in
+the messages that the projection has anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.model.norm import inverse_root, norm_gradient, normalise
+from megatron_tiedlora.model.rope import rotate_
+from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, reduce_scatter
+from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.layers import frozen_parameter, multiply
+
+# Columns that travel beside others are filled up to this many, so that rows of 16-bit numbers start at multiples of 16
+# bytes, where fast kernels want them.
+COLUMN_MULTIPLE = 8
+
+
+class NormedQkv(nn.Module):
+    """Queries, keys and values of this rank's heads. Holds the norm's weight beside W, as one step uses both."""
+
+    def __init__(
+        self, hidden_size: int, rows: tuple[int, int, int], *, head_dim: int, eps: float, bias: bool, dtype: torch.dtype
+    ) -> None:
+        """Make empty weights.
+
+        Args:
+            rows: of Q, K and V on this rank.
+        """
+        super().__init__()
+        self.rows = rows
+        self.head_dim = head_dim
+        self.eps = eps
+        self.norm = frozen_parameter(hidden_size, dtype=dtype)
+        self.weight = frozen_parameter(sum(rows), hidden_size, dtype=dtype)
+        self.bias = frozen_parameter(sum(rows), dtype=dtype) if bias else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        tensor_parallel: TensorParallel,
+        update: LayerUpdate | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What flows between layers, (b, s, d) or (b, s / p, d) -> queries (b, heads, s, head_dim), keys and values.
+
+        The three share one storage. The factors of `update` are fp32, and are cast to the base's dtype just before
+        their products; their gradients are fp32.
+
+        Args:
+            table: of the s tokens' positions, see `rotation_table`.
+        """
+        factors = (None,) * 4 if update is None else update[:4]
+        scale = 1.0 if update is None else update.scale
+        shape = _Shape(self.rows, self.head_dim, self.eps, scale, tensor_parallel)
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormedQkv.apply(
+            hidden, *factors, self.norm, self.weight, self.bias, *table, shape
+        )
+        return heads
+
+
+@dataclass(frozen=True)
+class _Shape:
+    rows: tuple[int, int, int]
+    head_dim: int
+    eps: float
+    scale: float
+    tensor_parallel: TensorParallel
+
+
+class _NormedQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        u: torch.Tensor | None,
+        v: torch.Tensor | None,
+        norm: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        shape: _Shape,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        root = inverse_root(hidden, shape.eps)
+        normed = normalise(hidden, root, norm)
+        low = None if a is None else multiply(normed, a.to(hidden.dtype))
+        normed, low = _enter(normed, low, shape.tensor_parallel)
+        fused = multiply(normed, weight, bias)
+        if low is not None and b is not None:
+            _flat(fused).addmm_(_scaled(_flat(low), u), _scaled_rows(b, v, shape.scale, fused.dtype).t())
+        heads = fused.unflatten(-1, (-1, shape.head_dim))
+        num_query, num_key, num_value = (size // shape.head_dim for size in shape.rows)
+        rotate_(heads[:, :, : num_query + num_key], cos, sin)
+        needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]
+        ctx.shape = shape
+        ctx.save_for_backward(
+            *((hidden, root) if needs_hidden or needs_a else (None, None)),
+            low if needs_b or needs_u or needs_v else None,
+            *(a, b, u, v, norm, weight, cos, sin),
+        )
+        query, key, value = heads.transpose(1, 2).split((num_query, num_key, num_value), dim=1)
+        return query, key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, root, low, a, b, u, v, norm, weight, cos, sin = ctx.saved_tensors
+        needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]
+        shape: _Shape = ctx.shape
+        of_fused = _joined(gradients, shape, cos, sin)
+        rows = _flat(of_fused)
+        of_a = of_b = of_u = of_v = of_low = of_hidden = None
+        if needs_b or needs_v:
+            product = _scaled((rows.t() @ _flat(low)).to(b.dtype) * shape.scale, u)
+            of_b = product if v is None else v[:, None] * product
+            of_v = (product * b).sum(1) if needs_v else None
+        if b is not None and (needs_hidden or needs_a or needs_u):
+            of_low = rows @ _scaled_rows(b, v, shape.scale, rows.dtype)
+            of_u = (of_low.to(u.dtype) * _flat(low)).sum(0) if needs_u else None
+            of_low = _scaled(of_low, u).view(*of_fused.shape[:-1], -1)
+        of_normed = (rows @ weight).view(*of_fused.shape[:-1], -1) if needs_hidden else None
+        of_normed, of_low = _leave(of_normed, of_low, a, shape.tensor_parallel, needs_low=needs_a)
+        if needs_a:
+            assert of_low is not None
+            of_a = (_flat(of_low).t() @ _flat(normalise(hidden, root, norm))).to(a.dtype)
+        if of_normed is not None:
+            of_hidden = norm_gradient(of_normed, hidden, root, norm)
+        return of_hidden, of_a, of_b if needs_b else None, of_u, of_v, *(None,) * 6
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """(b, s, n) -> (b s, n), a view."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _scaled(columns: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+    """columns diag(u), in the columns' dtype."""
+    return columns if u is None else (columns * u).to(columns.dtype)
+
+
+def _scaled_rows(b: torch.Tensor, v: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale diag(v) B in `dtype`."""
+    rows = b if v is None else v[:, None] * b
+    return (rows if scale == 1.0 else rows * scale).to(dtype)
+
+
+def _joined(
+    gradients: tuple[torch.Tensor, ...], shape: _Shape, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the fused product, (b, s, o), from those of the rotated heads (b, heads, s, head_dim)."""
+    heads = torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)
+    rotate_(heads[:, :, : (shape.rows[0] + shape.rows[1]) // shape.head_dim], cos, -sin)
+    return heads.flatten(2)
+
+
+def _enter(
+    normed: torch.Tensor, low: torch.Tensor | None, tensor_parallel: TensorParallel
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x and h of the whole sequence on every rank, in one message where ranks hold parts of it."""
+    group = tensor_parallel.group
+    if not tensor_parallel.sequence_parallel:
+        return normed, low
+    if low is None:
+        return all_gather(normed, group, SEQUENCE_DIM), None
+    whole, beside = _split(all_gather(_beside(normed, low), group, SEQUENCE_DIM), low.shape[-1])
+    return whole, beside.contiguous()  # a copy: h is kept, and must not keep x
+
+
+def _leave(
+    of_normed: torch.Tensor | None,
+    of_low: torch.Tensor | None,
+    a: torch.Tensor | None,
+    tensor_parallel: TensorParallel,
+    *,
+    needs_low: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x and h, each the sum over the ranks' rows of W and B, with h's share in that of x.
+
+    Under sequence parallelism they come back as this rank's part of the sequence: A's gradient there is of its own x,
+    where `needs_low`, so h's travels too. Without it every rank takes its own addend of h's gradient to all of x, and
+    A's gradient is a sum of that; either way the sum over ranks is taken where A was gathered.
+    """
+    group = tensor_parallel.group
+    if tensor_parallel.sequence_parallel and needs_low:
+        assert of_low is not None
+        if of_normed is None:
+            return None, reduce_scatter(of_low, group, SEQUENCE_DIM)
+        size = of_low.shape[-1]
+        of_normed, of_low = _split(reduce_scatter(_beside(of_normed, of_low), group, SEQUENCE_DIM), size)
+        return _with_share(of_normed, of_low, a), of_low
+    if of_normed is None:
+        return None, of_low
+    of_normed = _with_share(of_normed, of_low, a)
+    if tensor_parallel.sequence_parallel:
+        return reduce_scatter(of_normed, group, SEQUENCE_DIM), of_low
+    return all_reduce(of_normed, group), of_low
+
+
+def _with_share(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
+    """of_normed + of_low A."""
+    if of_low is None or a is None:
+        return of_normed
+    shape = of_normed.shape
+    rows = torch.addmm(of_normed.reshape(-1, shape[-1]), of_low.reshape(-1, of_low.shape[-1]), a.to(of_normed.dtype))
+    return rows.view(shape)
+
+
+def _beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """[wide | narrow | zeros], so that the columns divide by COLUMN_MULTIPLE where those of `wide` do."""
+    missing = -narrow.shape[-1] % COLUMN_MULTIPLE
+    return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
+
+
+def _split(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts of `_beside`, the second of `size` columns; views."""
+    width = joined.shape[-1] - (size + -size % COLUMN_MULTIPLE)
+    return joined[..., :width], joined[..., width : width + size]
