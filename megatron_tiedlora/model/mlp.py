@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_tiedlora.parallel.loss import upcast
@@ -42,7 +42,7 @@ class _Gated(torch.autograd.Function):
         return gated(gate_up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gated_gradient(gradient, *ctx.saved_tensors)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.layers import frozen_parameter
 from megatron_tiedlora.parallel.loss import upcast
 
@@ -42,7 +42,7 @@ class _RmsNorm(torch.autograd.Function):
         return normalise(hidden, scale, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return norm_gradient(gradient, *ctx.saved_tensors), None, None
 

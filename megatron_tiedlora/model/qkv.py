@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.model.norm import inverse_root, norm_gradient, normalise
 from megatron_tiedlora.model.rope import rotate_
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, reduce_scatter
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import frozen_parameter, multiply
 
@@ -109,7 +109,8 @@ class _NormedQkv(torch.autograd.Function):
         normed, low = _enter(normed, low, shape.tensor_parallel)
         fused = multiply(normed, weight, bias)
         if low is not None and b is not None:
-            _flat(fused).addmm_(_scaled(_flat(low), u), _scaled_rows(b, v, shape.scale, fused.dtype).t())
+            rows, columns = _flat(fused), _scaled(_flat(low), u)
+            torch.addmm(rows, columns, _scaled_rows(b, v, shape.scale, fused.dtype).t(), out=rows)
         heads = fused.unflatten(-1, (-1, shape.head_dim))
         num_query, num_key, num_value = (size // shape.head_dim for size in shape.rows)
         rotate_(heads[:, :, : num_query + num_key], cos, sin)
@@ -124,7 +125,7 @@ class _NormedQkv(torch.autograd.Function):
         return query, key, value
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, root, low, a, b, u, v, norm, weight, cos, sin = ctx.saved_tensors
         needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]

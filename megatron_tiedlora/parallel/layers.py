@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 
@@ -30,7 +30,7 @@ class _FrozenLinear(torch.autograd.Function):
         return multiply(hidden, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return gradient @ weight, None, None

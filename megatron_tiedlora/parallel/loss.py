@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_tiedlora.parallel.collectives import all_gather
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.layers import multiply
 
@@ -65,7 +65,7 @@ class _SumTokenLosses(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
         return (upcast(of_rows) * gradient).to(of_rows.dtype), None, None, None, None, None

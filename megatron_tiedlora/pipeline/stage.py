@@ -222,7 +222,7 @@ class Stage(nn.Module):
         """The rest of the last block, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
 
         Args:
-            local_rows: of those `rows` that this rank goes on with, in the (b s) or (b s / p) of what flows between layers.
+            local_rows: what this rank goes on with of `rows`, in the (b s) or (b s / p) of what flows between layers.
         """
         hidden, mixed = attended
         if rows is not None and local_rows is not None:

@@ -87,8 +87,8 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
 def saved_bytes_per_token(plan: RunPlan) -> float:
     """Bytes that one adapted block of a rank keeps for its backward pass, per token of the whole sequence.
 
-    On one rank that holds all: 4 d + 2 k + 2 f + r numbers (inputs of two norms; q, k, v and attention's result; gate and
-    up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head.
+    On one rank that holds all: 4 d + 2 k + 2 f + r numbers (inputs of two norms; q, k, v and attention's result; gate
+    and up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head.
     """
     config, tp_size, row = plan.source.config, plan.grid.tp_size, plan.adapter.row
     between = 2 * (config.hidden_size * plan.dtype.itemsize + FP32) / plan.sequence_parts

@@ -1,0 +1,180 @@
+"""The limits of a frozen base, by counts that hold on any machine: saved bytes, operations, what is never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.training.flops_plan import step_flops
+
+RANK = 16
+SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}
+HEADS = {"mha": 6, "gqa": 2}
+ROWS, LENGTH = 2, 128
+METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
+
+
+def model_config(kv_heads: int) -> LlamaConfig:
+    values = {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": kv_heads, **SIZES}
+    return llama_config_from_hf(values)
+
+
+def adapter_config(config: LlamaConfig, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
+    return make_adapter_config(
+        method, rank=RANK, layers=layers, hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
+    )
+
+
+def build(config: LlamaConfig, adapter: AdapterConfig, dtype: torch.dtype = torch.bfloat16) -> Stage:
+    """The model with random weights and an adapter that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    bank = TiedAdapter(AdapterPart.whole(adapter))
+    stage = Stage(layer_specs(config, dtype=dtype), bank)
+    for parameter in stage.parameters():
+        parameter.data.normal_(0.0, 0.05, generator=generator)
+    return stage
+
+
+def batch(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, positions, labels); the labels of the last `share` of each row."""
+    tokens = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+    labels = tokens.roll(-1, dims=1)
+    labels[:, : LENGTH - int(share * LENGTH)] = -100
+    return tokens, torch.arange(LENGTH).expand(ROWS, LENGTH), labels
+
+
+@contextmanager
+def saved_tensors(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """By storage, what autograd keeps inside the block; parameters left out when it ends."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("method", ["tl6", "lora", "vera"])
+def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
+    """4 d + 2 k + 2 f + r numbers a token and layer, norm scalars and attention's log-sum-exp: layers 2 to 3 of 4."""
+    config = model_config(HEADS[heads])
+    kept = []
+    for layers in (3, 4):  # one layer more
+        shorter = llama_config_from_hf({**_values(config), "num_hidden_layers": layers})
+        model = build(shorter, adapter_config(shorter, method, tuple(range(1, layers + 1))))
+        with saved_tensors(model) as saved:
+            loss = model(*batch())
+        assert loss.requires_grad
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+    d, k, f = config.hidden_size, config.qkv_rows[1], config.intermediate_size
+    scalars = 4 * (2 + config.num_heads)
+    formula = 2 * (4 * d + 2 * k + 2 * f + RANK) + scalars
+    assert kept[1] - kept[0] == pytest.approx(ROWS * LENGTH * formula, rel=0.01)
+
+
+def _values(config: LlamaConfig) -> dict[str, Any]:
+    return {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": config.num_kv_heads, **SIZES}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_as_large_as_logits_or_an_adapters_product_is_kept(method: str) -> None:
+    """No tensor of tokens x vocabulary; one of tokens x o a layer, which holds q, k and v, and no second one."""
+    config = model_config(2)
+    model, inputs = build(config, adapter_config(config, method)), batch()
+    with saved_tensors(model) as saved:
+        model(*inputs)
+    o = sum(config.qkv_rows)
+    sizes = [tensor.untyped_storage().nbytes() // 2 for tensor in saved.values()]
+    assert all(size < int((inputs[2] != -100).sum()) * config.vocab_size for size in sizes)
+    assert sizes.count(ROWS * LENGTH * o) == config.num_layers
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3, 4), (2, 4)])
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...]) -> None:
+    """Counted as they run, CPU attention apart, which the counter does not know."""
+    config = model_config(2)
+    adapter = adapter_config(config, method, layers)
+    model, (tokens, positions, labels) = build(config, adapter), batch()
+    rows = find_supervised(labels)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, positions, labels).backward()
+    flops = step_flops(
+        config,
+        adapter,
+        num_tokens=tokens.numel(),
+        squared_lengths=ROWS * LENGTH**2,
+        num_after=len(rows.rows),
+        num_supervised=len(rows.targets),
+    )
+    counted = counter.get_total_flops()
+    assert counted == pytest.approx(flops.total - flops.attention, rel=1e-3)
+
+
+def test_the_formula_is_the_known_one() -> None:
+    """Where all is supervised and trained: 4 P + 3 A + 6 r (d + o) L a token, less the first layer's input gradient."""
+    from megatron_tiedlora.config.presets import PRESETS
+
+    config = llama_config_from_hf(PRESETS["llama2-7b"])
+    layers, s, r = config.num_layers, 4096, 8
+    adapter = make_adapter_config(
+        "tl6",
+        rank=r,
+        layers=tuple(range(1, layers + 1)),
+        hidden_size=config.hidden_size,
+        qkv_rows=config.qkv_rows,
+        seed=0,
+    )
+    flops = step_flops(
+        config, adapter, num_tokens=s, squared_lengths=s * s, num_after=s, num_supervised=s
+    )
+    d, f, k, o, vocabulary = 4096, 11008, 4096, 12288, 32000
+    weights = layers * (2 * d * d + 2 * d * k + 3 * d * f) + vocabulary * d
+    first = 2 * d * o + 2 * r * d  # nothing below the first layer needs a gradient
+    token = 4 * weights + 3 * 2 * s * d * layers + 6 * r * (d + o) * layers - first
+    assert flops.total == s * token
+    assert flops.total / s == pytest.approx(29.6e9, rel=5e-3)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    config = model_config(2)
+    model = build(config, adapter_config(config, "tl6"), torch.float32)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(*batch()), parameters, create_graph=True)
+
+
+def test_tied_gradients_are_summed_in_one_buffer_that_one_node_returns() -> None:
+    """A's and B's gradients come out of the layers as one fp32 sum a micro-batch, which hooks see once."""
+    config = model_config(2)
+    model = build(config, adapter_config(config, "tl6"))
+    bank: Any = model.adapter
+    seen: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+    for name, gradients in seen.items():
+        getattr(bank, name).register_hook(gradients.append)
+    updates = model.read_adapter()
+    buffers: dict[str, list[int]] = {"a": [], "b": []}
+    for name, addresses in buffers.items():
+        shared = {id(getattr(update, name)) for update in updates.values()}
+        assert len(shared) == 1, "one tensor for all layers"
+        node: Any = getattr(updates[1], name).grad_fn
+        node.register_prehook(lambda gradients, addresses=addresses: addresses.append(gradients[0].data_ptr()))
+    model(*batch()[:2], batch()[2], updates=updates).backward()
+    for name, gradients in seen.items():
+        assert len(gradients) == 1 and gradients[0].dtype == torch.float32
+        assert len(buffers[name.lower()]) == 1
