@@ -213,7 +213,7 @@ def test_one_bos_and_a_supervised_eos(tokenizer):
     assert tokenizer.decode(tokens[1:-1]) == "Question: Tom?\nAnswer: 357 apples"
     assert tokenizer.decode(tokens[sample.prompt_length : -1]).strip() == "357 apples"
     dataset = encode_dataset([example()], tokenizer, max_length=100)
-    batch = collate(dataset, [0], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
+    batch = collate(dataset, [[0]], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
     targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
     assert targets == tokens[sample.prompt_length :] and targets[-1] == tokenizer.eos_token_id
     assert dataset.supervised(0) == len(targets) == batch.num_supervised == dataset.stats.supervised_tokens

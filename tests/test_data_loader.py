@@ -5,6 +5,7 @@ import pytest
 
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import (
+    BatchShape,
     TrainingLoader,
     collate,
     evaluation_batches,
@@ -12,6 +13,7 @@ from megatron_tiedlora.data.loader import (
     plan_global_batch,
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
+from megatron_tiedlora.data.packing import _spread, pack
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
@@ -26,17 +28,11 @@ def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
     )
 
 
-def make_loader(dataset: TokenDataset, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 2, **options):
-    return TrainingLoader(
-        dataset,
-        seed=7,
-        global_batch_size=12,
-        micro_batch_size=micro,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        pad_id=0,
-        **options,
-    )
+def make_loader(
+    dataset: TokenDataset, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 2, packed_length=None, **options
+):
+    shape = BatchShape(12, micro, dp_size, packed_length)
+    return TrainingLoader(dataset, shape, seed=7, dp_rank=dp_rank, pad_id=0, **options)
 
 
 def sample_numbers(micro_batch) -> list[int]:
@@ -87,10 +83,11 @@ def test_layout_does_not_change_the_samples(dp_size):
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 12])
 def test_micro_batches_are_sorted_parts_of_one_global_batch(micro):
     dataset = make_dataset(50)
-    plan = plan_global_batch(dataset, seed=7, consumed_samples=24, global_batch_size=12, micro_batch_size=micro)
-    assert plan.micro_batches.shape == (12 // micro, micro) and plan.consumed_samples == 36
-    assert sorted(plan.micro_batches.ravel()) == sorted(sample_indices(50, seed=7, consumed=24, count=12))
-    lengths = dataset.lengths[plan.micro_batches.ravel()]
+    plan = plan_global_batch(dataset, BatchShape(12, micro, 1), seed=7, consumed_samples=24)
+    assert [len(rows) for rows in plan.micro_batches] == [micro] * (12 // micro) and plan.consumed_samples == 36
+    found = [index for rows in plan.micro_batches for row in rows for index in row]
+    assert sorted(found) == sorted(sample_indices(50, seed=7, consumed=24, count=12))
+    lengths = dataset.lengths[found]
     assert (np.diff(lengths) >= 0).all() and plan.num_tokens == lengths.sum()
 
 
@@ -121,13 +118,13 @@ def test_labels_are_shifted_and_masked_by_position():
         prompt_lengths=np.array([3, 1], np.int32),
         truncated_prompts=0,
     )
-    batch = collate(dataset, [0, 1], pad_id=2, pad_multiple=4)  # padding equals EOS
+    batch = collate(dataset, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
     assert batch.labels.tolist() == [
         [IGNORED_LABEL, IGNORED_LABEL, 7, 2] + [IGNORED_LABEL] * 4,
         [8, 2] + [IGNORED_LABEL] * 6,
     ]
-    assert batch.position_ids.tolist() == [list(range(8))] * 2
+    assert batch.position_ids.tolist() == [list(range(8))] * 2 and batch.documents is None
     assert batch.lengths.tolist() == [5, 3]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
     assert dataset.supervised_counts.tolist() == [2, 2] and dataset.supervised(1) == 2
@@ -151,3 +148,65 @@ def test_evaluation_sees_every_sample_once(dp_size, num_samples):
         assert batch.input_ids.shape[1] % 8 == 0
         if not batch.num_samples:
             assert batch.input_ids.shape == (1, 8) and (batch.labels == IGNORED_LABEL).all()
+
+
+# Packed rows ------------------------------------------------------------------------------------------------
+
+
+def test_packed_samples_restart_and_know_each_other():
+    dataset = TokenDataset(
+        tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
+        offsets=np.array([0, 5, 8]),
+        prompt_lengths=np.array([3, 1], np.int32),
+        truncated_prompts=0,
+    )
+    batch = collate(dataset, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
+    ignored = [IGNORED_LABEL]
+    assert batch.input_ids.tolist() == [[1, 8, 2, 1, 5, 6, 7, 2], [9] * 8]
+    assert batch.labels.tolist() == [[8, 2, *ignored, *ignored, *ignored, 7, 2, *ignored], ignored * 8]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], list(range(8))]
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0] * 8]
+    assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
+    padded = collate(dataset, [[1]], pad_id=9, pad_multiple=4, packed=True)
+    assert padded.documents.tolist() == [[0, 0, 0, 1]] and padded.position_ids.tolist() == [[0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro, dp_size):
+    dataset = make_dataset(50)
+    plain = make_loader(dataset)
+    options = {"dp_size": dp_size, "micro": micro, "packed_length": 60}
+    loaders = [make_loader(dataset, dp_rank=rank, **options) for rank in range(dp_size)]
+    for _ in range(5):
+        expected, steps = next(plain), [next(loader) for loader in loaders]
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        batches = [batch for step in steps for batch in step.micro_batches]
+        assert {step.num_supervised for step in steps} == {expected.num_supervised}
+        assert sum(batch.num_supervised for batch in batches) == expected.num_supervised
+        assert sum(batch.num_samples for batch in batches) == 12
+        assert sum(batch.num_tokens for batch in batches) == expected.num_tokens
+        assert all(batch.input_ids.shape[0] == micro and batch.input_ids.shape[1] <= 64 for batch in batches)
+        assert len(batches) < 12 / micro + dp_size
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_holds_all_and_is_near_the_fewest_rows(seed, multiple):
+    lengths = np.random.default_rng(seed).integers(1, 101, 200)
+    rows = pack(lengths, 100, multiple=multiple)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    filled = [int(lengths[row].sum()) for row in rows]
+    assert max(filled) <= 100 and len(rows) % multiple == 0 and filled == sorted(filled, reverse=True)
+    fewest = -(-int(lengths.sum()) // 100)
+    assert len(rows) <= 11 / 9 * fewest + 1 + multiple
+    assert pack(lengths.tolist(), 100, multiple=multiple) == rows
+
+
+def test_rows_to_spare_are_evened_out():
+    """Eight samples of 10 fit one row of 100; four ranks get 20 tokens each, not 80 and three times nothing."""
+    assert [len(row) for row in pack([10] * 8, 100, multiple=4)] == [2, 2, 2, 2]
+    assert pack([6, 6, 4, 4, 4], 12, multiple=2) == [[0, 1], [2, 3, 4]]
+    assert pack([6, 6, 4, 4, 4], 12, multiple=4) == [[2, 4], [0], [1], [3]]
+    assert _spread([6, 6], [0, 1], 1, 10) is None, "the shortest row is too full: rows are kept as first fit made them"
+    assert pack([], 10, multiple=2) == []

@@ -117,6 +117,18 @@ def test_two_ranks_at_every_zero_stage(base: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
+def test_packed_rows_at_every_zero_stage(base: dict[str, Any], tmp_path: Path) -> None:
+    """DP = 2, several samples a row: steps of two to four micro-batches a rank, and the unpacked run's numbers."""
+    prepared = [
+        case(base, tmp_path, f"packed-{ds_config}", ds_config=ds_config, micro_batch_size=1, packing=True)
+        for ds_config in ("zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero2_offload.json")
+    ]
+    runs = run_engine([item[0] for item in prepared], tmp_path, ranks=2)
+    for (_, oracle), run in zip(prepared, runs, strict=True):
+        check(run, oracle, loss=1e-5)
+
+
+@pytest.mark.distributed
 def test_splits_of_the_global_batch(base: dict[str, Any], tmp_path: Path) -> None:
     """One rank: the whole batch at once, sample by sample, and with full recompute give the same run."""
     prepared = [

@@ -184,6 +184,19 @@ def test_every_method_over_tensor_and_pipeline(base: dict[str, Any], tmp_path: P
     run_and_check(prepared, tmp_path)
 
 
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 1), Layout(1, 2, 2)], ids=str)
+def test_packed_rows(base: dict[str, Any], tmp_path: Path, layout: Layout) -> None:
+    """Several samples a row, whose number differs from step to step, give the run of one sample at a time."""
+    oracles: dict[Any, OracleRun] = {}
+    changes = {"packing": True, "micro_batch_size": 1}
+    prepared = [
+        prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, method=method, **changes, **more)
+        for method, more in (("tl6", {}), ("tl6", {"recompute": "full"}), ("lora", {}))
+        for optimizer in ("sgd", "adamw")
+    ]
+    run_and_check(prepared, tmp_path)
+
+
 def test_zero_stages_beside_tensor_parallelism(base: dict[str, Any], tmp_path: Path) -> None:
     """ZeRO 0, 2 and 3 at (2, 1, 2); under ZeRO-3 with nothing kept whole; rank 1, which TP does not divide."""
     oracles: dict[Any, OracleRun] = {}

@@ -88,11 +88,9 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
         trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch([]), None)
         loader = TrainingLoader(
             data.train,
+            plan.batch_shape,
             seed=plan.settings.seed,
-            global_batch_size=plan.batches.global_batch_size,
-            micro_batch_size=plan.batches.micro_batch_size,
             dp_rank=plan.grid.dp_rank,
-            dp_size=plan.grid.dp_size,
             pad_id=padding_id(data.tokenizer),
             pad_multiple=plan.pad_multiple,
         )

@@ -132,7 +132,7 @@ class Settings(CommandSettings):
 
     eval_batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
 
-    packing: bool = setting_field("speed", "pack documents into full rows (false in this version)", False)
+    packing: bool = setting_field("speed", "several samples a row of --max_length, none of which sees another", False)
     compile: Literal["auto", "true", "false"] = setting_field(
         "speed", "compile elementwise parts (auto is false in this version)", "auto"
     )
@@ -218,8 +218,6 @@ class Settings(CommandSettings):
             raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
         if self.recompute == "selective":
             raise ValueError("--recompute selective is not available in this version; use none or full")
-        if self.packing:
-            raise ValueError("--packing true is not available in this version; use false")
         if self.compile == "true":
             raise ValueError("--compile true is not available in this version; use auto or false")
         return self

@@ -1,11 +1,12 @@
 """Batches for every layout from one plan: which samples make a step does not depend on how many ranks there are.
 
-A step takes the next global batch of `order.sample_indices`, sorts it by length into global / micro
-micro-batches, and gives micro-batch j to accumulation step j // dp on data-parallel rank j % dp. The
-supervised tokens of the whole step follow from lengths alone, so every rank knows the loss's denominator
+A step takes the next global batch of `order.sample_indices` and cuts it into micro-batches of rows: samples sorted by
+length, one a row, or several packed into a row. Micro-batch j goes to accumulation step j // dp on data-parallel rank
+j % dp. The supervised tokens of the whole step follow from lengths alone, so every rank knows the loss's denominator
 without a message.
 
-Owns labels, padding and resume by a count of consumed samples. Leaves devices to the engine.
+Owns labels, padding and resume by a count of consumed samples. Leaves which samples share a row to `packing`, and
+devices to the engine.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.order import sample_indices
+from megatron_tiedlora.data.packing import Rows, pack
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.pipeline.running import StepInput
 
@@ -37,17 +38,19 @@ def pad_multiple(sequence_parts: int = 1) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples padded on the right to one length (b samples, s positions); causal attention needs no mask for that.
+    """Rows padded on the right to one length (b rows, s positions); causal attention needs no mask for that.
 
     input_ids: (b, s) int64. labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 where that is
-    supervised, else -100. position_ids: (b, s) int64, 0 to s - 1 in each row.
-    lengths: (b,) int64, real tokens of each row. num_samples is 0 (and b is 1) for a batch that only fills up.
+    supervised, else -100. position_ids: (b, s) int64, from 0 up in each sample.
+    documents: (b, s) int64, the number of each token's sample in its row, padding being one more; None where each row
+    is one sample. lengths: (b,) int64, real tokens of each row. num_samples is 0 for a batch that only fills up.
     num_tokens: real tokens. num_supervised: labels that are not -100.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    documents: torch.Tensor | None
     lengths: torch.Tensor
     num_samples: int
     num_tokens: int
@@ -56,25 +59,25 @@ class MicroBatch:
     @property
     def model_input(self) -> StepInput:
         """What the model is called with."""
-        return StepInput(self.input_ids, self.position_ids, self.labels)
+        return StepInput(self.input_ids, self.position_ids, self.labels, self.documents)
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """The plan of one optimizer step, the same on every rank.
 
-    micro_batches: (global / micro, micro) int64 sample indices, shortest samples first.
+    micro_batches: of each its rows, and of each row its samples' indices; one sample a row stand shortest first.
     num_supervised, num_tokens: of all samples of the step.
     consumed_samples: samples consumed once this step is done; what a resume starts from.
     """
 
-    micro_batches: NDArray[np.int64]
+    micro_batches: Sequence[Rows]
     num_supervised: int
     num_tokens: int
     consumed_samples: int
 
-    def on_rank(self, dp_rank: int, *, dp_size: int) -> NDArray[np.int64]:
-        """Return this rank's micro-batches in the order of accumulation, (steps, micro) int64."""
+    def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
+        """Return this rank's micro-batches in the order of accumulation."""
         if len(self.micro_batches) % dp_size:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
@@ -93,19 +96,42 @@ class TrainingStep:
     consumed_samples: int
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut, the same on every rank.
+
+    Attributes:
+        packed_length: tokens of a row that holds several samples; None: one sample a row.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_size: int
+    packed_length: int | None = None
+
+
 def plan_global_batch(
-    dataset: TokenDataset, *, seed: int, consumed_samples: int, global_batch_size: int, micro_batch_size: int
+    dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int
 ) -> GlobalBatch:
-    """Plan the step that follows `consumed_samples`; a pure function of its arguments."""
-    if global_batch_size % micro_batch_size:
-        raise ValueError(f"global batch {global_batch_size} does not divide into micro-batches of {micro_batch_size}")
-    indices = sample_indices(len(dataset), seed=seed, consumed=consumed_samples, count=global_batch_size)
+    """Plan the step that follows `consumed_samples`; a pure function of its arguments.
+
+    Packed, the number of micro-batches follows from the samples, and is the same on every rank.
+    """
+    size, micro = shape.global_batch_size, shape.micro_batch_size
+    if size % micro:
+        raise ValueError(f"global batch {size} does not divide into micro-batches of {micro}")
+    indices = sample_indices(len(dataset), seed=seed, consumed=consumed_samples, count=size)
     lengths = dataset.lengths[indices]
+    if shape.packed_length is None:
+        rows = [[index] for index in np.argsort(lengths, kind="stable").tolist()]
+    else:
+        rows = pack(lengths, shape.packed_length, multiple=micro * shape.dp_size)
+    numbered = [[int(indices[index]) for index in row] for row in rows]
     return GlobalBatch(
-        micro_batches=indices[np.argsort(lengths, kind="stable")].reshape(-1, micro_batch_size),
+        micro_batches=[numbered[start : start + micro] for start in range(0, len(numbered), micro)],
         num_supervised=int(dataset.supervised_counts[indices].sum()),
         num_tokens=int(lengths.sum()),
-        consumed_samples=consumed_samples + global_batch_size,
+        consumed_samples=consumed_samples + size,
     )
 
 
@@ -119,22 +145,18 @@ class TrainingLoader:
     def __init__(
         self,
         dataset: TokenDataset,
+        shape: BatchShape,
         *,
         seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
         dp_rank: int,
-        dp_size: int,
         pad_id: int,
         pad_multiple: int = BASE_MULTIPLE,
         consumed_samples: int = 0,
     ) -> None:
         self._dataset = dataset
+        self._shape = shape
         self._seed = seed
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
-        self._dp_size = dp_size
         self._pad_id = pad_id
         self._pad_multiple = pad_multiple
         self.consumed_samples = consumed_samples
@@ -144,15 +166,17 @@ class TrainingLoader:
 
     def __next__(self) -> TrainingStep:
         plan = plan_global_batch(
-            self._dataset,
-            seed=self._seed,
-            consumed_samples=self.consumed_samples,
-            global_batch_size=self._global_batch_size,
-            micro_batch_size=self._micro_batch_size,
+            self._dataset, self._shape, seed=self._seed, consumed_samples=self.consumed_samples
         )
         micro_batches = tuple(
-            collate(self._dataset, indices, pad_id=self._pad_id, pad_multiple=self._pad_multiple)
-            for indices in plan.on_rank(self._dp_rank, dp_size=self._dp_size)
+            collate(
+                self._dataset,
+                rows,
+                pad_id=self._pad_id,
+                pad_multiple=self._pad_multiple,
+                packed=self._shape.packed_length is not None,
+            )
+            for rows in plan.on_rank(self._dp_rank, dp_size=self._shape.dp_size)
         )
         self.consumed_samples = plan.consumed_samples
         return TrainingStep(
@@ -187,32 +211,50 @@ def evaluation_batches(
     for step in range(num_evaluation_batches(dataset, micro_batch_size=micro_batch_size, dp_size=dp_size)):
         start = (step * dp_size + dp_rank) * micro_batch_size
         indices = order[start : start + micro_batch_size]
-        yield collate(dataset, indices, pad_id=pad_id, pad_multiple=pad_multiple)
+        yield collate(dataset, [[index] for index in indices.tolist()], pad_id=pad_id, pad_multiple=pad_multiple)
 
 
 def collate(
-    dataset: TokenDataset, indices: Sequence[int] | NDArray[np.int64], *, pad_id: int, pad_multiple: int = BASE_MULTIPLE
+    dataset: TokenDataset,
+    rows: Rows,
+    *,
+    pad_id: int,
+    pad_multiple: int = BASE_MULTIPLE,
+    packed: bool = False,
 ) -> MicroBatch:
-    """Pad samples to a common length that is a multiple of `pad_multiple`, whatever the layout.
+    """Rows of samples, end to end, padded to a common length that is a multiple of `pad_multiple`.
 
-    No index at all gives one row of padding without a label.
+    No row at all gives one of padding without a label, and so does a row without a sample.
+
+    Args:
+        packed: whether rows may hold several samples; the batch then says which tokens belong together.
     """
-    samples = [dataset.sample(int(index)) for index in indices]
-    longest = max((len(sample) for sample in samples), default=1)
-    shape = (max(len(samples), 1), -(-longest // pad_multiple) * pad_multiple)
+    lengths = [sum(len(dataset.sample(index)) for index in row) for row in rows] or [0]
+    shape = (len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
-        first = max(int(dataset.prompt_lengths[int(index)]), 1)  # the first token that is predicted
-        input_ids[row, : len(sample)] = sample
-        labels[row, first - 1 : len(sample) - 1] = sample[first:]
-    lengths = [len(sample) for sample in samples] or [0]
+    positions = np.zeros(shape, dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int64)
+    for number, row in enumerate(rows or [[]]):
+        start = 0
+        for place, index in enumerate(row):
+            sample = dataset.sample(index)
+            first, stop = max(int(dataset.prompt_lengths[index]), 1), start + len(sample)  # `first` is predicted first
+            input_ids[number, start:stop] = sample
+            labels[number, start + first - 1 : stop - 1] = sample[first:]
+            positions[number, start:stop] = np.arange(len(sample))
+            documents[number, start:stop] = place
+            start = stop
+        # Padding behind one sample goes on counting, as its tokens see that sample; packed it is a document of its own.
+        positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
+        documents[number, start:] = len(row)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        position_ids=torch.arange(shape[1]).repeat(shape[0], 1),
+        position_ids=torch.from_numpy(positions),
+        documents=torch.from_numpy(documents) if packed else None,
         lengths=torch.tensor(lengths),
-        num_samples=len(samples),
+        num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
     )

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.model.documents import Documents, attend_within, find_documents, mix
 from megatron_tiedlora.model.qkv import NormedQkv
 from megatron_tiedlora.model.rope import RopeConfig, rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -58,12 +59,14 @@ class Places:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        mask: (b, 1, s, s) bool, which tokens each token sees; None: tokens 0 to t of its row. Where the keys are a
-            cache's, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys) in the cache's dtype.
+        documents: which tokens see each other; None: token t of a row sees tokens 0 to t.
+        mask: where the keys are a cache's, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys) in
+            the cache's dtype.
     """
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
+    documents: Documents | None = None
     mask: torch.Tensor | None = None
 
 
@@ -104,14 +107,13 @@ class Attention(nn.Module):
         Args:
             positions: (b, s) int64.
             dtype: of the activations.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            documents: (b, s) int64, which document of its row each token belongs to; None: one a row. Best on the host.
             cache: of any of the layers, as it stands before the call. The first tokens in it are whole prompts, padded
                 on the right; later ones see what it holds up to their own position.
         """
-        mask = None if documents is None else document_mask(documents)
-        if cache is not None and cache.filled:
-            mask = self._cache_mask(positions, cache)
-        return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), mask)
+        found = None if documents is None else find_documents(documents, positions.device)
+        mask = self._cache_mask(positions, cache) if cache is not None and cache.filled else None
+        return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), found, mask)
 
     def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         batch, length = positions.shape
@@ -141,15 +143,10 @@ class Attention(nn.Module):
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
             mixed = _attend_to_cache(query, cache, places.mask)
+        elif places.documents is not None:
+            return attend_within(query, key, value, places.documents)
         else:
-            mixed = functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=places.mask,
-                is_causal=places.mask is None,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            mixed = mix(query, key, value)
             if cache is not None:
                 cache.update(key, value, places.positions)
         return mixed.transpose(1, 2).flatten(2).to(hidden.dtype)
@@ -175,9 +172,3 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
         )
     return mixed.reshape(batch, heads, length, head_dim)  # a copy where a kernel's result lies by tokens, as CUDA's
 
-
-def document_mask(documents: torch.Tensor) -> torch.Tensor:
-    """(b, 1, s, s) bool from document ids (b, s): a token sees itself and what came before it in its own document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return (documents[:, None, :, None] == documents[:, None, None, :]) & causal

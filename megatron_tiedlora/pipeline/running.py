@@ -24,11 +24,15 @@ from megatron_tiedlora.pipeline.stage import Stage
 
 
 class StepInput(NamedTuple):
-    """One micro-batch: tokens, positions and labels (the next token or -100), each (b, s) int64."""
+    """One micro-batch: tokens, positions and labels (the next token or -100), each (b, s) int64, on the host.
+
+    `documents` says which tokens of a row belong together, (b, s) int64; None: all.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
+    documents: torch.Tensor | None = None
 
 
 @dataclass
@@ -102,7 +106,9 @@ class PlainRunner(Runner):
     def forward(self, batch: StepInput) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar."""
         supervised = Supervised(*map(self._on_device, self._supervised(batch)))
-        loss: torch.Tensor = self.engine(self._on_device(batch.tokens), self._on_device(batch.positions), supervised)
+        tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
+        # Documents stay on the host, where their bounds are found.
+        loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
         return loss
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -113,6 +119,8 @@ class PlainRunner(Runner):
         self.engine.train()
         total = 0.0
         for index, batch in enumerate(batches, start=1):
+            # Packed steps differ in their number of micro-batches, so DeepSpeed is not left to count them.
+            self.engine.set_gradient_accumulation_boundary(index == len(batches))
             loss = self.forward(batch)
             self.engine.backward(loss / denominator)
             total += float(loss.detach())
@@ -185,7 +193,8 @@ class PipelineRunner(Runner):
     def _inputs(self, batches: Sequence[StepInput], denominator: float) -> Iterator[Any]:
         divisor = torch.tensor(denominator, dtype=torch.float32)
         for batch in batches:
-            yield (batch.tokens, batch.positions[None]), (*self._supervised(batch), divisor)
+            places = [batch.positions] if batch.documents is None else [batch.positions, batch.documents]
+            yield (batch.tokens, torch.stack(places)), (*self._supervised(batch), divisor)
 
     def _step(self) -> None:
         self.engine._exec_optimizer_step()

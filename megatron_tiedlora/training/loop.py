@@ -74,11 +74,9 @@ class Trainer:
         self._saved_step = self.progress.step if self.progress.step else None
         loader = TrainingLoader(
             self.data.train,
+            self.plan.batch_shape,
             seed=settings.seed,
-            global_batch_size=settings.global_batch_size,
-            micro_batch_size=self.plan.batches.micro_batch_size,
             dp_rank=self.plan.grid.dp_rank,
-            dp_size=self.plan.grid.dp_size,
             pad_id=padding_id(self.data.tokenizer),
             pad_multiple=self.plan.pad_multiple,
             consumed_samples=self.progress.consumed_samples,

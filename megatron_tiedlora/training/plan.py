@@ -17,7 +17,7 @@ from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import pad_multiple
+from megatron_tiedlora.data.loader import BatchShape, pad_multiple
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
@@ -39,6 +39,7 @@ LAYOUT_SETTINGS = frozenset(
         "compile",
         "recompute",
         "micro_batch_size",
+        "packing",
         "save_interval",
         "save_interval_minutes",
         "test_file",
@@ -79,6 +80,14 @@ class RunPlan:
     def sequence_parts(self) -> int:
         """Into how many parts activations between layers are cut along the sequence."""
         return self.grid.tp_size if self.sequence_parallel else 1
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """How a global batch is cut into rows and micro-batches."""
+        packed_length = self.settings.max_length if self.settings.packing else None
+        return BatchShape(
+            self.batches.global_batch_size, self.batches.micro_batch_size, self.grid.dp_size, packed_length
+        )
 
     @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:

@@ -69,12 +69,14 @@ class MicroBatchShape:
 
     Attributes:
         num_after: positions that what comes after the last attention computes; see `Supervised`.
+        packed: whether the numbers of samples travel with the positions.
     """
 
     num_rows: int
     length: int
     num_supervised: int
     num_after: int
+    packed: bool
 
     @property
     def num_tokens(self) -> int:
@@ -87,32 +89,36 @@ def assumed_shapes(plan: RunPlan) -> tuple[MicroBatchShape, ...]:
 
     A sample's first token has no position that could predict it.
     """
-    lengths = np.full(plan.batches.micro_batch_size, plan.settings.max_length)
-    return (_shape(plan, lengths, np.ones_like(lengths)),) * plan.batches.accumulation_steps
+    row = np.full(1, plan.settings.max_length), np.ones(1, dtype=np.int64)
+    return (_shape(plan, [row] * plan.batches.micro_batch_size),) * plan.batches.accumulation_steps
 
 
 def planned_shapes(plan: RunPlan, dataset: TokenDataset, *, consumed_samples: int = 0) -> tuple[MicroBatchShape, ...]:
     """The micro-batches of the plan's rank in the step that follows `consumed_samples`."""
-    batch = plan_global_batch(
-        dataset,
-        seed=plan.settings.seed,
-        consumed_samples=consumed_samples,
-        global_batch_size=plan.batches.global_batch_size,
-        micro_batch_size=plan.batches.micro_batch_size,
-    )
+    batch = plan_global_batch(dataset, plan.batch_shape, seed=plan.settings.seed, consumed_samples=consumed_samples)
     return tuple(
-        _shape(plan, dataset.lengths[indices], np.maximum(dataset.prompt_lengths[indices], 1))
-        for indices in batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
+        _shape(
+            plan, [(dataset.lengths[row], np.maximum(dataset.prompt_lengths[row], 1)) for row in rows]
+        )
+        for rows in batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
     )
 
 
-def _shape(plan: RunPlan, lengths: NDArray[np.int64], starts: NDArray[np.int64]) -> MicroBatchShape:
-    """Of samples of `lengths` tokens whose tokens from `starts` on are supervised: each by the position before it."""
-    length, num_parts = padded(int(lengths.max()), plan.pad_multiple), plan.sequence_parts
+def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> MicroBatchShape:
+    """Of rows of samples, each (their lengths, their first supervised tokens), end to end.
+
+    A sample's tokens from its first supervised one on are supervised, each by the position before it.
+    """
+    longest = max(int(lengths.sum()) for lengths, _ in rows)
+    length, num_parts = padded(max(longest, 1), plan.pad_multiple), plan.sequence_parts
     edges = np.arange(num_parts + 1) * (length // num_parts)
-    before = np.clip(edges[:, None], starts - 1, lengths - 1).sum(axis=1)  # by edge
+    before = np.zeros(num_parts + 1, dtype=np.int64)  # supervised positions before each edge
+    for lengths, starts in rows:
+        begins = np.cumsum(lengths) - lengths
+        before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
     most = max(1, int(np.diff(before).max()))
-    return MicroBatchShape(len(lengths), length, int((lengths - starts).sum()), num_parts * most)
+    num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
+    return MicroBatchShape(len(rows), length, num_supervised, num_parts * most, plan.settings.packing)
 
 
 def padded(length: int, multiple: int) -> int:
@@ -232,7 +238,7 @@ def _add_pipeline(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: Micr
     """Forward, shapes, hidden states and positions; backward, one gradient (of zeros where none is needed)."""
     hidden = _hidden_bytes(plan, shape.num_tokens) // plan.sequence_parts
     if not stage.is_last:
-        for size in (META_BYTES, hidden, INT64 * shape.num_tokens):
+        for size in (META_BYTES, hidden, INT64 * shape.num_tokens * (2 if shape.packed else 1)):
             traffic.add(PIPELINE, "send", size)
     if not stage.is_first:
         traffic.add(PIPELINE, "send", hidden)
