@@ -61,8 +61,8 @@ def attend_within(
     size, _, length, _ = query.shape
     kernel = find_varlen() if query.is_cuda and query.dtype != torch.float32 else None
     if kernel is not None:
-        flat = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
-        return kernel(*flat, documents).reshape(size, length, -1)
+        queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
+        return kernel(queries, keys, values, documents).reshape(size, length, -1)
     if query.is_cuda:
         mask = document_mask(documents.ids.to(query.device))
         return mix(query, key, value, mask).transpose(1, 2).flatten(2)
