@@ -311,6 +311,27 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
     assert "of keys and values" not in report(tmp_path / "none", [*base.arguments(dry_run=True)])
 
 
+def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
+    """Rows, micro-batches and padding of the first step are those that a run's loader gives."""
+    from megatron_tiedlora.config.settings import make_settings
+    from megatron_tiedlora.data.loader import TrainingLoader
+    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.training.run_data import prepare_data
+
+    settings = base.settings(packing=True, micro_batch_size=1, global_batch_size=8)
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    plan = plan_run(make_settings(texts), rank=0, world_size=1)
+    data = prepare_data(plan, progress=False)
+    step = next(TrainingLoader(data.train, plan.batch_shape, seed=plan.settings.seed, dp_rank=0, pad_id=0))
+    positions = sum(batch.input_ids.numel() for batch in step.micro_batches)
+    rows = sum(len(batch.input_ids) for batch in step.micro_batches)
+    assert rows < 8 and step.num_tokens < positions
+    text = report(tmp_path / "work", base.arguments(**{**settings, "dry_run": True}), cache=base.cache)
+    assert f"{step.num_tokens:,} tokens in {rows} rows of {len(step.micro_batches)} micro-batches" in text
+    assert f"{1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding" in text
+    assert f"global batch 8 samples in rows of up to {plan.settings.max_length} tokens" in text
+
+
 def test_several_ranks_print_one_report(base: Base, tmp_path: Path) -> None:
     ended: Ended = run_ranks(base.arguments(dry_run=True), folder=tmp_path, cache=base.cache, ranks=2).expect(0)
     assert "2 data-parallel ranks" in ended.outputs[0] and ended.outputs[1] == ""

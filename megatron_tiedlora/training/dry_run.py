@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.loader import plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
@@ -45,7 +46,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         _partition(plan, stages),
         _memory(plan, stages, data),
         _messages(plan, stages, data),
-        _batches(plan),
+        _batches(plan, data),
     ]
     sections += (
         [_data(plan, data), _sample(data)]
@@ -101,7 +102,8 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
 
 def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
     per_token = saved_bytes_per_token(plan)
-    longest = plan.settings.max_length if data is None else int(data.train.lengths.max())
+    full_rows = data is None or plan.settings.packing
+    longest = plan.settings.max_length if full_rows else int(data.train.lengths.max())
     rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
     cells = []
     for stage in stages:
@@ -188,14 +190,38 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-def _batches(plan: RunPlan) -> list[str]:
+def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
     b = plan.batches
-    return [
+    if plan.settings.packing:
+        cut = (
+            f"samples in rows of up to {plan.settings.max_length:,} tokens, micro-batches of {b.micro_batch_size} rows,"
+            f" {b.data_parallel} data-parallel ranks"
+        )
+    else:
+        cut = (
+            f"= micro-batch {b.micro_batch_size} x {b.accumulation_steps} accumulation steps x {b.data_parallel}"
+            " data-parallel ranks"
+        )
+    lines = [
         "batches",
-        f"  global batch {b.global_batch_size} = micro-batch {b.micro_batch_size} x {b.accumulation_steps}"
-        f" accumulation steps x {b.data_parallel} data-parallel ranks",
+        f"  global batch {b.global_batch_size} {cut}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
+    return lines if data is None else [*lines, _fill(plan, data)]
+
+
+def _fill(plan: RunPlan, data: RunData) -> str:
+    """How many of the first step's positions hold a token."""
+    step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
+    positions = 0
+    for rows in step.micro_batches:
+        longest = max(int(data.train.lengths[row].sum()) for row in rows)
+        positions += len(rows) * padded(max(longest, 1), plan.pad_multiple)
+    num_rows = sum(len(rows) for rows in step.micro_batches)
+    return (
+        f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"
+        f" {1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding"
+    )
 
 
 def _data(plan: RunPlan, data: RunData) -> list[str]:

@@ -142,6 +142,18 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
 
 
+def _cut(plan: RunPlan) -> str:
+    batches = plan.batches
+    if plan.settings.packing:
+        return (
+            f" in rows of up to {plan.settings.max_length:,} tokens, micro-batches of {batches.micro_batch_size} rows,"
+            f" {batches.data_parallel} ranks"
+        )
+    return (
+        f" = {batches.micro_batch_size} x {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks"
+    )
+
+
 def headline(
     plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None, built: BuiltModel
 ) -> list[str]:
@@ -155,8 +167,7 @@ def headline(
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",
-        f"batches    {batches.global_batch_size} samples a step = {batches.micro_batch_size} x"
-        f" {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks, ZeRO-{plan.engine.zero_stage}",
+        f"batches    {batches.global_batch_size} samples a step{_cut(plan)}, ZeRO-{plan.engine.zero_stage}",
     ]
     if grid.tp_size * grid.pp_size > 1:
         cut = ", cut along the sequence" if plan.sequence_parallel else ""
