@@ -1,9 +1,7 @@
 """The trained tensors of a run: one bank with A, B, u, v for all adapted layers of a rank's stage.
 
-Owns shapes, cuts, start values, the update and delta_weight(). Leaves where the update is added to model/, files to
-checkpoint/, the tie between stages to tying. z = W x + (alpha / r) diag(v) B diag(u) A x, computed as
-W x + (x A_i^T) B_i^T with A_i = diag(u_i) A and B_i = (alpha / r) diag(v_i) B, which is the same sum and needs no
-(tokens x o) temporary for v's gradient.
+Owns shapes, cuts, start values and delta_weight(). Leaves z = W x + (alpha / r) diag(v) B diag(u) A x and its gradients
+to model/qkv, files to checkpoint/, the tie between stages to tying.
 """
 
 from __future__ import annotations

@@ -68,6 +68,11 @@ class TokenDataset:
         """Tokens of each sample, (n,) int64."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Tokens of some samples, (len(indices),) int64."""
+        places = np.asarray(indices, dtype=np.int64)
+        return self.offsets[places + 1] - self.offsets[places]
+
     @property
     def supervised_counts(self) -> NDArray[np.int64]:
         """Supervised tokens of each sample, (n,) int64. A first token has no position that could predict it."""

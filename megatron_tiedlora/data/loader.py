@@ -229,7 +229,7 @@ def collate(
     Args:
         packed: whether rows may hold several samples; the batch then says which tokens belong together.
     """
-    lengths = [sum(len(dataset.sample(index)) for index in row) for row in rows] or [0]
+    lengths = [int(dataset.lengths_of(row).sum()) for row in rows] or [0]
     shape = (len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.model.documents import Documents, attend_within, find_documents, mix
+from megatron_tiedlora.model.documents import Documents, attend_within, causal_attention, find_documents
 from megatron_tiedlora.model.qkv import NormedQkv
 from megatron_tiedlora.model.rope import RopeConfig, rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -111,7 +111,9 @@ class Attention(nn.Module):
             cache: of any of the layers, as it stands before the call. The first tokens in it are whole prompts, padded
                 on the right; later ones see what it holds up to their own position.
         """
-        found = None if documents is None else find_documents(documents, positions.device)
+        found = None
+        if documents is not None:
+            found = find_documents(documents, positions.device, dtype=dtype, head_dim=self.head_dim)
         mask = self._cache_mask(positions, cache) if cache is not None and cache.filled else None
         return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), found, mask)
 
@@ -146,7 +148,7 @@ class Attention(nn.Module):
         elif places.documents is not None:
             return attend_within(query, key, value, places.documents)
         else:
-            mixed = mix(query, key, value)
+            mixed = causal_attention(query, key, value)
             if cache is not None:
                 cache.update(key, value, places.positions)
         return mixed.transpose(1, 2).flatten(2).to(hidden.dtype)

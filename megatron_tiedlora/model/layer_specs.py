@@ -96,7 +96,7 @@ class Head(nn.Module):
         weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
         losses = sum_token_losses if summed else token_losses
         return losses(
-            hidden[0][supervised.kept],
+            hidden[0].index_select(0, supervised.kept),
             weight,
             supervised.targets,
             first_id=first_id,

@@ -104,6 +104,8 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
     device = torch.device("cuda", local_rank()) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
+        # Gradients of the adapter are products over all tokens, which cuBLAS sums in parts: in fp32, not in bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     deepspeed.init_distributed(
         dist_backend="nccl" if on_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )

@@ -117,17 +117,17 @@ class PlainRunner(Runner):
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
         self.engine.train()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: no micro-batch is waited for
         for index, batch in enumerate(batches, start=1):
             # Packed steps differ in their number of micro-batches, so DeepSpeed is not left to count them.
             self.engine.set_gradient_accumulation_boundary(index == len(batches))
             loss = self.forward(batch)
             self.engine.backward(loss / denominator)
-            total += float(loss.detach())
+            total += loss.detach()
             if index < len(batches):
                 self.engine.step()  # moves nothing before the last micro-batch
                 between()
-        return total if self.counts_loss else 0.0
+        return float(total) if self.counts_loss else 0.0
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[StepInput]) -> float:

@@ -226,7 +226,8 @@ class Stage(nn.Module):
         """
         hidden, mixed = attended
         if rows is not None and local_rows is not None:
-            hidden, mixed = hidden.flatten(0, 1)[local_rows][None], mixed.flatten(0, 1)[rows][None]
+            hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
+            mixed = mixed.flatten(0, 1).index_select(0, rows)[None]
         block: Any = self.layers[str(self.blocks[-1])]
         return self._call(block.finish, hidden, mixed, tensor_parallel)
 

@@ -26,6 +26,7 @@ from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,
     estimated_groups,
+    micro_batch_shape,
     padded,
     planned_shapes,
     stage_traffic,
@@ -102,8 +103,9 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
 
 def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
     per_token = saved_bytes_per_token(plan)
-    full_rows = data is None or plan.settings.packing
-    longest = plan.settings.max_length if full_rows else int(data.train.lengths.max())
+    longest = plan.settings.max_length
+    if data is not None and not plan.settings.packing:
+        longest = int(data.train.lengths.max())
     rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
     cells = []
     for stage in stages:
@@ -193,10 +195,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
     b = plan.batches
     if plan.settings.packing:
-        cut = (
-            f"samples in rows of up to {plan.settings.max_length:,} tokens, micro-batches of {b.micro_batch_size} rows,"
-            f" {b.data_parallel} data-parallel ranks"
-        )
+        cut = f"samples {plan.packed_cut}"
     else:
         cut = (
             f"= micro-batch {b.micro_batch_size} x {b.accumulation_steps} accumulation steps x {b.data_parallel}"
@@ -213,10 +212,7 @@ def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
 def _fill(plan: RunPlan, data: RunData) -> str:
     """How many of the first step's positions hold a token."""
     step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
-    positions = 0
-    for rows in step.micro_batches:
-        longest = max(int(data.train.lengths[row].sum()) for row in rows)
-        positions += len(rows) * padded(max(longest, 1), plan.pad_multiple)
+    positions = sum(micro_batch_shape(plan, data.train, rows).num_tokens for rows in step.micro_batches)
     num_rows = sum(len(rows) for rows in step.micro_batches)
     return (
         f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"

@@ -73,6 +73,7 @@ def micro_batches_in_flight(plan: RunPlan, stage: StagePlan) -> int:
 
 def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: float) -> float:
     hidden = tokens * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts
+    mixed = tokens * plan.source.config.qkv_rows[0] * plan.dtype.itemsize / plan.grid.tp_size
     blocks = len(stage.backward_blocks)
     recomputes = plan.settings.recompute == "full"
     kept = blocks * (hidden if recomputes else tokens * per_token)
@@ -80,6 +81,8 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
         kept += hidden * (1 if stage.is_first else 2)
     if stage.is_last:  # the gradient of what the head is given, and the final norm's input, as if all were supervised
         kept += tokens * plan.source.config.hidden_size * plan.dtype.itemsize + hidden
+    if stage.is_last and recomputes and blocks:  # the last block is kept in two pieces, see Attended
+        kept += hidden + (2 if plan.grid.pp_size > 1 else 1) * mixed
     again = tokens * per_token if recomputes and blocks else 0.0
     return micro_batches_in_flight(plan, stage) * kept + again
 

@@ -90,6 +90,13 @@ class RunPlan:
         )
 
     @property
+    def packed_cut(self) -> str:
+        """How packed samples are cut, in words."""
+        rows, ranks = self.batches.micro_batch_size, self.batches.data_parallel
+        longest = f"{self.settings.max_length:,} tokens"
+        return f"in rows of up to {longest}, micro-batches of {rows} rows, {ranks} data-parallel ranks"
+
+    @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:
         """Adapted layers by stage."""
         return tuple(tuple(layer for layer in self.adapter.layers if layer in stage) for stage in self.stages)

@@ -145,10 +145,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 def _cut(plan: RunPlan) -> str:
     batches = plan.batches
     if plan.settings.packing:
-        return (
-            f" in rows of up to {plan.settings.max_length:,} tokens, micro-batches of {batches.micro_batch_size} rows,"
-            f" {batches.data_parallel} ranks"
-        )
+        return f" {plan.packed_cut}"
     return (
         f" = {batches.micro_batch_size} x {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks"
     )

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import plan_global_batch
+from megatron_tiedlora.data.packing import Rows
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.model.qkv import COLUMN_MULTIPLE
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, TENSOR, TIED, WORLD, Traffic
@@ -96,12 +97,13 @@ def assumed_shapes(plan: RunPlan) -> tuple[MicroBatchShape, ...]:
 def planned_shapes(plan: RunPlan, dataset: TokenDataset, *, consumed_samples: int = 0) -> tuple[MicroBatchShape, ...]:
     """The micro-batches of the plan's rank in the step that follows `consumed_samples`."""
     batch = plan_global_batch(dataset, plan.batch_shape, seed=plan.settings.seed, consumed_samples=consumed_samples)
-    return tuple(
-        _shape(
-            plan, [(dataset.lengths[row], np.maximum(dataset.prompt_lengths[row], 1)) for row in rows]
-        )
-        for rows in batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
-    )
+    mine = batch.on_rank(plan.grid.dp_rank, dp_size=plan.grid.dp_size)
+    return tuple(micro_batch_shape(plan, dataset, rows) for rows in mine)
+
+
+def micro_batch_shape(plan: RunPlan, dataset: TokenDataset, rows: Rows) -> MicroBatchShape:
+    """The shape of a micro-batch of these rows of samples."""
+    return _shape(plan, [(dataset.lengths_of(row), np.maximum(dataset.prompt_lengths[row], 1)) for row in rows])
 
 
 def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> MicroBatchShape:

@@ -1,0 +1,283 @@
+"""The sides of tools/bench_step.py: this package's step, and Hugging Face + PEFT LoRA on q, k and v."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, start_values
+from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
+from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
+from megatron_tiedlora.model.families.llama import llama_config_from_hf
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.training.flops_plan import step_flops
+
+OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
+LEARNING_RATE = 1e-4
+
+
+@dataclass
+class Side:
+    """One side with its model in place.
+
+    Attributes:
+        forwards: of each micro-batch, what gives its loss, divided by the supervised tokens of the step.
+        flops: what the step needs, where it is this package's; None elsewhere.
+    """
+
+    model: torch.nn.Module
+    forwards: Sequence[Callable[[], torch.Tensor]]
+    device: torch.device
+    num_tokens: int
+    num_supervised: int
+    num_positions: int
+    flops: int | None
+
+    def __post_init__(self) -> None:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
+
+    def step(self) -> None:
+        """Forward and backward over all micro-batches, and the optimizer's step."""
+        for forward in self.forwards:
+            forward().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def contestants(options: Namespace) -> dict[str, Callable[[], Side]]:
+    """By name, what makes each side; the first is ours. Both see the same samples."""
+    sides: dict[str, Callable[[], Side]] = {OURS: lambda: _ours(options)}
+    if options.against == "peft":
+        sides[PADDED] = lambda: _theirs(options, packed=False)
+        if options.task is not None:
+            sides[PACKED] = lambda: _theirs(options, packed=True)
+    return sides
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[MicroBatch]:
+    if options.task is None:
+        return [_made_up(options, vocab_size)]
+    source = find_model(options.model)
+    tokenizer = load_tokenizer(source.weights_folder())
+    files = {"train": options.train_file}
+    examples = load_split(options.task, "train", files=files, seed=0, tokenizer=tokenizer, limit=options.samples)
+    if len(examples) < options.samples:
+        raise UserError(f"--samples {options.samples}: the training part has {len(examples)} rows")
+    dataset = encode_dataset(examples, tokenizer, max_length=options.length)
+    pad = padding_id(tokenizer)
+    if packed:
+        shape = BatchShape(len(dataset), options.rows, 1, options.length)
+        plan = plan_global_batch(dataset, shape, seed=0, consumed_samples=0)
+        return [collate(dataset, some, pad_id=pad, packed=True) for some in plan.micro_batches]
+    order = np.arange(len(dataset)).tolist()  # as they come, as a trainer without sorting takes them
+    size = options.padded_rows
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [collate(dataset, [[index] for index in part], pad_id=pad) for part in parts]
+
+
+def _made_up(options: Namespace, vocab_size: int) -> MicroBatch:
+    """Random tokens, the last `supervised` share of each row with a label."""
+    draw = np.random.default_rng(0)
+    dataset = TokenDataset(
+        tokens=draw.integers(3, vocab_size, options.rows * options.length).astype(np.int32),
+        offsets=np.arange(options.rows + 1, dtype=np.int64) * options.length,
+        prompt_lengths=np.full(options.rows, options.length - round(options.supervised * options.length), np.int32),
+        truncated_prompts=0,
+    )
+    return collate(dataset, [[index] for index in range(options.rows)], pad_id=0)
+
+
+def _ours(options: Namespace) -> Side:
+    torch.manual_seed(0)
+    dtype, device = DTYPES[options.dtype], _device()
+    if options.model in PRESETS:
+        config = llama_config_from_hf(_preset(options))
+        with device:
+            stage = Stage(layer_specs(config, dtype=dtype), None)
+        for parameter in stage.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    else:
+        source = find_model(options.model)
+        config, stage = source.config, load_model(source, None, dtype=dtype, device=device)
+    adapter = make_adapter_config(
+        options.method,
+        rank=options.rank,
+        layers=tuple(range(1, config.num_layers + 1)),
+        hidden_size=config.hidden_size,
+        qkv_rows=config.qkv_rows,
+        seed=0,
+    )
+    stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
+    stage.adapter.load_full(start_values(adapter))
+    stage.train()
+    batches = _batches(options, config.vocab_size, packed=options.task is not None)
+    supervised = sum(batch.num_supervised for batch in batches)
+    flops = 0
+    for batch in batches:
+        ids = batch.documents if batch.documents is not None else torch.zeros_like(batch.input_ids)
+        squares = sum(int((row == number).sum()) ** 2 for row in ids for number in row.unique())
+        rows = find_supervised(batch.labels)
+        flops += step_flops(
+            config,
+            adapter,
+            num_tokens=batch.input_ids.numel(),
+            squared_lengths=squares,
+            num_after=len(rows.rows),
+            num_supervised=len(rows.targets),
+        ).total
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        found = find_supervised(batch.labels)
+        on_device = type(found)(*(tensor.to(device) for tensor in found))
+        tokens, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+        loss: torch.Tensor = stage(tokens, positions, on_device, documents=batch.documents)
+        return loss / supervised
+
+    return _side(stage, batches, forward, device, flops)
+
+
+def _theirs(options: Namespace, *, packed: bool) -> Side:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    dtype, device = DTYPES[options.dtype], _device()
+    base: Any
+    if options.model in PRESETS:
+        values = {name: value for name, value in _preset(options).items() if name != "model_type"}
+        base = LlamaForCausalLM(LlamaConfig(**values))
+        base.to(dtype=dtype)
+    else:
+        folder: Path = find_model(options.model).weights_folder()
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets)
+    model: Any = get_peft_model(base.to(device), lora)
+    model.train()
+    batches = _batches(options, base.config.vocab_size, packed=packed)
+    supervised = sum(batch.num_supervised for batch in batches)
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        # transformers shifts the labels itself.
+        labels = torch.full_like(batch.labels, -100)
+        labels[:, 1:] = batch.labels[:, :-1]
+        places = torch.arange(batch.input_ids.shape[1])[None]
+        mask = places < batch.lengths[:, None]
+        if batch.documents is not None:
+            ids, length = batch.documents, batch.documents.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss: torch.Tensor = model(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=batch.position_ids.to(device),
+                labels=labels.to(device),
+                use_cache=False,
+            ).loss
+        return loss * (batch.num_supervised / supervised)
+
+    return _side(model, batches, forward, device, None)
+
+
+def _side(
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    forward: Callable[[MicroBatch], torch.Tensor],
+    device: torch.device,
+    flops: int | None,
+) -> Side:
+    return Side(
+        model,
+        [lambda batch=batch: forward(batch) for batch in batches],  # type: ignore[misc]
+        device,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_supervised=sum(batch.num_supervised for batch in batches),
+        num_positions=sum(batch.input_ids.numel() for batch in batches),
+        flops=flops,
+    )
+
+
+def _preset(options: Namespace) -> dict[str, Any]:
+    values = dict(PRESETS[options.model])
+    return values if options.num_layers is None else {**values, "num_hidden_layers": options.num_layers}
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one step, to its end on the device."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def matmul_peak(side: Side, dtype: str) -> float:
+    """FLOP/s of a bare product of a micro-batch's tokens with the largest frozen matrix, the best of several."""
+    weight = max((p for p in side.model.parameters() if p.ndim == 2 and not p.requires_grad), key=lambda p: p.numel())
+    rows = max(1024, side.num_positions // max(1, len(side.forwards)))
+    hidden = torch.randn(rows, weight.shape[1], device=side.device, dtype=DTYPES[dtype])
+    product = hidden.new_empty(rows, weight.shape[0])
+    with torch.no_grad():
+        taken = [timed(lambda: torch.mm(hidden, weight.t(), out=product), side.device) for _ in range(10)]
+    return 2 * rows * weight.numel() / min(taken)
+
+
+def saved_bytes(side: Side) -> int:
+    """Bytes that autograd keeps of a step's micro-batches together, by storage and without parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in side.model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    total = 0
+    for forward in side.forwards:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward()
+        total += sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        saved.clear()
+    return total
+
+
+def peak_bytes(side: Side) -> int:
+    """The most that a first step holds over what is there before it (CUDA: allocated; CPU: resident).
+
+    For a fresh process: what an allocator has kept of earlier steps would not be seen.
+    """
+    if side.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.step()
+        return int(torch.cuda.max_memory_allocated() - before)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    side.step()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
