@@ -44,7 +44,7 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
         "output_dir": folder,
         "methods": "lora,tl6",
         "ranks": "2,3",
-        "learning_rates": "2e-1,1e-1",
+        "learning_rates": "2e-1,5e-2",
         "test_file": test,
         "max_new_tokens": 3,
         "max_steps": 16,

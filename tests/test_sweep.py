@@ -26,7 +26,7 @@ from sweep_runs import (
     write_study_base,
 )
 
-RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "1e-1")]
+RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "5e-2")]
 TABLES = ("table2.md", "table2.csv", "figure2.png", "figure3.png")
 
 
@@ -113,7 +113,7 @@ def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
             best[point] = (loss, name)
     assert set(results) == {"base", *(name for _, name in best.values())}
     # Else a wrong choice might not show: the first rate is not always the best, and no score is another's.
-    assert {name.rpartition("-lr")[2] for _, name in best.values()} == {"2e-1", "1e-1"}
+    assert {name.rpartition("-lr")[2] for _, name in best.values()} == {"2e-1", "5e-2"}
     assert len({content["score"] for content in results.values()}) == len(results)
     for _, name in best.values():
         adapter = results[name]["adapter"]
@@ -147,17 +147,17 @@ def test_more_ranks_can_be_added_and_none_left_out(study: tuple[Base, Path], who
     ended = go_on(study, folder, "--test_limit=3", expect=2)
     assert "--test_limit None, now it is 3" in ended.error_line()
     assert starts(work(folder)) == []
-    go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,1e-1", "--ranks=2,3")
-    assert starts(work(folder)) == order(["tl5-r2-lr2e-1", "tl5-r2-lr1e-1", "tl5-r3-lr2e-1", "tl5-r3-lr1e-1"])[1:]
+    go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,5e-2", "--ranks=2,3")
+    assert starts(work(folder)) == order(["tl5-r2-lr2e-1", "tl5-r2-lr5e-2", "tl5-r3-lr2e-1", "tl5-r3-lr5e-2"])[1:]
     assert "| tl5 | A, B tied |" in (folder / "table2.md").read_text()
 
 
 def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     # On validation 2e-1 is the better rate of both: of tl5 the worse run fails, of lora the better.
-    folder, worse, better = tmp_path / "out", "tl5-r2-lr1e-1", "lora-r2-lr2e-1-layer2"
+    folder, worse, better = tmp_path / "out", "tl5-r2-lr5e-2", "lora-r2-lr2e-1-layer2"
     changes = {"methods": "tl5", "ranks": "2", "single_layers": "2", "single_layer_rank": 2, "test_limit": 5}
     ended = run(study, folder, expect=1, preludes={worse: lose_the_loss, better: lose_the_loss}, **changes)
-    singles = [better, "lora-r2-lr1e-1-layer2", "score lora-r2-layer2"]
+    singles = [better, "lora-r2-lr5e-2-layer2", "score lora-r2-layer2"]
     assert starts(work(folder)) == ["score base", "tl5-r2-lr2e-1", worse, "score tl5-r2", *singles]
     assert ended.error_line().startswith(f"error: 2 failed: {worse}, {better} (")
     failed = json.loads((folder / "sweep_status.json").read_text())["failed"]
@@ -174,7 +174,7 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     assert header == "| task | layer 2 | tl5 |" and row.startswith("| custom (EM) |")
     assert "rank 2, 192 trained parameters each" in (folder / "table3.md").read_text()  # r (d + o), d 32, o 64
     assert {path.name for path in (folder / "scores").iterdir()} == {
-        *("base", "tl5-r2-lr2e-1", "lora-r2-lr1e-1-layer2", better)
+        *("base", "tl5-r2-lr2e-1", "lora-r2-lr5e-2-layer2", better)
     }
 
 
@@ -193,7 +193,7 @@ def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Pat
 def test_a_signal_stops_what_runs_and_it_saves(
     study: tuple[Base, Path], tmp_path: Path, number: int, status: int
 ) -> None:
-    folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr1e-1"]
+    folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr5e-2"]
     stop = functools.partial(signal_sweep_at_step, step=2, number=number, beside=folder / "runs" / names[0])
     changes = {"methods": "tl6", "ranks": "2", "runs_at_once": 3}
     run(study, folder, expect=status, preludes=dict(zip(names, (slow_steps, stop), strict=True)), **changes)
