@@ -156,10 +156,10 @@ class Stage(nn.Module):
             sources.append(inputs)
         if not sources or not torch.is_grad_enabled():
             return output
-        if isinstance(output, torch.Tensor):
-            tied: torch.Tensor = _WithZeroGradients.apply(output, *sources)
-            return tied
-        return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
+        if isinstance(output, Attended):
+            return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
+        joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
+        return joined
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
         """The factors of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
@@ -195,8 +195,8 @@ class Stage(nn.Module):
             block: Any = self.layers[str(index)]
             stops = self.head is not None and index == self.blocks[-1]
             call = block.attention.attend if stops else block
-            arguments = (hidden, places, tensor_parallel)
-            result = self._call(call, *arguments, update=updates.get(index), cache=caches[number] if caches else None)
+            cache = caches[number] if caches else None
+            result = self._call(call, hidden, places, tensor_parallel, update=updates.get(index), cache=cache)
             if stops:
                 return Attended(hidden, result)
             hidden = result
