@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it, and
         # signals are heard from here on.
         from megatron_tiedlora.checkpoint.resume import Progress
-        from megatron_tiedlora.training import build, finish, session
+        from megatron_tiedlora.training import build, compiling, finish, session
         from megatron_tiedlora.training.loop import Trainer
         from megatron_tiedlora.training.plan import plan_run
         from megatron_tiedlora.training.run_data import prepare_data
@@ -53,13 +53,14 @@ def main(argv: Sequence[str]) -> int:
         folder = session.open_run_folder(plan, device)
         checkpoint = session.find_checkpoint(plan, data, folder, device)
         start = checkpoint.progress if checkpoint else Progress()
-        built = build.build_model(plan, device, checkpoint)
+        chosen = compiling.choose_kernels(plan, device)
+        built = build.build_model(plan, device, checkpoint, kernels=chosen.kernels)
         runner = build.start_engine(plan, built, device, checkpoint)
         log = session.occupy_run_folder(plan, folder, checkpoint, device)
         end.folder = folder
         end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, start)
         if is_main:
-            print("\n".join(session.headline(plan, data, folder, checkpoint, built)))
+            print("\n".join(session.headline(plan, data, folder, checkpoint, built, chosen)))
         if checkpoint is None:
             finish.record_score(trainer, "before", finish.score(trainer))
         end.reason = trainer.run()

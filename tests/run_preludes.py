@@ -35,6 +35,20 @@ def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
 
 
+def no_compiler(rank: int, *, pays: bool = False) -> None:
+    """Compiling fails on this rank. `pays`: every run is long enough for it."""
+    from megatron_tiedlora.parallel.kernels import Kernels
+    from megatron_tiedlora.training import compiling
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nwith a long story")
+
+    if pays:
+        compiling.LEAST_WORK = 0.0
+    if int(os.environ["RANK"]) == rank:
+        Kernels.compiled = lambda self: Kernels(normalise=broken)  # type: ignore[method-assign]
+
+
 def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:
     """The rank sends itself a signal when `module.name` is called for the `call`-th time, before it does anything."""
     calls = iter(range(1, call + 1))

@@ -137,7 +137,6 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--task=custom"], ["--task custom", "--train_file"]),
         (["--model=somewhere"], ["--task", "--train_file"]),
         (["--world_size=4"], ["--world_size", "--dry_run"]),
-        (["--compile=true"], ["--compile", "not available"]),
         (["--dry_run=perhaps"], ["--dry_run perhaps"]),
         (["--config=missing.yaml"], ["missing.yaml", "no such file"]),
     ],

@@ -21,10 +21,12 @@ from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
-from megatron_tiedlora.model.families.llama import llama_config_from_hf
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.flops_plan import step_flops
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
@@ -112,13 +114,16 @@ def _ours(options: Namespace) -> Side:
     dtype, device = DTYPES[options.dtype], _device()
     if options.model in PRESETS:
         config = llama_config_from_hf(_preset(options))
+        kernels = _kernels(options, config, dtype, device)
         with device:
-            stage = Stage(layer_specs(config, dtype=dtype), None)
+            stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
         for parameter in stage.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
     else:
         source = find_model(options.model)
-        config, stage = source.config, load_model(source, None, dtype=dtype, device=device)
+        config = source.config
+        kernels = _kernels(options, config, dtype, device)
+        stage = load_model(source, None, dtype=dtype, device=device, kernels=kernels)
     adapter = make_adapter_config(
         options.method,
         rank=options.rank,
@@ -154,6 +159,17 @@ def _ours(options: Namespace) -> Side:
         return loss / supervised
 
     return _side(stage, batches, forward, device, flops)
+
+
+def _kernels(options: Namespace, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Kernels:
+    if options.compile == "false":
+        return EAGER
+    try:
+        return compiled_kernels(config, dtype=dtype, device=device)
+    except UserError:
+        if options.compile == "true":
+            raise
+        return EAGER
 
 
 def _theirs(options: Namespace, *, packed: bool) -> Side:

@@ -33,6 +33,9 @@ def parser() -> CommandParser:
     described.add_argument("--method", default="tl6", choices=METHOD_NAMES, help="what is trained here [tl6]")
     described.add_argument("--rank", default=8, type=int, metavar="R", help="of both sides [8]")
     described.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the frozen base [bf16]")
+    described.add_argument(
+        "--compile", default="auto", choices=("auto", "true", "false"), help="our kernels, where it can be done [auto]"
+    )
     described.add_argument("--rows", default=4, type=int, metavar="N", help="of a made-up micro-batch [4]")
     described.add_argument("--length", default=512, type=int, metavar="N", help="of its rows, or of packed rows [512]")
     described.add_argument(

@@ -14,6 +14,7 @@ from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_ru
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.partition import Stages
 from megatron_tiedlora.pipeline.stage import Stage
 
@@ -30,6 +31,7 @@ def load_model(
     groups: ParallelGroups | None = None,
     stages: Stages | None = None,
     merged: bool = False,
+    kernels: Kernels = EAGER,
     progress: bool = False,
 ) -> Stage:
     """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
@@ -37,6 +39,7 @@ def load_model(
     Args:
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: fold the adapter into the weights (added in fp32, cast once) instead of keeping it beside them.
+        kernels: of the layers, as they stand or compiled.
         progress: show a bar.
 
     Raises:
@@ -53,7 +56,7 @@ def load_model(
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
             bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             bank.load_full(adapter.state)
-        specs = layer_specs(config, dtype=dtype, tp_size=grid.tp_size)
+        specs = layer_specs(config, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
         with torch.device(device):
             model = Stage(
                 specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)

@@ -134,7 +134,7 @@ class Settings(CommandSettings):
 
     packing: bool = setting_field("speed", "several samples a row of --max_length, none of which sees another", False)
     compile: Literal["auto", "true", "false"] = setting_field(
-        "speed", "compile elementwise parts (auto is false in this version)", "auto"
+        "speed", "compile what lies between products (auto: where the run is long enough, and it can be done)", "auto"
     )
     recompute: Literal["none", "selective", "full"] = setting_field(
         "speed", "keep each layer's activations (none) or compute them again in the backward pass (full)", "none"
@@ -218,8 +218,6 @@ class Settings(CommandSettings):
             raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
         if self.recompute == "selective":
             raise ValueError("--recompute selective is not available in this version; use none or full")
-        if self.compile == "true":
-            raise ValueError("--compile true is not available in this version; use auto or false")
         return self
 
 

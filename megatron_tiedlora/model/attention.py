@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import Documents, attend_within, causal_attention, find_documents
 from megatron_tiedlora.model.qkv import NormedQkv
 from megatron_tiedlora.model.rope import RopeConfig, rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.layers import RowParallelLinear
 
 
@@ -59,13 +61,15 @@ class Places:
     Attributes:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
-        documents: which tokens see each other; None: token t of a row sees tokens 0 to t.
+        blocks: on a CPU, which tokens see each other.
+        documents: elsewhere, where rows hold several; with neither, token t of a row sees tokens 0 to t.
         mask: where the keys are a cache's, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys) in
             the cache's dtype.
     """
 
     positions: torch.Tensor
     table: tuple[torch.Tensor, torch.Tensor]
+    blocks: tuple[Block, ...] = ()
     documents: Documents | None = None
     mask: torch.Tensor | None = None
 
@@ -84,13 +88,21 @@ class Attention(nn.Module):
         norm_eps: float,
         bias: bool,
         dtype: torch.dtype,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
         self.head_dim = head_dim
         self.rope = rope
         self.qkv = NormedQkv(
-            hidden_size, self.local_rows, head_dim=head_dim, eps=norm_eps, bias=bias, dtype=dtype
+            hidden_size,
+            self.local_rows,
+            head_dim=head_dim,
+            eps=norm_eps,
+            bias=bias,
+            dtype=dtype,
+            kernels=kernels,
         )
         self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
 
@@ -111,11 +123,16 @@ class Attention(nn.Module):
             cache: of any of the layers, as it stands before the call. The first tokens in it are whole prompts, padded
                 on the right; later ones see what it holds up to their own position.
         """
-        found = None
+        places = Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype))
+        if cache is not None and cache.filled:
+            return replace(places, mask=self._cache_mask(positions, cache))
+        if positions.device.type == "cpu":
+            size = block_size(*self.local_rows[:2])
+            return replace(places, blocks=find_blocks(documents, positions.shape[1], size=size, dtype=dtype))
         if documents is not None:
             found = find_documents(documents, positions.device, dtype=dtype, head_dim=self.head_dim)
-        mask = self._cache_mask(positions, cache) if cache is not None and cache.filled else None
-        return Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype), found, mask)
+            return replace(places, documents=found)
+        return places
 
     def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         batch, length = positions.shape
@@ -144,14 +161,14 @@ class Attention(nn.Module):
         query, key, value = self.qkv(hidden, places.table, tensor_parallel, update)
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
-            mixed = _attend_to_cache(query, cache, places.mask)
-        elif places.documents is not None:
+            return _attend_to_cache(query, cache, places.mask).transpose(1, 2).flatten(2).to(hidden.dtype)
+        if cache is not None:
+            cache.update(key, value, places.positions)
+        if places.blocks:
+            return attend_by_blocks(query, key, value, places.blocks, self.kernels)
+        if places.documents is not None:
             return attend_within(query, key, value, places.documents)
-        else:
-            mixed = causal_attention(query, key, value)
-            if cache is not None:
-                cache.update(key, value, places.positions)
-        return mixed.transpose(1, 2).flatten(2).to(hidden.dtype)
+        return causal_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from megatron_tiedlora.model.norm import RmsNorm
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear, frozen_parameter
 from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
 
@@ -66,11 +67,12 @@ class Head(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, norm: RmsNorm, weight: nn.Parameter | None, *, vocab_size: int) -> None:
+    def __init__(self, norm: RmsNorm, weight: nn.Parameter | None, *, vocab_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.norm = norm
         self.register_parameter("weight", weight)
         self.vocab_size = vocab_size
+        self.kernels = kernels
 
     def forward(
         self,
@@ -102,6 +104,7 @@ class Head(nn.Module):
             first_id=first_id,
             group=group,
             rows_at_once=HEAD_ROWS,
+            kernels=self.kernels,
         )
 
 
@@ -115,7 +118,7 @@ class LayerSpec:
 
 
 def layer_specs(
-    config: LlamaConfig, *, dtype: torch.dtype, tp_size: int = 1
+    config: LlamaConfig, *, dtype: torch.dtype, tp_size: int = 1, kernels: Kernels = EAGER
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
@@ -125,7 +128,7 @@ def layer_specs(
     d, local_vocabulary = config.hidden_size, -(-config.vocab_size // tp_size)
 
     def norm() -> RmsNorm:
-        return RmsNorm(d, eps=config.norm_eps, dtype=dtype)
+        return RmsNorm(d, eps=config.norm_eps, dtype=dtype, kernels=kernels)
 
     def block() -> nn.Module:
         attention = Attention(
@@ -137,13 +140,14 @@ def layer_specs(
             norm_eps=config.norm_eps,
             bias=config.attention_bias,
             dtype=dtype,
+            kernels=kernels,
         )
-        mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype)
+        mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
         return Block(attention=attention, mlp_norm=norm(), mlp=mlp)
 
     def head() -> nn.Module:
         own = None if config.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)
-        return Head(norm(), own, vocab_size=config.vocab_size)
+        return Head(norm(), own, vocab_size=config.vocab_size, kernels=kernels)
 
     return (
         LayerSpec("embedding", 0, lambda: VocabularyParallelEmbedding(local_vocabulary, d, dtype=dtype)),

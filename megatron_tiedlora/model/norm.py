@@ -1,7 +1,4 @@
-"""RMS norm: y = weight * x / sqrt(mean(x^2) + eps), the division in max(fp32, input dtype).
-
-With n = x / sqrt(mean(x^2) + eps) and g = weight * dy its gradient is dx = (g - n mean(g n)) / sqrt(mean(x^2) + eps).
-"""
+"""RMS norm: y = weight * x / sqrt(mean(x^2) + eps), the division in max(fp32, input dtype); see `kernels`."""
 
 from __future__ import annotations
 
@@ -11,51 +8,36 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 from megatron_tiedlora.parallel.layers import frozen_parameter
-from megatron_tiedlora.parallel.loss import upcast
-
-
-def inverse_root(hidden: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) of every row, (..., 1) in max(fp32, input dtype)."""
-    return torch.rsqrt(upcast(hidden).square().mean(-1, keepdim=True) + eps)
-
-
-def normalise(hidden: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight * x * scale with the rows' `inverse_root`; rounded before the weight is applied, as in transformers."""
-    return weight * (upcast(hidden) * scale).to(hidden.dtype)
-
-
-def norm_gradient(
-    gradient: torch.Tensor, hidden: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """The gradient of x, (..., d), from the norm's output gradient, its input, `inverse_root` and weight."""
-    normed = upcast(hidden) * scale
-    weighted = upcast(gradient) * weight
-    return ((weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * scale).to(hidden.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        scale = inverse_root(hidden, eps)
-        ctx.save_for_backward(hidden, scale, weight)
-        return normalise(hidden, scale, weight)
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Kernels) -> torch.Tensor:
+        normed, root = kernels.normalise(as_rows(hidden), weight.detach(), eps)
+        ctx.save_for_backward(hidden, weight, root)
+        ctx.kernels = kernels
+        return normed.view(hidden.shape)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return norm_gradient(gradient, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, root = ctx.saved_tensors
+        found = ctx.kernels.norm_gradient(as_rows(gradient), as_rows(hidden), weight.detach(), root)
+        return found.view(hidden.shape), None, None, None
 
 
 class RmsNorm(nn.Module):
     """RMS norm with a frozen weight. Keeps its input and one number a row for the backward pass."""
 
-    def __init__(self, hidden_size: int, *, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, *, eps: float, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
         self.weight = frozen_parameter(hidden_size, dtype=dtype)
         self.eps = eps
+        self.kernels = kernels
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., d) in the input's dtype."""
-        normed: torch.Tensor = _RmsNorm.apply(hidden, self.weight, self.eps)
+        normed: torch.Tensor = _RmsNorm.apply(hidden, self.weight, self.eps, self.kernels)
         return normed

@@ -23,11 +23,10 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.model.norm import inverse_root, norm_gradient, normalise
-from megatron_tiedlora.model.rope import rotate_
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, reduce_scatter
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 from megatron_tiedlora.parallel.layers import frozen_parameter, multiply
 
 # Columns that travel beside others are filled up to this many, so that rows of 16-bit numbers start at multiples of 16
@@ -39,7 +38,15 @@ class NormedQkv(nn.Module):
     """Queries, keys and values of this rank's heads. Holds the norm's weight beside W, as one step uses both."""
 
     def __init__(
-        self, hidden_size: int, rows: tuple[int, int, int], *, head_dim: int, eps: float, bias: bool, dtype: torch.dtype
+        self,
+        hidden_size: int,
+        rows: tuple[int, int, int],
+        *,
+        head_dim: int,
+        eps: float,
+        bias: bool,
+        dtype: torch.dtype,
+        kernels: Kernels,
     ) -> None:
         """Make empty weights.
 
@@ -50,6 +57,7 @@ class NormedQkv(nn.Module):
         self.rows = rows
         self.head_dim = head_dim
         self.eps = eps
+        self.kernels = kernels
         self.norm = frozen_parameter(hidden_size, dtype=dtype)
         self.weight = frozen_parameter(sum(rows), hidden_size, dtype=dtype)
         self.bias = frozen_parameter(sum(rows), dtype=dtype) if bias else None
@@ -71,7 +79,7 @@ class NormedQkv(nn.Module):
         """
         factors = (None,) * 4 if update is None else update[:4]
         scale = 1.0 if update is None else update.scale
-        shape = _Shape(self.rows, self.head_dim, self.eps, scale, tensor_parallel)
+        shape = _Shape(self.rows, self.head_dim, self.eps, scale, tensor_parallel, self.kernels)
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormedQkv.apply(
             hidden, *factors, self.norm, self.weight, self.bias, *table, shape
         )
@@ -85,6 +93,7 @@ class _Shape:
     eps: float
     scale: float
     tensor_parallel: TensorParallel
+    kernels: Kernels
 
 
 class _NormedQkv(torch.autograd.Function):
@@ -103,8 +112,8 @@ class _NormedQkv(torch.autograd.Function):
         sin: torch.Tensor,
         shape: _Shape,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        root = inverse_root(hidden, shape.eps)
-        normed = normalise(hidden, root, norm)
+        normed, root = shape.kernels.normalise(as_rows(hidden), norm.detach(), shape.eps)
+        normed = normed.view(hidden.shape)
         low = None if a is None else multiply(normed, a.to(hidden.dtype))
         normed, low = _enter(normed, low, shape.tensor_parallel)
         fused = multiply(normed, weight, bias)
@@ -113,7 +122,7 @@ class _NormedQkv(torch.autograd.Function):
             torch.addmm(rows, columns, _scaled_rows(b, v, shape.scale, fused.dtype).t(), out=rows)
         heads = fused.unflatten(-1, (-1, shape.head_dim))
         num_query, num_key, num_value = (size // shape.head_dim for size in shape.rows)
-        rotate_(heads[:, :, : num_query + num_key], cos, sin)
+        shape.kernels.rotate_(heads[:, :, : num_query + num_key].flatten(0, 1).detach(), cos, sin)
         needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]
         ctx.shape = shape
         ctx.save_for_backward(
@@ -145,9 +154,11 @@ class _NormedQkv(torch.autograd.Function):
         of_normed, of_low = _leave(of_normed, of_low, a, shape.tensor_parallel, needs_low=needs_a)
         if needs_a:
             assert of_low is not None
-            of_a = (_flat(of_low).t() @ _flat(normalise(hidden, root, norm))).to(a.dtype)
+            normed = shape.kernels.apply_norm(as_rows(hidden), norm.detach(), root)
+            of_a = (_flat(of_low).t() @ normed).to(a.dtype)
         if of_normed is not None:
-            of_hidden = norm_gradient(of_normed, hidden, root, norm)
+            found = shape.kernels.norm_gradient(as_rows(of_normed), as_rows(hidden), norm.detach(), root)
+            of_hidden = found.view(hidden.shape)
         return of_hidden, of_a, of_b if needs_b else None, of_u, of_v, *(None,) * 6
 
 
@@ -172,7 +183,8 @@ def _joined(
 ) -> torch.Tensor:
     """The gradient of the fused product, (b, s, o), from those of the rotated heads (b, heads, s, head_dim)."""
     heads = torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)
-    rotate_(heads[:, :, : (shape.rows[0] + shape.rows[1]) // shape.head_dim], cos, -sin)
+    num_rotated = (shape.rows[0] + shape.rows[1]) // shape.head_dim
+    shape.kernels.rotate_(heads[:, :, :num_rotated].flatten(0, 1).detach(), cos, -sin)
     return heads.flatten(2)
 
 

@@ -71,15 +71,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device 
 def rotation_table(
     positions: torch.Tensor, config: RopeConfig, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, each (b, s, 1, head_dim / 2) in `dtype`, from positions (b, s)."""
+    """cos and sin of every position's angles, each (b s, 1, head_dim / 2) in `dtype`, from positions (b, s)."""
     frequencies = inverse_frequencies(config, head_dim, positions.device)
-    angles = positions[..., None, None].float() * frequencies
+    angles = positions.reshape(-1, 1, 1).float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate heads (b, s, n, head_dim) in place by a `rotation_table`; with -sin, back."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = first * cos - second * sin
-    second.mul_(cos).add_(first * sin)
-    first.copy_(turned)

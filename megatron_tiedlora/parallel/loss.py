@@ -6,36 +6,41 @@ label's logit where it is one of its own, else 0. Two numbers a token travel, in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
 from megatron_tiedlora.parallel.layers import multiply
 
 IGNORED_LABEL = -100
 
 
-def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in max(fp32, its own dtype): the precision of norms, softmax and loss."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+class _Found(NamedTuple):
+    """Of rows (n,): losses, logsumexp over all ids, each label's place among the rank's ids, whether it is one of them,
+    and the label's logit where it is."""
+
+    losses: torch.Tensor
+    total: torch.Tensor
+    places: torch.Tensor
+    own: torch.Tensor
+    picked: torch.Tensor
 
 
 def _losses(
-    local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses (T,), logsumexp over all ids (T,), each label's place among the rank's ids (T,), whether it is one)."""
-    wide = upcast(local_logits)
+    local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup, kernels: Kernels
+) -> _Found:
     index = labels - first_id
-    own = (index >= 0) & (index < wide.shape[1])
+    own = (index >= 0) & (index < local_logits.shape[1])
     index = index.masked_fill(~own, 0)
-    picked = wide.gather(1, index[:, None])[:, 0].masked_fill(~own, 0.0)
-    numbers = torch.stack((wide.logsumexp(dim=-1), picked))[None]
+    picked = upcast(local_logits.gather(1, index[:, None])[:, 0]).masked_fill(~own, 0.0)
+    numbers = torch.stack((kernels.row_log_sums(local_logits), picked))[None]
     of_ranks = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
     total = of_ranks[:, 0].logsumexp(dim=0)
-    return total - of_ranks[:, 1].sum(dim=0), total, index, own
+    return _Found(total - of_ranks[:, 1].sum(dim=0), total, index, own, picked)
 
 
 class _SumTokenLosses(torch.autograd.Function):
@@ -48,19 +53,21 @@ class _SumTokenLosses(torch.autograd.Function):
         first_id: int,
         group: RankGroup,
         rows_at_once: int,
+        kernels: Kernels,
     ) -> torch.Tensor:
         needs_rows = ctx.needs_input_grad[0]
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
+        logits = rows.new_empty(min(rows_at_once, len(rows)), weight.shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
-            local_logits = multiply(rows[part], weight)
-            losses, total, index, own = _losses(local_logits, labels[part], first_id, group)
-            loss += losses.sum()
+            local_logits = torch.mm(rows[part], weight.t(), out=logits[: len(rows[part])]).detach()
+            found = _losses(local_logits, labels[part], first_id, group, kernels)
+            loss += found.losses.sum()
             if gradient is not None:
-                chance = (upcast(local_logits) - total[:, None]).exp_()
-                chance.scatter_add_(1, index[:, None], -own.to(chance.dtype)[:, None])
-                torch.mm(chance.to(rows.dtype), weight, out=gradient[part])
+                kernels.open_logits_(local_logits, found.total)
+                _subtract_labels_(local_logits, found)
+                torch.mm(local_logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return loss
 
@@ -68,7 +75,14 @@ class _SumTokenLosses(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
-        return (upcast(of_rows) * gradient).to(of_rows.dtype), None, None, None, None, None
+        return (upcast(of_rows) * gradient).to(of_rows.dtype), *(None,) * 6
+
+
+def _subtract_labels_(chances: torch.Tensor, found: _Found) -> None:
+    """Take 1 from the chance of each label of this rank's; worked out anew, since it may be rounded as it stands."""
+    index = (torch.arange(len(chances), device=chances.device), found.places)
+    missing = torch.expm1(found.picked - found.total).to(chances.dtype)
+    chances.index_put_(index, torch.where(found.own, missing, chances[index]))  # scatter_ goes over all
 
 
 def sum_token_losses(
@@ -79,6 +93,7 @@ def sum_token_losses(
     first_id: int,
     group: RankGroup,
     rows_at_once: int,
+    kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
@@ -95,7 +110,7 @@ def sum_token_losses(
         a scalar in max(fp32, dtype of `rows`). Its gradient with respect to `rows` is this rank's addend, that of its
         part of the vocabulary, and needs no message here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(rows, weight, labels, first_id, group, rows_at_once)
+    loss: torch.Tensor = _SumTokenLosses.apply(rows, weight, labels, first_id, group, rows_at_once, kernels)
     return loss
 
 
@@ -108,7 +123,10 @@ def token_losses(
     first_id: int,
     group: RankGroup,
     rows_at_once: int,
+    kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient; arguments as in `sum_token_losses`."""
     parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
-    return torch.cat([_losses(multiply(part, weight), target, first_id, group)[0] for part, target in parts])
+    return torch.cat(
+        [_losses(multiply(part, weight), target, first_id, group, kernels).losses for part, target in parts]
+    )

@@ -18,6 +18,7 @@ from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_ru
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.parallel.agreement import gather_numbers
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.engine import (
     base_construction,
     initialize_engine,
@@ -51,7 +52,9 @@ class BuiltModel:
     bytes_read: tuple[int, ...]
 
 
-def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None) -> BuiltModel:
+def build_model(
+    plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None, *, kernels: Kernels = EAGER
+) -> BuiltModel:
     """Build this rank's part of the flat list on `device`, read its slices of the base, give the adapter its values.
 
     Raises:
@@ -62,7 +65,7 @@ def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | No
         base = identify_base(plan.source, weights, plan.settings.dtype)
         if checkpoint is not None:
             checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
-        module, stage, groups, process_grid = _build_stage(plan, device)
+        module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         bank = stage.adapter
         assert bank is not None
         mark_parameters(bank, groups)
@@ -81,10 +84,12 @@ def build_model(plan: RunPlan, device: torch.device, checkpoint: Checkpoint | No
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read))
 
 
-def _build_stage(plan: RunPlan, device: torch.device) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
+def _build_stage(
+    plan: RunPlan, device: torch.device, kernels: Kernels
+) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
     """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
-    specs = layer_specs(plan.source.config, dtype=plan.dtype, tp_size=grid.tp_size)
+    specs = layer_specs(plan.source.config, dtype=plan.dtype, tp_size=grid.tp_size, kernels=kernels)
     bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:

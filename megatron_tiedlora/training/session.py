@@ -22,6 +22,7 @@ from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
@@ -152,7 +153,12 @@ def _cut(plan: RunPlan) -> str:
 
 
 def headline(
-    plan: RunPlan, data: RunData, folder: RunFolder, checkpoint: Checkpoint | None, built: BuiltModel
+    plan: RunPlan,
+    data: RunData,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    built: BuiltModel,
+    chosen: ChosenKernels,
 ) -> list[str]:
     """What a run is, in a few lines, before its progress bar."""
     settings, batches, grid = plan.settings, plan.batches, plan.grid
@@ -175,4 +181,5 @@ def headline(
         )
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
+    lines.append(f"kernels    {chosen.description}")
     return [*lines, f"run folder {folder.path}{start}"]

@@ -1,0 +1,118 @@
+"""Whether a run's kernels are compiled, and compiling them before its first step, where it shows and can fail.
+
+torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds. The
+kernels meet a small model here, whose sizes differ from each other, so that one graph serves all sizes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import distributed
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.parallel.agreement import first_message, world_size
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.pipeline.launch_env import local_rank
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.training.plan import RunPlan
+
+# Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
+# for half a minute at first, and saves about a quarter of a step.
+LEAST_WORK = 5e9
+
+
+@dataclass(frozen=True)
+class ChosenKernels:
+    """Kernels for the layers, and how they came to be in a few words for the user."""
+
+    kernels: Kernels
+    description: str
+
+
+def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
+    """What --compile asks for, compiled on every rank or on none; all ranks take part.
+
+    `auto` compiles where the run is long enough to gain by it, and goes on without where it cannot be done.
+
+    Raises:
+        UserError: with --compile true, on every rank, where a rank cannot compile.
+    """
+    wish = plan.settings.compile
+    if wish == "false":
+        return ChosenKernels(EAGER, "not compiled")
+    if wish == "auto" and not _pays(plan):
+        return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
+    if plan.grid.rank == 0:
+        print("compiling the kernels ...", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    kernels, failure = EAGER, None
+    # One rank of each host before the others: it fills the cache that they then read.
+    for turn in (True, False):
+        if (local_rank() == 0) == turn:
+            try:
+                kernels = compiled_kernels(plan.source.config, dtype=plan.dtype, device=device)
+            except UserError as error:
+                failure = str(error)
+        if world_size() > 1:
+            distributed.barrier()
+    failure = first_message(failure, device)
+    if failure is None:
+        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s")
+    if wish == "true":
+        raise UserError(f"--compile true: {failure}; install a C++ compiler, or give --compile auto or false")
+    return ChosenKernels(EAGER, f"not compiled: {failure}")
+
+
+def _pays(plan: RunPlan) -> bool:
+    settings, config, grid = plan.settings, plan.source.config, plan.grid
+    tokens = settings.max_steps * settings.global_batch_size * settings.max_length / grid.dp_size
+    widths = config.num_layers * (config.hidden_size + config.intermediate_size) / (grid.tp_size * grid.pp_size)
+    return tokens * widths >= LEAST_WORK
+
+
+def compiled_kernels(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> Kernels:
+    """The kernels, compiled for all sizes of a model's layers in `dtype` on `device`.
+
+    Raises:
+        UserError: they cannot be, in one line.
+    """
+    kernels = EAGER.compiled()
+    try:
+        _warm_up(kernels, config, dtype=dtype, device=device)
+    except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}") from error
+    return kernels
+
+
+def _warm_up(kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Call every kernel, forwards and backwards, in each of the forms that training has.
+
+    The vocabulary and the width between layers are the model's, as a compiler goes over long rows in another way than
+    over short ones. The rest is small.
+    """
+    from torch._inductor import config as inductor
+
+    small = replace(
+        config, intermediate_size=88, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=24, tied_embeddings=True
+    )
+    adapter = make_adapter_config(
+        "tl6", rank=4, layers=(1, 2), hidden_size=small.hidden_size, qkv_rows=small.qkv_rows, seed=0
+    )
+    with device:
+        stage = Stage(layer_specs(small, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
+    for parameter in stage.parameters():
+        torch.nn.init.zeros_(parameter)
+    num_rows, length = 3, 152
+    ids = torch.arange(length).expand(num_rows, length)
+    tokens, positions = ids.to(device) % small.vocab_size, ids.to(device)
+    with inductor.patch(compile_threads=1):  # else it leaves processes behind that wait for more
+        for documents in (None, ids // 40):
+            stage(tokens, positions, tokens, documents=documents).backward()

@@ -1,0 +1,126 @@
+"""Compiled kernels: the numbers of those that are not, one graph for all sizes, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_preludes
+import torch
+from run_files import losses
+from run_helpers import Base, run, write_base
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.training.compiling import compiled_kernels
+
+HOST = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def model_config() -> LlamaConfig:
+    sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 250, "num_attention_heads": 6}
+    return llama_config_from_hf(
+        {"model_type": "llama", "vocab_size": 5000, "num_key_value_heads": 2, "num_hidden_layers": 2, **sizes}
+    )
+
+
+def loss_and_gradients(
+    kernels: Kernels, *, rows: int, length: int, packed: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of a model with random weights in fp32 and an adapter that is not zero."""
+    config = model_config()
+    adapter = make_adapter_config(
+        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
+    )
+    stage = Stage(layer_specs(config, dtype=torch.float32, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in stage.parameters():
+        parameter.data.normal_(0.0, 0.1, generator=generator)
+    tokens = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    labels = tokens.roll(-1, dims=1).masked_fill(torch.arange(length) < length // 3, -100)
+    positions = torch.arange(length).expand(rows, length)
+    documents = (torch.arange(length) // 50).expand(rows, length) if packed else None
+    loss = stage(tokens, positions, labels, documents=documents)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
+    return compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "length"), [(2, 136), (1, 64), (5, 203), (3, 16)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_once_for_all_sizes_with_the_same_numbers(
+    compiled: Kernels, packed: bool, rows: int, length: int
+) -> None:
+    """After the warm-up nothing is compiled any more, whatever the shape of a micro-batch; one row packs no others."""
+    wanted, expected = loss_and_gradients(EAGER, rows=rows, length=length, packed=packed)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        loss, found = loss_and_gradients(compiled, rows=rows, length=length, packed=packed)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-5, atol=2e-6 * float(expected[name].abs().max()))
+
+
+def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Kernels) -> Kernels:
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no compiler\nwith a long story")
+
+        return Kernels(normalise=broken)
+
+    monkeypatch.setattr(Kernels, "compiled", refuse)
+    with pytest.raises(UserError, match=r"^RuntimeError: no compiler$"):
+        compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("compiled"))
+
+
+@needs_compiler
+@pytest.mark.distributed
+def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
+    """Two data-parallel ranks, packed rows: the losses of the run that is not compiled; both say which they are."""
+    changes = {"ranks": 2, "max_steps": 4, "packing": True}
+    said = []
+    for name, wish in (("plain", "auto"), ("compiled", "true")):
+        ended = run(base, tmp_path / name, **changes, compile=wish)
+        said.append("".join(ended.outputs))
+    assert "kernels    not compiled, as the run is short" in said[0]
+    assert "kernels    compiled in" in said[1]
+    for split in ("train", "validation"):
+        pairs = zip(losses(tmp_path / "compiled", split), losses(tmp_path / "plain", split), strict=True)
+        for (step, loss), (same, wanted) in pairs:
+            assert step == same and loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_compile_ends_the_run_that_must(base: Base, tmp_path: Path) -> None:
+    """With one line, the same on every rank, though only rank 1 has no compiler; nothing is written."""
+    cannot = functools.partial(run_preludes.no_compiler, rank=1)
+    ended = run(base, tmp_path / "run", expect=2, ranks=2, prelude=cannot, compile="true")
+    assert "--compile true: RuntimeError: no compiler; install a C++ compiler" in ended.error_line()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_compile_makes_all_go_on_without(base: Base, tmp_path: Path) -> None:
+    """`auto` where it would pay: copies of one tensor are computed alike on all ranks, or they would drift apart."""
+    cannot = functools.partial(run_preludes.no_compiler, rank=1, pays=True)
+    ended = run(base, tmp_path / "run", ranks=2, prelude=cannot, max_steps=2)
+    assert "kernels    not compiled: RuntimeError: no compiler" in "".join(ended.outputs)
+    assert len(losses(tmp_path / "run")) == 2
