@@ -66,7 +66,8 @@ def test_small_dataset_fills_a_global_batch():
 def test_layout_does_not_change_the_samples(dp_size):
     dataset = make_dataset(50)
     reference = make_loader(dataset)
-    loaders = [make_loader(dataset, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    options = {"dp_size": dp_size, "pad_multiple": 4 * dp_size}
+    loaders = [make_loader(dataset, dp_rank=rank, **options) for rank in range(dp_size)]
     for _ in range(6):  # 72 samples: more than an epoch
         whole = [sample_numbers(batch) for batch in next(reference).micro_batches]
         steps = [next(loader) for loader in loaders]
@@ -74,6 +75,10 @@ def test_layout_does_not_change_the_samples(dp_size):
             assert len(step.micro_batches) == 6 // dp_size
             assert step.num_supervised == sum(b.num_supervised for s in steps for b in s.micro_batches)
             assert step.num_tokens == sum(b.num_tokens for s in steps for b in s.micro_batches)
+            assert step.num_positions == sum(b.labels.numel() for s in steps for b in s.micro_batches)
+            lengths = [int(length) for s in steps for b in s.micro_batches for length in b.lengths]
+            assert step.squared_lengths == sum(length**2 for length in lengths)
+            assert step.squared_lengths == sum(b.squared_lengths for s in steps for b in s.micro_batches)
         for number, expected in enumerate(whole):
             batch = steps[number % dp_size].micro_batches[number // dp_size]
             assert sample_numbers(batch) == expected
@@ -183,6 +188,9 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
         assert len({len(step.micro_batches) for step in steps}) == 1
         batches = [batch for step in steps for batch in step.micro_batches]
         assert {step.num_supervised for step in steps} == {expected.num_supervised}
+        assert {step.squared_lengths for step in steps} == {expected.squared_lengths}
+        assert sum(batch.squared_lengths for batch in batches) == expected.squared_lengths
+        assert {step.num_positions for step in steps} == {sum(batch.labels.numel() for batch in batches)}
         assert sum(batch.num_supervised for batch in batches) == expected.num_supervised
         assert sum(batch.num_samples for batch in batches) == 12
         assert sum(batch.num_tokens for batch in batches) == expected.num_tokens

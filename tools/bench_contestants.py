@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.compiling import compiled_kernels
-from megatron_tiedlora.training.flops_plan import step_flops
+from megatron_tiedlora.training.flops_plan import sample_flops
+from megatron_tiedlora.training.throughput import product_rate, resident_bytes
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 LEARNING_RATE = 1e-4
@@ -39,7 +39,7 @@ class Side:
 
     Attributes:
         forwards: of each micro-batch, what gives its loss, divided by the supervised tokens of the step.
-        flops: what the step needs, where it is this package's; None elsewhere.
+        flops: what the step's samples take, where it is this package's; None elsewhere.
     """
 
     model: torch.nn.Module
@@ -137,19 +137,13 @@ def _ours(options: Namespace) -> Side:
     stage.train()
     batches = _batches(options, config.vocab_size, packed=options.task is not None)
     supervised = sum(batch.num_supervised for batch in batches)
-    flops = 0
-    for batch in batches:
-        ids = batch.documents if batch.documents is not None else torch.zeros_like(batch.input_ids)
-        squares = sum(int((row == number).sum()) ** 2 for row in ids for number in row.unique())
-        rows = find_supervised(batch.labels)
-        flops += step_flops(
-            config,
-            adapter,
-            num_tokens=batch.input_ids.numel(),
-            squared_lengths=squares,
-            num_after=len(rows.rows),
-            num_supervised=len(rows.targets),
-        ).total
+    flops = sample_flops(
+        config,
+        adapter,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        squared_lengths=sum(batch.squared_lengths for batch in batches),
+        num_supervised=supervised,
+    )
 
     def forward(batch: MicroBatch) -> torch.Tensor:
         found = find_supervised(batch.labels)
@@ -239,24 +233,12 @@ def _preset(options: Namespace) -> dict[str, Any]:
     return values if options.num_layers is None else {**values, "num_hidden_layers": options.num_layers}
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one step, to its end on the device."""
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def matmul_peak(side: Side, dtype: str) -> float:
     """FLOP/s of a bare product of a micro-batch's tokens with the largest frozen matrix, the best of several."""
     weight = max((p for p in side.model.parameters() if p.ndim == 2 and not p.requires_grad), key=lambda p: p.numel())
     rows = max(1024, side.num_positions // max(1, len(side.forwards)))
-    hidden = torch.randn(rows, weight.shape[1], device=side.device, dtype=DTYPES[dtype])
-    product = hidden.new_empty(rows, weight.shape[0])
-    with torch.no_grad():
-        taken = [timed(lambda: torch.mm(hidden, weight.t(), out=product), side.device) for _ in range(10)]
-    return 2 * rows * weight.numel() / min(taken)
+    columns, inner = weight.shape
+    return product_rate(rows, inner, columns, dtype=DTYPES[dtype], device=side.device, repeats=10)
 
 
 def saved_bytes(side: Side) -> int:
@@ -288,12 +270,7 @@ def peak_bytes(side: Side) -> int:
         before = torch.cuda.memory_allocated()
         side.step()
         return int(torch.cuda.max_memory_allocated() - before)
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     side.step()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return resident_bytes("VmHWM") - before

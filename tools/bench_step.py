@@ -56,10 +56,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     _resolve(options)
     import torch
-    from bench_contestants import contestants, matmul_peak, timed
+    from bench_contestants import contestants, matmul_peak
     from tqdm import tqdm
 
     from megatron_tiedlora.checkpoint.atomic import write_json
+    from megatron_tiedlora.training.throughput import timed
 
     sides = contestants(options)
     memory = {}

@@ -12,7 +12,7 @@ devices to the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,8 @@ class MicroBatch:
     supervised, else -100. position_ids: (b, s) int64, from 0 up in each sample.
     documents: (b, s) int64, the number of each token's sample in its row, padding being one more; None where each row
     is one sample. lengths: (b,) int64, real tokens of each row. num_samples is 0 for a batch that only fills up.
-    num_tokens: real tokens. num_supervised: labels that are not -100.
+    num_tokens: real tokens. num_supervised: labels that are not -100. squared_lengths: sum of the samples' squared
+    lengths.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +56,7 @@ class MicroBatch:
     num_samples: int
     num_tokens: int
     num_supervised: int
+    squared_lengths: int
 
     @property
     def model_input(self) -> StepInput:
@@ -67,13 +69,14 @@ class GlobalBatch:
     """The plan of one optimizer step, the same on every rank.
 
     micro_batches: of each its rows, and of each row its samples' indices; one sample a row stand shortest first.
-    num_supervised, num_tokens: of all samples of the step.
+    num_supervised, num_tokens, squared_lengths: of all samples of the step.
     consumed_samples: samples consumed once this step is done; what a resume starts from.
     """
 
     micro_batches: Sequence[Rows]
     num_supervised: int
     num_tokens: int
+    squared_lengths: int
     consumed_samples: int
 
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
@@ -87,12 +90,15 @@ class GlobalBatch:
 class TrainingStep:
     """One rank's share of a global batch.
 
-    num_supervised, num_tokens: of the whole global batch. consumed_samples: after this step.
+    num_supervised, num_tokens, squared_lengths: of the samples of the whole global batch. num_positions: of its
+    micro-batches on all ranks, padding included. consumed_samples: after this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     num_supervised: int
     num_tokens: int
+    squared_lengths: int
+    num_positions: int
     consumed_samples: int
 
 
@@ -131,6 +137,7 @@ def plan_global_batch(
         micro_batches=[numbered[start : start + micro] for start in range(0, len(numbered), micro)],
         num_supervised=int(dataset.supervised_counts[indices].sum()),
         num_tokens=int(lengths.sum()),
+        squared_lengths=int((lengths**2).sum()),
         consumed_samples=consumed_samples + size,
     )
 
@@ -183,6 +190,8 @@ class TrainingLoader:
             micro_batches=micro_batches,
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
+            squared_lengths=plan.squared_lengths,
+            num_positions=num_positions(self._dataset, plan.micro_batches, pad_multiple=self._pad_multiple),
             consumed_samples=plan.consumed_samples,
         )
 
@@ -229,8 +238,8 @@ def collate(
     Args:
         packed: whether rows may hold several samples; the batch then says which tokens belong together.
     """
-    lengths = [int(dataset.lengths_of(row).sum()) for row in rows] or [0]
-    shape = (len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple)
+    lengths = _row_lengths(dataset, rows)
+    shape = _padded_shape(lengths, pad_multiple)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
@@ -257,4 +266,20 @@ def collate(
         num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
+        squared_lengths=sum(int((dataset.lengths_of(row) ** 2).sum()) for row in rows),
     )
+
+
+def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> int:
+    """Positions of micro-batches as `collate` pads them."""
+    return sum(math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches)
+
+
+def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
+    """Tokens of each row; where there is no row, those of the one that stands in."""
+    return [int(dataset.lengths_of(row).sum()) for row in rows] or [0]
+
+
+def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
+    """(rows, positions of each) of a micro-batch of rows of these lengths."""
+    return len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import plan_global_batch
+from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
@@ -26,7 +26,6 @@ from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,
     estimated_groups,
-    micro_batch_shape,
     padded,
     planned_shapes,
     stage_traffic,
@@ -212,7 +211,7 @@ def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
 def _fill(plan: RunPlan, data: RunData) -> str:
     """How many of the first step's positions hold a token."""
     step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
-    positions = sum(micro_batch_shape(plan, data.train, rows).num_tokens for rows in step.micro_batches)
+    positions = num_positions(data.train, step.micro_batches, pad_multiple=plan.pad_multiple)
     num_rows = sum(len(rows) for rows in step.micro_batches)
     return (
         f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"

@@ -59,6 +59,24 @@ def step_flops(
     return StepFlops(products, attention, low_rank, head)
 
 
+def sample_flops(
+    config: LlamaConfig, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
+) -> int:
+    """What training on samples takes, however they are padded, packed or cut: positions of padding count for nothing.
+
+    Args:
+        num_tokens, squared_lengths, num_supervised: sums over the samples, of lengths s, s^2 and supervised tokens.
+    """
+    return step_flops(
+        config,
+        adapter,
+        num_tokens=num_tokens,
+        squared_lengths=squared_lengths,
+        num_after=num_supervised,
+        num_supervised=num_supervised,
+    ).total
+
+
 def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
     """Summed widths of the adapter's products in one layer, each of r columns: 3 (d + o) where all is trained."""
     row, d, o = adapter.row, adapter.hidden_size, adapter.out_size

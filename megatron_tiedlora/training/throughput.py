@@ -1,0 +1,198 @@
+"""How fast a run is: tokens a second, the share of the devices' peak that its samples use, padding, memory.
+
+    MFU = operations that the samples of a step take / (seconds of the step x peak FLOP/s of all ranks)
+
+The operations are those of `flops_plan.sample_flops`: of real tokens and without recompute, so that padding, pipeline
+bubbles and layers computed again all lower it, and that it is the same figure at any layout. Steps are timed from the
+first forward pass to the optimizer's end; evaluations and saves are not in it. All amounts follow from the plan of the
+step, which every rank has: nothing is sent, and no device is waited for.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.parallel.agreement import sum_over_ranks
+from megatron_tiedlora.training.flops_plan import sample_flops
+from megatron_tiedlora.training.plan import RunPlan
+
+# bf16 TFLOP/s by words of the device's name, from the vendor's data sheets: dense, which is half of what they give with
+# sparsity. The first row counts whose words are all in the name. Other devices are measured, and so is fp32, whose rate
+# depends on whether TF32 is allowed.
+_DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
+    (frozenset({"GB200"}), 2500.0),
+    (frozenset({"B200"}), 2250.0),
+    (frozenset({"GH200"}), 989.4),
+    (frozenset({"H200", "NVL"}), 835.5),
+    (frozenset({"H200"}), 989.4),
+    (frozenset({"H100", "NVL"}), 835.5),
+    (frozenset({"H100", "PCIe"}), 756.5),
+    (frozenset({"H100", "HBM3"}), 989.4),  # SXM
+    (frozenset({"A100"}), 312.0),
+    (frozenset({"A40"}), 149.7),
+    (frozenset({"L40S"}), 362.1),
+    (frozenset({"L4"}), 121.0),
+)
+# Seconds that measuring a peak takes, more or less, and of a product that is long enough to be timed.
+_MEASURING, _LONG_PRODUCT = 0.25, 0.02
+_SMALLEST, _LARGEST = 256, 4096  # rows and columns of such products; three matrices of the largest are 100 MB in bf16
+
+
+class Peak(NamedTuple):
+    """FLOP/s of bare products, and where the figure is from."""
+
+    flops_per_second: float
+    source: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What some steps did: amounts that add up."""
+
+    tokens: int
+    supervised: int
+    positions: int
+    flops: int
+    seconds: float
+
+    def __add__(self, other: _Work) -> _Work:
+        return _Work(
+            self.tokens + other.tokens,
+            self.supervised + other.supervised,
+            self.positions + other.positions,
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass
+class Meter:
+    """Rates of each step, and of all steps of this start but its first, which warms up.
+
+    Attributes:
+        peak: of all ranks together.
+        steps: (first, last) of those that the mean is of; None before the second step.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig
+    peak: Peak
+    steps: tuple[int, int] | None = None
+    _is_warm: bool = False
+    _total: _Work | None = None
+
+    def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
+        """Count step `number`, which took `seconds`; returns its rates as they stand in a row of metrics.jsonl."""
+        flops = sample_flops(
+            self.config,
+            self.adapter,
+            num_tokens=step.num_tokens,
+            squared_lengths=step.squared_lengths,
+            num_supervised=step.num_supervised,
+        )
+        work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
+        if self._is_warm:
+            self._total = work if self._total is None else self._total + work
+            self.steps = (number if self.steps is None else self.steps[0], number)
+        self._is_warm = True
+        return self._rates(work)
+
+    def mean(self) -> dict[str, float] | None:
+        """Rates of the counted steps together; None where there is none."""
+        return None if self._total is None else self._rates(self._total)
+
+    def _rates(self, work: _Work) -> dict[str, float]:
+        return {
+            "tokens_per_second": work.tokens / work.seconds,
+            "supervised_tokens_per_second": work.supervised / work.seconds,
+            "mfu": work.flops / work.seconds / self.peak.flops_per_second,
+            "padding": 1 - work.tokens / work.positions,
+        }
+
+
+def start_meter(plan: RunPlan, device: torch.device) -> Meter:
+    """A meter for the run; all ranks take part, each with the peak of its own device.
+
+    Ranks that share a processor measure at the same time, so each finds about its share.
+    """
+    sum_over_ranks([0.0], device)  # start together
+    mine = find_peak(device, plan.dtype)
+    total = sum_over_ranks([mine.flops_per_second], device)[0]
+    return Meter(plan.source.config, plan.adapter, Peak(total, mine.source))
+
+
+def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What one device can do at most in products of this dtype: by its name where that is known, else measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        listed = listed_peak(torch.cuda.get_device_name(device))
+        if listed is not None:
+            return Peak(listed, "data sheet")
+    return Peak(measured_peak(device, dtype), "measured")
+
+
+def listed_peak(name: str) -> float | None:
+    """bf16 FLOP/s of a whole device of that name, None where no data sheet is known or it is a part of one."""
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((1e12 * rate for needed, rate in _DATA_SHEETS if needed <= words), None)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square products, which grow until one can be timed well; the best of those tried."""
+    best, size, started = 0.0, _SMALLEST, time.perf_counter()
+    while best == 0 or time.perf_counter() - started < _MEASURING:
+        best = max(best, product_rate(size, size, size, dtype=dtype, device=device, repeats=2))
+        if 2 * size**3 / best < _LONG_PRODUCT:
+            size = min(2 * size, _LARGEST)
+    return best
+
+
+def product_rate(
+    rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
+) -> float:
+    """FLOP/s of a bare product (rows, inner) by (columns, inner) transposed, the best of `repeats`."""
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random stream stays where it is
+    left, right = (
+        torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns)
+    )
+    product = left.new_empty(rows, columns)
+    with torch.no_grad():
+        taken = [timed(lambda: torch.mm(left, right.t(), out=product), device) for _ in range(repeats)]
+    return 2 * rows * inner * columns / min(taken)
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one step, to its end on the device."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held since it began: allocated by torch on CUDA, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        return resident_bytes("VmHWM")  # getrusage would go on from what the launcher held when it started this process
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS counts in bytes
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS (now) or VmHWM (at most) of this process; Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
