@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         from megatron_tiedlora.training.loop import Trainer
         from megatron_tiedlora.training.plan import plan_run
         from megatron_tiedlora.training.run_data import prepare_data
+        from megatron_tiedlora.training.throughput import start_meter
 
         plan = plan_run(settings, rank=rank, world_size=world_size)
         data = prepare_data(plan, progress=is_main)
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         runner = build.start_engine(plan, built, device, checkpoint)
         log = session.occupy_run_folder(plan, folder, checkpoint, device)
         end.folder = folder
-        end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, start)
+        meter = start_meter(plan, device)
+        end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
         if is_main:
             print("\n".join(session.headline(plan, data, folder, checkpoint, built, chosen)))
         if checkpoint is None:
@@ -68,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         finish.record_score(trainer, "after", finish.score(trainer))
         if is_main:
             exported = finish.export(trainer)
-            print("\n".join([*finish.summary_lines(trainer), *exported, *finish.next_steps(trainer)]))
+            summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
+            print("\n".join([*summary, *finish.next_steps(trainer)]))
         leave_process_group()
     return end.status
 

@@ -44,6 +44,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.training.stopping import StopWatch
+    from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)
     data = prepare_data(plan, progress=False)
@@ -57,7 +58,8 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     if rank == 0:
         session.write_run_settings(plan, folder)
     log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
-    trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch(), log)
+    meter = Meter(plan.source.config, plan.adapter, Peak(1e9, "made up"))
+    trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch(), log, meter)
     if use_sgd:
         trainer.save = lambda **_: None  # it has no moments to save
     trainer.run()

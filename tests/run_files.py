@@ -63,7 +63,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     """Both runs have the same rows, one for each step, and the same adapters, bit for bit."""
     for split in ("train", "validation"):
         assert losses(folder, split) == losses(whole, split)
-    keep = ("step", "loss", "learning_rate", "grad_norm", "supervised_tokens")
+    keep = ("step", "loss", "learning_rate", "grad_norm", "supervised_tokens", "padding")
     assert [[row[k] for k in keep] for row in metrics(folder)] == [[row[k] for k in keep] for row in metrics(whole)]
     for part in ("adapter", "checkpoints"):
         found, expected = files_of(folder / part), files_of(whole / part)

@@ -62,7 +62,8 @@ def test_metrics(base: Base, finished: tuple[Path, Ended]) -> None:
     train, validation = metrics(folder), metrics(folder, "validation")
     assert [row["step"] for row in train] == list(range(1, 11))
     assert [row["step"] for row in validation] == [0, 2, 4, 6, 8, 10]
-    names = {"step", "split", "loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_tokens"}
+    names = {"step", "split", "loss", "learning_rate", "grad_norm", "supervised_tokens"}
+    names |= {"tokens_per_second", "supervised_tokens_per_second", "mfu", "padding", "peak_memory_bytes"}
     assert all(set(row) == names for row in train)
     assert all(set(row) == {"step", "split", "loss"} for row in validation)
     assert all(len(repr(row["loss"])) > 12 for row in train), "rounded"
@@ -83,7 +84,8 @@ def test_tensorboard_has_the_same_numbers(finished: tuple[Path, Ended]) -> None:
 
     folder, _ = finished
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert {"train/loss", "train/grad_norm", "train/learning_rate", "validation/loss"} <= set(events.Tags()["scalars"])
+    expected = {f"train/{name}" for name in metrics(folder)[0] if name not in ("step", "split")} | {"validation/loss"}
+    assert {"train/loss", "train/mfu", "train/peak_memory_bytes"} <= expected == set(events.Tags()["scalars"])
     for split in ("train", "validation"):
         found = [(event.step, event.value) for event in events.Scalars(f"{split}/loss")]
         assert [step for step, _ in found] == [step for step, _ in losses(folder, split)]

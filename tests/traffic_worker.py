@@ -74,6 +74,7 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
     from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.run_folder import RunFolder
     from megatron_tiedlora.training.stopping import StopWatch
+    from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     assert plan.settings.replica_check_steps == 0
@@ -85,7 +86,8 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
         folder = RunFolder(folder / "run")  # nothing is written
-        trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch([]), None)
+        meter = Meter(plan.source.config, plan.adapter, Peak(1e9, "made up"))
+        trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch([]), None, meter)
         loader = TrainingLoader(
             data.train,
             plan.batch_shape,

@@ -15,8 +15,10 @@ from megatron_tiedlora.convert.verify import format_comparisons, verify_export
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.pipeline.engine import all_open
+from megatron_tiedlora.training.dry_run import readable
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
+from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 
 def score(trainer: Trainer) -> dict[str, Score]:
@@ -73,6 +75,24 @@ def summary_lines(trainer: Trainer) -> list[str]:
         label = f"{name}, {(before or after)['n']} test samples"
         rows.append(f"{label:<34}{_number(before.get('score')):>10}{_number(after.get('score')):>10}")
     return rows
+
+
+def speed_lines(trainer: Trainer) -> list[str]:
+    """How fast the run's steps were on average, and the memory it took; the first step of this start left out.
+
+    No line where this start took fewer than two steps.
+    """
+    meter = trainer.meter
+    mean, steps = meter.mean(), meter.steps
+    if mean is None or steps is None:
+        return []
+    return [
+        "",
+        f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
+        f" supervised; MFU {mean['mfu']:.1%} of {meter.peak.flops_per_second / 1e12:,.2f} TFLOP/s"
+        f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
+        f"memory      {readable(peak_memory_bytes(trainer.device))} at the peak, rank 0",
+    ]
 
 
 def _number(value: float | None, name: str = "") -> str:

@@ -29,6 +29,7 @@ from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.training.stopping import RunStopped, StopWatch
+from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 from megatron_tiedlora.training.validation import validation_loss
 
 # A step longer than this asks for stopping after every micro-batch, so that a signal is answered within its grace time.
@@ -47,6 +48,7 @@ class Trainer:
     device: torch.device
     stop: StopWatch
     log: MetricsLog | None  # rank 0's
+    meter: Meter
     progress: Progress = field(default_factory=Progress)
     _saved_step: int | None = None
     _save_due: bool = False
@@ -165,9 +167,9 @@ class Trainer:
         )
 
     def _report(self, bar: Any, loss: float, rate: float, norm: float, step: TrainingStep, seconds: float) -> None:
-        speed = step.num_tokens / seconds
+        rates = self.meter.add(self.progress.step, step, seconds)
         bar.update(1)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}")
         self._write_log(
             {
                 "step": self.progress.step,
@@ -175,8 +177,9 @@ class Trainer:
                 "loss": loss,
                 "learning_rate": rate,
                 "grad_norm": norm,
-                "tokens_per_second": speed,
                 "supervised_tokens": step.num_supervised,
+                **rates,
+                "peak_memory_bytes": peak_memory_bytes(self.device),
             }
         )
 
