@@ -314,8 +314,8 @@ def test_the_end_tells_the_mean(ran: Callable[[str], Ran], name: str) -> None:
     seconds = sum(map(found.seconds, counted))
     (line,) = [line for line in output.splitlines() if line.startswith("speed ")]
     numbers = re.fullmatch(
-        r"speed +([\d,]+) tokens/s, ([\d,]+) of them supervised; MFU ([\d.]+)% of 0.00 TFLOP/s \(measured\);"
-        r" padding ([\d.]+)%; steps 2 to 6",
+        rf"speed +([\d,]+) tokens/s, ([\d,]+) of them supervised; MFU ([\d.]+)% of {found.num_ranks} GFLOP/s"
+        r" \(measured\); padding ([\d.]+)%; steps 2 to 6",
         line,
     )
     assert numbers is not None, line

@@ -86,10 +86,12 @@ def speed_lines(trainer: Trainer) -> list[str]:
     mean, steps = meter.mean(), meter.steps
     if mean is None or steps is None:
         return []
+    peak = meter.peak.flops_per_second
+    shown = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
     return [
         "",
         f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
-        f" supervised; MFU {mean['mfu']:.1%} of {meter.peak.flops_per_second / 1e12:,.2f} TFLOP/s"
+        f" supervised; MFU {mean['mfu']:.1%} of {shown}"
         f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
         f"memory      {readable(peak_memory_bytes(trainer.device))} at the peak, rank 0",
     ]
