@@ -1,0 +1,145 @@
+"""Bytes that operations read and write, counted as they are dispatched; no kernel is run, so it needs no memory.
+
+    with BytesTouched() as counter:
+        ...
+    counter.total
+
+An operation reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and
+writes what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once. Every operation
+counts as if it ran by itself, from memory to memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter, make_adapter_config
+from megatron_tiedlora.model.qkv import NormedQkv
+from megatron_tiedlora.parallel.groups import TensorParallel
+
+_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+
+
+class BytesTouched(TorchDispatchMode):
+    """Sums bytes by (place, operation) while the block runs.
+
+    The place is `norm` or `rope` for what a function of model/norm.py or model/rope.py does, and `qkv` for the rest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.found.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the operation, and let it through."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name not in _ALLOCATES and not func.is_view:
+            self.found[_place(), name] += _touched(func, name, args, kwargs, result)
+        return result
+
+
+def _place() -> str:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        stem = Path(frame.f_code.co_filename).stem
+        if stem in ("norm", "rope"):
+            return stem
+        frame = frame.f_back
+    return "qkv"
+
+
+def _touched(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
+    size = 0
+    for index, argument in enumerate(func._schema.arguments):
+        given = kwargs.get(argument.name) if argument.kwarg_only or index >= len(args) else args[index]
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        overwritten = changed and (name in _OVERWRITES or argument.is_out)
+        size += _num_bytes(given) * ((not overwritten) + changed)
+    new = (r.alias_info is None for r in func._schema.returns)
+    results = result if len(func._schema.returns) > 1 else (result,)
+    return size + sum(_num_bytes(tensor) for tensor, is_new in zip(results, new, strict=True) if is_new)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of the different numbers of a tensor, or of tensors in a list; 0 for anything else."""
+    if isinstance(value, torch.Tensor):
+        sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
+        return value.element_size() * torch.Size(sizes).numel()
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+@dataclass(frozen=True)
+class QkvShape:
+    """One adapted QKV projection on one rank, in bf16: d, rows of Q, K and V, size of a head, tokens."""
+
+    hidden_size: int
+    rows: tuple[int, int, int]
+    head_dim: int
+    num_tokens: int
+
+    @property
+    def bare_bytes(self) -> int:
+        """Of `x W^T` and `dy W` alone: x, W and dy read (W twice), y and dx written."""
+        d, o, tokens = self.hidden_size, sum(self.rows), self.num_tokens
+        return 2 * 2 * (tokens * d + o * d + tokens * o)
+
+
+def layer_bytes(shape: QkvShape, method: str | None, rank: int = 1) -> Counter[tuple[str, str]]:
+    """What norm, projection, update and rotation of one layer touch, forward and backward, by (place, operation).
+
+    Counted as what a second layer adds to a first one, so that it holds the sum of tied gradients over the layers, and
+    nothing that is done once for all of them.
+
+    Args:
+        method: of the adapter; None for the frozen layer alone.
+    """
+    one, two = (_bytes_of_layers(shape, method, rank, num_layers) for num_layers in (1, 2))
+    two.subtract(one)
+    return two
+
+
+def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers: int) -> Counter[tuple[str, str]]:
+    with torch.device("meta"):
+        layer = NormedQkv(
+            shape.hidden_size, shape.rows, head_dim=shape.head_dim, eps=1e-5, bias=False, dtype=torch.bfloat16
+        )
+        table = tuple(torch.empty(1, shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
+        bank = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
+        inputs = [
+            torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(num_layers)
+        ]
+    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if bank is None else bank()
+    trained = [] if bank is None else [parameter for parameter in bank.parameters() if parameter.requires_grad]
+    with BytesTouched() as counter:
+        outputs = [
+            head
+            for hidden, update in zip(inputs, updates, strict=True)
+            for head in layer(hidden, table, TensorParallel(), update)
+        ]
+        # Attention gives gradients of its own storage for each of the three.
+        gradients = [torch.empty(head.shape, dtype=head.dtype, device="meta") for head in outputs]
+        torch.autograd.grad(outputs, [*inputs, *trained], gradients)
+    return counter.found
+
+
+def _config(shape: QkvShape, method: str, rank: int, num_layers: int) -> Any:
+    layers = tuple(range(1, num_layers + 1))
+    return make_adapter_config(
+        method, rank=rank, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.rows, seed=0
+    )
