@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import write_uneven_data
 from forked_ranks import run_on_ranks
 from report_tables import stage_table
-from tiny_models import write_tiny_model
 from torch import distributed
-from traffic_worker import Case, Counted, count_steps
+from traffic_runs import Ran, run_cases, write_inputs
 
-from megatron_tiedlora.adapters.methods import find_method
-from megatron_tiedlora.config.settings import METHOD_NAMES, make_settings
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.traffic import (
     DATA,
@@ -35,7 +30,6 @@ from megatron_tiedlora.parallel.traffic import (
 from megatron_tiedlora.training import traffic_plan
 from megatron_tiedlora.training.dry_run import dry_run_report, readable
 from megatron_tiedlora.training.memory_plan import base_bytes, saved_bytes_per_token
-from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
 from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.traffic_plan import (
@@ -74,12 +68,10 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp, recompute": {**TP, **FULL},
         "tp, one layer": {**TP, **ONE_LAYER},
         "tp, short head": {**TP, "head_rows": 16, "ds_config": "zero0.json"},
-        "tp, six layers": {**TP, "model": "six", "micro_batch_size": 4},
-        "tp, five layers": {**TP, "micro_batch_size": 4},
         "tp, packed": {**TP, **PACKED},
         "dp zero2, packed": {**PACKED, "ds_config": "zero2.json"},
         "tp, mutated": {**TP, "extra_message": True},
-        **{f"tp {method}": {**TP, "method": method, "layers": (2, 3, 5)} for method in METHOD_NAMES},
+        "tp vera": {**TP, "method": "vera", "layers": (2, 3, 5)},
     },
     4: {
         "tp x pp": {**BOTH},
@@ -96,74 +88,19 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 MUTATED, ESTIMATED = "tp, mutated", "dp zero3, base in parts"
-ENGINES: dict[str, dict[str, Any]] = {
-    "small1": {"stage": 1, "reduce_bucket_size": 300},
-    "parted3": {"stage": 3, "reduce_bucket_size": 1000000, "stage3_param_persistence_threshold": 1000},
-}
 NAMES = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A case and what its ranks counted."""
-
-    case: Case
-    counted: list[Counted]
-
-    def plan(self, rank: int) -> RunPlan:
-        return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
-
-    def predicted(self, rank: int) -> Traffic:
-        """Of the third step, from settings and data alone."""
-        plan = self.plan(rank)
-        data = prepare_data(plan, progress=False)
-        return step_traffic(plan, planned_shapes(plan, data.train, consumed_samples=2 * plan.batches.global_batch_size))
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
     """All cases, in one start of two ranks and one of four."""
     folder = tmp_path_factory.mktemp("traffic")
-    shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321}
-    models = {
-        "five": write_tiny_model(folder / "five", num_layers=5, **shape),
-        "six": write_tiny_model(folder / "six", num_layers=6, **shape),
-        "tied": write_tiny_model(folder / "tied", num_layers=3, tied=True, attention_bias=True, **shape),
+    base = write_inputs(folder)
+    return {
+        name: found
+        for ranks, changes in CASES.items()
+        for name, found in run_cases(changes, base, folder, ranks=ranks).items()
     }
-    engines = {name: folder / f"{name}.json" for name in ENGINES}
-    for name, section in ENGINES.items():
-        engines[name].write_text(json.dumps({"zero_optimization": section}))
-    base = {
-        "model": "five",
-        "train_file": str(write_uneven_data(folder / "train.jsonl")),
-        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
-        "ds_config": "zero1.json",
-        "dtype": "fp32",
-        "rank": 3,
-        "seed": 11,
-        "max_length": 128,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "warmup_steps": 2,
-        "max_steps": 10,
-        "gradient_clipping": 0.05,
-        "replica_check_steps": 0,
-    }
-    found = {}
-    for ranks, changes in CASES.items():
-        cases = []
-        for change in changes.values():
-            settings = {**base, **change}
-            extra = {name: settings.pop(name) for name in ("extra_message", "head_rows") if name in settings}
-            settings["model"] = str(models[settings["model"]])
-            settings["ds_config"] = str(engines.get(settings["ds_config"], settings["ds_config"]))
-            cases.append(Case(settings, **extra))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
-            counted = run_on_ranks(count_steps, cases, str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
-        for index, name in enumerate(changes):
-            found[name] = Ran(cases[index], [by_case[index] for by_case in counted])
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -210,51 +147,6 @@ def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:
         assert predicted != counted.traffic
         predicted.add(TENSOR, "all-reduce", 4, count=5 * len(counted.shapes))  # one fp32 number for each of 5 blocks
         assert predicted == counted.traffic
-
-
-def test_eight_messages_a_layer_and_none_for_the_adapter(ran: Mapping[str, Ran]) -> None:
-    """One adapted layer more is 8 tensor-parallel messages of h more in each micro-batch, and nothing else.
-
-    Two of them also carry the adapter's columns.
-    """
-    six, five = (ran[f"tp, {number} layers"].counted[0] for number in ("six", "five"))
-    assert six.shapes == five.shapes
-    more = Counted(Traffic(), six.shapes, 0, 0.0).traffic
-    for rows, length, _ in six.shapes:
-        for kind in ("all-gather", "reduce-scatter"):
-            more.add(TENSOR, kind, 4 * 32 * rows * length, count=3)
-            more.add(TENSOR, kind, 4 * (32 + 8) * rows * length)  # with h, or its gradient: 3 columns, filled up to 8
-    for kind in ("all-gather", "reduce-scatter"):
-        key = (TENSOR, kind)
-        assert six.traffic.messages[key] - five.traffic.messages[key] == more.messages[key]
-        assert six.traffic.bytes[key] - five.traffic.bytes[key] == more.bytes[key]
-    # u's gradient is one message, however many layers it is of.
-    key = (TENSOR, "all-reduce")
-    assert six.traffic.messages[key] == five.traffic.messages[key] == len(six.shapes)
-    assert six.traffic.bytes[key] - five.traffic.bytes[key] == 4 * 3 * len(six.shapes)
-
-
-def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
-    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u.
-
-    Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
-    """
-    frozen = ran["tp tl3"].counted[0].traffic  # A frozen, no u: all that is left are the layers' own messages
-    for method in METHOD_NAMES:
-        counted, row = ran[f"tp {method}"].counted[0], find_method(method)
-        micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.tied else 3)
-        expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())
-        if row.A.trained:
-            expected.add(TENSOR, "all-gather", size, count=micro_batches)
-            expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
-            for rows, length, _ in counted.shapes:
-                expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
-                expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length * 2  # of 3 adapted layers
-        if row.u.trained:
-            expected.add(TENSOR, "all-reduce", 4 * 3 * 3, count=micro_batches)
-        for kind in ("all-gather", "reduce-scatter", "all-reduce"):
-            assert counted.traffic.messages[TENSOR, kind] == expected.messages[TENSOR, kind], (method, kind)
-            assert counted.traffic.bytes[TENSOR, kind] == expected.bytes[TENSOR, kind], (method, kind)
 
 
 def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran]) -> None:
@@ -310,7 +202,7 @@ def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dp zero0", "dp zero3", "tp whole", "tp, five layers", "tp x pp, tied embeddings", "tp vera"]
+    "name", ["dp zero0", "dp zero3", "tp whole", "tp, packed", "tp x pp, tied embeddings", "tp vera"]
 )
 def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: str) -> None:
     """What is counted on tensors without data equals what the block of a stage keeps at its layout."""

@@ -28,11 +28,13 @@ class Case:
     Attributes:
         extra_message: put one more all-reduce into every block's forward pass.
         head_rows: in place of layer_specs.HEAD_ROWS.
+        early_stop: False to let recompute go on when all that the backward pass needs is there again.
     """
 
     settings: dict[str, Any]
     extra_message: bool = False
     head_rows: int | None = None
+    early_stop: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
 
 @contextlib.contextmanager
 def _patched(case: Case) -> Iterator[None]:
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
     from megatron_tiedlora.model import layer_specs
     from megatron_tiedlora.model.attention import Attention
 
@@ -124,7 +128,8 @@ def _patched(case: Case) -> Iterator[None]:
     if case.extra_message:
         Attention.attend = with_extra_message  # type: ignore[method-assign]
     try:
-        yield
+        with set_checkpoint_early_stop(case.early_stop):
+            yield
     finally:
         layer_specs.HEAD_ROWS, Attention.attend = head_rows, attend  # type: ignore[method-assign]
         torch.nn.functional.linear = linear  # ZeRO-3 leaves its own behind

@@ -1,0 +1,144 @@
+"""What one layer more sends, counted as the difference of two runs: 8 messages of the layer, none of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from traffic_runs import Ran, run_cases, write_inputs
+
+from megatron_tiedlora.adapters.methods import find_method
+from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.parallel.traffic import TENSOR, TIED, Traffic
+
+pytestmark = pytest.mark.distributed
+
+FULL: dict[str, Any] = {"recompute": "full"}
+WHOLE: dict[str, Any] = {"sequence_parallel": False}
+TO_THE_END: dict[str, Any] = {"early_stop": False}
+
+# By name: what changes, and the tensor-parallel messages of a layer by kind.
+LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "sequences cut": ({}, {"all-gather": 4, "reduce-scatter": 4}),
+    "sequences cut, recompute": (FULL, {"all-gather": 6, "reduce-scatter": 5}),
+    "sequences cut, recompute to the end": ({**FULL, **TO_THE_END}, {"all-gather": 6, "reduce-scatter": 6}),
+    "sequences whole": (WHOLE, {"all-reduce": 4}),
+    "sequences whole, recompute": ({**WHOLE, **FULL}, {"all-reduce": 5}),
+    "sequences whole, recompute to the end": ({**WHOLE, **FULL, **TO_THE_END}, {"all-reduce": 6}),
+}
+CASES: dict[str, dict[str, Any]] = {
+    f"{name}, {number} layers": {**changes, "model": number}
+    for name, (changes, _) in LAYERS.items()
+    for number in ("five", "six")
+}
+for _method in METHOD_NAMES:
+    CASES[f"{_method}, five layers"] = {"method": _method, "layers": (2, 3, 5)}
+    CASES[f"{_method}, one more adapted"] = {"method": _method, "layers": (2, 3, 4, 5)}
+    CASES[f"{_method}, six layers"] = {"method": _method, "layers": (2, 3, 5, 6), "model": "six"}
+    CASES[f"{_method}, two stages"] = {"method": _method, "tensor_parallel": 1, "pipeline_parallel": 2}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
+    """All cases, in one start of two ranks, with two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("layers")
+    base = {**write_inputs(folder), "tensor_parallel": 2, "micro_batch_size": 4}
+    return run_cases(CASES, base, folder, ranks=2)
+
+
+def difference(one: Traffic, other: Traffic) -> dict[tuple[str, str], int]:
+    """Messages of `other` that `one` has not, by group and kind, without zeros."""
+    keys = one.messages.keys() | other.messages.keys()
+    found = {key: other.messages[key] - one.messages[key] for key in keys}
+    return {key: count for key, count in found.items() if count}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "early_stop" not in case])
+def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> None:
+    for rank, counted in enumerate(ran[name].counted):
+        assert len(counted.shapes) == 2 and counted.traffic.messages
+        assert ran[name].predicted(rank) == counted.traffic, rank
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str) -> None:
+    """8 with sequence parallelism, 4 without; recompute repeats all of the forward pass but the last exit.
+
+    What the last exit gives is what the block gives, and no backward pass needs that: recompute stops before it, as
+    soon as all that was saved is there again. To the end, it would be 12 and 6.
+    """
+    for rank in range(2):
+        five, six = (ran[f"{name}, {number} layers"].counted[rank] for number in ("five", "six"))
+        assert five.shapes == six.shapes
+        expected = {(TENSOR, kind): count * len(six.shapes) for kind, count in LAYERS[name][1].items()}
+        assert difference(five.traffic, six.traffic) == expected
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_an_adapter_adds_no_message_to_a_layer(ran: Mapping[str, Ran], method: str) -> None:
+    """Adapting one layer more adds bytes and not a message, in no group; a layer more is the layer's own 8."""
+    for rank in range(2):
+        five, adapted, six = (
+            ran[f"{method}, {name}"].counted[rank] for name in ("five layers", "one more adapted", "six layers")
+        )
+        assert five.shapes == adapted.shapes == six.shapes
+        assert difference(five.traffic, adapted.traffic) == {}
+        assert adapted.traffic.of_group(TENSOR)[1] > five.traffic.of_group(TENSOR)[1]
+        count = 4 * len(six.shapes)
+        expected = {(TENSOR, kind): count for kind in ("all-gather", "reduce-scatter")}
+        assert difference(five.traffic, six.traffic) == difference(adapted.traffic, six.traffic) == expected
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran], method: str) -> None:
+    """One where a tied factor is trained, however many; none where none is. A and B: rank 3, d 32, 96 rows of QKV."""
+    row = find_method(method)
+    numbers = 3 * 32 * (row.A.tied and row.A.trained) + 3 * 96 * (row.B.tied and row.B.trained)
+    for counted in ran[f"{method}, two stages"].counted:
+        assert counted.traffic.of_group(TIED) == ((1, 4 * numbers) if numbers else (0, 0))
+
+
+def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
+    """One adapted layer more is 8 tensor-parallel messages of h more in each micro-batch, and nothing else.
+
+    Two of them also carry the adapter's columns.
+    """
+    six, five = (ran[f"sequences cut, {number} layers"].counted[0] for number in ("six", "five"))
+    assert six.shapes == five.shapes
+    more = Traffic()
+    for rows, length, _ in six.shapes:
+        for kind in ("all-gather", "reduce-scatter"):
+            more.add(TENSOR, kind, 4 * 32 * rows * length, count=3)
+            more.add(TENSOR, kind, 4 * (32 + 8) * rows * length)  # with h, or its gradient: 3 columns, filled up to 8
+    for kind in ("all-gather", "reduce-scatter"):
+        key = (TENSOR, kind)
+        assert six.traffic.messages[key] - five.traffic.messages[key] == more.messages[key]
+        assert six.traffic.bytes[key] - five.traffic.bytes[key] == more.bytes[key]
+    # u's gradient is one message, however many layers it is of.
+    key = (TENSOR, "all-reduce")
+    assert six.traffic.messages[key] == five.traffic.messages[key] == len(six.shapes)
+    assert six.traffic.bytes[key] - five.traffic.bytes[key] == 4 * 3 * len(six.shapes)
+
+
+def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
+    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u.
+
+    Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
+    """
+    frozen = ran["tl3, five layers"].counted[0].traffic  # A frozen, no u: all that is left are the layers' own messages
+    for method in METHOD_NAMES:
+        counted, row = ran[f"{method}, five layers"].counted[0], find_method(method)
+        micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.tied else 3)
+        expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())
+        if row.A.trained:
+            expected.add(TENSOR, "all-gather", size, count=micro_batches)
+            expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
+            for rows, length, _ in counted.shapes:
+                expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
+                expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length * 2  # of 3 adapted layers
+        if row.u.trained:
+            expected.add(TENSOR, "all-reduce", 4 * 3 * 3, count=micro_batches)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce"):
+            assert counted.traffic.messages[TENSOR, kind] == expected.messages[TENSOR, kind], (method, kind)
+            assert counted.traffic.bytes[TENSOR, kind] == expected.bytes[TENSOR, kind], (method, kind)

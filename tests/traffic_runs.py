@@ -1,0 +1,104 @@
+"""Cases of traffic tests, run on ranks; and what --dry_run's arithmetic predicts for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import write_uneven_data
+from forked_ranks import run_on_ranks
+from tiny_models import write_tiny_model
+from traffic_worker import UNCOUNTED_STEPS, Case, Counted, count_steps
+
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.traffic_plan import planned_shapes, step_traffic
+
+# ZeRO sections beside those of ds_configs/.
+ENGINES: dict[str, dict[str, Any]] = {
+    "small1": {"stage": 1, "reduce_bucket_size": 300},
+    "parted3": {"stage": 3, "reduce_bucket_size": 1000000, "stage3_param_persistence_threshold": 1000},
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A case and what its ranks counted."""
+
+    case: Case
+    counted: list[Counted]
+
+    def plan(self, rank: int) -> RunPlan:
+        """The rank's plan, made without starting it."""
+        return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
+
+    def predicted(self, rank: int) -> Traffic:
+        """Of the counted step, from settings and data alone."""
+        plan = self.plan(rank)
+        data = prepare_data(plan, progress=False)
+        consumed = UNCOUNTED_STEPS * plan.batches.global_batch_size
+        return step_traffic(plan, planned_shapes(plan, data.train, consumed_samples=consumed))
+
+
+def write_inputs(folder: Path) -> dict[str, Any]:
+    """Write models, data and engine settings, which cases name, to `folder`; returns settings that all cases share."""
+    shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321}
+    write_tiny_model(folder / "five", num_layers=5, **shape)
+    write_tiny_model(folder / "six", num_layers=6, **shape)
+    write_tiny_model(folder / "tied", num_layers=3, tied=True, attention_bias=True, **shape)
+    for name, section in ENGINES.items():
+        (folder / name).write_text(json.dumps({"zero_optimization": section}))
+    write_even_data(folder / "even.jsonl")
+    return {
+        "model": "five",
+        "train_file": str(write_uneven_data(folder / "train.jsonl")),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "ds_config": "zero1.json",
+        "dtype": "fp32",
+        "rank": 3,
+        "seed": 11,
+        "max_length": 128,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "max_steps": 10,
+        "gradient_clipping": 0.05,
+        "replica_check_steps": 0,
+    }
+
+
+def write_even_data(path: Path, *, rows: int = 64) -> Path:
+    """Different samples of 64 tokens (the tokenizer's, a letter each), 32 of which are supervised."""
+    with path.open("w", encoding="utf-8") as stream:
+        for index in range(rows):
+            row = {"prompt": f"{index:031}", "completion": f"{index:030}"}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def run_cases(
+    changes: Mapping[str, dict[str, Any]], base: Mapping[str, Any], folder: Path, *, ranks: int
+) -> dict[str, Ran]:
+    """Every case of `changes` (to `base`, or a field of Case), by name, in one start of `ranks` ranks.
+
+    Args:
+        folder: where `write_inputs` has been.
+    """
+    extras = {field.name for field in fields(Case)} - {"settings"}
+    cases = []
+    for change in changes.values():
+        settings = {**base, **{name: value for name, value in change.items() if name not in extras}}
+        for name in ("model", "train_file", "ds_config"):  # by their names in `folder`, where they are there
+            if (folder / settings[name]).exists():
+                settings[name] = str(folder / settings[name])
+        cases.append(Case(settings, **{name: value for name, value in change.items() if name in extras}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+        counted = run_on_ranks(count_steps, cases, str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
+    return {name: Ran(cases[index], [by_case[index] for by_case in counted]) for index, name in enumerate(changes)}
