@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any
 
 import pytest
+from all_cuts import all_cuts, cost_key
 
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
-
-
-def all_cuts(num_layers: int, num_stages: int) -> Iterator[list[range]]:
-    """Every contiguous cut of layers 0 to num_layers - 1 whose stages each have a block."""
-    blocks = set(range(1, num_layers - 1))
-    for cuts in combinations(range(1, num_layers), num_stages - 1):
-        stages = [range(a, b) for a, b in zip((0, *cuts), (*cuts, num_layers), strict=True)]
-        if all(blocks & set(stage) for stage in stages):
-            yield stages
-
-
-def key(costs: Sequence[float], stages: Sequence[range]) -> tuple[float, float]:
-    """(largest cost of a stage, sum of squares): what is to be least, in this order."""
-    sums = [sum(costs[index] for index in stage) for stage in stages]
-    return max(sums), sum(value * value for value in sums)
 
 
 def check_is_a_cut(stages: Stages, num_layers: int, num_stages: int) -> None:
@@ -45,8 +29,8 @@ def test_no_cut_is_better(seed: int) -> None:
             costs = [float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers)]
             stages = partition(costs, num_stages)
             check_is_a_cut(stages, num_layers, num_stages)
-            best = min(key(costs, cut) for cut in all_cuts(num_layers, num_stages))
-            assert key(costs, stages) == best, (costs, stages)
+            best = min(cost_key(costs, cut) for cut in all_cuts(num_layers, num_stages))
+            assert cost_key(costs, stages) == best, (costs, stages)
 
 
 def test_the_most_even_whole_is_not_made_of_the_best_beginnings() -> None:
@@ -91,7 +75,7 @@ def test_presets(name: str, num_stages: int) -> None:
     assert sorted(counts) == [fewest] * (num_stages - rest) + [fewest + 1] * rest
     if rest:  # the head makes the last stage one of those with fewer
         assert counts[-1] == fewest
-    assert key(costs, stages)[0] == max((fewest + bool(rest)) * block, fewest * block + costs[-1])
+    assert cost_key(costs, stages)[0] == max((fewest + bool(rest)) * block, fewest * block + costs[-1])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +103,7 @@ def test_one_adapted_layer_shifts_the_cut(layer: int) -> None:
     costs = layer_costs(config, length=2048, first_adapted=layer)
     stages = partition(costs, 4)
     check_is_a_cut(stages, 34, 4)
-    assert key(costs, stages) == min(key(costs, cut) for cut in all_cuts(34, 4))
+    assert cost_key(costs, stages) == min(cost_key(costs, cut) for cut in all_cuts(34, 4))
     counts = num_blocks(stages, config)
     if layer == 1:
         assert counts == [8, 8, 8, 8]
@@ -141,5 +125,5 @@ def test_neither_embedding_nor_head_stands_alone() -> None:
     for costs in ([100.0, 1.0, 1.0, 100.0], [0.0, 9.0, 9.0, 100.0], [100.0, 1.0, 1.0, 1.0, 1.0, 0.0]):
         stages = partition(costs, 2)
         check_is_a_cut(stages, len(costs), 2)
-        assert key(costs, stages) == min(key(costs, cut) for cut in all_cuts(len(costs), 2))
+        assert cost_key(costs, stages) == min(cost_key(costs, cut) for cut in all_cuts(len(costs), 2))
     assert partition([100.0, 1.0, 1.0, 1.0, 1.0, 0.0], 2) == (range(2), range(2, 6))

@@ -109,16 +109,36 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
     cells = []
     for stage in stages:
         memory = stage_memory(plan, stage, tokens=rows * length, per_token=per_token)
-        sizes = (memory.base, memory.adapter, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        cells.append([*map(readable, sizes), str(micro_batches_in_flight(plan, stage))])
-    header = ("base weights", "adapter", "gradients", "optimizer", "activations", "sum", "in flight")
+        sizes = {
+            "base weights": memory.base,
+            "adapter": memory.adapter,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+            **({"engine": memory.engine} if plan.grid.pp_size > 1 else {}),
+            "sum": memory.total,
+        }
+        cells.append([*map(readable, sizes.values()), str(micro_batches_in_flight(plan, stage))])
+    header = (*sizes, "in flight")
     return [
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
         f" {rows} x {length} tokens",
         *_stage_table(header, cells),
         f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less where"
         f" positions have no label; logits of {HEAD_ROWS:,} rows and buffers come on top)",
+        *_engine_line(plan),
         *_decoding(plan, data),
+    ]
+
+
+def _engine_line(plan: RunPlan) -> list[str]:
+    """What the table's column of the pipeline engine is."""
+    if plan.grid.pp_size == 1:
+        return []
+    size = 2 * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts
+    return [
+        "  (engine: what DeepSpeed's pipeline keeps of hidden states beside that, up to"
+        f" {size / 1e3:,.1f} kB a token of each micro-batch in flight)"
     ]
 
 

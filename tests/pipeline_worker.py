@@ -1,0 +1,220 @@
+"""One rank of a pipeline test: what its stage does when, and what DeepSpeed's engine keeps meanwhile.
+
+`trace_steps` runs on every rank (see forked_ranks.py). Steps go through the package's own road as far as the runner;
+micro-batches are made up, and told apart by their positions, which start at the micro-batch's number.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row."""
+
+    settings: dict[str, Any]
+    num_micro_batches: int
+    rows: int
+    length: int
+    supervised: int
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """A forward ("F") or backward ("B") pass of a micro-batch; seconds are of a clock that all ranks share."""
+
+    kind: str
+    micro_batch: int
+    begin: float
+    end: float
+
+
+@dataclass
+class Held:
+    """Bytes that the engine holds, of storages that autograd does not keep.
+
+    Attributes:
+        in_flight: micro-batches whose backward pass has not ended.
+        floats: of hidden states and the like, of these micro-batches.
+        integers: of tokens, positions and labels, of these.
+        once: of hidden states and the like, of ended micro-batches and in the buffers that messages arrive in.
+    """
+
+    in_flight: tuple[int, ...]
+    floats: int
+    integers: int
+    once: int
+
+
+@dataclass
+class Traced:
+    """What a rank saw.
+
+    Attributes:
+        steps: of each step its passes, in order.
+        parts: where the engine cut the flat list.
+        held: after each forward pass of the first step, and before each backward pass.
+    """
+
+    steps: list[list[Event]] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+
+
+def trace_steps(cases: list[Case], folder: str) -> list[Traced]:
+    """Every case on this rank."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
+    from megatron_tiedlora.pipeline.launch_env import join_process_group
+
+    device = join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there
+    return [_trace(case, rank, world_size, device) for case in cases]
+
+
+def _trace(case: Case, rank: int, world_size: int, device: torch.device) -> Traced:
+    from megatron_tiedlora.config.settings import make_settings
+    from megatron_tiedlora.training import build
+    from megatron_tiedlora.training.plan import plan_run
+
+    plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
+    built = build.build_model(plan, device, None)
+    runner = build.start_engine(plan, built, device, None)
+    batches = _batches(case, plan.source.config.vocab_size)
+    traced = Traced(parts=list(runner.engine.module.parts))
+    passes = dict(runner.engine._INSTRUCTION_MAP)  # without what is wrapped below
+    denominator = float(case.rows * case.supervised * case.num_micro_batches)
+
+    def step() -> None:
+        distributed.barrier()
+        runner.accumulate(batches, denominator, lambda: None)
+        runner.take_step()
+
+    _wrap(runner.engine, passes, _Holding(built.stage, runner.engine, traced.held))
+    step()
+    for _ in range(case.steps):
+        events: list[Event] = []
+        _wrap(runner.engine, passes, _Timing(events))
+        step()
+        traced.steps.append(events)
+    runner.engine.destroy()
+    return traced
+
+
+def _batches(case: Case, vocab_size: int) -> list[Any]:
+    from megatron_tiedlora.pipeline.running import StepInput
+
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for index in range(case.num_micro_batches):
+        tokens = torch.randint(3, vocab_size, (case.rows, case.length), generator=generator)
+        labels = tokens.roll(-1, dims=1)
+        labels[:, : case.length - case.supervised] = -100
+        found.append(StepInput(tokens, torch.arange(index, index + case.length).expand_as(tokens), labels))
+    return found
+
+
+class _Timing:
+    """Notes when each pass begins and ends."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+
+    def run(self, kind: str, micro_batch: int, work: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        work()
+        self._events.append(Event(kind, micro_batch, begin, time.monotonic()))
+
+
+class _Holding:
+    """Notes what the engine holds after each forward pass and before each backward pass."""
+
+    def __init__(self, stage: torch.nn.Module, engine: Any, held: list[Held]) -> None:
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+        self._engine = engine
+        self._held = held
+        self._saved: dict[int, list[torch.Tensor]] = {}  # by micro-batch in flight
+
+    def run(self, kind: str, micro_batch: int, work: Callable[[], None]) -> None:
+        if kind == "B":
+            self._held.append(self._count())
+            work()
+            del self._saved[micro_batch]
+            return
+        saved = self._saved[micro_batch] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            work()
+        self._held.append(self._count())
+
+    def _count(self) -> Held:
+        counted = self._own | {t.untyped_storage().data_ptr() for kept in self._saved.values() for t in kept}
+        buffers = self._engine.pipe_buffers
+        found = Held(tuple(sorted(self._saved)), 0, 0, 0)
+        for index in range(self._engine.num_pipe_buffers):
+            tensors = [t for name in ("inputs", "outputs", "labels") for t in _tensors(buffers[name][index])]
+            # The last stage gives up what came in before what went out.
+            inputs = buffers["inputs"][index]
+            if inputs is not None and _number(inputs) in self._saved:
+                found.floats += _bytes(tensors, counted, floating=True)
+                found.integers += _bytes(tensors, counted, floating=False)
+            else:
+                found.once += _bytes(tensors, counted, floating=True)
+        received = [*_tensors(self._engine.pipe_recv_buf), *_tensors(self._engine.grad_layer)]
+        found.once += _bytes(received, counted, floating=True)
+        return found
+
+
+def _wrap(engine: Any, passes: dict[Any, Any], watcher: Any) -> None:
+    """Let `watcher` run the engine's forward and backward passes."""
+    from deepspeed.runtime.pipe import schedule
+
+    def watched(kind: str, run: Any) -> Any:
+        def watch(engine: Any, buffer_id: int) -> None:
+            number = _number(engine.pipe_buffers["inputs"][buffer_id])
+            if kind == "B" and engine.pipe_buffers["outputs"][buffer_id] is not None and not engine.is_last_stage():
+                assert _number(engine.pipe_buffers["outputs"][buffer_id]) == number
+            watcher.run(kind, number, lambda: run(engine, buffer_id))
+
+        return watch
+
+    engine._INSTRUCTION_MAP = {
+        **passes,
+        schedule.ForwardPass: watched("F", passes[schedule.ForwardPass]),
+        schedule.BackwardPass: watched("B", passes[schedule.BackwardPass]),
+    }
+
+
+def _number(travels: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Of a micro-batch, by its first position, from (tokens or hidden states, places)."""
+    return int(travels[1].flatten()[0])
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _bytes(tensors: Iterable[torch.Tensor], counted: set[int], *, floating: bool) -> int:
+    """Of storages that are not in `counted`, which they enter."""
+    size = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() == floating and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            size += storage.nbytes()
+    return size

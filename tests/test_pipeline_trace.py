@@ -1,0 +1,250 @@
+"""Real pipeline steps: which micro-batch runs on which stage when, and what DeepSpeed's engine keeps meanwhile.
+
+    make test PYTEST_ARGS="-m slow -s" TESTS=tests/test_pipeline_trace.py
+
+measures the bubble of two stages on a machine with two free cores and prints the table of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from all_cuts import all_cuts, cost_key
+from forked_ranks import run_on_ranks
+from pipeline_worker import Case, Event, Traced, trace_steps
+from run_helpers import write_rows
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.pipeline.partition import layer_costs
+from megatron_tiedlora.training.memory_plan import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.stage_plan import plan_stages
+
+pytestmark = pytest.mark.distributed
+
+ROWS, LENGTH, SUPERVISED = 2, 48, 20
+PLAIN: dict[str, Any] = {}
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "recompute": {"recompute": "full"},
+    "tensor 2": {"tensor_parallel": 2},
+    "tensor 2, sequences whole": {"tensor_parallel": 2, "sequence_parallel": False},
+    "one layer": {"method": "lora", "layers": (5,)},
+    "bf16": {"dtype": "bf16", "method": "vera"},
+}
+# (name, stages, micro-batches)
+TRACED = [("plain", p, m) for p in (2, 4) for m in (1, 4, 8)]
+CASES = [*TRACED, ("recompute", 4, 6), ("one layer", 4, 6), ("bf16", 4, 6)]
+CASES += [(name, 2, m) for name in ("tensor 2", "tensor 2, sequences whole") for m in (1, 3)]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A case and what its ranks saw."""
+
+    case: Case
+    traced: list[Traced]
+
+    def plan(self, rank: int) -> RunPlan:
+        return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.traced))
+
+    def steps(self, number: int) -> list[list[Event]]:
+        """By stage, the passes of a step, seen by the stage's first rank."""
+        plan = self.plan(0)
+        return [self.traced[stage * plan.grid.tp_size].steps[number] for stage in range(plan.grid.pp_size)]
+
+
+def settings_of(folder: Path, num_stages: int, num_micro_batches: int, **changes: Any) -> dict[str, Any]:
+    """With the head as dear as 2.6 blocks, so that the best cut is not the even one."""
+    return {
+        "model": str(folder / "model"),
+        "train_file": str(folder / "rows.jsonl"),
+        "validation_file": str(folder / "rows.jsonl"),
+        "ds_config": "zero1.json",
+        "dtype": "fp32",
+        "rank": 3,
+        "max_length": LENGTH,
+        "micro_batch_size": ROWS,
+        "global_batch_size": ROWS * num_micro_batches,
+        "max_steps": 10,
+        "replica_check_steps": 0,
+        "pipeline_parallel": num_stages,
+        **changes,
+    }
+
+
+def write_inputs(folder: Path, **shape: Any) -> None:
+    write_tiny_model(folder / "model", **shape)
+    write_rows(folder / "rows.jsonl", 8)
+
+
+def run(cases: Sequence[Case], folder: Path, *, ranks: int) -> list[Ran]:
+    """The cases in one start of `ranks` ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+        by_rank = run_on_ranks(trace_steps, list(cases), str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
+    return [Ran(case, [traced[index] for traced in by_rank]) for index, case in enumerate(cases)]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int], Ran]:
+    """All cases, in one start of two ranks and one of four."""
+    folder = tmp_path_factory.mktemp("trace")
+    write_inputs(folder, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=6, vocab_size=1500)
+    found = {}
+    for ranks in (2, 4):
+        keys = [key for key in CASES if key[1] * CHANGES[key[0]].get("tensor_parallel", 1) == ranks]
+        cases = [Case(settings_of(folder, p, m, **CHANGES[name]), m, ROWS, LENGTH, SUPERVISED) for name, p, m in keys]
+        found.update(zip(keys, run(cases, folder, ranks=ranks), strict=True))
+    return found
+
+
+def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:
+    """Forward passes until as many are in flight as stages follow, itself counted; then one back, one forward."""
+    ahead = min(num_stages - stage, num_micro_batches)
+    order = [("F", index) for index in range(ahead)]
+    for index in range(num_micro_batches):
+        order.append(("B", index))
+        if ahead + index < num_micro_batches:
+            order.append(("F", ahead + index))
+    return order
+
+
+def earliest_start(order: Sequence[Sequence[tuple[str, int]]], costs: Mapping[str, int]) -> list[Fraction]:
+    """By stage, the idle share of a step whose passes start as early as their order and their inputs let them."""
+    ends: dict[tuple[int, str, int], int] = {}
+    clock, next_pass = [0] * len(order), [0] * len(order)
+    while any(next_pass[stage] < len(passes) for stage, passes in enumerate(order)):
+        moved = False
+        for stage, passes in enumerate(order):
+            if next_pass[stage] == len(passes):
+                continue
+            kind, index = passes[next_pass[stage]]
+            before = stage - 1 if kind == "F" else stage + 1  # the stage whose result it takes
+            start = clock[stage]
+            if 0 <= before < len(order):
+                if (before, kind, index) not in ends:
+                    continue
+                start = max(start, ends[before, kind, index])
+            clock[stage] = ends[stage, kind, index] = start + costs[kind]
+            next_pass[stage] += 1
+            moved = True
+        assert moved, "the order never ends"
+    busy = [sum(costs[kind] for kind, _ in passes) for passes in order]
+    return [1 - Fraction(spent, max(clock)) for spent in busy]
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
+    """Every stage runs its passes in this order, with as many micro-batches in flight as the dry run says."""
+    _, p, m = key
+    found = ran[key]
+    plan = found.plan(0)
+    for rank, traced in enumerate(found.traced):
+        stage = plan_stages(plan)[rank // plan.grid.tp_size]
+        order = [(event.kind, event.micro_batch) for event in traced.steps[0]]
+        assert order == one_f_one_b(stage.index, p, m)
+        in_flight = max(len(held.in_flight) for held in traced.held)
+        assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(plan, stage)
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_passes_wait_for_each_other(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
+    """By the clock: a pass begins after the one on the stage before (for a backward pass, behind) has ended."""
+    stages = ran[key].steps(0)
+    ended = {(stage, e.kind, e.micro_batch): e.end for stage, events in enumerate(stages) for e in events}
+    for stage, events in enumerate(stages):
+        assert all(first.end <= then.begin for first, then in pairwise(events))
+        for event in events:
+            before = stage - 1 if event.kind == "F" else stage + 1
+            if 0 <= before < len(stages):
+                assert ended[before, event.kind, event.micro_batch] <= event.begin
+
+
+@pytest.mark.parametrize("costs", [{"F": 1, "B": 1}, {"F": 1, "B": 2}, {"F": 3, "B": 2}], ids=str)
+@pytest.mark.parametrize("key", TRACED, ids=str)
+def test_the_bubble_of_equal_stages(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int], costs: dict[str, int]
+) -> None:
+    """The order that was seen leaves each stage idle for (p - 1) / (m + p - 1) of the time, and no longer."""
+    _, p, m = key
+    order = [[(event.kind, event.micro_batch) for event in events] for events in ran[key].steps(0)]
+    assert earliest_start(order, costs) == [Fraction(p - 1, m + p - 1)] * p
+
+
+def test_another_order_has_another_bubble() -> None:
+    """The simulation tells schedules apart: forward and back one micro-batch after the other keeps one stage busy."""
+    order = [[(kind, index) for index in range(4) for kind in "FB"]] * 2
+    assert earliest_start(order, {"F": 1, "B": 1}) == [Fraction(1, 2)] * 2
+    with pytest.raises(AssertionError, match="never ends"):
+        earliest_start([[("B", 0), ("F", 0)], [("F", 0), ("B", 0)]], {"F": 1, "B": 1})
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_the_engine_cuts_where_the_dearest_stage_costs_least(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
+) -> None:
+    """Of all contiguous cuts there are."""
+    found, num_stages = ran[key], key[1]
+    plan = found.plan(0)
+    costs = layer_costs(plan.source.config, length=LENGTH, first_adapted=plan.adapter.layers[0])
+    for traced in found.traced:
+        cut = [range(start, stop) for start, stop in pairwise(traced.parts)]
+        best = min(cost_key(costs, other) for other in all_cuts(len(costs), num_stages))
+        assert cost_key(costs, cut) == best
+        assert len({len(stage) for stage in cut[1:-1]} | {len(cut[0]) - 1, len(cut[-1]) - 1}) > 1, "not the even cut"
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_what_the_engine_keeps_beside_autograd(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
+) -> None:
+    """Of each micro-batch in flight up to 2 d numbers a token, as the dry run counts them; and integers."""
+    found, tokens = ran[key], ROWS * LENGTH
+    for rank, traced in enumerate(found.traced):
+        plan = found.plan(rank)
+        stage = plan_stages(plan)[plan.grid.pp_rank]
+        each = engine_bytes_in_flight(plan, stage, tokens=tokens)
+        # Positions that came in and, but for the last stage, those that go on; tokens; and labels, see Supervised.
+        integers = 8 * tokens * (1 if stage.is_last else 3 if stage.is_first else 2)
+        labels = 4 * 8 * ROWS * SUPERVISED * stage.is_last
+        for held in traced.held:
+            assert held.floats == len(held.in_flight) * each, (rank, held)
+            beside = held.integers - len(held.in_flight) * integers
+            assert 0 <= beside <= labels, (rank, held)  # autograd keeps some of the labels itself
+        memory = stage_memory(plan, stage, tokens=tokens, per_token=1.0)
+        assert max(held.floats + held.once for held in traced.held) == memory.engine, rank
+    if key[0] == "plain":
+        d = found.plan(0).source.config.hidden_size
+        expected = [2 * d if 0 < stage < key[1] - 1 else d for stage in range(key[1])]
+        assert [traced.held[0].floats / 4 / tokens for traced in found.traced] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_measured_bubble(tmp_path: Path) -> None:
+    """Two stages of equal work on two cores: the order is asserted, times are printed."""
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 320}
+    write_inputs(tmp_path, num_layers=8, **shape)
+    numbers = (1, 2, 4, 8)
+    cases = [Case(settings_of(tmp_path, 2, m, max_length=512), m, ROWS, 512, SUPERVISED, steps=3) for m in numbers]
+    print("\n| micro-batches | (p - 1) / (m + p - 1) | idle, stage 0 | idle, stage 1 | seconds of a step |")
+    for m, found in zip(numbers, run(cases, tmp_path, ranks=2), strict=True):
+        best = min((found.steps(number) for number in range(3)), key=_span)
+        for stage, events in enumerate(best):
+            assert [(event.kind, event.micro_batch) for event in events] == one_f_one_b(stage, 2, m)
+        span = _span(best)
+        idle = [1 - sum(event.end - event.begin for event in events) / span for events in best]
+        print(f"| {m} | {1 / (m + 1):.1%} | {idle[0]:.1%} | {idle[1]:.1%} | {span:.2f} |")
+
+
+def _span(stages: Sequence[Sequence[Event]]) -> float:
+    events = [event for stage in stages for event in stage]
+    return max(event.end for event in events) - min(event.begin for event in events)
