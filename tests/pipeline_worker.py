@@ -30,12 +30,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Event:
-    """A forward ("F") or backward ("B") pass of a micro-batch; seconds are of a clock that all ranks share."""
+    """A forward ("F") or backward ("B") pass of a micro-batch.
+
+    Attributes:
+        begin, end: seconds of a clock that all ranks share.
+        worked: seconds of this process's processor time, which other processes on the same cores do not stretch.
+    """
 
     kind: str
     micro_batch: int
     begin: float
     end: float
+    worked: float
 
 
 @dataclass
@@ -130,9 +136,10 @@ class _Timing:
         self._events = events
 
     def run(self, kind: str, micro_batch: int, work: Callable[[], None]) -> None:
-        begin = time.monotonic()
+        begin, before = time.monotonic(), time.process_time()
         work()
-        self._events.append(Event(kind, micro_batch, begin, time.monotonic()))
+        worked = time.process_time() - before
+        self._events.append(Event(kind, micro_batch, begin, time.monotonic(), worked))
 
 
 class _Holding:
