@@ -205,15 +205,18 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     """The gradient is of the mean of the micro-batches' means, not of the mean over the step's supervised tokens."""
     module = importlib.import_module(RUNNING)
 
-    def count(batch: Any) -> int:
-        return max(int((batch.labels != -100).sum()), 1)
+    def divisor_of(batch: Any, runner: Any, batches: Any) -> float:
+        # The engine divides by its accumulation steps, of which packed samples need fewer.
+        share = len(batches) / runner.engine.gradient_accumulation_steps()
+        return max(int((batch.labels != -100).sum()), 1) * share
 
     def accumulate(runner: Any, batches: Any, denominator: float, between: Callable[[], None]) -> float:
         runner.engine.train()
         total = 0.0
         for index, batch in enumerate(batches, start=1):
+            runner.engine.set_gradient_accumulation_boundary(index == len(batches))
             loss = runner.forward(batch)
-            runner.engine.backward(loss / count(batch))
+            runner.engine.backward(loss / divisor_of(batch, runner, batches))
             total += float(loss.detach())
             if index < len(batches):
                 runner.engine.step()
@@ -221,8 +224,9 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
 
     def inputs(runner: Any, batches: Any, denominator: float) -> Iterator[Any]:
         for batch in batches:
-            divisor = torch.tensor(denominator if denominator == 1.0 else float(count(batch)))
-            yield (batch.tokens, batch.positions[None]), (*runner._supervised(batch), divisor)
+            divisor = torch.tensor(denominator if denominator == 1.0 else divisor_of(batch, runner, batches))
+            places = [batch.positions] if batch.documents is None else [batch.positions, batch.documents]
+            yield (batch.tokens, torch.stack(places)), (*runner._supervised(batch), divisor)
 
     patch.setattr(module.PlainRunner, "accumulate", accumulate)
     patch.setattr(module.PipelineRunner, "_inputs", inputs)

@@ -13,7 +13,7 @@ from megatron_tiedlora.data.loader import (
     plan_global_batch,
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
-from megatron_tiedlora.data.packing import _spread, pack
+from megatron_tiedlora.data.packing import _halve, _spread, pack
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
@@ -194,27 +194,78 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
         assert sum(batch.num_supervised for batch in batches) == expected.num_supervised
         assert sum(batch.num_samples for batch in batches) == 12
         assert sum(batch.num_tokens for batch in batches) == expected.num_tokens
-        assert all(batch.input_ids.shape[0] == micro and batch.input_ids.shape[1] <= 64 for batch in batches)
+        (num_rows,) = {batch.input_ids.shape[0] for batch in batches}
+        assert num_rows <= micro and all(batch.input_ids.shape[1] <= 64 for batch in batches)
         assert len(batches) < 12 / micro + dp_size
+        assert all(length for batch in batches for length in batch.lengths)
+
+
+@pytest.mark.parametrize(
+    ("micro", "dp_size", "least", "rows"),
+    [
+        (1, 1, 1, [12]),  # all in one row
+        (12, 1, 1, [12]),  # that row is not cut up to make twelve of them
+        (1, 4, 1, [3, 3, 3, 3]),
+        (3, 4, 1, [3, 3, 3, 3]),
+        (1, 12, 1, [1] * 12),
+        (2, 3, 1, [4, 4, 4]),
+        (1, 2, 3, [2] * 6),  # a pipeline's three
+        (1, 2, 8, [1] * 12),  # there are no more samples
+        (2, 2, 8, [2] * 6),  # nor more micro-batches of two rows, without packing
+        (6, 2, 8, [6, 6]),
+    ],
+)
+def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(micro, dp_size, least, rows):
+    """Twelve samples of 9 tokens, and rows of 4,096."""
+    lengths = np.full(40, 9)
+    dataset = TokenDataset(
+        tokens=np.zeros(40 * 9, np.int32),
+        offsets=np.arange(41) * 9,
+        prompt_lengths=np.ones(40, np.int32),
+        truncated_prompts=0,
+    )
+    assert (dataset.lengths == lengths).all()
+    shape = BatchShape(12, micro, dp_size, packed_length=4096, least_micro_batches=least)
+    plan = plan_global_batch(dataset, shape, seed=7, consumed_samples=24)
+    assert [len(row) for part in plan.micro_batches for row in part] == rows
+    shares = [plan.on_rank(rank, dp_size=dp_size) for rank in range(dp_size)]
+    assert len({len(share) for share in shares}) == 1 and all(share and all(map(len, share)) for share in shares)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
+@pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_packing_holds_all_and_is_near_the_fewest_rows(seed, multiple):
+def test_packing_holds_all_and_is_near_the_fewest_rows(seed, group_size, multiple):
     lengths = np.random.default_rng(seed).integers(1, 101, 200)
-    rows = pack(lengths, 100, multiple=multiple)
-    assert sorted(index for row in rows for index in row) == list(range(200))
+    groups = pack(lengths, 100, group_size=group_size, multiple=multiple)
+    rows = [row for group in groups for row in group]
+    assert sorted(index for row in rows for index in row) == list(range(200)) and all(rows)
     filled = [int(lengths[row].sum()) for row in rows]
-    assert max(filled) <= 100 and len(rows) % multiple == 0 and filled == sorted(filled, reverse=True)
+    assert max(filled) <= 100 and filled == sorted(filled, reverse=True)
+    assert len(groups) % multiple == 0 and len({len(group) for group in groups}) == 1 and len(groups[0]) <= group_size
     fewest = -(-int(lengths.sum()) // 100)
-    assert len(rows) <= 11 / 9 * fewest + 1 + multiple
-    assert pack(lengths.tolist(), 100, multiple=multiple) == rows
+    assert len(rows) < 11 / 9 * fewest + 1 + len(groups)
+    assert len(groups) < (11 / 9 * fewest + 1) / group_size + 1 + multiple
+    assert pack(lengths.tolist(), 100, group_size=group_size, multiple=multiple) == groups
 
 
-def test_rows_to_spare_are_evened_out():
+def rows_of(groups: list[list[list[int]]]) -> list[list[int]]:
+    assert all(len(group) == 1 for group in groups)
+    return [row for group in groups for row in group]
+
+
+def test_rows_are_evened_out():
     """Eight samples of 10 fit one row of 100; four ranks get 20 tokens each, not 80 and three times nothing."""
-    assert [len(row) for row in pack([10] * 8, 100, multiple=4)] == [2, 2, 2, 2]
-    assert pack([6, 6, 4, 4, 4], 12, multiple=2) == [[0, 1], [2, 3, 4]]
-    assert pack([6, 6, 4, 4, 4], 12, multiple=4) == [[2, 4], [0], [1], [3]]
-    assert _spread([6, 6], [0, 1], 1, 10) is None, "the shortest row is too full: rows are kept as first fit made them"
+    assert [len(row) for row in rows_of(pack([10] * 8, 100, multiple=4))] == [2, 2, 2, 2]
+    assert pack([10] * 8, 100, group_size=8, multiple=4) == [[[0, 4]], [[1, 5]], [[2, 6]], [[3, 7]]]
+    assert pack([10] * 8, 40, group_size=2) == [[[0, 2, 4, 6], [1, 3, 5, 7]]]
+    assert pack([50, 40, 30, 30], 100, multiple=1) == [[[0, 3]], [[1, 2]]]  # first fit: 90 and 60
+    assert rows_of(pack([6, 6, 4, 4, 4], 12, multiple=4)) == [[2, 4], [0], [1], [3]]
     assert pack([], 10, multiple=2) == []
+
+
+def test_rows_that_cannot_be_evened_out_are_those_of_first_fit_or_their_halves():
+    assert rows_of(pack([6, 6, 4, 4, 4], 12, multiple=2)) == [[0, 1], [2, 3, 4]]
+    assert _spread([6, 6, 4, 4, 4], range(5), 2, 12) is None, "4 + 4 + 6 is too much, so first fit's rows were kept"
+    assert _halve([6, 6, 4, 4, 3], [[0, 1], [2, 3, 4]], 4) == [[0], [2, 4], [1], [3]]
+    assert _halve([6, 4], [[0], [1]], 3) == [[0], [1], []], "no row has two samples"

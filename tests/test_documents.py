@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.model.documents import attend_within, find_documents
+from megatron_tiedlora.model.documents import _runs_kernels, attend_within, find_documents
 
 IDS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 8, [0] * 1 + [1] * 15])
 HOST = torch.device("cpu")
@@ -22,6 +22,30 @@ def test_a_new_id_and_a_new_row_begin_a_document() -> None:
     found = find_documents(IDS, HOST, dtype=torch.float32, head_dim=32)
     assert found.bounds == [0, 5, 8, 16, 17, 32] and found.longest == 15 and found.kernel is None
     assert found.offsets.tolist() == found.bounds and found.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "capability", "found"),
+    [
+        ("cuda", torch.bfloat16, 128, (8, 0), True),
+        ("cuda", torch.float16, 256, (9, 0), True),
+        ("cuda", torch.bfloat16, 128, (7, 5), False),  # Turing: flash_attn can be installed there, and refuses to run
+        ("cuda", torch.bfloat16, 264, (9, 0), False),
+        ("cuda", torch.float32, 128, (9, 0), False),
+        ("cpu", torch.bfloat16, 128, (9, 0), False),
+    ],
+)
+def test_where_a_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    found: bool,
+) -> None:
+    """Nowhere does a run stop for want of one: documents are then attended one after another."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _runs_kernels(torch.device(device), dtype, head_dim) == found
 
 
 def test_none_sees_another() -> None:

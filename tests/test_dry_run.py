@@ -90,7 +90,8 @@ def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_confi
     shared = world if ds_config == "zero3.json" else 1
     assert size(memory["base weights"]) == pytest.approx(2 * parameters / shared, rel=ROUNDED)
     assert size(memory["adapter"]) == pytest.approx(4 * tl6 / shared, rel=ROUNDED)
-    assert f"global batch 256 = micro-batch 1 x {256 // world} accumulation steps x {world} data-parallel" in text
+    assert f"packed into rows of up to 4,096 tokens: micro-batches of one row, {world} data-parallel" in text
+    assert f"samples of 4,096 tokens make {256 // world} micro-batches for each data-parallel rank" in text
     assert f"{2000 * 256:,} samples" in text
     if world == 1:
         assert "none: one rank sends nothing" in text
@@ -153,7 +154,8 @@ def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp
         first, last = stage == 0, stage == pp - 1
         sends = 3 * (not last) + (not first)
         state = hidden // tp if sequence_parallel else hidden
-        each = (1024 + state + 8 * length) * (not last) + state * (not first)
+        # Beside the hidden states positions travel, and to which sample of its row each belongs.
+        each = (1024 + state + 2 * 8 * length) * (not last) + state * (not first)
         assert sent(row["pipeline"]) == (steps * sends, pytest.approx(steps * each, rel=ROUNDED))
         # Of h: 8 or 4 a layer; the first stage has the embedding's, but no backward pass into its first layer; the last
         # has the head's entry, forth and back. Beside them A's two and u's one, and 4 of the loss. Where sequences are
@@ -243,7 +245,10 @@ def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
         "  [supervised, 4 tokens]",
         "     42</s>",
     ]
-    assert "global batch 4 = micro-batch 2 x 1 accumulation steps x 2 data-parallel ranks" in text
+    cut = "micro-batches of up to 2 rows, 2 data-parallel ranks"
+    assert f"global batch 4 samples, packed into rows of up to 64 tokens: {cut}" in text
+    text = report(tmp_path / "work", [*arguments, "--packing=false"], cache=base.cache)
+    assert "global batch 4 samples, one a row: micro-batch 2 x 1 steps x 2 data-parallel ranks" in text
 
 
 def test_needs_no_weights(base: Base, tmp_path: Path) -> None:
@@ -319,7 +324,7 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
 
-    settings = base.settings(packing=True, micro_batch_size=1, global_batch_size=8)
+    settings = base.settings(micro_batch_size=1, global_batch_size=8)
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
     data = prepare_data(plan, progress=False)
@@ -330,7 +335,13 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     text = report(tmp_path / "work", base.arguments(**{**settings, "dry_run": True}), cache=base.cache)
     assert f"{step.num_tokens:,} tokens in {rows} rows of {len(step.micro_batches)} micro-batches" in text
     assert f"{1 - step.num_tokens / positions:.1%} of the {positions:,} positions are padding" in text
-    assert f"global batch 8 samples in rows of up to {plan.settings.max_length} tokens" in text
+    assert f"global batch 8 samples, packed into rows of up to {plan.settings.max_length} tokens" in text
+    assert f"micro-batches of up to 1 x {plan.settings.max_length} tokens" in text
+    plain = base.arguments(**settings, packing=False, dry_run=True)
+    text = report(tmp_path / "plain", plain, cache=base.cache)
+    longest = -(-int(data.train.lengths.max()) // 8) * 8
+    assert "8 rows of 8 micro-batches" in text and f"micro-batches of up to 1 x {longest} tokens" in text
+    assert longest < plan.settings.max_length
 
 
 def test_several_ranks_print_one_report(base: Base, tmp_path: Path) -> None:

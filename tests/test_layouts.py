@@ -22,6 +22,11 @@ from oracle import OracleConfig
 from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
 
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.traffic_plan import planned_shapes
+
 pytestmark = pytest.mark.distributed
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
@@ -153,6 +158,17 @@ def check(run: EngineRun, prepared: Prepared) -> None:
                 assert torch.equal(run.local[rank][factor], run.local[rank % layout.tp][factor]), (rank, factor, name)
 
 
+def micro_batches(settings: dict[str, Any], layout: Layout, folder: Path) -> list[int]:
+    """How many a rank has in each step."""
+    sizes = {"tensor_parallel": layout.tp, "pipeline_parallel": layout.pp}
+    plan = plan_run(make_settings({**settings, **sizes}), rank=0, world_size=layout.ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+        data = prepare_data(plan, progress=False).train
+    size = plan.batches.global_batch_size
+    return [len(planned_shapes(plan, data, consumed_samples=step * size)) for step in range(STEPS)]
+
+
 def run_and_check(prepared: list[Prepared], folder: Path) -> None:
     ranks = prepared[0].layout.ranks
     for item, run in zip(prepared, run_engine([p.case for p in prepared], folder, ranks=ranks), strict=True):
@@ -167,7 +183,9 @@ def test_layouts(base: dict[str, Any], tmp_path: Path, ranks: int) -> None:
         for method in ("tl6", "tl5"):
             for sequence_parallel in (True, False) if layout.tp > 1 else (True,):
                 for optimizer in ("sgd", "adamw"):
-                    changes = {"method": method, "sequence_parallel": sequence_parallel}
+                    # Each layout, method and optimizer sees both kinds of rows.
+                    packing = (method == "tl6") == (optimizer == "sgd")
+                    changes = {"method": method, "sequence_parallel": sequence_parallel, "packing": packing}
                     prepared.append(prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes))
     run_and_check(prepared, tmp_path)
 
@@ -188,7 +206,10 @@ def test_every_method_over_tensor_and_pipeline(base: dict[str, Any], tmp_path: P
 def test_packed_rows(base: dict[str, Any], tmp_path: Path, layout: Layout) -> None:
     """Several samples a row, whose number differs from step to step, give the run of one sample at a time."""
     oracles: dict[Any, OracleRun] = {}
-    changes = {"packing": True, "micro_batch_size": 1}
+    size = 24 * layout.dp
+    changes = {"packing": True, "micro_batch_size": 1, "global_batch_size": size}
+    found = micro_batches({**base, **changes}, layout, tmp_path)
+    assert len(set(found)) > 1 and max(found) * layout.dp < size, found
     prepared = [
         prepare(base, tmp_path, layout, optimizer=optimizer, oracles=oracles, method=method, **changes, **more)
         for method, more in (("tl6", {}), ("tl6", {"recompute": "full"}), ("lora", {}))

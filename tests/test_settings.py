@@ -60,7 +60,7 @@ def test_demo_defaults() -> None:
     assert settings.global_batch_size == 24
     for ranks in (1, 2, 3, 8):
         assert plan_batches(24, settings.micro_batch_size, ranks).accumulation_steps >= 1
-    assert settings.alpha == 8
+    assert settings.alpha == 8 and settings.packing
 
 
 def test_paper_defaults_outside_the_demo() -> None:
@@ -78,6 +78,7 @@ def test_paper_defaults_outside_the_demo() -> None:
         settings.save_interval,
     )
     assert found == (8, 1e-4, 50, 0.01, 2000, 256, 30, 10, 30)
+    assert (settings.packing, settings.micro_batch_size, settings.max_length) == (True, 1, 4096)
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:

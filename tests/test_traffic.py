@@ -46,7 +46,7 @@ TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 BOTH = {**TP, **PP}
 WHOLE = {"sequence_parallel": False}
 FULL = {"recompute": "full"}
-PACKED = {"packing": True, "micro_batch_size": 1}
+PACKED = {"packing": True, "micro_batch_size": 1, "global_batch_size": 24}
 ONE_LAYER = {"method": "lora", "layers": (3,)}
 
 # By name, what differs from the base settings. Data parallel is what is left of the ranks.
@@ -70,6 +70,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp, short head": {**TP, "head_rows": 16, "ds_config": "zero0.json"},
         "tp, packed": {**TP, **PACKED},
         "dp zero2, packed": {**PACKED, "ds_config": "zero2.json"},
+        "pp, packed": {**PP, **PACKED},
         "tp, mutated": {**TP, "extra_message": True},
         "tp vera": {**TP, "method": "vera", "layers": (2, 3, 5)},
     },
@@ -77,6 +78,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x pp": {**BOTH},
         "tp x pp tl5, recompute": {**BOTH, **FULL, "method": "tl5", "ds_config": "zero0.json"},
         "tp x pp, packed": {**BOTH, **PACKED},
+        "tp x dp, packed": {**TP, **PACKED, "ds_config": "zero2.json"},
         "tp x pp vera": {**BOTH, "method": "vera"},
         "tp x pp whole": {**BOTH, **WHOLE},
         "tp x pp, layer of the first stage": {**BOTH, "method": "lora", "layers": (2,)},

@@ -64,6 +64,7 @@ def write_inputs(folder: Path) -> dict[str, Any]:
         "rank": 3,
         "seed": 11,
         "max_length": 128,
+        "packing": False,
         "global_batch_size": 8,
         "micro_batch_size": 2,
         "warmup_steps": 2,

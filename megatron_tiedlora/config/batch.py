@@ -22,7 +22,7 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that each rank runs in one optimizer step."""
+        """Micro-batches that each rank runs in one optimizer step: where several samples share a row, at most."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
 
@@ -30,7 +30,7 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, data_para
     """Cut `global_batch_size` samples over `data_parallel` ranks.
 
     Args:
-        micro_batch_size: samples per forward pass, or None for the largest divisor of a rank's share up to 4.
+        micro_batch_size: rows per forward pass, or None for the largest divisor of a rank's share up to 4.
 
     Raises:
         UserError: the numbers do not divide; names all three and the nearest global batches that do.

@@ -132,7 +132,7 @@ class Settings(CommandSettings):
 
     eval_batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
 
-    packing: bool = setting_field("speed", "several samples a row of --max_length, none of which sees another", False)
+    packing: bool = setting_field("speed", "several samples a row of --max_length, none of which sees another", True)
     compile: Literal["auto", "true", "false"] = setting_field(
         "speed", "compile what lies between products (auto: where the run is long enough, and it can be done)", "auto"
     )
@@ -142,7 +142,9 @@ class Settings(CommandSettings):
 
     global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
     micro_batch_size: int | None = optional_field(
-        "optimisation", "samples per forward pass on a rank [1; demo: the largest divisor of its share up to 4]", ge=1
+        "optimisation",
+        "rows per forward pass on a rank, at most [1; demo: the largest divisor of its share up to 4]",
+        ge=1,
     )
     max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
     learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)

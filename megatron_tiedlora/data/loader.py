@@ -1,9 +1,9 @@
 """Batches for every layout from one plan: which samples make a step does not depend on how many ranks there are.
 
-A step takes the next global batch of `order.sample_indices` and cuts it into micro-batches of rows: samples sorted by
-length, one a row, or several packed into a row. Micro-batch j goes to accumulation step j // dp on data-parallel rank
-j % dp. The supervised tokens of the whole step follow from lengths alone, so every rank knows the loss's denominator
-without a message.
+A step takes the next global batch of `order.sample_indices` and cuts it into micro-batches of rows: several samples
+packed into a row, or samples sorted by length, one a row. Micro-batch j goes to accumulation step j // dp on
+data-parallel rank j % dp. The supervised tokens of the whole step follow from lengths alone, so every rank knows the
+loss's denominator without a message.
 
 Owns labels, padding and resume by a count of consumed samples. Leaves which samples share a row to `packing`, and
 devices to the engine.
@@ -107,13 +107,21 @@ class BatchShape:
     """How a global batch is cut, the same on every rank.
 
     Attributes:
+        micro_batch_size: rows of a micro-batch; packed, at most.
         packed_length: tokens of a row that holds several samples; None: one sample a row.
+        least_micro_batches: packed, as many for each rank or more, as far as one sample a row would give as many.
     """
 
     global_batch_size: int
     micro_batch_size: int
     dp_size: int
     packed_length: int | None = None
+    least_micro_batches: int = 1
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Of a rank in a step: those of one sample a row."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
 def plan_global_batch(
@@ -121,7 +129,7 @@ def plan_global_batch(
 ) -> GlobalBatch:
     """Plan the step that follows `consumed_samples`; a pure function of its arguments.
 
-    Packed, the number of micro-batches follows from the samples, and is the same on every rank.
+    Packed, the number of micro-batches and that of their rows follow from the samples, and are the same on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -130,11 +138,17 @@ def plan_global_batch(
     lengths = dataset.lengths[indices]
     if shape.packed_length is None:
         rows = [[index] for index in np.argsort(lengths, kind="stable").tolist()]
+        micro_batches = [rows[start : start + micro] for start in range(0, size, micro)]
     else:
-        rows = pack(lengths, shape.packed_length, multiple=micro * shape.dp_size)
-    numbered = [[int(indices[index]) for index in row] for row in rows]
+        micro_batches = pack(
+            lengths,
+            shape.packed_length,
+            group_size=micro,
+            multiple=shape.dp_size,
+            least_groups=shape.dp_size * min(shape.least_micro_batches, shape.most_micro_batches),
+        )
     return GlobalBatch(
-        micro_batches=[numbered[start : start + micro] for start in range(0, len(numbered), micro)],
+        micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
         num_supervised=int(dataset.supervised_counts[indices].sum()),
         num_tokens=int(lengths.sum()),
         squared_lengths=int((lengths**2).sum()),

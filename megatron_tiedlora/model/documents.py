@@ -1,7 +1,7 @@
 """Attention within documents that share a row: none sees another, and no time goes to what would be masked.
 
 On CUDA in 16 bits by a kernel for sequences of different lengths, flash_attn's where it is installed, else PyTorch's
-where it has one that fits. Elsewhere document by document.
+where it has one that fits. Elsewhere, and on GPUs that the kernels do not run on, document by document.
 """
 
 from __future__ import annotations
@@ -44,8 +44,15 @@ def find_documents(ids: torch.Tensor, device: torch.device, *, dtype: torch.dtyp
     bounds = [*begins.flatten().nonzero()[:, 0].tolist(), ids.numel()]
     offsets = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
     longest = max(stop - start for start, stop in pairwise(bounds))
-    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = _runs_kernels(device, dtype, head_dim)
     return Documents(bounds, offsets, longest, find_varlen(head_dim) if fits else None)
+
+
+def _runs_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether kernels for different lengths run: in 16 bits, from Ampere on, with heads of up to 256."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_within(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents) -> torch.Tensor:

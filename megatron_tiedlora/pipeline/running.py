@@ -35,6 +35,11 @@ class StepInput(NamedTuple):
     documents: torch.Tensor | None = None
 
 
+def inputs_to_fill(num_stages: int) -> int:
+    """How many micro-batches keep stages busy: four to a stage leave a fifth of the time to the pipeline's filling."""
+    return 4 * num_stages if num_stages > 1 else 1
+
+
 @dataclass
 class Runner:
     """An engine with what it runs: this rank's stage and groups. `PlainRunner` or `PipelineRunner`."""
@@ -162,8 +167,8 @@ class PipelineRunner(Runner):
 
     @property
     def inputs_at_once(self) -> int:
-        """Four to a stage leave a fifth of the time to the pipeline's filling."""
-        return 4 * self.groups.pipeline.size
+        """See Runner."""
+        return inputs_to_fill(self.groups.pipeline.size)
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner; stages run ahead of each other, so there is no moment between micro-batches to stop at."""

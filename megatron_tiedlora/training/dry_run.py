@@ -122,7 +122,7 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
     header = (*sizes, "in flight")
     return [
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
-        f" {rows} x {length} tokens",
+        f" up to {rows} x {length} tokens",
         *_stage_table(header, cells),
         f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less where"
         f" positions have no label; logits of {HEAD_ROWS:,} rows and buffers come on top)",
@@ -213,18 +213,16 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
     b = plan.batches
-    if plan.settings.packing:
-        cut = f"samples {plan.packed_cut}"
-    else:
-        cut = (
-            f"= micro-batch {b.micro_batch_size} x {b.accumulation_steps} accumulation steps x {b.data_parallel}"
-            " data-parallel ranks"
-        )
     lines = [
         "batches",
-        f"  global batch {b.global_batch_size} {cut}",
+        f"  global batch {b.global_batch_size} samples, {plan.cut}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
+    if data is None and plan.settings.packing:
+        lines.append(
+            f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches for each"
+            " data-parallel rank, shorter ones fewer"
+        )
     return lines if data is None else [*lines, _fill(plan, data)]
 
 

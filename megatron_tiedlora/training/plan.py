@@ -21,6 +21,7 @@ from megatron_tiedlora.data.loader import BatchShape, pad_multiple
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
+from megatron_tiedlora.pipeline.running import inputs_to_fill
 from megatron_tiedlora.training.layout import check_layout
 
 # Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
@@ -84,17 +85,22 @@ class RunPlan:
     @property
     def batch_shape(self) -> BatchShape:
         """How a global batch is cut into rows and micro-batches."""
-        packed_length = self.settings.max_length if self.settings.packing else None
         return BatchShape(
-            self.batches.global_batch_size, self.batches.micro_batch_size, self.grid.dp_size, packed_length
+            self.batches.global_batch_size,
+            self.batches.micro_batch_size,
+            self.grid.dp_size,
+            packed_length=self.settings.max_length if self.settings.packing else None,
+            least_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
 
     @property
-    def packed_cut(self) -> str:
-        """How packed samples are cut, in words."""
-        rows, ranks = self.batches.micro_batch_size, self.batches.data_parallel
-        longest = f"{self.settings.max_length:,} tokens"
-        return f"in rows of up to {longest}, micro-batches of {rows} rows, {ranks} data-parallel ranks"
+    def cut(self) -> str:
+        """How the samples of a step are cut, in words."""
+        batches, ranks = self.batches, f"{self.batches.data_parallel} data-parallel ranks"
+        if not self.settings.packing:
+            return f"one a row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
+        rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
+        return f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}, {ranks}"
 
     @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:

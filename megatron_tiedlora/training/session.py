@@ -143,13 +143,13 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
 
 
-def _cut(plan: RunPlan) -> str:
-    batches = plan.batches
-    if plan.settings.packing:
-        return f" {plan.packed_cut}"
-    return (
-        f" = {batches.micro_batch_size} x {batches.accumulation_steps} micro-batches x {batches.data_parallel} ranks"
-    )
+def _start(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
+    """Where the run goes on, and whether its rows were made in another way up to there."""
+    if checkpoint is None:
+        return ""
+    packing, before = plan.settings.packing, checkpoint.settings.get("packing", False)
+    changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
+    return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
 
 
 def headline(
@@ -164,13 +164,12 @@ def headline(
     settings, batches, grid = plan.settings, plan.batches, plan.grid
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.config)
     layers = f"{len(plan.adapter.layers)} of {plan.source.config.num_layers} layers"
-    start = "" if checkpoint is None else f", resumed from step {checkpoint.progress.step}"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {settings.dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",
-        f"batches    {batches.global_batch_size} samples a step{_cut(plan)}, ZeRO-{plan.engine.zero_stage}",
+        f"batches    {batches.global_batch_size} samples a step, {plan.cut}, ZeRO-{plan.engine.zero_stage}",
     ]
     if grid.tp_size * grid.pp_size > 1:
         cut = ", cut along the sequence" if plan.sequence_parallel else ""
@@ -182,4 +181,4 @@ def headline(
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
     lines.append(f"kernels    {chosen.description}")
-    return [*lines, f"run folder {folder.path}{start}"]
+    return [*lines, f"run folder {folder.path}{_start(plan, checkpoint)}"]
