@@ -344,6 +344,20 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     assert longest < plan.settings.max_length
 
 
+def test_packing_leaves_a_pipeline_enough_micro_batches(base: Base, tmp_path: Path) -> None:
+    """Four to a stage, where the rows that hold the step's samples would be fewer."""
+    found = {}
+    for stages in (1, 2):
+        layout = {"pipeline_parallel": stages, "world_size": stages, "ds_config": "zero1.json"}
+        arguments = base.arguments(**layout, global_batch_size=16, micro_batch_size=1, dry_run=True)
+        text = report(tmp_path / f"work{stages}", arguments, cache=base.cache)
+        ((rows, batches),) = re.findall(r"tokens in (\d+) rows of (\d+) micro-batches", text)
+        assert rows == batches
+        found[stages] = int(rows)
+        assert [row["in flight"] for row in stage_table(text, "bytes per rank")] == ["2", "1"][-stages:]
+    assert found[1] < 8 and found[2] == 8
+
+
 def test_several_ranks_print_one_report(base: Base, tmp_path: Path) -> None:
     ended: Ended = run_ranks(base.arguments(dry_run=True), folder=tmp_path, cache=base.cache, ranks=2).expect(0)
     assert "2 data-parallel ranks" in ended.outputs[0] and ended.outputs[1] == ""
