@@ -6,37 +6,35 @@
 
 An operation reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and
 writes what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once. Every operation
-counts as if it ran by itself, from memory to memory.
+counts as if it ran by itself, from memory to memory; a kernel (parallel/kernels.py) as the one operation that it is
+when it is compiled.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter, make_adapter_config
 from megatron_tiedlora.model.qkv import NormedQkv
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
 
 
 class BytesTouched(TorchDispatchMode):
-    """Sums bytes by (place, operation) while the block runs.
-
-    The place is `norm` or `rope` for what a function of model/norm.py or model/rope.py does, and `qkv` for the rest.
-    """
+    """Sums bytes by operation while the block runs; of kernels that `watched` has made, by kernel."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[tuple[str, str]] = Counter()
+        self.found: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
@@ -49,18 +47,25 @@ class BytesTouched(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name not in _ALLOCATES and not func.is_view:
-            self.found[_place(), name] += _touched(func, name, args, kwargs, result)
+            self.found[name] += _touched(func, name, args, kwargs, result)
         return result
 
 
-def _place() -> str:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        stem = Path(frame.f_code.co_filename).stem
-        if stem in ("norm", "rope"):
-            return stem
-        frame = frame.f_back
-    return "qkv"
+    def watched(self, kernels: Kernels) -> Kernels:
+        """The same kernels, each counted as one operation that reads what it is given and writes what it gives."""
+        named = {field.name: self._as_one(field.name, getattr(kernels, field.name)) for field in fields(kernels)}
+        return Kernels(**named)
+
+    def _as_one(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            with _disable_current_modes():
+                result = kernel(*arguments)
+            given = result if isinstance(result, tuple) else (result,)
+            changed = arguments[0] if name == "rotate_" else None
+            self.found[name] += sum(map(_num_bytes, (*arguments, *given, changed)))
+            return result
+
+        return counted
 
 
 def _touched(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
@@ -99,8 +104,8 @@ class QkvShape:
         return 2 * 2 * (tokens * d + o * d + tokens * o)
 
 
-def layer_bytes(shape: QkvShape, method: str | None, rank: int = 1) -> Counter[tuple[str, str]]:
-    """What norm, projection, update and rotation of one layer touch, forward and backward, by (place, operation).
+def layer_bytes(shape: QkvShape, method: str | None, rank: int = 1) -> Counter[str]:
+    """What norm, projection, update and rotation of one layer touch, forward and backward, by operation.
 
     Counted as what a second layer adds to a first one, so that it holds the sum of tied gradients over the layers, and
     nothing that is done once for all of them.
@@ -113,12 +118,19 @@ def layer_bytes(shape: QkvShape, method: str | None, rank: int = 1) -> Counter[t
     return two
 
 
-def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers: int) -> Counter[tuple[str, str]]:
+def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers: int) -> Counter[str]:
+    counter = BytesTouched()
     with torch.device("meta"):
         layer = NormedQkv(
-            shape.hidden_size, shape.rows, head_dim=shape.head_dim, eps=1e-5, bias=False, dtype=torch.bfloat16
+            shape.hidden_size,
+            shape.rows,
+            head_dim=shape.head_dim,
+            eps=1e-5,
+            bias=False,
+            dtype=torch.bfloat16,
+            kernels=counter.watched(EAGER),
         )
-        table = tuple(torch.empty(1, shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
+        table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
         bank = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -126,7 +138,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         ]
     updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if bank is None else bank()
     trained = [] if bank is None else [parameter for parameter in bank.parameters() if parameter.requires_grad]
-    with BytesTouched() as counter:
+    with counter:
         outputs = [
             head
             for hidden, update in zip(inputs, updates, strict=True)

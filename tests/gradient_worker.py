@@ -170,7 +170,9 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     """This rank's stage with base weights and factors in place, all fp64."""
     bank = TiedAdapter(case.part(grid), dtype=DTYPE)
     bank.load_full(case.adapter.tensors)
-    specs = layer_specs(case.config, dtype=DTYPE, tp_size=grid.tp_size)
+    specs = layer_specs(
+        case.config, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
+    )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
         bank,

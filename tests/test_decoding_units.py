@@ -9,6 +9,7 @@ from megatron_tiedlora.evaluation.generate import split_evenly
 from megatron_tiedlora.evaluation.likelihood import _groups
 from megatron_tiedlora.model.attention import Attention, KeyValueCache, _attend_to_cache
 from megatron_tiedlora.model.rope import RopeConfig
+from megatron_tiedlora.parallel.kernels import EAGER
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
@@ -27,7 +28,7 @@ def test_attention_to_a_cache(
         )
     torch.manual_seed(0)
     sizes = {"local_heads": 6, "local_kv_heads": 2, "head_dim": 8}
-    layer = Attention(48, **sizes, rope=RopeConfig(), norm_eps=1e-6, bias=False, dtype=dtype)
+    layer = Attention(48, **sizes, rope=RopeConfig(), norm_eps=1e-6, bias=False, dtype=dtype, kernels=EAGER)
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)

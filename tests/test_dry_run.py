@@ -265,7 +265,8 @@ def test_needs_no_weights(base: Base, tmp_path: Path) -> None:
     assert "--layers 3" in line.error_line()
 
 
-def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> None:
     """What the report counts on tensors without data equals a count on real ones."""
     from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
     from megatron_tiedlora.config.settings import make_settings
@@ -275,9 +276,10 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base) -> None:
     from megatron_tiedlora.training.plan import plan_run
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
-    plan = plan_run(make_settings(settings), rank=0, world_size=1)
+    plan = plan_run(make_settings({**settings, "recompute": recompute}), rank=0, world_size=1)
     length = 256
-    block = layer_specs(plan.source.config, dtype=plan.dtype)[1].build()
+    specs = layer_specs(plan.source.config, dtype=plan.dtype, recomputes_gate=recompute == "selective")
+    block = specs[1].build()
     bank = TiedAdapter(plan.part)
     bank.load_full(start_values(plan.adapter))
     places = block.attention.places(torch.arange(length)[None], plan.dtype)

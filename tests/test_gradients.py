@@ -44,14 +44,14 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
     )
     bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     bank.load_full(oracle.tensors)
-    specs = layer_specs(source.config, dtype=torch.float64)
+    specs = layer_specs(source.config, dtype=torch.float64, recomputes_gate=recompute == "selective")
     model = Stage(specs, bank, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.config)) as weights:
         load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
     return model, oracle
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", [*METHODS, "one_layer"])
 def test_gradients_equal_autograd(method: str, shape: str, recompute: str, tmp_path: Path) -> None:

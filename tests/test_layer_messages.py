@@ -15,6 +15,7 @@ from megatron_tiedlora.parallel.traffic import TENSOR, TIED, Traffic
 pytestmark = pytest.mark.distributed
 
 FULL: dict[str, Any] = {"recompute": "full"}
+GATE: dict[str, Any] = {"recompute": "selective"}
 WHOLE: dict[str, Any] = {"sequence_parallel": False}
 TO_THE_END: dict[str, Any] = {"early_stop": False}
 
@@ -23,7 +24,9 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "sequences cut": ({}, {"all-gather": 4, "reduce-scatter": 4}),
     "sequences cut, recompute": (FULL, {"all-gather": 6, "reduce-scatter": 5}),
     "sequences cut, recompute to the end": ({**FULL, **TO_THE_END}, {"all-gather": 6, "reduce-scatter": 6}),
+    "sequences cut, recompute of gate and up": (GATE, {"all-gather": 5, "reduce-scatter": 4}),
     "sequences whole": (WHOLE, {"all-reduce": 4}),
+    "sequences whole, recompute of gate and up": ({**WHOLE, **GATE}, {"all-reduce": 4}),
     "sequences whole, recompute": ({**WHOLE, **FULL}, {"all-reduce": 5}),
     "sequences whole, recompute to the end": ({**WHOLE, **FULL, **TO_THE_END}, {"all-reduce": 6}),
 }

@@ -255,7 +255,7 @@ def ran(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     @functools.cache
     def start(name: str) -> Ran:
-        settings = {"max_steps": STEPS, "eval_interval": STEPS, **RUNS[name]}
+        settings = {"max_steps": STEPS, "eval_interval": STEPS, "packing": False, **RUNS[name]}
         ended = run(base, folder / name, prelude=_fixed_peak, **settings)
         return Ran(metrics(folder / name), ended, RUNS[name].get("ranks", 1))
 

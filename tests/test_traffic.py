@@ -66,6 +66,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp whole": {**TP, **WHOLE},
         "tp whole, recompute": {**TP, **WHOLE, **FULL, "method": "vera"},
         "tp, recompute": {**TP, **FULL},
+        "tp, recompute of gate and up": {**TP, "recompute": "selective", "layers": (2, 4)},
         "tp, one layer": {**TP, **ONE_LAYER},
         "tp, short head": {**TP, "head_rows": 16, "ds_config": "zero0.json"},
         "tp, packed": {**TP, **PACKED},

@@ -137,7 +137,9 @@ class Settings(CommandSettings):
         "speed", "compile what lies between products (auto: where the run is long enough, and it can be done)", "auto"
     )
     recompute: Literal["none", "selective", "full"] = setting_field(
-        "speed", "keep each layer's activations (none) or compute them again in the backward pass (full)", "none"
+        "speed",
+        "what is computed again in the backward pass instead of kept: nothing, gate and up of the MLP, or whole layers",
+        "none",
     )
 
     global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
@@ -218,8 +220,6 @@ class Settings(CommandSettings):
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
         if self.eval_samples is not None and self.eval_metric == "loss":
             raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
-        if self.recompute == "selective":
-            raise ValueError("--recompute selective is not available in this version; use none or full")
         return self
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
@@ -25,10 +26,15 @@ HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
-    """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
-    def __init__(self, *, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu) -> None:
+    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: of 2 d + 2 f numbers a
+    token only d are kept.
+    """
+
+    def __init__(self, *, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu, recomputes_gate: bool) -> None:
         super().__init__()
+        self.recomputes_gate = recomputes_gate
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
@@ -54,8 +60,14 @@ class Block(nn.Module):
             mixed: what attention found, (b, s, local heads * head_dim).
         """
         hidden = hidden + self.attention.output(mixed, tensor_parallel)
-        output: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden), tensor_parallel)
-        return output
+        if self.recomputes_gate and torch.is_grad_enabled():
+            opened = checkpoint(self._open, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False)
+        else:
+            opened = self._open(hidden, tensor_parallel)
+        return hidden + self.mlp.close(opened, tensor_parallel)
+
+    def _open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        return self.mlp.open(self.mlp_norm(hidden), tensor_parallel)
 
 
 class Head(nn.Module):
@@ -118,12 +130,17 @@ class LayerSpec:
 
 
 def layer_specs(
-    config: LlamaConfig, *, dtype: torch.dtype, tp_size: int = 1, kernels: Kernels = EAGER
+    config: LlamaConfig,
+    *,
+    dtype: torch.dtype,
+    tp_size: int = 1,
+    kernels: Kernels = EAGER,
+    recomputes_gate: bool = False,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block.
     """
     d, local_vocabulary = config.hidden_size, -(-config.vocab_size // tp_size)
 
@@ -143,7 +160,7 @@ def layer_specs(
             kernels=kernels,
         )
         mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
-        return Block(attention=attention, mlp_norm=norm(), mlp=mlp)
+        return Block(attention=attention, mlp_norm=norm(), mlp=mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
         own = None if config.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)

@@ -31,7 +31,7 @@ class _Gated(torch.autograd.Function):
 
 
 class SwiGlu(nn.Module):
-    """The feed-forward part of a block. Keeps gate and up for the backward pass."""
+    """The feed-forward part of a block, in two steps. `open` keeps gate and up for the backward pass."""
 
     def __init__(self, hidden_size: int, local_intermediate: int, *, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -39,8 +39,13 @@ class SwiGlu(nn.Module):
         self.gate_up = ColumnParallelLinear(hidden_size, 2 * local_intermediate, dtype=dtype)
         self.down = RowParallelLinear(local_intermediate, hidden_size, dtype=dtype)
 
-    def forward(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (b, s / p, d), and the same back."""
+    def open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """What flows between layers, (b, s, d) or (b, s / p, d) -> silu(W_gate x) * (W_up x), (b, s, local f)."""
         gate_up = self.gate_up(enter_tensor_parallel_region(hidden, tensor_parallel))
-        output: torch.Tensor = self.down(_Gated.apply(gate_up, self.kernels), tensor_parallel)
+        opened: torch.Tensor = _Gated.apply(gate_up, self.kernels)
+        return opened
+
+    def close(self, opened: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """What `open` gives -> what flows between layers."""
+        output: torch.Tensor = self.down(opened, tensor_parallel)
         return output

@@ -2,10 +2,10 @@
 
     [Q | K | V] = rotated(W x + c + s diag(v) B diag(u) A x)        x = norm(hidden), s = alpha / r
 
-With dy the gradient of the sum, h = A x and g = s dy diag(v) B diag(u), the backward pass is
+With dy the gradient of the sum, h = A x, the factor F = s diag(v) B diag(u) and g = dy F, the backward pass is
 
-    dx = dy W + g A        dA = g^T x        du = sum over tokens of (s dy diag(v) B) h
-    G = s dy^T h diag(u)   dB = diag(v) G    dv = sum over r of G B
+    dx = dy W + g A        dA = g^T x        dB = s diag(v) G diag(u)
+    G = dy^T h             dv = row sums of s G B diag(u)        du = column sums of s diag(v) G B
 
 so it keeps the norm's input, one number a token for the norm, and h, r numbers a token, and makes no product of
 tokens x o. x is computed again. A frozen factor has no gradient, and what only that would need is not computed.
@@ -118,8 +118,8 @@ class _NormedQkv(torch.autograd.Function):
         normed, low = _enter(normed, low, shape.tensor_parallel)
         fused = multiply(normed, weight, bias)
         if low is not None and b is not None:
-            rows, columns = _flat(fused), _scaled(_flat(low), u)
-            torch.addmm(rows, columns, _scaled_rows(b, v, shape.scale, fused.dtype).t(), out=rows)
+            rows = _flat(fused)
+            torch.addmm(rows, _flat(low), _factor(b, u, v, shape.scale).to(rows.dtype).t(), out=rows)
         heads = fused.unflatten(-1, (-1, shape.head_dim))
         num_query, num_key, num_value = (size // shape.head_dim for size in shape.rows)
         shape.kernels.rotate_(heads[:, :, : num_query + num_key].flatten(0, 1).detach(), cos, sin)
@@ -142,14 +142,13 @@ class _NormedQkv(torch.autograd.Function):
         of_fused = _joined(gradients, shape, cos, sin)
         rows = _flat(of_fused)
         of_a = of_b = of_u = of_v = of_low = of_hidden = None
-        if needs_b or needs_v:
-            product = _scaled((rows.t() @ _flat(low)).to(b.dtype) * shape.scale, u)
-            of_b = product if v is None else v[:, None] * product
-            of_v = (product * b).sum(1) if needs_v else None
-        if b is not None and (needs_hidden or needs_a or needs_u):
-            of_low = rows @ _scaled_rows(b, v, shape.scale, rows.dtype)
-            of_u = (of_low.to(u.dtype) * _flat(low)).sum(0) if needs_u else None
-            of_low = _scaled(of_low, u).view(*of_fused.shape[:-1], -1)
+        if needs_b or needs_u or needs_v:
+            product = (rows.t() @ _flat(low)).to(b.dtype)
+            of_b = _factor(product, u, v, shape.scale) if needs_b else None
+            of_u = (_factor(product, None, v, shape.scale) * b).sum(0) if needs_u else None
+            of_v = (_factor(product, u, None, shape.scale) * b).sum(1) if needs_v else None
+        if b is not None and (needs_hidden or needs_a):
+            of_low = (rows @ _factor(b, u, v, shape.scale).to(rows.dtype)).view(*of_fused.shape[:-1], -1)
         of_normed = (rows @ weight).view(*of_fused.shape[:-1], -1) if needs_hidden else None
         of_normed, of_low = _leave(of_normed, of_low, a, shape.tensor_parallel, needs_low=needs_a)
         if needs_a:
@@ -159,7 +158,7 @@ class _NormedQkv(torch.autograd.Function):
         if of_normed is not None:
             found = shape.kernels.norm_gradient(as_rows(of_normed), as_rows(hidden), norm.detach(), root)
             of_hidden = found.view(hidden.shape)
-        return of_hidden, of_a, of_b if needs_b else None, of_u, of_v, *(None,) * 6
+        return of_hidden, of_a, of_b, of_u, of_v, *(None,) * 6
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -167,15 +166,11 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _scaled(columns: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
-    """columns diag(u), in the columns' dtype."""
-    return columns if u is None else (columns * u).to(columns.dtype)
-
-
-def _scaled_rows(b: torch.Tensor, v: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """scale diag(v) B in `dtype`."""
+def _factor(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """scale diag(v) B diag(u), (o, r): as large as B, so that nothing as long as the tokens is scaled."""
     rows = b if v is None else v[:, None] * b
-    return (rows if scale == 1.0 else rows * scale).to(dtype)
+    scaled = rows if u is None else rows * u
+    return scaled if scale == 1.0 else scaled * scale
 
 
 def _joined(

@@ -89,7 +89,13 @@ def _build_stage(
 ) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
     """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
-    specs = layer_specs(plan.source.config, dtype=plan.dtype, tp_size=grid.tp_size, kernels=kernels)
+    specs = layer_specs(
+        plan.source.config,
+        dtype=plan.dtype,
+        tp_size=grid.tp_size,
+        kernels=kernels,
+        recomputes_gate=plan.settings.recompute == "selective",
+    )
     bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:

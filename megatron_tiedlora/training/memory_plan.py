@@ -83,7 +83,11 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
         kept += tokens * plan.source.config.hidden_size * plan.dtype.itemsize + hidden
     if stage.is_last and recomputes and blocks:  # the last block is kept in two pieces, see Attended
         kept += hidden + mixed
-    again = tokens * per_token if recomputes and blocks else 0.0
+    again = 0.0  # of the one block that is computed again at a time
+    if blocks and recomputes:
+        again = tokens * per_token
+    elif blocks and plan.settings.recompute == "selective":
+        again = tokens * _gate_bytes_per_token(plan)
     return micro_batches_in_flight(plan, stage) * kept + again
 
 
@@ -132,10 +136,18 @@ def saved_bytes_per_token(plan: RunPlan) -> float:
     """Bytes that one adapted block of a rank keeps for its backward pass, per token of the whole sequence.
 
     On one rank that holds all: 4 d + 2 k + 2 f + r numbers (inputs of two norms; q, k, v and attention's result; gate
-    and up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head.
+    and up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head. Without gate,
+    up and the second norm's number where these are computed again; of a block that is, as a whole, while it is there.
     """
     config, tp_size, row = plan.source.config, plan.grid.tp_size, plan.adapter.row
-    between = 2 * (config.hidden_size * plan.dtype.itemsize + FP32) / plan.sequence_parts
-    inside = sum(config.qkv_rows) + config.qkv_rows[0] + 2 * config.intermediate_size
+    selective = plan.settings.recompute == "selective"
+    between = (2 * config.hidden_size * plan.dtype.itemsize + (1 if selective else 2) * FP32) / plan.sequence_parts
+    inside = sum(config.qkv_rows) + config.qkv_rows[0]
     low = plan.adapter.rank if any(row.factor(name).trained for name in "Buv") else 0
-    return between + (inside / tp_size + low) * plan.dtype.itemsize + config.num_heads / tp_size * FP32
+    gate = 0.0 if selective else _gate_bytes_per_token(plan)
+    return between + (inside / tp_size + low) * plan.dtype.itemsize + gate + config.num_heads / tp_size * FP32
+
+
+def _gate_bytes_per_token(plan: RunPlan) -> float:
+    """Of gate and up, on one rank."""
+    return 2 * plan.source.config.intermediate_size / plan.grid.tp_size * plan.dtype.itemsize

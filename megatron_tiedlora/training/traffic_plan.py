@@ -159,7 +159,8 @@ def _hidden_bytes(plan: RunPlan, num_tokens: int) -> int:
 def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:
     """Tensor-parallel messages of a micro-batch in embedding, blocks and head.
 
-    Recomputing a block stops once all that its backward pass needs is there again, so its last exit is not repeated.
+    Recomputing a block stops once all that its backward pass needs is there again, so its last exit is not repeated;
+    recomputing gate and up enters the MLP's region again.
     """
     sent = _Regions(traffic, plan)
     if stage.is_first:
@@ -175,6 +176,8 @@ def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroB
             sent.leave(after)
             sent.enter(after)
         sent.leave(after)
+        if backward and plan.settings.recompute == "selective":
+            sent.enter(after)
         if backward:
             sent.back_through_leave(after, count=2)
             sent.back_through_enter(after)
