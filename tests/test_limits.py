@@ -15,6 +15,7 @@ from megatron_tiedlora.model.blocks import find_blocks
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.flops_plan import step_flops
 
@@ -121,7 +122,7 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
         num_tokens=tokens.numel(),
         squared_lengths=ROWS * LENGTH**2,
         num_after=len(rows.rows),
-        num_supervised=len(rows.targets),
+        num_supervised=padded(len(rows.targets)),
     )
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
@@ -16,8 +17,8 @@ class Supervised(NamedTuple):
     """The supervised positions of labels (b, s), n of them.
 
     With activations cut along the sequence each of the p ranks goes on with positions of its own part, and all with
-    equally many, m / p, as messages of equal parts need; what a part has too few of is filled up with positions that
-    are computed for nothing. There is at least one position of each part.
+    equally many, m / p, as messages of equal parts need, and a multiple of `SIZE_MULTIPLE`; what a part has too few of
+    is filled up with positions that are computed for nothing. Each part has at least one.
 
     Attributes:
         rows: (m,) int64, positions in (b s), part by part.
@@ -36,6 +37,11 @@ class Supervised(NamedTuple):
         return self.local_rows.chunk(num_parts)[part]
 
 
+def positions_after(num_supervised: int) -> int:
+    """m / p, where the part with most supervised positions has `num_supervised`."""
+    return padded(max(1, num_supervised))
+
+
 def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is none.
 
@@ -46,7 +52,7 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
     width = length // num_parts
     by_part = labels.view(size, num_parts, width).transpose(0, 1).reshape(num_parts, -1)
     found = [(part != IGNORED_LABEL).nonzero()[:, 0] for part in by_part]
-    most = max(1, *(len(rows) for rows in found))
+    most = positions_after(max(len(rows) for rows in found))
     filled = [torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in found]
     local_rows = torch.cat(filled)
     starts = torch.arange(num_parts, device=labels.device).repeat_interleave(most) * width

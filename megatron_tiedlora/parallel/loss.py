@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
-from megatron_tiedlora.parallel.layers import multiply
+from megatron_tiedlora.parallel.layers import SIZE_MULTIPLE, multiply
 
 IGNORED_LABEL = -100
 
@@ -55,7 +56,8 @@ class _SumTokenLosses(torch.autograd.Function):
         rows_at_once: int,
         kernels: Kernels,
     ) -> torch.Tensor:
-        needs_rows = ctx.needs_input_grad[0]
+        num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
+        rows, labels = _filled_up(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.shape[0])  # one memory for all parts
@@ -63,12 +65,12 @@ class _SumTokenLosses(torch.autograd.Function):
             part = slice(start, start + rows_at_once)
             local_logits = torch.mm(rows[part], weight.t(), out=logits[: len(rows[part])]).detach()
             found = _losses(local_logits, labels[part], first_id, group, kernels)
-            loss += found.losses.sum()
+            loss += found.losses[: max(num_rows - start, 0)].sum()
             if gradient is not None:
                 kernels.open_logits_(local_logits, found.total)
                 _subtract_labels_(local_logits, found)
                 torch.mm(local_logits, weight, out=gradient[part])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
         return loss
 
     @staticmethod
@@ -76,6 +78,14 @@ class _SumTokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
         return (upcast(of_rows) * gradient).to(of_rows.dtype), *(None,) * 6
+
+
+def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, d) and labels (n,) with as many more, zeros and no labels, as make n divide by `SIZE_MULTIPLE`."""
+    missing = -len(rows) % SIZE_MULTIPLE
+    if not missing:
+        return rows, labels
+    return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
 def _subtract_labels_(chances: torch.Tensor, found: _Found) -> None:
@@ -104,7 +114,7 @@ def sum_token_losses(
         rows: (n, d), any float dtype, the same on every rank.
         weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, no padding.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        rows_at_once: rows whose logits exist at one time.
+        rows_at_once: rows whose logits exist at one time, a multiple of `SIZE_MULTIPLE`.
 
     Returns:
         a scalar in max(fp32, dtype of `rows`). Its gradient with respect to `rows` is this rank's addend, that of its
@@ -126,7 +136,8 @@ def token_losses(
     kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient; arguments as in `sum_token_losses`."""
+    num_rows = len(rows)
+    rows, labels = _filled_up(rows, labels)
     parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
-    return torch.cat(
-        [_losses(multiply(part, weight), target, first_id, group, kernels).losses for part, target in parts]
-    )
+    losses = [_losses(multiply(part, weight), target, first_id, group, kernels).losses for part, target in parts]
+    return torch.cat(losses)[:num_rows]

@@ -11,6 +11,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
 from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
 from megatron_tiedlora.training.memory_plan import (
@@ -26,7 +27,6 @@ from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,
     estimated_groups,
-    padded,
     planned_shapes,
     stage_traffic,
 )

@@ -23,7 +23,8 @@ from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import plan_global_batch
 from megatron_tiedlora.data.packing import Rows
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.model.qkv import COLUMN_MULTIPLE
+from megatron_tiedlora.model.supervised import positions_after
+from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
@@ -118,14 +119,9 @@ def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int
     for lengths, starts in rows:
         begins = np.cumsum(lengths) - lengths
         before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
-    most = max(1, int(np.diff(before).max()))
+    most = positions_after(int(np.diff(before).max()))
     num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
     return MicroBatchShape(len(rows), length, num_supervised, num_parts * most, plan.settings.packing)
-
-
-def padded(length: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-length // multiple) * multiple
 
 
 def step_traffic(plan: RunPlan, shapes: Sequence[MicroBatchShape]) -> Traffic:
@@ -190,9 +186,10 @@ def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroB
     if stage.is_last:
         sent.enter(shape.num_after)
         sent.back_through_enter(shape.num_after)
-        # two fp32 numbers a supervised row and rank, for each chunk of the head
-        for start in range(0, shape.num_supervised, HEAD_ROWS):
-            rows = min(HEAD_ROWS, shape.num_supervised - start)
+        # two fp32 numbers a row of logits and rank, for each chunk of the head
+        logits = padded(shape.num_supervised)
+        for start in range(0, logits, HEAD_ROWS):
+            rows = min(HEAD_ROWS, logits - start)
             traffic.add(TENSOR, "all-gather", plan.grid.tp_size * 2 * rows * FP32)
 
 
@@ -205,7 +202,7 @@ class _Regions:
 
     def _add(self, kind: str, num_tokens: int, count: int = 1, beside: int = 0) -> None:
         size = _hidden_bytes(self.plan, num_tokens)
-        size += num_tokens * padded(beside, COLUMN_MULTIPLE) * self.plan.dtype.itemsize
+        size += num_tokens * padded(beside) * self.plan.dtype.itemsize
         self.traffic.add(TENSOR, kind, size, count=count)
 
     def enter(self, num_tokens: int, *, beside: int = 0) -> None:
