@@ -50,6 +50,8 @@ def test_table_by_hand() -> None:
         ("--layers=0", "--layers 0"),
         ("--shares=1.5", "--shares 1.5"),
         ("--repeats=0", "--repeats"),
+        ("--supervised=0", "--supervised 0.0"),
+        ("--supervised=1.5", "--supervised 1.5"),
     ],
 )
 def test_bad_input_is_one_line(flag: str, said: str) -> None:

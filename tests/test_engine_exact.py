@@ -131,7 +131,7 @@ def test_packed_rows_at_every_zero_stage(base: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.distributed
 def test_splits_of_the_global_batch(base: dict[str, Any], tmp_path: Path) -> None:
-    """One rank: the whole batch at once, sample by sample, and with full recompute give the same run."""
+    """One rank: the whole batch at once, sample by sample, and with recompute give the same run."""
     prepared = [
         case(base, tmp_path, f"split{index}", packing=False, **changes)
         for index, changes in enumerate(
@@ -139,6 +139,7 @@ def test_splits_of_the_global_batch(base: dict[str, Any], tmp_path: Path) -> Non
                 {"micro_batch_size": 8, "ds_config": "zero0.json"},
                 {"micro_batch_size": 1, "ds_config": "zero1.json"},
                 {"micro_batch_size": 4, "ds_config": "zero3.json", "recompute": "full"},
+                {"micro_batch_size": 2, "ds_config": "zero3.json", "recompute": "selective"},
             )
         )
     ]

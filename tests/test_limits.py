@@ -127,7 +127,7 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total - flops.attention, rel=1e-3)
-    blocks = find_blocks(None, LENGTH, size=64, dtype=torch.bfloat16)
+    blocks = find_blocks(None, LENGTH, size=64)
     pairs = ROWS * sum((block.stop - block.start) * (block.stop - block.first) for block in blocks)
     passes = 2 * len(config_layers(config)) + 5 * sum(layer >= layers[0] for layer in config_layers(config))
     assert attention == passes * 2 * pairs * config.qkv_rows[0]

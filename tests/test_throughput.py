@@ -202,9 +202,12 @@ def test_memory_is_in_bytes_and_keeps_its_peak(monkeypatch: pytest.MonkeyPatch) 
     assert peak_memory_bytes(CPU) > after - SLACK
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 17)
     assert peak_memory_bytes(CUDA) == 17
-    monkeypatch.setattr(throughput.sys, "platform", "darwin")
+    assert resident_bytes("VmNone") is None
+    monkeypatch.setattr(throughput, "resident_bytes", lambda name: None)  # a Linux kernel may not tell either
     monkeypatch.setattr(throughput.resource, "getrusage", lambda who: type("Usage", (), {"ru_maxrss": 19}))
-    assert peak_memory_bytes(CPU) == 19
+    for platform, size in (("darwin", 19), ("linux", 19 * 1024)):
+        monkeypatch.setattr(throughput.sys, "platform", platform)
+        assert peak_memory_bytes(CPU) == size
 
 
 # In runs ------------------------------------------------------------------------------------------------------------

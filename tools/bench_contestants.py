@@ -270,7 +270,9 @@ def peak_bytes(side: Side) -> int:
         before = torch.cuda.memory_allocated()
         side.step()
         return int(torch.cuda.max_memory_allocated() - before)
-    before = resident_bytes("VmRSS")
+    resident = resident_bytes("VmRSS")
+    if resident is None:
+        raise UserError("peak memory of a CPU's step needs /proc/self/status, which this system does not have")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     side.step()
-    return resident_bytes("VmHWM") - before
+    return (resident_bytes("VmHWM") or resident) - resident

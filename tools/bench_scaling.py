@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     axes = {flag: _values(options, flag, kind) for flag, _, kind in AXES}
     if min(options.rows, options.num_layers, options.length, options.rank, options.repeats) < 1:
         raise UserError("--rows, --num_layers, --length, --rank and --repeats are at least 1")
+    if not 0 < options.supervised <= 1:
+        raise UserError(f"--supervised {options.supervised}: give a share above 0, up to 1")
     for flag, name, _ in AXES:
         if axes[flag]:
             measured = _measure(options, name, axes[flag])

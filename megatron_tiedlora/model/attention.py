@@ -128,7 +128,7 @@ class Attention(nn.Module):
             return replace(places, mask=self._cache_mask(positions, cache))
         if positions.device.type == "cpu":
             size = block_size(*self.local_rows[:2])
-            return replace(places, blocks=find_blocks(documents, positions.shape[1], size=size, dtype=dtype))
+            return replace(places, blocks=find_blocks(documents, positions.shape[1], size=size))
         if documents is not None:
             found = find_documents(documents, positions.device, dtype=dtype, head_dim=self.head_dim)
             return replace(places, documents=found)

@@ -1,7 +1,7 @@
 """Causal attention of rows by blocks of queries, each with the keys it sees: for CPUs, where it takes half of the time
 of PyTorch's fused kernel in 16 bits, and the time of what is seen where rows hold several documents.
 
-With S = scale Q K^T + mask, P = softmax(S), O = P V, and w = sum of dO * O of each query,
+With S = scale Q K^T where a query sees a key, P = softmax(S), O = P V, and w = sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - w)        dQ = scale dS K        dK = scale dS^T Q
 
@@ -33,25 +33,23 @@ class Block(NamedTuple):
     """Queries start to stop - 1 of every row, and what they see of keys first to stop - 1.
 
     Attributes:
-        mask: 0 or -inf, (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows, of at least fp32.
+        hidden: (rows, 1, queries, keys) bool, or (1, 1, queries, keys) for all rows: True where nothing is seen.
     """
 
     start: int
     stop: int
     first: int
-    mask: torch.Tensor
+    hidden: torch.Tensor
 
 
-def find_blocks(ids: torch.Tensor | None, length: int, *, size: int, dtype: torch.dtype) -> tuple[Block, ...]:
+def find_blocks(ids: torch.Tensor | None, length: int, *, size: int) -> tuple[Block, ...]:
     """The blocks of rows of `length` tokens, from the last to the first.
 
     Args:
         ids: (b, length) int64, which document of its row each token belongs to; a new id begins one. None: one a row.
         size: queries of a block, see `block_size`.
-        dtype: of queries.
     """
     bounds = [(start, min(start + size, length)) for start in reversed(range(0, length, size))]
-    wide = upcast(torch.empty(0, dtype=dtype)).dtype
     if ids is None:
         ids = torch.zeros(1, length, dtype=torch.int64)
     places = torch.arange(length)
@@ -62,16 +60,15 @@ def find_blocks(ids: torch.Tensor | None, length: int, *, size: int, dtype: torc
     for start, stop in bounds:
         first = int(opening[:, start:stop].min())
         keys, queries = places[first:stop], places[start:stop, None]
-        seen = (keys >= opening[:, start:stop, None]) & (keys <= queries)
-        mask = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, -torch.inf)
-        blocks.append(Block(start, stop, first, mask[:, None].detach()))
+        hidden = (keys < opening[:, start:stop, None]) | (keys > queries)
+        blocks.append(Block(start, stop, first, hidden[:, None].detach()))
     return tuple(blocks)
 
 
 def attend_by_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[Block], kernels: Kernels
 ) -> torch.Tensor:
-    """Attention of each token to what its block's mask lets it see, scaled by 1 / sqrt(head_dim).
+    """Attention of each token to what its block lets it see, scaled by 1 / sqrt(head_dim).
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
@@ -118,11 +115,11 @@ class _Operands:
 
 
 def _lines(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """(b kv, heads / kv * queries, n) or (b, heads, queries, n), in the shape that goes with the block's mask.
+    """(b kv, heads / kv * queries, n) or (b, heads, queries, n), in the shape that goes with `hidden`.
 
     Contiguous, as a compiled kernel is one for each way in which its tensors lie.
     """
-    return tensor.reshape(len(block.mask), -1, block.stop - block.start, tensor.shape[-1]).contiguous().detach()
+    return tensor.reshape(len(block.hidden), -1, block.stop - block.start, tensor.shape[-1]).contiguous().detach()
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -143,7 +140,7 @@ class _BlockAttention(torch.autograd.Function):
         memory = operands.memory(query.dtype)
         for block in blocks:
             scores, weights = operands.scores(block), operands.of_block(memory, block)
-            sums, total = kernels.open_scores_(_lines(scores, block), block.mask, _lines(weights, block))
+            sums, total = kernels.open_scores_(_lines(scores, block), block.hidden, _lines(weights, block))
             opened = torch.bmm(weights, values[:, block.first : block.stop])
             part = slice(block.start, block.stop)
             lines = (size, num_heads, block.stop - block.start, -1)
@@ -171,11 +168,11 @@ class _BlockAttention(torch.autograd.Function):
             torch.bmm(gradients, values[:, seen].transpose(1, 2), out=of_scores)
             of_rows = (log_sums[:, :, part], shares[:, :, part], of_scores, weights)
             scores = _lines(operands.scores(block), block)
-            ctx.kernels.score_gradient_(scores, block.mask, *(_lines(tensor, block) for tensor in of_rows))
+            ctx.kernels.score_gradient_(scores, block.hidden, *(_lines(tensor, block) for tensor in of_rows))
             of_value[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
             of_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), queries)
-            product = torch.bmm(of_scores, keys[:, seen])
+            product = torch.empty_like(queries)
+            torch.baddbmm(product, of_scores, keys[:, seen], beta=0, alpha=operands.scale, out=product)
             of_query[:, :, part] = product.view(*query.shape[:2], -1, query.shape[-1])
-        of_query *= operands.scale
         of_key *= operands.scale
         return of_query, *(heads.to(key.dtype).view(key.shape) for heads in (of_key, of_value)), None, None

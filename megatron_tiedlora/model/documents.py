@@ -1,7 +1,8 @@
 """Attention within documents that share a row: none sees another, and no time goes to what would be masked.
 
 On CUDA in 16 bits by a kernel for sequences of different lengths, flash_attn's where it is installed, else PyTorch's
-where it has one that fits. Elsewhere, and on GPUs that the kernels do not run on, document by document.
+where it has one that fits. On GPUs and in dtypes that the kernels do not have, document by document. CPUs have
+`blocks.py` instead.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def find_documents(ids: torch.Tensor, device: torch.device, *, dtype: torch.dtyp
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     bounds = [*begins.flatten().nonzero()[:, 0].tolist(), ids.numel()]
-    offsets = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+    offsets = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     longest = max(stop - start for start, stop in pairwise(bounds))
     fits = _runs_kernels(device, dtype, head_dim)
     return Documents(bounds, offsets, longest, find_varlen(head_dim) if fits else None)

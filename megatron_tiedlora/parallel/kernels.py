@@ -35,7 +35,7 @@ def normalise(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[t
 
 
 def apply_norm(hidden: torch.Tensor, weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """weight * x * root; rounded before the weight is applied, as in transformers."""
+    """weight * x * root; rounded before the weight is applied, as in transformers, unless a compiler leaves it wide."""
     return weight * (upcast(hidden) * root).to(hidden.dtype)
 
 
@@ -77,19 +77,19 @@ def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 def open_scores_(
-    scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
+    scores: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of (scores + mask) over the last dimension, without its division.
+    """Softmax of scores over the last dimension, without its division.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
-        mask: (c, 1, m, keys), 0 or -inf, no row all -inf.
+        hidden: (c, 1, m, keys) bool, True for a key that the query does not see; it sees one at least.
         weights: like the scores in any dtype, gets exp(score - largest).
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
     """
-    seen = scores + mask
+    seen = scores.masked_fill(hidden, -torch.inf)
     top = seen.amax(-1, keepdim=True)
     opened = (seen - top).exp()
     total = opened.sum(-1, keepdim=True)
@@ -99,22 +99,22 @@ def open_scores_(
 
 def score_gradient_(
     scores: torch.Tensor,
-    mask: torch.Tensor,
+    hidden: torch.Tensor,
     log_sums: torch.Tensor,
     shares: torch.Tensor,
     of_weights: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (of_weights - shares), its gradient, in place.
+    """Softmax p = exp(score - log_sums), 0 where hidden, into `weights`, and p (of_weights - shares) in place.
 
     Args:
-        scores, mask: as in `open_scores_`.
+        scores, hidden: as in `open_scores_`.
         log_sums: (c, n, m, 1), its first result.
         shares: (c, n, m, 1), sum over keys of p * of_weights.
         of_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
         weights: as `of_weights`.
     """
-    chance = (scores + mask - log_sums).exp()
+    chance = (scores - log_sums).exp().masked_fill(hidden, 0.0)
     weights.copy_(chance)
     of_weights.copy_(chance * (upcast(of_weights) - shares))
 

@@ -1,11 +1,14 @@
 """Whether a run's kernels are compiled, and compiling them before its first step, where it shows and can fail.
 
 torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds. The
-kernels meet a small model here, whose sizes differ from each other, so that one graph serves all sizes.
+kernels meet a small model here, whose sizes differ from each other, so that one graph serves all sizes from 2 on. What
+is of another form is compiled when it comes: one token at a time, in an answer that is generated alone, and on a CPU
+rows of more than 4,096 tokens.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -57,7 +60,9 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     for turn in (True, False):
         if (local_rank() == 0) == turn:
             try:
-                kernels = compiled_kernels(plan.source.config, dtype=plan.dtype, device=device)
+                kernels = compiled_kernels(
+                    plan.source.config, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size
+                )
             except UserError as error:
                 failure = str(error)
         if world_size() > 1:
@@ -77,31 +82,44 @@ def _pays(plan: RunPlan) -> bool:
     return tokens * widths >= LEAST_WORK
 
 
-def compiled_kernels(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> Kernels:
-    """The kernels, compiled for all sizes of a model's layers in `dtype` on `device`.
+def compiled_kernels(
+    config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1
+) -> Kernels:
+    """The kernels, compiled for all sizes of a model's layers in `dtype` on `device`, cut over `tp_size` ranks.
 
     Raises:
         UserError: they cannot be, in one line.
     """
-    kernels = EAGER.compiled()
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        raise UserError("TORCH_COMPILE_DISABLE is 1")
     try:
-        _warm_up(kernels, config, dtype=dtype, device=device)
+        kernels = EAGER.compiled()
+        _warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
     except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}") from error
     return kernels
 
 
-def _warm_up(kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+def _warm_up(
+    kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int
+) -> None:
     """Call every kernel, forwards and backwards, in each of the forms that training has.
 
-    The vocabulary and the width between layers are the model's, as a compiler goes over long rows in another way than
-    over short ones. The rest is small.
+    A rank's part of the vocabulary and the width between layers are the run's, as a compiler goes over long rows in
+    another way than over short ones. The rest is small.
     """
     from torch._inductor import config as inductor
 
     small = replace(
-        config, intermediate_size=88, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=24, tied_embeddings=True
+        config,
+        vocab_size=-(-config.vocab_size // tp_size),
+        intermediate_size=88,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=24,
+        tied_embeddings=True,
     )
     adapter = make_adapter_config(
         "tl6", rank=4, layers=(1, 2), hidden_size=small.hidden_size, qkv_rows=small.qkv_rows, seed=0
@@ -113,6 +131,7 @@ def _warm_up(kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, devic
     num_rows, length = 3, 152
     ids = torch.arange(length).expand(num_rows, length)
     tokens, positions = ids.to(device) % small.vocab_size, ids.to(device)
-    with inductor.patch(compile_threads=1):  # else it leaves processes behind that wait for more
+    # On this thread alone, backwards too: the patch is a thread's own, and else processes stay that wait for more.
+    with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for documents in (None, ids // 40):
             stage(tokens, positions, tokens, documents=documents).backward()

@@ -23,6 +23,7 @@ from megatron_tiedlora.training.memory_plan import (
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
+from megatron_tiedlora.training.throughput import readable
 from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,
@@ -265,11 +266,3 @@ def _sample(data: RunData) -> list[str]:
 
 def _indented(text: str) -> Iterable[str]:
     return (f"    {line}" for line in text.splitlines())
-
-
-def readable(size: float) -> str:
-    """A number of bytes with a unit."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size:,.0f} B"

@@ -15,10 +15,9 @@ from megatron_tiedlora.convert.verify import format_comparisons, verify_export
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.pipeline.engine import all_open
-from megatron_tiedlora.training.dry_run import readable
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
-from megatron_tiedlora.training.throughput import peak_memory_bytes
+from megatron_tiedlora.training.throughput import peak_memory_bytes, readable
 
 
 def score(trainer: Trainer) -> dict[str, Score]:

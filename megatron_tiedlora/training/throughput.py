@@ -187,12 +187,25 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most that this process has held since it began: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "linux":
-        return resident_bytes("VmHWM")  # getrusage would go on from what the launcher held when it started this process
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS counts in bytes
+    most = resident_bytes("VmHWM")
+    if most is not None:
+        return most
+    # Goes on from what the launcher held when it started this process, so only where there is nothing better.
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts in bytes
 
 
-def resident_bytes(name: str) -> int:
-    """VmRSS (now) or VmHWM (at most) of this process; Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def resident_bytes(name: str) -> int | None:
+    """VmRSS (now) or VmHWM (at most) of this process; None where the system does not tell, as others than Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = next((line.split()[1] for line in lines if line.startswith(name)), None)
+    return None if found is None else int(found) * 1024
+
+
+def readable(size: float) -> str:
+    """A number of bytes with a unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size:,.0f} B"
