@@ -58,11 +58,11 @@ def test_blocks_leave_out_what_no_row_sees() -> None:
     ids = torch.tensor([[0] * 30 + [1] * 40 + [2] * 30, [0] * 50 + [1] * 50])
     blocks = find_blocks(ids, 100, size=32)
     assert [block[:3] for block in blocks] == [(96, 100, 50), (64, 96, 30), (32, 64, 0), (0, 32, 0)]
-    assert all(hidden.shape == (2, 1, stop - start, stop - first) for start, stop, first, hidden in blocks)
-    assert not any(block.hidden.all(-1).any() for block in blocks)  # every query sees itself
+    assert all(mask.shape == (2, 1, stop - start, stop - first) for start, stop, first, mask in blocks)
+    assert all((block.mask == 0).any(-1).all() for block in blocks)  # every query sees itself
     whole = find_blocks(None, 100, size=32)
     assert [block.first for block in whole] == [0] * 4
-    assert whole[0].hidden.shape == (1, 1, 4, 100) and whole[0].hidden.dtype == torch.bool
+    assert whole[0].mask.shape == (1, 1, 4, 100) and whole[0].mask.element_size() == 2
 
 
 def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:

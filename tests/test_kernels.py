@@ -60,22 +60,55 @@ def compiled() -> Kernels:
     return compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
 
 
+@pytest.fixture(scope="module")
+def compiled_in_bf16() -> Kernels:
+    return compiled_kernels(model_config(), dtype=torch.bfloat16, device=HOST)
+
+
 @needs_compiler
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_kernels_round_no_worse_in_bf16(packed: bool) -> None:
-    """Against fp64: what a compiler leaves wide in between may differ from the uncompiled numbers, to the better.
+def test_compiled_once_in_bf16_too(compiled_in_bf16: Kernels, packed: bool) -> None:
+    """Against fp64: the loss within one rounding, 2^-8, and gradients, which go through some twenty, within five.
 
-    The loss within a bf16 rounding (2^-8), each gradient at most 1.1 times as far off as the uncompiled one.
+    Uncompiled ones are up to 3 roundings off, here and with other seeds.
     """
-    kernels = compiled_kernels(model_config(), dtype=torch.bfloat16, device=HOST)
-    truth_loss, truth = loss_and_gradients(EAGER, rows=3, length=136, packed=packed, dtype=torch.float64)
-    _, plain = loss_and_gradients(EAGER, rows=3, length=136, packed=packed, dtype=torch.bfloat16)
+    sizes = {"rows": 3, "length": 136, "packed": packed}
+    wanted, truth = loss_and_gradients(EAGER, **sizes, dtype=torch.float64)
     with torch.compiler.set_stance("fail_on_recompile"):
-        loss, found = loss_and_gradients(kernels, rows=3, length=136, packed=packed, dtype=torch.bfloat16)
-    assert float(loss) == pytest.approx(float(truth_loss), rel=2**-8)
+        loss, found = loss_and_gradients(compiled_in_bf16, **sizes, dtype=torch.bfloat16)
+    assert float(loss) == pytest.approx(float(wanted), rel=2**-8)
     for name, true in truth.items():
-        mine, theirs = (float((side[name].double() - true).norm() / true.norm()) for side in (found, plain))
-        assert mine <= 1.1 * theirs, name
+        assert (found[name].double() - true).norm() < 5 * 2**-8 * true.norm(), name
+
+
+@needs_compiler
+def test_each_compiled_kernel_rounds_no_worse(compiled_in_bf16: Kernels) -> None:
+    """Against fp64, by norm: what a compiler leaves wide in between, unlike the code, is nearer to exact."""
+    draw = torch.Generator().manual_seed(2)
+    rows, more = (torch.randn(200, 96, generator=draw).bfloat16() for _ in range(2))
+    weight, root = torch.rand(96, generator=draw).bfloat16(), torch.rand(200, 1, generator=draw) + 0.5
+    heads = torch.randn(200, 4, 24, generator=draw).bfloat16()
+    cos, sin = (torch.randn(200, 1, 12, generator=draw).bfloat16() for _ in range(2))
+    calls: dict[str, Any] = {
+        "normalise": lambda kernels, wide: kernels.normalise(wide(rows), wide(weight), 1e-5)[0],
+        "apply_norm": lambda kernels, wide: kernels.apply_norm(wide(rows), wide(weight), root),
+        "norm_gradient": lambda kernels, wide: kernels.norm_gradient(wide(more), wide(rows), wide(weight), root),
+        "gate": lambda kernels, wide: kernels.gate(wide(rows)),
+        "rotate_": lambda kernels, wide: _in_place(kernels.rotate_, wide(heads).clone(), wide(cos), wide(sin)),
+    }
+    for name, call in calls.items():
+        truth = call(EAGER, torch.Tensor.double)
+        mine, plain = (float((call(side, _same) - truth).norm()) for side in (compiled_in_bf16, EAGER))
+        assert 0 < mine <= 1.001 * plain, name
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _in_place(function: Any, tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    function(tensor, *others)
+    return tensor
 
 
 @needs_compiler
@@ -83,7 +116,7 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     """5000 ids over 2 ranks: a compiler goes over rows of up to 4096 numbers in another way than over longer ones."""
     kernels = compiled_kernels(model_config(), dtype=torch.float32, device=HOST, tp_size=2)
     logits, total = torch.randn(8, 2500), torch.zeros(8)
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         kernels.row_log_sums(logits)
         kernels.open_logits_(logits, total)
 

@@ -77,19 +77,19 @@ def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 def open_scores_(
-    scores: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor
+    scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of scores over the last dimension, without its division.
+    """Softmax of (scores + mask) over the last dimension, without its division.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
-        hidden: (c, 1, m, keys) bool, True for a key that the query does not see; it sees one at least.
+        mask: (c, 1, m, keys), 0 or -inf in any dtype, no row all -inf.
         weights: like the scores in any dtype, gets exp(score - largest).
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
     """
-    seen = scores.masked_fill(hidden, -torch.inf)
+    seen = scores + mask
     top = seen.amax(-1, keepdim=True)
     opened = (seen - top).exp()
     total = opened.sum(-1, keepdim=True)
@@ -99,22 +99,22 @@ def open_scores_(
 
 def score_gradient_(
     scores: torch.Tensor,
-    hidden: torch.Tensor,
+    mask: torch.Tensor,
     log_sums: torch.Tensor,
     shares: torch.Tensor,
     of_weights: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Softmax p = exp(score - log_sums), 0 where hidden, into `weights`, and p (of_weights - shares) in place.
+    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (of_weights - shares), its gradient, in place.
 
     Args:
-        scores, hidden: as in `open_scores_`.
+        scores, mask: as in `open_scores_`.
         log_sums: (c, n, m, 1), its first result.
         shares: (c, n, m, 1), sum over keys of p * of_weights.
         of_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
         weights: as `of_weights`.
     """
-    chance = (scores - log_sums).exp().masked_fill(hidden, 0.0)
+    chance = (scores + mask - log_sums).exp()
     weights.copy_(chance)
     of_weights.copy_(chance * (upcast(of_weights) - shares))
 
