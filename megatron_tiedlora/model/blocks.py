@@ -33,8 +33,8 @@ class Block(NamedTuple):
     """Queries start to stop - 1 of every row, and what they see of keys first to stop - 1.
 
     Attributes:
-        mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 where a key is seen, else -inf. bf16 has
-            both in 2 bytes; a bool mask is read four times as slowly.
+        mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 where a key is seen, else -inf.
+            In bf16, as a bool mask is read four times as slowly.
     """
 
     start: int
