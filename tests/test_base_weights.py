@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from oracle import OracleConfig, load_weights, oracle_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.model.families.llama import weight_rules
+from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model.safetensors.index.json"
@@ -36,6 +37,30 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+# --------------------------------------------------------------------------------------------- what is drawn
+
+
+def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
+    """Norms are one; of a product's weights it is the full width that counts, and a copied embedding is a copy."""
+    source = find_model(str(tiny(tmp_path, tied=True)))
+    rules = stage_weight_rules(source.config, has_embedding=False)
+    tp_size, parameters = 2, {}
+    for rule in rules:
+        local = torch.full(rule.spec.local_shape(rule.shape, tp_size), float("nan"))
+        parameters[rule.name] = torch.nn.Parameter(local, requires_grad=False)
+    draw_base_weights(parameters, rules, access=lambda parameter: nullcontext(parameter), tp_rank=1)
+    for rule in rules:
+        drawn = parameters[rule.name]
+        if len(rule.shape) == 1:
+            assert bool((drawn == 1).all())
+        else:
+            assert float(drawn.std()) == pytest.approx(rule.shape[-1] ** -0.5, rel=0.1)
+    assert torch.equal(parameters["layers.0.weight"], parameters[rules[-1].name])
+    before = parameters["layers.0.weight"].clone()
+    draw_base_weights(parameters, rules, access=lambda parameter: nullcontext(parameter), tp_rank=0)
+    assert not torch.equal(before, parameters["layers.0.weight"]), "ranks have different parts"
 
 
 # --------------------------------------------------------------------------------------------- what is read

@@ -10,13 +10,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.traffic import Traffic
 
 UNCOUNTED_STEPS = 2  # as many as the gradient guard watches; replica checks are switched off by the settings
 
@@ -61,22 +60,17 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
     from megatron_tiedlora.pipeline.launch_env import join_process_group
 
     device = join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there
-    return [_count(case, rank, world_size, device, Path(folder)) for case in cases]
+    return [_count(case, rank, world_size, device) for case in cases]
 
 
-def _count(case: Case, rank: int, world_size: int, device: torch.device, folder: Path) -> Counted:
-    from tqdm import tqdm
-
+def _count(case: Case, rank: int, world_size: int, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.training import build
-    from megatron_tiedlora.training.loop import Trainer
     from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.training.rehearsal import rehearsing_trainer
     from megatron_tiedlora.training.run_data import prepare_data
-    from megatron_tiedlora.training.run_folder import RunFolder
-    from megatron_tiedlora.training.stopping import StopWatch
-    from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     assert plan.settings.replica_check_steps == 0
@@ -87,9 +81,7 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
         base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
-        folder = RunFolder(folder / "run")  # nothing is written
-        meter = Meter(plan.source.config, plan.adapter, Peak(1e9, "made up"))
-        trainer = Trainer(plan, data, runner, built.base, folder, device, StopWatch([]), None, meter)
+        trainer = rehearsing_trainer(plan, built, runner, device)
         loader = TrainingLoader(
             data.train,
             plan.batch_shape,
@@ -98,16 +90,13 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device, folder:
             pad_id=padding_id(data.tokenizer),
             pad_multiple=plan.pad_multiple,
         )
-        bar = tqdm(disable=True)
         for _ in range(UNCOUNTED_STEPS):
-            trainer._train_step(next(loader), bar)
-        trainer._step_seconds = 0.0  # on a busy machine a step may be a long one, which asks all ranks to stop
+            trainer.take_step(next(loader))
         step = next(loader)
-        with TrafficCounter(named_handles(built.groups)) as counter:
-            trainer._train_step(step, bar)
+        traffic = trainer.count_step(step)
     runner.engine.destroy()
     shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
-    return Counted(counter.traffic, shapes, base_bytes, saved)
+    return Counted(traffic, shapes, base_bytes, saved)
 
 
 @contextlib.contextmanager

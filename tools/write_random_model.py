@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
@@ -32,10 +33,7 @@ BYTES = torch.bfloat16.itemsize
 
 def draw(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
     """A bf16 tensor: norms are one, the rest N(0, 1 / its last dimension), so that activations keep their size."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(stream_seed(seed, name))
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, shape[-1] ** -0.5, generator=generator)
+    return draw_(torch.empty(shape, dtype=torch.bfloat16), full_shape=shape, seed=stream_seed(seed, name))
 
 
 def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:

@@ -1,6 +1,7 @@
 """Base weights straight from safetensors, tensor by tensor and slice by slice, into parameters that exist already.
 
-Files are memory-mapped, so what is read passes through the page cache and not through anonymous memory.
+Files are memory-mapped, so what is read passes through the page cache and not through anonymous memory. For benchmarks
+weights are drawn in place instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import WeightRule
+from megatron_tiedlora.parallel.random_streams import stream_seed
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
@@ -145,3 +147,43 @@ def load_base_weights(
             with access(parameters[rule.name]):
                 if reads:
                     weights.fill(rule, parameters[rule.name].data, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def draw_base_weights(
+    parameters: Mapping[str, nn.Parameter],
+    rules: Sequence[WeightRule],
+    *,
+    access: Callable[[nn.Parameter], AbstractContextManager[Any]],
+    tp_rank: int = 0,
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Random values in place of `load_base_weights`, each part drawn on its own device: values differ with the layout.
+
+    Args:
+        parameters, rules, access, progress: as there.
+    """
+    mine = [rule for rule in rules if rule.name in parameters]
+    with torch.no_grad():
+        for rule in tqdm(mine, desc="random weights", unit="tensor", disable=not progress, leave=False):
+            with access(parameters[rule.name]):
+                # By the name that is stored, so that a copy of a tied embedding is one.
+                draw_(
+                    parameters[rule.name].data,
+                    full_shape=rule.shape,
+                    seed=stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}"),
+                )
+
+
+def draw_(target: torch.Tensor, *, full_shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Fill a tensor, or a part of one of `full_shape`, with random values that keep activations at their size.
+
+    Vectors (norms) are one, the rest is N(0, 1 / the full last dimension).
+
+    Returns:
+        `target`.
+    """
+    if len(full_shape) == 1:
+        return target.fill_(1.0)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    return target.normal_(0.0, full_shape[-1] ** -0.5, generator=generator)

@@ -48,12 +48,17 @@ class BaseIdentity:
 
 def identify_base(source: ModelSource, weights: BaseWeights, dtype: str) -> BaseIdentity:
     """The identity of a base model; reads one small tensor."""
-    config = source.config
     # bf16, because the same model is stored in fp32, fp16 and bf16: rounding to bf16 makes those equal.
     digest = hashlib.sha256(weights.read("model.norm.weight").to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     record = weights.folder / MERGE_RECORD
     if record.is_file():
         digest.update(record.read_bytes())
+    return identify_shape(source, dtype, weights_hash=digest.hexdigest())
+
+
+def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:
+    """The identity of a base model whose weights have a hash already."""
+    config = source.config
     shape = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -61,7 +66,7 @@ def identify_base(source: ModelSource, weights: BaseWeights, dtype: str) -> Base
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
     }
-    return BaseIdentity(source.name, source.base_hash, digest.hexdigest(), shape, dtype)
+    return BaseIdentity(source.name, source.base_hash, weights_hash, shape, dtype)
 
 
 @dataclass(frozen=True)

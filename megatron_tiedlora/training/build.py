@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
+from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.resume import STATE_FILE, Checkpoint, moment_name
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
@@ -66,10 +66,7 @@ def build_model(
         if checkpoint is not None:
             checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
-        bank = stage.adapter
-        assert bank is not None
-        mark_parameters(bank, groups)
-        bank.load_full(start_values(plan.adapter) if checkpoint is None else checkpoint.adapter.state)
+        _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
         load_base_weights(
             weights,
             dict(stage.named_parameters()),
@@ -82,6 +79,32 @@ def build_model(
         )
         read = gather_numbers(weights.bytes_read, device)
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read))
+
+
+def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
+    """The same with random base weights of the model's shape, drawn in place; nothing is read. For benchmarks."""
+    module, stage, groups, process_grid = _build_stage(plan, device, kernels)
+    _fill_adapter(plan, stage, groups, None)
+    draw_base_weights(
+        dict(stage.named_parameters()),
+        stage_weight_rules(plan.source.config, has_embedding=stage.embedding is not None),
+        access=parameter_access(plan.engine),
+        tp_rank=plan.grid.tp_rank,
+        seed=plan.settings.seed,
+        progress=plan.grid.rank == 0,
+    )
+    base = identify_shape(plan.source, plan.settings.dtype, weights_hash="random")
+    return BuiltModel(module, stage, groups, process_grid, base, (0,) * plan.grid.world_size)
+
+
+def _fill_adapter(
+    plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Mark the adapter's parameters for DeepSpeed and give them `state`, or their start values."""
+    bank = stage.adapter
+    assert bank is not None
+    mark_parameters(bank, groups)
+    bank.load_full(start_values(plan.adapter) if state is None else state)
 
 
 def _build_stage(

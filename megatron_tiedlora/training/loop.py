@@ -21,6 +21,7 @@ from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_message, sum_over_ranks
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
 from megatron_tiedlora.pipeline.running import Runner
@@ -155,6 +156,17 @@ class Trainer:
         elapsed = time.monotonic() - started
         self._report(bar, loss_value, rate, norm, step, elapsed)
         self.stop.stop_if_any(*wishes)
+
+    def take_step(self, step: TrainingStep) -> None:
+        """One step outside of `run`, just as it is there but without a bar: for benchmarks and tests."""
+        self._train_step(step, tqdm(disable=True))
+
+    def count_step(self, step: TrainingStep) -> Traffic:
+        """What this rank sends in `take_step`, in which no rank asks the others to stop between micro-batches."""
+        self._step_seconds = 0.0  # on a busy machine the step before may have been a long one, after which they ask
+        with TrafficCounter(named_handles(self.runner.groups)) as counter:
+            self.take_step(step)
+        return counter.traffic
 
     def _between_micro_batches(self) -> None:
         if self._step_seconds > LONG_STEP_SECONDS:

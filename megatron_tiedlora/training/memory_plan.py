@@ -74,15 +74,51 @@ def micro_batches_in_flight(plan: RunPlan, stage: StagePlan) -> int:
     return min(plan.grid.pp_size - stage.index, plan.batches.accumulation_steps)
 
 
-def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: float) -> float:
-    hidden, mixed = _hidden_bytes(plan, tokens), _mixed_bytes(plan, tokens)
-    blocks = len(stage.backward_blocks)
+def kept_bytes(
+    plan: RunPlan,
+    stage: StagePlan,
+    *,
+    tokens: int,
+    after: int | None = None,
+    supervised: int | None = None,
+    per_token: float | None = None,
+) -> float:
+    """What autograd keeps of a micro-batch on a rank of `stage`, beside parameters and what is as small as indices.
+
+    Args:
+        tokens: of the micro-batch, padding included.
+        after: positions that what comes after the last attention computes; None: all.
+        supervised: those of them that meet the vocabulary; None: all.
+        per_token: bytes that a block keeps; None: `saved_bytes_per_token`.
+    """
+    after = tokens if after is None else after
+    supervised = after if supervised is None else supervised
+    per_token = saved_bytes_per_token(plan) if per_token is None else per_token
+    hidden, blocks = _hidden_bytes(plan, tokens), len(stage.backward_blocks)
     recomputes = plan.settings.recompute == "full"
     kept = blocks * (hidden if recomputes else tokens * per_token)
-    if stage.is_last:  # the gradient of what the head is given, and the final norm's input, as if all were supervised
-        kept += tokens * plan.source.config.hidden_size * plan.dtype.itemsize + hidden
-    if stage.is_last and recomputes and blocks:  # the last block is kept in two pieces, see Attended
-        kept += hidden + mixed
+    if stage.is_last:  # the gradient of what the head is given, and the final norm's input
+        kept += supervised * plan.source.config.hidden_size * plan.dtype.itemsize + _hidden_bytes(plan, after)
+    if stage.is_last and blocks:
+        if recomputes:  # the last block is kept in two pieces, see Attended
+            kept += _hidden_bytes(plan, after) + _mixed_bytes(plan, after)
+        else:
+            kept -= (tokens - after) * _bytes_after_attention(plan)
+    return kept
+
+
+def _bytes_after_attention(plan: RunPlan) -> float:
+    """Of `saved_bytes_per_token`, what a block keeps of a token after its attention: the second norm's, gate and up."""
+    norm = plan.source.config.hidden_size * plan.dtype.itemsize
+    if plan.settings.recompute == "selective":
+        return norm / plan.sequence_parts
+    return (norm + FP32) / plan.sequence_parts + _gate_bytes_per_token(plan)
+
+
+def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: float) -> float:
+    kept = kept_bytes(plan, stage, tokens=tokens, per_token=per_token)
+    blocks = len(stage.backward_blocks)
+    recomputes = plan.settings.recompute == "full"
     again = 0.0  # of the one block that is computed again at a time
     if blocks and recomputes:
         again = tokens * per_token

@@ -148,11 +148,14 @@ class RunPlan:
         return values
 
 
-def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = True) -> RunPlan:
+def plan_run(
+    settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
+) -> RunPlan:
     """Find the model and check that settings, model and world fit each other.
 
     Args:
         weights: whether a hub model's weights are needed, or its config and tokenizer alone.
+        source: the model, where it was found already; else it is what --model names.
 
     Raises:
         UserError: the first thing that does not fit, with the fix.
@@ -166,8 +169,9 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    source = find_model(settings.model, weights=False)  # a refusal must not wait for a download of weights
-    config = source.config
+    # A refusal must not wait for a download of weights.
+    found = source or find_model(settings.model, weights=False)
+    config = found.config
     resolve_max_new_tokens(settings.max_new_tokens, config.max_positions, settings.task)
     check_layout(config, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, config.num_layers + 1))
@@ -189,10 +193,10 @@ def plan_run(settings: Settings, *, rank: int, world_size: int, weights: bool = 
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
-    if weights:
-        source = find_model(settings.model)
+    if weights and source is None:
+        found = find_model(settings.model)
     costs = layer_costs(config, length=settings.max_length, first_adapted=layers[0])
-    return RunPlan(settings, source, grid, batches, engine, adapter, partition(costs, grid.pp_size))
+    return RunPlan(settings, found, grid, batches, engine, adapter, partition(costs, grid.pp_size))
 
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
