@@ -69,6 +69,9 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path) -> None:
     assert ours["tokens"] == theirs["tokens"] == 128 and ours["supervised"] == 64
     assert 0 < ours["saved"] < theirs["saved"] and len(ours["seconds"]) == 1
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
+    assert ours["saved_ratio"] == ours["saved"] / ours["saved_formula"] == pytest.approx(1.0, abs=0.1)
+    assert "saved_formula" not in theirs and "of the formula's" in done.stdout
+    assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
 
 
 @pytest.mark.parametrize(

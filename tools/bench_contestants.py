@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
-from megatron_tiedlora.training.throughput import product_rate, resident_bytes
+from megatron_tiedlora.training.throughput import peak_memory_bytes, product_rate, resident_bytes
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 LEARNING_RATE = 1e-4
@@ -39,11 +40,13 @@ class Side:
 
     Attributes:
         forwards: of each micro-batch, what gives its loss, divided by the supervised tokens of the step.
+        batches: the step's micro-batches.
         flops: what the step's samples take, where it is this package's; None elsewhere.
     """
 
     model: torch.nn.Module
     forwards: Sequence[Callable[[], torch.Tensor]]
+    batches: Sequence[MicroBatch]
     device: torch.device
     num_tokens: int
     num_supervised: int
@@ -76,17 +79,27 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[MicroBatch]:
+def read_samples(options: Namespace, vocab_size: int, *, num_rows: int) -> tuple[TokenDataset, int]:
+    """What a step is made of, and the token that pads it: the task's first samples, or `num_rows` made-up ones.
+
+    Raises:
+        UserError: data that cannot be read, or too little of it.
+    """
     if options.task is None:
-        return [_made_up(options, vocab_size)]
+        return _made_up(options, vocab_size, num_rows), 0
     source = find_model(options.model)
     tokenizer = load_tokenizer(source.weights_folder())
     files = {"train": options.train_file}
     examples = load_split(options.task, "train", files=files, seed=0, tokenizer=tokenizer, limit=options.samples)
     if len(examples) < options.samples:
         raise UserError(f"--samples {options.samples}: the training part has {len(examples)} rows")
-    dataset = encode_dataset(examples, tokenizer, max_length=options.length)
-    pad = padding_id(tokenizer)
+    return encode_dataset(examples, tokenizer, max_length=options.length), padding_id(tokenizer)
+
+
+def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[MicroBatch]:
+    dataset, pad = read_samples(options, vocab_size, num_rows=options.rows)
+    if options.task is None:
+        return [collate(dataset, [[index] for index in range(options.rows)], pad_id=pad)]
     if packed:
         shape = BatchShape(len(dataset), options.rows, 1, options.length)
         plan = plan_global_batch(dataset, shape, seed=0, consumed_samples=0)
@@ -97,23 +110,23 @@ def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[Micro
     return [collate(dataset, [[index] for index in part], pad_id=pad) for part in parts]
 
 
-def _made_up(options: Namespace, vocab_size: int) -> MicroBatch:
+def _made_up(options: Namespace, vocab_size: int, num_rows: int) -> TokenDataset:
     """Random tokens, the last `supervised` share of each row with a label."""
     draw = np.random.default_rng(0)
-    dataset = TokenDataset(
-        tokens=draw.integers(3, vocab_size, options.rows * options.length).astype(np.int32),
-        offsets=np.arange(options.rows + 1, dtype=np.int64) * options.length,
-        prompt_lengths=np.full(options.rows, options.length - round(options.supervised * options.length), np.int32),
+    return TokenDataset(
+        tokens=draw.integers(3, vocab_size, num_rows * options.length).astype(np.int32),
+        offsets=np.arange(num_rows + 1, dtype=np.int64) * options.length,
+        prompt_lengths=np.full(num_rows, options.length - round(options.supervised * options.length), np.int32),
         truncated_prompts=0,
     )
-    return collate(dataset, [[index] for index in range(options.rows)], pad_id=0)
 
 
 def _ours(options: Namespace) -> Side:
     torch.manual_seed(0)
     dtype, device = DTYPES[options.dtype], _device()
-    if options.model in PRESETS:
-        config = llama_config_from_hf(_preset(options))
+    shape = random_shape(options)
+    if shape is not None:
+        config = llama_config_from_hf(shape, source=options.model)
         kernels = _kernels(options, config, dtype, device)
         with device:
             stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
@@ -173,8 +186,9 @@ def _theirs(options: Namespace, *, packed: bool) -> Side:
     torch.manual_seed(0)
     dtype, device = DTYPES[options.dtype], _device()
     base: Any
-    if options.model in PRESETS:
-        values = {name: value for name, value in _preset(options).items() if name != "model_type"}
+    shape = random_shape(options)
+    if shape is not None:
+        values = {name: value for name, value in shape.items() if name != "model_type"}
         base = LlamaForCausalLM(LlamaConfig(**values))
         base.to(dtype=dtype)
     else:
@@ -220,6 +234,7 @@ def _side(
     return Side(
         model,
         [lambda batch=batch: forward(batch) for batch in batches],  # type: ignore[misc]
+        batches,
         device,
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_supervised=sum(batch.num_supervised for batch in batches),
@@ -228,22 +243,39 @@ def _side(
     )
 
 
-def _preset(options: Namespace) -> dict[str, Any]:
-    values = dict(PRESETS[options.model])
+def random_shape(options: Namespace) -> dict[str, Any] | None:
+    """The fields of config.json of a model whose weights are random; None where they are read."""
+    if options.model in PRESETS:
+        values = dict(PRESETS[options.model])
+    elif options.random_weights:
+        folder = find_model(options.model, weights=False).folder
+        assert folder is not None, "no preset"
+        values = read_hf_config(folder)
+    else:
+        return None
     return values if options.num_layers is None else {**values, "num_hidden_layers": options.num_layers}
 
 
-def matmul_peak(side: Side, dtype: str) -> float:
-    """FLOP/s of a bare product of a micro-batch's tokens with the largest frozen matrix, the best of several."""
+def matmul_peak(
+    shape: tuple[int, int], batches: Sequence[MicroBatch], dtype: torch.dtype, device: torch.device
+) -> float:
+    """FLOP/s of a bare product of a micro-batch's tokens with a matrix of `shape`, the best of several."""
+    rows = max(1024, sum(batch.input_ids.numel() for batch in batches) // len(batches))
+    columns, inner = shape
+    return product_rate(rows, inner, columns, dtype=dtype, device=device, repeats=10)
+
+
+def largest_frozen(side: Side) -> tuple[int, int]:
+    """The shape of a side's largest frozen matrix."""
     weight = max((p for p in side.model.parameters() if p.ndim == 2 and not p.requires_grad), key=lambda p: p.numel())
-    rows = max(1024, side.num_positions // max(1, len(side.forwards)))
-    columns, inner = weight.shape
-    return product_rate(rows, inner, columns, dtype=DTYPES[dtype], device=side.device, repeats=10)
+    rows, columns = weight.shape
+    return rows, columns
 
 
-def saved_bytes(side: Side) -> int:
-    """Bytes that autograd keeps of a step's micro-batches together, by storage and without parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in side.model.parameters()}
+@contextmanager
+def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """By storage, what autograd keeps of what is computed inside the block, without the model's parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,28 +283,44 @@ def saved_bytes(side: Side) -> int:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def storage_bytes(saved: dict[int, torch.Tensor]) -> int:
+    """Of all storages together."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def saved_bytes(side: Side) -> int:
+    """Bytes that autograd keeps of a step's micro-batches together, by storage and without parameters."""
     total = 0
     for forward in side.forwards:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved_by_autograd(side.model) as saved:
             forward()
-        total += sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-        saved.clear()
+        total += storage_bytes(saved)
     return total
 
 
-def peak_bytes(side: Side) -> int:
-    """The most that a first step holds over what is there before it (CUDA: allocated; CPU: resident).
+def restart_peak(device: torch.device) -> int | None:
+    """Let `peak_memory_bytes` start again; returns what is held now, or None where that is not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    before = resident_bytes("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed
+        return None
+    return before
+
+
+def peak_bytes(side: Side) -> int | None:
+    """The most that a first step holds over what is there before it (CUDA: allocated; CPU: resident), where known.
 
     For a fresh process: what an allocator has kept of earlier steps would not be seen.
     """
-    if side.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        side.step()
-        return int(torch.cuda.max_memory_allocated() - before)
-    resident = resident_bytes("VmRSS")
-    if resident is None:
-        raise UserError("peak memory of a CPU's step needs /proc/self/status, which this system does not have")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = restart_peak(side.device)
     side.step()
-    return (resident_bytes("VmHWM") or resident) - resident
+    most = peak_memory_bytes(side.device)
+    return None if before is None or most is None else most - before

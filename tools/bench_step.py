@@ -1,14 +1,23 @@
-"""One training step here, beside Hugging Face + PEFT LoRA on the same samples, in turns in one run.
+"""One training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
 
     python tools/bench_step.py --against peft                                        4 x 512 tokens, half of them
                                                                                      with a label
     python tools/bench_step.py --against peft --task gsm8k --train_file train.jsonl  real samples: packed here; there
                                                                                      padded in batches, and packed
     python tools/bench_step.py --model llama2-7b --num_layers 2 --supervised 1       a preset's shape, random weights
+    deepspeed --num_gpus 8 tools/bench_step.py --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
 
-A step is forward and backward over all micro-batches and AdamW's step, on one process and without an engine. Seconds
-are medians over the repeats, after one turn that is not counted; both sides share process, allocator and threads.
-Memory is measured in a process of its own for each side.
+One process: a step is forward and backward over all micro-batches and AdamW's step, without an engine. Both sides take
+turns and share process, allocator and threads; memory is measured in a process of its own for each side.
+
+A layout (several ranks, or any of its flags): a step is that of launch/train.py, through the same plan, build and
+DeepSpeed engine, and lasts as long as on the slowest rank. Beside the figures of one process the report has the peak
+memory of each stage, and messages and bytes by group as one step sends them, compared with what --dry_run predicts.
+Weights of a preset are drawn in place on each rank.
+
+Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare product's
+speed in the same run, on all ranks at once; saved bytes are what autograd keeps of all micro-batches of a step, beside
+the formula of docs/performance.md. On a GPU the report also has MFU by the data sheet and the time by class of kernels.
 """
 
 from __future__ import annotations
@@ -16,20 +25,43 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.pipeline.launch_env import (
+    first_to_fail,
+    leave_process_group,
+    prepare_environment,
+    rank_and_world_size,
+)
+
+BOOLEANS = ("true", "false")
+# Flags that make the step one of a layout, and what they stand for where others are given.
+LAYOUT_DEFAULTS = {
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "sequence_parallel": "true",
+    "ds_config": "zero1.json",
+    "recompute": "none",
+    "micro_batches": 1,
+    "packing": "false",
+}
 
 
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="bench_step.py", description=__doc__)
     described.add_argument("--model", default="demo", metavar="M", help="folder, hub id, demo or a preset [demo]")
-    described.add_argument("--num_layers", type=int, metavar="N", help="of a preset: keep so many layers [all]")
+    described.add_argument("--num_layers", type=int, metavar="N", help="of random weights: so many layers [all]")
+    described.add_argument(
+        "--random_weights", action="store_true", help="draw weights in the model's shape, as for a preset; read none"
+    )
     described.add_argument("--method", default="tl6", choices=METHOD_NAMES, help="what is trained here [tl6]")
     described.add_argument("--rank", default=8, type=int, metavar="R", help="of both sides [8]")
     described.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the frozen base [bf16]")
@@ -48,22 +80,72 @@ def parser() -> CommandParser:
     described.add_argument("--padded_rows", type=int, metavar="N", help="samples of a padded batch there [8]")
     described.add_argument("--repeats", default=5, type=int, metavar="N", help="turns of each that count [5]")
     described.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    layout = described.add_argument_group("layout", "a training run's step on all ranks; as in launch/train.py")
+    layout.add_argument("--tensor_parallel", type=int, metavar="T", help="ranks that share each layer [1]")
+    layout.add_argument("--pipeline_parallel", type=int, metavar="P", help="stages that share the layers [1]")
+    layout.add_argument("--sequence_parallel", choices=BOOLEANS, help="cut activations between layers too [true]")
+    layout.add_argument("--ds_config", metavar="FILE", help="DeepSpeed JSON with engine knobs [zero1.json]")
+    layout.add_argument("--recompute", choices=("none", "selective", "full"), help="in the backward pass [none]")
+    layout.add_argument("--packing", choices=BOOLEANS, help="several samples of --task in a row [true]")
+    layout.add_argument(
+        "--micro_batches", type=int, metavar="N", help="made-up ones, per rank and step [1; with a pipeline 2 x P]"
+    )
+    # The launchers put it before all others; ranks are read from the environment.
+    described.add_argument("--local_rank", "--local-rank", type=int, help=SUPPRESS)
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print on one rank; returns its exit status."""
     options = parser().parse_known_names(argv)
-    _resolve(options)
-    import torch
-    from bench_contestants import contestants, matmul_peak
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    _resolve(options, world_size)
+    # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    from bench_report import layout_table, sides_table
+
+    if not options.layout:
+        report = measure_sides(options)
+        _publish(options, report, sides_table(report))
+        return 0
+    from bench_layout import measure
+
+    from megatron_tiedlora.training.stopping import RunStopped, exit_status
+
+    try:
+        measure(
+            options,
+            rank=rank,
+            world_size=world_size,
+            publish=lambda report: _publish(options, report, layout_table(report)),
+        )
+    except RunStopped as stop:
+        return exit_status(stop.signal_number)
+    leave_process_group()
+    return 0
+
+
+def _publish(options: Namespace, report: dict[str, Any], lines: Sequence[str]) -> None:
+    """Print the table and write --json. Raises UserError where it cannot be written."""
+    from megatron_tiedlora.checkpoint.atomic import write_json
+
+    print("\n".join(lines), flush=True)
+    if options.json is not None:
+        write_json(options.json, report)
+
+
+def measure_sides(options: Namespace) -> dict[str, Any]:
+    """The report of one process: ours, and what it is compared with."""
+    from bench_contestants import OURS, contestants, largest_frozen, matmul_peak
+    from bench_layout import gpu_figures, make_plan, saved_formula
+    from bench_report import describe_setup
     from tqdm import tqdm
 
-    from megatron_tiedlora.checkpoint.atomic import write_json
-    from megatron_tiedlora.training.throughput import timed
+    from megatron_tiedlora.training.throughput import find_peak, timed
 
+    plan = make_plan(options, rank=0, world_size=1)
     sides = contestants(options)
-    memory = {}
+    memory: dict[str, dict[str, Any]] = {}
     for name in sides:
         memory[name] = {what: in_own_process(options, name, what) for what in ("saved", "peak")}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -73,16 +155,21 @@ def main(argv: Sequence[str]) -> int:
             taken = timed(side.step, side.device)
             if turn:
                 seconds[name].append(taken)
-    peak = matmul_peak(next(iter(made.values())), options.dtype)
-    device = next(iter(made.values())).device
-    report: dict[str, Any] = {
+    ours = made[OURS]
+    formula = saved_formula(plan, ours.batches)
+    memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
+    if ours.device.type == "cuda":
+        peak = find_peak(ours.device, plan.dtype).flops_per_second
+        for name, side in made.items():
+            taken = statistics.median(seconds[name])
+            memory[name] |= gpu_figures(side.step, flops=side.flops, seconds=taken, peak=peak)
+    return {
         "model": options.model,
         "method": options.method,
         "rank": options.rank,
         "dtype": options.dtype,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "matmul_flops_per_second": peak,
+        **describe_setup(ours.device),
+        "matmul_flops_per_second": matmul_peak(largest_frozen(ours), ours.batches, plan.dtype, ours.device),
         "sides": {
             name: {
                 "seconds": seconds[name],
@@ -95,51 +182,60 @@ def main(argv: Sequence[str]) -> int:
             for name, side in made.items()
         },
     }
-    print("\n".join(table(report)))
-    if options.json is not None:
-        write_json(options.json, report)
-    return 0
 
 
-def _resolve(options: Namespace) -> None:
-    """Fill in defaults; raises UserError for what does not fit or would be ignored."""
-    from megatron_tiedlora.config.errors import UserError
-    from megatron_tiedlora.config.presets import PRESETS
-
+def _resolve(options: Namespace, world_size: int = 1) -> None:
+    """Fill in defaults and say whether it is a `layout`; raises UserError for what does not fit or would be ignored."""
     real = options.task is not None
+    given = [f"--{name} {getattr(options, name)}" for name in LAYOUT_DEFAULTS if getattr(options, name) is not None]
+    options.layout = bool(given) or world_size > 1
+    if options.against is not None and options.layout:
+        what = f"{world_size} ranks" if world_size > 1 else given[0]
+        raise UserError(f"--against {options.against} is for one process without an engine, so not with {what}")
     needs = {
         "supervised": (not real, "tokens that are made up, so not with --task"),
         "samples": (real, "--task"),
         "train_file": (real, "--task"),
         "padded_rows": (real and options.against == "peft", "--task and --against peft"),
+        "micro_batches": (not real, "tokens that are made up, so not with --task"),
+        "packing": (real, "--task"),
     }
     for name, (fits, what) in needs.items():
         if getattr(options, name) is not None and not fits:
             raise UserError(f"--{name} {getattr(options, name)} goes with {what}")
-    defaults = {"supervised": 0.5, "samples": 32, "padded_rows": 8}
+    defaults = {"supervised": 0.5, "samples": 32, "padded_rows": 8, **LAYOUT_DEFAULTS}
+    if (options.pipeline_parallel or 1) > 1:
+        defaults["micro_batches"] = 2 * options.pipeline_parallel
+    if real:
+        defaults["packing"] = "true"
     for name, value in defaults.items():
         setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
-    for name in ("rank", "rows", "length", "samples", "padded_rows", "repeats"):
+    sizes = ("rank", "rows", "length", "samples", "padded_rows", "repeats")
+    for name in (*sizes, "tensor_parallel", "pipeline_parallel", "micro_batches"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} is less than 1")
     if not 1 <= round(options.supervised * options.length) <= options.length:
         raise UserError(f"--supervised {options.supervised}: give a share of the {options.length} tokens of a row")
-    if options.num_layers is not None and (options.model not in PRESETS or options.num_layers < 1):
-        raise UserError(f"--num_layers {options.num_layers} goes with a preset and is at least 1: {', '.join(PRESETS)}")
-    if real and options.model in PRESETS:
-        raise UserError(f"--task {options.task}: --model {options.model} is a shape without a tokenizer")
-    for name in ("rows", "padded_rows") if real else ():
+    drawn = options.model in PRESETS or options.random_weights
+    if options.num_layers is not None and (not drawn or options.num_layers < 1):
+        raise UserError(
+            f"--num_layers {options.num_layers} goes with a preset or --random_weights and is at least 1:"
+            f" {', '.join(PRESETS)}"
+        )
+    if real and drawn:
+        raise UserError(f"--task {options.task} needs a model that reads: --model {options.model} has random weights")
+    for name in ("rows", *(["padded_rows"] if options.against is not None else [])) if real else ():
         if options.samples % getattr(options, name):
             raise UserError(f"--samples {options.samples} does not divide by --{name} {getattr(options, name)}")
 
 
-def in_own_process(options: Namespace, name: str, what: str) -> int:
+def in_own_process(options: Namespace, name: str, what: str) -> int | None:
     """One figure of one side's memory, measured in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(memory_of, (options, name, what))
 
 
-def memory_of(options: Namespace, name: str, what: str) -> int:
+def memory_of(options: Namespace, name: str, what: str) -> int | None:
     """`saved` or `peak` bytes of a side's step."""
     from bench_contestants import contestants, peak_bytes, saved_bytes
 
@@ -147,35 +243,5 @@ def memory_of(options: Namespace, name: str, what: str) -> int:
     return saved_bytes(side) if what == "saved" else peak_bytes(side)
 
 
-def tokens_per_second(side: dict[str, Any]) -> float:
-    """Real tokens, padding left out, at the median."""
-    return float(side["tokens"] / statistics.median(side["seconds"]))
-
-
-def table(report: dict[str, Any]) -> list[str]:
-    """The figures as lines; ratios are to the first side."""
-    peak, sides = report["matmul_flops_per_second"], report["sides"]
-    lines = [
-        f"{report['model']}, {report['method']} r {report['rank']}, {report['dtype']} on {report['device']};"
-        f" a bare matmul does {peak / 1e9:,.0f} GFLOP/s",
-        f"{'':<20}{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'padding':>9}{'of matmul':>11}"
-        f"{'saved MB':>10}{'peak MB':>9}",
-    ]
-    for name, side in sides.items():
-        middle = statistics.median(side["seconds"])
-        share = "" if side["model_flops"] is None else f"{side['model_flops'] / middle / peak:.0%}"
-        lines.append(
-            f"{name:<20}{middle:>9.2f}{min(side['seconds']):>8.2f}{max(side['seconds']):>8.2f}"
-            f"{tokens_per_second(side):>10.1f}{1 - side['tokens'] / side['positions']:>9.1%}{share:>11}"
-            f"{side['saved'] / 1e6:>10.1f}{side['peak'] / 1e6:>9.1f}"
-        )
-    ours, *others = sides
-    for name in others:
-        speed = tokens_per_second(sides[ours]) / tokens_per_second(sides[name])
-        saved, top = (sides[ours][key] / sides[name][key] for key in ("saved", "peak"))
-        lines.append(f"against {name}: speed {speed:.2f}, saved bytes {saved:.2f}, peak {top:.2f}")
-    return lines
-
-
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    run_command(main, sys.argv[1:], speaks=first_to_fail)

@@ -1,0 +1,47 @@
+"""Time on a GPU by what its kernels are for, from their names: for tools/bench_step.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
+
+# The first pattern that is found in a name decides. Order matters: attention kernels are made of CUTLASS too, a product
+# cut along its inner dimension ends in a reduction, and what Inductor fuses is named after all that it fuses.
+_PATTERNS = (
+    ("communication", r"nccl"),
+    ("copies", r"^mem(cpy|set)\b"),
+    ("elementwise", r"^triton_(poi|red|per|for)_"),
+    ("attention", r"flash|fmha|attention|mha_|sdpa"),
+    ("matmul", r"gemm|gemv|nvjet|cutlass|xmma|splitk|^triton_tem_fused_\w*mm"),
+    ("elementwise", r"elementwise|reduce|softmax|norm|at::native|^triton_"),
+)
+
+
+def kernel_class(name: str) -> str:
+    """Which of `CLASSES` a kernel of this name belongs to; reductions go with what is elementwise."""
+    for kind, pattern in _PATTERNS:
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return "other"
+
+
+def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
+    """Seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+
+    Kernels that run at the same time count each for itself.
+    """
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys(CLASSES, 0.0)
+    for event in profiler.events() or ():
+        # An annotation spans the kernels that it is about.
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6
+    return spent

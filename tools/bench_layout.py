@@ -1,0 +1,305 @@
+"""A layout for tools/bench_step.py: plan, build, engine and steps of a training run on every rank, and their figures.
+
+Steps are those of `training/loop.py`, on samples that are handed in. The first ones, in which gradients are checked,
+are not counted. Then come the timed ones, one in which messages are counted, one in which saved bytes are, and on a GPU
+one under torch's profiler.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from bench_contestants import (
+    LEARNING_RATE,
+    matmul_peak,
+    random_shape,
+    read_samples,
+    restart_peak,
+    saved_by_autograd,
+    storage_bytes,
+)
+from bench_kernels import CLASSES, kernel_seconds
+from bench_report import compare_traffic, describe_setup
+from tqdm import tqdm
+
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
+from megatron_tiedlora.model.families.llama import llama_config_from_hf, stage_weight_rules
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_objects, max_over_ranks, sum_over_ranks
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.pipeline.launch_env import join_process_group
+from megatron_tiedlora.pipeline.running import PipelineRunner, Runner
+from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
+from megatron_tiedlora.training.checks import GUARDED_STEPS
+from megatron_tiedlora.training.compiling import choose_kernels
+from megatron_tiedlora.training.flops_plan import sample_flops
+from megatron_tiedlora.training.loop import Trainer
+from megatron_tiedlora.training.memory_plan import kept_bytes
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.rehearsal import rehearsing_trainer
+from megatron_tiedlora.training.stage_plan import plan_stages
+from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
+from megatron_tiedlora.training.traffic_plan import estimated_groups, planned_shapes, step_traffic
+
+# So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
+MAX_STEPS = 1_000_000
+LEAST_LENGTH = 8  # that settings take
+
+
+def make_plan(options: Namespace, *, rank: int, world_size: int) -> RunPlan:
+    """The plan of a training run that would take the step which the options describe.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    grid = Grid(rank, world_size, tp_size=options.tensor_parallel, pp_size=options.pipeline_parallel)
+    unit = options.rows * grid.dp_size
+    if options.task is not None and options.samples % unit:
+        raise UserError(
+            f"--samples {options.samples} does not divide by --rows {options.rows} x {grid.dp_size} data-parallel ranks"
+        )
+    source = _find_source(options)
+    most = source.config.max_positions
+    if options.layout and options.length > most:
+        raise UserError(
+            f"--length {options.length}: {options.model} was trained for {most} positions; give at most that"
+        )
+    same = ("model", "method", "rank", "dtype", "compile", "tensor_parallel", "pipeline_parallel", "sequence_parallel")
+    settings = make_settings(
+        {
+            **{name: getattr(options, name) for name in (*same, "ds_config", "recompute", "packing", "train_file")},
+            "task": options.task or "demo",  # a made-up step has none; the demo asks for no file
+            # Of one process without an engine only the kept bytes are asked for, which no limit to a run concerns.
+            "max_length": options.length if options.layout else min(max(options.length, LEAST_LENGTH), most),
+            "micro_batch_size": options.rows,
+            "global_batch_size": unit * options.micro_batches if options.task is None else options.samples,
+            "learning_rate": LEARNING_RATE,
+            "max_steps": MAX_STEPS,
+            "warmup_steps": 0,
+            "replica_check_steps": 0,
+            "seed": 0,
+        }
+    )
+    return plan_run(settings, rank=rank, world_size=world_size, source=source)
+
+
+def _find_source(options: Namespace) -> ModelSource:
+    shape = random_shape(options)
+    if shape is None:
+        return find_model(options.model)
+    return ModelSource(options.model, None, llama_config_from_hf(shape, source=options.model))
+
+
+def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
+    """Bytes that a rank's micro-batches keep for the backward pass together, from shapes alone."""
+    stage, parts = plan_stages(plan)[plan.grid.pp_rank], plan.sequence_parts
+    return sum(
+        kept_bytes(
+            plan,
+            stage,
+            tokens=batch.labels.numel(),
+            after=len(find_supervised(batch.labels, parts).rows),
+            supervised=padded(batch.num_supervised),
+        )
+        for batch in batches
+    )
+
+
+def gpu_figures(step: Callable[[], object], *, flops: int | None, seconds: float, peak: float) -> dict[str, Any]:
+    """MFU of a step that takes `flops` operations in `seconds`, and time by class of kernels in one more.
+
+    Args:
+        peak: FLOP/s of the devices together, by their data sheets where those are known.
+    """
+    mfu = None if flops is None else flops / seconds / peak
+    return {"mfu": mfu, "kernel_seconds": kernel_seconds(step)}
+
+
+def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the layout on all ranks, which call this together, and `publish` the report on rank 0.
+
+    Raises:
+        UserError: the first thing that does not fit, before anything starts; or `publish`'s. On every rank.
+        RunStopped: the launcher has died.
+    """
+    plan = make_plan(options, rank=rank, world_size=world_size)
+    num_samples = plan.batches.global_batch_size
+    dataset, pad_id = read_samples(options, plan.source.config.vocab_size, num_rows=num_samples)
+    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=world_size)
+    chosen = choose_kernels(plan, device)
+    build = build_random_model if plan.source.folder is None else _build_read
+    built = build(plan, device, kernels=chosen.kernels)
+    trainer = rehearsing_trainer(plan, built, start_engine(plan, built, device, None), device)
+    loader = TrainingLoader(
+        dataset,
+        plan.batch_shape,
+        seed=plan.settings.seed,
+        dp_rank=plan.grid.dp_rank,
+        pad_id=pad_id,
+        pad_multiple=plan.pad_multiple,
+    )
+    held = restart_peak(device)
+    seconds, step = _time_steps(trainer, loader, options.repeats)
+    peak_memory = None if held is None else peak_memory_bytes(device)
+    on_gpu = device.type == "cuda"
+    sum_over_ranks([0.0], device)  # start together: ranks that share a processor find their share of it
+    rate = matmul_peak(_largest_frozen(plan, trainer.runner), step.micro_batches, plan.dtype, device)
+    shapes = planned_shapes(plan, dataset, consumed_samples=loader.consumed_samples)
+    counted = trainer.count_step(next(loader))
+    estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
+    traffic = compare_traffic(counted, step_traffic(plan, shapes), estimated)
+    watched = next(loader)
+    # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
+    saved = None if plan.engine.zero_stage == 3 else _saved_bytes(trainer, watched)
+    formula = saved_formula(plan, watched.micro_batches)
+    mine = {
+        "number": rank,
+        "stage": plan.grid.pp_rank,
+        "tensor_rank": plan.grid.tp_rank,
+        "data_rank": plan.grid.dp_rank,
+        "matmul_flops_per_second": rate,
+        "saved": saved,
+        "saved_formula": formula,
+        "saved_ratio": None if saved is None else saved / formula,
+        "held": held,
+        "peak": peak_memory,
+        "traffic": traffic,
+        "as_predicted": all(found["estimated"] or found["verdict"] == "as predicted" for found in traffic.values()),
+        "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: trainer.take_step(next(loader))) if on_gpu else None,
+    }
+    ranks = gather_objects(mine) or []  # on rank 0, which alone makes a report of them
+    described = {**_describe(plan, device), "kernels": chosen.description}
+    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}), device)
+
+
+def _build_read(plan: RunPlan, device: torch.device, *, kernels: Any) -> Any:
+    return build_model(plan, device, None, kernels=kernels)
+
+
+def _time_steps(trainer: Trainer, loader: TrainingLoader, repeats: int) -> tuple[list[float], TrainingStep]:
+    """Seconds of each step that counts, of the rank that takes longest, and the last of these steps."""
+    seconds = []
+    for turn in tqdm(range(GUARDED_STEPS + repeats), desc="steps", leave=False, disable=not trainer.is_main):
+        step = next(loader)
+        sum_over_ranks([0.0], trainer.device)  # start together
+        taken = timed(lambda step=step: trainer.take_step(step), trainer.device)  # type: ignore[misc]
+        (longest,) = max_over_ranks([taken], trainer.device)
+        if turn >= GUARDED_STEPS:
+            seconds.append(longest)
+    return seconds, step
+
+
+def _largest_frozen(plan: RunPlan, runner: Runner) -> tuple[int, int]:
+    """The shape of the largest base matrix of this rank, before ZeRO-3 cuts it over data-parallel ranks."""
+    stage = runner.stage
+    held = {name for name, _ in stage.named_parameters()}
+    rules = stage_weight_rules(plan.source.config, has_embedding=stage.embedding is not None)
+    shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
+    rows, columns = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
+    return rows, columns
+
+
+def _saved_bytes(trainer: Trainer, step: TrainingStep) -> int:
+    """What autograd keeps of this rank's micro-batches together, in one more step."""
+    total = 0
+
+    def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal total
+            with saved_by_autograd(trainer.runner.stage) as saved:
+                result = forward(*arguments, **keywords)
+            total += storage_bytes(saved)
+            return result
+
+        return call
+
+    with _forward_passes(trainer.runner, counted):
+        trainer.take_step(step)
+    return total
+
+
+@contextmanager
+def _forward_passes(runner: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Let the forward pass of each micro-batch go through `wrap(pass)` inside the block."""
+    if isinstance(runner, PipelineRunner):
+        from deepspeed.runtime.pipe.schedule import ForwardPass
+
+        instructions = runner.engine._INSTRUCTION_MAP
+        runner.engine._INSTRUCTION_MAP = {**instructions, ForwardPass: wrap(instructions[ForwardPass])}
+        try:
+            yield
+        finally:
+            runner.engine._INSTRUCTION_MAP = instructions
+        return
+    runner.forward = wrap(runner.forward)
+    try:
+        yield
+    finally:
+        del runner.forward  # the class's own is there again
+
+
+def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
+    settings, grid = plan.settings, plan.grid
+    return {
+        "model": settings.model,
+        "weights": "random" if plan.source.folder is None else "read",
+        "method": settings.method,
+        "rank": settings.rank,
+        "dtype": settings.dtype,
+        **describe_setup(device),
+        "layout": {
+            "ranks": grid.world_size,
+            "tensor_parallel": grid.tp_size,
+            "pipeline_parallel": grid.pp_size,
+            "data_parallel": grid.dp_size,
+            "sequence_parallel": plan.sequence_parallel,
+            "zero_stage": plan.engine.zero_stage,
+            "recompute": settings.recompute,
+            "packing": settings.packing,
+            "rows": settings.micro_batch_size,
+            "length": settings.max_length,
+        },
+    }
+
+
+def _step_figures(
+    plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Of the step on all ranks together."""
+    flops = sample_flops(
+        plan.source.config,
+        plan.adapter,
+        num_tokens=step.num_tokens,
+        squared_lengths=step.squared_lengths,
+        num_supervised=step.num_supervised,
+    )
+    matmul = sum(member["matmul_flops_per_second"] for member in ranks)
+    figures: dict[str, Any] = {
+        "micro_batches": len(step.micro_batches),
+        "seconds": list(seconds),
+        "tokens": step.num_tokens,
+        "supervised": step.num_supervised,
+        "positions": step.num_positions,
+        "model_flops": flops,
+        "matmul_flops_per_second": matmul,
+        "tokens_per_second": step.num_tokens / median(seconds),
+        "share_of_matmul": flops / median(seconds) / matmul,
+        "mfu": None,
+        "kernel_seconds": None,
+        "as_predicted": all(member["as_predicted"] for member in ranks),
+        "ranks": ranks,
+    }
+    if ranks[0]["kernel_seconds"] is not None:
+        figures["mfu"] = flops / median(seconds) / sum(member["peak_flops_per_second"] for member in ranks)
+        figures["kernel_seconds"] = {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+    return figures

@@ -1,0 +1,208 @@
+"""What tools/bench_step.py prints, from the figures that also go into its JSON."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.config.versions import installed_versions
+from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
+from megatron_tiedlora.training.dry_run import readable
+
+_ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def describe_setup(device: Any) -> dict[str, Any]:
+    """What the figures depend on beside the command: device, threads, allocator and versions.
+
+    Args:
+        device: a torch.device.
+    """
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "allocator": describe_allocator(os.environ),
+        "torch": torch.__version__,
+        "versions": installed_versions("torch", "deepspeed", "transformers", "peft"),
+    }
+
+
+def describe_allocator(environment: Mapping[str, str]) -> str:
+    """Which allocator the environment asks for: a preloaded library by its name, and settings as they are."""
+    libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
+    found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
+    found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
+    return ", ".join(found) or "default malloc"
+
+
+def setup_lines(report: Mapping[str, Any]) -> list[str]:
+    """The first lines of any report."""
+    versions = report["versions"]
+    return [
+        f"{report['model']}, {report['method']} r {report['rank']}, {report['dtype']} on {report['device']}; a bare"
+        f" matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
+        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
+        f" {versions.get('deepspeed', 'not installed')}",
+    ]
+
+
+def tokens_per_second(side: Mapping[str, Any]) -> float:
+    """Real tokens, padding left out, at the median."""
+    return float(side["tokens"] / statistics.median(side["seconds"]))
+
+
+def sides_table(report: Mapping[str, Any]) -> list[str]:
+    """The figures of one process as lines; ratios are to the first side."""
+    sides = report["sides"]
+    lines = setup_lines(report) + [f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}"]
+    for name, side in sides.items():
+        formula = _megabytes(side.get("saved_formula"))
+        lines.append(
+            f"{name:<20}{_speed(side, report)}{_megabytes(side['saved']):>10}{formula:>9}{_megabytes(side['peak']):>9}"
+        )
+    ours, *others = sides
+    lines.append(f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's")
+    for name, side in sides.items():
+        lines += _gpu_lines(side, f"{name}: ")
+    for name in others:
+        speed = tokens_per_second(sides[ours]) / tokens_per_second(sides[name])
+        ratios = [_ratio(sides[ours][key], sides[name][key]) for key in ("saved", "peak")]
+        lines.append(f"against {name}: speed {speed:.2f}, saved bytes {ratios[0]}, peak {ratios[1]}")
+    return lines
+
+
+def layout_table(report: Mapping[str, Any]) -> list[str]:
+    """The figures of a layout as lines: the step, then each stage's memory and messages."""
+    layout = report["layout"]
+    cut = "" if layout["tensor_parallel"] == 1 else " (sequences cut)" if layout["sequence_parallel"] else " (whole)"
+    return [
+        *setup_lines(report),
+        f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']}{cut} x pipeline {layout['pipeline_parallel']} x"
+        f" data {layout['data_parallel']}, ZeRO-{layout['zero_stage']}, recompute {layout['recompute']};"
+        f" {report['kernels']}",
+        f"{report['tokens']:,} tokens a step, {report['supervised']:,} with a label; micro-batches a rank:"
+        f" {report['micro_batches']}, rows of one: up to {layout['rows']}; weights {report['weights']}",
+        _SPEED_HEADER,
+        _speed(report, report),
+        *_gpu_lines(report, ""),
+        *_memory(report["ranks"]),
+        *_messages(report),
+    ]
+
+
+_SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'padding':>9}{'of matmul':>11}"
+
+
+def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    middle, flops = statistics.median(figures["seconds"]), figures["model_flops"]
+    share = "" if flops is None else f"{flops / middle / report['matmul_flops_per_second']:.1%}"
+    return (
+        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}{tokens_per_second(figures):>10.1f}"
+        f"{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
+    )
+
+
+def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
+    """MFU and time by class of kernels, where a GPU was measured."""
+    lines = []
+    if figures.get("mfu") is not None:
+        lines.append(f"{name}MFU {figures['mfu']:.1%}")
+    if figures.get("kernel_seconds"):
+        total = sum(figures["kernel_seconds"].values())
+        shares = (f"{kind} {spent:.3f} ({spent / total:.0%})" for kind, spent in figures["kernel_seconds"].items())
+        lines.append(f"{name}seconds in kernels: {', '.join(shares)}" if total else f"{name}no kernel was seen")
+    return lines
+
+
+def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{'stage':<7}{'saved MB':>10}{'formula':>9}{'ratio':>7}{'held MB':>10}{'peak MB':>10}"
+        "   of the rank with most; held: before the first step"
+    ]
+    for stage, members in _by_stage(ranks).items():
+        saved, formula, held, peak = (
+            _most(member[key] for member in members) for key in ("saved", "saved_formula", "held", "peak")
+        )
+        lines.append(
+            f"{stage:<7}{_megabytes(saved):>10}{_megabytes(formula):>9}{_ratio(saved, formula):>7}"
+            f"{_megabytes(held):>10}{_megabytes(peak):>10}"
+        )
+    return lines
+
+
+def _messages(report: Mapping[str, Any]) -> list[str]:
+    """Of one rank of each stage, and every rank that sends something else than was predicted."""
+    if len(report["ranks"]) == 1:
+        return ["messages: none, one rank sends nothing"]
+    lines = [f"{'stage':<7}{'messages to':<13}{'counted in a step':>24}{'as --dry_run predicts':>26}"]
+    for stage, (member, *_) in _by_stage(report["ranks"]).items():
+        for group, found in member["traffic"].items():
+            counted = f"{found['messages']:,} / {readable(found['bytes'])}"
+            predicted = f"{found['predicted_messages']:,} / {readable(found['predicted_bytes'])}"
+            name = "all ranks" if group == WORLD else group
+            mark = "~" if found["estimated"] else ""
+            lines.append(f"{stage:<7}{name:<13}{counted:>24}{mark + predicted:>26}   {found['verdict']}")
+    others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
+    lines.append(
+        "every message and byte of all ranks as predicted"
+        if not others
+        else f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
+    )
+    if any(found["estimated"] for member in report["ranks"] for found in member["traffic"].values()):
+        lines.append("(~ depends on how DeepSpeed fills buckets and fetches ahead, and may differ)")
+    return lines
+
+
+def compare_traffic(counted: Any, predicted: Any, estimated: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """By group with a message, both figures and in words how they compare; they are equal where all kinds are.
+
+    Args:
+        counted, predicted: `parallel.traffic.Traffic` of one rank and step.
+        estimated: groups whose prediction is not exact.
+    """
+    compared = {}
+    for group in GROUPS:
+        (messages, size), (expected, expected_size) = counted.of_group(group), predicted.of_group(group)
+        if not messages and not expected:
+            continue
+        kinds = {key for part in (counted, predicted) for key in part.messages if key[0] == group}
+        equal = all(
+            counted.messages[key] == predicted.messages[key] and counted.bytes[key] == predicted.bytes[key]
+            for key in kinds
+        )
+        difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
+        how = "an estimate" if group in estimated else "differs"
+        compared[group] = {
+            "messages": messages,
+            "bytes": size,
+            "predicted_messages": expected,
+            "predicted_bytes": expected_size,
+            "estimated": group in estimated,
+            "verdict": "as predicted" if equal else f"{how}: {difference}",
+        }
+    return compared
+
+
+def _by_stage(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    stages: dict[int, list[Mapping[str, Any]]] = {}
+    for member in ranks:
+        stages.setdefault(member["stage"], []).append(member)
+    return stages
+
+
+def _most(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def _ratio(one: float | None, other: float | None) -> str:
+    return "" if one is None or not other else f"{one / other:.3f}"
