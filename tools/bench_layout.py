@@ -36,6 +36,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_objects, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.pipeline.launch_env import join_process_group
 from megatron_tiedlora.pipeline.running import PipelineRunner, Runner
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
@@ -149,20 +150,34 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
     )
     held = restart_peak(device)
     seconds, step = _time_steps(trainer, loader, options.repeats)
-    peak_memory = None if held is None else peak_memory_bytes(device)
-    on_gpu = device.type == "cuda"
-    sum_over_ranks([0.0], device)  # start together: ranks that share a processor find their share of it
-    rate = matmul_peak(_largest_frozen(plan, trainer.runner), step.micro_batches, plan.dtype, device)
+    peak = None if held is None else peak_memory_bytes(device)
     shapes = planned_shapes(plan, dataset, consumed_samples=loader.consumed_samples)
-    counted = trainer.count_step(next(loader))
+    mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
+    ranks = gather_objects(mine) or []  # on rank 0, which alone makes a report of them
+    described = {**_describe(plan, device), "kernels": chosen.description}
+    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}), device)
+
+
+def _rank_figures(
+    trainer: Trainer, loader: TrainingLoader, timed_step: TrainingStep, predicted: Traffic
+) -> dict[str, Any]:
+    """Of this rank alone, after the timed steps; takes more of them.
+
+    Args:
+        predicted: for the next step of `loader`.
+    """
+    plan, device = trainer.plan, trainer.device
+    sum_over_ranks([0.0], device)  # start together: ranks that share a processor find their share of it
+    rate = matmul_peak(_largest_frozen(plan, trainer.runner), timed_step.micro_batches, plan.dtype, device)
     estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
-    traffic = compare_traffic(counted, step_traffic(plan, shapes), estimated)
+    traffic = compare_traffic(trainer.count_step(next(loader)), predicted, estimated)
     watched = next(loader)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(trainer, watched)
     formula = saved_formula(plan, watched.micro_batches)
-    mine = {
-        "number": rank,
+    on_gpu = device.type == "cuda"
+    return {
+        "number": plan.grid.rank,
         "stage": plan.grid.pp_rank,
         "tensor_rank": plan.grid.tp_rank,
         "data_rank": plan.grid.dp_rank,
@@ -170,16 +185,11 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
         "saved": saved,
         "saved_formula": formula,
         "saved_ratio": None if saved is None else saved / formula,
-        "held": held,
-        "peak": peak_memory,
         "traffic": traffic,
-        "as_predicted": all(found["estimated"] or found["verdict"] == "as predicted" for found in traffic.values()),
+        "as_predicted": all(found["estimated"] or found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
         "kernel_seconds": kernel_seconds(lambda: trainer.take_step(next(loader))) if on_gpu else None,
     }
-    ranks = gather_objects(mine) or []  # on rank 0, which alone makes a report of them
-    described = {**_describe(plan, device), "kernels": chosen.description}
-    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}), device)
 
 
 def _build_read(plan: RunPlan, device: torch.device, *, kernels: Any) -> Any:

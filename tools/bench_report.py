@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
-from megatron_tiedlora.training.dry_run import readable
+from megatron_tiedlora.training.throughput import readable
 
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -183,6 +183,7 @@ def compare_traffic(counted: Any, predicted: Any, estimated: frozenset[str]) -> 
             "predicted_messages": expected,
             "predicted_bytes": expected_size,
             "estimated": group in estimated,
+            "as_predicted": equal,
             "verdict": "as predicted" if equal else f"{how}: {difference}",
         }
     return compared
