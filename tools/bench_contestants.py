@@ -147,6 +147,9 @@ def _ours(options: Namespace) -> Side:
     )
     stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
     stage.adapter.load_full(start_values(adapter))
+    stage.recompute = options.recompute
+    for index in stage.blocks:
+        stage.layers[str(index)].recomputes_gate = options.recompute == "selective"
     stage.train()
     batches = _batches(options, config.vocab_size, packed=options.task is not None)
     supervised = sum(batch.num_supervised for batch in batches)

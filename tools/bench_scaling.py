@@ -81,7 +81,7 @@ def _measure(options: Namespace, name: str, values: Sequence[Any]) -> list[tuple
 
     from megatron_tiedlora.training.throughput import timed
 
-    given = {**vars(options), "task": None, "against": None}
+    given = {**vars(options), "task": None, "against": None, "recompute": "none"}
     sides = [contestants(Namespace(**{**given, name: value}))[OURS]() for value in values]
     seconds: list[list[float]] = [[] for _ in values]
     for turn in tqdm(range(options.repeats + 1), desc=name, unit="turn", leave=False):

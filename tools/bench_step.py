@@ -48,7 +48,6 @@ LAYOUT_DEFAULTS = {
     "pipeline_parallel": 1,
     "sequence_parallel": "true",
     "ds_config": "zero1.json",
-    "recompute": "none",
     "micro_batches": 1,
     "packing": "false",
 }
@@ -68,6 +67,9 @@ def parser() -> CommandParser:
     described.add_argument(
         "--compile", default="auto", choices=("auto", "true", "false"), help="our kernels, where it can be done [auto]"
     )
+    described.add_argument(
+        "--recompute", default="none", choices=("none", "selective", "full"), help="of layers, on our side [none]"
+    )
     described.add_argument("--rows", default=4, type=int, metavar="N", help="of a made-up micro-batch [4]")
     described.add_argument("--length", default=512, type=int, metavar="N", help="of its rows, or of packed rows [512]")
     described.add_argument(
@@ -85,7 +87,6 @@ def parser() -> CommandParser:
     layout.add_argument("--pipeline_parallel", type=int, metavar="P", help="stages that share the layers [1]")
     layout.add_argument("--sequence_parallel", choices=BOOLEANS, help="cut activations between layers too [true]")
     layout.add_argument("--ds_config", metavar="FILE", help="DeepSpeed JSON with engine knobs [zero1.json]")
-    layout.add_argument("--recompute", choices=("none", "selective", "full"), help="in the backward pass [none]")
     layout.add_argument("--packing", choices=BOOLEANS, help="several samples of --task in a row [true]")
     layout.add_argument(
         "--micro_batches", type=int, metavar="N", help="made-up ones, per rank and step [1; with a pipeline 2 x P]"
@@ -232,7 +233,10 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
 def in_own_process(options: Namespace, name: str, what: str) -> int | None:
     """One figure of one side's memory, measured in a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(memory_of, (options, name, what))
+        found = pool.apply(memory_of, (options, name, what))
+        pool.close()
+        pool.join()  # killed, it would leave semaphores behind
+    return found
 
 
 def memory_of(options: Namespace, name: str, what: str) -> int | None:
