@@ -103,3 +103,13 @@ def groups_of(grid: Grid) -> ParallelGroups:
         tied=group("pipeline", "data"),
         model=group("tensor", "pipeline"),
     )
+
+
+def join_as_launched(folder: str) -> torch.device:
+    """On such a rank: what a launcher would have set, a cache of its own, and the device to train on."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
+    from megatron_tiedlora.pipeline.launch_env import join_process_group
+
+    return join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there

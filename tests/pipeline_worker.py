@@ -6,13 +6,13 @@ micro-batches are made up, and told apart by their positions, which start at the
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from forked_ranks import join_as_launched
 from torch import distributed
 
 
@@ -78,20 +78,16 @@ class Traced:
 
 def trace_steps(cases: list[Case], folder: str) -> list[Traced]:
     """Every case on this rank."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
-    from megatron_tiedlora.pipeline.launch_env import join_process_group
-
-    device = join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there
-    return [_trace(case, rank, world_size, device) for case in cases]
+    device = join_as_launched(folder)
+    return [_trace(case, device) for case in cases]
 
 
-def _trace(case: Case, rank: int, world_size: int, device: torch.device) -> Traced:
+def _trace(case: Case, device: torch.device) -> Traced:
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.plan import plan_run
 
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     built = build.build_model(plan, device, None)
     runner = build.start_engine(plan, built, device, None)

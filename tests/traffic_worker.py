@@ -7,12 +7,12 @@ gradients are checked, are not counted.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from forked_ranks import join_as_launched
 from torch import distributed
 
 from megatron_tiedlora.parallel.traffic import Traffic
@@ -54,16 +54,11 @@ class Counted:
 
 def count_steps(cases: list[Case], folder: str) -> list[Counted]:
     """Every case on this rank."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
-    from megatron_tiedlora.pipeline.launch_env import join_process_group
-
-    device = join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there
-    return [_count(case, rank, world_size, device) for case in cases]
+    device = join_as_launched(folder)
+    return [_count(case, device) for case in cases]
 
 
-def _count(case: Case, rank: int, world_size: int, device: torch.device) -> Counted:
+def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.data.tokenizer import padding_id
@@ -72,6 +67,7 @@ def _count(case: Case, rank: int, world_size: int, device: torch.device) -> Coun
     from megatron_tiedlora.training.rehearsal import rehearsing_trainer
     from megatron_tiedlora.training.run_data import prepare_data
 
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     assert plan.settings.replica_check_steps == 0
     data = prepare_data(plan, progress=False)
