@@ -61,7 +61,7 @@ def test_both_sides_train_on_the_same_tokens(folder: Path) -> None:
 def test_what_a_step_keeps_is_the_formula_of_its_recompute(
     folder: Path, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for what is there once: the table of rotations, 32 bytes a position, and 28 a label for places and a norm."""
+    """But for what is there once: the table of rotations, 32 bytes a position, and 16 a label for its places."""
     monkeypatch.syspath_prepend(str(TOOL.parent))
     from tools import bench_layout
 
@@ -69,7 +69,7 @@ def test_what_a_step_keeps_is_the_formula_of_its_recompute(
     side = bench_contestants.contestants(chosen)["megatron_tiedlora"]()
     formula = bench_layout.saved_formula(bench_layout.make_plan(chosen, rank=0, world_size=1), side.batches)
     beside = bench_contestants.saved_bytes(side) - formula
-    assert beside == 28 * side.num_supervised + (0 if recompute == "full" else 32 * side.num_positions)
+    assert beside == 16 * side.num_supervised + (0 if recompute == "full" else 32 * side.num_positions)
 
 
 def test_the_command_writes_its_figures(folder: Path, tmp_path: Path) -> None:

@@ -106,6 +106,26 @@ def test_nothing_as_large_as_logits_or_an_adapters_product_is_kept(method: str) 
     assert sizes.count(ROWS * LENGTH * o) == config.num_layers
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_behind_the_last_attention_one_gradient_is_kept(share: float) -> None:
+    """d numbers a supervised position and its place twice; nothing of the last MLP, the final norm and the head."""
+    config = model_config(2)
+    model, inputs = build(config, adapter_config(config, "tl6")), batch(share)
+    attended: list[Any] = []
+    run_head = model.run_head
+
+    def watched(reached: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        with saved_tensors(model) as saved:
+            loss = run_head(reached, *arguments, **keywords)
+        attended.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+        return loss
+
+    model.run_head = watched  # type: ignore[method-assign]
+    model(*inputs)
+    rows = len(find_supervised(inputs[2]).rows)
+    assert attended == [rows * (2 * config.hidden_size + 2 * 8)]
+
+
 @pytest.mark.parametrize("layers", [(1, 2, 3, 4), (2, 4)])
 @pytest.mark.parametrize("method", METHODS)
 def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...]) -> None:

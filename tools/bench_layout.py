@@ -35,7 +35,6 @@ from megatron_tiedlora.model.families.llama import llama_config_from_hf, stage_w
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_objects, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.pipeline.launch_env import join_process_group
 from megatron_tiedlora.pipeline.running import PipelineRunner, Runner
@@ -109,7 +108,6 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
             stage,
             tokens=batch.labels.numel(),
             after=len(find_supervised(batch.labels, parts).rows),
-            supervised=padded(batch.num_supervised),
         )
         for batch in batches
     )

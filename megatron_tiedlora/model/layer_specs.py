@@ -28,7 +28,7 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
-    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: of 2 d + 2 f numbers a
+    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: of d + 2 f numbers a
     token only d are kept.
     """
 
@@ -50,17 +50,24 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """What flows between layers, (b, s, d) or (b, s / p, d), and the same back; the rest as in Attention."""
         mixed = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
-        return self.finish(hidden, mixed, tensor_parallel)
+        return self.feed(self.join(hidden, mixed, tensor_parallel), tensor_parallel)
 
-    def finish(self, hidden: torch.Tensor, mixed: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What comes after attention, position by position: of all positions, or of some.
+    def join(self, hidden: torch.Tensor, mixed: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """x + attention's output, position by position: of all positions, or of some. Keeps nothing.
 
         Args:
             hidden: what came into the block, (b, s, d) or (b, s / p, d).
             mixed: what attention found, (b, s, local heads * head_dim).
         """
-        hidden = hidden + self.attention.output(mixed, tensor_parallel)
-        if self.recomputes_gate and torch.is_grad_enabled():
+        return hidden + self.attention.output(mixed, tensor_parallel)
+
+    def feed(self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True) -> torch.Tensor:
+        """x + mlp(norm(x)) of what `join` gives, the same shape.
+
+        Args:
+            recomputes: False to keep gate and up all the same, where the backward pass follows at once.
+        """
+        if self.recomputes_gate and recomputes and torch.is_grad_enabled():
             opened = checkpoint(self._open, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False)
         else:
             opened = self._open(hidden, tensor_parallel)

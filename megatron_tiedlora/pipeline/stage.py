@@ -18,6 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
+from megatron_tiedlora.parallel.early_backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import frozen_parameter
 
@@ -134,7 +135,8 @@ class Stage(nn.Module):
         size, length = positions.shape
         rows = torch.arange(size, device=wanted.device) * length + wanted
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-        return self._head()(self._finish(reached, tensor_parallel, rows, rows), tensor_parallel).transpose(0, 1)
+        joined = self._join(reached, tensor_parallel, rows, rows)
+        return self._head()(self._last_block().feed(joined, tensor_parallel), tensor_parallel).transpose(0, 1)
 
     def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor | Attended:
         """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
@@ -212,14 +214,17 @@ class Stage(nn.Module):
     def _head(self) -> Any:
         return self.layers[str(self.head)]
 
-    def _finish(
+    def _last_block(self) -> Any:
+        return self.layers[str(self.blocks[-1])]
+
+    def _join(
         self,
         attended: Attended,
         tensor_parallel: TensorParallel,
         rows: torch.Tensor | None = None,
         local_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The rest of the last block, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
+        """The last block up to its MLP, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
 
         Args:
             local_rows: what this rank goes on with of `rows`, in the (b s) or (b s / p) of what flows between layers.
@@ -228,8 +233,8 @@ class Stage(nn.Module):
         if rows is not None and local_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
             mixed = mixed.flatten(0, 1).index_select(0, rows)[None]
-        block: Any = self.layers[str(self.blocks[-1])]
-        return self._call(block.finish, hidden, mixed, tensor_parallel)
+        joined: torch.Tensor = self._last_block().join(hidden, mixed, tensor_parallel)
+        return joined
 
     def run_head(
         self,
@@ -239,18 +244,31 @@ class Stage(nn.Module):
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """From the last block's attention to logits, or with labels to their loss; arguments as in `forward`."""
+        """From the last block's attention to logits, or with labels to their loss; arguments as in `forward`.
+
+        What comes after attention is frozen, so the summed loss has its backward pass at once, as far as the last MLP,
+        and keeps d numbers a supervised position, whatever is recomputed.
+        """
         tensor_parallel = tensor_parallel or self.tensor_parallel
+        block, head = self._last_block(), self._head()
         if labels is None:
-            logits: torch.Tensor = self._head()(self._finish(attended, tensor_parallel), tensor_parallel)
+            hidden = block.feed(self._join(attended, tensor_parallel), tensor_parallel)
+            logits: torch.Tensor = head(hidden, tensor_parallel)
             return logits
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
-        hidden = self._finish(attended, tensor_parallel, supervised.rows, local_rows)
-        losses: torch.Tensor = self._head()(hidden, tensor_parallel, supervised, summed=summed)
-        if summed:
+        joined = self._join(attended, tensor_parallel, supervised.rows, local_rows)
+
+        def losses_of(joined: torch.Tensor) -> torch.Tensor:
+            hidden = block.feed(joined, tensor_parallel, recomputes=False)
+            losses: torch.Tensor = head(hidden, tensor_parallel, supervised, summed=summed)
             return losses
+
+        if summed:
+            early = joined.requires_grad and torch.is_grad_enabled()
+            return run_with_early_backward(losses_of, joined) if early else losses_of(joined)
+        losses = losses_of(joined)
         assert isinstance(labels, torch.Tensor)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.kept],), losses.float()).view(labels.shape)

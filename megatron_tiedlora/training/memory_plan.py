@@ -80,30 +80,21 @@ def kept_bytes(
     *,
     tokens: int,
     after: int | None = None,
-    supervised: int | None = None,
     per_token: float | None = None,
 ) -> float:
     """What autograd keeps of a micro-batch on a rank of `stage`, beside parameters and what is as small as indices.
 
     Args:
         tokens: of the micro-batch, padding included.
-        after: positions that what comes after the last attention computes; None: all.
-        supervised: those of them that meet the vocabulary; None: all.
+        after: positions that what comes after the last attention computes; None: all. Of each the gradient is kept.
         per_token: bytes that a block keeps; None: `saved_bytes_per_token`.
     """
     after = tokens if after is None else after
-    supervised = after if supervised is None else supervised
     per_token = saved_bytes_per_token(plan) if per_token is None else per_token
-    hidden, blocks = _hidden_bytes(plan, tokens), len(stage.backward_blocks)
-    recomputes = plan.settings.recompute == "full"
-    kept = blocks * (hidden if recomputes else tokens * per_token)
-    if stage.is_last:  # the gradient of what the head is given, and the final norm's input
-        kept += supervised * plan.source.config.hidden_size * plan.dtype.itemsize + _hidden_bytes(plan, after)
-    if stage.is_last and blocks:
-        if recomputes:  # the last block is kept in two pieces, see Attended
-            kept += _hidden_bytes(plan, after) + _mixed_bytes(plan, after)
-        else:
-            kept -= (tokens - after) * _bytes_after_attention(plan)
+    blocks, recomputes = len(stage.backward_blocks), plan.settings.recompute == "full"
+    kept = blocks * (_hidden_bytes(plan, tokens) if recomputes else tokens * per_token)
+    if stage.is_last and blocks:  # see Stage.run_head
+        kept += _hidden_bytes(plan, after) - (0.0 if recomputes else tokens * _bytes_after_attention(plan))
     return kept
 
 
@@ -119,11 +110,15 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
     kept = kept_bytes(plan, stage, tokens=tokens, per_token=per_token)
     blocks = len(stage.backward_blocks)
     recomputes = plan.settings.recompute == "full"
-    again = 0.0  # of the one block that is computed again at a time
+    again = 0.0  # of the one block that is computed again at a time, or of what the last one does at once
     if blocks and recomputes:
         again = tokens * per_token
     elif blocks and plan.settings.recompute == "selective":
         again = tokens * _gate_bytes_per_token(plan)
+    if blocks and stage.is_last:  # inputs of two norms, gate and up, what the head is given and its gradient
+        norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
+        head = 2 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+        again = max(again, norms + tokens * _gate_bytes_per_token(plan) + head)
     return micro_batches_in_flight(plan, stage) * kept + again
 
 

@@ -156,7 +156,7 @@ def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroB
     """Tensor-parallel messages of a micro-batch in embedding, blocks and head.
 
     Recomputing a block stops once all that its backward pass needs is there again, so its last exit is not repeated;
-    recomputing gate and up enters the MLP's region again.
+    recomputing gate and up enters the MLP's region again. What comes after the last attention is not recomputed.
     """
     sent = _Regions(traffic, plan)
     if stage.is_first:
@@ -167,12 +167,13 @@ def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroB
         beside = plan.adapter.rank if block in stage.part.layers else 0
         backward = block in stage.backward_blocks
         again = backward and plan.settings.recompute == "full"
-        for _ in range(2 if again else 1):
+        for number in range(2 if again else 1):
             sent.enter(shape.num_tokens, beside=beside)
-            sent.leave(after)
-            sent.enter(after)
+            if number == 0 or not ends_here:
+                sent.leave(after)
+                sent.enter(after)
         sent.leave(after)
-        if backward and plan.settings.recompute == "selective":
+        if backward and plan.settings.recompute == "selective" and not ends_here:
             sent.enter(after)
         if backward:
             sent.back_through_leave(after, count=2)
