@@ -104,6 +104,7 @@ def test_nothing_as_large_as_logits_or_an_adapters_product_is_kept(method: str) 
     sizes = [tensor.untyped_storage().nbytes() // 2 for tensor in saved.values()]
     assert all(size < int((inputs[2] != -100).sum()) * config.vocab_size for size in sizes)
     assert sizes.count(ROWS * LENGTH * o) == config.num_layers
+    assert 2 * ROWS * LENGTH * o not in sizes  # nor in fp32
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
