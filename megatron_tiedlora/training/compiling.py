@@ -29,6 +29,8 @@ from megatron_tiedlora.training.plan import RunPlan
 # Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
 # for half a minute at first, and saves about a quarter of a step.
 LEAST_WORK = 5e9
+# Each of them lets torch.compile hand back functions as they are.
+_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def compiled_kernels(
     Raises:
         UserError: they cannot be, in one line.
     """
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        raise UserError("TORCH_COMPILE_DISABLE is 1")
+    for name in _SWITCHES:
+        if os.environ.get(name) == "1":
+            raise UserError(f"{name} is 1")
     try:
         kernels = EAGER.compiled()
         _warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
