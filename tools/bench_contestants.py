@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -321,9 +324,21 @@ def restart_peak(device: torch.device) -> int | None:
 def peak_bytes(side: Side) -> int | None:
     """The most that a first step holds over what is there before it (CUDA: allocated; CPU: resident), where known.
 
-    For a fresh process: what an allocator has kept of earlier steps would not be seen.
+    For a fresh process: what an allocator other than glibc's has kept of earlier steps would not be seen.
     """
+def return_free_pages() -> None:
+    """Give what is free but still resident back to the system, which else a step uses without a rise of the peak.
+
+    By glibc's malloc; another allocator, which a report's header names, keeps by its own rules.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
     before = restart_peak(side.device)
     side.step()
     most = peak_memory_bytes(side.device)
     return None if before is None or most is None else most - before
+    return_free_pages()
