@@ -187,7 +187,7 @@ def _kernels(options: Namespace, config: LlamaConfig, dtype: torch.dtype, device
 
 def _theirs(options: Namespace, *, packed: bool) -> Side:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     dtype, device = DTYPES[options.dtype], _device()
@@ -195,8 +195,8 @@ def _theirs(options: Namespace, *, packed: bool) -> Side:
     shape = random_shape(options)
     if shape is not None:
         values = {name: value for name, value in shape.items() if name != "model_type"}
-        base = LlamaForCausalLM(LlamaConfig(**values))
-        base.to(dtype=dtype)
+        with device:  # no copy of another dtype or place, whose freed pages the step would use
+            base = AutoModelForCausalLM.from_config(LlamaConfig(**values), dtype=dtype)
     else:
         folder: Path = find_model(options.model).weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
