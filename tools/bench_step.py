@@ -26,7 +26,9 @@ import multiprocessing
 import statistics
 import sys
 from argparse import SUPPRESS, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +233,19 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
 
 
 def in_own_process(options: Namespace, name: str, what: str) -> int | None:
-    """One figure of one side's memory, measured in a process that has done nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(memory_of, (options, name, what))
-        pool.close()
-        pool.join()  # killed, it would leave semaphores behind
-    return found
+    """One figure of one side's memory, measured in a process that has done nothing else.
+
+    Raises:
+        UserError: the process ended without it, as when a system without memory left kills it.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        try:
+            return processes.submit(memory_of, options, name, what).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{name}: the process that measures its memory was ended, most likely for want of memory; give less"
+                " --rows, --length or --num_layers"
+            ) from None
 
 
 def memory_of(options: Namespace, name: str, what: str) -> int | None:
