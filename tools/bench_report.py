@@ -102,8 +102,8 @@ def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     middle, flops = statistics.median(figures["seconds"]), figures["model_flops"]
     share = "" if flops is None else f"{flops / middle / report['matmul_flops_per_second']:.1%}"
     return (
-        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}{tokens_per_second(figures):>10.1f}"
-        f"{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
+        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}"
+        f"{tokens_per_second(figures):>10.1f}{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
     )
 
 
