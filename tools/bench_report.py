@@ -59,13 +59,17 @@ def tokens_per_second(side: Mapping[str, Any]) -> float:
 def sides_table(report: Mapping[str, Any]) -> list[str]:
     """The figures of one process as lines; ratios are to the first side."""
     sides = report["sides"]
-    lines = setup_lines(report) + [f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}"]
+    ours, *others = sides
+    lines = [
+        *setup_lines(report),
+        f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
+        f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
+    ]
     for name, side in sides.items():
         formula = _megabytes(side.get("saved_formula"))
         lines.append(
             f"{name:<20}{_speed(side, report)}{_megabytes(side['saved']):>10}{formula:>9}{_megabytes(side['peak']):>9}"
         )
-    ours, *others = sides
     lines.append(f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's")
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")

@@ -70,8 +70,17 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         if world_size() > 1:
             distributed.barrier()
     failure = first_message(failure, device)
+    return after_compiling(wish, kernels, failure, seconds=time.monotonic() - started)
+
+
+def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds: float) -> ChosenKernels:
+    """What a --compile of `auto` or `true` gives: `kernels`, or after a failure those that are not compiled.
+
+    Raises:
+        UserError: `true` after a failure.
+    """
     if failure is None:
-        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s")
+        return ChosenKernels(kernels, f"compiled in {seconds:.1f} s")
     if wish == "true":
         raise UserError(f"--compile true: {failure}; install a C++ compiler, or give --compile auto or false")
     return ChosenKernels(EAGER, f"not compiled: {failure}")
