@@ -168,7 +168,7 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
         kinds = ("all-gather", "reduce-scatter", "all-reduce")
         if not case.counted:
             kinds = ()
-        elif case.recompute == "full":  # blocks send what they sent again, by kinds[:2] or by kinds[2:]; adapters do not
+        elif case.recompute == "full":  # blocks send again, by kinds[:2] or by kinds[2:]; adapters do not
             kinds = kinds[2:] if case.sequence_parallel else kinds[:2]
         for kind in kinds:
             assert found["tensor", kind] == expected[kind], (kind, found, expected, case)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,21 @@ import numpy as np
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, start_values
+from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
-from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
+from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, stage_weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.supervised import find_supervised
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.pipeline.stage import Stage
-from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.throughput import peak_memory_bytes, product_rate, resident_bytes
 
@@ -42,6 +46,7 @@ class Side:
         forwards: of each micro-batch, what gives its loss, divided by the supervised tokens of the step.
         batches: the step's micro-batches.
         flops: what the step's samples take, where it is this package's; None elsewhere.
+        kernels: how this package's came to be, in a few words; None elsewhere.
     """
 
     model: torch.nn.Module
@@ -52,6 +57,7 @@ class Side:
     num_supervised: int
     num_positions: int
     flops: int | None
+    kernels: str | None
 
     def __post_init__(self) -> None:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -65,9 +71,13 @@ class Side:
         self._optimizer.zero_grad()
 
 
-def contestants(options: Namespace) -> dict[str, Callable[[], Side]]:
-    """By name, what makes each side; the first is ours. Both see the same samples."""
-    sides: dict[str, Callable[[], Side]] = {OURS: lambda: _ours(options)}
+def contestants(options: Namespace, chosen: ChosenKernels | None = None) -> dict[str, Callable[[], Side]]:
+    """By name, what makes each side; the first is ours. Both see the same samples.
+
+    Args:
+        chosen: our kernels; None: `our_kernels` when the side is made.
+    """
+    sides: dict[str, Callable[[], Side]] = {OURS: lambda: _ours(options, chosen or our_kernels(options))}
     if options.against == "peft":
         sides[PADDED] = lambda: _theirs(options, packed=False)
         if options.task is not None:
@@ -111,31 +121,25 @@ def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[Micro
 
 
 def _made_up(options: Namespace, vocab_size: int, num_rows: int) -> TokenDataset:
-    """Random tokens, the last `supervised` share of each row with a label."""
+    """Random tokens, the last `labels` of each row with a label."""
     draw = np.random.default_rng(0)
     return TokenDataset(
         tokens=draw.integers(3, vocab_size, num_rows * options.length).astype(np.int32),
         offsets=np.arange(num_rows + 1, dtype=np.int64) * options.length,
-        prompt_lengths=np.full(num_rows, options.length - round(options.supervised * options.length), np.int32),
+        prompt_lengths=np.full(num_rows, options.length - options.labels, np.int32),
         truncated_prompts=0,
     )
 
 
-def _ours(options: Namespace) -> Side:
-    torch.manual_seed(0)
-    dtype, device = DTYPES[options.dtype], _device()
-    shape = random_shape(options)
-    if shape is not None:
-        config = llama_config_from_hf(shape, source=options.model)
-        kernels = _kernels(options, config, dtype, device)
+def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
+    dtype, device, source = DTYPES[options.dtype], _device(), find_source(options)
+    config, kernels = source.config, chosen.kernels
+    if source.folder is None:
         with device:
             stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
-        for parameter in stage.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
+        rules = stage_weight_rules(config, has_embedding=True)
+        draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
     else:
-        source = find_model(options.model)
-        config = source.config
-        kernels = _kernels(options, config, dtype, device)
         stage = load_model(source, None, dtype=dtype, device=device, kernels=kernels)
     adapter = make_adapter_config(
         options.method,
@@ -168,23 +172,24 @@ def _ours(options: Namespace) -> Side:
         loss: torch.Tensor = stage(tokens, positions, on_device, documents=batch.documents)
         return loss / supervised
 
-    return _side(stage, batches, forward, device, flops)
+    return _side(stage, batches, forward, device, flops, chosen.description)
 
 
-def _kernels(options: Namespace, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Kernels:
+def our_kernels(options: Namespace) -> ChosenKernels:
+    """Our kernels as --compile asks for them. Raises UserError where they must be compiled and cannot be."""
     if options.compile == "false":
-        return EAGER
+        return ChosenKernels(EAGER, "not compiled")
+    started, kernels, failure = time.monotonic(), EAGER, None
     try:
-        return compiled_kernels(config, dtype=dtype, device=device)
-    except UserError:
-        if options.compile == "true":
-            raise
-        return EAGER
+        kernels = compiled_kernels(find_source(options).config, dtype=DTYPES[options.dtype], device=_device())
+    except UserError as error:
+        failure = str(error)
+    return after_compiling(options.compile, kernels, failure, seconds=time.monotonic() - started)
 
 
 def _theirs(options: Namespace, *, packed: bool) -> Side:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     dtype, device = DTYPES[options.dtype], _device()
@@ -192,8 +197,8 @@ def _theirs(options: Namespace, *, packed: bool) -> Side:
     shape = random_shape(options)
     if shape is not None:
         values = {name: value for name, value in shape.items() if name != "model_type"}
-        base = LlamaForCausalLM(LlamaConfig(**values))
-        base.to(dtype=dtype)
+        with device:  # no copy of another dtype or place, whose freed pages the step would use
+            base = AutoModelForCausalLM.from_config(LlamaConfig(**values), dtype=dtype)
     else:
         folder: Path = find_model(options.model).weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -224,7 +229,7 @@ def _theirs(options: Namespace, *, packed: bool) -> Side:
             ).loss
         return loss * (batch.num_supervised / supervised)
 
-    return _side(model, batches, forward, device, None)
+    return _side(model, batches, forward, device, flops=None, kernels=None)
 
 
 def _side(
@@ -233,6 +238,7 @@ def _side(
     forward: Callable[[MicroBatch], torch.Tensor],
     device: torch.device,
     flops: int | None,
+    kernels: str | None,
 ) -> Side:
     return Side(
         model,
@@ -243,7 +249,22 @@ def _side(
         num_supervised=sum(batch.num_supervised for batch in batches),
         num_positions=sum(batch.input_ids.numel() for batch in batches),
         flops=flops,
+        kernels=kernels,
     )
+
+
+def find_source(options: Namespace) -> ModelSource:
+    """The model of all sides; its folder is None where weights are random."""
+    shape = random_shape(options)
+    if shape is None:
+        return find_model(options.model)
+    return ModelSource(options.model, None, llama_config_from_hf(shape, source=options.model))
+
+
+def check_positions(length: int, most: int, *, model: str, flag: str = "length") -> None:
+    """Raise UserError for rows that are longer than the model's `most` positions."""
+    if length > most:
+        raise UserError(f"--{flag} {length}: {model} was trained for {most} positions; give at most that")
 
 
 def random_shape(options: Namespace) -> dict[str, Any] | None:
@@ -305,11 +326,23 @@ def saved_bytes(side: Side) -> int:
     return total
 
 
+def return_free_pages() -> None:
+    """Give what is free but still resident back to the system, which else a step uses without a rise of the peak.
+
+    By glibc's malloc; another allocator, which a report's header names, keeps by its own rules.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def restart_peak(device: torch.device) -> int | None:
     """Let `peak_memory_bytes` start again; returns what is held now, or None where that is not known."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
+    return_free_pages()
     before = resident_bytes("VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -321,7 +354,7 @@ def restart_peak(device: torch.device) -> int | None:
 def peak_bytes(side: Side) -> int | None:
     """The most that a first step holds over what is there before it (CUDA: allocated; CPU: resident), where known.
 
-    For a fresh process: what an allocator has kept of earlier steps would not be seen.
+    For a fresh process: what an allocator other than glibc's has kept of earlier steps would not be seen.
     """
     before = restart_peak(side.device)
     side.step()

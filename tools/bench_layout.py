@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from bench_contestants import (
     LEARNING_RATE,
+    check_positions,
+    find_source,
     matmul_peak,
-    random_shape,
     read_samples,
     restart_peak,
     saved_by_autograd,
@@ -27,11 +28,10 @@ from bench_kernels import CLASSES, kernel_seconds
 from bench_report import compare_traffic, describe_setup
 from tqdm import tqdm
 
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
-from megatron_tiedlora.model.families.llama import llama_config_from_hf, stage_weight_rules
+from megatron_tiedlora.model.families.llama import stage_weight_rules
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_objects, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
@@ -67,19 +67,17 @@ def make_plan(options: Namespace, *, rank: int, world_size: int) -> RunPlan:
         raise UserError(
             f"--samples {options.samples} does not divide by --rows {options.rows} x {grid.dp_size} data-parallel ranks"
         )
-    source = _find_source(options)
-    most = source.config.max_positions
-    if options.layout and options.length > most:
-        raise UserError(
-            f"--length {options.length}: {options.model} was trained for {most} positions; give at most that"
-        )
+    source = find_source(options)
+    check_positions(options.length, source.config.max_positions, model=options.model)
+    if options.layout and options.length < LEAST_LENGTH:
+        raise UserError(f"--length {options.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     same = ("model", "method", "rank", "dtype", "compile", "tensor_parallel", "pipeline_parallel", "sequence_parallel")
     settings = make_settings(
         {
             **{name: getattr(options, name) for name in (*same, "ds_config", "recompute", "packing", "train_file")},
             "task": options.task or "demo",  # a made-up step has none; the demo asks for no file
             # Of one process without an engine only the kept bytes are asked for, which no limit to a run concerns.
-            "max_length": options.length if options.layout else min(max(options.length, LEAST_LENGTH), most),
+            "max_length": max(options.length, LEAST_LENGTH),
             "micro_batch_size": options.rows,
             "global_batch_size": unit * options.micro_batches if options.task is None else options.samples,
             "learning_rate": LEARNING_RATE,
@@ -90,13 +88,6 @@ def make_plan(options: Namespace, *, rank: int, world_size: int) -> RunPlan:
         }
     )
     return plan_run(settings, rank=rank, world_size=world_size, source=source)
-
-
-def _find_source(options: Namespace) -> ModelSource:
-    shape = random_shape(options)
-    if shape is None:
-        return find_model(options.model)
-    return ModelSource(options.model, None, llama_config_from_hf(shape, source=options.model))
 
 
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:

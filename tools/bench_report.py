@@ -59,13 +59,17 @@ def tokens_per_second(side: Mapping[str, Any]) -> float:
 def sides_table(report: Mapping[str, Any]) -> list[str]:
     """The figures of one process as lines; ratios are to the first side."""
     sides = report["sides"]
-    lines = setup_lines(report) + [f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}"]
+    ours, *others = sides
+    lines = [
+        *setup_lines(report),
+        f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
+        f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
+    ]
     for name, side in sides.items():
         formula = _megabytes(side.get("saved_formula"))
         lines.append(
             f"{name:<20}{_speed(side, report)}{_megabytes(side['saved']):>10}{formula:>9}{_megabytes(side['peak']):>9}"
         )
-    ours, *others = sides
     lines.append(f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's")
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
@@ -102,8 +106,8 @@ def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     middle, flops = statistics.median(figures["seconds"]), figures["model_flops"]
     share = "" if flops is None else f"{flops / middle / report['matmul_flops_per_second']:.1%}"
     return (
-        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}{tokens_per_second(figures):>10.1f}"
-        f"{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
+        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}"
+        f"{tokens_per_second(figures):>10.1f}{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
     )
 
 

@@ -14,6 +14,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from bench_step import labels_of_row
+
 from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
@@ -54,11 +56,18 @@ def main(argv: Sequence[str]) -> int:
     axes = {flag: _values(options, flag, kind) for flag, _, kind in AXES}
     if min(options.rows, options.num_layers, options.length, options.rank, options.repeats) < 1:
         raise UserError("--rows, --num_layers, --length, --rank and --repeats are at least 1")
-    if not 0 < options.supervised <= 1:
-        raise UserError(f"--supervised {options.supervised}: give a share above 0, up to 1")
+    steps = {flag: [_step(options, flag, name, value) for value in axes[flag]] for flag, name, _ in AXES}
+    # These import torch, which takes seconds: --help and a wrong flag do not wait for it.
+    from bench_contestants import check_positions, our_kernels
+
+    most = PRESETS[options.model]["max_position_embeddings"]
+    for length, flag in ((options.length, "length"), *((length, "lengths") for length in axes["lengths"])):
+        check_positions(length, most, model=options.model, flag=flag)
+    chosen = our_kernels(_step(options))
+    print(f"{options.model}, {options.method}, {options.dtype}; kernels {chosen.description}", flush=True)
     for flag, name, _ in AXES:
-        if axes[flag]:
-            measured = _measure(options, name, axes[flag])
+        if steps[flag]:
+            measured = _measure(name, steps[flag], chosen, repeats=options.repeats)
             print("\n".join(table(name, measured)), flush=True)
     return 0
 
@@ -69,26 +78,40 @@ def _values(options: Namespace, flag: str, kind: type) -> list[Any]:
         values = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"--{flag} {text}: give numbers with commas between them") from None
-    if any(value <= 0 or (kind is float and value > 1) for value in values):
-        raise UserError(f"--{flag} {text}: give numbers above 0" + (", up to 1" if kind is float else ""))
+    if any(value <= 0 for value in values):
+        raise UserError(f"--{flag} {text}: give numbers above 0")
     return values
 
 
-def _measure(options: Namespace, name: str, values: Sequence[Any]) -> list[tuple[Any, int, list[float]]]:
+def _step(options: Namespace, flag: str = "", name: str = "", value: Any = None) -> Namespace:
+    """The options of one step as in bench_step.py: as given but for one quantity, whose values `flag` gave.
+
+    Raises:
+        UserError: no token of its rows has a label.
+    """
+    changed = {name: value} if name else {}
+    step = Namespace(**{**vars(options), "task": None, "against": None, "recompute": "none", **changed})
+    step.labels = labels_of_row(step.length, step.supervised, flags={name: flag})
+    return step
+
+
+def _measure(
+    name: str, steps: Sequence[Namespace], chosen: Any, *, repeats: int
+) -> list[tuple[Any, int, list[float]]]:
     """(value, tokens, seconds) of each value of one quantity, in turns."""
     from bench_contestants import OURS, contestants
     from tqdm import tqdm
 
     from megatron_tiedlora.training.throughput import timed
 
-    given = {**vars(options), "task": None, "against": None, "recompute": "none"}
-    sides = [contestants(Namespace(**{**given, name: value}))[OURS]() for value in values]
-    seconds: list[list[float]] = [[] for _ in values]
-    for turn in tqdm(range(options.repeats + 1), desc=name, unit="turn", leave=False):
+    sides = [contestants(step, chosen)[OURS]() for step in steps]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for turn in tqdm(range(repeats + 1), desc=name, unit="turn", leave=False):
         for side, taken in zip(sides, seconds, strict=True):
             found = timed(side.step, side.device)
             if turn:
                 taken.append(found)
+    values = [getattr(step, name) for step in steps]
     return [(value, side.num_tokens, taken) for value, side, taken in zip(values, sides, seconds, strict=True)]
 
 

@@ -26,7 +26,9 @@ import multiprocessing
 import statistics
 import sys
 from argparse import SUPPRESS, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,8 @@ def measure_sides(options: Namespace) -> dict[str, Any]:
         "method": options.method,
         "rank": options.rank,
         "dtype": options.dtype,
+        "recompute": options.recompute,
+        "kernels": ours.kernels,
         **describe_setup(ours.device),
         "matmul_flops_per_second": matmul_peak(largest_frozen(ours), ours.batches, plan.dtype, ours.device),
         "sides": {
@@ -215,8 +219,7 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
     for name in (*sizes, "tensor_parallel", "pipeline_parallel", "micro_batches"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} is less than 1")
-    if not 1 <= round(options.supervised * options.length) <= options.length:
-        raise UserError(f"--supervised {options.supervised}: give a share of the {options.length} tokens of a row")
+    options.labels = labels_of_row(options.length, options.supervised)
     drawn = options.model in PRESETS or options.random_weights
     if options.num_layers is not None and (not drawn or options.num_layers < 1):
         raise UserError(
@@ -230,13 +233,42 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
             raise UserError(f"--samples {options.samples} does not divide by --{name} {getattr(options, name)}")
 
 
+def labels_of_row(length: int, share: float, *, flags: Mapping[str, str] | None = None) -> int:
+    """How many tokens of a made-up row have a label that counts: the first has no position that could predict it.
+
+    Args:
+        flags: what gave `length` and `supervised`, where flags of other names did.
+
+    Raises:
+        UserError: none has, or the share is none.
+    """
+    flags = {"length": "length", "supervised": "supervised", **(flags or {})}
+    if not 0 < share <= 1:  # nor is nan
+        raise UserError(f"--{flags['supervised']} {share}: give a share above 0, up to 1")
+    if length < 2:
+        raise UserError(f"--{flags['length']} {length}: a row of one token has nothing to predict; give at least 2")
+    labels = min(round(share * length), length - 1)
+    if labels < 1:
+        raise UserError(
+            f"--{flags['supervised']} {share} with --{flags['length']} {length}: no token has a label; give more of one"
+        )
+    return labels
+
+
 def in_own_process(options: Namespace, name: str, what: str) -> int | None:
-    """One figure of one side's memory, measured in a process that has done nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(memory_of, (options, name, what))
-        pool.close()
-        pool.join()  # killed, it would leave semaphores behind
-    return found
+    """One figure of one side's memory, measured in a process that has done nothing else.
+
+    Raises:
+        UserError: the process ended without it, as when a system without memory left kills it.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        try:
+            return processes.submit(memory_of, options, name, what).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{name}: the process that measures its memory was ended, most likely for want of memory; give less"
+                " --rows, --length or --num_layers"
+            ) from None
 
 
 def memory_of(options: Namespace, name: str, what: str) -> int | None:

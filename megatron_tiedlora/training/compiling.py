@@ -29,6 +29,8 @@ from megatron_tiedlora.training.plan import RunPlan
 # Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
 # for half a minute at first, and saves about a quarter of a step.
 LEAST_WORK = 5e9
+# Each of them lets torch.compile hand back functions as they are.
+_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,17 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         if world_size() > 1:
             distributed.barrier()
     failure = first_message(failure, device)
+    return after_compiling(wish, kernels, failure, seconds=time.monotonic() - started)
+
+
+def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds: float) -> ChosenKernels:
+    """What a --compile of `auto` or `true` gives: `kernels`, or after a failure those that are not compiled.
+
+    Raises:
+        UserError: `true` after a failure.
+    """
     if failure is None:
-        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s")
+        return ChosenKernels(kernels, f"compiled in {seconds:.1f} s")
     if wish == "true":
         raise UserError(f"--compile true: {failure}; install a C++ compiler, or give --compile auto or false")
     return ChosenKernels(EAGER, f"not compiled: {failure}")
@@ -90,8 +101,9 @@ def compiled_kernels(
     Raises:
         UserError: they cannot be, in one line.
     """
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        raise UserError("TORCH_COMPILE_DISABLE is 1")
+    for name in _SWITCHES:
+        if os.environ.get(name) == "1":
+            raise UserError(f"{name} is 1")
     try:
         kernels = EAGER.compiled()
         _warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
