@@ -21,7 +21,8 @@ class _EarlyBackward(torch.autograd.Function):
         # A caller's hooks are for what is kept until the backward pass; nothing here is.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             loss = function(inner)
-        loss.backward()  # not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13)
+        # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
+        loss.backward(inputs=(inner,))
         ctx.save_for_backward(inner.grad)
         return loss.detach()
 

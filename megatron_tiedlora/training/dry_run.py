@@ -125,8 +125,8 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
         f" up to {rows} x {length} tokens",
         *_stage_table(header, cells),
-        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less where"
-        f" positions have no label; logits of {HEAD_ROWS:,} rows and buffers come on top)",
+        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less, as"
+        f" its MLP has its backward pass at once; logits of {HEAD_ROWS:,} rows and buffers come on top)",
         *_engine_line(plan),
         *_decoding(plan, data),
     ]

@@ -1,7 +1,7 @@
 """Bytes that a rank of each stage needs, by what they are for: arithmetic on shapes.
 
-Activations are in_flight x tokens x blocks with a backward pass x bytes that a block keeps for each token. What
-DeepSpeed's pipeline engine keeps beside them is counted apart.
+Activations are in_flight x tokens x blocks with a backward pass x bytes that a block keeps for each token, less for the
+last block, and what one of them holds for a moment. What DeepSpeed's pipeline engine keeps beside is counted apart.
 """
 
 from __future__ import annotations
@@ -115,9 +115,11 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
         again = tokens * per_token
     elif blocks and plan.settings.recompute == "selective":
         again = tokens * _gate_bytes_per_token(plan)
-    if blocks and stage.is_last:  # inputs of two norms, gate and up, what the head is given and its gradient
+    if blocks and stage.is_last:  # inputs of two norms, gate and up; the last norm's result, its rows, their gradient
         norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
-        head = 2 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+        head = 3 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+        if recomputes and plan.grid.pp_size == 1:  # else it is the engine's
+            head += _mixed_bytes(plan, tokens)
         again = max(again, norms + tokens * _gate_bytes_per_token(plan) + head)
     return micro_batches_in_flight(plan, stage) * kept + again
 
