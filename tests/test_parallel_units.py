@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel import collectives
-from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.early_backward import run_with_early_backward
+from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabularyParallelEmbedding
 from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
@@ -342,7 +342,7 @@ def test_a_world_that_does_not_divide_is_refused(world_size: int, tp_size: int, 
 
 
 def test_an_early_backward_pass_is_for_its_input_alone() -> None:
-    """The factor that comes in later scales the gradient; another tensor gets none, rather than one without the factor."""
+    """The factor that comes in later scales the gradient; another tensor gets none, rather than an unscaled one."""
     hidden, other = torch.arange(3.0, requires_grad=True), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
     loss = run_with_early_backward(lambda inner: (inner * inner * other).sum(), hidden * 1)
     assert loss.item() == 18.0 and hidden.grad is None

@@ -117,7 +117,7 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token
         again = tokens * _gate_bytes_per_token(plan)
     if blocks and stage.is_last:  # inputs of two norms, gate and up; the last norm's result, its rows, their gradient
         norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
-        head = 3 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+        head = 3.0 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
         if recomputes and plan.grid.pp_size == 1:  # else it is the engine's
             head += _mixed_bytes(plan, tokens)
         again = max(again, norms + tokens * _gate_bytes_per_token(plan) + head)
