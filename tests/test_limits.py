@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.flops_plan import step_flops
+from tools.bench_contestants import saved_by_autograd, storage_bytes
 
 RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}
@@ -55,21 +54,6 @@ def batch(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return tokens, torch.arange(LENGTH).expand(ROWS, LENGTH), labels
 
 
-@contextmanager
-def saved_tensors(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """By storage, what autograd keeps inside the block; parameters left out when it ends."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved
-
-
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("method", ["tl6", "lora", "vera"])
 def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
@@ -79,10 +63,10 @@ def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
     for layers in (3, 4):  # one layer more
         shorter = llama_config_from_hf({**_values(config), "num_hidden_layers": layers})
         model = build(shorter, adapter_config(shorter, method, tuple(range(1, layers + 1))))
-        with saved_tensors(model) as saved:
+        with saved_by_autograd(model) as saved:
             loss = model(*batch())
         assert loss.requires_grad
-        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+        kept.append(storage_bytes(saved))
     d, k, f = config.hidden_size, config.qkv_rows[1], config.intermediate_size
     scalars = 4 * (2 + config.num_heads)
     formula = 2 * (4 * d + 2 * k + 2 * f + RANK) + scalars
@@ -98,7 +82,7 @@ def test_nothing_as_large_as_logits_or_an_adapters_product_is_kept(method: str) 
     """No tensor of tokens x vocabulary; one of tokens x o a layer, which holds q, k and v, and no second one."""
     config = model_config(2)
     model, inputs = build(config, adapter_config(config, method)), batch()
-    with saved_tensors(model) as saved:
+    with saved_by_autograd(model) as saved:
         model(*inputs)
     o = sum(config.qkv_rows)
     sizes = [tensor.untyped_storage().nbytes() // 2 for tensor in saved.values()]
@@ -116,9 +100,9 @@ def test_behind_the_last_attention_one_gradient_is_kept(share: float) -> None:
     run_head = model.run_head
 
     def watched(reached: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        with saved_tensors(model) as saved:
+        with saved_by_autograd(model) as saved:
             loss = run_head(reached, *arguments, **keywords)
-        attended.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+        attended.append(storage_bytes(saved))
         return loss
 
     model.run_head = watched  # type: ignore[method-assign]

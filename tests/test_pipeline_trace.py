@@ -236,7 +236,7 @@ def test_what_the_engine_keeps_beside_autograd(
             assert held.floats == len(held.in_flight) * each, (rank, held)
             beside = held.integers - len(held.in_flight) * integers
             assert 0 <= beside <= labels, (rank, held)  # autograd keeps some of the labels itself
-        memory = stage_memory(plan, stage, tokens=tokens, per_token=1.0)
+        memory = stage_memory(plan, stage, tokens=tokens)
         assert max(held.floats + held.once for held in traced.held) == memory.engine, rank
     if key[0] == "plain":
         d = found.plan(0).source.config.hidden_size

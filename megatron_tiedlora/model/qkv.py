@@ -27,7 +27,7 @@ from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import SIZE_MULTIPLE, frozen_parameter, multiply
+from megatron_tiedlora.parallel.layers import frozen_parameter, multiply, padded
 
 
 class NormedQkv(nn.Module):
@@ -232,12 +232,12 @@ def _with_share(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.T
 
 
 def _beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-    """[wide | narrow | zeros], so that the columns divide by SIZE_MULTIPLE where those of `wide` do."""
-    missing = -narrow.shape[-1] % SIZE_MULTIPLE
+    """[wide | narrow | zeros], so that the columns divide by layers.SIZE_MULTIPLE where those of `wide` do."""
+    missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
 def _split(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The two parts of `_beside`, the second of `size` columns; views."""
-    width = joined.shape[-1] - (size + -size % SIZE_MULTIPLE)
+    width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]

@@ -15,7 +15,7 @@ from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
-from megatron_tiedlora.parallel.layers import SIZE_MULTIPLE, multiply
+from megatron_tiedlora.parallel.layers import multiply, padded
 
 IGNORED_LABEL = -100
 
@@ -81,8 +81,8 @@ class _SumTokenLosses(torch.autograd.Function):
 
 
 def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, d) and labels (n,) with as many more, zeros and no labels, as make n divide by `SIZE_MULTIPLE`."""
-    missing = -len(rows) % SIZE_MULTIPLE
+    """Rows (n, d) and labels (n,) with more of them, zeros without a label, up to n = `padded(n)`."""
+    missing = padded(len(rows)) - len(rows)
     if not missing:
         return rows, labels
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
@@ -114,7 +114,7 @@ def sum_token_losses(
         rows: (n, d), any float dtype, the same on every rank.
         weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, no padding.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        rows_at_once: rows whose logits exist at one time, a multiple of `SIZE_MULTIPLE`.
+        rows_at_once: rows whose logits exist at one time, a multiple of `layers.SIZE_MULTIPLE`.
 
     Returns:
         a scalar in max(fp32, dtype of `rows`). Its gradient with respect to `rows` is this rank's addend, that of its

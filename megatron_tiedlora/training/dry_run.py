@@ -109,7 +109,7 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
     rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
     cells = []
     for stage in stages:
-        memory = stage_memory(plan, stage, tokens=rows * length, per_token=per_token)
+        memory = stage_memory(plan, stage, tokens=rows * length)
         sizes = {
             "base weights": memory.base,
             "adapter": memory.adapter,

@@ -34,12 +34,11 @@ class StageMemory:
         return sum(astuple(self))
 
 
-def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: float) -> StageMemory:
+def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory:
     """What a rank of `stage` needs.
 
     Args:
         tokens: of its largest micro-batch, padding included.
-        per_token: bytes that a block keeps, from `saved_bytes_per_token`.
     """
     zero_stage, dp_size = plan.engine.zero_stage, plan.grid.dp_size
     trained = sum(stage.trained)
@@ -49,7 +48,7 @@ def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: flo
         gradients=FP32 * trained / (dp_size if zero_stage >= 2 else 1),
         # Two moments; from ZeRO-1 on also a copy of the values that is stepped.
         optimizer=(2 if zero_stage == 0 else 3) * FP32 * trained / (dp_size if zero_stage >= 1 else 1),
-        activations=_activation_bytes(plan, stage, tokens=tokens, per_token=per_token),
+        activations=_activation_bytes(plan, stage, tokens=tokens),
         engine=_engine_bytes(plan, stage, tokens=tokens),
     )
 
@@ -74,25 +73,16 @@ def micro_batches_in_flight(plan: RunPlan, stage: StagePlan) -> int:
     return min(plan.grid.pp_size - stage.index, plan.batches.accumulation_steps)
 
 
-def kept_bytes(
-    plan: RunPlan,
-    stage: StagePlan,
-    *,
-    tokens: int,
-    after: int | None = None,
-    per_token: float | None = None,
-) -> float:
+def kept_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, after: int | None = None) -> float:
     """What autograd keeps of a micro-batch on a rank of `stage`, beside parameters and what is as small as indices.
 
     Args:
         tokens: of the micro-batch, padding included.
         after: positions that what comes after the last attention computes; None: all. Of each the gradient is kept.
-        per_token: bytes that a block keeps; None: `saved_bytes_per_token`.
     """
     after = tokens if after is None else after
-    per_token = saved_bytes_per_token(plan) if per_token is None else per_token
     blocks, recomputes = len(stage.backward_blocks), plan.settings.recompute == "full"
-    kept = blocks * (_hidden_bytes(plan, tokens) if recomputes else tokens * per_token)
+    kept = blocks * (_hidden_bytes(plan, tokens) if recomputes else tokens * saved_bytes_per_token(plan))
     if stage.is_last and blocks:  # see Stage.run_head
         kept += _hidden_bytes(plan, after) - (0.0 if recomputes else tokens * _bytes_after_attention(plan))
     return kept
@@ -106,13 +96,13 @@ def _bytes_after_attention(plan: RunPlan) -> float:
     return (norm + FP32) / plan.sequence_parts + _gate_bytes_per_token(plan)
 
 
-def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, per_token: float) -> float:
-    kept = kept_bytes(plan, stage, tokens=tokens, per_token=per_token)
+def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
+    kept = kept_bytes(plan, stage, tokens=tokens)
     blocks = len(stage.backward_blocks)
     recomputes = plan.settings.recompute == "full"
     again = 0.0  # of the one block that is computed again at a time, or of what the last one does at once
     if blocks and recomputes:
-        again = tokens * per_token
+        again = tokens * saved_bytes_per_token(plan)
     elif blocks and plan.settings.recompute == "selective":
         again = tokens * _gate_bytes_per_token(plan)
     if blocks and stage.is_last:  # inputs of two norms, gate and up; the last norm's result, its rows, their gradient
