@@ -6,6 +6,7 @@ Works for the settings of any command; those of launch/train.py (`Settings`) are
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -13,9 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
-import yaml
-
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
@@ -25,6 +24,7 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
@@ -93,22 +93,13 @@ def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, An
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{where}: not valid YAML ({problem})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'name: value' lines, found a {type(content).__name__}")
+    content = read_yaml_mapping(file)
     if RECORD_MARK in content:
         content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
         if name not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), kind.model_fields)}")
+            near = nearest_name(name, kind.model_fields) if isinstance(name, str) else ""
+            raise UserError(f"{path}: unknown setting {shown(name)}{near}")
     return content
 
 
@@ -134,14 +125,22 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
     return validate_settings(merged, kind)
 
 
+def keep_from_others() -> None:
+    """Make every file and folder that this process and its children create unwritable for others."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def run_command(
     main: Callable[[Sequence[str]], int], argv: Sequence[str], *, speaks: Callable[[], bool] = lambda: True
 ) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
+    Whatever the user's umask, nothing that the command makes can be written by others.
+
     Args:
         speaks: whether to print the line; another rank on this host may have said it.
     """
+    keep_from_others()
     try:
         status = main(argv)
     except UserError as error:

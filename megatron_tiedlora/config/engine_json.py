@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.batch import BatchPlan
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.fields import nearest_name
 from megatron_tiedlora.config.json_files import read_json_object
 
@@ -100,7 +100,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         if key in REFUSED_SECTIONS:
             raise UserError(f"{path}: section {key!r} is not read; use {REFUSED_SECTIONS[key]}")
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest_name(key, known)}")
+            raise UserError(f"{path}: unknown key {shown(key)}{nearest_name(key, known)}")
     ours: dict[str, float] = {
         "train_batch_size": batches.global_batch_size,
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
@@ -111,8 +111,9 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     for key, value in ours.items():
         if content.get(key, "auto") not in ("auto", value):
             flag = flags.get(key, "--micro_batch_size")
+            found = as_given(content[key])
             raise UserError(
-                f'{path}: {key} is {content[key]} but the settings make it {value:g}; say "auto" or set {flag}'
+                f'{path}: {key} is {found} but the settings make it {value:g}; say "auto" or set {flag}'
             )
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
