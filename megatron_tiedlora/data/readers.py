@@ -105,6 +105,8 @@ def _check_file(path: Path, expected: str) -> None:
         raise UserError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give {expected}")
+    if not path.is_file():  # reading a pipe may never end, and a file is read more than once
+        raise UserError(f"{path}: is no plain file; give {expected}")
 
 
 def _read_file(path: Path, *, limit: int | None) -> list[Row]:
@@ -152,14 +154,13 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
 
 
 def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+        rows = pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+    except Exception as error:  # a broken file shows as anything from OSError to a text that is not UTF-8
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    return _number_rows(table.slice(0, limit).to_pylist(), str(path))
+    return _number_rows(rows, str(path))
 
 
 def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:

@@ -19,7 +19,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.examples import Example, join_answer
-from megatron_tiedlora.data.fields import describe_fields
+from megatron_tiedlora.data.fields import checked_text, describe_fields
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.readers import Row, read_hub_rows, read_rows
 from megatron_tiedlora.data.task import Parts, Split, Task
@@ -212,4 +212,5 @@ def _fill(template: str, fields: Mapping[str, Any], source: str) -> str:
             raise UserError(f"--prompt_template: {source} has no field {name!r}; fields for the prompt are {known}")
         if not isinstance(fields[name], str):
             raise UserError(f"--prompt_template: {source}: field {name!r} is not a text")
+        checked_text(fields[name], name, source, allow_empty=True)
     return template.format_map(fields)

@@ -66,7 +66,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     path = Path(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path, kind="a tokenizer's config")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     named = {config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
     extra = config.get("extra_special_tokens")
@@ -108,7 +108,7 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
         return _load_sentencepiece(preferred[0], config_folder=folder if has_config else None)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise _refusal(str(folder), "holds no tokenizer (no tokenizer.json and no tokenizer.model)")
-    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder)))
+    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:

@@ -6,7 +6,6 @@ started to processes.py.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,7 @@ from megatron_tiedlora.study.record import (
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
 from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.training.run_folder import RunFolder, metrics_row
 
 # Training settings that the test set is decoded with as well.
 _SHARED_WITH_EVALUATE = (
@@ -282,7 +281,6 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))
             lines = stream.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return None
-    return row if isinstance(row, dict) and {"step", "split", "loss"} <= row.keys() else None
+    return metrics_row(lines[-1]) if lines else None
