@@ -197,7 +197,9 @@ def save_model(gguf_path: Path, target: Path) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    quantised = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
+    )
     settings = quantised.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
@@ -220,7 +222,9 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, trust_remote_code=False
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -230,7 +234,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     tokenizer.model_max_length = CONTEXT_LENGTH
     tokenizer.save_pretrained(target)
     drop_local_keys(target / "tokenizer_config.json")
-    check_numbers(AutoTokenizer.from_pretrained(target))
+    check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))
 
 
 def drop_local_keys(path: Path) -> None:

@@ -141,7 +141,7 @@ def fp32_values(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
     """A tensor of `file` in fp32. Raises UserError where it is not floating point, or not finite in fp32."""
     if stored.dtype not in _FLOATS:
         raise UserError(f"{file}: {name} is {str(stored.dtype).removeprefix('torch.')}, not floating point")
-    values = stored.float()
+    values = stored.to(torch.float32, copy=True)  # what was read maps the file, which may be replaced or cut
     if not values.isfinite().all():
         raise UserError(f"{file}: {name} holds numbers that are not finite")
     return values
