@@ -79,8 +79,8 @@ def test_no_code_out_of_files_and_no_listener(file: Path) -> None:
 
 
 @pytest.mark.parametrize("template", [
-    "{question.__class__}", "{question[0]}", "{question!r}", "{question:>{answer}}", "{0}", "{}", "{__class__}", "{a b}",
-    "{question:1000000000}", "{question", "}", "{question.__init__.__globals__}", "\ud800{question}",
+    "{question.__class__}", "{question[0]}", "{question!r}", "{question:>{answer}}", "{0}", "{}", "{__class__}",
+    "{a b}", "{question:1000000000}", "{question", "}", "{question.__init__.__globals__}", "\ud800{question}",
 ])  # fmt: skip
 def test_a_template_reaches_nothing_but_fields(tmp_path: Path, template: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [HUB_ROWS["gsm8k"]])
