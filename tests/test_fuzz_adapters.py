@@ -37,7 +37,6 @@ from megatron_tiedlora.training.run_folder import RunFolder
 from megatron_tiedlora.training.session import take_over
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
-LIMIT = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,6 @@ def check_adapter(adapter: NativeAdapter) -> None:
     json.dumps([asdict(adapter.config), asdict(adapter.base)], allow_nan=False)
 
 
-@LIMIT
 @sizes(250, 8000)
 def test_a_broken_adapter(native: NativeAdapter, area: Path, examples: int) -> None:
     folder = area / "adapter"
@@ -107,7 +105,6 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
     return run
 
 
-@LIMIT
 @sizes(250, 6000)
 def test_a_broken_checkpoint_and_what_is_taken_over_from_it(native: NativeAdapter, area: Path, examples: int) -> None:
     written = write_run(area / "written", native)
@@ -238,7 +235,6 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area
     assert isinstance(found, UserError)
 
 
-@LIMIT
 @sizes(250, 6000)
 def test_a_broken_peft_adapter(base: Path, native: NativeAdapter, area: Path, examples: int) -> None:
     source, folder = find_model(str(base)), area / "peft"
@@ -272,7 +268,6 @@ def test_a_pattern_that_takes_for_ever_is_given_up(
     outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
 
 
-@LIMIT
 @sizes(250, 6000)
 def test_a_broken_model_folder(base: Path, area: Path, examples: int) -> None:
     folder = Path(shutil.copytree(base, area / "model"))

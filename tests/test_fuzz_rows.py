@@ -21,7 +21,6 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 
-LIMIT = pytest.mark.timeout(240)
 CUSTOM = [
     {"prompt": "2 + 2 =", "completion": "4", "note": "n"},
     {"input": "2 + 3 =", "output": "5", "references": ["five"]},
@@ -49,7 +48,6 @@ def check_examples(examples: list[Example]) -> None:
             text.encode("utf-8")
 
 
-@LIMIT
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @sizes(300, 8000)
 def test_broken_rows(area: Path, suffix: str, examples: int) -> None:
@@ -79,7 +77,6 @@ def test_broken_rows(area: Path, suffix: str, examples: int) -> None:
     explore(examples, body)
 
 
-@LIMIT
 @sizes(200, 6000)
 def test_broken_aligned_texts(area: Path, examples: int) -> None:
     german, english = area / "a.de", area / "a.en"
@@ -100,7 +97,6 @@ def test_broken_aligned_texts(area: Path, examples: int) -> None:
     explore(examples, body)
 
 
-@LIMIT
 @sizes(300, 8000)
 def test_a_broken_parquet_file(area: Path, examples: int) -> None:
     file = area / "rows.parquet"
@@ -135,7 +131,6 @@ def test_a_pipe_is_not_waited_for(area: Path, name: str) -> None:
 # Tokenizers -------------------------------------------------------------------------------------------------------
 
 
-@LIMIT
 @sizes(60, 2000)
 def test_a_broken_tokenizer(area: Path, examples: int) -> None:
     whole = write_tiny_tokenizer(area / "whole")
@@ -179,7 +174,6 @@ def test_a_tokenizer_s_own_code_is_not_run_and_not_asked_about(area: Path, monke
 # The cache --------------------------------------------------------------------------------------------------------
 
 
-@LIMIT
 @sizes(100, 3000)
 def test_a_broken_cache_file_is_made_again(area: Path, examples: int) -> None:
     tokenizer = load_tokenizer(write_tiny_tokenizer(area / "tokenizer"))

@@ -14,6 +14,7 @@ from fuzzing import broken_file, changed_fields, damaged, explore, outcome, size
 from hypothesis import strategies as st
 from study_files import write_run, write_scored, write_study
 
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
@@ -21,13 +22,14 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, parse_sweep
+from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.study.plan import last_row
 from megatron_tiedlora.study.record import StudyFolder, last_lines, read_base
 from megatron_tiedlora.study.scores import RunEnd, Study, read_run, read_study
 from megatron_tiedlora.study.text import table2_markdown, table3_markdown
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, read_metrics
+from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder, read_metrics
 
-LIMIT = pytest.mark.timeout(240)
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
 
 COMMANDS: Mapping[str, tuple[dict[str, Any], Callable[[list[str]], Any]]] = {
@@ -72,7 +74,6 @@ def yaml_text(content: Any) -> bytes:
     return yaml.safe_dump(content, sort_keys=False).encode()
 
 
-@LIMIT
 @pytest.mark.parametrize("command", COMMANDS)
 @sizes(150, 4000)
 def test_broken_yaml(area: Path, command: str, examples: int) -> None:
@@ -151,7 +152,6 @@ ENGINE = {
 }  # fmt: skip
 
 
-@LIMIT
 @sizes(250, 6000)
 def test_a_broken_engine_json(area: Path, examples: int) -> None:
     file = area / "engine.json"
@@ -173,7 +173,6 @@ def test_a_broken_engine_json(area: Path, examples: int) -> None:
 # What runs and studies leave --------------------------------------------------------------------------------------
 
 
-@LIMIT
 @sizes(150, 4000)
 def test_a_broken_study(area: Path, examples: int) -> None:
     whole = write_study(area / "whole", single_layers=[1, 4], single_layer_rank=2, learning_rates=[1e-4, 1e-5])
@@ -223,7 +222,6 @@ METRICS = (
 )
 
 
-@LIMIT
 @sizes(250, 6000)
 def test_broken_logs(area: Path, examples: int) -> None:
     folder = area / "run"
@@ -254,3 +252,29 @@ def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:
     run.metrics.write_bytes(b"\xff\n[]\n" + METRICS + b'{"step": 2, "split": "test", "loss": 1}\n{"st')
     MetricsLog(run, resumed_step=2, evaluated_step=2).close()
     assert run.metrics.read_bytes().splitlines() == METRICS.splitlines()[:2]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "x/" * 3000])
+@pytest.mark.parametrize("setting", ["model", "output_dir", "tokenizer", "resume", "train_file", "ds_config"])
+def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
+    """Told by whatever reads the setting first, before anything is written."""
+    readers: dict[str, Callable[[], Any]] = {
+        "model": lambda: find_model(name),
+        "output_dir": lambda: choose_run_folder(name, name="x", resume="none"),
+        "tokenizer": lambda: load_tokenizer(name),
+        "resume": lambda: choose_run_folder(None, name="x", resume=name),
+        "train_file": lambda: read_rows(name),
+        "ds_config": lambda: load_engine_config(name, batches=BATCHES, gradient_clipping=0.5),
+    }
+    found = outcome(readers[setting], unchanged=area, names=("is no path",))
+    assert isinstance(found, UserError)
+
+
+def test_a_wrong_value_names_the_file_that_it_is_in(area: Path) -> None:
+    file = area / "s.yaml"
+    file.write_text("rank: 0\nmax_steps: 5\n")
+    starts = {"": f"{file}: --rank 0", "--rank=-1": "--rank -1", "--rank=2 --max_steps=0": "--max_steps 0"}
+    for argv, start in starts.items():
+        with pytest.raises(UserError) as error:
+            parse_settings([f"--config={file}", *argv.split()])
+        assert str(error.value).startswith(start)

@@ -24,6 +24,7 @@ from megatron_tiedlora.parallel.random_streams import stream_seed
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -38,7 +39,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
             raise UserError(f"{index}: not a safetensors index (weight_map is no table of tensors and files)")
         for name in sorted(set(entries.values())):
-            if name in ("", "..") or Path(name).name != name:
+            if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; download the model again")

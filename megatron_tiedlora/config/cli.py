@@ -10,7 +10,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
@@ -23,6 +24,7 @@ from megatron_tiedlora.config.fields import (
     nearest_name,
     validate_settings,
 )
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 
@@ -90,7 +92,7 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
 
 def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, Any]:
     """The mapping in a YAML file of settings. Raises UserError naming the file, and the line where known."""
-    file = Path(path)
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     content = read_yaml_mapping(file)
@@ -120,9 +122,21 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
     values = vars(build_parser(kind).parse_known_names(argv))
     values.pop("local_rank")
     config = values.pop("config")
-    merged = read_yaml(config, kind) if config else {}
-    merged.update({name: value for name, value in values.items() if value is not None})
-    return validate_settings(merged, kind)
+    given = {name: value for name, value in values.items() if value is not None}
+    read = read_yaml(config, kind) if config else {}
+    with naming_file(config, read.keys() - given.keys()):
+        return validate_settings({**read, **given}, kind)
+
+
+@contextmanager
+def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[None]:
+    """Where a UserError is about one of the settings `names`, which came from `file`, let it name the file too."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).partition(" ")[0].removeprefix("--") in names:
+            raise UserError(f"{file}: {error}") from None
+        raise
 
 
 def keep_from_others() -> None:

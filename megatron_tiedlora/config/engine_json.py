@@ -15,6 +15,7 @@ from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.fields import nearest_name
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -95,7 +96,7 @@ class EngineConfig:
 
 def find_engine_json(name: str) -> Path:
     """The file meant by --ds_config: as given, else in the project's ds_configs/. Raises UserError."""
-    for path in (Path(name), REPOSITORY_CONFIGS / name):
+    for path in (user_path(name), REPOSITORY_CONFIGS / name):
         if path.is_file():
             return path
     shipped = sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.json"))

@@ -30,6 +30,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
 _LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
@@ -85,7 +86,7 @@ def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
     Raises:
         UserError: no adapter is there; a run folder and a model folder are told what to give instead.
     """
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     if not place.is_dir():
         raise UserError(f"--adapter {folder}: no such folder")
     if not (place / CONFIG_FILE).is_file():

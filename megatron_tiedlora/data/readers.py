@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -40,7 +41,7 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
     Raises UserError when the file or data set is missing, unreadable, broken (named by file and line) or empty.
     """
     name = str(path_or_hub)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() or looks_like_path(name):
         rows = _read_file(path, limit=limit)
         if not rows:
@@ -87,7 +88,7 @@ def read_lines(name: str | Path) -> list[str]:
 
     Raises UserError naming the file (and the line of what is not UTF-8) when it is missing, unreadable or empty.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     _check_file(path, "a text file")
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
@@ -33,7 +34,7 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     Raises UserError naming the place and `--tokenizer` when there is none, or none that can be read.
     """
     name = str(path_or_hub)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         if path.suffix != ".model":
             raise _refusal(name, "is neither a folder nor a SentencePiece .model file")

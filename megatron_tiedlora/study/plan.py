@@ -18,6 +18,7 @@ import torch
 
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
@@ -206,7 +207,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         UserError: the first thing that does not fit.
     """
     settings, train = command.settings, command.train
-    folder = StudyFolder(Path(settings.output_dir).expanduser())
+    folder = StudyFolder(user_path(settings.output_dir))
     check_folder(folder)
     task = get_task(train.task)
     # Not on as many ranks as the launcher will start, which only it knows: on as few as the layout can have.
@@ -260,7 +261,7 @@ def _each_run(grid: Grid) -> Iterator[Run]:
 def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
     """Raise UserError where a local file is not there; hub ids, and formats that only a task knows, are left alone."""
     for value in files.values():
-        if value is not None and not read_by_task and (looks_like_path(value) or Path(value).exists()):
+        if value is not None and not read_by_task and (looks_like_path(value) or user_path(value).exists()):
             read_rows(value, limit=1)
 
 

@@ -15,6 +15,7 @@ import yaml
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import check_place
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 
 State = Literal["finished", "stopped", "failed"]
 _BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
@@ -92,7 +93,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
         UserError: the folder holds another run (or anything else) and --resume was not given, or cannot be written.
     """
     if output_dir is not None:
-        folder = RunFolder(Path(output_dir).expanduser())
+        folder = RunFolder(user_path(output_dir))
         check_place(folder.path, given=output_dir)
         foreign = folder.path.is_dir() and any(folder.path.iterdir()) and not folder.is_run
         if foreign or (resume == "none" and folder.is_run):
@@ -102,7 +103,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
             )
         return folder
     if resume not in ("none", "auto"):
-        folder = RunFolder(Path(resume).expanduser().parent.parent)
+        folder = RunFolder(user_path(resume).parent.parent)
         if folder.is_run:
             return folder
     last, number = RunFolder(Path("runs") / name), 2

@@ -19,6 +19,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
@@ -106,7 +107,7 @@ def _checkpoint_path(resume: str, folder: RunFolder) -> Path | None:
         return None
     if resume == "auto":
         return latest_checkpoint(folder.checkpoints)
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     if not path.is_dir():
         raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
