@@ -16,6 +16,7 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.cache import tokenise_once
+from megatron_tiedlora.data.encode import encode_prompt
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split
@@ -131,7 +132,7 @@ def test_a_pipe_is_not_waited_for(area: Path, name: str) -> None:
 # Tokenizers -------------------------------------------------------------------------------------------------------
 
 
-@sizes(60, 2000)
+@sizes(80, 3000)
 def test_a_broken_tokenizer(area: Path, examples: int) -> None:
     whole = write_tiny_tokenizer(area / "whole")
     (whole / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
@@ -141,6 +142,7 @@ def test_a_broken_tokenizer(area: Path, examples: int) -> None:
     def load() -> Any:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, 320)
+        encode_prompt(tokenizer, "Tom has 12 pens, naïve 日本語 😀</s>", max_length=64)
         return tokenizer, end_ids(tokenizer, folder)
 
     def body(draw):  # type: ignore[no-untyped-def]

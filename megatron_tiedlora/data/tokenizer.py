@@ -15,10 +15,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.paths import user_path
 
@@ -54,7 +55,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> frozenset
     file = model_folder / "generation_config.json"
     more = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
     more = more if isinstance(more, list) else [more]
-    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if isinstance(token, int))})
+    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if type(token) is int)})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -145,13 +146,24 @@ def _download(hub_id: str) -> Path:
 
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
-    """Call `load`; whatever goes wrong inside the library becomes one line naming `place`."""
+    """Call `load` and try what it gives; whatever goes wrong inside the library becomes one line naming `place`."""
     try:
         tokenizer = load()
-    except Exception as error:  # corrupt files surface as anything from KeyError to the Rust side's Exception
+        _try_out(tokenizer)
+    except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _refusal(str(place), f"cannot be read as a tokenizer ({_first_line(error)})") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer as a run will: files of wrong kinds of values load, and fail when they are used."""
+    tokenizer(list(_PROBES), add_special_tokens=False)
+    for token_id in (*tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, padding_id(tokenizer)):
+        if token_id is not None and type(token_id) is not int:
+            raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
