@@ -237,14 +237,15 @@ class FakeCluster:
     Args:
         folder: for keys, configuration, and what commands print; all hosts see it.
         names: of the hosts.
-        shared: further paths below /tmp that all hosts see; the rest of /tmp is each host's own.
+        shared: further paths below /tmp that all hosts see, as they see this Python; the rest is each host's own.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] = ("nodea", "nodeb"), *, shared: Sequence[Path] = ()) -> None:
         self.folder = folder.resolve()
         self.started: list[Started] = []
         self.hosts = {name: FakeHost(self, name, number) for number, name in enumerate(names, start=1)}
-        self._shared = [self.folder, *shared, ROOT, Path(sys.prefix), Path(sys.base_prefix)]
+        python = [sys.prefix, sys.base_prefix, *host_environment()["PYTHONPATH"].split(":")]
+        self._shared = [self.folder, *shared, ROOT, *map(Path, python)]
         self._switch: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> FakeCluster:
@@ -300,7 +301,7 @@ class FakeCluster:
     def shared_below_tmp(self) -> list[Path]:
         """Paths that the hosts share and that a /tmp of their own would hide; none of them lies in another."""
         paths = {path.absolute() for path in self._shared} | {path.resolve() for path in self._shared}
-        below = sorted(path for path in paths if path.is_relative_to("/tmp"))
+        below = sorted(path for path in paths if path.is_relative_to("/tmp") and path != Path("/tmp"))
         return [path for path in below if not any(path != other and path.is_relative_to(other) for other in below)]
 
     def switch_ip(self, lines: str) -> None:

@@ -96,9 +96,15 @@ class SlurmCluster:
 
     def state(self, job: str) -> str:
         """The state of a job, as `scontrol` names it (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT ...)."""
-        shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job], check=False)
-        fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
-        return fields.get("JobState", shown.strip())
+        return self._field(job, "JobState")
+
+    def exit_code(self, job: str) -> str:
+        """The exit status of a job's script and, after a colon, the signal that ended it."""
+        return self._field(job, "ExitCode")
+
+    def _field(self, job: str, name: str) -> str:
+        shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 
     def submit(self, script: Path, *options: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Submit a batch script; returns the job's number."""
