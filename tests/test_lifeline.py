@@ -167,7 +167,12 @@ def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three
 
 def test_rank_0_parts_last(three: Ranks) -> None:
     order: list[int] = []
-    timers = [threading.Timer(0.4 * BEAT * rank, lambda r=rank: (order.append(r), three.lines[r].part())) for rank in (1, 2)]
+
+    def end(rank: int) -> None:
+        order.append(rank)
+        three.lines[rank].part()
+
+    timers = [threading.Timer(0.4 * BEAT * rank, end, [rank]) for rank in (1, 2)]
     for timer in timers:
         timer.start()
     three.lines[0].part()
