@@ -19,6 +19,7 @@ ORDER = (
     "convert",
     "evaluation",
     "training",
+    "cluster",
     "study",
 )
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))

@@ -1,0 +1,1 @@
+"""Starting, watching and checking a job on several hosts."""

@@ -1,0 +1,108 @@
+"""The hosts of a job, from a hostfile or a Slurm allocation: names, slots, and nothing that talks to them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tiedlora.config.errors import UserError
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: str | Path) -> tuple[Host, ...]:
+    """The hosts of a hostfile as DeepSpeed and OpenMPI read it: `NAME slots=N` lines, comments and blank lines.
+
+    Raises:
+        UserError: no such file, no host in it, a line of another form, a host named twice or without slots.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
+        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line a host") from None
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(lines, start=1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        match = _LINE.fullmatch(content)
+        if match is None or int(match[2]) < 1 or match[1].startswith("-"):
+            raise UserError(f"{file}:{number}: {content!r} is not of the form `NAME slots=N` with N above 0")
+        if match[1] in hosts:
+            raise UserError(f"{file}:{number}: {match[1]} is named twice; give each host one line with all its slots")
+        hosts[match[1]] = Host(match[1], int(match[2]))
+    if not hosts:
+        raise UserError(f"--hostfile {path}: names no host; write one `NAME slots=N` line a host")
+    return tuple(hosts.values())
+
+
+def in_slurm_step(environment: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process; in a batch script's own shell there is no step of tasks."""
+    return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
+
+
+def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
+    """The hosts of the Slurm step that this process is in, else of the allocation, with their numbers of tasks.
+
+    Raises:
+        UserError: not in an allocation, or its variables cannot be read.
+    """
+    step = in_slurm_step(environment)
+    names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE")
+    if not names or not tasks:
+        raise UserError("not in a Slurm allocation: SLURM_JOB_NODELIST is not set; start with sbatch or salloc")
+    hosts, slots = expand_nodelist(names), _tasks_per_node(tasks)
+    if len(hosts) != len(slots):
+        raise UserError(f"Slurm names {len(hosts)} nodes ({names}), but tasks for {len(slots)} ({tasks})")
+    return tuple(Host(name, count) for name, count in zip(hosts, slots, strict=True))
+
+
+def expand_nodelist(nodelist: str) -> tuple[str, ...]:
+    """Node names of a Slurm list such as `gpu[01-03,7],login`, by `scontrol`, which alone knows all of its forms.
+
+    Raises:
+        UserError: there is no `scontrol`, or it refuses the list.
+    """
+    if re.fullmatch(r"[\w.,-]+", nodelist):  # plain names, as in small allocations: nothing to ask for
+        return tuple(nodelist.split(","))
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"scontrol does not expand the node list {nodelist} ({error}); put it on PATH, or set MASTER_ADDR to the"
+            " first node's name"
+        ) from None
+    return tuple(done.stdout.split())
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's `2(x3),1` as 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = _TASKS.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"SLURM_TASKS_PER_NODE={text} cannot be read")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def num_ranks(hosts: Sequence[Host]) -> int:
+    """Ranks that the hosts take together."""
+    return sum(host.slots for host in hosts)
