@@ -67,7 +67,7 @@ def check_adapter(adapter: NativeAdapter) -> None:
     json.dumps([asdict(adapter.config), asdict(adapter.base)], allow_nan=False)
 
 
-@sizes(250, 8000)
+@sizes(250, 6000)
 def test_a_broken_adapter(native: NativeAdapter, area: Path, examples: int) -> None:
     folder = area / "adapter"
     save_adapter(folder, native.config, native.base, native.state)
@@ -105,7 +105,7 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
     return run
 
 
-@sizes(250, 6000)
+@sizes(150, 3000)
 def test_a_broken_checkpoint_and_what_is_taken_over_from_it(native: NativeAdapter, area: Path, examples: int) -> None:
     written = write_run(area / "written", native)
     good = written.checkpoints / "step_4"
@@ -226,7 +226,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(30, method="thread")  # a wait inside of a library is ended by no signal
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area: Path, name: str) -> None:
     save_adapter(area / "adapter", native.config, native.base, native.state)
     (area / "adapter" / name).unlink()
