@@ -78,7 +78,9 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
         UserError: anything unknown, out of range or that does not go together, in one line.
     """
     parser = build_parser(LaunchSettings)
-    parser.epilog = "Settings of launch/train.py follow, after -- or directly. A YAML file of --config holds only those."
+    parser.epilog = (
+        "Settings of launch/train.py follow, after -- or directly. A YAML file of --config holds only those."
+    )
     own, given = list(argv), []
     if "--" in own:
         own, given = own[: own.index("--")], own[own.index("--") + 1 :]
