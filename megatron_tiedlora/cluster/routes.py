@@ -274,7 +274,7 @@ def _sent(job: Job, environment: Mapping[str, str]) -> Travelling:
     """What travels with the job; the permission to run mpirun as root only if the user gave it."""
     given = read_user_file(environment) | job.marks
     given |= {name: environment[name] for name in _USER_ONLY if name in environment and job.launcher == "mpirun"}
-    return travelling(environment, given=given)
+    return travelling(environment, given=given, in_words=job.launcher == "pdsh")
 
 
 def _address(job: Job) -> list[str]:
