@@ -1,0 +1,45 @@
+"""Training over two hosts, by every route that users have, gives the numbers of one host with two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_routes import NEEDS, ROUTES
+from cluster_site import LAYOUTS, Site, opened_site
+from fake_hosts import FakeCluster
+from host_needs import needs
+from run_files import files_of, losses, status
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280), needs("ssh")]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with opened_site(two_hosts, tmp_path_factory, max_steps=STEPS) as site:
+        yield site
+
+
+DEFAULT = {("pdsh", "tp2"), ("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")}
+CASES = [
+    pytest.param(
+        route, layout, marks=[needs(NEEDS[route]), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
+    )
+    for route in ROUTES
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("route", "layout"), CASES)
+def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str, layout: str) -> None:
+    whole, folder = site.whole_run(layout), tmp_path / "run"
+    job = ROUTES[route](site.task(folder, layout, work=tmp_path))
+    assert job.wait() == 0, job.output()
+    assert status(folder)["state"] == "finished"
+    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
+    for split in ("train", "validation"):
+        assert losses(folder, split) == losses(whole, split)
+    assert files_of(folder / "adapter") == files_of(whole / "adapter")
+    assert site.cluster.jobs() == {}
