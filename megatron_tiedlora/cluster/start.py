@@ -146,7 +146,7 @@ def make_job(
         folder=Path.cwd(),
         private=private,
         run_id=run_id,
-        master_addr=settings.master_addr or "",
+        master_addr=settings.master_addr or ("127.0.0.1" if reached == "local" else ""),
         master_port=settings.master_port or _FIRST_PORT + int(run_id, 16) % _NUM_PORTS,
         ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],
@@ -175,6 +175,9 @@ def _stop_seconds(settings: LaunchSettings) -> int | None:
 
 
 def _check_programs(job: Job) -> None:
+    deepspeed = Path(job.python).with_name("deepspeed")
+    if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
+        raise UserError(f"{deepspeed}: no such launcher; start run.py with the python that DeepSpeed is installed for")
     program = _PROGRAMS.get(job.launcher)
     if program is not None and shutil.which(program) is None:
         raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")

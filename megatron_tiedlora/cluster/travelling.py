@@ -15,9 +15,6 @@ from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
 
-RUN_ID = "MEGATRON_TIEDLORA_RUN_ID"
-EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"
-
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",
     "MEGATRON_TIEDLORA_", "MKL_", "MPI4PY_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON", "RCCL_", "ROCR_",

@@ -63,7 +63,7 @@ def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: i
     content = file.read()
     if content is None:
         if not path.is_dir():
-            why = f"{path} is not there on this host, so how the run ended cannot be seen from here"
+            why = f"{path} is not to be seen on this host: the run did not begin, or its folder is on another"
         else:
             why = f"{path} says nothing of how this start ended"
         return Verdict(failed if launcher_status else 1, f"{why}; {ended}")
