@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ class Start:
     status: int
     said: str
     folder: Path
-    run_ids: set[str] = field(default_factory=set)
 
     @property
     def signals(self) -> list[int]:

@@ -127,7 +127,7 @@ class Watch:
     _ended_at: float | None = None
     _deadline: float = float("inf")  # until when what is left has time
     _in_a_hurry: bool = False
-    _retries: int = 2  # of a look at hosts that cannot be reached, after the end
+    _retries: int = 1  # of a look at hosts that cannot be reached, after the end
     _unreached: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Ended:
