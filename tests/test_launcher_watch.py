@@ -21,6 +21,7 @@ from launcher_jobs import write_program
 
 from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
@@ -317,3 +318,37 @@ def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture
     assert "command     mpirun -np 2 --hostfile" in printed and "localhost slots=2" in printed
     assert f"run folder  {folder}" in printed and "MEGATRON_TIEDLORA_EXPECTED_RANKS=2" in printed
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_gpus=3", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--num_gpus=5"], "--global_batch_size 24 does not divide by data parallel 5"),
+        (["--num_gpus=1", "--max_steps=0"], "--max_steps 0"),
+        (["--num_gpus=1"], "holds the run of an earlier start"),
+    ],
+)
+def test_what_does_not_fit_starts_nothing(start: Launch, tmp_path: Path, flags: list[str], said: str) -> None:
+    folder = tmp_path / "runs" / "one"
+    earlier_run(folder)
+    with pytest.raises(UserError, match=said):
+        launch(["--launcher=mpirun", f"--output_dir={folder}", *flags], scripts=tmp_path / "scripts")
+    assert not (folder / "runs").exists() and not list((tmp_path / "private").iterdir())
+
+
+def test_the_run_folder_is_named_before_the_start(
+    start: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--launcher=mpirun", "--num_gpus=1", "--show_command", "--rank=4"]
+    for name, more in (
+        ("runs/demo-demo-tl6-r4", []),
+        ("elsewhere", ["--output_dir", "first", "--output_dir=elsewhere"]),
+        ("runs/demo-demo-tl6-r4-2", []),
+    ):
+        assert launch([*flags, *more], scripts=tmp_path / "scripts") == 0
+        command = capfd.readouterr().out.splitlines()[-1]
+        assert command.endswith(f" --output_dir={tmp_path / name}") and command.count("--output_dir") == 1
+        if more:  # the name is taken from here on
+            earlier_run(tmp_path / "runs" / "demo-demo-tl6-r4")
