@@ -19,6 +19,7 @@ import psutil
 import pytest
 from launcher_jobs import write_program
 
+from megatron_tiedlora.cluster import start as beginning
 from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.errors import UserError
@@ -103,7 +104,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     monkeypatch.setattr(tempfile, "tempdir", str(private))
     monkeypatch.setattr(watch, "HELPER_SECONDS", 1.0)
     monkeypatch.setattr(watch, "LINGER_SECONDS", 1.0)
-    monkeypatch.setattr(watch, "SOON_SECONDS", 0.3)
+    monkeypatch.setattr(beginning, "SOON_SECONDS", 0.3)
 
     def run(
         rank: dict[str, Any],
@@ -239,7 +240,8 @@ def test_a_second_sigterm_does_not(start: Launch) -> None:
 
 @pytest.mark.parametrize("detaches", [False, True])
 def test_a_rank_that_its_launcher_abandoned_is_told_to_save(start: Launch, detaches: bool) -> None:
-    ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches})
+    ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches}, grace=60)
+    assert "killed" not in ended.said
     assert ended.status == 1 and ended.signals == [15]
     assert "the launcher has ended, but not the job" in ended.said and "(rank, python" in ended.said
     assert "stopped at step 3" in ended.said
@@ -261,8 +263,9 @@ def test_a_killed_launcher_is_noticed(start: Launch) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = start({"works": 30})
+    ended = start({"works": 30}, grace=60)
     killer.join()
+    assert "killed on" not in ended.said
     assert ended.status == 137 and ended.signals == [15]
     assert "mpirun ended with SIGKILL" in ended.said
 
