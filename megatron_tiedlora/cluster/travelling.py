@@ -23,9 +23,7 @@ PREFIXES = (
 NAMES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "XDG_CACHE_HOME")
 # Of this start alone: what the launchers set themselves on each host, or read here.
 _NOT = ("DS_ENV_FILE", "MASTER_ADDR", "MASTER_PORT", "PYTHONSTARTUP", "PYTHONINSPECT", "CUDA_VISIBLE_DEVICES")
-_SECRET = re.compile(
-    r"TOKEN(?!IZERS?_|IZERS?$)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|_KEY$|AUTH"
-)
+_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|_KEY$|AUTH")
 # What DeepSpeed exports of its own accord, with no look at the values.
 DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
