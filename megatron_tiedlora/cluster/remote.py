@@ -104,7 +104,8 @@ class RemoteCommand:
         self.host = host
         self._limited = False
         self._begin = time.monotonic()
-        self._errors = tempfile.TemporaryFile()  # a pipe could fill up while its output is read
+        # A pipe could fill up while the output is read.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
