@@ -27,6 +27,7 @@ _GRACE_SECONDS = 1.0  # after the limit: for the far side to end when its input 
 
 Route = Literal["ssh", "srun", "local"]
 OnLine = Callable[["RemoteCommand", str], None]
+OnDone = Callable[["Done"], None]
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,23 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 
 class HostCommands:
-    """Commands on many hosts, one thread for each; `end_all` ends those that still run, from any thread."""
+    """Commands on many hosts, one thread for each; `end_all` ends those that still run, from any thread.
 
-    def __init__(self, way: Way, *, limit: float, on_line: OnLine | None = None, at_once: int = AT_ONCE) -> None:
-        self._way, self._limit, self._on_line, self._at_once = way, limit, on_line, at_once
+    Args:
+        on_line, on_done: called in the host's own thread, with each line of output and when the command has ended.
+    """
+
+    def __init__(
+        self,
+        way: Way,
+        *,
+        limit: float,
+        on_line: OnLine | None = None,
+        on_done: OnDone | None = None,
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self._way, self._limit, self._at_once = way, limit, at_once
+        self._on_line, self._on_done = on_line, on_done
         self._running: dict[str, RemoteCommand] = {}
         self._lock = threading.Lock()
         self._ended = False
@@ -208,10 +222,13 @@ class HostCommands:
                 return Done(host, 127, "", f"{error.filename or self._way.route}: {error.strerror}", 0.0)
             self._running[host] = started
         try:
-            return started.follow(self._on_line, limit=self._limit)
+            done = started.follow(self._on_line, limit=self._limit)
         finally:
             with self._lock:
                 del self._running[host]
+        if self._on_done is not None:
+            self._on_done(done)
+        return done
 
 
 def run_on_hosts(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
+from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.probe import is_loopback
 from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, Layout, PathContent
 from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
-from megatron_tiedlora.parallel.grid import Grid
 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far below it; logs and an exported model are not
 _MOST_NAMED = 3  # files that differ
@@ -103,26 +103,6 @@ def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 # Layout ------------------------------------------------------------------------------------------------------------
-
-
-def group_members(layout: Layout) -> dict[str, list[list[int]]]:
-    """The ranks of each tensor, pipeline and data parallel group of more than one."""
-    grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
-    members: dict[str, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
-    for place in map(grid.at, range(grid.world_size)):
-        members["tensor"].setdefault((place.pp_rank, place.dp_rank), []).append(place.rank)
-        members["pipeline"].setdefault((place.dp_rank, place.tp_rank), []).append(place.rank)
-        members["data"].setdefault((place.pp_rank, place.tp_rank), []).append(place.rank)
-    return {
-        kind: [ranks for ranks in groups.values() if len(ranks) > 1]
-        for kind, groups in members.items()
-        if any(len(ranks) > 1 for ranks in groups.values())
-    }
-
-
-def hosts_of_ranks(hosts: Sequence[HostReport], ranks: Sequence[int]) -> list[str]:
-    """The names of the hosts that ranks are on, each once."""
-    return [host.name for host in hosts if any(0 <= rank - host.first_rank < host.slots for rank in ranks)]
 
 
 def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Finding]:

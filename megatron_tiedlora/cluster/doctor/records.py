@@ -13,9 +13,9 @@ UNREADABLE = "unreadable"
 
 
 class Record(BaseModel):
-    """A frozen record."""
+    """A frozen record. One from a host with another version of this package may have fields that are not known here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 # Asked and answered ------------------------------------------------------------------------------------------------
@@ -150,6 +150,53 @@ class HostReport(Record):
 # Measured ----------------------------------------------------------------------------------------------------------
 
 
+Backend = Literal["nccl", "gloo"]
+GroupKind = Literal["tensor", "pipeline", "data"]
+
+
+class RankOrder(Record):
+    """What the ranks of a host are told.
+
+    Attributes:
+        large_bytes: of each rank in the all-reduce that measures bandwidth.
+        timeout: seconds that a rank waits for others, at most.
+        seconds: after which all end by themselves.
+    """
+
+    first_rank: int
+    slots: int
+    num_ranks: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    master_host: str
+    master_port: int
+    backend: Backend
+    large_bytes: int
+    timeout: float
+    seconds: float
+
+
+class RankEvent(Record):
+    """What a rank has come to.
+
+    Attributes:
+        event: `started` (torch is imported), `joined` (all ranks have met), `measured` (an all-reduce over one of its
+            groups), `done`, `failed`.
+        ranks: of the group.
+        seconds: of one all-reduce, on this rank.
+        reason: of a failure.
+    """
+
+    rank: int
+    event: Literal["started", "joined", "measured", "done", "failed"]
+    kind: GroupKind | None = None
+    ranks: list[int] = Field(default_factory=list)
+    num_bytes: int = 0
+    seconds: float = 0.0
+    correct: bool = True
+    reason: str = ""
+
+
 class GroupResult(Record):
     """An all-reduce over one group of ranks.
 
@@ -158,7 +205,7 @@ class GroupResult(Record):
         latency_seconds: of the small one.
     """
 
-    kind: Literal["tensor", "pipeline", "data"]
+    kind: GroupKind
     ranks: list[int]
     hosts: list[str]
     num_bytes: int
@@ -195,7 +242,7 @@ class Layout(Record):
     data_parallel: int
     master_host: str
     master_port: int
-    backend: Literal["nccl", "gloo"] | None = None
+    backend: Backend | None = None
 
 
 class Report(Record):
