@@ -20,7 +20,8 @@ from megatron_tiedlora.pipeline.launch_env import (
     prepare_environment,
     rank_and_world_size,
 )
-from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
+from megatron_tiedlora.training.ending import End, reported_end
+from megatron_tiedlora.training.stopping import StopWatch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,16 +31,13 @@ def main(argv: Sequence[str]) -> int:
     rank, world_size = rank_and_world_size()
     stop = StopWatch()
     stop.install()
-    try:
-        _evaluate(settings, rank, world_size, stop)
-    except RunStopped as stopped:
-        if rank == 0:
-            print(f"stopped by {stopped}; nothing was written", file=sys.stderr)
-        return exit_status(stopped.signal_number)
-    return 0
+    with reported_end(rank, world_size, stop) as end:
+        end.unsaved = "nothing was written"
+        _evaluate(settings, rank, world_size, stop, end)
+    return end.status
 
 
-def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch) -> None:
+def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
     # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
     # from here on.
     from megatron_tiedlora.checkpoint.load_model import load_model
@@ -56,6 +54,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     plan = plan_evaluation(settings, rank=rank, world_size=world_size)
     held_out = read_held_out(plan)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+    end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out, device)
     decided_by_rank_0(lambda: output_folder(plan), device)  # refuses one that is not free before work is done for it
     groups = make_groups(plan.grid, make_process_grid(plan.grid))

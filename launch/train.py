@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     stop = StopWatch()
     stop.install()
-    with reported_end(rank) as end:
+    with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it, and
         # signals are heard from here on.
         from megatron_tiedlora.checkpoint.resume import Progress
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         plan = plan_run(settings, rank=rank, world_size=world_size)
         data = prepare_data(plan, progress=is_main)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        end.watch_peers(settings.timeout_minutes)
         session.check_same_data(data, device)
         folder = session.open_run_folder(plan, device)
         checkpoint = session.find_checkpoint(plan, data, folder, device)
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         built = build.build_model(plan, device, checkpoint, kernels=chosen.kernels)
         runner = build.start_engine(plan, built, device, checkpoint)
         log = session.occupy_run_folder(plan, folder, checkpoint, device)
-        end.folder = folder
+        end.enter(folder, device)
+        end.first_step = start.step
         meter = start_meter(plan, device)
         end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
         if is_main:

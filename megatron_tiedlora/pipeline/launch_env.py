@@ -6,32 +6,70 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import in_slurm_step, read_hostfile, slurm_hosts
 
+EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks whoever started the job meant to start
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
-_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
+_DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 
 
 def prepare_environment() -> None:
     """Set what DeepSpeed reads when it is imported; call before anything imports it.
 
-    Without CUDA the accelerator is named, so that DeepSpeed does not probe for one. A plain `python launch/train.py`
-    becomes a world of one rank on a free port; under MPI the variables are left for DeepSpeed's discovery.
+    Without CUDA the accelerator is named, so that DeepSpeed does not probe for one. Ranks that `srun` started get their
+    variables from Slurm's, with the step's first host as master. Under MPI they are left for DeepSpeed's discovery,
+    which asks mpi4py for the master's address, unless MASTER_ADDR says it already. A plain `python launch/train.py`
+    becomes a world of one rank on a free port.
+
+    Raises:
+        UserError: Slurm's variables cannot be read.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    started = any(name in os.environ for name in (*_RANK_VARIABLES[:2], *_MPI_VARIABLES))
-    if not started:
+    environment = os.environ
+    if all(name in environment for name in _RANK_VARIABLES[:2]):
+        return
+    if all(name in environment for name in _OPENMPI):  # before Slurm's, in which mpirun starts its own daemons
+        if "MASTER_ADDR" in environment:
+            _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
+    elif in_slurm_step(environment):
+        master = environment.get("MASTER_ADDR") or slurm_hosts(environment)[0].name
+        _set_ranks(_SLURM, master, slurm_port(environment))
+    elif all(name in environment for name in _PMI[:2]):
+        pass
+    else:
         values = ("0", "1", "0", "127.0.0.1", str(free_port("127.0.0.1")))
-        os.environ.update(zip(_RANK_VARIABLES, values, strict=True))
+        environment.update(zip(_RANK_VARIABLES, values, strict=True))
+
+
+def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
+    """Fill in torch's variables from a launcher's own (rank, size, local rank)."""
+    values = (*(os.environ[name] for name in names), master, os.environ.get("MASTER_PORT", str(port)))
+    os.environ.update(zip(_RANK_VARIABLES, values, strict=True))
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """A port that all ranks of a Slurm step agree on without a word, and that other steps of these hosts hardly have.
+
+    Below the range from which systems give ports to clients.
+    """
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 15_000 + (16 * job + step % 16) % 15_000
 
 
 def free_port(host: str = "") -> int:
@@ -43,17 +81,74 @@ def free_port(host: str = "") -> int:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as its launcher says (torch, DeepSpeed or MPI variables)."""
-    for rank, size in (
-        ("RANK", "WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-    ):
+    """This process's rank and the number of ranks, as its launcher says (torch, DeepSpeed, MPI or Slurm variables).
+
+    Raises:
+        UserError: there are none, or they do not fit what the job was started for: another number of ranks than
+            MEGATRON_TIEDLORA_EXPECTED_RANKS, a `deepspeed --hostfile` whose file is missing or names others, or
+            `torchrun`s of one Slurm step that do not know of each other. Each would train apart, and end well.
+    """
+    rank, world_size = _rank_and_world_size()
+    _check_expected_ranks(world_size)
+    return rank, world_size
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    for rank, size, *_ in (_RANK_VARIABLES, _OPENMPI, _PMI):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     raise UserError(
-        "no rank in the environment; start with `deepspeed`, `torchrun` or `mpirun`, or plain python for one"
+        "no rank in the environment; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or plain python for one"
     )
+
+
+def _check_expected_ranks(world_size: int) -> None:
+    environment = os.environ
+    expected = environment.get(EXPECTED_RANKS)
+    if expected and expected.isdigit() and int(expected) != world_size:
+        raise UserError(
+            f"this rank sees a world of {world_size}, but {expected} ranks were to be started ({EXPECTED_RANKS}); the"
+            " launcher did not use all hosts and slots: look at its first lines, and at `python launch/doctor.py`"
+        )
+    agents, tasks = environment.get("GROUP_WORLD_SIZE"), environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if agents == "1" and environment.get("TORCHELASTIC_RUN_ID") == "none" and int(tasks) > 1:
+        raise UserError(
+            f"srun started {tasks} tasks, but each torchrun is alone; give torchrun --nnodes, --rdzv_backend c10d,"
+            " --rdzv_id and --rdzv_endpoint (launch/README.md), or let srun start the ranks themselves"
+        )
+    runner = deepspeed_runner()
+    if runner is not None:
+        _check_hostfile(runner)
+
+
+def deepspeed_runner() -> psutil.Process | None:
+    """The `deepspeed` command that started this rank through its launcher on this host; None where there is none."""
+    try:
+        launcher = psutil.Process().parent()
+        if launcher is None or "deepspeed.launcher.launch" not in " ".join(launcher.cmdline()):
+            return None
+        runner = launcher.parent()
+        is_runner = runner is not None and any(Path(word).name == "deepspeed" for word in runner.cmdline()[:3])
+        return runner if is_runner else None
+    except psutil.Error:  # it died between two looks
+        return None
+
+
+def _check_hostfile(runner: psutil.Process) -> None:
+    """Refuse the hostfile that `deepspeed` was given where it is not there.
+
+    DeepSpeed then only warns, and trains on this host alone (seen in 0.19.8).
+    """
+    try:
+        words, folder = runner.cmdline(), Path(runner.cwd())
+    except psutil.Error:
+        return
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if word.endswith(".py"):  # the script; what follows is its own
+            return
+        if name in ("-H", "--hostfile"):
+            read_hostfile(folder / Path(value or following).expanduser())
 
 
 def first_to_fail() -> bool:
@@ -62,7 +157,7 @@ def first_to_fail() -> bool:
     The first one leaves an empty file in the temporary folder, named after its launcher; old ones are removed.
     """
     try:
-        if rank_and_world_size()[1] == 1:
+        if _rank_and_world_size()[1] == 1:
             return True
         launcher, folder = psutil.Process(os.getppid()), Path(tempfile.gettempdir())
         mine = f"{_FAILED}{os.getuid()}-"
@@ -70,7 +165,8 @@ def first_to_fail() -> bool:
             with suppress(OSError):  # a peer has just removed it
                 if time.time() - old.stat().st_mtime > _FAILED_SECONDS:
                     old.unlink()
-        name = f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{os.environ.get('MASTER_PORT', '')}"
+        start = "-".join(os.environ.get(variable, "") for variable in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        name = f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{start}"
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
@@ -80,39 +176,76 @@ def first_to_fail() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number among those of its host; MPI sets a variable of its own."""
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"):
+    """This process's number among those of its host, by whichever launcher's variable is there."""
+    for name in ("LOCAL_RANK", _OPENMPI[2], _SLURM[2], _PMI[2]):
         if name in os.environ:
             return int(os.environ[name])
     return 0
 
 
+def _choose_device() -> torch.device:
+    """This rank's GPU, or the CPU. Raises UserError where the host has fewer GPUs than ranks."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count(), local_rank()
+    if count == 1:  # `srun --gpus-per-task=1` and containers show each rank its own GPU alone
+        index = 0
+    if index >= count:
+        raise UserError(
+            f"rank {index} of host {socket.gethostname()} has no GPU, it has {count}; start one rank a GPU (slots in"
+            " the hostfile, --ntasks-per-node, --nproc_per_node)"
+        )
+    return torch.device("cuda", index)
+
+
 def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.device:
     """Initialise torch.distributed through DeepSpeed (NCCL on CUDA, gloo on CPU); returns this rank's device.
 
+    Every group that DeepSpeed makes later has the same time limit.
+
     Raises:
-        UserError: the group has another size than the launcher said.
+        UserError: ranks that do not come in time, a port that is taken, or a group of another size than the launcher
+            said.
     """
     import deepspeed
 
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = _choose_device()
+    on_cuda = device.type == "cuda"
     if not on_cuda:
         # DeepSpeed would compile its shared-memory operator here: a minute, and a rank that dies meanwhile leaves a
         # lock on which every later run hangs in silence. gloo serves the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # which DeepSpeed's PipelineModule reads, MPI or not
-    device = torch.device("cuda", local_rank()) if on_cuda else torch.device("cpu")
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
     if on_cuda:
         torch.cuda.set_device(device)
         # Gradients of the adapter are products over all tokens, which cuBLAS sums in parts: in fp32, not in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=timeout, verbose=False)
+    except torch.distributed.DistError as error:
+        raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
+    os.environ["LOCAL_RANK"] = str(device.index if on_cuda else local_rank())  # which DeepSpeed reads, MPI or not
     found = torch.distributed.get_world_size()
     if found != expected_ranks:
         raise UserError(f"the process group has {found} ranks, but the launcher started {expected_ranks}")
+    # DeepSpeed makes its groups without a time limit, so torch's own of 10 (NCCL) or 30 minutes would hold for them.
+    backend: Any = deepspeed.comm.comm.cdb
+    backend.new_group = partial(torch.distributed.new_group, timeout=timeout)
     return device
+
+
+def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
+    """Why the ranks did not come together, in one line."""
+    master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if "EADDRINUSE" in reason or "in use" in reason:
+        return f"port {master} is in use; end what holds it, or give another (--master_port, MASTER_PORT)"
+    return (
+        f"the {expected_ranks} ranks did not meet at {master} within {timeout_minutes:g} minutes (rank"
+        f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); look which hosts started, and at `python"
+        " launch/doctor.py`"
+    )
 
 
 def leave_process_group() -> None:

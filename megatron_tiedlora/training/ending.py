@@ -1,19 +1,36 @@
-"""How a run ends, told truthfully: run_status.json, the last line on the screen, and the exit status."""
+"""How a run ends, told truthfully: run_status.json, the last line on the screen, and the exit status.
+
+Whichever rank knows first why a run fails says so, once; its peers give the same reason, and whoever of them is left
+and sees the run folder writes it down.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+from megatron_tiedlora.parallel.lifeline import SILENCE_SECONDS, Lifeline, Loss, connect, is_lost_exchange
+from megatron_tiedlora.pipeline.launch_env import first_to_fail
+from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, State
-from megatron_tiedlora.training.stopping import RunStopped, exit_status
+from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
 
-if TYPE_CHECKING:  # imports DeepSpeed, for which signals need not wait
-    from megatron_tiedlora.training.loop import Trainer
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_tiedlora.training.loop import Trainer  # imports DeepSpeed, for which signals need not wait
+
+FAILED_STATUS, REFUSED_STATUS = 1, 2
 
 
 @dataclass
@@ -21,44 +38,142 @@ class End:
     """What is known of a run while it goes on; filled in as it becomes known.
 
     Attributes:
-        folder: the run folder, once this run has written its settings there; until then it is left as it is.
+        folder: the run folder, once this run has written its settings there and if this rank sees it; until then it is
+            left as it is.
         trainer: once there is one; knows the step.
+        first_step: the last step of earlier starts.
+        unsaved: what to say where a signal came and nothing was saved.
         reason: of a good end.
         status: the exit status of a run that did not raise.
     """
 
     rank: int
+    world_size: int
+    stop: StopWatch
     folder: RunFolder | None = None
     trainer: Trainer | None = None
+    first_step: int = 0
+    unsaved: str = "before the first step"
     reason: str = ""
     status: int = 0
+    lifeline: Lifeline | None = None
+    log: RankLog = field(default_factory=RankLog)
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def step(self) -> int:
+        """The last finished step."""
+        return self.trainer.progress.step if self.trainer is not None else 0
+
+    def watch_peers(self, timeout_minutes: float) -> None:
+        """From here on a rank that falls silent ends the run on every host; all ranks take part."""
+        if self.world_size > 1:
+            limit = timedelta(minutes=timeout_minutes)
+            silence = min(SILENCE_SECONDS, limit.total_seconds())
+            self.lifeline = Lifeline(
+                connect(limit=limit),
+                self.rank,
+                self.world_size,
+                step=lambda: self.step,
+                on_loss=self._lost,
+                silence_seconds=silence,
+            ).start()
+
+    def enter(self, folder: RunFolder, device: torch.device) -> None:
+        """The run folder is this run's now: keep a log there, and the end. All ranks take part.
+
+        On other hosts it may be another folder of the same name: theirs is told by what run.yaml holds.
+        """
+
+        def digest() -> str:
+            return hashlib.sha256(folder.settings.read_bytes()).hexdigest() if folder.is_run else ""
+
+        if decided_by_rank_0(digest, device) == digest():
+            self.folder = folder
+        self._open.enter_context(self.log.kept(folder.path, self.rank))
 
     def record(self, state: State, reason: str) -> None:
         """Write run_status.json, once the folder is this run's (a start that failed before that changes nothing)."""
         if self.folder is not None:
-            step = self.trainer.progress.step if self.trainer is not None else 0
-            self.folder.write_status(state, step=step, reason=reason)
+            self.folder.write_status(state, step=self.step, reason=reason)
+
+    def stopped(self, stop: RunStopped) -> None:
+        """All ranks have agreed to stop, or this one was told to before there was anything to agree on."""
+        self.status = exit_status(stop.signal_number)
+        if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
+            self.status = FAILED_STATUS  # a job that is put back into the queue without a step would come back for ever
+        if self.rank == 0:
+            self.record("stopped", str(stop))
+            saved = f"saved at step {self.step}; go on with --resume auto" if self.step else self.unsaved
+            self.log.say(f"stopped by {stop}, {saved}")
+        if self.lifeline is not None:
+            self.lifeline.failed(f"stopped by {stop}")  # for peers that wait for this one, where it was told alone
+        self.leave()
+
+    def leave(self) -> None:
+        """A good end, or one that all agreed on; rank 0 leaves first, since it has written what there is to write."""
+        if self.lifeline is not None:
+            if self.rank and self.status:
+                self.lifeline.await_main()
+            self.lifeline.leave()
+
+    def failed(self, error: BaseException) -> int:
+        """Say why, or leave it to the rank that knows; returns the exit status."""
+        self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
+        text = str(error) or type(error).__name__
+        own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+        here = Loss(f"rank {self.rank}, after step {self.step}: {own}", self.world_size == 1 or first_to_fail())
+        writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
+        lost = self.lifeline is not None and is_lost_exchange(error)
+        if self.lifeline is None:
+            loss = here
+        else:
+            loss = self.lifeline.explain(own) if lost else self.lifeline.failed(own)
+        if writes and loss.reason != here.reason:
+            self._record_failure(loss, again=True)
+        details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        if lost or not loss.speaks:
+            self.log.note(f"{details}error: {loss.reason}")
+        if loss.speaks:
+            self.log.say(f"error: {loss.reason}" if lost else f"{details}error: {loss.reason if details else text}")
+        if self.lifeline is not None:
+            self.lifeline.part()
+        return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
+
+    def _lost(self, loss: Loss) -> None:
+        """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
+        self._record_failure(loss)
+        if loss.speaks and first_to_fail():
+            self.log.say(f"error: {loss.reason}")
+        else:
+            self.log.note(f"error: {loss.reason}")
+        sys.stdout.flush()
+        os._exit(FAILED_STATUS)
+
+    def _record_failure(self, loss: Loss, *, again: bool = False) -> bool:
+        """Write it down unless a peer has, or again with a better reason; whether this rank did."""
+        if self.folder is None or (self.folder.status.exists() and not again):
+            return False
+        with suppress(UserError):  # the disk may be what failed; the first error is the one to tell
+            self.record("failed", loss.reason)
+        return True
 
 
 @contextmanager
-def reported_end(rank: int) -> Iterator[End]:
-    """Report what ends the block: finished, stopped by a signal (swallowed; see `End.status`) or failed (raised)."""
-    end = End(rank)
-    try:
-        yield end
-        if rank == 0:
-            end.record("finished", end.reason)
-    except RunStopped as stop:
-        end.status = exit_status(stop.signal_number)
-        if rank == 0:
-            end.record("stopped", str(stop))
-            step = end.trainer.progress.step if end.trainer is not None else 0
-            saved = f"saved at step {step}; go on with --resume auto" if step else "before the first step"
-            print(f"stopped by {stop}, {saved}", file=sys.stderr)
-    except BaseException as error:
-        # Whichever rank fails first says why; a peer that then loses its connection only repeats that it failed.
-        if end.folder is not None and not end.folder.status.exists():
-            reason = f"rank {rank}: {type(error).__name__}: {error}" if str(error) else type(error).__name__
-            with suppress(UserError):  # the disk may be what failed; the first error is the one to tell
-                end.record("failed", reason)
-        raise
+def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
+    """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
+
+    Raises:
+        SystemExit: failed, and said so.
+    """
+    end = End(rank, world_size, stop)
+    with end._open:
+        try:
+            yield end
+            if rank == 0:
+                end.record("finished", end.reason)
+            end.leave()
+        except RunStopped as stopped:
+            end.stopped(stopped)
+        except BaseException as error:
+            raise SystemExit(end.failed(error)) from None

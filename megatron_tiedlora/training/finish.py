@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 
 from megatron_tiedlora.checkpoint.atomic import write_json
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -28,8 +28,9 @@ def score(trainer: Trainer) -> dict[str, Score]:
 
 def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
-    bank = trainer.runner.bank
-    best = load_adapter(trainer.folder.checkpoints / f"step_{trainer.progress.best_step}")
+    bank, folder = trainer.runner.bank, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
+    best = decided_by_rank_0(lambda: load_adapter(folder), trainer.device)  # others may not see the run folder
+    assert isinstance(best, NativeAdapter)
     with trainer.stop.deferred():
         with all_open(bank, trainer.plan.engine):
             bank.load_full(best.state)

@@ -72,14 +72,20 @@ def check_same_data(data: RunData, device: torch.device) -> None:
 def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: torch.device) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
+    Rank 0 reads it and the others get it from there, so that only its host must see the run folder.
     `auto` in a folder without a checkpoint starts from the beginning, so that one command serves a job's first and
     every later start.
 
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    path = decided_by_rank_0(lambda: _checkpoint_path(plan.settings.resume, folder), device)
-    assert path is None or isinstance(path, Path)
+    checkpoint = decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device)
+    assert checkpoint is None or isinstance(checkpoint, Checkpoint)
+    return checkpoint
+
+
+def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+    path = _checkpoint_path(plan.settings.resume, folder)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)

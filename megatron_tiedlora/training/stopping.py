@@ -16,8 +16,12 @@ import psutil
 import torch
 
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
+from megatron_tiedlora.pipeline.launch_env import deepspeed_runner
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Slurm sends the last one some time before a job's limit (`#SBATCH --signal=USR1@120`).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Processes that start ranks and are their parents: of mpirun, srun and torchrun, on each host.
+_LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 
 
 class RunStopped(BaseException):
@@ -35,20 +39,36 @@ def launcher_processes() -> list[psutil.Process]:
     """The launchers above this rank whose death means that the run is to stop.
 
     A local `deepspeed` that is told to stop dies at once and leaves its per-node launcher and the ranks running, so
-    both are watched; likewise the agent of torchrun. Other parents (a shell) may come and go.
+    both are watched; where ssh started that launcher, the session of sshd, which ends with the connection; likewise the
+    agent of torchrun and the daemons of mpirun and srun. Other parents (a shell) may come and go.
     """
     watched = []
     try:
         parent = psutil.Process().parent()
         command = " ".join(parent.cmdline()) if parent else ""
         if parent and "deepspeed.launcher.launch" in command:
-            runner = parent.parent()
-            watched = [parent] + ([runner] if runner is not None and runner.pid > 1 else [])
+            runner = deepspeed_runner()
+            watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
         elif parent and ("torchrun" in command or "torch.distributed" in command):
+            watched = [parent, *_ssh_sessions(parent)]
+        elif parent and parent.name().startswith(_LAUNCHERS):
             watched = [parent]
     except psutil.Error:  # it died between two looks: is_running() tells of it for those found so far
         pass
     return watched
+
+
+def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
+    """The session of sshd whose command line started `process`, not one in which a user typed it in a shell.
+
+    sshd runs a command through the user's shell as `SHELL -c COMMAND`; a login shell has no `-c`.
+    """
+    for ancestor in process.parents():
+        if ancestor.name().startswith("sshd"):
+            return [ancestor] if ancestor.pid > 1 else []
+        if "-c" not in ancestor.cmdline()[1:2]:
+            break
+    return []
 
 
 @dataclass
@@ -64,7 +84,7 @@ class StopWatch:
     _stopping: bool = False
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM of this process."""
+        """Take over SIGINT, SIGTERM and SIGUSR1 of this process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -75,8 +95,12 @@ class StopWatch:
 
     def stopped(self, number: int, reason: str) -> RunStopped:
         """The exception to raise; from now on signals are ignored, so that the end is not interrupted."""
-        self._stopping = True
+        self.ignore()
         return RunStopped(number, reason)
+
+    def ignore(self) -> None:
+        """From now on signals are noted only: the run ends already."""
+        self._stopping = True
 
     def raise_if_wished(self) -> None:
         """Raise RunStopped where this rank wishes to stop. Only where no other rank waits for it."""
@@ -89,9 +113,10 @@ class StopWatch:
         Where a terminal interrupts the ranks they have the same signal; of several kinds, SIGTERM counts.
         """
         if count:
-            number = round(total / count)
-            reason = "SIGINT" if number == 2 else "SIGTERM or the launcher's end" if number == 15 else "signals"
-            raise self.stopped(2 if number == 2 else 15, reason)
+            alike = next((number for number in STOP_SIGNALS if total == count * number), None)
+            if alike is None:
+                raise self.stopped(signal.SIGTERM, "signals")
+            raise self.stopped(alike, "SIGTERM or the launcher's end" if alike == signal.SIGTERM else alike.name)
 
     def agree(self, mine: bool, device: torch.device) -> bool:
         """Whether `mine` holds on every rank; all ranks ask together, and stop together where any of them wishes to.
@@ -129,5 +154,5 @@ def alive(process: psutil.Process) -> bool:
 
 
 def exit_status(signal_number: int) -> int:
-    """The shell's status for a process that a signal stopped: 130 for SIGINT, 143 for SIGTERM."""
+    """The shell's status for a process that a signal stopped: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + signal_number

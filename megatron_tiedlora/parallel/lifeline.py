@@ -1,0 +1,242 @@
+"""Who is still there: every rank beats on the process group's store, rank 0 listens, and all learn who fell silent.
+
+A dead host or a cut link sends nothing, so its peers would wait until the groups' time limit. A beat that stays away
+tells of it within seconds. Beats come from a thread of each rank, over a connection of its own to the store that torch
+serves for the process group; nothing here opens a port. The first rank to know why the run fails says so on the store,
+so that all give the same reason, and one of them shows it. What a rank then does is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+SILENCE_SECONDS = 30.0
+BEAT_SECONDS = 1.0
+_MISSED_BEATS = 4  # after which a rank that is looked for counts as gone: an exchange with somebody has failed
+_LEFT, _PARTED = "left", "parted"  # a rank's last beat: after a good end, or one that it has told of
+_LOST, _REASON = "lost", "reason"  # keys that rank 0 makes
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why a run ends that a rank did not end.
+
+    Attributes:
+        reason: one line, with rank, host and last step.
+        speaks: whether this rank is the one that found out, and shows it.
+    """
+
+    reason: str
+    speaks: bool
+
+
+def connect(*, limit: timedelta) -> Store:
+    """A connection of one's own to the store that serves the process group, for this start of the ranks alone."""
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(master, port, is_master=False, timeout=limit, wait_for_workers=False)
+    return PrefixStore(f"lifeline-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@dataclass
+class Lifeline:
+    """One rank's end of it: `start` once the process group is there, `leave` at a good end.
+
+    Attributes:
+        step: the last finished step of this rank.
+        on_loss: called once, in a thread, where ranks or the store are lost and this rank does not end by itself.
+        silence_seconds: after which a rank that does not beat counts as lost.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+    step: Callable[[], int]
+    on_loss: Callable[[Loss], None]
+    silence_seconds: float = SILENCE_SECONDS
+    beat_seconds: float = BEAT_SECONDS
+    _hosts: list[str] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _ends: bool = False  # the main thread knows that the run ends
+    _answered: float = 0.0  # when the store last did
+    _lost: Mapping[int, str] = field(default_factory=dict)  # rank: its last beat
+    _reason: str = ""
+    _told: float = 0.0  # when this rank saw the reason first
+    _main_left: bool = False
+
+    def start(self) -> Lifeline:
+        """Exchange host names and begin to beat; all ranks take part."""
+        if self.rank == 0:
+            self.store.set(_LOST, "{}")
+            self.store.set(_REASON, "")
+        self.store.set(_key(self.rank), self._beat(0))
+        self.store.set(f"host/{self.rank}", socket.gethostname())  # last: peers wait for it
+        self._hosts = [name.decode() for name in self.store.multi_get([f"host/{r}" for r in range(self.world_size)])]
+        self._answered = time.monotonic()
+        for target in (self._beat_on, self._watch):
+            threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True).start()
+        return self
+
+    def leave(self) -> None:
+        """This rank ends well; its silence from now on means nothing."""
+        self._over.set()
+        with suppress(RuntimeError):
+            self.store.set(_key(self.rank), _LEFT)
+
+    def await_main(self, *, limit: float = 5.0) -> None:
+        """Wait until rank 0 has left: it has files to write, and launchers end all ranks once the first one has."""
+        deadline = time.monotonic() + limit
+        with suppress(RuntimeError):
+            while self.rank and self.store.get(_key(0)).decode() != _LEFT and time.monotonic() < deadline:
+                time.sleep(self.beat_seconds / 10)
+
+    def failed(self, reason: str) -> Loss:
+        """Tell all ranks why this one fails; where another has said so already, that reason holds."""
+        self._ends = True
+        return self._tell(f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {reason}")
+
+    def explain(self, symptom: str) -> Loss:
+        """Why an exchange with peers failed: what one of them has told, or who beats no more, or else the symptom.
+
+        Waits a few beats for it.
+        """
+        self._ends = True
+        deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
+        try:
+            before = now = self._beats()
+            silent = set(range(self.world_size)) - {self.rank}
+            while silent and time.monotonic() < deadline:
+                if self.store.get(_REASON):
+                    break
+                time.sleep(self.beat_seconds / 4)
+                now = self._beats()
+                silent = {rank for rank in silent if now[rank] == before[rank] and not _ended(now[rank])}
+        except RuntimeError:
+            return self._store_gone()
+        if silent:
+            return self._tell(self._gone_line({rank: now[rank] for rank in silent}))
+        return self._tell(f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {symptom}")
+
+    def part(self, *, limit: float = 5.0) -> None:
+        """The last thing that a failing rank does: rank 0, whose end takes the store away, waits for the others."""
+        deadline = time.monotonic() + limit
+        with suppress(RuntimeError):
+            self._over.set()
+            self.store.set(_key(self.rank), _PARTED)
+            while self.rank == 0 and time.monotonic() < deadline:
+                if all(_ended(beat) for rank, beat in self._beats().items() if rank not in self._lost):
+                    return
+                time.sleep(self.beat_seconds / 10)
+
+    def _tell(self, line: str) -> Loss:
+        """Give `line` as the reason for all, unless there is one."""
+        mine = f"{self.rank} {line}"
+        try:
+            said = self.store.compare_set(_REASON, "", mine).decode()
+        except RuntimeError:  # the store is gone, and rank 0 with it
+            said = mine
+        return Loss(said.partition(" ")[2], said == mine)
+
+    def _beat(self, count: int) -> str:
+        return f"{count} {self.step()}"
+
+    def _host(self, rank: int) -> str:
+        return self._hosts[rank] if self._hosts else socket.gethostname()
+
+    def _beats(self) -> dict[int, str]:
+        """The last beat of every rank."""
+        found = self.store.multi_get([_key(rank) for rank in range(self.world_size)])
+        return {rank: beat.decode() for rank, beat in enumerate(found)}
+
+    def _gone_line(self, beats: Mapping[int, str]) -> str:
+        named = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in sorted(beats)[:8])
+        more = f" and {len(beats) - 8} more" if len(beats) > 8 else ""
+        step = max(int(beat.split()[1]) for beat in beats.values())
+        return f"{named}{more} fell silent after step {step} (killed, out of memory, or the host or its link is down)"
+
+    def _store_gone(self) -> Loss:
+        silent = f"rank 0 on {self._host(0)} fell silent after step {self.step()} (killed, or its host or link is down)"
+        return Loss(f"{silent}, says rank {self.rank} on {self._host(self.rank)}", True)
+
+    # In threads -------------------------------------------------------------------------------------------------
+
+    def _beat_on(self) -> None:
+        """Beat; rank 0 looks who else does, the others whom rank 0 misses, and whether it beats itself."""
+        count, since = 0, dict.fromkeys(range(self.world_size), ("", 0.0))
+        while not self._over.wait(self.beat_seconds):
+            count += 1
+            try:
+                self.store.set(_key(self.rank), self._beat(count))
+                if self.rank == 0:
+                    self._lost = self._silent(since, self._beats())
+                    self.store.set(_LOST, json.dumps(self._lost))
+                lost, reason, main = (text.decode() for text in self.store.multi_get([_LOST, _REASON, _key(0)]))
+                if self.rank:
+                    told = {int(rank): beat for rank, beat in json.loads(lost).items()}
+                    self._lost = told | self._silent(since, {0: main})
+                self._answered = time.monotonic()
+                self._main_left, self._reason = main == _LEFT, reason.partition(" ")[2]
+                if reason and not self._told:
+                    self._told = self._answered
+            except RuntimeError:  # no answer: `_watch` judges by the time since the last one
+                continue
+
+    def _silent(self, since: dict[int, tuple[str, float]], beats: Mapping[int, str]) -> dict[int, str]:
+        """The ranks whose beat has not changed for too long, with that beat; `since` = {rank: (beat, first seen)}."""
+        now = time.monotonic()
+        for rank, beat in beats.items():
+            if since[rank][0] != beat:
+                since[rank] = (beat, now)
+        return {
+            rank: beat
+            for rank, beat in beats.items()
+            if rank != self.rank and not _ended(beat) and now - since[rank][1] > self.silence_seconds
+        }
+
+    def _watch(self) -> None:
+        """Call `on_loss` where the run fails elsewhere and the main thread does not end by itself."""
+        while not self._over.wait(self.beat_seconds / 2) and not self._main_left:
+            now = time.monotonic()
+            no_answer = now - self._answered > self.silence_seconds
+            lost = {rank: beat for rank, beat in self._lost.items() if rank != self.rank}
+            if not (no_answer or lost or (self._told and now - self._told > self.silence_seconds)):
+                continue
+            if self._ends and self._over.wait(self.silence_seconds):
+                return
+            # Nothing is asked of the store here: over a link that is cut it would not return.
+            if self._reason:
+                self.on_loss(Loss(self._reason, False))
+            elif no_answer:
+                self.on_loss(self._store_gone())
+            else:
+                first_left = min(set(range(self.world_size)) - set(lost))
+                self.on_loss(Loss(self._gone_line(lost), self.rank == first_left))
+            return
+
+
+def is_lost_exchange(error: BaseException) -> bool:
+    """Whether an error says no more than that an exchange with a peer failed, which is then what is to be explained.
+
+    NCCL's have types of their own; gloo's are RuntimeErrors, told by their words.
+    """
+    if isinstance(error, DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "by peer", "Broken pipe"))
+
+
+def _ended(beat: str) -> bool:
+    return beat in (_LEFT, _PARTED)
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"

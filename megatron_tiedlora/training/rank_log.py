@@ -1,0 +1,107 @@
+"""Each rank's log file in the run folder. Rank 0 also shows on the screen, the others only where they have a say."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+LOGS_FOLDER = "logs"
+
+
+class _Tee:
+    """A text stream that also writes whole lines to a log; of a progress bar, which rewrites its line, the last state.
+
+    What else a stream can do, such as telling whether it is a terminal, is the screen's.
+    """
+
+    def __init__(self, screen: TextIO, log: TextIO) -> None:
+        self._screen, self._log, self._line = screen, log, ""
+
+    def write(self, text: str) -> int:
+        """Write to the screen, and what makes up whole lines to the log."""
+        *lines, self._line = (self._line + text).split("\n")
+        self._line = self._line.rpartition("\r")[2] if len(self._line) > 1 << 16 else self._line
+        with suppress(OSError, ValueError):  # a full disk must not end the run at a line of its log
+            self._log.writelines(f"{line.rstrip(chr(13)).rpartition(chr(13))[2]}\n" for line in lines)
+        return self._screen.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._screen, name)
+
+
+class RankLog:
+    """Where a rank's output goes: the screen until `kept` opens its file.
+
+    Attributes:
+        file: the log, once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self._screen: TextIO | None = None  # of a rank whose output goes to its log alone
+
+    @contextmanager
+    def kept(self, folder: Path, rank: int) -> Iterator[None]:
+        """Inside, output goes to RUN/logs/rank_N.log, which is added to; rank 0's to the screen as well.
+
+        What libraries in C write shows on rank 0's screen alone. Where the file cannot be written (a run folder that
+        only rank 0 sees may be read-only elsewhere), all goes on as before.
+        """
+        file = folder / LOGS_FOLDER / f"rank_{rank}.log"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            log = file.open("a", encoding="utf-8", errors="replace", buffering=1)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.write(f"--- {now} rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
+        except OSError:
+            yield
+            return
+        self.file = file
+        with log, self._teed(log) if rank == 0 else self._moved(log):
+            yield
+
+    def say(self, text: str) -> None:
+        """Show `text` on the screen, and keep it in the log."""
+        print(text, file=sys.stderr, flush=True)
+        if self._screen is not None:
+            with suppress(OSError):
+                print(text, file=self._screen, flush=True)
+
+    def note(self, text: str) -> None:
+        """Keep `text` in the log alone; where there is none it is lost."""
+        if self.file is not None:
+            with suppress(OSError), self.file.open("a", encoding="utf-8") as log:
+                log.write(f"{text}\n")
+
+    @contextmanager
+    def _teed(self, log: TextIO) -> Iterator[None]:
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+    @contextmanager
+    def _moved(self, log: TextIO) -> Iterator[None]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = [os.dup(number) for number in (1, 2)]
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+        try:
+            with os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace") as self._screen:
+                yield
+        finally:
+            self._screen = None
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, number)
+                os.close(saved)

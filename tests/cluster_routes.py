@@ -1,0 +1,170 @@
+"""The ways to start a training job on every host of a cluster, one rank on each, as users do it.
+
+Each starts launch/train.py, or run_preludes.py, which is launch/train.py behind a prelude. What every rank must have in
+its environment travels as the route allows: in .deepspeed_env, as options of mpirun, or with the allocation.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from fake_hosts import FakeCluster
+from host_commands import Started, wait_until
+from host_needs import host_environment
+from run_helpers import ENVIRONMENT, PRELUDES, TRAIN
+from slurm_cluster import SlurmCluster
+
+PORT = 29500  # hosts have all their ports to themselves
+MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+NEEDS = {"pdsh": "pdsh", "openmpi": "openmpi", "mpirun": "openmpi", "slurm": "slurm", "torchrun": "hosts"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job runs.
+
+    Attributes:
+        folder: where the launcher is started; all hosts see it.
+        cache: of encoded data; runs share it.
+        prelude: a function of run_preludes.py, or none.
+        options: of the launcher, or of sbatch.
+    """
+
+    cluster: FakeCluster
+    arguments: Sequence[str]
+    folder: Path
+    cache: Path
+    prelude: str = ""
+    slurm: SlurmCluster | None = None
+    options: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def script(self) -> list[str]:
+        """The command of a rank, without the interpreter."""
+        script = [str(PRELUDES), f"--prelude={self.prelude}"] if self.prelude else [str(TRAIN)]
+        return [*script, *self.arguments]
+
+    @property
+    def travelling(self) -> dict[str, str]:
+        """What every rank must have in its environment."""
+        kept = {name: value for name, value in host_environment().items() if name.startswith(("PYTHON", "TORCH"))}
+        return {**ENVIRONMENT, **kept, **self.environment, "MEGATRON_TIEDLORA_CACHE": str(self.cache)}
+
+
+class Job:
+    """A job that has been started: the launchers that its user sees, or a number in Slurm's queue."""
+
+    def __init__(self, task: Task, launchers: Sequence[Started], number: str = "") -> None:
+        self.task, self.launchers, self.number = task, list(launchers), number
+
+    def is_over(self) -> bool:
+        """Whether its user sees the end of it."""
+        if self.number:
+            return self._slurm.state(self.number) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+        return all(launcher.poll() is not None for launcher in self.launchers)
+
+    def wait(self, limit: float = 200.0) -> int:
+        """The exit status: the launcher's, the first that is not 0 of several, or that of the batch job."""
+        wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.2)
+        if self.number:
+            code, _, signal_number = self._slurm.exit_code(self.number).partition(":")
+            return int(code) or -int(signal_number)
+        return next((status for launcher in self.launchers if (status := launcher.wait())), 0)
+
+    def output(self) -> str:
+        """Everything that was printed."""
+        if self.number:
+            log = self.task.folder / f"slurm-{self.number}.out"
+            return (log.read_text(errors="replace") if log.exists() else "no output\n") + self._slurm.logs()
+        return "\n".join(f"--- {launcher.host}\n{launcher.output()}" for launcher in self.launchers)
+
+    def ranks(self) -> dict[str, psutil.Process]:
+        """The process of the rank on each host that runs one."""
+        found = {}
+        for name, host in self.task.cluster.hosts.items():
+            for process in host.jobs():
+                words = _command_line(process)
+                if words[:1] == [sys.executable] and self.task.script[0] in words[1:3]:
+                    found[name] = process
+        return found
+
+    @property
+    def _slurm(self) -> SlurmCluster:
+        assert self.task.slurm is not None
+        return self.task.slurm
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+# Routes --------------------------------------------------------------------------------------------------------------
+
+
+def start_pdsh(task: Task) -> Job:
+    """deepspeed --hostfile."""
+    return _start_deepspeed(task, "--master_addr", task.cluster.first.name, "--master_port", str(PORT))
+
+
+def start_openmpi(task: Task) -> Job:
+    """deepspeed --launcher openmpi."""
+    return _start_deepspeed(task, "--launcher", "openmpi")
+
+
+def _start_deepspeed(task: Task, *options: str) -> Job:
+    lines = {**task.travelling, **MPI_ENVIRONMENT}.items()
+    (task.folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in lines))
+    command = [_beside_python("deepspeed"), "--hostfile", task.cluster.hostfile(), *options, *task.options]
+    return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=MPI_ENVIRONMENT)])
+
+
+def start_mpirun(task: Task) -> Job:
+    """Plain mpirun; ranks are found by DeepSpeed's discovery."""
+    variables = [word for name, value in task.travelling.items() for word in ("-x", f"{name}={value}")]
+    ranks = ["-np", str(len(task.cluster.hosts)), "--hostfile", str(task.cluster.hostfile())]
+    command = ["mpirun", *ranks, *task.options, *variables, sys.executable, *task.script]
+    return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=MPI_ENVIRONMENT)])
+
+
+def start_torchrun(task: Task) -> Job:
+    """torchrun on each host; they meet on the first one."""
+    command = [_beside_python("torchrun"), f"--nnodes={len(task.cluster.hosts)}", "--nproc-per-node=1"]
+    meeting = ["--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={task.cluster.first.name}:{PORT}"]
+    words = [*command, *meeting, *task.options, *task.script]
+    hosts = task.cluster.hosts.values()
+    return Job(task, [host.start(words, cwd=task.folder, env=task.travelling) for host in hosts])
+
+
+def start_slurm(task: Task) -> Job:
+    """sbatch, with srun in the script."""
+    assert task.slurm is not None
+    exports = {**task.travelling, "MASTER_ADDR": task.cluster.first.name, "MASTER_PORT": str(PORT)}
+    ranks = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$0" "$@"'
+    srun = ["srun", "--kill-on-bad-exit=1", "bash", "-c", ranks, sys.executable, *task.script]
+    script = task.folder / "job.sh"
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    script.write_text("\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(srun)}\n"]))
+    nodes = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1"]
+    return Job(task, [], task.slurm.submit(script, *nodes, *task.options, cwd=task.folder))
+
+
+def _beside_python(program: str) -> str:
+    return str(Path(sys.executable).with_name(program))
+
+
+ROUTES: dict[str, Callable[[Task], Job]] = {
+    "pdsh": start_pdsh,
+    "openmpi": start_openmpi,
+    "mpirun": start_mpirun,
+    "slurm": start_slurm,
+    "torchrun": start_torchrun,
+}
