@@ -75,7 +75,9 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         begin = time.monotonic()
         say(f"starting {count_text(layout.num_ranks, 'rank')} for an all-reduce over each group ...")
         large_bytes = max(4, round(settings.allreduce_mb * 1e6) // 4 * 4)
-        trial, limit = start_ranks(hosts, layout, way, large_bytes=large_bytes, timeout=settings.timeout_seconds)
+        trial, limit = start_ranks(
+            hosts, layout, way, large_bytes=large_bytes, timeout=settings.timeout_seconds, say=say
+        )
         groups = group_results(hosts, layout, trial, large_bytes=large_bytes)
         findings += [*explain_trial(hosts, layout, trial, limit=limit), *judge_groups(groups)]
         seconds["ranks"] = time.monotonic() - begin

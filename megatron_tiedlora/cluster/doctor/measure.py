@@ -6,7 +6,7 @@ host_ranks.py runs on each host, rank.py in each rank.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -49,12 +49,22 @@ class Trial:
 
 
 def start_ranks(
-    hosts: Sequence[HostReport], layout: Layout, way: Way, *, large_bytes: int, timeout: float
+    hosts: Sequence[HostReport],
+    layout: Layout,
+    way: Way,
+    *,
+    large_bytes: int,
+    timeout: float,
+    say: Callable[[str], None],
 ) -> tuple[Trial, float]:
     """Run the trial to its end, at most a little more than the limit; returns it with that limit.
 
     The first host that fails ends it for all. Then the hosts are tried once more, to tell one that is gone from one
     that only waited for it.
+
+    Args:
+        timeout: seconds that a rank waits for others; all is over after twice as long.
+        say: called with a line when all ranks have met.
     """
     limit, trial, lock = 2 * timeout, Trial(), threading.Lock()
     commands = {}
@@ -80,6 +90,8 @@ def start_ranks(
             event = RankEvent.model_validate_json(line.removeprefix(RANK_MARK))
             with lock:
                 trial.events.setdefault(event.rank, []).append(event)
+                if event.event == "joined" and all(trial.reached(rank, "joined") for rank in range(layout.num_ranks)):
+                    say("all ranks have met")
 
     def see(done: Done) -> None:
         with lock:
