@@ -25,6 +25,13 @@ def slow_steps() -> None:
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
 
 
+def watched_steps() -> None:
+    """Every training step takes 0.3 s longer, and a rank that is silent for 5 s counts as lost."""
+    slow_steps()
+    ending: Any = importlib.import_module("megatron_tiedlora.training.ending")
+    ending.SILENCE_SECONDS = 5.0
+
+
 def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:
     """The rank (or each) sends itself a signal at the start of training step `step`, which is the last one then."""
 

@@ -1,7 +1,7 @@
 """The processes of one start on this host: found by the run id in their environment, and signalled.
 
-`python -m megatron_tiedlora.cluster.leftovers --run_id ID [--signal N --to ranks|all]` is run on each host and answers
-in one line of JSON. It imports little, so that it is quick, and looks at the user's own processes only.
+`python -m megatron_tiedlora.cluster.leftovers --run_id ID --script FILE [--signal N ...]` is run on each host and
+answers in one line of JSON. It imports little, so that it is quick, and looks at the user's own processes only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psutil
@@ -31,11 +31,13 @@ class Found:
     Attributes:
         kind: `rank` runs the script; `agent` is torchrun's, which starts its ranks anew when they end badly; all else
             is `launcher`, helpers of ranks included.
+        told: whether it has just been signalled.
     """
 
     pid: int
     kind: Kind
     name: str
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def find(run_id: str, *, script: str) -> Report:
                 continue
             if process.environ().get(RUN_ID) == run_id and process.status() != psutil.STATUS_ZOMBIE:
                 mine[process.pid] = process
-    kinds = {pid: kind for pid, process in mine.items() if (kind := _kind(process, script)) is not None}
+    kinds = {pid: _kind(process, script) for pid, process in mine.items()}
     found = []
     for pid, process in mine.items():
-        kind: Kind = kinds.get(pid, "launcher")
+        kind = kinds[pid]
         with suppress(psutil.Error):
             if kind == "rank" and kinds.get(process.ppid()) == "rank":  # a fork of a rank, to read data or to compile
                 kind = "launcher"
@@ -74,25 +76,41 @@ def find(run_id: str, *, script: str) -> Report:
     return Report(socket.gethostname(), tuple(found))
 
 
-def _kind(process: psutil.Process, script: str) -> Kind | None:
+def _kind(process: psutil.Process, script: str) -> Kind:
     try:
         words = process.cmdline()
     except psutil.Error:
-        return None
+        return "launcher"
     started = [word for word in words[1:] if word not in ("-u", "-m")]
     if started[:1] == [script]:
         return "rank"
     return "agent" if started and os.path.basename(started[0]) in _AGENTS else "launcher"
 
 
-def tell(report: Report, number: int, *, everything: bool) -> None:
-    """Signal the ranks (torchrun's agents where there are any, which pass it on), or all there is, parents first."""
-    agents = [found for found in report.processes if found.kind == "agent"]
-    ranks = [found for found in report.processes if found.kind == "rank"]
-    launchers = [found for found in report.processes if found.kind == "launcher"]
-    for found in [*launchers, *agents, *ranks] if everything else agents or ranks:
+def tell(report: Report, number: int, *, everything: bool = False, but: Sequence[int] = ()) -> Report:
+    """Signal the ranks (torchrun's agents where there are any, which pass it on), or all there is, parents first.
+
+    Args:
+        but: processes that have been told before.
+
+    Returns:
+        The report, with those that were signalled marked.
+    """
+    by_kind: dict[Kind, list[Found]] = {"launcher": [], "agent": [], "rank": []}
+    for found in report.processes:
+        by_kind[found.kind].append(found)
+    chosen = (
+        [*by_kind["launcher"], *by_kind["agent"], *by_kind["rank"]]
+        if everything
+        else (by_kind["agent"] or by_kind["rank"])
+    )
+    told = set()
+    for found in chosen:
         with suppress(ProcessLookupError):
-            os.kill(found.pid, number)
+            if found.pid not in but:
+                os.kill(found.pid, number)
+                told.add(found.pid)
+    return replace(report, processes=tuple(replace(found, told=found.pid in told) for found in report.processes))
 
 
 def read_report(text: str) -> Report | None:
@@ -125,10 +143,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--script", required=True)
     parser.add_argument("--signal", type=int)
     parser.add_argument("--to", choices=("ranks", "all"), default="ranks")
+    parser.add_argument("--but", type=int, nargs="*", default=[])
     options = parser.parse_args(argv)
     report = find(options.run_id, script=options.script)
     if options.signal is not None:
-        tell(report, options.signal, everything=options.to == "all")
+        report = tell(report, options.signal, everything=options.to == "all", but=options.but)
     print(json.dumps({**asdict(report), "address": first_address()}), flush=True)
     return 0
 

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tiedlora.cluster.leftovers import RUN_ID
 from megatron_tiedlora.cluster.remote import ALIVE_COUNT, ALIVE_SECONDS, Way
 from megatron_tiedlora.cluster.travelling import (
     DEEPSPEED_EXPORTS,
-    EXPECTED_RANKS,
-    RUN_ID,
     Travelling,
     check_plain,
     pdsh_word,
@@ -32,6 +31,7 @@ from megatron_tiedlora.cluster.travelling import (
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, num_ranks
+from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
 
 Reached = Literal["local", "ssh", "srun"]
 
@@ -84,6 +84,11 @@ class Job:
     def marks(self) -> dict[str, str]:
         """What every process of the job has in its environment."""
         return {RUN_ID: self.run_id, EXPECTED_RANKS: str(self.size)}
+
+    @property
+    def meeting(self) -> dict[str, str]:
+        """Where the ranks meet, for those that are started by what knows nothing of it."""
+        return {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)} if self.master_addr else {}
 
     @property
     def hostfile(self) -> Path:
@@ -140,16 +145,22 @@ def _hostfile_text(job: Job) -> str:
 
 
 def _deepspeed(job: Job, options: Sequence[str], arguments: Sequence[str]) -> Started:
-    start = [job.python, "-m", "deepspeed.launcher.runner", "--master_port", str(job.master_port)]
-    return Started("deepspeed", (*start, *options, job.script, *arguments))
+    program = str(Path(job.python).with_name("deepspeed"))  # by this name ranks know it when they watch it
+    hosts = ["--hostfile", str(job.hostfile), "--no_ssh_check", "--master_port", str(job.master_port)]
+    return Started("deepspeed", (program, *hosts, *options, job.script, *arguments))
 
 
 def _local(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    # --include overrides CUDA_VISIBLE_DEVICES, which --num_gpus would ignore. Without a hostfile of that name the
-    # launcher would take /job/hostfile, where there is one.
-    places = ["--include", f"localhost:{','.join(job.gpus)}"] if job.gpus else ["--num_gpus", str(job.size)]
-    options = ["--hostfile", "/dev/null", *places, *job.launcher_args]
-    return StartPlan((_deepspeed(job, options, job.arguments),), {**environment, **job.marks})
+    # A hostfile of this machine keeps the launcher from /job/hostfile, where there is one; --include overrides
+    # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
+    slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
+    places = ["--include", f"localhost:{','.join(job.gpus)}"] if job.gpus else []
+    options = ["--master_addr", "127.0.0.1", *places, *job.launcher_args]
+    return StartPlan(
+        (_deepspeed(job, options, job.arguments),),
+        {**environment, **job.marks},
+        {job.hostfile: f"localhost slots={slots}\n"},
+    )
 
 
 def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
@@ -157,8 +168,7 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     sent = _sent(job, environment)
     kept, dropped = without_bad_exports(environment)
     file = job.private / "deepspeed_env"
-    options = ["--hostfile", str(job.hostfile), "--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
-    options += [*_address(job), *_ssh_port(job)]
+    options = ["--launcher", "pdsh", "--force_multi", *_address(job), *_ssh_port(job)]
     if job.launcher_args:
         options.append(f"--launcher_args={shlex.join(job.launcher_args)}")
     # ssh takes the first value of an option, so that what the user has set wins.
@@ -183,8 +193,7 @@ def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
     if "btl_tcp_if_include" in job.launcher_args:
         chosen = []
     launcher_args = shlex.join(["--bind-to", "none", "--map-by", "slot", *chosen, *job.launcher_args, *passed])
-    options = ["--hostfile", str(job.hostfile), "--launcher", "openmpi", "--force_multi", "--no_ssh_check"]
-    options += [*_address(job), f"--launcher_args={launcher_args}"]
+    options = ["--launcher", "openmpi", "--force_multi", *_address(job), f"--launcher_args={launcher_args}"]
     own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(empty)}
     return StartPlan(
         (_deepspeed(job, options, job.arguments),),
@@ -221,7 +230,7 @@ def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     slots = {host.slots for host in job.hosts}
     per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
     words = [*_srun_words(job), f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
-    return StartPlan((Started("srun", (*words, *job.command)),), {**environment, **job.marks})
+    return StartPlan((Started("srun", (*words, *job.command)),), {**environment, **job.marks, **job.meeting})
 
 
 def _srun_words(job: Job) -> list[str]:
@@ -273,8 +282,9 @@ def _cpus(job: Job, environment: Mapping[str, str]) -> list[str]:
 def _sent(job: Job, environment: Mapping[str, str]) -> Travelling:
     """What travels with the job; the permission to run mpirun as root only if the user gave it."""
     given = read_user_file(environment) | job.marks
-    given |= {name: environment[name] for name in _USER_ONLY if name in environment and job.launcher == "mpirun"}
-    return travelling(environment, given=given)
+    if job.launcher in ("openmpi", "mpirun"):
+        given |= {name: environment[name] for name in _USER_ONLY if name in environment} | job.meeting
+    return travelling(environment, given=given, in_words=job.launcher == "pdsh")
 
 
 def _address(job: Job) -> list[str]:

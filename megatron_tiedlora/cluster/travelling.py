@@ -15,9 +15,6 @@ from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
 
-RUN_ID = "MEGATRON_TIEDLORA_RUN_ID"
-EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"
-
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",
     "MEGATRON_TIEDLORA_", "MKL_", "MPI4PY_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON", "RCCL_", "ROCR_",
@@ -53,15 +50,19 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name.upper()) is not None
 
 
-def travelling(environment: Mapping[str, str], *, given: Mapping[str, str] | None = None) -> Travelling:
+def travelling(
+    environment: Mapping[str, str], *, given: Mapping[str, str] | None = None, in_words: bool = False
+) -> Travelling:
     """What of `environment` goes to the other hosts, beside what the user's own `.deepspeed_env` gives.
 
     Args:
         given: variables that were named by the user, whatever their prefix; they win.
+        in_words: whether DeepSpeed puts the values into a shell's command, which not every value survives.
     """
     ours = {name: value for name, value in sorted(environment.items()) if name.startswith(PREFIXES) or name in NAMES}
     chosen = {name: value for name, value in ours.items() if name not in _NOT} | dict(given or {})
-    left = [(name, reason) for name, value in chosen.items() if (reason := why_left(name, value)) is not None]
+    reasons = {name: why_left(name, value if in_words else "") for name, value in chosen.items()}
+    left = [(name, reason) for name, reason in reasons.items() if reason is not None]
     names = {name for name, _ in left}
     return Travelling(
         {name: value for name, value in chosen.items() if name not in names},
@@ -70,7 +71,7 @@ def travelling(environment: Mapping[str, str], *, given: Mapping[str, str] | Non
 
 
 def why_left(name: str, value: str) -> str | None:
-    """Why a variable cannot travel in the words of a command; None where it can."""
+    """Why a variable cannot travel in the words that DeepSpeed gives to a shell; None where it can."""
     if is_secret(name):
         return "its name says that it is a secret; set it there, or log in with `hf auth login`"
     if not _NAME.fullmatch(name):

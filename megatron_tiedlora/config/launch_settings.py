@@ -52,10 +52,7 @@ class LaunchSettings(CommandSettings):
     )
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
-    connect_seconds: int = setting_field("time limits", "to reach a host by ssh", 10, ge=1)
-    keepalive_seconds: int = setting_field(
-        "time limits", "between signs of life of an ssh connection, which is cut when three are missing", 5, ge=1
-    )
+    host_seconds: float = setting_field("time limits", "for a host to answer when it is looked at", 20.0, gt=0)
     look_seconds: float = setting_field("time limits", "between looks at all hosts while the job runs", 30.0, gt=0)
     grace_seconds: float = setting_field(
         "time limits", "for ranks to save after their launcher has died, before they are killed", 120.0, ge=0
