@@ -160,14 +160,14 @@ def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three
     three.lines[2].failed("ValueError: bad")
     three.lines[2].part()
     three.lines[0].explain("closed by peer")
-    three.lines[0].part(limit=0.2)
+    three.lines[0].part()
     wait_until(lambda: bool(three.losses[1]))
     assert three.losses[1] == [Loss(f"rank 2 on {HOST}, after step 7: ValueError: bad", False)]
 
 
 def test_rank_0_parts_last(three: Ranks) -> None:
     order: list[int] = []
-    timers = [threading.Timer(0.3 * rank, lambda r=rank: (order.append(r), three.lines[r].part())) for rank in (1, 2)]
+    timers = [threading.Timer(0.4 * BEAT * rank, lambda r=rank: (order.append(r), three.lines[r].part())) for rank in (1, 2)]
     for timer in timers:
         timer.start()
     three.lines[0].part()

@@ -125,9 +125,12 @@ class Lifeline:
             return self._store_gone()
         return self._tell(self._gone_line(silent) if silent else here)
 
-    def part(self, *, limit: float = 5.0) -> None:
-        """The last thing that a failing rank does: rank 0, whose end takes the store away, waits for the others."""
-        deadline = time.monotonic() + limit
+    def part(self) -> None:
+        """The last thing that a failing rank does. Rank 0, whose end takes the store away, waits a few beats.
+
+        By then the others have ended or have read the reason.
+        """
+        deadline = time.monotonic() + 3 * self.beat_seconds
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _PARTED)
@@ -142,7 +145,7 @@ class Lifeline:
         try:
             said = self.store.compare_set(_REASON, "", mine).decode()
         except RuntimeError:  # the store is gone, and rank 0 with it
-            return Loss(line, self.speaks_for_host())
+            return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
         return Loss(said.partition(" ")[2], said == mine)
 
     def _host(self, rank: int) -> str:
@@ -160,6 +163,9 @@ class Lifeline:
         return f"{named}{more} fell silent after step {self.step()} ({why})"
 
     def _store_gone(self) -> Loss:
+        """The store went away with rank 0: for the reason that was given before, or nobody knows why."""
+        if self._reason:
+            return Loss(self._reason, False)
         line = f"{self._gone_line([0])}, says rank {self.rank} on {self._host(self.rank)}"
         return Loss(line, self.speaks_for_host())
 
@@ -207,9 +213,7 @@ class Lifeline:
             if self._ends and self._over.wait(self.silence_seconds):
                 return
             # Nothing is asked of the store here: over a link that is cut it would not return.
-            if self._reason:
-                self.on_loss(Loss(self._reason, False))
-            elif no_answer:
+            if self._reason or no_answer:
                 self.on_loss(self._store_gone())
             else:
                 first_left = min(set(range(self.world_size)) - self._lost)
