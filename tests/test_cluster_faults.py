@@ -60,7 +60,7 @@ CASES = [
     ),
     *(
         pytest.param(
-            route, fault, "slow_steps", id=f"{route}-{fault}-slow", marks=[needs(NEEDS[route]), pytest.mark.slow]
+            route, fault, "long_steps", id=f"{route}-{fault}-slow", marks=[needs(NEEDS[route]), pytest.mark.slow]
         )
         for route, fault in ALL
     ),

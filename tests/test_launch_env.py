@@ -1,4 +1,4 @@
-"""Who says why a run failed: the first rank of a host to fail, and every run anew."""
+"""Ranks from whichever launcher's variables, the world that was meant, and which rank of a host says why it failed."""
 
 from __future__ import annotations
 
@@ -8,28 +8,136 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.pipeline.launch_env import first_to_fail
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.pipeline import launch_env
+from megatron_tiedlora.pipeline.launch_env import (
+    first_to_fail,
+    local_rank,
+    prepare_environment,
+    rank_and_world_size,
+    slurm_port,
+)
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PREFIXES = ("SLURM_", "OMPI_", "PMI_", "MPI_", "TORCHELASTIC_", "GROUP_", "MEGATRON_TIEDLORA_EXPECTED")
+SLURM_STEP = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu7,gpu8",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+}
+MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No launcher's variable is set; the test sets what it wants."""
+    for name in [*VARIABLES, *(name for name in os.environ if name.startswith(PREFIXES))]:
+        monkeypatch.setenv(name, "")  # so that it is restored, whatever the code under test sets
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def start(environment: pytest.MonkeyPatch, **variables: str) -> tuple[int, int]:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    prepare_environment()
+    return rank_and_world_size()
+
+
+def test_srun_without_any_wrapper(bare: pytest.MonkeyPatch) -> None:
+    assert start(bare, **SLURM_STEP) == (3, 4)
+    assert [os.environ[name] for name in VARIABLES[2:4]] == ["1", "gpu7"] and local_rank() == 1
+    assert 15_000 <= int(os.environ["MASTER_PORT"]) < 30_000
+    assert slurm_port({**os.environ, "SLURM_STEP_ID": "1"}) != int(os.environ["MASTER_PORT"]), "steps beside each other"
+
+
+def test_srun_keeps_a_master_that_was_given(bare: pytest.MonkeyPatch) -> None:
+    start(bare, **SLURM_STEP, MASTER_ADDR="10.0.0.9", MASTER_PORT="12345")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.9", "12345")
+
+
+def test_a_batch_script_itself_is_no_step(bare: pytest.MonkeyPatch) -> None:
+    """In it SLURM_PROCID is set as well: a plain python there is a world of one."""
+    assert start(bare, SLURM_PROCID="0", SLURM_JOB_ID="1", SLURM_NTASKS="4", SLURM_JOB_NODELIST="a,b") == (0, 1)
+
+
+def test_mpirun_within_a_slurm_step(bare: pytest.MonkeyPatch) -> None:
+    """Its daemons are the step's tasks, so the ranks inherit Slurm's variables of a daemon."""
+    assert start(bare, **MPI, **SLURM_STEP) == (5, 8)
+    assert "RANK" not in os.environ, "left for discovery"
+    assert local_rank() == 1
+
+
+def test_mpirun_with_a_master_that_was_given(bare: pytest.MonkeyPatch) -> None:
+    assert start(bare, **MPI, MASTER_ADDR="head") == (5, 8)
+    assert [os.environ[name] for name in VARIABLES] == ["5", "8", "1", "head", "29500"]
+
+
+def test_the_launchers_own_variables_come_first(bare: pytest.MonkeyPatch) -> None:
+    assert start(bare, **SLURM_STEP, RANK="1", WORLD_SIZE="2") == (1, 2)
+
+
+def test_nothing_is_a_world_of_one(bare: pytest.MonkeyPatch) -> None:
+    assert start(bare) == (0, 1)
+
+
+@pytest.mark.parametrize("world", ["1", "4"])
+def test_another_world_than_was_meant_is_refused(bare: pytest.MonkeyPatch, world: str) -> None:
+    with pytest.raises(UserError, match=f"a world of {world}, but 2 ranks were to be started"):
+        start(bare, RANK="0", WORLD_SIZE=world, MEGATRON_TIEDLORA_EXPECTED_RANKS="2")
+    assert start(bare, RANK="0", WORLD_SIZE="2") == (0, 2)
+
+
+def test_torchruns_of_one_step_that_do_not_know_of_each_other_are_refused(bare: pytest.MonkeyPatch) -> None:
+    alone = {**SLURM_STEP, "RANK": "0", "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+    with pytest.raises(UserError, match="4 tasks, but each torchrun is alone"):
+        start(bare, **alone, TORCHELASTIC_RUN_ID="none")
+    assert start(bare, **alone, TORCHELASTIC_RUN_ID="job1") == (0, 1), "what is left of an elastic job"
+
+
+def test_more_ranks_than_gpus(bare: pytest.MonkeyPatch) -> None:
+    bare.setattr(launch_env.torch.cuda, "is_available", lambda: True)
+    bare.setenv("DS_ACCELERATOR", "cuda")
+    bare.setenv("LOCAL_RANK", "2")
+    for count, device in ((4, "cuda:2"), (1, "cuda:0")):
+        bare.setattr(launch_env.torch.cuda, "device_count", lambda count=count: count)
+        assert str(launch_env._choose_device()) == device
+    bare.setattr(launch_env.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"rank 2 of host .* has no GPU, it has 2"):
+        launch_env._choose_device()
+
+
+# Who speaks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
 def rank_1_of_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_the_first_of_a_host_speaks_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_to_fail()
     monkeypatch.setenv("RANK", "0")  # whichever it is
     assert not first_to_fail() and not first_to_fail()
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_another_run_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_to_fail() and not first_to_fail()
     monkeypatch.setenv("MASTER_PORT", "29501")
     assert first_to_fail()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert first_to_fail()
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_a_rank_that_is_alone_always_speaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert first_to_fail() and first_to_fail()
@@ -38,6 +146,7 @@ def test_a_rank_that_is_alone_always_speaks(monkeypatch: pytest.MonkeyPatch, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_what_earlier_runs_left_is_removed(tmp_path: Path) -> None:
     assert first_to_fail()
     (mark,) = tmp_path.iterdir()
@@ -46,11 +155,13 @@ def test_what_earlier_runs_left_is_removed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_a_folder_that_cannot_be_written_silences_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     assert first_to_fail() and first_to_fail()
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_a_mark_that_a_peer_removes_meanwhile_makes_nobody_speak_twice(tmp_path: Path) -> None:
     (tmp_path / f"megatron_tiedlora-failed-{os.getuid()}-1").symlink_to(tmp_path / "gone")  # listed, and not there
     assert first_to_fail() and not first_to_fail()

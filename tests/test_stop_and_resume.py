@@ -245,7 +245,7 @@ def test_early_stopping_and_patience_across_a_resume(base: Base, tmp_path: Path)
     ended = run(base, parts, patience=2, save_interval=100, resume="auto", prelude=script)
     assert status(parts) == {"state": "finished", "step": 8, "reason": "early_stopping"}
     after = files_of(parts)
-    assert {name for name in before if before[name] != after.get(name)} <= {"run.yaml", "loss.png"}
+    assert {name for name in before if before[name] != after.get(name)} <= {"run.yaml", "loss.png", "logs/rank_0.log"}
     assert "step 4" in ended.outputs[0]
 
 
@@ -262,7 +262,7 @@ def test_resuming_a_finished_run_changes_nothing(base: Base, tmp_path: Path) -> 
     after = files_of(folder)
     assert status(folder) == {"state": "finished", "step": 4, "reason": "max_steps"}
     changed = {name for name in before if before[name] != after.get(name)}
-    assert changed <= {"run.yaml", "loss.png"}
+    assert changed <= {"run.yaml", "loss.png", "logs/rank_0.log"}
 
 
 # Checkpoints of another folder ------------------------------------------------------------------------------------

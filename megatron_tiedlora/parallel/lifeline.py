@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -54,6 +54,7 @@ class Lifeline:
     Attributes:
         step: the last finished step of this rank.
         on_loss: called once, in a thread, where ranks or the store are lost and this rank does not end by itself.
+        speaks_for_host: whether this rank shows what no other host can be told of; called at most once.
         silence_seconds: after which a rank that does not beat counts as lost.
     """
 
@@ -62,13 +63,14 @@ class Lifeline:
     world_size: int
     step: Callable[[], int]
     on_loss: Callable[[Loss], None]
+    speaks_for_host: Callable[[], bool]
     silence_seconds: float = SILENCE_SECONDS
     beat_seconds: float = BEAT_SECONDS
     _hosts: list[str] = field(default_factory=list)
     _over: threading.Event = field(default_factory=threading.Event)
     _ends: bool = False  # the main thread knows that the run ends
     _answered: float = 0.0  # when the store last did
-    _lost: Mapping[int, str] = field(default_factory=dict)  # rank: its last beat
+    _lost: frozenset[int] = frozenset()
     _reason: str = ""
     _told: float = 0.0  # when this rank saw the reason first
     _main_left: bool = False
@@ -76,9 +78,9 @@ class Lifeline:
     def start(self) -> Lifeline:
         """Exchange host names and begin to beat; all ranks take part."""
         if self.rank == 0:
-            self.store.set(_LOST, "{}")
+            self.store.set(_LOST, "[]")
             self.store.set(_REASON, "")
-        self.store.set(_key(self.rank), self._beat(0))
+        self.store.set(_key(self.rank), "0")
         self.store.set(f"host/{self.rank}", socket.gethostname())  # last: peers wait for it
         self._hosts = [name.decode() for name in self.store.multi_get([f"host/{r}" for r in range(self.world_size)])]
         self._answered = time.monotonic()
@@ -111,24 +113,24 @@ class Lifeline:
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
+        here = f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {symptom}"
         try:
-            before = now = self._beats()
-            silent = set(range(self.world_size)) - {self.rank}
-            while silent and time.monotonic() < deadline:
-                if self.store.get(_REASON):
-                    break
+            before = self._beats()
+            silent = {rank for rank, beat in before.items() if rank != self.rank and not _ended(beat)}
+            while silent and time.monotonic() < deadline and not self.store.get(_REASON):
                 time.sleep(self.beat_seconds / 4)
                 now = self._beats()
-                silent = {rank for rank in silent if now[rank] == before[rank] and not _ended(now[rank])}
+                silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
             return self._store_gone()
-        if silent:
-            return self._tell(self._gone_line({rank: now[rank] for rank in silent}))
-        return self._tell(f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {symptom}")
+        return self._tell(self._gone_line(silent) if silent else here)
 
-    def part(self, *, limit: float = 5.0) -> None:
-        """The last thing that a failing rank does: rank 0, whose end takes the store away, waits for the others."""
-        deadline = time.monotonic() + limit
+    def part(self) -> None:
+        """The last thing that a failing rank does. Rank 0, whose end takes the store away, waits a few beats.
+
+        By then the others have ended or have read the reason.
+        """
+        deadline = time.monotonic() + 3 * self.beat_seconds
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _PARTED)
@@ -143,11 +145,8 @@ class Lifeline:
         try:
             said = self.store.compare_set(_REASON, "", mine).decode()
         except RuntimeError:  # the store is gone, and rank 0 with it
-            said = mine
+            return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
         return Loss(said.partition(" ")[2], said == mine)
-
-    def _beat(self, count: int) -> str:
-        return f"{count} {self.step()}"
 
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if self._hosts else socket.gethostname()
@@ -157,15 +156,18 @@ class Lifeline:
         found = self.store.multi_get([_key(rank) for rank in range(self.world_size)])
         return {rank: beat.decode() for rank, beat in enumerate(found)}
 
-    def _gone_line(self, beats: Mapping[int, str]) -> str:
-        named = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in sorted(beats)[:8])
-        more = f" and {len(beats) - 8} more" if len(beats) > 8 else ""
-        step = max(int(beat.split()[1]) for beat in beats.values())
-        return f"{named}{more} fell silent after step {step} (killed, out of memory, or the host or its link is down)"
+    def _gone_line(self, ranks: Collection[int]) -> str:
+        named = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in sorted(ranks)[:8])
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        why = "killed, out of memory, or the host or its link is down"
+        return f"{named}{more} fell silent after step {self.step()} ({why})"
 
     def _store_gone(self) -> Loss:
-        silent = f"rank 0 on {self._host(0)} fell silent after step {self.step()} (killed, or its host or link is down)"
-        return Loss(f"{silent}, says rank {self.rank} on {self._host(self.rank)}", True)
+        """The store went away with rank 0: for the reason that was given before, or nobody knows why."""
+        if self._reason:
+            return Loss(self._reason, False)
+        line = f"{self._gone_line([0])}, says rank {self.rank} on {self._host(self.rank)}"
+        return Loss(line, self.speaks_for_host())
 
     # In threads -------------------------------------------------------------------------------------------------
 
@@ -175,14 +177,13 @@ class Lifeline:
         while not self._over.wait(self.beat_seconds):
             count += 1
             try:
-                self.store.set(_key(self.rank), self._beat(count))
+                self.store.set(_key(self.rank), str(count))
                 if self.rank == 0:
                     self._lost = self._silent(since, self._beats())
-                    self.store.set(_LOST, json.dumps(self._lost))
+                    self.store.set(_LOST, json.dumps(sorted(self._lost)))
                 lost, reason, main = (text.decode() for text in self.store.multi_get([_LOST, _REASON, _key(0)]))
                 if self.rank:
-                    told = {int(rank): beat for rank, beat in json.loads(lost).items()}
-                    self._lost = told | self._silent(since, {0: main})
+                    self._lost = self._silent(since, {0: main}).union(json.loads(lost)) - {self.rank}
                 self._answered = time.monotonic()
                 self._main_left, self._reason = main == _LEFT, reason.partition(" ")[2]
                 if reason and not self._told:
@@ -190,36 +191,33 @@ class Lifeline:
             except RuntimeError:  # no answer: `_watch` judges by the time since the last one
                 continue
 
-    def _silent(self, since: dict[int, tuple[str, float]], beats: Mapping[int, str]) -> dict[int, str]:
-        """The ranks whose beat has not changed for too long, with that beat; `since` = {rank: (beat, first seen)}."""
+    def _silent(self, since: dict[int, tuple[str, float]], beats: Mapping[int, str]) -> frozenset[int]:
+        """The ranks whose beat has not changed for too long; keeps `since` = {rank: (beat, when first seen)}."""
         now = time.monotonic()
         for rank, beat in beats.items():
             if since[rank][0] != beat:
                 since[rank] = (beat, now)
-        return {
-            rank: beat
+        return frozenset(
+            rank
             for rank, beat in beats.items()
             if rank != self.rank and not _ended(beat) and now - since[rank][1] > self.silence_seconds
-        }
+        )
 
     def _watch(self) -> None:
         """Call `on_loss` where the run fails elsewhere and the main thread does not end by itself."""
         while not self._over.wait(self.beat_seconds / 2) and not self._main_left:
             now = time.monotonic()
             no_answer = now - self._answered > self.silence_seconds
-            lost = {rank: beat for rank, beat in self._lost.items() if rank != self.rank}
-            if not (no_answer or lost or (self._told and now - self._told > self.silence_seconds)):
+            if not (no_answer or self._lost or (self._told and now - self._told > self.silence_seconds)):
                 continue
             if self._ends and self._over.wait(self.silence_seconds):
                 return
             # Nothing is asked of the store here: over a link that is cut it would not return.
-            if self._reason:
-                self.on_loss(Loss(self._reason, False))
-            elif no_answer:
+            if self._reason or no_answer:
                 self.on_loss(self._store_gone())
             else:
-                first_left = min(set(range(self.world_size)) - set(lost))
-                self.on_loss(Loss(self._gone_line(lost), self.rank == first_left))
+                first_left = min(set(range(self.world_size)) - self._lost)
+                self.on_loss(Loss(self._gone_line(self._lost), self.rank == first_left))
             return
 
 

@@ -76,6 +76,7 @@ class End:
                 self.world_size,
                 step=lambda: self.step,
                 on_loss=self._lost,
+                speaks_for_host=first_to_fail,
                 silence_seconds=silence,
             ).start()
 
@@ -122,40 +123,44 @@ class End:
         self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
         text = str(error) or type(error).__name__
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        here = Loss(f"rank {self.rank}, after step {self.step}: {own}", self.world_size == 1 or first_to_fail())
+        here = f"rank {self.rank}, after step {self.step}: {own}"
         writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         lost = self.lifeline is not None and is_lost_exchange(error)
         if self.lifeline is None:
-            loss = here
+            loss = Loss(here, first_to_fail())
         else:
             loss = self.lifeline.explain(own) if lost else self.lifeline.failed(own)
-        if writes and loss.reason != here.reason:
-            self._record_failure(loss, again=True)
+        if writes:
+            self._record_failure(loss.reason, again=True)
         details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if lost or not loss.speaks:
-            self.log.note(f"{details}error: {loss.reason}")
+        if lost or not loss.speaks:  # a peer's end, of which this rank's traceback says nothing
+            self.log.note(details)
+            details = ""
+        line = f"{details}error: {text if isinstance(error, UserError) else loss.reason}"
         if loss.speaks:
-            self.log.say(f"error: {loss.reason}" if lost else f"{details}error: {loss.reason if details else text}")
+            self.log.say(line)
+        else:
+            self.log.note(line)
         if self.lifeline is not None:
             self.lifeline.part()
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, loss: Loss) -> None:
         """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
-        self._record_failure(loss)
-        if loss.speaks and first_to_fail():
+        self._record_failure(loss.reason)
+        if loss.speaks:
             self.log.say(f"error: {loss.reason}")
         else:
             self.log.note(f"error: {loss.reason}")
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
 
-    def _record_failure(self, loss: Loss, *, again: bool = False) -> bool:
+    def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write it down unless a peer has, or again with a better reason; whether this rank did."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to tell
-            self.record("failed", loss.reason)
+            self.record("failed", reason)
         return True
 
 

@@ -1,0 +1,184 @@
+"""Who is still there: silent ranks are found and named, one reason holds for all, and one rank says it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, is_lost_exchange
+
+BEAT, SILENCE = 0.05, 1.0
+HOST = socket.gethostname()
+
+
+class Ranks:
+    """Lifelines of some ranks in one process, each with a connection of its own, and what they were told."""
+
+    def __init__(self, size: int, *, steps: int = 7) -> None:
+        self.master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.losses: list[list[Loss]] = [[] for _ in range(size)]
+        self.lines = [
+            Lifeline(
+                PrefixStore("t", self._client()),
+                rank,
+                size,
+                step=lambda: steps,
+                on_loss=self.losses[rank].append,
+                speaks_for_host=lambda: True,
+                silence_seconds=SILENCE,
+                beat_seconds=BEAT,
+            )
+            for rank in range(size)
+        ]
+        together([line.start for line in self.lines])
+
+    def _client(self) -> TCPStore:
+        limit = timedelta(seconds=20)
+        return TCPStore("127.0.0.1", self.master.port, is_master=False, timeout=limit, wait_for_workers=False)
+
+    def kill(self, rank: int) -> None:
+        """The rank's threads end without a word."""
+        self.lines[rank]._over.set()
+
+
+def together(calls: list[Callable[[], object]]) -> list[object]:
+    """What some calls return that wait for each other."""
+    found: list[object] = [None] * len(calls)
+
+    def call(index: int) -> None:
+        found[index] = calls[index]()
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "a hang"
+    return found
+
+
+@pytest.fixture
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    for line in ranks.lines:
+        line._over.set()
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 10.0) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit, "waited too long"
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def test_nobody_is_lost_while_all_beat_or_leave(three: Ranks) -> None:
+    time.sleep(1.5 * SILENCE)
+    three.lines[2].leave()
+    time.sleep(1.5 * SILENCE)
+    three.lines[0].leave()
+    time.sleep(1.5 * SILENCE)
+    assert three.losses == [[], [], []]
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_silent_rank_is_named_to_all_and_one_says_so(three: Ranks, dead: int) -> None:
+    three.kill(dead)
+    left = [rank for rank in range(3) if rank != dead]
+    seconds = wait_until(lambda: all(three.losses[rank] for rank in left))
+    assert SILENCE < seconds < 3 * SILENCE
+    for rank in left:
+        (loss,) = three.losses[rank]
+        assert loss.reason.startswith(f"rank {dead} on {HOST} fell silent after step 7")
+        assert loss.speaks == (rank == 0)
+    assert not three.losses[dead]
+
+
+def test_rank_0_silent_while_the_store_lives(three: Ranks) -> None:
+    """As under torchrun, whose agent serves the store."""
+    three.kill(0)
+    wait_until(lambda: bool(three.losses[1] and three.losses[2]))
+    for rank in (1, 2):
+        (loss,) = three.losses[rank]
+        assert loss.reason.startswith(f"rank 0 on {HOST} fell silent") and loss.speaks == (rank == 1)
+
+
+def test_the_store_gone(three: Ranks) -> None:
+    """Rank 0's process has died, and the store with it: every other host says so for itself."""
+    three.kill(0)
+    del three.master
+    for line in three.lines[1:]:
+        line.store = Gone()  # type: ignore[assignment]
+    wait_until(lambda: bool(three.losses[1] and three.losses[2]))
+    assert all(f"says rank {rank} on" in three.losses[rank][0].reason for rank in (1, 2))
+    loss = three.lines[1].explain("closed by peer")
+    assert loss.reason.startswith(f"rank 0 on {HOST} fell silent") and loss.speaks
+
+
+class Gone:
+    """A store whose server does not answer."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def fail(*_: object) -> object:
+            raise RuntimeError("Connection refused")
+
+        return fail
+
+
+def test_the_first_failure_is_everybodys_reason(three: Ranks) -> None:
+    first = three.lines[2].failed("ValueError: bad")
+    assert first == Loss(f"rank 2 on {HOST}, after step 7: ValueError: bad", True)
+    assert three.lines[1].failed("KeyError: other") == Loss(first.reason, False)
+    assert three.lines[0].explain("closed by peer") == Loss(first.reason, False)
+
+
+def test_explain_names_who_is_gone_within_a_few_beats(three: Ranks) -> None:
+    three.kill(1)
+    time.sleep(2 * BEAT)
+    started = time.monotonic()
+    losses = together([lambda: three.lines[0].explain("closed"), lambda: three.lines[2].explain("closed")])
+    assert time.monotonic() - started < 12 * BEAT
+    assert all(isinstance(loss, Loss) and f"rank 1 on {HOST} fell silent" in loss.reason for loss in losses)
+    assert sorted(loss.speaks for loss in losses if isinstance(loss, Loss)) == [False, True]
+
+
+def test_explain_without_a_culprit_gives_the_symptom(three: Ranks) -> None:
+    loss = three.lines[1].explain("timed out")
+    assert loss == Loss(f"rank 1 on {HOST}, after step 7: timed out", True)
+
+
+def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three: Ranks) -> None:
+    """Rank 1 hangs in an exchange that does not fail; the others have told their reason and gone."""
+    three.lines[2].failed("ValueError: bad")
+    three.lines[2].part()
+    three.lines[0].explain("closed by peer")
+    three.lines[0].part()
+    wait_until(lambda: bool(three.losses[1]))
+    assert three.losses[1] == [Loss(f"rank 2 on {HOST}, after step 7: ValueError: bad", False)]
+
+
+def test_rank_0_parts_last(three: Ranks) -> None:
+    order: list[int] = []
+    timers = [threading.Timer(0.4 * BEAT * rank, lambda r=rank: (order.append(r), three.lines[r].part())) for rank in (1, 2)]
+    for timer in timers:
+        timer.start()
+    three.lines[0].part()
+    order.append(0)
+    for timer in timers:
+        timer.join()
+    assert order == [1, 2, 0]
+
+
+def test_what_says_no_more_than_that_an_exchange_failed() -> None:
+    assert is_lost_exchange(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
+    assert is_lost_exchange(torch.distributed.DistBackendError("NCCL error"))
+    assert not is_lost_exchange(RuntimeError("The size of tensor a (3) must match"))
+    assert not is_lost_exchange(ValueError("gloo"))

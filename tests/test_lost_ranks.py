@@ -1,0 +1,149 @@
+"""A rank that dies, hangs or is cut off ends the run on all others in time, by name; and what each of them may see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_files import assert_same_run, files_of, metrics, status
+from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
+from run_preludes import all_of, before_call, kill_at_call, kill_at_step
+
+pytestmark = pytest.mark.distributed
+LOOP = "megatron_tiedlora.training.loop"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def short_silence(seconds: float = 3.0) -> None:
+    from megatron_tiedlora.training import ending
+
+    ending.SILENCE_SECONDS = seconds
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
+    folder = tmp_path / "run"
+    prelude = partial(kill_at_step, 3, signal.SIGKILL, rank=rank)
+    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
+    assert f"rank {rank} on {os.uname().nodename} fell silent after step 2" in status(folder)["reason"]
+    shown = ended.errors[1 - rank]
+    assert shown.count("error: ") == 1 and f"error: {status(folder)['reason']}\n" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path: Path, rank: int) -> None:
+    """As when its host or link is down: nothing comes, and no connection is closed."""
+    folder = tmp_path / "run"
+    prelude = partial(all_of, short_silence, partial(kill_at_step, 3, signal.SIGSTOP, rank=rank))
+    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    try:
+        world.processes[1 - rank].join(90)
+        assert world.processes[1 - rank].exitcode == 1
+        assert f"rank {rank} on " in status(folder)["reason"] and "fell silent after step 2" in status(folder)["reason"]
+    finally:
+        world.kill()
+
+
+def in_own_folder() -> None:
+    """Each rank has a disk of its own: relative paths lead elsewhere on rank 1."""
+    folder = Path(f"disk{os.environ['RANK']}")
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+
+
+def test_a_run_folder_that_only_rank_0_sees(base: Base, tmp_path: Path) -> None:
+    """Stopped and resumed, it ends as an undisturbed run; the other disk holds that rank's log alone."""
+    run(base, tmp_path / "whole", ranks=2)
+    arguments = partial(base.arguments, output_dir="run")
+    start = partial(run_ranks, folder=tmp_path, cache=base.cache, ranks=2)
+    start(arguments(), prelude=partial(all_of, in_own_folder, partial(kill_at_step, 5))).expect(143)
+    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
+    start(arguments(resume="auto"), prelude=in_own_folder).expect(0)
+    assert_same_run(tmp_path / "disk0" / "run", tmp_path / "whole")
+    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
+
+
+def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, tmp_path: Path) -> None:
+    other = tmp_path / "disk1" / "run"
+    run(base, other, max_steps=2)
+    before = (other / "run_status.json").read_bytes()
+    (other / "run_status.json").unlink()
+    prelude = partial(all_of, in_own_folder, partial(kill_at_step, 3, signal.SIGKILL, rank=0))
+    run_ranks(base.arguments(output_dir="run"), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert not (other / "run_status.json").exists() and before
+    assert not (tmp_path / "disk0" / "run" / "run_status.json").exists(), "nobody is left who sees it"
+
+
+def every_group(look: Callable[[Any], None]) -> None:
+    """Call `look` with each process group that this process has, at training step 2."""
+
+    def look_at_all(trainer: Any, *_: Any) -> None:
+        from torch.distributed import distributed_c10d
+
+        if trainer.progress.step == 1:
+            groups = list(distributed_c10d._world.pg_map)
+            assert len(groups) > 3
+            for group in groups:
+                look(group)
+
+    before_call(LOOP, "Trainer._train_step", look_at_all)
+
+
+def has_limit(group: Any) -> None:
+    import torch
+
+    found = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    assert found == 420.0, f"{group.group_name}: {found}"
+
+
+@pytest.mark.parametrize(("layout", "ds_config"), [({"pipeline_parallel": 2}, "zero1.json"), ({}, "zero3.json")])
+def test_every_process_group_has_the_runs_time_limit(
+    base: Base, tmp_path: Path, layout: dict[str, int], ds_config: str
+) -> None:
+    limits = {"timeout_minutes": 7, "max_steps": 2, "ds_config": ds_config}
+    run(base, tmp_path / "run", ranks=2, prelude=partial(every_group, has_limit), **layout, **limits)
+
+
+def test_ranks_that_do_not_come_are_told_of_in_one_line(base: Base, tmp_path: Path) -> None:
+    """One of two ranks is started."""
+    started = time.monotonic()
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    arguments = base.arguments(output_dir=tmp_path / "run", timeout_minutes=0.05)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, environment=environment).expect(2)
+    assert "the 2 ranks did not meet at 127.0.0.1:9 within 0.05 minutes (rank 1 on " in ended.error_line()
+    assert not (tmp_path / "run").exists() and time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("content", [None, "# nobody\n"])
+def test_deepspeed_with_a_hostfile_that_is_missing_or_empty(base: Base, tmp_path: Path, content: str | None) -> None:
+    """DeepSpeed itself only warns of a missing one, and trains on this host alone."""
+    if content is not None:
+        (tmp_path / "hosts").write_text(content)
+    deepspeed, *words = deepspeed_command(base.arguments(output_dir=tmp_path / "run"), ranks=1)
+    ended = start_command([deepspeed, "--hostfile", "hosts", *words], folder=tmp_path, cache=base.cache).wait()
+    assert ended.status != 0 and not (tmp_path / "run").exists()
+    if content is None:
+        assert "--hostfile" in (line := ended.error_line()) and "cannot be read (No such file or directory)" in line
+
+
+def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Path) -> None:
+    """Slurm's signal before the time limit: 138 asks to go on later; without a step done it would for ever."""
+    folder = tmp_path / "run"
+    run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGUSR1), expect=138)
+    assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
+    at_once = partial(kill_at_call, LOOP, "Trainer._evaluate_and_save", number=signal.SIGUSR1)
+    run(base, folder, ranks=2, resume="auto", prelude=at_once, expect=1)
+    assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
+    assert len(metrics(folder)) == 4
