@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import distribution
 from pathlib import Path
@@ -17,6 +17,7 @@ from fake_hosts import FakeCluster, FakeHost
 from host_commands import Started, wait_until
 from host_needs import needs
 from run_helpers import ROOT
+from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.distributed, needs("ssh"), pytest.mark.timeout(150)]
 DOCTOR = ROOT / "launch" / "doctor.py"
@@ -44,12 +45,12 @@ def model(cluster: FakeCluster) -> Path:
 class Examined:
     """A doctor that was started on the first host, and its report."""
 
-    def __init__(self, cluster: FakeCluster, **settings: Any) -> None:
+    def __init__(self, cluster: FakeCluster, *, before: Sequence[str] = (), **settings: Any) -> None:
         self._report = cluster.folder / "report.json"
         self._report.unlink(missing_ok=True)
         given = {"master_port": PORT, "json": self._report, "allreduce_mb": 1, "timeout_seconds": 30, **settings}
         flags = [f"--{name}={value}" for name, value in given.items()]
-        self.started: Started = cluster.first.start([sys.executable, DOCTOR, *flags])
+        self.started: Started = cluster.first.start([*before, sys.executable, DOCTOR, *flags])
 
     def wait(self, limit: float = 60.0) -> tuple[int, dict[str, Any]]:
         """(exit status, report)."""
@@ -183,7 +184,11 @@ def test_a_version_a_path_and_a_port_are_each_named(cluster: FakeCluster, model:
     assert_nothing_left(cluster)
 
 
-@pytest.mark.parametrize("moment", ["starting 2 ranks", "all ranks have met"])
+@pytest.mark.parametrize(
+    "moment",
+    ["starting 2 ranks", pytest.param("all ranks have met", marks=pytest.mark.slow)],
+    ids=["connect", "reduce"],
+)
 def test_a_link_that_is_cut_after_ssh_is_named(cluster: FakeCluster, moment: str) -> None:
     first, second = cluster.hosts.values()
     doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200, timeout_seconds=30)
@@ -201,6 +206,7 @@ def test_a_link_that_is_cut_after_ssh_is_named(cluster: FakeCluster, moment: str
     assert_nothing_left(cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_doctor_that_is_stopped_leaves_nothing(cluster: FakeCluster, number: int) -> None:
     doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200)
@@ -225,3 +231,16 @@ def test_a_host_that_is_down_is_named(cluster: FakeCluster) -> None:
     assert "verdict: not ready: 1 error" in doctor.started.output()
     assert report["hosts"][1]["probe"] is None and report["groups"] == []
     assert_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_an_allocation_needs_no_ssh(tmp_path: Path) -> None:
+    with FakeCluster(tmp_path) as cluster, SlurmCluster(cluster):
+        allocate = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2"]
+        doctor = Examined(cluster, before=allocate, output_dir=tmp_path / "runs", tensor_parallel=2)
+        status, report = doctor.wait()
+        assert (status, report["route"], report["findings"]) == (0, "srun", []), doctor.started.output()
+        assert [(row["name"], row["slots"]) for row in report["hosts"]] == [("nodea", 2), ("nodeb", 2)]
+        assert {group["kind"]: group["hosts"] for group in report["groups"]} == {"tensor": ["nodeb"], "data": BOTH}
+        assert_nothing_left(cluster)
