@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -84,13 +85,19 @@ def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> Non
         (["--json=no/where.json"], "--json no/where.json: no such folder"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(flags: list[str], words: str, tmp_path: Path) -> None:
-    (tmp_path / "empty").write_text("# nobody\n\n")
-    (tmp_path / "odd").write_text("a slots=1\nb slots=2\n")
-    done = doctor(*flags, folder=tmp_path)
+def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("# nobody\n\n")
+    Path("odd").write_text("a slots=1\nb slots=2\n")
+    with pytest.raises(UserError) as raised:
+        runpy.run_path(str(DOCTOR))["main"](flags)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_missing_hostfile_ends_with_status_2(tmp_path: Path) -> None:
+    done = doctor("--hostfile=none", folder=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and words in line
+    assert done.stderr.startswith("error: --hostfile none: cannot be read") and done.stderr.count("\n") == 1
 
 
 def test_whom_to_examine(tmp_path: Path) -> None:

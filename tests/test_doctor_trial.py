@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from megatron_tiedlora.cluster.doctor import measure
 from megatron_tiedlora.cluster.doctor.examine import make_report
 from megatron_tiedlora.cluster.doctor.measure import Trial, explain_trial, group_results, judge_groups
 from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES
-from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, RankEvent, Report
+from megatron_tiedlora.cluster.doctor.rank import Trial as RankTrial
+from megatron_tiedlora.cluster.doctor.records import (
+    Finding,
+    GroupResult,
+    HostReport,
+    Layout,
+    RankEvent,
+    RankOrder,
+    Report,
+)
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.remote import Done, Way
 
@@ -24,6 +34,7 @@ LAYOUT = Layout(
     master_port=29500,
     backend="gloo",
 )
+MEETING = LAYOUT.model_dump(include={"num_ranks", "tensor_parallel", "pipeline_parallel", "master_host", "master_port"})
 HOSTS = [HostReport(name="nodea", slots=2, first_rank=0), HostReport(name="nodeb", slots=2, first_rank=2)]
 GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1, 3)))
 
@@ -107,6 +118,16 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
     assert [(finding.code, finding.level, finding.hosts) for finding in judge_groups(wrong)] == [
         ("wrong_sum", "error", ["nodec"])
     ]
+
+
+def test_the_sum_that_ranks_expect() -> None:
+    """What is wrong in one place of one rank's part must show."""
+    ranks, device = [4, 6, 7], torch.device("cpu")
+    order = RankOrder(first_rank=0, slots=1, backend="gloo", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    parts = [RankTrial(order, rank, 0)._pattern(4096, ranks, device) for rank in ranks]
+    total = torch.stack([part for part, _ in parts]).sum(0)
+    assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
+    assert len({tuple(part[:9].tolist()) for part, _ in parts}) == 3
 
 
 def test_a_host_that_was_lost_explains_all_others() -> None:

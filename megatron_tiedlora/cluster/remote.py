@@ -103,7 +103,7 @@ class RemoteCommand:
 
     def __init__(self, host: str, words: Sequence[str]) -> None:
         self.host = host
-        self._limited = False
+        self._limited = self._output_over = False
         self._begin = time.monotonic()
         # A pipe could fill up while the output is read.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -129,14 +129,20 @@ class RemoteCommand:
             _pipe(self._process.stdin).close()
 
     def end(self) -> None:
-        """Ask the command to end, then make it: at once where the link is gone, else within two grace times."""
+        """Ask the command to end, then make it, with all that it started: within two grace times."""
         self.close_input()
+        if self._ends() and self._output_over:  # else something that it started lives on
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_SECONDS)
-                return
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
+            self._ends()
+
+    def _ends(self) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+            return True
+        return False
 
     def follow(self, on_line: OnLine | None, *, limit: float) -> Done:
         """Read the command's output to its end, or to the limit."""
@@ -148,6 +154,7 @@ class RemoteCommand:
                 lines.append(line)
                 if on_line is not None:
                     on_line(self, line.rstrip("\n"))
+            self._output_over = True
             status: int | None = self._process.wait()
         finally:
             timer.cancel()

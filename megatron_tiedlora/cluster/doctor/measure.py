@@ -5,6 +5,8 @@ host_ranks.py runs on each host, rank.py in each rank.
 
 from __future__ import annotations
 
+import re
+import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,11 +109,30 @@ def start_ranks(
         for timer in timers:
             timer.cancel()
     if way.route != "local" and any(done.status != 0 for done in trial.ended):
-        lost = [done.host for done in trial.ended if way.route == "ssh" and done.status == 255]
-        others = [host.name for host in hosts if host.name not in lost]
-        again = run_on_hosts(others, ["true"], limit=_AGAIN_SECONDS, way=way)
-        trial.unreachable = [host.name for host in hosts if host.name in lost or again[host.name].status != 0]
+        trial.unreachable = _unreachable([host.name for host in hosts], way, trial.ended)
     return trial, limit
+
+
+def _unreachable(names: Sequence[str], way: Way, ended: Sequence[Done]) -> list[str]:
+    """The hosts where nothing can be started any more."""
+    lost = [done.host for done in ended if way.route == "ssh" and done.status == 255]
+    others = [name for name in names if name not in lost]
+    again = run_on_hosts(others, ["true"], limit=_AGAIN_SECONDS, way=way)
+    lost += [name for name in others if again[name].status != 0]
+    if way.route == "srun" and len(lost) == len(names):  # Slurm ends the whole allocation when it misses a node
+        lost = _missed_by_slurm(names) or lost
+    return [name for name in names if name in lost]
+
+
+def _missed_by_slurm(names: Sequence[str]) -> list[str]:
+    """The nodes that Slurm calls down, or not responding by a `*`; none where it does not say."""
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_AGAIN_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line.strip())
+    return [name for name in names if re.search(r"\*|down|fail", states.get(name, ""), re.IGNORECASE)]
 
 
 # What it says --------------------------------------------------------------------------------------------------------
