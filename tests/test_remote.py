@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from host_commands import wait_until
 
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Way, run_on_hosts
 
@@ -46,7 +47,9 @@ def test_a_limit_holds_for_all_that_was_started(tmp_path: Path) -> None:
         begin = time.monotonic()
         done = run_on_hosts(["a"], shell(script), limit=1, way=LOCAL)["a"]
         assert done.status is None and time.monotonic() - begin < 8
-        assert pids.read_text() and not any(runs(int(pid)) for pid in pids.read_text().split())
+        started = [int(pid) for pid in pids.read_text().split()]
+        assert started
+        wait_until(lambda pids=started: not any(map(runs, pids)), "their ends", limit=2)  # type: ignore[misc]
 
 
 def test_the_input_ends_with_the_caller_and_lines_are_answered() -> None:

@@ -7,6 +7,7 @@ for the end of its input (as `guard.py` does for a command that does not) ends w
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,6 +25,8 @@ AT_ONCE = 64  # hosts that are talked to at the same time, unless the caller say
 ALIVE_SECONDS, ALIVE_COUNT = 5, 2  # ssh gives up a silent link after their product
 _CONNECT_SECONDS = 10
 _GRACE_SECONDS = 1.0  # after the limit: for the far side to end when its input ends, and again after SIGTERM
+
+_SRUN_STATUS = re.compile(r"srun: error: \S+: task \S+: Exited with exit code")  # after the command's own words
 
 Route = Literal["ssh", "srun", "local"]
 OnLine = Callable[["RemoteCommand", str], None]
@@ -47,7 +50,7 @@ class Done:
     @property
     def last_words(self) -> str:
         """The last line of its errors that says something; '' if none does."""
-        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        lines = [line.strip() for line in self.stderr.splitlines() if line.strip() and not _SRUN_STATUS.match(line)]
         return lines[-1] if lines else ""
 
 
