@@ -196,6 +196,11 @@ def test_each_wrong_thing_is_found_once(case: str) -> None:
     assert all(name in finding.message for name in named)
 
 
+def test_another_version_has_other_files_which_is_one_finding() -> None:
+    (finding,) = examined(hosts({"nodeb": {**versions(megatron_tiedlora="0.2"), "source_hash": "f" * 12}}))
+    assert (finding.code, finding.hosts) == ("version", ["nodeb"])
+
+
 def test_a_hosts_own_name_only_matters_among_several_and_where_gloo_listens_by_it() -> None:
     trap: Changes = {"name_addresses": ["127.0.1.1"], "master_addresses": ["127.0.1.1"]}
     assert examined(hosts({"nodea": trap}, names=NAMES[:1])) == []

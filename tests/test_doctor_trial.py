@@ -39,7 +39,7 @@ HOSTS = [HostReport(name="nodea", slots=2, first_rank=0), HostReport(name="nodeb
 GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1, 3)))
 
 
-def events_of(rank: int, *, until: str = "done", seconds: float = 0.1, wrong: bool = False) -> list[RankEvent]:
+def events_of(rank: int, *, until: str = "done", seconds: float = 0.1) -> list[RankEvent]:
     """What a rank says up to and with its event `until`."""
     measured = [
         RankEvent(
@@ -49,7 +49,6 @@ def events_of(rank: int, *, until: str = "done", seconds: float = 0.1, wrong: bo
             ranks=list(ranks),
             num_bytes=num_bytes,
             seconds=seconds if num_bytes == LARGE else 1e-4,
-            correct=not wrong,
         )
         for kind, ranks in GROUPS
         if rank in ranks
@@ -88,6 +87,20 @@ def test_figures_of_each_group() -> None:
     assert results[0].bus_bytes_per_second == pytest.approx(2 * (1 / 2) * LARGE / 0.1)
     assert all(group.correct and group.latency_seconds == 1e-4 for group in results)
     assert explained(seen) == [] and judge_groups(results) == []
+
+
+def test_bandwidth_is_of_a_link_and_one_rank_with_a_wrong_sum_spoils_it() -> None:
+    layout = LAYOUT.model_copy(update={"tensor_parallel": 1, "data_parallel": 4})
+    everyone = {"kind": "data", "ranks": [0, 1, 2, 3], "event": "measured"}
+    events = {
+        rank: [
+            RankEvent(rank=rank, num_bytes=SMALL_BYTES, seconds=1e-4, **everyone),
+            RankEvent(rank=rank, num_bytes=LARGE, seconds=0.1, correct=rank != 3, **everyone),
+        ]
+        for rank in range(4)
+    }
+    (group,) = group_results(HOSTS, layout, Trial(events=events), large_bytes=LARGE)
+    assert group.bus_bytes_per_second == pytest.approx(1.5 * LARGE / 0.1) and not group.correct
 
 
 def test_a_group_that_was_not_measured_has_no_figures() -> None:

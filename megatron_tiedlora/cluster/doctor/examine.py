@@ -62,10 +62,10 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     seconds["ask"] = time.monotonic() - begin
     say(f"{len(compare.answering(hosts))} of {len(hosts)} answered ({seconds['ask']:.1f} s)")
 
-    all_there = all(host.probe is not None for host in hosts)
-    if settings.output_dir is not None and all_there and len(hosts) > 1:
+    there = [host for host, _ in compare.answering(hosts)]
+    if settings.output_dir is not None and hosts[0] in there and len(there) > 1:
         begin = time.monotonic()
-        findings += try_shared(hosts, way)
+        findings += try_shared(there, way)
         seconds["shared"] = time.monotonic() - begin
         say(f"looked from every host for a file in --output_dir ({seconds['shared']:.1f} s)")
 
