@@ -75,8 +75,9 @@ class Way:
         if self.route == "ssh":
             return ["ssh", *ssh_options(self.ssh_port, limit=limit), host, line]
         if self.route == "srun":
-            # One step a host, beside whatever else runs in the allocation.
-            step = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", "--unbuffered", "--quiet"]
+            # One step a host, beside whatever else runs in the allocation, on all of the cores that it has there.
+            step = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap"]
+            step += ["--cpu-bind=none", "--unbuffered", "--quiet"]
             return ["srun", *step, "/bin/sh", "-c", line]
         return ["/bin/sh", "-c", line]
 
