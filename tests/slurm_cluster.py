@@ -14,6 +14,7 @@ ClusterName=fake
 SlurmctldHost={first}
 SlurmUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir=/run/slurmd-%n
 SlurmctldPidFile=/run/slurmctld.pid
@@ -101,6 +102,10 @@ class SlurmCluster:
     def exit_code(self, job: str) -> str:
         """The exit status of a job's script and, after a colon, the signal that ended it."""
         return self._field(job, "ExitCode")
+
+    def restarts(self, job: str) -> int:
+        """How often a job was put back into the queue."""
+        return int(self._field(job, "Restarts"))
 
     def _field(self, job: str, name: str) -> str:
         shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])

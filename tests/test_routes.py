@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_routes import NEEDS, ROUTES
+from cluster_routes import ROUTES, needed
 from cluster_site import LAYOUTS, Site, opened_site
 from fake_hosts import FakeCluster
 from host_needs import needs
@@ -25,7 +25,7 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
 DEFAULT = {("pdsh", "tp2"), ("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")}
 CASES = [
     pytest.param(
-        route, layout, marks=[needs(NEEDS[route]), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
+        route, layout, marks=[needs(needed(route)), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
     )
     for route in ROUTES
     for layout in LAYOUTS
