@@ -155,7 +155,7 @@ def wait_for_step(job: Job, step: int, *, limit: float = 200.0) -> None:
     deadline = time.monotonic() + limit
     while not has_step(seen_by_first(job, run_folder(job)), step):
         assert not job.is_over() and time.monotonic() < deadline, f"no step {step}\n{job.output()[-6000:]}"
-        time.sleep(0.1)
+        time.sleep(0.3 if job.number else 0.1)
 
 
 def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
@@ -166,7 +166,7 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
         while (now := time.monotonic() - started) < limit and (told is None or over is None):
             told = now if told is None and job.is_over() else told
             over = now if over is None and not _left(job) else over
-            time.sleep(0.1)
+            time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
         left = _left(job)
     finally:
         heal(job)

@@ -88,7 +88,7 @@ class Job:
 
     def wait(self, limit: float = 200.0) -> int:
         """The exit status: the launcher's, the first that is not 0 of several, or that of the batch job."""
-        wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.2)
+        wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.5)
         if self.number:
             code, _, signal_number = self._slurm.exit_code(self.number).partition(":")
             return int(code) or -int(signal_number)

@@ -68,8 +68,7 @@ class SlurmCluster:
             self.start_node(name)
         self.cluster.first.run([_program("slurmctld")])
         wait_until(self.is_idle, self.logs)
-        for host in self.cluster.hosts.values():
-            host.keep_running()
+        self.cluster.first.keep_running()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,6 +88,8 @@ class SlurmCluster:
             ]
         )
         host.run([_program("slurmd"), "-N", name])
+        wait_until(host.outside(Path("/run/slurmd.pid")).exists, self.logs)
+        host.keep_running()
 
     def is_idle(self) -> bool:
         """Whether every node waits for work."""

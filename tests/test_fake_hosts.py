@@ -240,3 +240,11 @@ def test_slurm_runs_a_step_on_both_nodes(tmp_path: Path) -> None:
         wait_until(lambda: slurm.state(job) == "FAILED", slurm.logs)
         assert [(cluster.folder / f"{name}.out").read_text().strip() for name in NAMES] == list(NAMES)
         assert cluster.jobs() == {}
+
+        node = cluster.hosts["nodeb"]
+        node.kill()
+        node.boot()
+        slurm.start_node("nodeb")
+        wait_until(slurm.is_idle, slurm.logs)
+        said = cluster.first.run(["srun", "--nodes=2", "--ntasks-per-node=1", "hostname"])
+        assert sorted(said.split()) == list(NAMES) and cluster.jobs() == {}
