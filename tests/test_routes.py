@@ -9,6 +9,7 @@ import pytest
 from cluster_routes import ROUTES, needed
 from cluster_site import LAYOUTS, Site, opened_site
 from fake_hosts import FakeCluster
+from host_commands import wait_until
 from host_needs import needs
 from run_files import files_of, losses, status
 
@@ -42,4 +43,4 @@ def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str,
     for split in ("train", "validation"):
         assert losses(folder, split) == losses(whole, split)
     assert files_of(folder / "adapter") == files_of(whole / "adapter")
-    assert site.cluster.jobs() == {}
+    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)

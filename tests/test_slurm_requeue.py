@@ -59,7 +59,7 @@ def assert_went_on(site: Site, job: Job, folder: Path) -> None:
     assert [step for step, _ in losses(folder / "run")] == list(range(1, STEPS + 1))
     assert losses(folder / "run") == losses(whole)
     assert files_of(folder / "run" / "adapter") == files_of(whole / "adapter")
-    assert site.cluster.jobs() == {}
+    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)
 
 
 def test_the_time_limit(site: Site, tmp_path: Path) -> None:
