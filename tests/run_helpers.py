@@ -372,15 +372,20 @@ def plain_command(arguments: Sequence[str]) -> list[str]:
 
 def deepspeed_command(arguments: Sequence[str], *, ranks: int, prelude: str | None = None) -> list[str]:
     """deepspeed --num_gpus RANKS launch/train.py ARGUMENTS, behind a prelude of run_preludes.py."""
-    script = [str(TRAIN)] if prelude is None else [str(PRELUDES), f"--prelude={prelude}"]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), *script, *arguments]
+    return [*launcher, "--master_port", str(free_port()), *_script(prelude), *arguments]
 
 
-def torchrun_command(arguments: Sequence[str], *, ranks: int) -> list[str]:
-    """torchrun --nproc_per_node RANKS launch/train.py ARGUMENTS."""
+def torchrun_command(
+    arguments: Sequence[str], *, ranks: int, options: Sequence[str] = (), prelude: str | None = None
+) -> list[str]:
+    """torchrun --nproc_per_node RANKS OPTIONS launch/train.py ARGUMENTS; without options on a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), str(TRAIN), *arguments]
+    return [*launcher, *(options or ["--master_port", str(free_port())]), *_script(prelude), *arguments]
+
+
+def _script(prelude: str | None) -> list[str]:
+    return [str(TRAIN)] if prelude is None else [str(PRELUDES), f"--prelude={prelude}"]
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, limit: float = TIME_LIMIT) -> None:

@@ -58,6 +58,14 @@ def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
 
 
+def kill_once() -> None:
+    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it."""
+    done = Path(os.environ["KILL_ONCE"])
+    if os.environ["RANK"] == "1" and not done.exists():
+        kill_at_step(5, signal.SIGKILL)
+        before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: done.touch())
+
+
 def no_compiler(rank: int, *, pays: bool = False) -> None:
     """Compiling fails on this rank. `pays`: every run is long enough for it."""
     from megatron_tiedlora.parallel.kernels import Kernels

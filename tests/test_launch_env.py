@@ -99,6 +99,14 @@ def test_torchruns_of_one_step_that_do_not_know_of_each_other_are_refused(bare: 
     assert start(bare, **alone, TORCHELASTIC_RUN_ID="job1") == (0, 1), "what is left of an elastic job"
 
 
+def test_torchrun_with_restarts_needs_a_new_store_for_each(bare: pytest.MonkeyPatch) -> None:
+    elastic = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(UserError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        start(bare, **elastic, TORCHELASTIC_USE_AGENT_STORE="True")
+    assert start(bare, **elastic, TORCHELASTIC_USE_AGENT_STORE="False") == (0, 2)
+    assert start(bare, TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_USE_AGENT_STORE="True") == (0, 2)
+
+
 def test_more_ranks_than_gpus(bare: pytest.MonkeyPatch) -> None:
     bare.setattr(launch_env.torch.cuda, "is_available", lambda: True)
     bare.setenv("DS_ACCELERATOR", "cuda")

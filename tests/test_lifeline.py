@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, is_lost_exchange
+from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, is_lost_exchange, lost_exchange_line
 
 BEAT, SILENCE = 0.05, 1.0
 HOST = socket.gethostname()
@@ -167,7 +167,12 @@ def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three
 
 def test_rank_0_parts_last(three: Ranks) -> None:
     order: list[int] = []
-    timers = [threading.Timer(0.4 * BEAT * rank, lambda r=rank: (order.append(r), three.lines[r].part())) for rank in (1, 2)]
+
+    def end(rank: int) -> None:
+        order.append(rank)
+        three.lines[rank].part()
+
+    timers = [threading.Timer(0.4 * BEAT * rank, end, [rank]) for rank in (1, 2)]
     for timer in timers:
         timer.start()
     three.lines[0].part()
@@ -182,3 +187,6 @@ def test_what_says_no_more_than_that_an_exchange_failed() -> None:
     assert is_lost_exchange(torch.distributed.DistBackendError("NCCL error"))
     assert not is_lost_exchange(RuntimeError("The size of tensor a (3) must match"))
     assert not is_lost_exchange(ValueError("gloo"))
+    gloo = "[/build/gloo/pair.cc:537] Read error [10.0.0.2]:36246: Connection reset by peer. This is typically caused"
+    found = lost_exchange_line(RuntimeError(gloo))
+    assert found == "an exchange with a peer failed (Read error [10.0.0.2]:36246: Connection reset by peer)"

@@ -10,7 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 from run_files import assert_same_run, checkpoint_names, files_of, has_step, losses, metrics, run_settings, status
-from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command, wait_for, write_base
+from run_helpers import (
+    Base,
+    deepspeed_command,
+    free_port,
+    run,
+    start_command,
+    torchrun_command,
+    wait_for,
+    write_base,
+)
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
@@ -220,6 +229,30 @@ def test_torchrun_told_to_stop(base: Base, tmp_path: Path) -> None:
     finally:
         command.kill()
     assert status(folder)["state"] == "stopped"
+
+
+def test_torchrun_restarts_go_on_by_themselves(
+    base: Base, tmp_path: Path, two_ranks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank is killed at step 5: the ranks start again, from step 4, and end as an undisturbed run."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    monkeypatch.setenv("KILL_ONCE", str(tmp_path / "killed"))
+    options = ["--max_restarts", "2", "--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint"]
+    words = torchrun_command(
+        base.arguments(output_dir=folder, resume="auto"),
+        ranks=2,
+        options=[*options, f"127.0.0.1:{free_port()}"],
+        prelude="kill_once",
+    )
+    command = start_command(words, folder=tmp_path / "work", cache=base.cache)
+    try:
+        ended = command.wait()
+    finally:
+        command.kill()
+    assert ended.status == 0, ended.tail()
+    assert (tmp_path / "killed").exists() and ended.tail().count(", resumed from step 4") == 1
+    assert_same_run(folder, two_ranks[0])
 
 
 # Early stopping, and runs that are over ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -230,6 +231,12 @@ def is_lost_exchange(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "by peer", "Broken pipe"))
+
+
+def lost_exchange_line(error: BaseException) -> str:
+    """What such an error says, in one line: without the place in gloo's source, and its advice."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"an exchange with a peer failed ({re.sub(r'^.*[.]cc:[0-9]+[]] ', '', text).partition('. This is')[0]})"
 
 
 def _ended(beat: str) -> bool:

@@ -25,6 +25,7 @@ _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 
 
@@ -85,8 +86,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
     Raises:
         UserError: there are none, or they do not fit what the job was started for: another number of ranks than
-            MEGATRON_TIEDLORA_EXPECTED_RANKS, a `deepspeed --hostfile` whose file is missing or names others, or
-            `torchrun`s of one Slurm step that do not know of each other. Each would train apart, and end well.
+            MEGATRON_TIEDLORA_EXPECTED_RANKS, a `deepspeed --hostfile` whose file is missing, or `torchrun`s of one
+            Slurm step that do not know of each other. Each would train apart, and end well. Or a `torchrun` that could
+            not start its ranks again.
     """
     rank, world_size = _rank_and_world_size()
     _check_expected_ranks(world_size)
@@ -109,6 +111,12 @@ def _check_expected_ranks(world_size: int) -> None:
         raise UserError(
             f"this rank sees a world of {world_size}, but {expected} ranks were to be started ({EXPECTED_RANKS}); the"
             " launcher did not use all hosts and slots: look at its first lines, and at `python launch/doctor.py`"
+        )
+    if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment.get(_AGENT_STORE) == "True":
+        # Ranks that start again would find the addresses of the dead in it (torch 2.13).
+        raise UserError(
+            "torchrun --max_restarts needs a new store for every start: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            " before torchrun, on every host"
         )
     agents, tasks = environment.get("GROUP_WORLD_SIZE"), environment.get("SLURM_STEP_NUM_TASKS", "1")
     if agents == "1" and environment.get("TORCHELASTIC_RUN_ID") == "none" and int(tasks) > 1:

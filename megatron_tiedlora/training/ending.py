@@ -9,17 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
-from megatron_tiedlora.parallel.lifeline import SILENCE_SECONDS, Lifeline, Loss, connect, is_lost_exchange
+from megatron_tiedlora.parallel.lifeline import (
+    SILENCE_SECONDS,
+    Lifeline,
+    Loss,
+    connect,
+    is_lost_exchange,
+    lost_exchange_line,
+)
 from megatron_tiedlora.pipeline.launch_env import first_to_fail
 from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, State
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from megatron_tiedlora.training.loop import Trainer  # imports DeepSpeed, for which signals need not wait
 
 FAILED_STATUS, REFUSED_STATUS = 1, 2
+_RESERVED_BYTES = 1 << 16
 
 
 @dataclass
@@ -59,6 +70,7 @@ class End:
     lifeline: Lifeline | None = None
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
+    _reserve: ExitStack = field(default_factory=ExitStack)
 
     @property
     def step(self) -> int:
@@ -91,11 +103,14 @@ class End:
 
         if decided_by_rank_0(digest, device) == digest():
             self.folder = folder
+            with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
+                self._reserve.enter_context(_space(folder.path))
         self._open.enter_context(self.log.kept(folder.path, self.rank))
 
     def record(self, state: State, reason: str) -> None:
         """Write run_status.json, once the folder is this run's (a start that failed before that changes nothing)."""
         if self.folder is not None:
+            self._reserve.close()
             self.folder.write_status(state, step=self.step, reason=reason)
 
     def stopped(self, stop: RunStopped) -> None:
@@ -122,10 +137,11 @@ class End:
         """Say why, or leave it to the rank that knows; returns the exit status."""
         self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
         text = str(error) or type(error).__name__
-        own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        here = f"rank {self.rank}, after step {self.step}: {own}"
-        writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         lost = self.lifeline is not None and is_lost_exchange(error)
+        own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+        own = lost_exchange_line(error) if lost else own
+        here = f"rank {self.rank} on {socket.gethostname()}, after step {self.step}: {own}"
+        writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         if self.lifeline is None:
             loss = Loss(here, first_to_fail())
         else:
@@ -147,7 +163,7 @@ class End:
 
     def _lost(self, loss: Loss) -> None:
         """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
-        self._record_failure(loss.reason)
+        self._record_failure(loss.reason, again=self.rank == 0)
         if loss.speaks:
             self.log.say(f"error: {loss.reason}")
         else:
@@ -165,6 +181,14 @@ class End:
 
 
 @contextmanager
+def _space(folder: Path) -> Iterator[None]:
+    """Hold a little of the disk, in a file without a name."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(bytes(_RESERVED_BYTES))
+        yield
+
+
+@contextmanager
 def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
     """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
 
@@ -172,7 +196,7 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
         SystemExit: failed, and said so.
     """
     end = End(rank, world_size, stop)
-    with end._open:
+    with end._open, end._reserve:
         try:
             yield end
             if rank == 0:
