@@ -160,9 +160,9 @@ def wait_for_step(job: Job, step: int, *, limit: float = 200.0) -> None:
 
 def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
     """Let `fault` happen now, and watch the job's end; then whatever is left of it is killed."""
+    started, told, over = time.monotonic(), None, None
     try:
         FAULTS[fault](job)
-        started, told, over = time.monotonic(), None, None
         while (now := time.monotonic() - started) < limit and (told is None or over is None):
             told = now if told is None and job.is_over() else told
             over = now if over is None and not _left(job) else over
