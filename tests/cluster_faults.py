@@ -17,7 +17,7 @@ from cluster_routes import Job
 from fake_hosts import FakeHost
 from run_files import has_step
 
-END_LIMIT = 100.0  # seconds after a fault, until the last process of the job has to be gone
+END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
 
 # Faults ----------------------------------------------------------------------------------------------------------

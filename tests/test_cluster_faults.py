@@ -17,8 +17,8 @@ from host_needs import needs
 from run_files import checkpoint_names, files_of, losses
 from run_helpers import run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(290), needs("ssh")]
-STEPS, SAVED = 8, 2  # the fault comes after step 3, with a checkpoint of step 2
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400), needs("ssh")]
+STEPS, SAVED = 12, 2  # the fault comes after step 3, with a checkpoint of step 2
 STOPS = ("SIGTERM", "scancel")
 # Ranks that find their launcher dead save and stop, unless it took some of them along.
 ENDS = {fault: ("failed", "stopped") for fault in ("launcher", "launcher on a host", "pdsh", "run.py")}
