@@ -50,6 +50,7 @@ class JobHosts:
         named = {name: environment[name] for name in ("PYTHONPATH",) if name in environment}
         self._way = job.way(named if job.reached == "ssh" else {})
         self._told: dict[str, set[int]] = {}  # by the name that a host is asked by
+        self._here, self._aliases = here, set[str]()  # names of a hostfile that turned out to be this host's
 
     def check(self) -> Answers:
         """Whether every host, this one too where it is one, can be reached as the launcher will reach it."""
@@ -72,7 +73,8 @@ class JobHosts:
         here = find(self._job.run_id, script=self._job.script)
         if number is not None:
             here = tell(here, number, everything=everything, but=() if everything else [*self._told.get("", ())])
-        commands = {name: self._command(number, everything=everything, name=name) for name in self._others}
+        others = [name for name in self._others if name not in self._aliases]
+        commands = {name: self._command(number, everything=everything, name=name) for name in others}
         return self._answers(self._run(commands), {"": here})
 
     def _command(self, number: int | None = None, *, everything: bool = False, name: str = "") -> list[str]:
@@ -94,6 +96,7 @@ class JobHosts:
                 unreached[name] = self._why(done)
             else:
                 by_name[name] = report
+                self._aliases |= {name} if report.host == self._here else set()
         for name, report in by_name.items():
             self._told.setdefault(name, set()).update(found.pid for found in report.processes if found.told)
         addresses = {name: report.address for name, report in by_name.items()}

@@ -29,7 +29,8 @@ from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder, 
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
 _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpirun": "mpirun", "srun": "srun"}
-_SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
+SOON_SECONDS = 2.0  # between looks when a job is about to end
+SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
 
 
 def launch(argv: Sequence[str], *, scripts: Path) -> int:
@@ -75,9 +76,12 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
             return 128 + signals.received[0]
         where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
         say(f"{job.size} ranks on {where} by {job.launcher}, into {folder.path}")
-        look = float("inf") if job.reached == "srun" else settings.look_seconds  # Slurm looks after its steps
-        soon = {"soon": _SRUN_SOON_SECONDS} if job.reached == "srun" else {}
-        times = Times(look, settings.grace_seconds, **soon)
+        by_slurm = job.reached == "srun"  # which looks after its steps by itself
+        times = Times(
+            look=float("inf") if by_slurm else settings.look_seconds,
+            grace=settings.grace_seconds,
+            soon=SRUN_SOON_SECONDS if by_slurm else SOON_SECONDS,
+        )
         ended = Watch(start_all(plan, job.folder), hosts, signals, times, status.is_new).run()
     verdict = judge(status, launcher=ended.name, launcher_status=ended.status, passed_on=ended.passed_on)
     say(verdict.line)

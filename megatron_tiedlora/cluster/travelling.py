@@ -103,7 +103,7 @@ def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
                 continue
             key, equals, value = content.partition("=")
             if not equals or not _NAME.fullmatch(key.strip()):
-                raise UserError(f"{file}:{number}: {content.split('=')[0]!r} is not of the form NAME=VALUE")
+                raise UserError(f"{file}:{number}: not of the form NAME=VALUE")
             found[key.strip()] = value.strip()
     return found
 

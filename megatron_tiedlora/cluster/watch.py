@@ -25,7 +25,6 @@ from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 
 POLL_SECONDS = 0.1
-SOON_SECONDS = 2.0  # between looks when something is about to end
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left
 HELPER_SECONDS = 10.0  # for what is no rank, and on SIGTERM for all, before SIGKILL
 LAST_LOOKS = 3  # after SIGKILL
@@ -35,11 +34,17 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Times:
-    """Limits of a watch, in seconds: see the flags of the same names."""
+    """Limits of a watch, in seconds.
+
+    Attributes:
+        look: between looks at all hosts.
+        grace: for ranks whose launcher has died, to save.
+        soon: between looks when something is about to end.
+    """
 
     look: float
     grace: float
-    soon: float = SOON_SECONDS
+    soon: float
 
 
 @dataclass
@@ -127,7 +132,7 @@ class Watch:
     _ended_at: float | None = None
     _deadline: float = float("inf")  # until when what is left has time
     _in_a_hurry: bool = False
-    _retries: int = 2  # of a look at hosts that cannot be reached, after the end
+    _retries: int = 1  # of a look at hosts that cannot be reached, after the end
     _unreached: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Ended:
