@@ -107,7 +107,7 @@ class Job:
         for name, host in self.task.cluster.hosts.items():
             for process in host.jobs():
                 words = _command_line(process)
-                scripts = {self.task.script[0], str(self.task.folder / "train.py")}
+                scripts = {self.task.script[0], str(self.task.folder / "train.py"), "launch/train.py"}
                 if words[:1] == [sys.executable] and scripts & set(words[1:3]):
                     found[name] = process
         return found
@@ -163,38 +163,41 @@ def start_torchrun(task: Task) -> Job:
 
 
 def start_slurm(task: Task) -> Job:
-    """sbatch, with srun in the script."""
-    return _submit(task, ["srun", "--kill-on-bad-exit=1", sys.executable, *task.script])
-
-
-def _submit(task: Task, command: Sequence[str]) -> Job:
+    """sbatch launch/slurm.sbatch without its line of GPUs; it starts the train.py of where it is submitted."""
     assert task.slurm is not None
-    script = task.folder / "job.sh"
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in task.travelling.items()]
-    script.write_text("\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(command)}\n"]))
-    nodes = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1"]
-    return Job(task, [], task.slurm.submit(script, *nodes, *task.options, cwd=task.folder))
+    lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines(keepends=True)
+    script = task.folder / "slurm.sbatch"
+    script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus")))
+    write_script(task, task.folder / "launch")
+    size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=slurm-%j.out"]
+    environment = {**task.travelling, "PYTHON": sys.executable}
+    words = [*size, *task.options, str(script), *task.arguments]
+    return Job(task, [], task.slurm.submit(words, cwd=task.folder, env=environment))
 
 
 def start_watched(task: Task, launcher: str) -> Job:
     """launch/run.py with one of its launchers; by srun it runs in a batch script."""
     command = [sys.executable, str(RUN)]
     if task.prelude:
-        write_script(task)
+        write_script(task, task.folder)
         command = [sys.executable, "-c", RUN_WITH, str(task.folder)]
     command += ["--launcher", launcher, *task.options]
     if launcher == "srun":
-        return _submit(task, [*command, *task.arguments])
+        assert task.slurm is not None
+        wrapped = f"exec {shlex.join([*command, *task.arguments])}"
+        size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", f"--wrap={wrapped}"]
+        return Job(task, [], task.slurm.submit(size, cwd=task.folder, env=task.travelling))
     command += ["--hostfile", str(task.cluster.hostfile()), *task.arguments]
     environment = {**task.travelling, **MPI_ENVIRONMENT}
     return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=environment)])
 
 
-def write_script(task: Task) -> None:
-    """A train.py with the prelude in it, for launch/run.py to start."""
-    words = f"sys.argv[1:1] = ['--prelude={task.prelude}']"
-    text = f"import runpy, sys\n{words}\nrunpy.run_path({str(PRELUDES)!r}, run_name='__main__')\n"
-    (task.folder / "train.py").write_text(text)
+def write_script(task: Task, folder: Path) -> None:
+    """A train.py in `folder` that is launch/train.py, behind the task's prelude."""
+    script, *words = task.script[: 2 if task.prelude else 1]
+    text = f"import runpy, sys\nsys.argv[1:1] = {words}\nrunpy.run_path({script!r}, run_name='__main__')\n"
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(text)
 
 
 def needed(route: str) -> str:

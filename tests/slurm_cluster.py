@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fake_hosts import FakeCluster
@@ -112,9 +113,9 @@ class SlurmCluster:
         shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 
-    def submit(self, script: Path, *options: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """Submit a batch script; returns the job's number."""
-        return self.cluster.first.run(["sbatch", "--parsable", *options, script], cwd=cwd, env=env).strip()
+    def submit(self, words: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+        """Submit a batch job by the words of sbatch; returns the job's number."""
+        return self.cluster.first.run(["sbatch", "--parsable", *words], cwd=cwd, env=env).strip()
 
     def logs(self) -> str:
         """The end of every daemon's log."""

@@ -1,15 +1,17 @@
-"""Slurm puts a job back into its queue, at its time limit or when a node dies, and it goes on without a hand (slow)."""
+"""launch/slurm.sbatch puts itself back into the queue before its time is over, and Slurm does so where a node dies.
+
+Either way it goes on without a hand.
+"""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cluster_faults import read_status, wait_for_step
-from cluster_routes import RUN_WITH, Job, write_script
+from cluster_routes import Job, start_slurm
 from cluster_site import Site, opened_site
 from fake_hosts import FakeCluster
 from host_commands import wait_until
@@ -19,19 +21,6 @@ from run_files import files_of, losses
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900), needs("ssh"), needs("slurm")]
 STEPS = 100  # at 0.3 s and more each, so that the signal comes in between
 
-# Slurm signals the batch script alone; it passes the signal on, waits for the save, and puts itself into the queue.
-BATCH = """#!/bin/bash
-#SBATCH --requeue --open-mode=append
-{exports}
-trap 'told=1; kill -USR1 $job' USR1
-{command} &
-job=$!
-wait $job; status=$?
-while kill -0 $job 2>/dev/null; do wait $job; status=$?; done
-if [ -n "$told" ] && [ $status = 0 ]; then scontrol requeue $SLURM_JOB_ID; sleep 60; fi
-exit $status
-"""
-
 
 @pytest.fixture(scope="module")
 def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -40,14 +29,8 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def submit(site: Site, folder: Path, *options: str) -> Job:
-    task = site.task(folder / "run", "tp2", work=folder, prelude="watched_steps", resume="auto")
-    assert task.slurm is not None
-    write_script(task)
-    words = [sys.executable, "-c", RUN_WITH, str(folder), "--launcher", "srun", *task.arguments]
-    script = folder / "job.sh"
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in task.travelling.items())
-    script.write_text(BATCH.format(exports=exports, command=shlex.join(words)))
-    return Job(task, [], task.slurm.submit(script, "--nodes=2", "--ntasks-per-node=1", *options, cwd=folder))
+    task = site.task(folder / "run", "tp2", work=folder, prelude="watched_steps")
+    return start_slurm(replace(task, options=options))
 
 
 def assert_went_on(site: Site, job: Job, folder: Path) -> None:
@@ -64,7 +47,7 @@ def assert_went_on(site: Site, job: Job, folder: Path) -> None:
 
 def test_the_time_limit(site: Site, tmp_path: Path) -> None:
     """Two minutes, with a signal one minute before (Slurm looks every half a minute)."""
-    job = submit(site, tmp_path, "--time=2", "--signal=B:USR1@60")
+    job = submit(site, tmp_path, "--time=2", "--signal=USR1@60")
     assert_went_on(site, job, tmp_path)
 
 
