@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from megatron_tiedlora.cluster.reach import JobHosts, describe
 from megatron_tiedlora.config.hosts import Host
 
 pytestmark = pytest.mark.timeout(90)
+RUN = secrets.token_hex(8)  # another run of these tests may be under way
 
 # node1 and node2 are this host under other names, with a talkative shell; the others are in trouble.
 SSH = """#!/bin/sh
@@ -51,13 +53,14 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Starts processes, and ends them after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(*words: str, run_id: str | None = "abc123") -> subprocess.Popen[bytes]:
+    def run(*words: str, run_id: str | None = RUN) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **({RUN_ID: run_id} if run_id is not None else {})}
         process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         started.append(process)
         return process
 
     yield run
+    tell(find(RUN, script=""), signal.SIGKILL, everything=True)
     for process in started:
         process.kill()
         process.wait()
@@ -88,11 +91,11 @@ def test_ranks_agents_and_launchers_of_one_start_are_told_apart(spawn: Spawn, sc
     torchrun = write_program(tmp_path, "torchrun", f"#!{sys.executable}\nimport time; time.sleep(60)\n")
     agent = spawn(str(torchrun), script)
     launcher = spawn(sys.executable, "-c", "import time; time.sleep(60)", script)
-    for other in (None, "abc12", "abc1234"):
+    for other in (None, RUN[:-1], f"{RUN}4"):
         spawn(sys.executable, script, mark, run_id=other)
     expected = {rank.pid: "rank", agent.pid: "agent", launcher.pid: "launcher"}
-    wait_for(lambda: expected.items() <= kinds(find("abc123", script=script)).items())
-    report = find("abc123", script=script)
+    wait_for(lambda: expected.items() <= kinds(find(RUN, script=script)).items())
+    report = find(RUN, script=script)
     assert report.host == socket.gethostname() and len(report.processes) == 3
     assert main(["--run_id", "none", "--script", script]) == 0
 
@@ -101,8 +104,8 @@ def test_the_fork_of_a_rank_is_no_rank(spawn: Spawn, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, time\nos.fork()\ntime.sleep(60)\n")
     rank = spawn(sys.executable, str(script))
-    wait_for(lambda: len(find("abc123", script=str(script)).processes) == 2)
-    found = find("abc123", script=str(script))
+    wait_for(lambda: len(find(RUN, script=str(script)).processes) == 2)
+    found = find(RUN, script=str(script))
     assert [pid for pid, kind in kinds(found).items() if kind == "rank"] == [rank.pid]
     tell(found, signal.SIGKILL, everything=True)
     rank.wait(10)
@@ -150,7 +153,7 @@ def test_a_host_under_several_names_is_told_once(spawn: Spawn, script: str, tmp_
     mark = tmp_path / "mark"
     rank = spawn(sys.executable, "-u", script, str(mark))
     wait_for(mark.exists)
-    hosts = JobHosts(make_job(tmp_path / "job", script=script), dict(os.environ), limit=30)
+    hosts = JobHosts(make_job(tmp_path / "job", run_id=RUN, script=script), dict(os.environ), limit=30)
     checked = hosts.check()
     assert not checked.unreached and checked.addresses.keys() == {"node1", "node2"}
     assert [found.pid for _, found in hosts.look().found] == [rank.pid]
@@ -165,9 +168,21 @@ def test_a_host_under_several_names_is_told_once(spawn: Spawn, script: str, tmp_
 
 
 @pytest.mark.usefixtures("ssh")
+def test_a_rank_on_another_host_is_told_once(tmp_path: Path) -> None:
+    answer = '{"host": "far", "address": "", "processes": [{"pid": 7, "kind": "rank", "name": "python", "told": true}]}'
+    calls = tmp_path / "calls"
+    write_program(tmp_path / "bin", "ssh", f"#!/bin/sh\necho \"$*\" >> {calls}\necho '{answer}'\n")
+    hosts = JobHosts(make_job(tmp_path / "job", run_id=RUN, hosts=(Host("far", 1),)), dict(os.environ), limit=30)
+    for ask in (hosts.stop, hosts.stop, hosts.end):
+        assert [found.pid for _, found in ask(signal.SIGTERM).found] == [7]
+    told, again, ended = (line.partition(" --signal ")[2] for line in calls.read_text().splitlines())
+    assert (told, again, ended) == ("15 --to ranks", "15 --to ranks --but 7", "15 --to all")
+
+
+@pytest.mark.usefixtures("ssh")
 def test_a_host_that_does_not_answer_is_named_with_the_reason(tmp_path: Path) -> None:
     names = ("node1", "down", "slow", "broken")
-    job = make_job(tmp_path / "job", hosts=tuple(Host(name, 1) for name in names))
+    job = make_job(tmp_path / "job", run_id=RUN, hosts=tuple(Host(name, 1) for name in names))
     begun = time.monotonic()
     hosts = JobHosts(job, dict(os.environ), limit=8)
     answers = hosts.check()
