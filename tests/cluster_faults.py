@@ -17,7 +17,7 @@ from cluster_routes import Job
 from fake_hosts import FakeHost
 from run_files import has_step
 
-END_LIMIT = 100.0  # seconds after a fault, until the last process of the job has to be gone
+END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
 
 # Faults ----------------------------------------------------------------------------------------------------------
@@ -34,16 +34,23 @@ def kill_first_rank(job: Job) -> None:
 
 
 def kill_launcher(job: Job) -> None:
-    """SIGKILL to the command that the user has started; under Slurm to srun."""
+    """SIGKILL to the launcher: deepspeed, mpirun or srun; torchrun's agent on the last host."""
     if job.number:
-        _kill_programs(job, ("srun",))
+        _kill_programs(job, "srun")
+    elif job.is_watched:
+        psutil.Process(job.launchers[0].pid).children()[-1].kill()
     else:
         job.launchers[-1].signal(signal.SIGKILL)
 
 
+def kill_watcher(job: Job) -> None:
+    """SIGKILL to launch/run.py."""
+    job.launchers[0].signal(signal.SIGKILL)
+
+
 def kill_pdsh(job: Job) -> None:
     """SIGKILL to pdsh, which deepspeed has started."""
-    _kill_programs(job, ("pdsh",))
+    _kill_programs(job, "pdsh")
 
 
 def kill_node_launcher(job: Job) -> None:
@@ -64,9 +71,10 @@ def cut_link(job: Job) -> None:
 
 
 def fill_disk(job: Job) -> None:
-    """The file system of the run folder has no room left, on the host of rank 0."""
-    first, folder = job.task.cluster.first, run_folder(job)
-    first.run(["dd", "if=/dev/zero", f"of={folder.parent / 'filler'}", "bs=4k"], check=False)
+    """The file system of the run folder has room for a log line or two left, on the host of rank 0."""
+    first, filler = job.task.cluster.first, run_folder(job).parent / "filler"
+    first.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False)
+    first.run(["truncate", "-s", "-8K", filler])
 
 
 def terminate(job: Job) -> None:
@@ -84,6 +92,7 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "rank": kill_rank,
     "rank 0": kill_first_rank,
     "launcher": kill_launcher,
+    "run.py": kill_watcher,
     "pdsh": kill_pdsh,
     "launcher on a host": kill_node_launcher,
     "host": kill_host,
@@ -98,9 +107,9 @@ def _last(job: Job) -> FakeHost:
     return list(job.task.cluster.hosts.values())[-1]
 
 
-def _kill_programs(job: Job, names: Sequence[str]) -> None:
-    found = [process for process in job.task.cluster.first.jobs() if process.name() in names]
-    assert found, f"no {names} among {job.task.cluster.jobs()}"
+def _kill_programs(job: Job, name: str) -> None:
+    found = [process for process in job.task.cluster.first.jobs() if process.name() in (name, f"{name}.bin")]
+    assert found, f"no {name} among {job.task.cluster.jobs()}"
     for process in found:
         process.kill()
 
@@ -146,21 +155,23 @@ def wait_for_step(job: Job, step: int, *, limit: float = 200.0) -> None:
     deadline = time.monotonic() + limit
     while not has_step(seen_by_first(job, run_folder(job)), step):
         assert not job.is_over() and time.monotonic() < deadline, f"no step {step}\n{job.output()[-6000:]}"
-        time.sleep(0.1)
+        time.sleep(0.3 if job.number else 0.1)
 
 
 def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
     """Let `fault` happen now, and watch the job's end; then whatever is left of it is killed."""
-    FAULTS[fault](job)
     started, told, over = time.monotonic(), None, None
-    while (now := time.monotonic() - started) < limit and (told is None or over is None):
-        told = now if told is None and job.is_over() else told
-        over = now if over is None and not _left(job) else over
-        time.sleep(0.1)
-    left = _left(job)
-    heal(job)
-    for launcher in job.launchers:
-        launcher.kill()
+    try:
+        FAULTS[fault](job)
+        while (now := time.monotonic() - started) < limit and (told is None or over is None):
+            told = now if told is None and job.is_over() else told
+            over = now if over is None and not _left(job) else over
+            time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
+        left = _left(job)
+    finally:
+        heal(job)
+        for launcher in job.launchers:
+            launcher.kill()
     exit_status = job.wait(30)
     status = read_status(job)
     return Outcome(told, over, exit_status, status.get("state", ""), status.get("reason", ""), left)

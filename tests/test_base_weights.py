@@ -218,7 +218,7 @@ def index_names_another_file(folder: Path) -> str:
 
 def index_is_not_json(folder: Path) -> str:
     (folder / INDEX).write_text("{")
-    return "not a safetensors index"
+    return "not valid JSON"
 
 
 def index_without_map(folder: Path) -> str:

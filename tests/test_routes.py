@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_routes import NEEDS, ROUTES
+from cluster_routes import ROUTES, needed
 from cluster_site import LAYOUTS, Site, opened_site
 from fake_hosts import FakeCluster
+from host_commands import wait_until
 from host_needs import needs
 from run_files import files_of, losses, status
 
@@ -25,7 +26,7 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
 DEFAULT = {("pdsh", "tp2"), ("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")}
 CASES = [
     pytest.param(
-        route, layout, marks=[needs(NEEDS[route]), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
+        route, layout, marks=[needs(needed(route)), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
     )
     for route in ROUTES
     for layout in LAYOUTS
@@ -42,4 +43,4 @@ def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str,
     for split in ("train", "validation"):
         assert losses(folder, split) == losses(whole, split)
     assert files_of(folder / "adapter") == files_of(whole / "adapter")
-    assert site.cluster.jobs() == {}
+    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)

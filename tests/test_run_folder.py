@@ -157,13 +157,11 @@ def _no_end() -> None:
     """Keep what would be removed, to see that each step was saved."""
     import megatron_tiedlora.checkpoint.resume as resume
 
-    resume.shutil = _NoRemoval  # type: ignore[assignment]
+    resume.remove = _stays  # type: ignore[assignment]
 
 
-class _NoRemoval:
-    @staticmethod
-    def rmtree(path: Any, **_: Any) -> None:
-        assert Path(path).is_dir()
+def _stays(path: Path) -> None:
+    assert path.is_dir()
 
 
 def test_default_folders(base: Base, tmp_path: Path) -> None:
@@ -206,8 +204,15 @@ def test_choose_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_read_metrics_leaves_out_a_line_cut_short(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     assert read_metrics(file) == []
-    file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read_metrics(file) == [{"step": 1}, {"step": 2}]
+    rows = [{"step": step, "split": "train", "loss": 0.5} for step in (1, 2)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(whole + '{"ste')
+    assert read_metrics(file) == rows
+    # Nor does any other line count that is no row.
+    for line in ('{"step": 3}', "[]", "[" * 5000, '{"step": true, "split": "train", "loss": 1}', "9" * 5000,
+                 '{"step": 3, "split": "train", "loss": NaN}', '{"step": 3, "split": [], "loss": 1}'):  # fmt: skip
+        file.write_text(f"{line}\n{whole}")
+        assert read_metrics(file) == rows, line
 
 
 def test_run_yaml_is_plain_yaml(finished: tuple[Path, Ended]) -> None:

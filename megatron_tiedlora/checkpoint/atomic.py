@@ -77,7 +77,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
             os.rename(old, path)
             raise
     sync_path(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -121,7 +121,13 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in `folder`, after `restore_interrupted`."""
     restore_interrupted(folder)
     for item in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if item.is_dir():
-            shutil.rmtree(item, ignore_errors=True)
-        else:
-            item.unlink(missing_ok=True)
+        remove(item)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder with all in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()

@@ -6,7 +6,6 @@ weights are drawn in place instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -17,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import WeightRule
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -34,17 +35,15 @@ def weight_map(folder: Path) -> dict[str, Path]:
     """
     index = folder / _INDEX
     if index.is_file():
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in entries.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error})") from None
-        for file in sorted(set(files.values())):
-            if file.parent != folder:
-                raise UserError(f"{index}: names a file outside its folder: {file}")
-            if not file.is_file():
-                raise UserError(f"{file}: no such file, but {_INDEX} names it; download the model again")
-        return files
+        entries = read_json_object(index, kind="a safetensors index").get("weight_map")
+        if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+            raise UserError(f"{index}: not a safetensors index (weight_map is no table of tensors and files)")
+        for name in sorted(set(entries.values())):
+            if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
+                raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; download the model again")
+        return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / _SINGLE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
@@ -58,7 +57,7 @@ def open_weights(file: Path) -> Any:
     """`safe_open` on the CPU; a truncated or corrupt file is a UserError that names it."""
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 

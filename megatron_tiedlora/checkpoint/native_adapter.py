@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +18,15 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import Count, Real, Size, Text, read_fields, read_json_object
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
+_SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -126,72 +129,93 @@ def save_adapter(folder: Path, config: AdapterConfig, base: BaseIdentity, state:
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file. Raises UserError where it is missing or not whole."""
+    if not file.is_file():
+        raise UserError(f"{file}: not a whole safetensors file (no such file)")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
 
 
+def fp32_values(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
+    """A tensor of `file` in fp32. Raises UserError where it is not floating point, or not finite in fp32."""
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{file}: {name} is {str(stored.dtype).removeprefix('torch.')}, not floating point")
+    values = stored.to(torch.float32, copy=True)  # what was read maps the file, which may be replaced or cut
+    if not values.isfinite().all():
+        raise UserError(f"{file}: {name} holds numbers that are not finite")
+    return values
+
+
+@dataclass(frozen=True)
+class _StoredConfig:
+    """The fields of adapter_config.json, but for format_version and version."""
+
+    method: Text
+    qkv_layout: Text
+    rank: Size
+    alpha: Real
+    num_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    layers: list[Any]
+    base_model: Text
+    base_hash: Text
+    base_weights_hash: Text
+    seed: Count
+    init_std_a: Real
+    init_std_b: Real
+    dtype: Literal["bf16", "fp32"]
+
+
 def load_adapter(folder: Path) -> NativeAdapter:
     """Read an adapter folder (a checkpoint of a run is one too).
 
     Raises:
-        UserError: not a native adapter, another format version, a missing field or a tensor of the wrong shape.
+        UserError: not a native adapter, another format version, a field that is missing or of another kind, or a tensor
+            that is missing, of the wrong shape, not floating point or not finite.
     """
+    config, base = _read_config(folder)
+    file = folder / WEIGHTS_FILE
+    stored = read_safetensors(file)
+    state = {}
+    for name in FACTORS:
+        if name not in stored:
+            raise UserError(f"{file}: tensor {name} is missing")
+        if tuple(stored[name].shape) != config.shape(name):
+            raise UserError(f"{file}: {name} has shape {tuple(stored[name].shape)}, expected {config.shape(name)}")
+        state[name] = fp32_values(file, name, stored[name])
+    return NativeAdapter(config, base, state)
+
+
+def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity]:
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if "peft_type" in content:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file}: format_version {content.get('format_version')} is not {FORMAT_VERSION}")
-    try:
-        if content["method"] not in METHODS or content["qkv_layout"] != "q|k|v":
-            raise UserError(f"{file}: method {content['method']!r} with layout {content['qkv_layout']!r} is unknown")
-        head_dim, kv_heads = content["head_dim"], content["num_key_value_heads"]
-        config = AdapterConfig(
-            method=content["method"],
-            rank=content["rank"],
-            alpha=float(content["alpha"]),
-            layers=tuple(content["layers"]),
-            hidden_size=content["hidden_size"],
-            qkv_rows=(content["num_attention_heads"] * head_dim, kv_heads * head_dim, kv_heads * head_dim),
-            seed=content["seed"],
-            init_std_a=content["init_std_a"],
-            init_std_b=content["init_std_b"],
-        )
-        names = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        base = BaseIdentity(
-            content["base_model"],
-            content["base_hash"],
-            content["base_weights_hash"],
-            {name: content[name] for name in names},
-            content["dtype"],
-        )
-    except KeyError as error:
-        raise UserError(f"{file}: {error.args[0]} is missing") from None
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: a field is of the wrong kind ({error})") from None
-    _check_fields(file, config, base)
-    weights = folder / WEIGHTS_FILE
-    state = read_safetensors(weights)
-    for name in FACTORS:
-        if name not in state:
-            raise UserError(f"{weights}: tensor {name} is missing")
-        if tuple(state[name].shape) != config.shape(name):
-            raise UserError(f"{weights}: {name} has shape {tuple(state[name].shape)}, expected {config.shape(name)}")
-        if not state[name].isfinite().all():
-            raise UserError(f"{weights}: {name} holds numbers that are not finite")
-    return NativeAdapter(config, base, {name: state[name].float() for name in FACTORS})
-
-
-def _check_fields(file: Path, config: AdapterConfig, base: BaseIdentity) -> None:
-    for name, value in {"rank": config.rank, **base.shape}.items():
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{file}: {name} = {value!r} is not a whole number above 0")
-    last = base.shape["num_layers"]
-    if not config.layers or any(layer not in range(1, last + 1) for layer in config.layers):
-        raise UserError(f"{file}: layers {list(config.layers)} are not among 1 to {last}")
-    if list(config.layers) != sorted(set(config.layers)):
-        raise UserError(f"{file}: layers {list(config.layers)} are not in ascending order")
+        raise UserError(f"{file}: format_version {shown(content.get('format_version'))} is not {FORMAT_VERSION}")
+    stored = read_fields(file, content, _StoredConfig)
+    if stored.method not in METHODS or stored.qkv_layout != "q|k|v":
+        raise UserError(f"{file}: method {stored.method!r} with layout {stored.qkv_layout!r} is unknown")
+    layers, last = stored.layers, stored.num_layers
+    if not layers or any(type(layer) is not int or not 1 <= layer <= last for layer in layers):
+        raise UserError(f"{file}: layers {shown(layers)} are not among 1 to {last}")
+    if layers != sorted(set(layers)):
+        raise UserError(f"{file}: layers {shown(layers)} are not in ascending order")
+    kv_rows = stored.num_key_value_heads * stored.head_dim
+    config = AdapterConfig(
+        method=stored.method,
+        rank=stored.rank,
+        alpha=stored.alpha,
+        layers=tuple(layers),
+        hidden_size=stored.hidden_size,
+        qkv_rows=(stored.num_attention_heads * stored.head_dim, kv_rows, kv_rows),
+        seed=stored.seed,
+        init_std_a=stored.init_std_a,
+        init_std_b=stored.init_std_b,
+    )
+    shape = {name: getattr(stored, name) for name in _SHAPE_FIELDS}
+    return config, BaseIdentity(stored.base_model, stored.base_hash, stored.base_weights_hash, shape, stored.dtype)

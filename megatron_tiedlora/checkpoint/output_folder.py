@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 
 
 def check_place(path: Path, *, given: str) -> None:
@@ -29,7 +30,7 @@ def choose_output_folder(given: str | None, *, parent: str, name: str) -> Path:
             path, number = Path(parent) / f"{name}-{number}", number + 1
         check_place(path, given=str(path))
         return path
-    path = Path(given).expanduser()
+    path = user_path(given)
     check_place(path, given=given)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"--output_dir {given} holds other files; give a new folder")

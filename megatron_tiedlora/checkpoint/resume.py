@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,30 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.checkpoint.atomic import (
     new_folder,
+    remove,
     remove_leftovers,
     restore_interrupted,
     write_json,
     write_text,
 )
 from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     BaseIdentity,
     NativeAdapter,
+    fp32_values,
     load_adapter,
     read_safetensors,
     write_adapter_files,
 )
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object, read_small_text
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"
 LATEST_FILE = "latest"
+CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
+_STEP_NAME = re.compile(r"step_[0-9]{1,15}")
 
 
 def moment_name(moment: str, factor: str) -> str:
@@ -51,12 +57,12 @@ class Progress:
     training draws from a random stream, so there is no other random state to keep.
     """
 
-    step: int = 0
-    consumed_samples: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    evaluated_step: int | None = None
+    step: Count = 0
+    consumed_samples: Count = 0
+    best_metric: Real | None = None
+    best_step: Count | None = None
+    evaluations_since_best: Count = 0
+    evaluated_step: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -95,28 +101,58 @@ def save_checkpoint(
     keep = {folder.name, f"step_{progress.best_step}"}
     for other in checkpoints.glob("step_*"):
         if other.name not in keep:
-            shutil.rmtree(other, ignore_errors=True)
+            remove(other)
     return folder
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The folder that `latest` names, or None where there is none. Raises UserError where it names nothing."""
+    """`named_checkpoint`, after what a killed writer had moved aside has its name again."""
     restore_interrupted(checkpoints)
+    return named_checkpoint(checkpoints)
+
+
+def named_checkpoint(checkpoints: Path) -> Path | None:
+    """The folder that `latest` names, or None where there is none. Raises UserError where it names nothing."""
     pointer = checkpoints / LATEST_FILE
     if not pointer.is_file():
         return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"step_\d+", name) or not (checkpoints / name).is_dir():
-        raise UserError(f"{pointer}: names {name!r}, which is no checkpoint in {checkpoints}")
+    name = read_small_text(pointer).strip()
+    if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
+        raise UserError(f"{pointer}: names {shown(name)}, which is no checkpoint in {checkpoints}")
     return checkpoints / name
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder. Raises UserError naming what is missing or broken."""
-    content = read_json_object(folder / PROGRESS_FILE, kind="a checkpoint of a run (checkpoints/step_N)")
-    try:
-        progress = Progress(**{field.name: content[field.name] for field in fields(Progress)})
-        settings = content["settings"]
-    except KeyError as error:
-        raise UserError(f"{folder / PROGRESS_FILE}: {error.args[0]} is missing") from None
-    return Checkpoint(folder, progress, load_adapter(folder), read_safetensors(folder / STATE_FILE), settings)
+    file = folder / PROGRESS_FILE
+    content = read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
+    progress = read_fields(file, content, Progress)
+    _check_steps(file, progress)
+    if "settings" not in content or not isinstance(content["settings"], dict):
+        raise UserError(f"{file}: settings is {'no object' if 'settings' in content else 'missing'}")
+    adapter, state = load_adapter(folder), folder / STATE_FILE
+    moments = {name: fp32_values(state, name, stored) for name, stored in read_safetensors(state).items()}
+    return Checkpoint(folder, progress, adapter, moments, content["settings"])
+
+
+def _check_steps(file: Path, progress: Progress) -> None:
+    for name in ("best_step", "evaluated_step"):
+        step = getattr(progress, name)
+        if step is not None and step > progress.step:
+            raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
+    if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
+        raise UserError(f"{file}: is of step {progress.step}, which is not its folder's; give that its own name back")
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint, and nothing else that lies in its folder, to `target`, there whole or not at all.
+
+    Raises:
+        UserError: one is missing, or no plain file of the folder itself; or `target` cannot be written.
+    """
+    for name in CHECKPOINT_FILES:
+        if (source / name).is_symlink() or not (source / name).is_file():
+            raise UserError(f"{source / name}: is no plain file; a checkpoint that is copied holds its own files")
+    with new_folder(target) as unfinished:
+        for name in CHECKPOINT_FILES:
+            shutil.copyfile(source / name, unfinished / name)

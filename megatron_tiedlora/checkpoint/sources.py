@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.demo import demo_model_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
@@ -66,7 +67,7 @@ def _demo_folder() -> Path:
 
 
 def _find_folder(name: str, *, weights: bool) -> Path:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -7,6 +7,7 @@ for the end of its input (as `guard.py` does for a command that does not) ends w
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,8 +26,11 @@ ALIVE_SECONDS, ALIVE_COUNT = 5, 2  # ssh gives up a silent link after their prod
 _CONNECT_SECONDS = 10
 _GRACE_SECONDS = 1.0  # after the limit: for the far side to end when its input ends, and again after SIGTERM
 
+_SRUN_STATUS = re.compile(r"srun: error: \S+: task \S+: Exited with exit code")  # after the command's own words
+
 Route = Literal["ssh", "srun", "local"]
 OnLine = Callable[["RemoteCommand", str], None]
+OnDone = Callable[["Done"], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Done:
     @property
     def last_words(self) -> str:
         """The last line of its errors that says something; '' if none does."""
-        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+        lines = [line.strip() for line in self.stderr.splitlines() if line.strip() and not _SRUN_STATUS.match(line)]
         return lines[-1] if lines else ""
 
 
@@ -71,8 +75,9 @@ class Way:
         if self.route == "ssh":
             return ["ssh", *ssh_options(self.ssh_port, limit=limit), host, line]
         if self.route == "srun":
-            # One step a host, beside whatever else runs in the allocation.
-            step = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", "--unbuffered", "--quiet"]
+            # One step a host, beside whatever else runs in the allocation, on all of the cores that it has there.
+            step = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap"]
+            step += ["--cpu-bind=none", "--unbuffered", "--quiet"]
             return ["srun", *step, "/bin/sh", "-c", line]
         return ["/bin/sh", "-c", line]
 
@@ -102,9 +107,10 @@ class RemoteCommand:
 
     def __init__(self, host: str, words: Sequence[str]) -> None:
         self.host = host
-        self._limited = False
+        self._limited = self._output_over = False
         self._begin = time.monotonic()
-        self._errors = tempfile.TemporaryFile()  # a pipe could fill up while its output is read
+        # A pipe could fill up while the output is read.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
@@ -127,14 +133,20 @@ class RemoteCommand:
             _pipe(self._process.stdin).close()
 
     def end(self) -> None:
-        """Ask the command to end, then make it: at once where the link is gone, else within two grace times."""
+        """Ask the command to end, then make it, with all that it started: within two grace times."""
         self.close_input()
+        if self._ends() and self._output_over:  # else something that it started lives on
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_SECONDS)
-                return
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
+            self._ends()
+
+    def _ends(self) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+            return True
+        return False
 
     def follow(self, on_line: OnLine | None, *, limit: float) -> Done:
         """Read the command's output to its end, or to the limit."""
@@ -146,6 +158,7 @@ class RemoteCommand:
                 lines.append(line)
                 if on_line is not None:
                     on_line(self, line.rstrip("\n"))
+            self._output_over = True
             status: int | None = self._process.wait()
         finally:
             timer.cancel()
@@ -169,10 +182,23 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 
 class HostCommands:
-    """Commands on many hosts, one thread for each; `end_all` ends those that still run, from any thread."""
+    """Commands on many hosts, one thread for each; `end_all` ends those that still run, from any thread.
 
-    def __init__(self, way: Way, *, limit: float, on_line: OnLine | None = None, at_once: int = AT_ONCE) -> None:
-        self._way, self._limit, self._on_line, self._at_once = way, limit, on_line, at_once
+    Args:
+        on_line, on_done: called in the host's own thread, with each line of output and when the command has ended.
+    """
+
+    def __init__(
+        self,
+        way: Way,
+        *,
+        limit: float,
+        on_line: OnLine | None = None,
+        on_done: OnDone | None = None,
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self._way, self._limit, self._at_once = way, limit, at_once
+        self._on_line, self._on_done = on_line, on_done
         self._running: dict[str, RemoteCommand] = {}
         self._lock = threading.Lock()
         self._ended = False
@@ -207,10 +233,13 @@ class HostCommands:
                 return Done(host, 127, "", f"{error.filename or self._way.route}: {error.strerror}", 0.0)
             self._running[host] = started
         try:
-            return started.follow(self._on_line, limit=self._limit)
+            done = started.follow(self._on_line, limit=self._limit)
         finally:
             with self._lock:
                 del self._running[host]
+        if self._on_done is not None:
+            self._on_done(done)
+        return done
 
 
 def run_on_hosts(

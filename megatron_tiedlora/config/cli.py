@@ -6,25 +6,28 @@ Works for the settings of any command; those of launch/train.py (`Settings`) are
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
-import yaml
-
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
     field_choices,
+    field_flags,
     field_group,
     nearest_name,
     validate_settings,
 )
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
@@ -82,7 +85,8 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
             keywords.update(nargs="?", const="true")
         default = kind.default_text(name)
         help_text = (field.description or "") + (f" [{default}]" if default else "")
-        groups[field_group(field)].add_argument(f"--{name}", help=help_text.replace("%", "%%"), **keywords)
+        flags = field_flags(name, field)
+        groups[field_group(field)].add_argument(*flags, help=help_text.replace("%", "%%"), **keywords)
     # The deepspeed and torch launchers put these before the user's arguments; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
@@ -90,25 +94,16 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
 
 def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, Any]:
     """The mapping in a YAML file of settings. Raises UserError naming the file, and the line where known."""
-    file = Path(path)
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{where}: not valid YAML ({problem})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'name: value' lines, found a {type(content).__name__}")
+    content = read_yaml_mapping(file)
     if RECORD_MARK in content:
         content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
         if name not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting {name!r}{nearest_name(str(name), kind.model_fields)}")
+            near = nearest_name(name, kind.model_fields) if isinstance(name, str) else ""
+            raise UserError(f"{path}: unknown setting {shown(name)}{near}")
     return content
 
 
@@ -129,9 +124,26 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
     values = vars(build_parser(kind).parse_known_names(argv))
     values.pop("local_rank")
     config = values.pop("config")
-    merged = read_yaml(config, kind) if config else {}
-    merged.update({name: value for name, value in values.items() if value is not None})
-    return validate_settings(merged, kind)
+    given = {name: value for name, value in values.items() if value is not None}
+    read = read_yaml(config, kind) if config else {}
+    with naming_file(config, read.keys() - given.keys()):
+        return validate_settings({**read, **given}, kind)
+
+
+@contextmanager
+def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[None]:
+    """Where a UserError is about one of the settings `names`, which came from `file`, let it name the file too."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).partition(" ")[0].removeprefix("--") in names:
+            raise UserError(f"{file}: {error}") from None
+        raise
+
+
+def keep_from_others() -> None:
+    """Make every file and folder that this process and its children create unwritable for others."""
+    os.umask(os.umask(0o077) | 0o002)
 
 
 def run_command(
@@ -139,9 +151,12 @@ def run_command(
 ) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
+    Whatever the user's umask, nothing that the command makes can be written by others.
+
     Args:
         speaks: whether to print the line; another rank on this host may have said it.
     """
+    keep_from_others()
     try:
         status = main(argv)
     except UserError as error:

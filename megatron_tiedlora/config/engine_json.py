@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.batch import BatchPlan
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.fields import nearest_name
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -55,6 +56,26 @@ ENGINE_KEYS = frozenset(
 )
 
 
+_SWITCH, _SECTION = ((bool,), "true or false"), ((dict,), "an object")
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        (
+            "zero_allow_untested_optimizer",
+            "zero_force_ds_cpu_optimizer",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "disable_allgather",
+            "disable_python_gc",
+        ),
+        _SWITCH,
+    ),
+    **dict.fromkeys(("comms_logger", "flops_profiler", "aio", "timers"), _SECTION),
+    "steps_per_print": ((int, type(None)), "a whole number"),
+    "log_level": ((str,), "a text"),
+}
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """A checked DeepSpeed JSON.
@@ -75,7 +96,7 @@ class EngineConfig:
 
 def find_engine_json(name: str) -> Path:
     """The file meant by --ds_config: as given, else in the project's ds_configs/. Raises UserError."""
-    for path in (Path(name), REPOSITORY_CONFIGS / name):
+    for path in (user_path(name), REPOSITORY_CONFIGS / name):
         if path.is_file():
             return path
     shipped = sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.json"))
@@ -100,7 +121,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         if key in REFUSED_SECTIONS:
             raise UserError(f"{path}: section {key!r} is not read; use {REFUSED_SECTIONS[key]}")
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest_name(key, known)}")
+            raise UserError(f"{path}: unknown key {shown(key)}{nearest_name(key, known)}")
     ours: dict[str, float] = {
         "train_batch_size": batches.global_batch_size,
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
@@ -111,8 +132,9 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     for key, value in ours.items():
         if content.get(key, "auto") not in ("auto", value):
             flag = flags.get(key, "--micro_batch_size")
+            found = as_given(content[key])
             raise UserError(
-                f'{path}: {key} is {content[key]} but the settings make it {value:g}; say "auto" or set {flag}'
+                f'{path}: {key} is {found} but the settings make it {value:g}; say "auto" or set {flag}'
             )
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -121,10 +143,19 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         raise UserError(
             f"{path}: zero_optimization.compute_grad_norm false: every step's gradient norm is logged; drop it"
         )
+    _check_switches(path, content)
     zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's defaults
     _check_zero_section(path, zero)
     kept = {key: value for key, value in content.items() if value != "auto"}
     return EngineConfig(path, {**kept, "zero_optimization": zero, **ours})
+
+
+def _check_switches(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise UserError where a key outside the ZeRO section has a value that DeepSpeed would stumble over much later."""
+    for key, (kinds, expected) in _KINDS.items():
+        value = content.get(key, "auto")
+        if value != "auto" and type(value) not in kinds:
+            raise UserError(f"{path}: {key} is {shown(value)}, expected {expected}")
 
 
 def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
@@ -137,9 +168,13 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
     for key in zero:
         if key not in names:
             raise UserError(f"{path}: unknown key zero_optimization.{key}{nearest_name(key, names)}")
+    if type(zero.get("stage", 0)) is not int:
+        raise UserError(f"{path}: zero_optimization.stage is {shown(zero['stage'])}, expected 0 to 3")
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg']}") from None
+    except Exception as error:  # DeepSpeed's own checks fail in any way on values of a kind that they do not expect
+        raise UserError(f"{path}: zero_optimization cannot be read ({type(error).__name__}: {error})") from None

@@ -7,19 +7,38 @@ Owns how fields are declared and how values become frozen settings; which settin
 from __future__ import annotations
 
 import difflib
+import os
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, as_given, shown
+
+_BOUND = 2**53  # of a number that is a setting: a float holds every whole one below it
+_LONGEST_NAME = 200
 
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
 
 def setting_field(
-    group: str, help_text: str, default: Any = ..., *, choices: Sequence[str] | None = None, **constraints: Any
+    group: str,
+    help_text: str,
+    default: Any = ...,
+    *,
+    choices: Sequence[str] | None = None,
+    flag: str | None = None,
+    **constraints: Any,
 ) -> Any:
     """A field of a `CommandSettings`.
 
@@ -27,9 +46,12 @@ def setting_field(
         group: a key of the class's `groups`.
         default: left out where the command needs the value, or fills it in from other values.
         choices: of a text, where they are not known when the code is written (else let the type be a Literal).
+        flag: a shorter flag beside the field's name, such as one that pydantic's own attributes take as a name.
         constraints: pydantic's, such as `ge=1`.
     """
     extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
+    if flag is not None:
+        extra["flag"] = flag
     return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
 
 
@@ -47,6 +69,12 @@ def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
     """The choices that a field was declared with; None where its type alone says what it takes."""
     choices = _extra(field).get("choices")
     return None if choices is None else tuple(choices)
+
+
+def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
+    """The flags that set a field on the command line: the first one is named after it."""
+    flag = _extra(field).get("flag")
+    return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
 
 
 def _extra(field: FieldInfo) -> Mapping[str, Any]:
@@ -79,18 +107,55 @@ class CommandSettings(BaseModel):
             return ""
         return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
+            raise ValueError(f"--{info.field_name} {shown(value)}: true and false are no value of it")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_extremes(cls, value: Any, info: ValidationInfo) -> Any:
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int | float) and abs(part) >= _BOUND:
+                raise ValueError(f"--{info.field_name} {shown(value)}: no such number makes sense there")
+            if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
+                raise ValueError(f"--{info.field_name} {shown(value)}: holds what is not text")
+        return value
+
     @model_validator(mode="after")
     def _check_choices(self) -> CommandSettings:
         for name, field in type(self).model_fields.items():
             choices, value = field_choices(field), getattr(self, name)
             if choices is not None and value is not None and value not in choices:
                 known = ", ".join(repr(choice) for choice in choices)
-                raise ValueError(f"--{name} {value}: input should be one of {known}{nearest_name(value, choices)}")
+                near = nearest_name(value, choices)
+                raise ValueError(f"--{name} {as_given(value)}: input should be one of {known}{near}")
         return self
+
+
+def _kinds_in(annotation: Any) -> set[Any]:
+    """A type and all that it is made of."""
+    return {annotation}.union(*map(_kinds_in, typing.get_args(annotation)))
+
+
+def _is_system_text(text: str) -> bool:
+    """Whether it can name a file; bytes of a name that are not UTF-8 come from the command line as surrogates."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
@@ -103,7 +168,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     """
     for name in values:
         if name not in kind.model_fields:
-            raise UserError(f"unknown setting {name!r}{nearest_name(str(name), kind.model_fields)}; see --help")
+            raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
     try:
         return kind(**values)
     except ValidationError as error:
@@ -118,4 +183,4 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     if first["type"] == "missing":
         hint = kind.missing.get(name)
         return f"--{name} is needed" + (f": {hint}" if hint else "")
-    return f"--{name} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
+from megatron_tiedlora.config.errors import as_given
 from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field, validate_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
@@ -189,8 +190,9 @@ class Settings(CommandSettings):
             filled["task"] = "custom"  # a shape has no tokenizer, so its dry run reads no data
         defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
         filled = {**defaults, **filled}
-        if "warmup_steps" not in values and str(filled["max_steps"]).isdigit():
-            filled["warmup_steps"] = min(filled["warmup_steps"], int(filled["max_steps"]))
+        steps = as_given(filled["max_steps"])  # not checked yet
+        if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
+            filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
         return {"alpha": filled.get("rank", 8), "save_interval": filled["eval_interval"], **filled}
 
     @field_validator("layers", mode="before")

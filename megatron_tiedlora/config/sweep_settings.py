@@ -9,12 +9,11 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import create_model, field_validator, model_validator
 
-from megatron_tiedlora.config.cli import build_parser, read_yaml
+from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.fields import (
     CommandSettings,
@@ -23,6 +22,7 @@ from megatron_tiedlora.config.fields import (
     setting_field,
     validate_settings,
 )
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import METHOD_NAMES, Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
@@ -169,21 +169,23 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     values = {name: value for name, value in {**vars(theirs), **vars(own)}.items() if value is not None}
     values.pop("local_rank", None)
     config = values.pop("config", None)
-    merged = {**(read_sweep_yaml(config) if config else {}), **values}
+    read = read_sweep_yaml(config) if config else {}
+    merged = {**read, **values}
     for name, reason in DECIDED_BY_SWEEP.items():
         if name in merged:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     if "tables_from" in merged and len(merged) > 2:
         other = next(name for name in merged if name not in ("tables_from", "output_dir"))
         raise UserError(f"--{other} does not go with --tables_from, which reads sweeps that are there")
-    started = Path(str(merged.get("output_dir", ""))).expanduser() / SWEEP_FILE
+    started = user_path(str(merged.get("output_dir", ""))) / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
         before = read_sweep_yaml(str(started))
         # GPUs by run go with neither of the other two: where one side is given now, it replaces the other.
         shared = ("launcher_args", "runs_at_once")
         replaced = shared if "gpus_per_run" in merged else ("gpus_per_run",) if {*shared} & merged.keys() else ()
         merged = {**{name: value for name, value in before.items() if name not in replaced}, **merged}
-    return make_command(merged)
+    with naming_file(config, read.keys() - values.keys()):
+        return make_command(merged)
 
 
 def make_command(values: Mapping[str, Any]) -> SweepCommand:

@@ -17,6 +17,7 @@ from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
 
 # What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.
@@ -41,7 +42,7 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
 
 def peft_base(source: ModelSource) -> str:
     """What PEFT loads the base from: an absolute folder, or the hub id."""
-    by_id = source.folder is None or (source.name != "demo" and not Path(source.name).expanduser().is_dir())
+    by_id = source.folder is None or (source.name != "demo" and not user_path(source.name).is_dir())
     return source.name if by_id or source.folder is None else str(source.folder.resolve())
 
 

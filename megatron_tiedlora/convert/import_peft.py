@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import regex
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
@@ -21,14 +23,18 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     NativeAdapter,
+    fp32_values,
     identify_base,
     read_safetensors,
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
+_LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
+_PATTERN_SECONDS = 2.0  # for all names; a pattern can be made to take longer than anyone waits
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
 _KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
@@ -80,7 +86,7 @@ def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
     Raises:
         UserError: no adapter is there; a run folder and a model folder are told what to give instead.
     """
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     if not place.is_dir():
         raise UserError(f"--adapter {folder}: no such folder")
     if not (place / CONFIG_FILE).is_file():
@@ -134,27 +140,27 @@ def _refuse_features(file: Path, content: Mapping[str, Any]) -> None:
     if "peft_type" not in content:
         raise UserError(f"{file}: not a PEFT adapter, it has no peft_type")
     if content["peft_type"] != "LORA":
-        raise UserError(f"{file}: peft_type {content['peft_type']} cannot be read; LORA can")
+        raise UserError(f"{file}: peft_type {as_given(content['peft_type'])} cannot be read; LORA can")
     if content.get("bias") not in (None, "none"):
-        raise UserError(f"{file}: bias = {content['bias']!r} trains biases, which cannot be read; 'none' can")
+        raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases, which cannot be read; 'none' can")
     start = content.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
-            f"{file}: init_lora_weights = {start!r} changes the base weights too; convert it to a plain LoRA with PEFT"
-            " (path_initial_model_for_weight_conversion) first"
+            f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"
+            " PEFT (path_initial_model_for_weight_conversion) first"
         )
     for name, value in content.items():
         if name not in _HARMLESS and value:
-            shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
-            raise UserError(f"{file}: {name} = {shown} is not a plain LoRA, which alone can be read")
+            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain LoRA, which alone can be read")
 
 
 def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]:
-    rank, alpha = content.get("r"), content.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{file}: r = {rank!r} is not a whole number above 0")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise UserError(f"{file}: lora_alpha = {alpha!r} is not a number")
+    rank: Any = content.get("r")
+    alpha: Any = content.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise UserError(f"{file}: r = {shown(rank)} is not a whole number above 0")
+    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
+        raise UserError(f"{file}: lora_alpha = {shown(alpha)} is not a number")
     return rank, alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
 
 
@@ -163,17 +169,17 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
-            if str(name).rpartition(".")[2] not in _PARTS:
-                raise UserError(f"{file}: target module {name} cannot be read; {', '.join(_PARTS)} can")
+            if not isinstance(name, str) or name.rpartition(".")[2] not in _PARTS:
+                raise UserError(f"{file}: target module {as_given(name)} cannot be read; {', '.join(_PARTS)} can")
     elif not isinstance(targets, str) or targets == "all-linear":
-        raise UserError(f"{file}: target_modules = {targets!r} cannot be read; a list of {', '.join(_PARTS)} can")
-    if not isinstance(layers, int | list | None):
-        raise UserError(f"{file}: layers_to_transform = {layers!r} is neither a layer nor a list of layers")
+        raise UserError(f"{file}: target_modules = {shown(targets)} cannot be read; a list of {', '.join(_PARTS)} can")
+    if not (layers is None or type(layers) is int or isinstance(layers, list)):
+        raise UserError(f"{file}: layers_to_transform = {shown(layers)} is neither a layer nor a list of layers")
     chosen = [layers] if isinstance(layers, int) else layers or range(source.config.num_layers)
     for layer in chosen:
-        if layer not in range(source.config.num_layers):
+        if type(layer) is not int or not 0 <= layer < source.config.num_layers:
             raise UserError(
-                f"{file}: layers_to_transform has {layer}, but {source.name} has layers 0 to"
+                f"{file}: layers_to_transform has {shown(layer)}, but {source.name} has layers 0 to"
                 f" {source.config.num_layers - 1}; give the adapter's own base with --model"
             )
     try:
@@ -188,19 +194,21 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
             # layers_to_transform does not hold for a module that is named in full.
             and (name in whole_names or _layer_and_part(name)[0] in chosen)
         }
-    except (re.error, TypeError) as error:
+    except TimeoutError:
+        raise UserError(f"{file}: target_modules or exclude_modules takes too long to match; write a list") from None
+    except (regex.error, RecursionError, TypeError) as error:
         raise UserError(
             f"{file}: target_modules or exclude_modules is neither a regular expression nor a list of names ({error})"
         ) from None
     if not found:
-        raise UserError(f"{file}: target_modules {targets!r} name no {', '.join(_PARTS)} of {source.name}")
+        raise UserError(f"{file}: target_modules {shown(targets)} name no {', '.join(_PARTS)} of {source.name}")
     return found
 
 
 def _matcher(modules: Any) -> Callable[[str], bool]:
     if isinstance(modules, str):
-        pattern = re.compile(modules)
-        return lambda name: pattern.fullmatch(name) is not None
+        pattern, end = regex.compile(modules), time.monotonic() + _PATTERN_SECONDS
+        return lambda name: pattern.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3)) is not None
     return lambda name: any(name == module or name.endswith(f".{module}") for module in modules)
 
 
@@ -216,7 +224,7 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    stored = read_safetensors(file)
+    stored, values = read_safetensors(file), {}
     config = source.config
     for key, tensor in stored.items():
         match = _KEY.fullmatch(key)
@@ -237,21 +245,18 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
                 f"{file}: {key} has shape {tuple(tensor.shape)}, but r and {source.name} make it {expected}; give the"
                 " adapter's own base with --model"
             )
-        if not tensor.is_floating_point():
-            raise UserError(f"{file}: {key} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
-        if not tensor.isfinite().all():
-            raise UserError(f"{file}: {key} holds numbers that are not finite")
+        values[key] = fp32_values(file, key, tensor)
     pairs = {}
     for module in modules:
         keys = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
         for key in keys:
-            if key not in stored:
+            if key not in values:
                 raise UserError(
                     f"{file}: {key} is missing, but {CONFIG_FILE} targets its module; copy the adapter again, or give"
                     " its own base with --model"
                 )
         layer, part = _layer_and_part(module)
-        pairs[layer + 1, part] = _Pair(*(stored[key].float() for key in keys))
+        pairs[layer + 1, part] = _Pair(*(values[key] for key in keys))
     return pairs
 
 

@@ -15,6 +15,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import WeightRule, weight_rules
 
 
@@ -24,7 +25,7 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     Raises:
         UserError: no adapter there, no such base, or another base than the adapter's.
     """
-    folder = Path(adapter).expanduser()
+    folder = user_path(adapter)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         raise UserError(f"--adapter {adapter}: this is a run folder; give {Path(adapter) / 'adapter'}")
     native = load_adapter(folder)

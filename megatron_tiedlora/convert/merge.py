@@ -6,7 +6,6 @@ Works file by file over the base's own safetensors shards, so its memory is one 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import MERGE_RECORD, BaseIdentity, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families.llama import weight_rules
@@ -122,7 +122,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values = read_json_object(config_file, kind="a model's config")
     # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
     for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
         values[name] = str(dtype).removeprefix("torch.")

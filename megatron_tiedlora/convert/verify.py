@@ -199,7 +199,10 @@ def _transformers_logits(
 
     with _quiet_transformers():
         try:
-            model = wrap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            model = wrap(loaded).eval()
         except Exception as error:  # of many kinds; each means that their users cannot load it either
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{folder}: does not load in transformers ({reason})") from error

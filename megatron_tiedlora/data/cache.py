@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.own_folders import make_own_folder
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.examples import Example
 
@@ -45,11 +46,12 @@ def tokenise_once(
         cache_dir = default_cache_dir()
     folder = Path(cache_dir) / "tokens"
     path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, add_bos=add_bos)}.safetensors"
-    dataset = _load(path)  # a finished file needs no lock: it is renamed into place whole
-    if dataset is not None:
-        return dataset
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_own_folder(folder.parent)
+        make_own_folder(folder, mode=0o700)  # the texts of a data set can be read in it
+        dataset = _load(path)  # a finished file needs no lock: it is renamed into place whole
+        if dataset is not None:
+            return dataset
         with FileLock(str(path.with_suffix(".lock"))):
             dataset = _load(path)  # another process may have made it while we waited
             if dataset is None:

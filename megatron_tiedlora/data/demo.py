@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 
 CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 DEFAULT_SIZES = {"train": 2400, "validation": 48, "test": 48}
@@ -40,7 +41,7 @@ def cache_dir() -> Path:
     `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
     """
     configured = os.environ.get(CACHE_VARIABLE)
-    return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
+    return user_path(configured).absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
 
 
 def demo_model_path() -> Path:

@@ -23,11 +23,18 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
         raise UserError(f"{source}: field {name!r} is {type(value).__name__}, not text; put it in quotes")
     if not allow_empty and not value.strip():
         raise UserError(f"{source}: field {name!r} is empty; remove the row or fill it")
+    if not is_text(value):
+        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text")
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON and the command line can make others."""
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text") from error
-    return value
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -40,7 +41,7 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
     Raises UserError when the file or data set is missing, unreadable, broken (named by file and line) or empty.
     """
     name = str(path_or_hub)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() or looks_like_path(name):
         rows = _read_file(path, limit=limit)
         if not rows:
@@ -87,7 +88,7 @@ def read_lines(name: str | Path) -> list[str]:
 
     Raises UserError naming the file (and the line of what is not UTF-8) when it is missing, unreadable or empty.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     _check_file(path, "a text file")
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -105,6 +106,8 @@ def _check_file(path: Path, expected: str) -> None:
         raise UserError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give {expected}")
+    if not path.is_file():  # reading a pipe may never end, and a file is read more than once
+        raise UserError(f"{path}: is no plain file; give {expected}")
 
 
 def _read_file(path: Path, *, limit: int | None) -> list[Row]:
@@ -152,14 +155,13 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
 
 
 def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+        rows = pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+    except Exception as error:  # a broken file shows as anything from OSError to a text that is not UTF-8
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    return _number_rows(table.slice(0, limit).to_pylist(), str(path))
+    return _number_rows(rows, str(path))
 
 
 def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:

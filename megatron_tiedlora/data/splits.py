@@ -19,7 +19,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.examples import Example, join_answer
-from megatron_tiedlora.data.fields import describe_fields
+from megatron_tiedlora.data.fields import checked_text, describe_fields, is_text
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.readers import Row, read_hub_rows, read_rows
 from megatron_tiedlora.data.task import Parts, Split, Task
@@ -198,6 +198,8 @@ def _check_template(template: str) -> str:
         names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, and {{{{ for a brace") from error
+    if not is_text(template):
+        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text")
     for name, spec, conversion in names:
         if not name.isidentifier() or spec or conversion:
             raise UserError(f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name")
@@ -212,4 +214,5 @@ def _fill(template: str, fields: Mapping[str, Any], source: str) -> str:
             raise UserError(f"--prompt_template: {source} has no field {name!r}; fields for the prompt are {known}")
         if not isinstance(fields[name], str):
             raise UserError(f"--prompt_template: {source}: field {name!r} is not a text")
+        checked_text(fields[name], name, source, allow_empty=True)
     return template.format_map(fields)

@@ -15,11 +15,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
@@ -33,7 +35,7 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     Raises UserError naming the place and `--tokenizer` when there is none, or none that can be read.
     """
     name = str(path_or_hub)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         if path.suffix != ".model":
             raise _refusal(name, "is neither a folder nor a SentencePiece .model file")
@@ -53,7 +55,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> frozenset
     file = model_folder / "generation_config.json"
     more = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
     more = more if isinstance(more, list) else [more]
-    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if isinstance(token, int))})
+    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if type(token) is int)})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -66,7 +68,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     path = Path(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path, kind="a tokenizer's config")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     named = {config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
     extra = config.get("extra_special_tokens")
@@ -108,7 +110,7 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
         return _load_sentencepiece(preferred[0], config_folder=folder if has_config else None)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise _refusal(str(folder), "holds no tokenizer (no tokenizer.json and no tokenizer.model)")
-    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder)))
+    return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
@@ -144,13 +146,24 @@ def _download(hub_id: str) -> Path:
 
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
-    """Call `load`; whatever goes wrong inside the library becomes one line naming `place`."""
+    """Call `load` and try what it gives; whatever goes wrong inside the library becomes one line naming `place`."""
     try:
         tokenizer = load()
-    except Exception as error:  # corrupt files surface as anything from KeyError to the Rust side's Exception
+        _try_out(tokenizer)
+    except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _refusal(str(place), f"cannot be read as a tokenizer ({_first_line(error)})") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer as a run will: files of wrong kinds of values load, and fail when they are used."""
+    tokenizer(list(_PROBES), add_special_tokens=False)
+    for token_id in (*tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, padding_id(tokenizer)):
+        if token_id is not None and type(token_id) is not int:
+            raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_promp
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
 from megatron_tiedlora.convert.inputs import open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -155,7 +156,7 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
     """Where an adapter was trained on another base or with other prompts, as far as the files beside it tell."""
     if settings.adapter is None:
         return
-    folder = Path(settings.adapter).expanduser()
+    folder = user_path(settings.adapter)
     if kind == "peft":
         named = _named_base(folder)
         if named and named != source.name and not _same_folder(source, named):
@@ -176,7 +177,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         return source, None, "merged" if _is_merged(source) else "base"
     if adapter_kind(settings.adapter) == "native":
         return *open_inputs(settings.adapter, settings.model), "native"
-    folder = Path(settings.adapter).expanduser()
+    folder = user_path(settings.adapter)
     named = _named_base(folder)
     if not (settings.model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
@@ -202,4 +203,6 @@ def _is_merged(source: ModelSource) -> bool:
 
 
 def _same_folder(source: ModelSource, named: str) -> bool:
-    return Path(named).expanduser().resolve() == source.weights_folder().resolve()
+    with suppress(UserError):  # a name that can be no path
+        return user_path(named).resolve() == source.weights_folder().resolve()
+    return False

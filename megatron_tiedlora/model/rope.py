@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
+
+_LARGEST = 1e30  # of a number here, so that fp32 holds it
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,41 @@ class RopeConfig:
     @staticmethod
     def from_hf(values: Mapping[str, Any], *, source: str) -> RopeConfig:
         """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before). Raises UserError."""
-        scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-        theta = float(scaling.get("rope_theta", values.get("rope_theta") or 10000.0))
+        scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise UserError(f"{source}: rope_parameters or rope_scaling is {shown(scaling)}, not an object")
+        theta = scaling.get("rope_theta", values.get("rope_theta") or 10000.0)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"{source}: partial_rotary_factor = {scaling['partial_rotary_factor']} is not implemented")
+            found = shown(scaling["partial_rotary_factor"])
+            raise UserError(f"{source}: partial_rotary_factor = {found} is not implemented")
         if kind in (None, "default"):
-            return RopeConfig(theta)
+            return _checked(RopeConfig(theta), source)
         if kind != "llama3":
-            raise UserError(f"{source}: rope_type {kind!r} is not implemented; 'default' and 'llama3' are")
-        return RopeConfig(
-            theta,
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            original_max_positions=int(scaling["original_max_position_embeddings"]),
-        )
+            raise UserError(f"{source}: rope_type {shown(kind)} is not implemented; 'default' and 'llama3' are")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        for name in names:
+            if name not in scaling:
+                raise UserError(f"{source}: {name} is missing")
+        return _checked(RopeConfig(theta, *(scaling[name] for name in names)), source)
+
+
+def _checked(config: RopeConfig, source: str) -> RopeConfig:
+    """The same with floats for floats; raises UserError where a number is none, or gives frequencies that are none."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is not None and not (type(value) in (int, float) and 0 < value < _LARGEST):
+            raise UserError(f"{source}: of the rotary embedding, {field.name} = {shown(value)} is no number above 0")
+    if config.factor is not None and config.low_freq_factor >= config.high_freq_factor:
+        low, high = config.low_freq_factor, config.high_freq_factor
+        raise UserError(f"{source}: low_freq_factor {low} is not below high_freq_factor {high}")
+    return RopeConfig(
+        float(config.theta),
+        None if config.factor is None else float(config.factor),
+        float(config.low_freq_factor),
+        float(config.high_freq_factor),
+        int(config.original_max_positions),
+    )
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, device: torch.device | None = None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import Size
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
@@ -22,9 +23,9 @@ PAPER_LAYER_STEP = 4
 class Shape:
     """What the number of trained parameters depends on: layers L, hidden size d, and rows of Q, K and V."""
 
-    num_layers: int
-    hidden_size: int
-    qkv_rows: tuple[int, int, int]
+    num_layers: Size
+    hidden_size: Size
+    qkv_rows: tuple[Size, Size, Size]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[int]:
     Raises:
         UserError: another sweep, or a launcher that one has left, is at work here.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o664)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,6 @@ started to processes.py.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
@@ -38,7 +38,7 @@ from megatron_tiedlora.study.record import (
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
 from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.training.run_folder import RunFolder, metrics_row
 
 # Training settings that the test set is decoded with as well.
 _SHARED_WITH_EVALUATE = (
@@ -208,7 +208,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         UserError: the first thing that does not fit.
     """
     settings, train = command.settings, command.train
-    folder = StudyFolder(Path(settings.output_dir).expanduser())
+    folder = StudyFolder(user_path(settings.output_dir))
     check_folder(folder)
     task = get_task(train.task)
     # Not on as many ranks as the launcher will start, which only it knows: on as few as the layout can have.
@@ -262,7 +262,7 @@ def _each_run(grid: Grid) -> Iterator[Run]:
 def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
     """Raise UserError where a local file is not there; hub ids, and formats that only a task knows, are left alone."""
     for value in files.values():
-        if value is not None and not read_by_task and (looks_like_path(value) or Path(value).exists()):
+        if value is not None and not read_by_task and (looks_like_path(value) or user_path(value).exists()):
             read_rows(value, limit=1)
 
 
@@ -283,7 +283,6 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))
             lines = stream.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return None
-    return row if isinstance(row, dict) and {"step", "split", "loss"} <= row.keys() else None
+    return metrics_row(lines[-1]) if lines else None

@@ -18,8 +18,10 @@ import yaml
 
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, remove_leftovers, write_json, write_text
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import (
     DECIDED_BY_SWEEP,
     SWEEP_FILE,
@@ -83,13 +85,13 @@ class BaseRecord:
         file_sha256: of the local files of rows, by name; None in the record of a study that noted none.
     """
 
-    model: str
-    base_hash: str
+    model: Text
+    base_hash: Text
     shape: Shape
-    paper_model: str | None  # whose published numbers stand beside the study's
-    task: str
-    metric: str
-    file_sha256: Mapping[str, str] | None = None
+    paper_model: Text | None  # whose published numbers stand beside the study's
+    task: Text
+    metric: Text
+    file_sha256: dict[Text, Text] | None = None
 
 
 def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterable[str | None]) -> BaseRecord:
@@ -110,8 +112,8 @@ def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterabl
 def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
     sums = {}
     for given in filter(None, files):
-        names = [given] if Path(given).expanduser().exists() else [name.strip() for name in given.split(",")]
-        for name, path in ((name, Path(name).expanduser()) for name in names):
+        names = [given] if user_path(given).exists() else [name.strip() for name in given.split(",")]
+        for name, path in ((name, user_path(name)) for name in names):
             if path.is_file():
                 try:
                     with path.open("rb") as stream:
@@ -204,17 +206,15 @@ def _plain(value: Any) -> Any:
 
 def read_command(folder: StudyFolder) -> SweepCommand:
     """What the study in the folder was started with. Raises UserError."""
-    return make_command({**read_sweep_yaml(str(folder.settings)), "output_dir": str(folder.path)})
+    values = read_sweep_yaml(str(folder.settings))
+    with naming_file(folder.settings, values):
+        return make_command({**values, "output_dir": str(folder.path)})
 
 
 def read_base(folder: StudyFolder) -> BaseRecord:
     """base.json. Raises UserError naming what is broken."""
-    content = dict(read_json_object(folder.base, kind="a sweep's folder"))
-    try:
-        shape = content.pop("shape")
-        return BaseRecord(shape=Shape(**{**shape, "qkv_rows": tuple(shape["qkv_rows"])}), **content)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder.base}: is not what a sweep writes ({error})") from None
+    content = read_json_object(folder.base, kind="a sweep's folder")
+    return read_fields(folder.base, content, BaseRecord, optional=("file_sha256",))
 
 
 def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *, reason: str | None = None) -> None:

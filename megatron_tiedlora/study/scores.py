@@ -5,18 +5,20 @@ Reads files that launch/train.py and launch/evaluate.py have written; decides no
 
 from __future__ import annotations
 
-import math
+import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.resume import LATEST_FILE, PROGRESS_FILE
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
+from megatron_tiedlora.config.errors import UserError, as_given
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.training.run_folder import RunFolder, State
 
 BASE_NAME = "base"
 _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")
@@ -95,14 +97,22 @@ def read_run(folder: Path) -> RunEnd:
     status = read_json_or_none(run.status)
     if status is None:
         return RunEnd("cut off")
-    state, reason, best = str(status.get("state")), str(status.get("reason", "")), None
-    pointer = run.checkpoints / LATEST_FILE
-    if pointer.is_file():
-        progress = read_json_or_none(run.checkpoints / pointer.read_text(encoding="utf-8").strip() / PROGRESS_FILE)
-        best = None if progress is None else progress.get("best_metric")
-    if state == "finished" and (best is None or not math.isfinite(best)):
+    state, reason, best = status.get("state"), status.get("reason", ""), None
+    with suppress(UserError):  # names none, or a broken one
+        last = named_checkpoint(run.checkpoints)
+        progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
+        best = _number(progress.get("best_metric"))
+    if state == "finished" and best is None:
         state, reason = "failed", "it ended without a finite value on validation"
-    return RunEnd(state, reason, int(status.get("step", 0)), best)
+    if state not in typing.get_args(State):
+        return RunEnd("cut off")
+    step = status.get("step")
+    return RunEnd(str(state), as_given(reason), step if type(step) is int and 0 <= step < 2**53 else 0, best)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
@@ -116,7 +126,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
     finished = {
         run: sign * end.best
         for run, end in ends.items()
-        if end.state == "finished" and end.best is not None and math.isfinite(end.best)
+        if end.state == "finished" and end.best is not None
     }
     return min(finished, key=lambda run: finished[run]) if finished else None
 
@@ -131,11 +141,13 @@ def read_score(folder: Path) -> TestScore | None:
     if not file.is_file():
         return None
     content: dict[str, Any] = read_json_or_none(file) or {}
-    try:
-        low, high = content["confidence_interval"]
-        return TestScore(float(content["score"]), float(low), float(high), int(content["n"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: is not what launch/evaluate.py writes; remove the folder and start again") from None
+    interval, count = content.get("confidence_interval"), content.get("n")
+    if isinstance(interval, list) and len(interval) == 2 and type(count) is int and 1 <= count < 2**53:
+        numbers = [_number(value) for value in (content.get("score"), *interval)]
+        if None not in numbers:
+            score, low, high = (float(number) for number in numbers if number is not None)
+            return TestScore(score, low, high, count)
+    raise UserError(f"{file}: is not what launch/evaluate.py writes; remove the folder and start again")
 
 
 def read_study(path: Path) -> Study:

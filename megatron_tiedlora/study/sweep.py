@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tiedlora.checkpoint.atomic import write_text
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs
@@ -36,7 +37,7 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
     """
     command = parse_sweep(argv)
     if command.settings.tables_from is not None:
-        return join_studies(command.settings.tables_from, Path(command.settings.output_dir).expanduser())
+        return join_studies(command.settings.tables_from, user_path(command.settings.output_dir))
     plan = plan_sweep(command)
     if command.settings.dry_run:
         print("\n".join(plan.dry_run_lines()))
@@ -93,7 +94,7 @@ def join_studies(folders: Sequence[str], target: Path) -> int:
     Raises:
         UserError: no studies, the same task twice, or different base models.
     """
-    studies = [read_study(Path(folder).expanduser()) for folder in folders]
+    studies = [read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):
         if any(study.base.task == other.base.task for other in studies[:index]):
             raise UserError(f"{study.folder}: task {study.base.task} is there twice; give one sweep for each task")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, start_values
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, identify_base, identify_shape
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.resume import STATE_FILE, Checkpoint, moment_name
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
@@ -65,6 +65,7 @@ def build_model(
         base = identify_base(plan.source, weights, plan.settings.dtype)
         if checkpoint is not None:
             checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
+            _check_same_adapter(plan.adapter, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
         load_base_weights(
@@ -179,6 +180,17 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
         )
         resume_scheduler(scheduler, checkpoint.progress.step)
     return make_runner(engine, built.stage, built.groups, plan.engine, device)
+
+
+def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
+    """The settings were compared when the checkpoint was found; this is the adapter that lies beside them."""
+    for name in ("method", "rank", "alpha", "layers"):
+        found, expected = getattr(checkpoint.adapter.config, name), getattr(adapter, name)
+        if found != expected:
+            raise UserError(
+                f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected};"
+                " resume from another checkpoint"
+            )
 
 
 def _check_moments(plan: RunPlan, checkpoint: Checkpoint) -> None:

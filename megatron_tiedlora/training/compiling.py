@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.own_folders import make_private_folder
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.parallel.agreement import first_message, world_size
@@ -29,6 +32,7 @@ from megatron_tiedlora.training.plan import RunPlan
 # Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
 # for half a minute at first, and saves about a quarter of a step.
 LEAST_WORK = 5e9
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # Each of them lets torch.compile hand back functions as they are.
 _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
@@ -105,12 +109,28 @@ def compiled_kernels(
         if os.environ.get(name) == "1":
             raise UserError(f"{name} is 1")
     try:
+        _keep_cache_private()
         kernels = EAGER.compiled()
         _warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
+    except UserError:
+        raise
     except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}") from error
     return kernels
+
+
+def _keep_cache_private() -> None:
+    """Name the folder that torch.compile keeps code in, which it runs: by itself it takes one in the temporary folder
+    that any user can have made before.
+
+    Raises:
+        UserError: a folder of that name is there, and is another user's.
+    """
+    if _CACHE_VARIABLE not in os.environ:
+        folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
+        make_private_folder(folder)
+        os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 def _warm_up(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import yaml
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import check_place
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
 
 State = Literal["finished", "stopped", "failed"]
+_BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
         UserError: the folder holds another run (or anything else) and --resume was not given, or cannot be written.
     """
     if output_dir is not None:
-        folder = RunFolder(Path(output_dir).expanduser())
+        folder = RunFolder(user_path(output_dir))
         check_place(folder.path, given=output_dir)
         foreign = folder.path.is_dir() and any(folder.path.iterdir()) and not folder.is_run
         if foreign or (resume == "none" and folder.is_run):
@@ -107,7 +110,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
             )
         return folder
     if resume not in ("none", "auto"):
-        folder = RunFolder(Path(resume).expanduser().parent.parent)
+        folder = RunFolder(user_path(resume).parent.parent)
         if folder.is_run:
             return folder
     last, number = RunFolder(Path("runs") / name), 2
@@ -127,8 +130,8 @@ class MetricsLog:
 
         self._file = folder.metrics
         last = {"train": resumed_step, "validation": evaluated_step or 0}
-        kept = [row for row in read_metrics(self._file) if row["step"] <= last[row["split"]]] if resumed_step else []
-        write_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = read_metrics(self._file) if resumed_step else []
+        write_metrics(self._file, [row for row in rows if row["step"] <= last[row["split"]]])
         self._board = SummaryWriter(folder.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -149,16 +152,37 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl; what is none, such as a line that a kill cut short, is left out.
+
+    Raises:
+        UserError: the file is there and cannot be read.
+    """
     if not file.is_file():
         return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    try:
+        with file.open("rb") as stream:
+            return [row for row in map(metrics_row, stream) if row is not None]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """The row of one line: `step`, `split`, and finite numbers, `loss` among them; None where it is another thing."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or row.get("split") not in ("train", "validation") or "loss" not in row:
+        return None
+    numbers = [value for name, value in row.items() if name != "split"]
+    if type(row.get("step")) is not int or not all(type(n) in (int, float) and abs(n) < _BOUND for n in numbers):
+        return None
+    return row
+
+
+def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the rows of a metrics.jsonl. Raises UserError where it cannot be written."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot_losses(metrics: Path, target: Path) -> None:
@@ -194,7 +218,7 @@ def save_figure(figure: Any, target: Path) -> None:
     """
     from matplotlib import pyplot
 
-    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}")
     try:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
         unfinished.replace(target)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
+from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json, write_text
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     LATEST_FILE,
     Checkpoint,
     Progress,
+    copy_checkpoint,
     latest_checkpoint,
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
@@ -25,7 +27,13 @@ from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
+from megatron_tiedlora.training.run_folder import (
+    MetricsLog,
+    RunFolder,
+    choose_run_folder,
+    read_metrics,
+    write_metrics,
+)
 
 
 def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
@@ -105,7 +113,7 @@ def _checkpoint_path(resume: str, folder: RunFolder) -> Path | None:
         return None
     if resume == "auto":
         return latest_checkpoint(folder.checkpoints)
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     if not path.is_dir():
         raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
@@ -120,20 +128,21 @@ def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
     later start goes on with this run, and adapter/ is the best one: a kill between two saves may have left an older.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or what is copied into it is broken.
     """
     progress, source = checkpoint.progress, checkpoint.folder.resolve()
-    if source.parent != folder.checkpoints.resolve():
+    if source != folder.checkpoints.resolve() / f"step_{progress.step}":
         copies = {source: folder.checkpoints / f"step_{progress.step}"}
         if progress.best_step not in (None, progress.step):
             copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
         for original, copy in copies.items():
-            with new_folder(copy) as unfinished:
-                shutil.copytree(original, unfinished, dirs_exist_ok=True)
+            if original != copy.parent.resolve() / copy.name:
+                copy_checkpoint(original, copy)
         run = RunFolder(source.parent.parent)
-        for earlier, copied in ((run.metrics, folder.metrics), (run.scores, folder.scores)):
-            if run.is_run and earlier.is_file():
-                write_text(copied, earlier.read_text(encoding="utf-8"))
+        if run.is_run and run.path != folder.path.resolve():
+            write_metrics(folder.metrics, read_metrics(run.metrics))
+            if run.scores.is_file():
+                write_json(folder.scores, read_json_object(run.scores, kind="a run's scores"))
     remove_leftovers(folder.path)
     write_text(folder.checkpoints / LATEST_FILE, f"step_{progress.step}\n")
     if progress.best_step is not None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
@@ -46,8 +46,8 @@ def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
             "labels; give its validation split (Rowan/hellaswag's, or hellaswag_val.jsonl) in its place"
         )
     text = str(label).strip()
-    if isinstance(label, bool | float) or not text.isdecimal() or int(text) >= num_endings:
-        raise UserError(f"{source}: field 'label' is {label!r}; it counts the {num_endings} endings from 0")
+    if isinstance(label, bool | float) or text not in map(str, range(num_endings)):
+        raise UserError(f"{source}: field 'label' is {shown(label)}; it counts the {num_endings} endings from 0")
     return int(text)
 
 

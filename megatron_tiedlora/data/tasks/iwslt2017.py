@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.data.fields import one_line, required_text, without
 from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
 from megatron_tiedlora.data.task import HubSource, Parts, Task
@@ -35,7 +36,7 @@ def _read_aligned(argument: str, flag: str) -> list[Row] | None:
 
     Which is which is told by the last of their suffixes that is .de or .en, else by their order.
     """
-    names = [argument] if Path(argument).expanduser().exists() else [name.strip() for name in argument.split(",")]
+    names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     if len(names) == 1:
         if not is_rows_file(argument) and (_language(argument) or argument.lower().endswith(".txt")):
             raise UserError(f"{flag} {argument}: text of one language; give both as {flag} GERMAN,ENGLISH")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.rope import RopeConfig
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
@@ -58,6 +58,11 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Beyond any model: a table of weights is made of the layers, and products of two sizes are numbers of weights.
+_LARGEST_SIZE, _LARGEST = 2**28, {"num_hidden_layers": 4096}
+
+
 def llama_config_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> LlamaConfig:
     """Read the fields of a Hugging Face LLaMA config.
 
@@ -66,57 +71,64 @@ def llama_config_from_hf(values: Mapping[str, Any], *, source: str = "config.jso
     """
     kind = values.get("model_type")
     if kind != "llama":
-        raise UserError(f"{source}: model_type {kind!r} is not implemented; this version trains 'llama' models")
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented; this version trains 'llama' models")
     for name, off in _REFUSED:
         if values.get(name) not in off:
-            raise UserError(f"{source}: {name} = {values[name]} is not implemented")
-    for kind in values.get("layer_types") or ():
+            raise UserError(f"{source}: {name} = {shown(values[name])} is not implemented")
+    layer_types = values.get("layer_types") or []
+    for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
         if kind != "full_attention":
-            raise UserError(f"{source}: layer_types has {kind!r}, which is not implemented; 'full_attention' is")
+            raise UserError(f"{source}: layer_types has {shown(kind)}, which is not implemented; 'full_attention' is")
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UserError(f"{source}: hidden_act = {activation!r} is not implemented; LLaMA's is 'silu'")
-    try:
-        hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        kv_heads = int(values.get("num_key_value_heads") or heads)
-        config = LlamaConfig(
-            vocab_size=int(values["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(values["intermediate_size"]),
-            num_layers=int(values["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=int(values.get("head_dim") or hidden // heads),
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            rope=RopeConfig.from_hf(values, source=source),
-            max_positions=int(values.get("max_position_embeddings", 2048)),
-            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-            attention_bias=bool(values.get("attention_bias", False)),
-        )
-    except KeyError as error:
-        raise UserError(f"{source}: {error.args[0]} is missing") from None
-    except ZeroDivisionError:
-        raise UserError(f"{source}: num_attention_heads is 0") from None
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{source}: a size is not a number ({error})") from None
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(f"{source}: {name} is {getattr(config, name)}, not a positive number")
+        raise UserError(f"{source}: hidden_act = {shown(activation)} is not implemented; LLaMA's is 'silu'")
+    sizes = {name: _size(values, name, source) for name in _SIZES}
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = _size({"num_key_value_heads": values.get("num_key_value_heads") or heads}, "num_key_value_heads", source)
+    if hidden < heads and not values.get("head_dim"):
+        raise UserError(f"{source}: hidden_size {hidden} is less than num_attention_heads {heads}")
+    config = LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=_size({"head_dim": values.get("head_dim") or hidden // heads}, "head_dim", source),
+        norm_eps=_norm_eps(values, source),
+        rope=RopeConfig.from_hf(values, source=source),
+        max_positions=_size({"max_position_embeddings": 2048, **values}, "max_position_embeddings", source),
+        tied_embeddings=_flag(values, "tie_word_embeddings", source),
+        attention_bias=_flag(values, "attention_bias", source),
+    )
     if config.head_dim % 2:
         raise UserError(f"{source}: head_dim is {config.head_dim}; rotary embedding needs an even one")
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{source}: {heads} heads do not divide by num_key_value_heads {kv_heads}")
     return config
+
+
+def _size(values: Mapping[str, Any], name: str, source: str) -> int:
+    if name not in values:
+        raise UserError(f"{source}: {name} is missing")
+    value = values[name]
+    if type(value) is not int or not 1 <= value <= _LARGEST.get(name, _LARGEST_SIZE):
+        raise UserError(f"{source}: {name} = {shown(value)} is not a whole number that a model can have there")
+    return value
+
+
+def _norm_eps(values: Mapping[str, Any], source: str) -> float:
+    value = values.get("rms_norm_eps", 1e-6)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise UserError(f"{source}: rms_norm_eps = {shown(value)} is not a small number")
+    return float(value)
+
+
+def _flag(values: Mapping[str, Any], name: str, source: str) -> bool:
+    value = values.get(name, False)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{source}: {name} = {shown(value)} is neither true nor false")
+    return bool(value)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""YAML files of settings: names and plain values, with every way to fail told in one line.
+
+Owns what of YAML is read: one document without tags, anchors and aliases (which can stand for more than a machine
+holds), and no name twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import read_small_text
+
+_LARGEST = 2**18  # bytes of a file of settings; PyYAML takes seconds for a megabyte
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without anchors and aliases, and with each key of a mapping once."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if names and names.most_common(1)[0][1] > 1:
+            problem = f"{shown(names.most_common(1)[0][0])} is there twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml_mapping(file: Path) -> dict[str, Any]:
+    """The names and values of a file that is there; none where it is empty.
+
+    Raises:
+        UserError: not such a file, naming it, and the line where known.
+    """
+    text = read_small_text(file, kind="YAML", largest=_LARGEST)
+    try:
+        content = _PlainLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{file}{where}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise UserError(f"{file}: not valid YAML (nested too deeply)") from None
+    # PyYAML takes a text that looks like a date or carries a tag for a value of that kind, whatever it is.
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{file}: holds a value that cannot be read ({error}); put texts in quotes") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected 'name: value' lines, found a {type(content).__name__}")
+    return content

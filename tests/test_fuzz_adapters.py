@@ -1,0 +1,303 @@
+"""Adapters, checkpoints and model folders that are broken, or made to harm: each is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import broken_file, explore, outcome, sizes, tree
+from hypothesis import strategies as st
+from native_files import with_adapter
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import (
+    CHECKPOINT_FILES,
+    Checkpoint,
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
+from megatron_tiedlora.model.rope import inverse_frequencies
+from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.training.session import take_over
+
+CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False, max_shard_size="20KB")
+
+
+@pytest.fixture(scope="module")
+def native(base: Path) -> NativeAdapter:
+    return with_adapter(base, "tl6", (1, 3))[1]
+
+
+@pytest.fixture
+def area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a neighbour; what loads may neither change it nor leave anything in the working directory."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "x").write_text("a neighbour")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def check_adapter(adapter: NativeAdapter) -> None:
+    """What was loaded can be used, and saved again."""
+    bank = TiedAdapter(AdapterPart.whole(adapter.config))
+    bank.load_full(adapter.state)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapter.state.values())
+    assert all(type(number) is int and number > 0 for number in (*adapter.config.layers, *adapter.base.shape.values()))
+    json.dumps([asdict(adapter.config), asdict(adapter.base)], allow_nan=False)
+
+
+@sizes(250, 8000)
+def test_a_broken_adapter(native: NativeAdapter, area: Path, examples: int) -> None:
+    folder = area / "adapter"
+    save_adapter(folder, native.config, native.base, native.state)
+    whole = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+
+    def body(draw):  # type: ignore[no-untyped-def]
+        which = draw(st.sampled_from([CONFIG, WEIGHTS]))
+        for name, raw in whole.items():
+            (folder / name).write_bytes(broken_file(draw, name, raw) if name == which else raw)
+        loaded = outcome(lambda: load_adapter(folder), unchanged=area, names=(str(folder),))
+        if isinstance(loaded, NativeAdapter):
+            check_adapter(loaded)
+
+    explore(examples, body)
+
+
+def write_run(path: Path, native: NativeAdapter) -> RunFolder:
+    """A run with checkpoints of steps 2 (the best) and 4."""
+    run = RunFolder(path)
+    run.path.mkdir(parents=True)
+    run.settings.write_text("seed: 1\n")
+    run.metrics.write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
+    names = [(moment, factor) for moment in ("exp_avg", "exp_avg_sq") for factor in "ABuv"]
+    moments = {f"{moment}.adapter.{factor}": native.state[factor].abs() for moment, factor in names}
+    for step in (2, 4):
+        save_checkpoint(
+            run.checkpoints,
+            progress=Progress(step, 24 * step, 0.5, 2, 1, 4 if step == 4 else 2),
+            config=native.config,
+            base=native.base,
+            state=native.state,
+            moments=moments,
+            settings={"method": "tl6", "rank": 4, "layers": [1, 3], "data_sha256": "0"},
+        )
+    return run
+
+
+@sizes(250, 6000)
+def test_a_broken_checkpoint_and_what_is_taken_over_from_it(native: NativeAdapter, area: Path, examples: int) -> None:
+    written = write_run(area / "written", native)
+    good = written.checkpoints / "step_4"
+    theirs, mine = area / "theirs", area / "mine"
+
+    def body(draw):  # type: ignore[no-untyped-def]
+        for folder in (theirs, mine):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(written.path, theirs)
+        folder = theirs / "checkpoints" / "step_4"
+        which = draw(st.sampled_from([*CHECKPOINT_FILES, "trainer_state.json", "trainer_state.json"]))
+        (folder / which).write_bytes(broken_file(draw, which, (good / which).read_bytes()))
+        loaded = outcome(lambda: load_checkpoint(folder), unchanged=area, names=(str(folder),))
+        if not isinstance(loaded, Checkpoint):
+            return
+        check_adapter(loaded.adapter)
+        assert loaded.progress.step == 4 and (loaded.progress.best_step or 0) in range(5)
+        json.dumps(asdict(loaded.progress), allow_nan=False)
+        before = tree(area)
+        try:
+            take_over(RunFolder(mine), loaded)
+        except UserError as error:
+            assert str(error).isprintable()
+        else:
+            again = latest_checkpoint(mine / "checkpoints")
+            assert again is not None and load_checkpoint(again).progress == loaded.progress
+        assert {name: found for name, found in tree(area).items() if name.split("/")[0] != "mine"} == before
+
+    explore(examples, body)
+
+
+@pytest.mark.parametrize("value", ["../../x", "2/../../x", 2.0, True, -1, 5, 10**30, [2]])
+def test_a_best_step_that_is_none_names_no_folder(native: NativeAdapter, area: Path, value: object) -> None:
+    folder = write_run(area / "run", native).checkpoints / "step_4"
+    content = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps({**content, "best_step": value}))
+    found = outcome(lambda: load_checkpoint(folder), unchanged=area, names=(str(folder / "trainer_state.json"),))
+    assert isinstance(found, UserError) and "best_step" in str(found)
+
+
+@pytest.mark.parametrize("text", ["../x", "step_4/../../x", "/etc", "step_4\nstep_2", "step_٤", "step_" + "4" * 5000,
+                                  "step_9", "\0", "x" * 10**6, b"\xff\xfe", b"\xef\xbb\xbfstep_4"])  # fmt: skip
+def test_latest_names_a_checkpoint_beside_it_and_nothing_else(
+    native: NativeAdapter, area: Path, text: str | bytes
+) -> None:
+    checkpoints = write_run(area / "run", native).checkpoints
+    (checkpoints / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = outcome(lambda: latest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
+    assert isinstance(found, UserError)
+
+
+def test_a_checkpoint_is_of_the_step_that_its_folder_says(native: NativeAdapter, area: Path) -> None:
+    """Else `latest` would come to name a folder that is not there."""
+    checkpoints = write_run(area / "run", native).checkpoints
+    (checkpoints / "step_4").rename(checkpoints / "step_7")
+    found = outcome(lambda: load_checkpoint(checkpoints / "step_7"), unchanged=area, names=("step_7",))
+    assert isinstance(found, UserError) and "is of step 4" in str(found)
+
+
+def _link(path: Path, target: Path | str) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("step", [2, 4])  # the best and the last
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_links_in_a_checkpoint_are_not_copied(native: NativeAdapter, area: Path, step: int, name: str) -> None:
+    theirs = write_run(area / "theirs", native)
+    real = area / f"real-{name}"
+    shutil.copy(theirs.checkpoints / f"step_{step}" / name, real)
+    _link(theirs.checkpoints / f"step_{step}" / name, real)
+    loaded = load_checkpoint(theirs.checkpoints / "step_4")
+    with pytest.raises(UserError, match=f"step_{step}/{name}: is no plain file"):
+        take_over(RunFolder(area / "mine"), loaded)
+    assert not list((area / "mine").rglob(f"step_{step}/*"))
+
+
+def test_only_the_files_of_a_checkpoint_are_copied(native: NativeAdapter, area: Path) -> None:
+    theirs = write_run(area / "theirs", native)
+    for step in (2, 4):
+        folder = theirs.checkpoints / f"step_{step}"
+        (folder / "more.py").write_text("import os")
+        (folder / "out").symlink_to(area / "x")
+        (folder / "loop").symlink_to(folder)
+        os.mkfifo(folder / "pipe")  # copying it would wait for ever
+    take_over(RunFolder(area / "mine"), load_checkpoint(theirs.checkpoints / "step_4"))
+    for step in (2, 4):
+        copied = area / "mine" / "checkpoints" / f"step_{step}"
+        assert {item.name for item in copied.iterdir()} == set(CHECKPOINT_FILES)
+        assert all(item.is_file() and not item.is_symlink() for item in copied.iterdir())
+
+
+def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native: NativeAdapter, area: Path) -> None:
+    run = write_run(area / "run", native)
+    away = area / "away"
+    shutil.copytree(run.checkpoints / "step_2", away / "step_2")
+    (away / "notes").write_text("not ours")
+    (away / "adapter").mkdir()
+    for name in ("latest", "step_2"):
+        _link(run.checkpoints / name, away / ("notes" if name == "latest" else "step_2"))
+    _link(run.adapter, away / "adapter")
+    _link(run.path / ".writing-x", away)
+    _link(run.metrics, away / "notes")
+    before = tree(away)
+    take_over(run, load_checkpoint(run.checkpoints / "step_4"))
+    moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
+    save_checkpoint(
+        run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config, base=native.base,
+        state=native.state, moments=moments, settings={},
+    )  # fmt: skip
+    assert tree(away) == before
+    assert {item.name for item in run.checkpoints.iterdir()} == {"latest", "step_6"}
+    assert not run.adapter.is_symlink() and not (run.path / ".writing-x").is_symlink()
+    check_adapter(load_adapter(run.adapter))
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area: Path, name: str) -> None:
+    save_adapter(area / "adapter", native.config, native.base, native.state)
+    (area / "adapter" / name).unlink()
+    os.mkfifo(area / "adapter" / name)
+    found = outcome(lambda: load_adapter(area / "adapter"), unchanged=area, names=(name,))
+    assert isinstance(found, UserError)
+
+
+@sizes(250, 6000)
+def test_a_broken_peft_adapter(base: Path, native: NativeAdapter, area: Path, examples: int) -> None:
+    source, folder = find_model(str(base)), area / "peft"
+    export_peft(source, native, folder)
+    whole = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+
+    def load() -> NativeAdapter:
+        adapter_kind(folder)
+        return load_peft_adapter(folder, source)
+
+    def body(draw):  # type: ignore[no-untyped-def]
+        which = draw(st.sampled_from([CONFIG, CONFIG, WEIGHTS]))
+        for name, raw in whole.items():
+            (folder / name).write_bytes(broken_file(draw, name, raw) if name == which else raw)
+        loaded = outcome(load, unchanged=area, names=(str(folder),))
+        if isinstance(loaded, NativeAdapter):
+            check_adapter(loaded)
+
+    explore(examples, body)
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*x", r"(\w|\.|\d)*(\w|\.)*[^_a-z]", "(model|layers|[a-z._0-9])+!"])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_takes_for_ever_is_given_up(
+    base: Path, native: NativeAdapter, area: Path, name: str, pattern: str
+) -> None:
+    source, folder = find_model(str(base)), area / "peft"
+    export_peft(source, native, folder)
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**content, name: pattern}))
+    outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
+
+
+@sizes(250, 6000)
+def test_a_broken_model_folder(base: Path, area: Path, examples: int) -> None:
+    folder = Path(shutil.copytree(base, area / "model"))
+    shard = min(folder.glob("*.safetensors")).name
+    whole = {name: (folder / name).read_bytes() for name in ("config.json", INDEX, shard)}
+
+    def load() -> ModelSource:
+        source = find_model(str(folder))
+        rules = weight_rules(source.config)
+        assert num_base_parameters(source.config) > 0
+        inverse_frequencies(source.config.rope, 8)
+        with BaseWeights(folder, rules) as weights:
+            assert weights.read("model.norm.weight").shape == (source.config.hidden_size,)
+        return source
+
+    def body(draw):  # type: ignore[no-untyped-def]
+        which = draw(st.sampled_from(sorted(whole)))
+        for name, raw in whole.items():
+            (folder / name).write_bytes(broken_file(draw, name, raw) if name == which else raw)
+        outcome(load, unchanged=area, names=(str(folder),))
+
+    explore(examples, body)
+
+
+@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "..", ".", "", "a/../../x", "sub/x.safetensors", "a\0b"])
+def test_an_index_that_leads_out_of_its_folder(base: Path, area: Path, file: str) -> None:
+    folder = Path(shutil.copytree(base, area / "model"))
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    (folder / INDEX).write_text(json.dumps(content))
+    source = find_model(str(folder))
+    found = outcome(lambda: BaseWeights(folder, weight_rules(source.config)), unchanged=area, names=(str(folder),))
+    assert isinstance(found, UserError)
