@@ -53,3 +53,19 @@ def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Si
     whole = site.whole_run("dp2")
     assert losses(folder) == losses(whole)
     assert files_of(folder / "adapter") == files_of(whole / "adapter")
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself_when_a_rank_on_one_host_is_killed(site: Site, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ["--max_restarts=2", "--resume=auto", "--save_interval=5"]
+    job = start(site, folder, "torchrun", *flags, work=tmp_path)
+    wait_until(lambda: has_step(folder, 7) or job.poll() is not None, job.output, limit=120)
+    script = str(ROOT / "launch" / "train.py")
+    for process in site.cluster.hosts["nodeb"].jobs():
+        if process.cmdline()[1:3] == ["-u", script]:
+            process.kill()
+    assert job.wait(200) == 0, job.output()
+    assert status(folder) == {"state": "finished", "step": STEPS, "reason": "max_steps"}
+    assert site.cluster.jobs() == {}
+    assert losses(folder) == losses(site.whole_run("dp2"))
