@@ -6,6 +6,7 @@ UserError of one line that names the place, in time, with nothing written.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -149,7 +150,7 @@ def changed_fields(draw: Draw, content: Any) -> Any:
             holder = holder[step]
         match draw(st.sampled_from(["value", "value", "value", "drop", "rename", "new"])):
             case "value":
-                holder[key] = draw(strange_values)
+                holder[key] = copy.deepcopy(draw(strange_values))  # which the next change may go into
             case "drop":
                 del holder[key]
             case "rename" if isinstance(holder, dict):
@@ -158,7 +159,7 @@ def changed_fields(draw: Draw, content: Any) -> Any:
                 if isinstance(holder, dict):
                     holder[draw(st.text(max_size=5) | st.sampled_from(["__class__", "auto_map", "a" * 3000]))] = 1
                 else:
-                    holder.insert(0, draw(strange_values))
+                    holder.insert(0, copy.deepcopy(draw(strange_values)))
     return content
 
 

@@ -119,7 +119,7 @@ def test_a_broken_parquet_file(area: Path, examples: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "rows.de"])
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(30, method="thread")  # a wait inside of a library is ended by no signal
 def test_a_pipe_is_not_waited_for(area: Path, name: str) -> None:
     os.mkfifo(area / name)
     given = f"{area / name},{area / name}.en" if name.endswith(".de") else str(area / name)

@@ -75,7 +75,7 @@ def yaml_text(content: Any) -> bytes:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@sizes(150, 4000)
+@sizes(100, 3000)
 def test_broken_yaml(area: Path, command: str, examples: int) -> None:
     content, parse = COMMANDS[command]
     file = area / "settings.yaml"
@@ -173,7 +173,7 @@ def test_a_broken_engine_json(area: Path, examples: int) -> None:
 # What runs and studies leave --------------------------------------------------------------------------------------
 
 
-@sizes(150, 4000)
+@sizes(80, 2000)
 def test_a_broken_study(area: Path, examples: int) -> None:
     whole = write_study(area / "whole", single_layers=[1, 4], single_layer_rank=2, learning_rates=[1e-4, 1e-5])
     for name in ("lora-r2-lr1e-4", "tl6-r8-lr1e-5"):

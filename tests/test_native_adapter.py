@@ -175,6 +175,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "layer order": (edit(layers=[3, 1]), CONFIG, "not in ascending order"),
     "no u": (retensor(lambda tensors: tensors.pop("u")), WEIGHTS, "tensor u is missing"),
     "shape": (retensor(lambda t: t.update(B=t["B"].T.contiguous())), WEIGHTS, "B has shape (4, 64), expected (64, 4)"),
+    "whole numbers": (retensor(lambda t: t.update(u=t["u"].to(torch.int8))), WEIGHTS, "u is int8, not floating point"),
+    "complex": (retensor(lambda t: t.update(u=t["u"].to(torch.complex64))), WEIGHTS, "u is complex64, not floating"),
+    "8 bits": (retensor(lambda t: t.update(u=t["u"].to(torch.float8_e5m2))), WEIGHTS, "u is float8_e5m2, not floating"),
+    "fp64": (retensor(lambda t: t.update(u=t["u"].double() * 1e300)), WEIGHTS, "u holds numbers that are not finite"),
     "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
 }
 
