@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from run_files import assert_same_run
-from run_helpers import Base, World, run, start_ranks, write_base
+from run_helpers import Base, World, run, start_ranks, wait_for, write_base
 
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.resume import latest_checkpoint, load_checkpoint
@@ -63,6 +63,7 @@ def _start(base: Base, folder: Path) -> World:
 
 def _train_for(world: World, folder: Path, seconds: float) -> None:
     """Wait until ranks have trained for `seconds`, or are over; negative: that long since their start."""
+    wait_for(lambda: all(path.exists() for files in world.files for path in files), "the ranks' first lines")
     before, until = _last_step(folder), time.monotonic() - seconds if seconds < 0 else None
     while (until is None or time.monotonic() < until) and all(p.exitcode is None for p in world.processes):
         if until is None and _last_step(folder) > before:

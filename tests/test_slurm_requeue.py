@@ -16,7 +16,7 @@ from host_needs import needs
 from run_files import files_of, losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900), needs("ssh"), needs("slurm")]
-STEPS = 100  # at 0.3 s and more each, so that the signal comes in between
+STEPS = 200  # at 0.3 s and more each, so that the signal comes in between
 
 
 @pytest.fixture(scope="module")
