@@ -10,18 +10,30 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 from fake_hosts import FakeCluster
 from host_commands import Started, wait_until
 from host_needs import host_environment
-from run_helpers import ENVIRONMENT, PRELUDES, TRAIN
+from run_helpers import ENVIRONMENT, PRELUDES, ROOT, TRAIN
 from slurm_cluster import SlurmCluster
 
 PORT = 29500  # hosts have all their ports to themselves
 MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-NEEDS = {"pdsh": "pdsh", "openmpi": "openmpi", "mpirun": "openmpi", "slurm": "slurm", "torchrun": "hosts"}
+# Without these a cut link would be noticed by TCP alone, which takes many minutes.
+KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"
+SSH_ENVIRONMENT = {"PDSH_SSH_ARGS_APPEND": KEEP_ALIVE, "PRTE_MCA_plm_ssh_agent": f"ssh {KEEP_ALIVE}", **MPI_ENVIRONMENT}
+RUN = ROOT / "launch" / "run.py"
+# launch/run.py with other ranks than launch/train.py: the folder of train.py comes first.
+RUN_WITH = """
+import sys
+from pathlib import Path
+from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.cli import run_command
+run_command(lambda argv: launch(argv[1:], scripts=Path(argv[0])), sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,11 @@ class Job:
     def __init__(self, task: Task, launchers: Sequence[Started], number: str = "") -> None:
         self.task, self.launchers, self.number = task, list(launchers), number
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether launch/run.py is the launcher that its user sees."""
+        return any(word in (str(RUN), RUN_WITH) for launcher in self.launchers for word in launcher.command)
+
     def is_over(self) -> bool:
         """Whether its user sees the end of it."""
         if self.number:
@@ -71,7 +88,7 @@ class Job:
 
     def wait(self, limit: float = 200.0) -> int:
         """The exit status: the launcher's, the first that is not 0 of several, or that of the batch job."""
-        wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.2)
+        wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.5)
         if self.number:
             code, _, signal_number = self._slurm.exit_code(self.number).partition(":")
             return int(code) or -int(signal_number)
@@ -90,7 +107,8 @@ class Job:
         for name, host in self.task.cluster.hosts.items():
             for process in host.jobs():
                 words = _command_line(process)
-                if words[:1] == [sys.executable] and self.task.script[0] in words[1:3]:
+                scripts = {self.task.script[0], str(self.task.folder / "train.py"), "launch/train.py"}
+                if words[:1] == [sys.executable] and scripts & set(words[1:3]):
                     found[name] = process
         return found
 
@@ -124,7 +142,7 @@ def _start_deepspeed(task: Task, *options: str) -> Job:
     lines = {**task.travelling, **MPI_ENVIRONMENT}.items()
     (task.folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in lines))
     command = [_beside_python("deepspeed"), "--hostfile", task.cluster.hostfile(), *options, *task.options]
-    return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=MPI_ENVIRONMENT)])
+    return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=SSH_ENVIRONMENT)])
 
 
 def start_mpirun(task: Task) -> Job:
@@ -132,7 +150,7 @@ def start_mpirun(task: Task) -> Job:
     variables = [word for name, value in task.travelling.items() for word in ("-x", f"{name}={value}")]
     ranks = ["-np", str(len(task.cluster.hosts)), "--hostfile", str(task.cluster.hostfile())]
     command = ["mpirun", *ranks, *task.options, *variables, sys.executable, *task.script]
-    return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=MPI_ENVIRONMENT)])
+    return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=SSH_ENVIRONMENT)])
 
 
 def start_torchrun(task: Task) -> Job:
@@ -145,16 +163,47 @@ def start_torchrun(task: Task) -> Job:
 
 
 def start_slurm(task: Task) -> Job:
-    """sbatch, with srun in the script."""
+    """sbatch launch/slurm.sbatch without its line of GPUs; it starts the train.py of where it is submitted."""
     assert task.slurm is not None
-    exports = {**task.travelling, "MASTER_ADDR": task.cluster.first.name, "MASTER_PORT": str(PORT)}
-    ranks = 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$0" "$@"'
-    srun = ["srun", "--kill-on-bad-exit=1", "bash", "-c", ranks, sys.executable, *task.script]
-    script = task.folder / "job.sh"
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    script.write_text("\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(srun)}\n"]))
-    nodes = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1"]
-    return Job(task, [], task.slurm.submit(script, *nodes, *task.options, cwd=task.folder))
+    lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines(keepends=True)
+    script = task.folder / "slurm.sbatch"
+    script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus")))
+    write_script(task, task.folder / "launch")
+    size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=slurm-%j.out"]
+    environment = {**task.travelling, "PYTHON": sys.executable}
+    words = [*size, *task.options, str(script), *task.arguments]
+    return Job(task, [], task.slurm.submit(words, cwd=task.folder, env=environment))
+
+
+def start_watched(task: Task, launcher: str) -> Job:
+    """launch/run.py with one of its launchers; by srun it runs in a batch script."""
+    command = [sys.executable, str(RUN)]
+    if task.prelude:
+        write_script(task, task.folder)
+        command = [sys.executable, "-c", RUN_WITH, str(task.folder)]
+    command += ["--launcher", launcher, *task.options]
+    if launcher == "srun":
+        assert task.slurm is not None
+        wrapped = f"exec {shlex.join([*command, *task.arguments])}"
+        size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", f"--wrap={wrapped}"]
+        return Job(task, [], task.slurm.submit(size, cwd=task.folder, env=task.travelling))
+    command += ["--hostfile", str(task.cluster.hostfile()), *task.arguments]
+    environment = {**task.travelling, **MPI_ENVIRONMENT}
+    return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=environment)])
+
+
+def write_script(task: Task, folder: Path) -> None:
+    """A train.py in `folder` that is launch/train.py, behind the task's prelude."""
+    script, *words = task.script[: 2 if task.prelude else 1]
+    text = f"import runpy, sys\nsys.argv[1:1] = {words}\nrunpy.run_path({script!r}, run_name='__main__')\n"
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(text)
+
+
+def needed(route: str) -> str:
+    """What a route needs of the machine."""
+    launcher = route.removeprefix("run.py ")
+    return {"pdsh": "pdsh", "torchrun": "ssh", "slurm": "slurm", "srun": "slurm"}.get(launcher, "openmpi")
 
 
 def _beside_python(program: str) -> str:
@@ -167,4 +216,8 @@ ROUTES: dict[str, Callable[[Task], Job]] = {
     "mpirun": start_mpirun,
     "slurm": start_slurm,
     "torchrun": start_torchrun,
+    **{
+        f"run.py {name}": partial(start_watched, launcher=name)
+        for name in ("pdsh", "openmpi", "mpirun", "srun", "torchrun")
+    },
 }

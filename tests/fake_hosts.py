@@ -120,6 +120,11 @@ class FakeHost:
                 stream.close()
             self._holder, self._first = None, 0
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the host lives."""
+        return self._holder is not None
+
     def start_sshd(self) -> None:
         """Start sshd and wait until it answers."""
         program = program_path("sshd")
@@ -222,6 +227,10 @@ class FakeHost:
     def restore_link(self) -> None:
         """Plug it in again."""
         self.cluster.switch_ip(f"link set {self.port} up\n")
+
+    def outside(self, path: Path) -> Path:
+        """Where a path of this host is found from outside, with its own file systems."""
+        return Path(f"/proc/{self._first}/root{path}")
 
     def mount_private(self, path: Path, *, size: str = "64m") -> None:
         """Lay an empty file system of its own over `path`, which only this host sees; `size` as tmpfs reads it."""

@@ -25,6 +25,29 @@ def slow_steps() -> None:
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
 
 
+def quick_start() -> None:
+    """Nothing is compiled: DeepSpeed's Muon asks for it as it is imported, which costs a third of a rank's start."""
+    import torch
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else as_it_is
+
+    torch.compile = as_it_is
+
+
+def long_steps() -> None:
+    """`slow_steps` after a quick start."""
+    quick_start()
+    slow_steps()
+
+
+def watched_steps() -> None:
+    """`long_steps`, and a rank that is silent for 5 s counts as lost."""
+    long_steps()
+    ending: Any = importlib.import_module("megatron_tiedlora.training.ending")
+    ending.SILENCE_SECONDS = 5.0
+
+
 def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:
     """The rank (or each) sends itself a signal at the start of training step `step`, which is the last one then."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fake_hosts import FakeCluster
@@ -14,6 +15,7 @@ ClusterName=fake
 SlurmctldHost={first}
 SlurmUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir=/run/slurmd-%n
 SlurmctldPidFile=/run/slurmctld.pid
@@ -67,8 +69,7 @@ class SlurmCluster:
             self.start_node(name)
         self.cluster.first.run([_program("slurmctld")])
         wait_until(self.is_idle, self.logs)
-        for host in self.cluster.hosts.values():
-            host.keep_running()
+        self.cluster.first.keep_running()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,6 +89,8 @@ class SlurmCluster:
             ]
         )
         host.run([_program("slurmd"), "-N", name])
+        wait_until(host.outside(Path("/run/slurmd.pid")).exists, self.logs)
+        host.keep_running()
 
     def is_idle(self) -> bool:
         """Whether every node waits for work."""
@@ -102,13 +105,17 @@ class SlurmCluster:
         """The exit status of a job's script and, after a colon, the signal that ended it."""
         return self._field(job, "ExitCode")
 
+    def restarts(self, job: str) -> int:
+        """How often a job was put back into the queue."""
+        return int(self._field(job, "Restarts"))
+
     def _field(self, job: str, name: str) -> str:
         shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 
-    def submit(self, script: Path, *options: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """Submit a batch script; returns the job's number."""
-        return self.cluster.first.run(["sbatch", "--parsable", *options, script], cwd=cwd, env=env).strip()
+    def submit(self, words: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+        """Submit a batch job by the words of sbatch; returns the job's number."""
+        return self.cluster.first.run(["sbatch", "--parsable", *words], cwd=cwd, env=env).strip()
 
     def logs(self) -> str:
         """The end of every daemon's log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from run_files import checkpoint_names, edit_tensors, files_of, losses, metrics, status
 from run_helpers import Base, Ended, run, run_ranks, write_base
-from run_preludes import before_call, kill_at_step, limit_files, poison
+from run_preludes import before_call, kill_at_call, kill_at_step, limit_files, poison
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -79,6 +80,8 @@ def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> N
     assert "step_4: cannot be written" in line and "nothing was changed" in line
     assert checkpoint_names(folder) == {"step_2"} and (folder / "checkpoints" / "latest").read_text() == "step_2\n"
     assert status(folder)["state"] == "failed" and "step_4" in status(folder)["reason"]
+    if ranks:
+        assert status(folder)["reason"].startswith("rank 0 on "), "whose disk it is"
     assert not list(folder.rglob(".writing*"))
     run(base, folder, max_steps=4, rank=16, ranks=ranks, resume="auto")
     assert losses(folder) == losses(whole)
@@ -112,3 +115,16 @@ def test_a_failure_of_one_rank_ends_all(base: Base, tmp_path: Path) -> None:
     ended = run_ranks(arguments, folder=tmp_path / "work", cache=base.cache, ranks=2, prelude=prelude)
     assert ended.statuses[1] == -9 and ended.statuses[0] not in (0, -9)
     assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2"}
+
+
+def test_a_signal_while_a_rank_says_why_it_fails(base: Base, tmp_path: Path) -> None:
+    """A launcher tells the others to stop as soon as one rank has ended: they still say all, and end as failed."""
+    folder = tmp_path / "run"
+    ended = run(base, folder, prelude=_fail_and_be_stopped, expect=2)
+    assert "the loss is nan" in ended.error_line() and "the loss is nan" in status(folder)["reason"]
+    assert status(folder)["state"] == "failed"
+
+
+def _fail_and_be_stopped() -> None:
+    poison(3, "loss")
+    kill_at_call("megatron_tiedlora.training.ending", "End._record_failure", number=signal.SIGTERM)

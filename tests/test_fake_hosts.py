@@ -236,7 +236,16 @@ def test_slurm_runs_a_step_on_both_nodes(tmp_path: Path) -> None:
         assert sorted(said.split()) == list(NAMES), slurm.logs()
         script = cluster.folder / "job.sh"
         script.write_text(f"#!/bin/bash\nsrun bash -c 'hostname > {cluster.folder}/$(hostname).out'\nexit 3\n")
-        job = slurm.submit(script, "--nodes=2", "--ntasks-per-node=1", "--output=/dev/null")
+        job = slurm.submit(["--nodes=2", "--ntasks-per-node=1", "--output=/dev/null", script], cwd=cluster.folder)
         wait_until(lambda: slurm.state(job) == "FAILED", slurm.logs)
         assert [(cluster.folder / f"{name}.out").read_text().strip() for name in NAMES] == list(NAMES)
-        assert cluster.jobs() == {}
+        wait_until(lambda: not cluster.jobs(), cluster.jobs, limit=5)
+
+        node = cluster.hosts["nodeb"]
+        node.kill()
+        node.boot()
+        slurm.start_node("nodeb")
+        wait_until(slurm.is_idle, slurm.logs)
+        said = cluster.first.run(["srun", "--nodes=2", "--ntasks-per-node=1", "hostname"])
+        assert sorted(said.split()) == list(NAMES)
+        wait_until(lambda: not cluster.jobs(), cluster.jobs, limit=5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, is_lost_exchange, lost_exchange_line
+from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, connect, is_lost_exchange, lost_exchange_line
 
 BEAT, SILENCE = 0.05, 1.0
 HOST = socket.gethostname()
@@ -190,3 +190,16 @@ def test_what_says_no_more_than_that_an_exchange_failed() -> None:
     gloo = "[/build/gloo/pair.cc:537] Read error [10.0.0.2]:36246: Connection reset by peer. This is typically caused"
     found = lost_exchange_line(RuntimeError(gloo))
     assert found == "an exchange with a peer failed (Read error [10.0.0.2]:36246: Connection reset by peer)"
+
+
+def test_hosts_whose_agents_count_restarts_differently_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent counts its own ranks' failures, and not the new starts that another host's cause."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(master.port))
+    stores = []
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        stores.append(connect(limit=timedelta(seconds=5)))
+    stores[0].set("host/0", HOST)
+    assert stores[1].get("host/0").decode() == HOST

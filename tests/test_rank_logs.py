@@ -71,6 +71,19 @@ def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None
     assert say(tmp_path, 1) == ("inside\noutside\n", "said\n")
 
 
+def test_a_screen_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
+    """As where the ssh connection that it went over is: the log goes on, and the exit status is as it was."""
+    script = SAY.replace('print("inside")', 'sys.stdin.read(); print("inside", flush=True); print("more", flush=True)')
+    command = [sys.executable, "-c", script, str(tmp_path), "0"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=ROOT)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert log_of(tmp_path, 0).splitlines()[1:] == ["inside", "more", "said", "noted"]
+
+
 def fail_on(rank: int) -> None:
     """This rank's code breaks at training step 3."""
 

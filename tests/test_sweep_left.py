@@ -19,9 +19,10 @@ import pytest
 from run_helpers import Base
 from sweep_runs import study_arguments, write_study_base
 
+from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.lock import locked, refuse_left_behind
-from megatron_tiedlora.study.processes import Command, StopSignals, deepspeed_starter
+from megatron_tiedlora.study.processes import Command, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
 
@@ -160,7 +161,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path, monkeypat
 LISTENER = """
 import sys, time
 from pathlib import Path
-from megatron_tiedlora.study.processes import StopSignals
+from megatron_tiedlora.cluster.signals import StopSignals
 with StopSignals() as stop:
     Path(sys.argv[1]).write_text("listens")
     deadline = time.monotonic() + 30

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
+from megatron_tiedlora.cluster.devices import visible_gpus
+from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
 from megatron_tiedlora.study.lock import locked
 from megatron_tiedlora.study.processes import (
     Command,
     LaunchedChild,
-    StopSignals,
     deepspeed_starter,
     launcher_slots,
-    visible_gpus,
     with_port,
 )
 from megatron_tiedlora.study.record import last_lines
@@ -193,7 +193,7 @@ def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert visible_gpus() == ("3", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(UserError, match="needs GPUs by number"):
+    with pytest.raises(UserError, match="chosen by number"):
         visible_gpus()
 
 

@@ -20,6 +20,7 @@ from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
     field_choices,
+    field_flags,
     field_group,
     nearest_name,
     validate_settings,
@@ -84,7 +85,8 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
             keywords.update(nargs="?", const="true")
         default = kind.default_text(name)
         help_text = (field.description or "") + (f" [{default}]" if default else "")
-        groups[field_group(field)].add_argument(f"--{name}", help=help_text.replace("%", "%%"), **keywords)
+        flags = field_flags(name, field)
+        groups[field_group(field)].add_argument(*flags, help=help_text.replace("%", "%%"), **keywords)
     # The deepspeed and torch launchers put these before the user's arguments; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser

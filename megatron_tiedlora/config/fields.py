@@ -32,7 +32,13 @@ AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
 
 def setting_field(
-    group: str, help_text: str, default: Any = ..., *, choices: Sequence[str] | None = None, **constraints: Any
+    group: str,
+    help_text: str,
+    default: Any = ...,
+    *,
+    choices: Sequence[str] | None = None,
+    flag: str | None = None,
+    **constraints: Any,
 ) -> Any:
     """A field of a `CommandSettings`.
 
@@ -40,9 +46,12 @@ def setting_field(
         group: a key of the class's `groups`.
         default: left out where the command needs the value, or fills it in from other values.
         choices: of a text, where they are not known when the code is written (else let the type be a Literal).
+        flag: a shorter flag beside the field's name, such as one that pydantic's own attributes take as a name.
         constraints: pydantic's, such as `ge=1`.
     """
     extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
+    if flag is not None:
+        extra["flag"] = flag
     return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
 
 
@@ -60,6 +69,12 @@ def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
     """The choices that a field was declared with; None where its type alone says what it takes."""
     choices = _extra(field).get("choices")
     return None if choices is None else tuple(choices)
+
+
+def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
+    """The flags that set a field on the command line: the first one is named after it."""
+    flag = _extra(field).get("flag")
+    return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
 
 
 def _extra(field: FieldInfo) -> Mapping[str, Any]:

@@ -42,10 +42,14 @@ class Loss:
 
 
 def connect(*, limit: timedelta) -> Store:
-    """A connection of one's own to the store that serves the process group, for this start of the ranks alone."""
+    """A connection of one's own to the store that serves the process group.
+
+    Every start of the ranks has a store of its own. torchrun's count of restarts would not tell starts apart: an agent
+    whose peer came back starts its ranks anew without counting it, so that hosts disagree on the number.
+    """
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(master, port, is_master=False, timeout=limit, wait_for_workers=False)
-    return PrefixStore(f"lifeline-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore("lifeline", store)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import make_settings
@@ -26,7 +27,7 @@ from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
 from megatron_tiedlora.study.jobs import Job
-from megatron_tiedlora.study.processes import Command, launcher_slots, visible_gpus, with_port
+from megatron_tiedlora.study.processes import Command, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
     StudyFolder,

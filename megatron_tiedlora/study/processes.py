@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Literal, Protocol
 
 import psutil
@@ -214,60 +213,8 @@ def launcher_slots(
     return tuple(("--include", f"localhost:{','.join(place)}") for place in places)
 
 
-def visible_gpus() -> tuple[str, ...]:
-    """GPUs by the launcher's numbers: those of CUDA_VISIBLE_DEVICES (`--include` overrides it), else all."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    if named is None or not count:
-        return tuple(str(index) for index in range(count))
-    names = tuple(name.strip() for name in named.split(","))[:count]
-    if not all(name.isdigit() for name in names):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: --gpus_per_run needs GPUs by number, as in 0,1")
-    return names
-
-
 def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
     """Launcher arguments with a port of its own for the ranks to meet, unless they name one."""
     if names_port(launcher):
         return tuple(launcher)
     return (*launcher, "--master_port", str(free_port()))
-
-
-# Signals ----------------------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """SIGINT and SIGTERM inside `with`, in the order of their arrival; they are noted and nothing else.
-
-    A terminal that hangs up (SIGHUP) counts as SIGTERM, unless that was to be ignored, as under nohup.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._before: dict[int, Any] = {}
-        self._terminals: list[int] = []
-
-    def __enter__(self) -> StopSignals:
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        for number in (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,))):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._leave_terminals()
-        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
-
-    def _leave_terminals(self) -> None:
-        """What is printed from now on is dropped: to a terminal that is gone it would be an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_tiedlora.checkpoint.atomic import write_text
+from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import parse_sweep
@@ -15,7 +16,7 @@ from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs
 from megatron_tiedlora.study.lock import locked, refuse_left_behind
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
-from megatron_tiedlora.study.processes import Start, StopSignals
+from megatron_tiedlora.study.processes import Start
 from megatron_tiedlora.study.record import last_lines, occupy, write_status
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.tables import table3

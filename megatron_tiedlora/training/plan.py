@@ -23,6 +23,7 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
 from megatron_tiedlora.pipeline.running import inputs_to_fill
 from megatron_tiedlora.training.layout import check_layout
+from megatron_tiedlora.training.run_folder import run_name
 
 # Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -132,8 +133,7 @@ class RunPlan:
     @property
     def name(self) -> str:
         """MODEL-TASK-METHOD-rRANK, for the run folder."""
-        model = self.settings.model.rstrip("/").rsplit("/", 1)[-1]
-        return f"{model}-{self.settings.task}-{self.settings.method}-r{self.settings.rank}"
+        return run_name(self.settings)
 
     def resolved_settings(self) -> dict[str, Any]:
         """Every setting as a plain value, with what depends on the model and the world filled in."""

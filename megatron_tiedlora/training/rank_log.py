@@ -29,7 +29,25 @@ class _Tee:
         self._line = self._line.rpartition("\r")[2] if len(self._line) > 1 << 16 else self._line
         with suppress(OSError, ValueError):  # a full disk must not end the run at a line of its log
             self._log.writelines(f"{line.rstrip(chr(13)).rpartition(chr(13))[2]}\n" for line in lines)
-        return self._screen.write(text)
+        try:
+            self._screen.write(text)
+        except OSError:
+            self._leave_screen()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the screen; the log is written line by line."""
+        try:
+            self._screen.flush()
+        except OSError:
+            self._leave_screen()
+
+    def _leave_screen(self) -> None:
+        """Who looked on is gone, such as the ssh connection that it went over: no reason to fail, the log goes on."""
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._screen.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._screen, name)

@@ -16,6 +16,7 @@ from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, wr
 from megatron_tiedlora.checkpoint.output_folder import check_place
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.config.settings import Settings
 
 State = Literal["finished", "stopped", "failed"]
 _BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
@@ -79,6 +80,12 @@ class RunFolder:
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json."""
         write_json(self.status, {"state": state, "step": step, "reason": reason})
+
+
+def run_name(settings: Settings) -> str:
+    """MODEL-TASK-METHOD-rRANK, for the run folder; needs nothing but the settings."""
+    model = settings.model.rstrip("/").rsplit("/", 1)[-1]
+    return f"{model}-{settings.task}-{settings.method}-r{settings.rank}"
 
 
 def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:

@@ -1,0 +1,42 @@
+"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
+
+    python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
+    python launch/doctor.py --model MODEL                      inside a Slurm allocation, else this machine alone
+
+Start it once, where you would start the job; it starts what it needs on the hosts and leaves nothing there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tiedlora.checkpoint.atomic import write_text
+from megatron_tiedlora.cluster.doctor.examine import examine
+from megatron_tiedlora.cluster.doctor.text import report_text
+from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Examine and report; returns 0 where a job can start, else 1."""
+    settings = parse_settings(argv, DoctorSettings)
+    to_file = settings.json_file not in (None, "-")
+    if to_file and not Path(str(settings.json_file)).absolute().parent.is_dir():
+        raise UserError(f"--json {settings.json_file}: no such folder")
+    report = examine(settings, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
+    text = report.model_dump_json(indent=2)
+    if settings.json_file == "-":
+        print(text)
+    else:
+        print(report_text(report))
+    if to_file:
+        write_text(Path(str(settings.json_file)), f"{text}\n")
+    return 0 if report.verdict == "ready" else 1
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -1,0 +1,21 @@
+"""The GPUs of this machine, as the launchers count them."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_tiedlora.config.errors import UserError
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """GPUs by the launcher's numbers: those of CUDA_VISIBLE_DEVICES (`--include` overrides it), else all."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if named is None or not count:
+        return tuple(str(index) for index in range(count))
+    names = tuple(name.strip() for name in named.split(","))[:count]
+    if not all(name.isdigit() for name in names):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: GPUs are chosen by number here, as in 0,1")
+    return names

@@ -1,0 +1,186 @@
+"""What is wrong with names, addresses, ports, layout and files, by what the hosts answered: as in compare.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
+from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
+from megatron_tiedlora.cluster.doctor.probe import is_loopback
+from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, Layout, PathContent
+from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
+
+_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far below it; logs and an exported model are not
+_MOST_NAMED = 3  # files that differ
+
+# Names, addresses, ports -------------------------------------------------------------------------------------------
+
+
+def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Names that lead nowhere or back to the host itself, interfaces that are not there, a machine that comes twice."""
+    first = hosts[0].name
+    names: dict[str, list[str]] = {}
+    for host, probe in answering(hosts):
+        names.setdefault(probe.machine, []).append(host.name)
+        for variable, value in probe.socket_names.items():
+            if not any(_matches(variable, value, name) for name in probe.interfaces):
+                yield error(
+                    "no_interface",
+                    [host.name],
+                    f"{host.name}: {variable}={value}, but its interfaces are {', '.join(probe.interfaces)}",
+                    f"set {variable} to an interface that every host has, or leave it out",
+                )
+        if len(hosts) == 1:
+            continue
+        if "GLOO_SOCKET_IFNAME" not in probe.socket_names:
+            yield from _look_at_own_name(host, probe.hostname, probe.name_addresses, on_gpus=bool(probe.gpus))
+        if not probe.master_addresses:
+            yield error(
+                "name_unknown",
+                [host.name],
+                f"{host.name} does not know the first host's name, {first}",
+                f"add {first} to its /etc/hosts or name server",
+            )
+        elif host.name != first and all(map(is_loopback, probe.master_addresses)):
+            yield error(
+                "master_address",
+                [host.name],
+                f"on {host.name} the first host's name, {first}, stands for {host.name} itself"
+                f" ({', '.join(probe.master_addresses)})",
+                f"correct {first} in its /etc/hosts",
+            )
+    for twice in names.values():
+        if len(twice) > 1:
+            yield error(
+                "same_machine",
+                twice,
+                f"{enumerate_names(twice)} are one machine",
+                "keep one line of the hostfile for it, with all its slots",
+            )
+
+
+def _look_at_own_name(host: HostReport, name: str, addresses: Sequence[str], *, on_gpus: bool) -> Iterator[Finding]:
+    """gloo listens where the host's own name leads. NCCL looks for an interface itself."""
+    if addresses and not all(map(is_loopback, addresses)):
+        return
+    probe = host.probe
+    interface = None if probe is None else interface_in_use(probe.interfaces, probe.peer_address)
+    found = f"stands for {', '.join(addresses)}, where no other host reaches it" if addresses else "is not known there"
+    yield (warning if on_gpus else error)(
+        "loopback_name",
+        [host.name],
+        f"{host.name}: its own name, {name}, {found}",
+        f"give {name} its real address in its /etc/hosts, or set GLOO_SOCKET_IFNAME={interface or 'INTERFACE'}",
+    )
+
+
+def interface_in_use(interfaces: Mapping[str, Sequence[str]], address: str | None) -> str | None:
+    """The interface that has an address."""
+    return next((name for name, addresses in interfaces.items() if address in addresses), None)
+
+
+def _matches(variable: str, value: str, interface: str) -> bool:
+    """As the library reads its variable: gloo takes names; NCCL prefixes, `=eth0` for a name, `^eth0` for any other."""
+    if variable == "GLOO_SOCKET_IFNAME":
+        return interface in value.split(",")
+    negated, exact = value.startswith("^"), value.lstrip("^").startswith("=")
+    wanted = [name.partition(":")[0] for name in value.lstrip("^=").split(",")]
+    found = any(interface == name if exact else interface.startswith(name) for name in wanted)
+    return found != negated
+
+
+def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """The port where ranks meet, if something listens on it already."""
+    for host, probe in answering(hosts):
+        if probe.port is not None and not probe.port.free:
+            holder = f" by {probe.port.holder}" if probe.port.holder else ""
+            yield error(
+                "port_in_use",
+                [host.name],
+                f"{host.name}: port {probe.port.number} is in use{holder}",
+                f"--master_port {probe.port.next_free} is free; or end what holds it, perhaps a job of before",
+            )
+
+
+# Layout ------------------------------------------------------------------------------------------------------------
+
+
+def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Finding]:
+    """Tensor parallel groups that do not fit into a host: they send the most messages."""
+    places = [hosts_of_ranks(hosts, ranks) for ranks in group_members(layout).get("tensor", ())]
+    spread = [where for where in places if len(where) > 1]
+    if spread:
+        yield warning(
+            "tensor_parallel_across_hosts",
+            list(dict.fromkeys(name for where in spread for name in where)),
+            f"{len(spread)} tensor parallel group(s) span hosts, the first {enumerate_names(spread[0])}; every layer"
+            " waits for their network",
+            "choose --tensor_parallel that divides the slots of every host, and cut by --pipeline_parallel",
+        )
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Files that a job reads and that are missing, cannot be read, or are not the same."""
+    flags = {flag: None for _, probe in answering(hosts) for flag in probe.paths}
+    for flag in flags:
+        contents = {host.name: probe.paths[flag] for host, probe in answering(hosts)}
+        path = next(iter(contents.values())).path
+        missing = [name for name, content in contents.items() if content.kind == "missing"]
+        if missing:
+            everywhere = len(missing) == len(contents)
+            yield error(
+                "path_missing",
+                missing,
+                f"--{flag} {path} is missing on {'every host' if everywhere else enumerate_names(missing)}",
+                "correct the path, or download it first" if everywhere else "copy it there, or mount its file system",
+            )
+        there = {name: content for name, content in contents.items() if content.kind != "missing"}
+        for name, content in there.items():
+            closed = [file for file, value in content.files.items() if value == UNREADABLE]
+            if closed:
+                yield error(
+                    "path_unreadable", [name], f"{name}: --{flag} {path}: {closed[0]} cannot be read", "chmod a+r it"
+                )
+        yield from _compare_contents(flag, path, there)
+
+
+def _compare_contents(flag: str, path: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
+    if not contents:
+        return
+    keys = {name: tuple(sorted(content.files.items())) for name, content in contents.items()}
+    usual = dict(usual_value(list(keys.values())))
+    for name, content in contents.items():
+        if content.files == usual or UNREADABLE in content.files.values():
+            continue
+        other = [file for file in sorted({*content.files, *usual}) if content.files.get(file) != usual.get(file)]
+        more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
+        yield error(
+            "path_differs",
+            [name],
+            f"{name}: --{flag} {path} is not that of the other hosts: {', '.join(other[:_MOST_NAMED])}{more}",
+            "copy it again, from a host where it is right",
+        )
+
+
+def look_at_output(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Output folders that cannot be written, or have little space."""
+    for host, probe in answering(hosts):
+        if probe.output is None:
+            continue
+        if not probe.output.writable:
+            yield error(
+                "output_not_writable",
+                [host.name],
+                f"{host.name}: --output_dir {probe.output.path}: no right to write in {probe.output.existing}",
+                "choose another one, or have the right given",
+            )
+        if probe.output.free_bytes < _LITTLE_SPACE:
+            yield warning(
+                "disk",
+                [host.name],
+                f"{host.name}: --output_dir {probe.output.path}: {size_text(probe.output.free_bytes)} free",
+                "make room: a save that does not fit ends the run",
+            )

@@ -1,0 +1,193 @@
+"""The examination from hosts to report: ask, compare, try the shared folder, start ranks where that can help."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from megatron_tiedlora.cluster.doctor import compare, compare_places
+from megatron_tiedlora.cluster.doctor.ask import absolute_path, ask_hosts, try_shared
+from megatron_tiedlora.cluster.doctor.measure import explain_trial, group_results, judge_groups, start_ranks
+from megatron_tiedlora.cluster.doctor.records import Backend, Finding, GroupResult, HostReport, Layout, Report
+from megatron_tiedlora.cluster.doctor.wording import count_text
+from megatron_tiedlora.cluster.remote import Route, Way
+from megatron_tiedlora.cluster.travelling import read_user_file, travelling
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
+from megatron_tiedlora.data.demo import demo_model_path
+from megatron_tiedlora.parallel.grid import Grid
+
+# Errors about files, with which ranks can still be tried.
+_NOT_IN_THE_WAY = frozenset({"path_missing", "path_unreadable", "path_differs", "output_not_writable"})
+
+Say = Callable[[str], None]
+
+
+def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) -> Report:
+    """Examine the hosts that the settings or the allocation name.
+
+    Args:
+        environment: of this shell: where the allocation is found, and what travels to the hosts.
+        say: called with a line at each step, for whoever waits.
+
+    Raises:
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, a variable that cannot be
+            read.
+    """
+    route, named = find_hosts(settings, environment)
+    way = Way(route, settings.ssh_port, _variables(route, environment), Path.cwd())
+    hosts = _place_ranks([HostReport(name=host.name, slots=host.slots, first_rank=0) for host in named])
+    _make_layout(hosts, settings)
+    seconds: dict[str, float] = {}
+
+    begin = time.monotonic()
+    over = {"ssh": " over ssh", "srun": " by srun", "local": ""}[route]
+    say(f"asking {count_text(len(hosts), 'host')}{over} ...")
+    hosts, findings = ask_hosts(
+        hosts,
+        way,
+        paths={flag: str(_asked_path(path)) for flag, path in settings.paths().items()},
+        output_dir=None if settings.output_dir is None else absolute_path(settings.output_dir),
+        master_port=settings.master_port,
+        limit=settings.timeout_seconds,
+    )
+    if route == "local":
+        hosts = _fit_to_gpus(hosts)
+    layout = _make_layout(hosts, settings)
+    findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew)
+    seconds["ask"] = time.monotonic() - begin
+    say(f"{len(compare.answering(hosts))} of {len(hosts)} answered ({seconds['ask']:.1f} s)")
+
+    there = [host for host, _ in compare.answering(hosts)]
+    if settings.output_dir is not None and hosts[0] in there and len(there) > 1:
+        begin = time.monotonic()
+        findings += try_shared(there, way)
+        seconds["shared"] = time.monotonic() - begin
+        say(f"looked from every host for a file in --output_dir ({seconds['shared']:.1f} s)")
+
+    groups: list[GroupResult] = []
+    skipped = _why_no_ranks(findings, layout)
+    if skipped is None:
+        begin = time.monotonic()
+        say(f"starting {count_text(layout.num_ranks, 'rank')} for an all-reduce over each group ...")
+        large_bytes = max(4, round(settings.allreduce_mb * 1e6) // 4 * 4)
+        trial, limit = start_ranks(
+            hosts, layout, way, large_bytes=large_bytes, timeout=settings.timeout_seconds, say=say
+        )
+        groups = group_results(hosts, layout, trial, large_bytes=large_bytes)
+        findings += [*explain_trial(hosts, layout, trial, limit=limit), *judge_groups(groups)]
+        seconds["ranks"] = time.monotonic() - begin
+        say(f"ranks are gone ({seconds['ranks']:.1f} s)")
+    return make_report(route, layout, hosts, groups, skipped, findings, seconds)
+
+
+def find_hosts(settings: DoctorSettings, environment: Mapping[str, str]) -> tuple[Route, tuple[Host, ...]]:
+    """Whom to examine: the hostfile's hosts, else the whole allocation's, else this machine."""
+    if settings.hostfile is not None:
+        return "ssh", read_hostfile(settings.hostfile)
+    if "SLURM_JOB_NODELIST" in environment:
+        if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+            raise UserError("srun has started several doctors; start one: it finds the allocation's nodes by itself")
+        # An interactive step has one node: what counts is the allocation around it.
+        return "srun", slurm_hosts({name: value for name, value in environment.items() if "_STEP_" not in name})
+    return "local", (Host(socket.gethostname(), settings.tensor_parallel * settings.pipeline_parallel),)
+
+
+def compare_hosts(hosts: Sequence[HostReport], layout: Layout, *, max_skew: float) -> list[Finding]:
+    """All that is wrong with the answers; pure."""
+    return [
+        *compare.look_at_torch(hosts),
+        *compare.compare_versions(hosts),
+        *compare.compare_sources(hosts),
+        *compare_places.look_at_names(hosts),
+        *compare_places.look_at_port(hosts),
+        *compare_places.compare_paths(hosts),
+        *compare_places.look_at_output(hosts),
+        *compare.compare_gpus(hosts),
+        *compare.look_at_limits(hosts),
+        *compare.compare_clocks(hosts, max_skew=max_skew),
+        *compare_places.look_at_layout(hosts, layout),
+    ]
+
+
+def make_report(
+    route: Route,
+    layout: Layout,
+    hosts: Sequence[HostReport],
+    groups: Sequence[GroupResult],
+    skipped: str | None,
+    findings: Sequence[Finding],
+    seconds: Mapping[str, float],
+) -> Report:
+    """Count and conclude; errors come first."""
+    errors = [finding for finding in findings if finding.level == "error"]
+    warnings = [finding for finding in findings if finding.level == "warning"]
+    return Report(
+        verdict="not ready" if errors else "ready",
+        num_errors=len(errors),
+        num_warnings=len(warnings),
+        route=route,
+        layout=layout,
+        hosts=list(hosts),
+        groups=list(groups),
+        skipped=skipped,
+        findings=[*errors, *warnings],
+        seconds={phase: round(value, 3) for phase, value in seconds.items()},
+    )
+
+
+# Helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _variables(route: Route, environment: Mapping[str, str]) -> dict[str, str]:
+    """What to set on the hosts: srun and this machine have this shell's own already."""
+    own = read_user_file(environment)
+    return dict(travelling(environment, given=own).variables) if route == "ssh" else own
+
+
+def _asked_path(path: str) -> Path:
+    return demo_model_path() if path == "demo" else Path(absolute_path(path))
+
+
+def _place_ranks(hosts: Sequence[HostReport]) -> list[HostReport]:
+    """The hosts with the number of each one's first rank: by the order of the hosts, as all launchers do."""
+    firsts = accumulate((host.slots for host in hosts), initial=0)
+    return [host.model_copy(update={"first_rank": first}) for host, first in zip(hosts, firsts, strict=False)]
+
+
+def _fit_to_gpus(hosts: Sequence[HostReport]) -> list[HostReport]:
+    """A machine alone has a rank for each GPU; one without GPUs one for each part of the model."""
+    return [
+        host.model_copy(update={"slots": len(host.probe.gpus)}) if host.probe is not None and host.probe.gpus else host
+        for host in hosts
+    ]
+
+
+def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings) -> Layout:
+    num_ranks = sum(host.slots for host in hosts)
+    grid = Grid(0, num_ranks, settings.tensor_parallel, settings.pipeline_parallel)
+    probes = [host.probe for host in hosts if host.probe is not None]
+    backend: Backend | None = None
+    if probes:
+        backend = "nccl" if all(probe.gpus for probe in probes) else "gloo"
+    return Layout(
+        num_ranks=num_ranks,
+        tensor_parallel=grid.tp_size,
+        pipeline_parallel=grid.pp_size,
+        data_parallel=grid.dp_size,
+        master_host="127.0.0.1" if len(hosts) == 1 else hosts[0].name,
+        master_port=settings.master_port,
+        backend=backend,
+    )
+
+
+def _why_no_ranks(findings: Sequence[Finding], layout: Layout) -> str | None:
+    """Why no ranks are to be started; None where they are."""
+    in_the_way = [finding for finding in findings if finding.level == "error" and finding.code not in _NOT_IN_THE_WAY]
+    if in_the_way:
+        return f"no ranks were started: {count_text(len(in_the_way), 'error')} must be put right first"
+    return "one rank has nobody to send to" if layout.num_ranks == 1 else None

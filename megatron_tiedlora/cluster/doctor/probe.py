@@ -1,0 +1,247 @@
+"""What a host says of itself: runs there, prints one record, then tells its clock as often as it is asked.
+
+    python -m megatron_tiedlora.cluster.doctor.probe QUESTION    (the question is a record as JSON)
+
+Lines with a mark of their own carry the answers, since a login shell may print others. Ends with its standard input,
+and by itself after the question's time limit. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import itertools
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+import megatron_tiedlora
+from megatron_tiedlora.cluster.doctor.records import (
+    UNREADABLE,
+    Gpu,
+    OutputFolder,
+    PathContent,
+    Port,
+    Probe,
+    Question,
+)
+from megatron_tiedlora.config.versions import installed_versions
+
+PROBE_MARK, CLOCK_MARK, CLOCK_QUESTION = "doctor-probe ", "doctor-clock ", "clock"
+LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_SMALL_FILE = 1 << 20  # bytes; smaller ones are compared by what is in them: configs and tokenizers
+_MOST_FILES = 10_000
+_PORTS_TRIED = 100
+
+
+def examine(question: Question) -> Probe:
+    """Everything about this host that the question asks for."""
+    torch_error, cuda, nccl, gpus = _examine_torch()
+    addresses = addresses_by_interface()
+    memory, hostname = psutil.virtual_memory(), socket.gethostname()
+    return Probe(
+        hostname=hostname,
+        machine=f"{hostname} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}",
+        executable=sys.executable,
+        versions=installed_versions(*LIBRARIES),
+        source_hash=source_hash(Path(megatron_tiedlora.__file__).parent),
+        torch_error=torch_error,
+        cuda=cuda,
+        nccl=nccl,
+        gpus=gpus,
+        infiniband=_names_in("/sys/class/infiniband"),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=memory.total,
+        free_memory_bytes=memory.available,
+        shm_bytes=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
+        nofile=_limit(resource.RLIMIT_NOFILE),
+        memlock=_limit(resource.RLIMIT_MEMLOCK),
+        name_addresses=resolve(hostname),
+        master_addresses=resolve(question.first_host),
+        peer_address=None if question.peer is None else address_towards(question.peer),
+        interfaces=addresses,
+        socket_names={name: os.environ[name] for name in SOCKET_NAMES if os.environ.get(name)},
+        port=None if question.master_port is None else look_at_port(question.master_port),
+        paths={name: path_content(path) for name, path in question.paths.items()},
+        output=None if question.output_dir is None else output_folder(question.output_dir),
+    )
+
+
+# Software and GPUs -------------------------------------------------------------------------------------------------
+
+
+def source_hash(folder: Path) -> str:
+    """A hash of the Python files below `folder` and of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _examine_torch() -> tuple[str | None, str | None, str | None, list[Gpu]]:
+    """(why it cannot be imported, CUDA version, NCCL version, GPUs)."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None, torch.version.cuda, None, []
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append(Gpu(name=torch.cuda.get_device_name(index), total_bytes=total, free_bytes=free))
+        return None, torch.version.cuda, nccl, gpus
+    except Exception as error:  # a missing library, a driver that is too old: whatever it is, the report tells it
+        return (str(error).strip().splitlines() or [type(error).__name__])[0], None, None, []
+
+
+def _names_in(folder: str) -> list[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def _limit(kind: int) -> int | None:
+    soft = resource.getrlimit(kind)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+# Network -----------------------------------------------------------------------------------------------------------
+
+
+def addresses_by_interface() -> dict[str, list[str]]:
+    """The IP addresses of each interface that has any."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    found = {
+        name: [address.address.partition("%")[0] for address in addresses if address.family in families]
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+    }
+    return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def resolve(name: str) -> list[str]:
+    """The addresses that a host's name stands for here, in the resolver's order; empty where it knows none."""
+    try:
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in answers))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address never leaves its host, as Debian's 127.0.1.1 for the host's own name."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def address_towards(name: str) -> str | None:
+    """This host's own address on the route to another one; nothing is sent for it."""
+    with suppress(OSError):
+        family, kind, protocol, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0]).partition("%")[0]
+    return None
+
+
+def look_at_port(number: int) -> Port:
+    """Whether ranks can listen on a port here; if not, who does and which one they could take."""
+    if _can_listen(number):
+        return Port(number=number, free=True)
+    following = range(number + 1, min(number + _PORTS_TRIED, 65535))
+    return Port(number=number, free=False, holder=_holder(number), next_free=next(filter(_can_listen, following), None))
+
+
+def _can_listen(number: int) -> bool:
+    """As torch's store does: on all addresses of both families, over connections of the past."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            probe.bind(("", number))
+        except OSError:
+            return False
+        return True
+
+
+def _holder(number: int) -> str | None:
+    """Who listens on a port, as far as this user may know."""
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == number and connection.pid is not None:
+                process = psutil.Process(connection.pid)
+                return f"{process.name()} (process {process.pid} of {process.username()})"
+    return None
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+def path_content(path: str) -> PathContent:
+    """What a file or folder holds, by name and size, and by content where a file is small."""
+    if os.path.isfile(path):
+        return PathContent(path=path, kind="file", files={os.path.basename(path): _file_content(path)})
+    if not os.path.isdir(path):
+        return PathContent(path=path, kind="missing")
+    if not os.access(path, os.R_OK | os.X_OK):
+        return PathContent(path=path, kind="folder", files={".": UNREADABLE})
+    files = itertools.islice(_files_below(path), _MOST_FILES)
+    return PathContent(
+        path=path, kind="folder", files={os.path.relpath(file, path): _file_content(file) for file in files}
+    )
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(where, name) for name in sorted(names))
+
+
+def _file_content(path: str) -> str:
+    """`SIZE`, for a small file `SIZE HASH`."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = f" {hashlib.sha256(file.read()).hexdigest()[:12]}" if size <= _SMALL_FILE else ""
+        return f"{size}{digest}"
+    except OSError:
+        return UNREADABLE
+
+
+def output_folder(path: str) -> OutputFolder:
+    """Where a run folder would be made: the nearest folder that is there, and what its file system has left."""
+    existing = Path(path)
+    while not existing.is_dir() and existing != existing.parent:
+        existing = existing.parent
+    return OutputFolder(
+        path=path,
+        existing=str(existing),
+        writable=os.access(existing, os.W_OK | os.X_OK),
+        free_bytes=shutil.disk_usage(existing).free,
+    )
+
+
+def main() -> None:
+    """Answer the question on the command line, then tell the clock until nobody asks any more."""
+    question = Question.model_validate_json(sys.argv[1])
+    signal.alarm(math.ceil(question.seconds))
+    print(f"{PROBE_MARK}{examine(question).model_dump_json()}", flush=True)
+    for line in sys.stdin:
+        if line.strip() != CLOCK_QUESTION:
+            break
+        print(f"{CLOCK_MARK}{time.time()!r}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The report for a reader: a row for each host and for each kind of group, findings with their fixes, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
+from megatron_tiedlora.cluster.doctor.compare_places import interface_in_use
+from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
+from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, size_text, time_text
+
+ODD_MARK = "*"
+_OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
+
+
+def report_text(report: Report) -> str:
+    """All of it, to print."""
+    parts = [[_headline(report)], host_table(report.hosts)]
+    if report.groups:
+        parts.append(group_table(report.groups))
+    if report.skipped is not None:
+        parts.append([report.skipped])
+    if report.findings:
+        parts.append([line for finding in report.findings for line in finding_lines(finding)])
+    return "\n\n".join("\n".join(lines) for lines in [*parts, [verdict_line(report)]])
+
+
+def verdict_line(report: Report) -> str:
+    """The conclusion in one line."""
+    warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
+    if report.verdict == "ready":
+        hosts, ranks = count_text(len(report.hosts), "host"), count_text(report.layout.num_ranks, "rank")
+        return f"verdict: ready, {hosts}, {ranks}{f' ({warnings})' if warnings else ''}"
+    return f"verdict: not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """What is wrong, and below it what to do."""
+    return [f"{finding.level}: {finding.message}", f"  fix: {finding.fix}"]
+
+
+def _headline(report: Report) -> str:
+    hosts = count_text(len(report.hosts), "host")
+    return f"{hosts} ({_OVER[report.route]}), {_layout_text(report.layout)}"
+
+
+def _layout_text(layout: Layout) -> str:
+    parts = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
+    meeting = f"meeting at {layout.master_host}:{layout.master_port}"
+    backend = f"{layout.backend}, " if layout.backend else ""
+    return f"{count_text(layout.num_ranks, 'rank')} = {parts}, {backend}{meeting}"
+
+
+# Hosts ---------------------------------------------------------------------------------------------------------------
+
+_SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # what should be the same on all hosts
+    ("python", lambda probe: probe.versions.get("python", "-")),
+    ("torch", lambda probe: "broken" if probe.torch_error else probe.versions.get("torch", "-")),
+    ("deepspeed", lambda probe: probe.versions.get("deepspeed", "-")),
+    ("transformers", lambda probe: probe.versions.get("transformers", "-")),
+    ("tiedlora", lambda probe: f"{probe.versions.get('megatron_tiedlora', '-')} {probe.source_hash[:6]}"),
+    ("GPUs", lambda probe: _gpus_text(probe)),
+    ("cores", lambda probe: str(probe.num_cores)),
+)
+
+
+def host_table(hosts: Sequence[HostReport]) -> list[str]:
+    """A row for each host; what differs from most hosts has a mark."""
+    header = ["host", "ranks", *(title for title, _ in _SAME), "memory free", "clock", "interface"]
+    usual = {title: usual_value([value(probe) for _, probe in answering(hosts)] or [""]) for title, value in _SAME}
+    rows, odd = [header], False
+    for host in hosts:
+        row = [host.name, str(host.slots)]
+        if host.probe is None:
+            rows.append([*row, "no answer"])
+            continue
+        for title, value in _SAME:
+            differs = value(host.probe) != usual[title]
+            odd = odd or differs
+            row.append(value(host.probe) + (ODD_MARK if differs else ""))
+        memory = f"{size_text(host.probe.free_memory_bytes)} of {size_text(host.probe.memory_bytes)}"
+        rows.append([*row, memory, _clock_text(host), _interface_text(host.probe)])
+    return [*aligned(rows), *([f"{ODD_MARK} not as on most hosts"] if odd else [])]
+
+
+def _gpus_text(probe: Probe) -> str:
+    if not probe.gpus:
+        return NO_GPU
+    kinds = {gpu.name: sum(other.name == gpu.name for other in probe.gpus) for gpu in probe.gpus}
+    return ", ".join(f"{number} x {name}" for name, number in kinds.items())
+
+
+def _clock_text(host: HostReport) -> str:
+    if host.clock is None:
+        return "-"
+    sign = "-" if host.clock.skew < 0 else "+"
+    return f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
+
+
+def _interface_text(probe: Probe) -> str:
+    if probe.peer_address is None:
+        return "-"
+    return f"{interface_in_use(probe.interfaces, probe.peer_address) or '?'} {probe.peer_address}"
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+def group_table(groups: Sequence[GroupResult]) -> list[str]:
+    """A row for each kind of group, with the slowest one by its hosts."""
+    rows = [["all-reduce", "groups x ranks", "latency", "bytes", "time", "bus bandwidth", "median", "slowest group"]]
+    for kind in dict.fromkeys(group.kind for group in groups):
+        alike = [group for group in groups if group.kind == kind]
+        slowest = min(alike, key=lambda group: group.bus_bytes_per_second)
+        usual = median(group.bus_bytes_per_second for group in alike)
+        ranks = ", ".join(map(str, slowest.ranks[:8])) + (" ..." if len(slowest.ranks) > 8 else "")
+        rows.append(
+            [
+                kind,
+                f"{len(alike)} x {len(slowest.ranks)}",
+                time_text(max(group.latency_seconds for group in alike)),
+                f"{slowest.num_bytes / 1e6:.3g} MB",
+                time_text(slowest.seconds),
+                f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",
+                f"{usual / 1e9:.3g} GB/s",
+                f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
+            ]
+        )
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width; a row may end early."""
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

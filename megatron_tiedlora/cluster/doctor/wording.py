@@ -1,0 +1,36 @@
+"""Names and sizes in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MOST_NAMES = 8
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """`a, b and c`; of many the first ones and how many more."""
+    if len(names) > _MOST_NAMES:
+        return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes with the unit that fits: `640 B`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}" if num_bytes < 999.5 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TiB" if num_bytes < 999.5 else f"{num_bytes:.0f} TiB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds with the unit that fits: `85 us`, `3.2 ms`, `1.5 s`."""
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def count_text(number: int, noun: str) -> str:
+    """`1 host`, `2 hosts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,118 @@
+"""All hosts of a job at once: which of its processes run there, told to stop, or ended."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_tiedlora.cluster.leftovers import Found, Report, find, read_report, tell
+from megatron_tiedlora.cluster.remote import Done, HostCommands
+from megatron_tiedlora.cluster.routes import Job
+
+MODULE = "megatron_tiedlora.cluster.leftovers"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the hosts answered.
+
+    Attributes:
+        reports: by the hosts' own names.
+        unreached: by the name in the hostfile or allocation, why there was no answer.
+        addresses: by those names, each host's first address.
+    """
+
+    reports: Mapping[str, Report]
+    unreached: Mapping[str, str] = field(default_factory=dict)
+    addresses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def found(self) -> list[tuple[str, Found]]:
+        """Every process with its host."""
+        return [(host, found) for host, report in self.reports.items() for found in report.processes]
+
+    @property
+    def working(self) -> bool:
+        """Whether a rank runs, or an agent that may start some."""
+        return any(found.kind != "launcher" for _, found in self.found)
+
+
+class JobHosts:
+    """The hosts of a job, and this one, where its launcher runs."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str], *, limit: float) -> None:
+        """Args: limit: seconds for a host to answer."""
+        here = socket.gethostname()
+        own = {"localhost", here, here.split(".")[0], environment.get("SLURMD_NODENAME", here)}
+        self._job, self._limit = job, limit
+        self._others = () if job.reached == "local" else tuple(h.name for h in job.hosts if h.name not in own)
+        named = {name: environment[name] for name in ("PYTHONPATH",) if name in environment}
+        self._way = job.way(named if job.reached == "ssh" else {})
+        self._told: dict[str, set[int]] = {}  # by the name that a host is asked by
+        self._here, self._aliases = here, set[str]()  # names of a hostfile that turned out to be this host's
+
+    def check(self) -> Answers:
+        """Whether every host, this one too where it is one, can be reached as the launcher will reach it."""
+        names = [] if self._job.reached == "local" else [host.name for host in self._job.hosts]
+        return self._answers(self._run(dict.fromkeys(names, self._command())), {})
+
+    def look(self) -> Answers:
+        """What runs where."""
+        return self._ask()
+
+    def stop(self, number: int) -> Answers:
+        """Signal the ranks (or torchrun's agents) that have not been told yet."""
+        return self._ask(number)
+
+    def end(self, number: int) -> Answers:
+        """Signal all that there is."""
+        return self._ask(number, everything=True)
+
+    def _ask(self, number: int | None = None, *, everything: bool = False) -> Answers:
+        here = find(self._job.run_id, script=self._job.script)
+        if number is not None:
+            here = tell(here, number, everything=everything, but=() if everything else [*self._told.get("", ())])
+        others = [name for name in self._others if name not in self._aliases]
+        commands = {name: self._command(number, everything=everything, name=name) for name in others}
+        return self._answers(self._run(commands), {"": here})
+
+    def _command(self, number: int | None = None, *, everything: bool = False, name: str = "") -> list[str]:
+        words = [self._job.python, "-m", MODULE, "--run_id", self._job.run_id, "--script", self._job.script]
+        if number is not None:
+            words += ["--signal", str(int(number)), "--to", "all" if everything else "ranks"]
+            if not everything and (told := self._told.get(name)):
+                words += ["--but", *map(str, sorted(told))]
+        return words
+
+    def _run(self, commands: Mapping[str, list[str]]) -> Mapping[str, Done]:
+        return HostCommands(self._way, limit=self._limit).run(commands) if commands else {}
+
+    def _answers(self, answered: Mapping[str, Done], reports: Mapping[str, Report]) -> Answers:
+        by_name, unreached = dict(reports), {}
+        for name, done in answered.items():
+            report = read_report(done.stdout) if done.status == 0 else None
+            if report is None:
+                unreached[name] = self._why(done)
+            else:
+                by_name[name] = report
+                self._aliases |= {name} if report.host == self._here else set()
+        for name, report in by_name.items():
+            self._told.setdefault(name, set()).update(found.pid for found in report.processes if found.told)
+        addresses = {name: report.address for name, report in by_name.items()}
+        return Answers({report.host: report for report in by_name.values()}, unreached, addresses)
+
+    def _why(self, done: Done) -> str:
+        if done.status is None:
+            return f"no answer within {self._limit:g} s"
+        return done.last_words or f"status {done.status}"
+
+
+def describe(answers: Answers) -> list[str]:
+    """A line for each host with processes of the job."""
+    lines = []
+    for host, report in answers.reports.items():
+        processes = ", ".join(f"{found.pid} ({found.kind}, {found.name})" for found in report.processes)
+        if processes:
+            lines.append(f"{host}: {processes}")
+    return lines

@@ -1,0 +1,295 @@
+"""The command of each launcher for a job, as words and an environment; nothing is started or looked up here.
+
+| launcher | what starts the ranks | how their environment gets there |
+|---|---|---|
+| local | `deepspeed` on this machine | inherited |
+| pdsh | `deepspeed` over pdsh and ssh | a file in `.deepspeed_env` form |
+| openmpi | `deepspeed` over mpirun | mpirun -x NAME |
+| mpirun | mpirun | mpirun -x NAME |
+| srun | srun | --export=ALL |
+| torchrun | torchrun's agent on each host, over ssh or srun | words of ssh's command, or --export=ALL |
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_tiedlora.cluster.leftovers import RUN_ID
+from megatron_tiedlora.cluster.remote import ALIVE_COUNT, ALIVE_SECONDS, Way
+from megatron_tiedlora.cluster.travelling import (
+    DEEPSPEED_EXPORTS,
+    Travelling,
+    check_plain,
+    pdsh_word,
+    read_user_file,
+    travelling,
+    without_bad_exports,
+)
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import Host, num_ranks
+from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
+
+Reached = Literal["local", "ssh", "srun"]
+
+CONNECT_SECONDS = 10
+_SSH = {
+    "BatchMode": "yes",
+    "ConnectTimeout": CONNECT_SECONDS,
+    "ServerAliveInterval": ALIVE_SECONDS,
+    "ServerAliveCountMax": ALIVE_COUNT,
+}
+_USER_ONLY = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run, and where.
+
+    Attributes:
+        reached: how commands get to the hosts.
+        script: absolute path of launch/train.py; the same on every host, as are `python` and `folder`.
+        private: a folder for files of this start alone, which nobody else reads.
+        master_addr: '' leaves it to the launcher.
+        stop_seconds: for ranks to save when torchrun's agent is told to stop; None for a torchrun that has no such
+            flag, nor one for the signals that it passes on.
+    """
+
+    launcher: str
+    reached: Reached
+    hosts: tuple[Host, ...]
+    script: str
+    arguments: tuple[str, ...]
+    python: str
+    folder: Path
+    private: Path
+    run_id: str
+    master_addr: str
+    master_port: int
+    ssh_port: int | None = None
+    gpus: tuple[str, ...] = ()
+    launcher_args: tuple[str, ...] = ()
+    max_restarts: int = 0
+    stop_seconds: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return num_ranks(self.hosts)
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What every process of the job has in its environment."""
+        return {RUN_ID: self.run_id, EXPECTED_RANKS: str(self.size)}
+
+    @property
+    def meeting(self) -> dict[str, str]:
+        """Where the ranks meet, for those that are started by what knows nothing of it."""
+        return {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)} if self.master_addr else {}
+
+    @property
+    def hostfile(self) -> Path:
+        """A hostfile of exactly the ranks that are started."""
+        return self.private / "hostfile"
+
+    @property
+    def command(self) -> list[str]:
+        """What a rank is."""
+        return [self.python, "-u", self.script, *self.arguments]
+
+    def way(self, environment: Mapping[str, str]) -> Way:
+        """How commands get to a host."""
+        return Way(self.reached, ssh_port=self.ssh_port, environment=environment, folder=self.folder)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command that is started here; its name is what it is called where it fails."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """Everything about a start: commands, their environment, files to write before, and lines for the user."""
+
+    commands: tuple[Started, ...]
+    environment: Mapping[str, str]
+    files: Mapping[Path, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    """The commands that start `job` from a shell with `environment`.
+
+    Raises:
+        UserError: something that the launcher does not get to the other hosts.
+    """
+    routes: Mapping[str, Callable[[Job, Mapping[str, str]], StartPlan]] = {
+        "local": _local,
+        "pdsh": _pdsh,
+        "openmpi": _openmpi,
+        "mpirun": _mpirun,
+        "srun": _srun,
+        "torchrun": _torchrun,
+    }
+    return routes[job.launcher](job, environment)
+
+
+def _hostfile_text(job: Job) -> str:
+    return "".join(f"{host.name} slots={host.slots}\n" for host in job.hosts)
+
+
+def _deepspeed(job: Job, options: Sequence[str], arguments: Sequence[str]) -> Started:
+    program = str(Path(job.python).with_name("deepspeed"))  # by this name ranks know it when they watch it
+    hosts = ["--hostfile", str(job.hostfile), "--no_ssh_check", "--master_port", str(job.master_port)]
+    return Started("deepspeed", (program, *hosts, *options, job.script, *arguments))
+
+
+def _local(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    # A hostfile of this machine keeps the launcher from /job/hostfile, where there is one; --include overrides
+    # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
+    slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
+    places = ["--include", f"localhost:{','.join(job.gpus)}"] if job.gpus else []
+    options = ["--master_addr", "127.0.0.1", *places, *job.launcher_args]
+    return StartPlan(
+        (_deepspeed(job, options, job.arguments),),
+        {**environment, **job.marks},
+        {job.hostfile: f"localhost slots={slots}\n"},
+    )
+
+
+def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    check_plain([("the current folder", str(job.folder)), ("the interpreter", job.python), ("script", job.script)])
+    sent = _sent(job, environment)
+    kept, dropped = without_bad_exports(environment)
+    file = job.private / "deepspeed_env"
+    options = ["--launcher", "pdsh", "--force_multi", *_address(job), *_ssh_port(job)]
+    if job.launcher_args:
+        options.append(f"--launcher_args={shlex.join(job.launcher_args)}")
+    # ssh takes the first value of an option, so that what the user has set wins.
+    words = [environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o {name}={value}" for name, value in _SSH.items())]
+    own = {**job.marks, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": " ".join(words).strip()}
+    return StartPlan(
+        (_deepspeed(job, options, [pdsh_word(word) for word in job.arguments]),),
+        {**kept, **own},
+        {job.hostfile: _hostfile_text(job), file: sent.file_text()},
+        tuple(dict.fromkeys([*sent.left, *dropped])),
+    )
+
+
+def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    sent = _sent(job, environment)
+    kept, dropped = without_bad_exports(environment)
+    empty = job.private / "deepspeed_env"
+    names = [name for name in sent.variables if not name.startswith(DEEPSPEED_EXPORTS)]  # which it passes on itself
+    passed = [word for name in names for word in ("-x", name)]
+    interface = environment.get("NCCL_SOCKET_IFNAME") or environment.get("GLOO_SOCKET_IFNAME")
+    chosen = ["--mca", "btl_tcp_if_include", interface] if interface and interface[0] not in "^=" else []
+    if "btl_tcp_if_include" in job.launcher_args:
+        chosen = []
+    launcher_args = shlex.join(["--bind-to", "none", "--map-by", "slot", *chosen, *job.launcher_args, *passed])
+    options = ["--launcher", "openmpi", "--force_multi", *_address(job), f"--launcher_args={launcher_args}"]
+    own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(empty)}
+    return StartPlan(
+        (_deepspeed(job, options, job.arguments),),
+        {**kept, **own},
+        {job.hostfile: _hostfile_text(job), empty: ""},
+        tuple(dict.fromkeys([*sent.left, *dropped])),
+    )
+
+
+def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    sent = _sent(job, environment)
+    passed = [word for name in sent.variables for word in ("-x", name)]
+    words = ["mpirun", "-np", str(job.size), "--hostfile", str(job.hostfile), "--bind-to", "none", "--map-by", "slot"]
+    own = {**job.marks, **sent.variables, **_mpi_agent(job, environment)}
+    return StartPlan(
+        (Started("mpirun", (*words, *passed, *job.launcher_args, *job.command)),),
+        {**environment, **own},
+        {job.hostfile: _hostfile_text(job)},
+        sent.left,
+    )
+
+
+def _mpi_agent(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
+    """mpirun's ssh, by the names of OpenMPI 5 and 4, unless the user has chosen one."""
+    names = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
+    if job.reached != "ssh" or any(name in environment for name in names):
+        return {}
+    words = ["ssh", *(word for name, value in _SSH.items() for word in ("-o", f"{name}={value}"))]
+    agent = " ".join([*words, *(("-p", str(job.ssh_port)) if job.ssh_port is not None else ())])
+    return dict.fromkeys(names, agent)
+
+
+def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    slots = {host.slots for host in job.hosts}
+    per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
+    words = [*_srun_words(job), f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
+    return StartPlan((Started("srun", (*words, *job.command)),), {**environment, **job.marks, **job.meeting})
+
+
+def _srun_words(job: Job) -> list[str]:
+    nodes = ",".join(host.name for host in job.hosts)
+    return ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--nodes={len(job.hosts)}", f"--nodelist={nodes}"]
+
+
+def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
+    # The ranks' own store at a fresh port at each restart: at the agents', they would find the last attempt's.
+    own = {**job.marks, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    meeting = f"{job.master_addr or job.hosts[0].name}:{job.master_port}"
+    options = [f"--nnodes={len(job.hosts)}", f"--max-restarts={job.max_restarts}", "--rdzv-backend=c10d"]
+    options += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={job.run_id}"]
+    if job.stop_seconds is not None:
+        options.append(f"--shutdown-timeout={job.stop_seconds}")
+        options.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    options += job.launcher_args
+
+    def agent(host: Host) -> list[str]:
+        ranks = [f"--nproc-per-node={host.slots}", f"--local-addr={host.name}"]
+        return [job.python, "-m", "torch.distributed.run", *options, *ranks, job.script, *job.arguments]
+
+    if job.reached == "local":
+        return StartPlan((Started("torchrun", tuple(agent(job.hosts[0]))),), {**environment, **own})
+    if job.reached == "ssh":
+        sent = _sent(job, environment)
+        way = job.way({**sent.variables, **own})
+        starts = [
+            Started(f"torchrun on {host.name}", tuple(way.words(host.name, agent(host), limit=CONNECT_SECONDS)))
+            for host in job.hosts
+        ]
+        return StartPlan(tuple(starts), {**environment, **own}, notes=sent.left)
+    slots = {host.slots for host in job.hosts}
+    if len(slots) != 1:
+        raise UserError(f"torchrun by srun needs the same number of ranks on every node, not {sorted(slots)}")
+    # Each node's own name is known there alone.
+    shell = ["sh", "-c", 'exec "$0" -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
+    ranks = [*options, f"--nproc-per-node={slots.pop()}", job.script, *job.arguments]
+    words = [*_srun_words(job), f"--ntasks={len(job.hosts)}", "--ntasks-per-node=1", *_cpus(job, environment)]
+    return StartPlan((Started("srun", (*words, *shell, *ranks)),), {**environment, **own})
+
+
+def _cpus(job: Job, environment: Mapping[str, str]) -> list[str]:
+    """An agent gets the processors of all ranks that it starts."""
+    per_task = environment.get("SLURM_CPUS_PER_TASK", "")
+    return [f"--cpus-per-task={int(per_task) * job.hosts[0].slots}"] if per_task.isdigit() else []
+
+
+def _sent(job: Job, environment: Mapping[str, str]) -> Travelling:
+    """What travels with the job; the permission to run mpirun as root only if the user gave it."""
+    given = read_user_file(environment) | job.marks
+    if job.launcher in ("openmpi", "mpirun"):
+        given |= {name: environment[name] for name in _USER_ONLY if name in environment} | job.meeting
+    return travelling(environment, given=given, in_words=job.launcher == "pdsh")
+
+
+def _address(job: Job) -> list[str]:
+    return ["--master_addr", job.master_addr] if job.master_addr else []
+
+
+def _ssh_port(job: Job) -> list[str]:
+    return ["--ssh_port", str(job.ssh_port)] if job.ssh_port is not None else []

@@ -1,0 +1,45 @@
+"""Signals that tell a command to stop what it has started."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and `more` inside `with`, in the order of their arrival; they are noted and nothing else.
+
+    A terminal that hangs up (SIGHUP) counts as SIGTERM, unless that was to be ignored, as under nohup.
+    """
+
+    def __init__(self, more: Sequence[int] = ()) -> None:
+        self._numbers = (signal.SIGINT, signal.SIGTERM, *more)
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def __enter__(self) -> StopSignals:
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in (*self._numbers, *(() if ignored else (signal.SIGHUP,))):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
+
+    def _leave_terminals(self) -> None:
+        """What is printed from now on is dropped: to a terminal that is gone it would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

@@ -1,0 +1,215 @@
+"""launch/run.py: from settings to a job that was watched to its end; the table of contents of a start."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_tiedlora.cluster.devices import visible_gpus
+from megatron_tiedlora.cluster.reach import JobHosts
+from megatron_tiedlora.cluster.routes import Job, Reached, StartPlan, plan_start
+from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.cluster.verdict import StatusFile, judge
+from megatron_tiedlora.cluster.watch import Times, Watch, say, start_all
+from megatron_tiedlora.config.batch import plan_batches
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder, run_name
+
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
+_PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpirun": "mpirun", "srun": "srun"}
+SOON_SECONDS = 2.0  # between looks when a job is about to end
+SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
+
+
+def launch(argv: Sequence[str], *, scripts: Path) -> int:
+    """Start a job, watch it to its end and report it; returns the exit status.
+
+    Args:
+        scripts: the folder of launch/train.py.
+
+    Raises:
+        UserError: before anything was started: settings, hosts, layout, batch or folder that do not fit.
+    """
+    command, environment = parse_launch(argv), dict(os.environ)
+    settings = command.settings
+    launcher, reached, hosts = choose_hosts(settings, environment)
+    check_layout(command.train, num_ranks(hosts))
+    chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)
+    folder = RunFolder(chosen.path.absolute())
+    private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # nobody else can look into it
+    try:
+        job = make_job(command, launcher, reached, hosts, scripts=scripts, private=private, folder=folder)
+        if settings.show_command:
+            print("\n".join(shown(plan_start(job, environment), job, folder, environment)))
+            return 0
+        _check_programs(job)
+        return _run(job, settings, environment, folder)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], folder: RunFolder) -> int:
+    with StopSignals(more=(signal.SIGUSR1,)) as signals:
+        hosts = JobHosts(job, environment, limit=settings.host_seconds)
+        if job.reached == "ssh":
+            job = _met(job, hosts)
+        plan = plan_start(job, environment)
+        for note in plan.notes:
+            say(note)
+        for path, text in plan.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8")
+        status = StatusFile(folder)
+        if signals.received:
+            return 128 + signals.received[0]
+        where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
+        say(f"{job.size} ranks on {where} by {job.launcher}, into {folder.path}")
+        by_slurm = job.reached == "srun"  # which looks after its steps by itself
+        times = Times(
+            look=float("inf") if by_slurm else settings.look_seconds,
+            grace=settings.grace_seconds,
+            soon=SRUN_SOON_SECONDS if by_slurm else SOON_SECONDS,
+        )
+        ended = Watch(start_all(plan, job.folder), hosts, signals, times, status.is_new).run()
+    verdict = judge(status, launcher=ended.name, launcher_status=ended.status, passed_on=ended.passed_on)
+    say(verdict.line)
+    return verdict.status
+
+
+def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Reached, tuple[Host, ...]]:
+    """Launcher, way and hosts, from a hostfile, a Slurm allocation or this machine.
+
+    Raises:
+        UserError: there is no such thing, or it does not hold the ranks that are asked for.
+    """
+    in_slurm = "SLURM_JOB_ID" in environment
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError("srun starts run.py on every task; start it once, without srun: it calls srun itself")
+    auto = "pdsh" if settings.hostfile is not None else "srun" if in_slurm else "local"
+    launcher = auto if settings.launcher == "auto" else settings.launcher
+    if settings.hostfile is not None:
+        hosts = read_hostfile(settings.hostfile)
+        if (wanted := settings.num_gpus) is not None:
+            if short := [host for host in hosts if host.slots < wanted]:
+                raise UserError(f"--num_gpus {wanted}: {short[0].name} has {short[0].slots} slots in the hostfile")
+            hosts = tuple(replace(host, slots=wanted) for host in hosts)
+        return launcher, "ssh", hosts
+    if launcher == "srun" or (in_slurm and launcher != "local"):
+        if not in_slurm:
+            raise UserError("--launcher srun: not in a Slurm allocation; start with sbatch or salloc")
+        return launcher, "srun", _allocation(settings, environment)
+    return launcher, "local", (Host("localhost", settings.num_gpus or len(visible_gpus()) or 1),)
+
+
+def _allocation(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[Host, ...]:
+    if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
+        return tuple(Host(name, settings.num_gpus) for name in expand_nodelist(nodes))
+    return slurm_hosts({name: value for name, value in environment.items() if name != "SLURM_PROCID"})
+
+
+def check_layout(train: Settings, ranks: int) -> None:
+    """Refuse, before anything is started, a number of ranks that layout and batch do not divide. Raises UserError."""
+    grid = Grid(0, ranks, tp_size=train.tensor_parallel, pp_size=train.pipeline_parallel)
+    plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)
+
+
+def make_job(
+    command: LaunchCommand,
+    launcher: str,
+    reached: Reached,
+    hosts: tuple[Host, ...],
+    *,
+    scripts: Path,
+    private: Path,
+    folder: RunFolder,
+) -> Job:
+    """The job with an id of its own; its run folder is named, so that all hosts and we mean the same one."""
+    settings, run_id = command.settings, secrets.token_hex(8)
+    gpus = visible_gpus() if launcher == "local" else ()
+    if gpus and hosts[0].slots > len(gpus):
+        raise UserError(f"--num_gpus {hosts[0].slots}: this machine has {len(gpus)} GPUs to give")
+    return Job(
+        launcher=launcher,
+        reached=reached,
+        hosts=hosts,
+        script=str(scripts / "train.py"),
+        arguments=(*_without_output_dir(command.arguments), f"--output_dir={folder.path}"),
+        python=sys.executable,
+        folder=Path.cwd(),
+        private=private,
+        run_id=run_id,
+        master_addr=settings.master_addr or ("127.0.0.1" if reached == "local" else ""),
+        master_port=settings.master_port or _FIRST_PORT + int(run_id, 16) % _NUM_PORTS,
+        ssh_port=settings.ssh_port,
+        gpus=gpus[: hosts[0].slots],
+        launcher_args=tuple(shlex.split(settings.launcher_args or "")),
+        max_restarts=settings.max_restarts,
+        stop_seconds=_stop_seconds(settings) if launcher == "torchrun" else None,
+    )
+
+
+def _without_output_dir(arguments: Sequence[str]) -> tuple[str, ...]:
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == "--output_dir":
+            next(words, None)
+        elif not word.startswith("--output_dir="):
+            kept.append(word)
+    return tuple(kept)
+
+
+def _stop_seconds(settings: LaunchSettings) -> int | None:
+    """What torchrun's agents give their ranks to save; an earlier torch has no such flag, and gives them 30 s."""
+    from torch.distributed.run import get_args_parser  # slow to import
+
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    return max(1, int(settings.grace_seconds)) if {"--shutdown-timeout", "--signals-to-handle"} <= known else None
+
+
+def _check_programs(job: Job) -> None:
+    deepspeed = Path(job.python).with_name("deepspeed")
+    if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
+        raise UserError(f"{deepspeed}: no such launcher; start run.py with the python that DeepSpeed is installed for")
+    program = _PROGRAMS.get(job.launcher)
+    if program is not None and shutil.which(program) is None:
+        raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
+    if job.reached == "ssh" and shutil.which("ssh") is None:
+        raise UserError("--hostfile: there is no ssh on PATH, by which the hosts are reached")
+
+
+def _met(job: Job, hosts: JobHosts) -> Job:
+    """The job with the address where its ranks meet, once every host has been reached. Raises UserError."""
+    answers = hosts.check()
+    if answers.unreached:
+        lines = "; ".join(f"{name}: {reason}" for name, reason in answers.unreached.items())
+        raise UserError(f"{len(answers.unreached)} of {len(job.hosts)} hosts cannot be used ({lines})")
+    if job.master_addr or job.launcher == "torchrun":
+        return job
+    return replace(job, master_addr=answers.addresses.get(job.hosts[0].name, ""))
+
+
+def shown(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
+    """What would be started, for --show_command."""
+    lines = [f"run folder  {folder.path}", f"ranks       {job.size}"]
+    lines += [f"host        {host.name} slots={host.slots}" for host in job.hosts]
+    if job.reached == "ssh" and not job.master_addr:
+        lines.append("master      the first host's first address, asked for at the start")
+    for path, text in plan.files.items():
+        lines += [f"file        {path.name}", *(f"            {line}" for line in text.splitlines())]
+    changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}
+    lines += [f"environment {name}={shlex.quote(value)}" for name, value in sorted(changed.items())]
+    lines += [f"note        {note}" for note in plan.notes]
+    lines += [f"command     {shlex.join(command.words)}" for command in plan.commands]
+    return lines

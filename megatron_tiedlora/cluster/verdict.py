@@ -1,0 +1,83 @@
+"""How a job ended, by its run folder's status file; a launcher's exit status alone may say anything."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tiedlora.training.run_folder import RunFolder
+
+Stamp = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The exit status of launch/run.py and the line that explains it."""
+
+    status: int
+    line: str
+
+
+class StatusFile:
+    """run_status.json, as far as it is of this start: ranks remove an earlier one when the folder becomes theirs."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._before = self._stamp()
+
+    def _stamp(self) -> Stamp | None:
+        try:
+            stat = self.folder.status.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def is_new(self) -> bool:
+        """Whether this start has written it."""
+        return self._stamp() not in (None, self._before)
+
+    def read(self) -> Mapping[str, Any] | None:
+        """What it says of this start; None if nothing."""
+        if not self.is_new():
+            return None
+        try:
+            content = json.loads(self.folder.status.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+
+def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int) -> Verdict:
+    """0 if the run finished, or was stopped by the signal that was passed on; else what the launcher says, or 1.
+
+    Args:
+        launcher_status: its exit status, minus the signal that killed it.
+        passed_on: the signal that was given to this command, 0 for none.
+    """
+    path = file.folder.path
+    ended = f"{launcher} ended with {_in_words(launcher_status)}"
+    failed = (launcher_status if launcher_status > 0 else 128 - launcher_status) or 1
+    content = file.read()
+    if content is None:
+        if not path.is_dir():
+            why = f"{path} is not to be seen on this host: the run did not begin, or its folder is on another"
+        else:
+            why = f"{path} says nothing of how this start ended"
+        return Verdict(failed if launcher_status else 1, f"{why}; {ended}")
+    state, step, reason = content.get("state"), content.get("step"), content.get("reason")
+    line = f"{path}: {state} at step {step} ({reason})"
+    if state == "finished" or (state == "stopped" and passed_on):
+        return Verdict(0, line)
+    return Verdict(failed if launcher_status else 1, f"{line}; {ended}")
+
+
+def _in_words(status: int) -> str:
+    if status >= 0:
+        return f"status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"

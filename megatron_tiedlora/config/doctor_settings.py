@@ -1,0 +1,80 @@
+"""Every setting of launch/doctor.py: which hosts, what a job there reads and writes, and how its ranks are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
+from megatron_tiedlora.config.presets import PRESETS
+
+GROUPS = {
+    "run": "which hosts are examined, and where the findings go",
+    "job": "what a job would read and write; give what you will give launch/train.py",
+    "parallel": "how its ranks are laid out (data parallel is what is left of the world)",
+    "limits": "what is still well",
+}
+ABOUT = """\
+Examine the hosts of a job before it starts: one that is down, another version, a path that is missing, a port in use,
+a clock that is off, a network that does not carry the ranks.
+
+    python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
+    python launch/doctor.py --model MODEL      inside a Slurm allocation (srun, no ssh), else this machine alone
+
+First every host is asked, all at once. Then the ranks of the wanted layout are started for a moment and all-reduce over
+each tensor, pipeline and data parallel group. Nothing is left behind on any host.
+Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
+
+
+class DoctorSettings(CommandSettings):
+    """The settings of one examination, validated and frozen."""
+
+    prog: ClassVar[str] = "doctor.py"
+    about: ClassVar[str] = ABOUT
+    groups: ClassVar[Mapping[str, str]] = GROUPS
+
+    hostfile: str | None = optional_field(
+        "run", "`NAME slots=N` lines, as for deepspeed (default: the hosts of the Slurm allocation, or this machine)"
+    )
+    ssh_port: int | None = optional_field("run", "port of the hosts' ssh, as in `deepspeed --ssh_port`", ge=1, le=65535)
+    json_file: str | None = optional_field(
+        "run", "write everything to this file, for scripts; - prints it instead of the table", flag="json"
+    )
+
+    model: str | None = optional_field("job", "folder of the base model, or demo: must be the same on every host")
+    train_file: str | None = optional_field("job", "file or folder of training rows: must be the same on every host")
+    validation_file: str | None = optional_field("job", "the same for validation rows")
+    test_file: str | None = optional_field("job", "the same for test rows")
+    output_dir: str | None = optional_field("job", "where runs will be written: should be shared by all hosts")
+
+    tensor_parallel: int = setting_field("parallel", "ranks that share each layer", 1, ge=1)
+    pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
+    master_port: int = setting_field("parallel", "port of the first host where the ranks meet", 29500, ge=1, le=65535)
+    allreduce_mb: float = setting_field(
+        "parallel", "megabytes of each rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384
+    )
+
+    timeout_seconds: float = setting_field(
+        "limits", "longest wait for a host's answers, for ranks to meet, and for an all-reduce", 60.0, ge=5
+    )
+    max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DoctorSettings:
+        if self.model in PRESETS:
+            raise ValueError(f"--model {self.model} is a shape without files to look for; give the model's folder")
+        if self.ssh_port is not None and self.hostfile is None:
+            raise ValueError("--ssh_port only goes with --hostfile: without one no host is reached by ssh")
+        for name, value in self.paths().items():
+            if not value.strip():
+                raise ValueError(f"--{name}: the path is empty")
+        return self
+
+    def paths(self) -> dict[str, str]:
+        """What must be there on every host, by flag, as the user gave it."""
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("model", "train_file", "validation_file", "test_file")
+        }
+        return {name: value for name, value in given.items() if value is not None}

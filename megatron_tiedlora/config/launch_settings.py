@@ -1,0 +1,118 @@
+"""Settings of launch/run.py: its own few flags; everything else on its command line is launch/train.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_tiedlora.config.cli import build_parser, parse_settings
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.fields import CommandSettings, nearest_name, optional_field, setting_field
+from megatron_tiedlora.config.fields import validate_settings as validate
+from megatron_tiedlora.config.settings import Settings
+
+LAUNCHERS = ("auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun")
+
+
+class LaunchSettings(CommandSettings):
+    """How a job is started and watched, validated and frozen."""
+
+    prog: ClassVar[str] = "run.py"
+    about: ClassVar[str] = (
+        "Start launch/train.py on the hosts there are, watch it, and say truthfully how it ended.\n\n"
+        "    python launch/run.py --num_gpus 4 ...                  this machine\n"
+        "    python launch/run.py --hostfile hosts ...              hosts that ssh reaches\n"
+        "    python launch/run.py ...                               in a Slurm allocation: its nodes\n\n"
+        "The exit status is 0 if the run finished, or was stopped by a signal given to run.py and saved."
+    )
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "launch/train.py's; all other flags are its settings too, which `launch/train.py --help` lists",
+        "start": "what is started, and where",
+        "time limits": "how long is waited before a host or a process counts as lost",
+    }
+
+    launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
+        "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto"
+    )
+    hostfile: str | None = optional_field("start", "hosts of the job, one `NAME slots=N` line a host")
+    num_gpus: int | None = optional_field(
+        "start", "ranks on each host (default: its slots or Slurm tasks; here: all GPUs, or 1 without)", ge=1
+    )
+    master_addr: str | None = optional_field(
+        "start", "address of the first host where the ranks meet (default: its first one)"
+    )
+    master_port: int | None = optional_field("start", "port where they meet (default: by chance)", ge=1, le=65535)
+    ssh_port: int | None = optional_field("start", "port of the hosts' sshd", ge=1, le=65535)
+    launcher_args: str | None = optional_field(
+        "start", 'arguments for pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"'
+    )
+    max_restarts: int = setting_field(
+        "start", "with torchrun: start anew so often from the last checkpoint, after a failure", 0, ge=0
+    )
+    show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
+
+    host_seconds: float = setting_field("time limits", "for a host to answer when it is looked at", 20.0, gt=0)
+    look_seconds: float = setting_field("time limits", "between looks at all hosts while the job runs", 30.0, gt=0)
+    grace_seconds: float = setting_field(
+        "time limits", "for ranks to save after their launcher has died, before they are killed", 120.0, ge=0
+    )
+
+
+@dataclass(frozen=True)
+class LaunchCommand:
+    """A start of launch/run.py: its own settings, train.py's, and train.py's arguments as they were given."""
+
+    settings: LaunchSettings
+    train: Settings
+    arguments: tuple[str, ...]
+
+
+def parse_launch(argv: Sequence[str]) -> LaunchCommand:
+    """Both commands' settings; a `--` may stand between them.
+
+    Raises:
+        UserError: anything unknown, out of range or that does not go together, in one line.
+    """
+    parser = build_parser(LaunchSettings)
+    parser.epilog = (
+        "Settings of launch/train.py follow, after -- or directly. A YAML file of --config holds only those."
+    )
+    own, given = list(argv), []
+    if "--" in own:
+        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
+    values, rest = parser.parse_known_args(own)
+    named = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+    config = named.pop("config", None)
+    arguments = (*(("--config", config) if config is not None else ()), *rest, *given)
+    _refuse_unknown(arguments)
+    settings, train = validate(named, LaunchSettings), parse_settings(arguments)
+    _check(settings, train)
+    return LaunchCommand(settings, train, arguments)
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    unknown = build_parser(Settings).parse_known_args(arguments)[1]
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [f"--{known}" for known in (*LaunchSettings.model_fields, *Settings.model_fields)]
+        raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
+
+
+def _check(settings: LaunchSettings, train: Settings) -> None:
+    if train.dry_run:
+        raise UserError(
+            "--dry_run starts no job: give it to launch/train.py, or --show_command here to see what would be started"
+        )
+    if settings.launcher in ("local", "srun") and settings.hostfile is not None:
+        where = "this machine alone" if settings.launcher == "local" else "the nodes of its Slurm allocation"
+        raise UserError(f"--launcher {settings.launcher} runs on {where}; leave --hostfile out")
+    if settings.launcher == "pdsh" and settings.hostfile is None:
+        raise UserError("--launcher pdsh needs --hostfile: one `NAME slots=N` line a host")
+    if settings.max_restarts and settings.launcher != "torchrun":
+        raise UserError(f"--max_restarts {settings.max_restarts}: only --launcher torchrun restarts a job")
+    if settings.max_restarts and train.resume == "none":
+        raise UserError(
+            f"--max_restarts {settings.max_restarts} needs --resume auto, so that a restart goes on from the last"
+            " checkpoint"
+        )

@@ -1,0 +1,228 @@
+"""What can happen to a job on several hosts in the middle of training, and what is left of the job then."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from cluster_routes import Job
+from fake_hosts import FakeHost
+from run_files import has_step
+
+END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
+
+
+# Faults ----------------------------------------------------------------------------------------------------------
+
+
+def kill_rank(job: Job) -> None:
+    """SIGKILL to the rank on the last host."""
+    os.kill(job.ranks()[_last(job).name].pid, signal.SIGKILL)
+
+
+def kill_first_rank(job: Job) -> None:
+    """SIGKILL to rank 0, which serves the others' store."""
+    os.kill(job.ranks()[job.task.cluster.first.name].pid, signal.SIGKILL)
+
+
+def kill_launcher(job: Job) -> None:
+    """SIGKILL to the launcher: deepspeed, mpirun or srun; torchrun's agent on the last host."""
+    if job.number:
+        _kill_programs(job, "srun")
+    elif job.is_watched:
+        psutil.Process(job.launchers[0].pid).children()[-1].kill()
+    else:
+        job.launchers[-1].signal(signal.SIGKILL)
+
+
+def kill_watcher(job: Job) -> None:
+    """SIGKILL to launch/run.py."""
+    job.launchers[0].signal(signal.SIGKILL)
+
+
+def kill_pdsh(job: Job) -> None:
+    """SIGKILL to pdsh, which deepspeed has started."""
+    _kill_programs(job, "pdsh")
+
+
+def kill_node_launcher(job: Job) -> None:
+    """SIGKILL to whatever started the rank on the last host."""
+    parent = job.ranks()[_last(job).name].parent()
+    assert parent is not None
+    parent.kill()
+
+
+def kill_host(job: Job) -> None:
+    """The last host dies."""
+    _last(job).kill()
+
+
+def cut_link(job: Job) -> None:
+    """The last host's cable is pulled."""
+    _last(job).cut_link()
+
+
+def fill_disk(job: Job) -> None:
+    """The file system of the run folder has room for a log line or two left, on the host of rank 0."""
+    first, filler = job.task.cluster.first, run_folder(job).parent / "filler"
+    first.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False)
+    first.run(["truncate", "-s", "-8K", filler])
+
+
+def terminate(job: Job) -> None:
+    """SIGTERM to the command that the user has started, as a shell or a service manager sends it."""
+    for launcher in job.launchers:
+        launcher.signal(signal.SIGTERM)
+
+
+def cancel(job: Job) -> None:
+    """scancel."""
+    job.task.cluster.first.run(["scancel", job.number])
+
+
+FAULTS: dict[str, Callable[[Job], None]] = {
+    "rank": kill_rank,
+    "rank 0": kill_first_rank,
+    "launcher": kill_launcher,
+    "run.py": kill_watcher,
+    "pdsh": kill_pdsh,
+    "launcher on a host": kill_node_launcher,
+    "host": kill_host,
+    "link": cut_link,
+    "disk full": fill_disk,
+    "SIGTERM": terminate,
+    "scancel": cancel,
+}
+
+
+def _last(job: Job) -> FakeHost:
+    return list(job.task.cluster.hosts.values())[-1]
+
+
+def _kill_programs(job: Job, name: str) -> None:
+    found = [process for process in job.task.cluster.first.jobs() if process.name() in (name, f"{name}.bin")]
+    assert found, f"no {name} among {job.task.cluster.jobs()}"
+    for process in found:
+        process.kill()
+
+
+# What becomes of the job -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended after a fault.
+
+    Attributes:
+        told: seconds until whoever started the job saw its end; None where that took too long.
+        over: seconds until no process of it was left on any host; None likewise.
+        exit_status: of the launcher, or of the batch job.
+        state: and reason, of run_status.json; both empty where there is none.
+        left: command lines of the processes that did not end.
+    """
+
+    told: float | None
+    over: float | None
+    exit_status: int | None
+    state: str
+    reason: str
+    left: Mapping[str, Sequence[str]]
+
+    def row(self, route: str, fault: str) -> str:
+        """A row of the table of figures."""
+        seconds = ["never" if value is None else f"{value:.1f}" for value in (self.told, self.over)]
+        left = "; ".join(f"{host}: {len(lines)}" for host, lines in self.left.items()) or "none"
+        cells = [route, fault, *seconds, self.exit_status, left, self.state or "no file", self.reason]
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+TABLE_HEAD = (
+    "| route | fault | launcher back, s | all over, s | exit status | processes left | run_status.json | its reason |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def wait_for_step(job: Job, step: int, *, limit: float = 200.0) -> None:
+    """Wait until the job has finished a training step."""
+    deadline = time.monotonic() + limit
+    while not has_step(seen_by_first(job, run_folder(job)), step):
+        assert not job.is_over() and time.monotonic() < deadline, f"no step {step}\n{job.output()[-6000:]}"
+        time.sleep(0.3 if job.number else 0.1)
+
+
+def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
+    """Let `fault` happen now, and watch the job's end; then whatever is left of it is killed."""
+    started, told, over = time.monotonic(), None, None
+    try:
+        FAULTS[fault](job)
+        while (now := time.monotonic() - started) < limit and (told is None or over is None):
+            told = now if told is None and job.is_over() else told
+            over = now if over is None and not _left(job) else over
+            time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
+        left = _left(job)
+    finally:
+        heal(job)
+        for launcher in job.launchers:
+            launcher.kill()
+    exit_status = job.wait(30)
+    status = read_status(job)
+    return Outcome(told, over, exit_status, status.get("state", ""), status.get("reason", ""), left)
+
+
+def heal(job: Job) -> None:
+    """Undo what a fault has done to the hosts, and end what it has left of the job."""
+    for host in job.task.cluster.hosts.values():
+        if not host.is_up:
+            host.boot()
+            host.start_sshd()
+            if job.task.slurm is not None:
+                job.task.slurm.start_node(host.name)
+        host.restore_link()
+        for process in host.jobs():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    (seen_by_first(job, run_folder(job).parent) / "filler").unlink(missing_ok=True)
+
+
+def _left(job: Job) -> dict[str, list[str]]:
+    """Processes of the job by host.
+
+    A session of sshd whose command has ended waits for a peer that is gone, until TCP gives up; it is none of the job.
+    """
+    found: dict[str, list[str]] = {}
+    for name, host in job.task.cluster.hosts.items():
+        for process in host.jobs():
+            with suppress(psutil.NoSuchProcess):
+                if not (process.name().startswith("sshd") and not _commands(process)):
+                    found.setdefault(name, []).append(" ".join(process.cmdline()) or process.name())
+    return found
+
+
+def _commands(session: psutil.Process) -> list[psutil.Process]:
+    return [child for child in session.children(recursive=True) if not child.name().startswith("sshd")]
+
+
+def run_folder(job: Job) -> Path:
+    """The job's run folder, as the hosts see it."""
+    prefix = "--output_dir="
+    return Path(next(word for word in job.task.arguments if word.startswith(prefix)).removeprefix(prefix))
+
+
+def seen_by_first(job: Job, path: Path) -> Path:
+    """A path as the first host sees it, which may have a file system of its own there."""
+    return job.task.cluster.first.outside(path)
+
+
+def read_status(job: Job) -> dict[str, Any]:
+    """run_status.json; empty where there is none."""
+    file = seen_by_first(job, run_folder(job) / "run_status.json")
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return content

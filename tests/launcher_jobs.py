@@ -1,0 +1,79 @@
+"""Jobs for tests of launch/run.py: descriptions of one, programs that play a launcher, and what a rank was given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.cluster.routes import Job, StartPlan
+from megatron_tiedlora.config.hosts import Host
+
+# Writes what it was given beside itself: a rank of the tests that only look at words and variables.
+DUMP = """
+import json, os, sys
+from pathlib import Path
+rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+given = {"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+Path(__file__).with_name(f"given-{rank}.json").write_text(json.dumps(given))
+"""
+
+
+def make_job(place: Path, **changes: Any) -> Job:
+    """A job of two hosts whose script writes down what it is given."""
+    (place / "private").mkdir(parents=True, exist_ok=True)
+    script = place / "dump.py"
+    script.write_text(DUMP)
+    values: dict[str, Any] = {
+        "launcher": "pdsh",
+        "reached": "ssh",
+        "hosts": (Host("node1", 1), Host("node2", 1)),
+        "script": str(script),
+        "arguments": ("--max_steps", "3"),
+        "python": sys.executable,
+        "folder": place,
+        "private": place / "private",
+        "run_id": "abc123",
+        "master_addr": "10.0.0.1",
+        "master_port": 29400,
+        **changes,
+    }
+    return Job(**values)
+
+
+def write_program(folder: Path, name: str, text: str) -> Path:
+    """A program for PATH."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(text)
+    file.chmod(0o755)
+    return file
+
+
+def start(plan: StartPlan, folder: Path, *, limit: float = 120.0) -> str:
+    """Write a plan's files and run its commands one after another; returns what they print."""
+    for path, text in plan.files.items():
+        path.write_text(text)
+    printed = ""
+    for command in plan.commands:
+        done = subprocess.run(
+            command.words,
+            cwd=folder,
+            env=dict(plan.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+        )
+        printed += done.stdout
+        assert done.returncode == 0, printed
+    return printed
+
+
+def given(job: Job, rank: int) -> dict[str, Any]:
+    """What a rank was given."""
+    content: dict[str, Any] = json.loads(Path(job.script).with_name(f"given-{rank}.json").read_text())
+    return content

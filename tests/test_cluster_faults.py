@@ -1,0 +1,97 @@
+"""A fault in the middle of training on two hosts ends the job everywhere, and loses nothing that was saved.
+
+With -s, and with `-m slow` for all of them, the figures are printed as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_faults import TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
+from cluster_routes import ROUTES, needed
+from cluster_site import Site, opened_site
+from fake_hosts import FakeCluster
+from host_needs import needs
+from run_files import checkpoint_names, files_of, losses
+from run_helpers import run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400), needs("ssh")]
+STEPS, SAVED = 12, 2  # the fault comes after step 3, with a checkpoint of step 2
+STOPS = ("SIGTERM", "scancel")
+# Ranks that find their launcher dead save and stop, unless it took some of them along.
+ENDS = {fault: ("failed", "stopped") for fault in ("launcher", "launcher on a host", "pdsh", "run.py")}
+LAYOUT = "tp2"
+
+
+@pytest.fixture(scope="module")
+def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with opened_site(two_hosts, tmp_path_factory, max_steps=STEPS, eval_interval=4, save_interval=SAVED) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    rows: list[str] = []
+    yield rows
+    print("", TABLE_HEAD, *rows, sep="\n")
+
+
+QUICK = [
+    ("mpirun", "rank"),
+    ("run.py pdsh", "launcher"),
+    ("run.py pdsh", "pdsh"),
+    ("mpirun", "host"),
+    ("pdsh", "link"),
+    ("slurm", "disk full"),
+    ("run.py openmpi", "SIGTERM"),
+    ("slurm", "scancel"),
+]
+EVERYWHERE = ("rank", "rank 0", "launcher", "launcher on a host", "host", "link", "disk full")
+ALL = [
+    *((route, fault) for route in ROUTES for fault in EVERYWHERE),
+    *((route, "pdsh") for route in ROUTES if route.endswith("pdsh")),
+    *((route, "scancel" if needed(route) == "slurm" else "SIGTERM") for route in ROUTES),
+    *((route, "run.py") for route in ROUTES if route.startswith("run.py") and needed(route) != "slurm"),
+]
+# Nothing but launch/run.py tells the ranks of these that nobody looks after them: they train to their end.
+RUNS_ON = {("pdsh", "launcher"), ("pdsh", "pdsh"), ("openmpi", "launcher"), ("openmpi", "SIGTERM")}
+CASES = [
+    *((route, fault, "watched_steps", [needs(needed(route))]) for route, fault in QUICK),
+    *((route, fault, "long_steps", [needs(needed(route)), pytest.mark.slow]) for route, fault in ALL),
+]
+PARAMETERS = [
+    pytest.param(route, fault, prelude, marks=marks, id=f"{route}-{fault}-{prelude}".replace(" ", "_"))
+    for route, fault, prelude, marks in CASES
+]
+
+
+@pytest.mark.parametrize(("route", "fault", "prelude"), PARAMETERS)
+def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
+    site: Site, tmp_path: Path, table: list[str], route: str, fault: str, prelude: str
+) -> None:
+    whole, folder = site.whole_run(LAYOUT), tmp_path / "disk" / "run"
+    folder.parent.mkdir()
+    if fault == "disk full":
+        site.cluster.first.mount_private(folder.parent, size="2m")
+    job = ROUTES[route](site.task(folder, LAYOUT, work=tmp_path, prelude=prelude))
+    wait_for_step(job, 3)
+    outcome = suffer(job, fault)
+    table.append(outcome.row(route, fault))
+    said = f"{outcome}\n{job.output()[-6000:]}"
+    assert outcome.over is not None and outcome.told is not None and not outcome.left, said
+    if (route, fault) in RUNS_ON:
+        assert outcome.state == "finished", said
+        return
+    assert outcome.state in (("stopped",) if fault in STOPS else ENDS.get(fault, ("failed",))), said
+    if route.startswith("run.py") or needed(route) == "slurm":  # other launchers' statuses may say anything
+        assert (outcome.exit_status == 0) == (fault == "SIGTERM"), said
+
+    seen = seen_by_first(job, folder)
+    assert min(int(name.removeprefix("step_")) for name in checkpoint_names(seen)) >= SAVED
+    run(site.base, seen, ranks=2, resume="auto", **site.settings(LAYOUT))
+    assert read_status(job)["state"] == "finished"
+    for split in ("train", "validation"):
+        assert losses(seen, split) == losses(whole, split)
+    assert files_of(seen / "adapter") == files_of(whole / "adapter")

@@ -1,0 +1,313 @@
+"""What the doctor finds wrong with a set of answers: each thing once, by its host, and nothing on a healthy set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.cluster.doctor.ask import explain_shared, explain_silence
+from megatron_tiedlora.cluster.doctor.examine import compare_hosts
+from megatron_tiedlora.cluster.doctor.layouts import group_members
+from megatron_tiedlora.cluster.doctor.records import (
+    Clock,
+    Finding,
+    Gpu,
+    HostReport,
+    Layout,
+    OutputFolder,
+    PathContent,
+    Port,
+    Probe,
+)
+from megatron_tiedlora.cluster.remote import Done, Way
+
+NAMES = ("nodea", "nodeb", "nodec")
+SLOTS = 2
+GIB = 1 << 30
+Changes = Mapping[str, Any]
+
+
+def probe(name: str, **changes: Any) -> Probe:
+    """A healthy host's answer, with GPUs if they are among the changes."""
+    number = NAMES.index(name) + 1
+    versions = {"python": "3.11.7", "torch": "2.8.0", "deepspeed": "0.19.8", "transformers": "5.1.0"}
+    values: dict[str, Any] = {
+        "hostname": name,
+        "machine": f"{name} boot{number}",
+        "executable": "/env/bin/python",
+        "versions": {**versions, "megatron_tiedlora": "0.1.0", "safetensors": "0.6.0"},
+        "source_hash": "0123456789ab",
+        "torch_error": None,
+        "cuda": None,
+        "nccl": None,
+        "gpus": [],
+        "infiniband": [],
+        "num_cores": 8,
+        "memory_bytes": 64 * GIB,
+        "free_memory_bytes": 60 * GIB,
+        "shm_bytes": 32 * GIB,
+        "nofile": 1024,
+        "memlock": 8 << 20,
+        "name_addresses": [f"10.0.0.{number}"],
+        "master_addresses": ["10.0.0.1"],
+        "peer_address": f"10.0.0.{number}",
+        "interfaces": {"lo": ["127.0.0.1"], "eth0": [f"10.0.0.{number}"]},
+        "socket_names": {},
+        "port": Port(number=29500, free=True) if name == NAMES[0] else None,
+        "paths": {"model": folder(), "train_file": PathContent(path="/d.jsonl", kind="file", files={"d.jsonl": "9 a"})},
+        "output": OutputFolder(path="/runs/new", existing="/runs", writable=True, free_bytes=99 * GIB),
+    }
+    return Probe(**{**values, **changes})
+
+
+def folder(kind: str = "folder", **files: str) -> PathContent:
+    """A model's folder; `files` replace its own."""
+    content = {"config.json": "400 abc", "model.safetensors": "5000000", **files}
+    return PathContent(path="/model", kind=kind, files=content if kind == "folder" else {})
+
+
+def hosts(changes: Mapping[str, Changes] | None = None, *, names: tuple[str, ...] = NAMES) -> list[HostReport]:
+    """Hosts that are healthy but for `changes` of their answers, by name."""
+    changes = changes or {}
+    return [
+        HostReport(
+            name=name,
+            slots=SLOTS,
+            first_rank=index * SLOTS,
+            probe=probe(name, **changes.get(name, {})),
+            clock=Clock(skew=0.001, margin=0.002),
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> Layout:
+    return Layout(
+        num_ranks=num_ranks,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        data_parallel=num_ranks // tensor // pipeline,
+        master_host="nodea",
+        master_port=29500,
+        backend="gloo",
+    )
+
+
+def examined(reports: list[HostReport], **shape: int) -> list[Finding]:
+    shape = {"num_ranks": SLOTS * len(reports), **shape}
+    return compare_hosts(reports, layout(**shape), max_skew=1.0)
+
+
+def versions(**changes: str) -> Changes:
+    return {"versions": {**probe("nodea").versions, **changes}}
+
+
+def h100s(*free: int, name: str = "H100") -> Changes:
+    return {"gpus": [Gpu(name=name, total_bytes=80 * GIB, free_bytes=each * GIB) for each in free or (79, 79)]}
+
+
+def test_healthy_hosts_have_no_finding() -> None:
+    for names in (NAMES, NAMES[:2], NAMES[:1]):
+        assert examined(hosts(names=names)) == []
+        on_gpus = {name: {**h100s(), "cuda": "12.8", "nccl": "2.27.3"} for name in names}
+        assert examined(hosts(on_gpus, names=names)) == []
+
+
+# (what changes on which hosts, code, level, the hosts named, words of the message)
+WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
+    "torch": ({"nodeb": versions(torch="2.7.1")}, "version", "error", ["nodeb"], "torch is 2.7.1 on nodeb, but 2.8.0"),
+    "first odd": ({"nodea": versions(torch="2.7.1")}, "version", "error", ["nodea"], "but 2.8.0 on nodeb and nodec"),
+    "two odd": (
+        {"nodea": versions(deepspeed="1"), "nodec": versions(deepspeed="1")},
+        "version",
+        "error",
+        ["nodeb"],
+        "deepspeed is 0.19.8 on nodeb, but 1 on nodea and nodec",
+    ),
+    "safetensors": ({"nodec": versions(safetensors="1")}, "version", "warning", ["nodec"], "safetensors is 1 on nodec"),
+    "ours": ({"nodec": versions(megatron_tiedlora="0.2")}, "version", "error", ["nodec"], "megatron_tiedlora is 0.2"),
+    "checkout": ({"nodeb": {"source_hash": "f" * 12}}, "source", "error", ["nodeb"], "ffffffffffff on nodeb"),
+    "import": ({"nodeb": {"torch_error": "no libcudart"}}, "torch_broken", "error", ["nodeb"], "no libcudart"),
+    "missing": ({"nodec": {"paths": {"model": folder("missing")}}}, "path_missing", "error", ["nodec"], "/model is"),
+    "other file": (
+        {"nodeb": {"paths": {"model": folder(**{"config.json": "400 xyz"})}}},
+        "path_differs",
+        "error",
+        ["nodeb"],
+        "not that of the other hosts: config.json",
+    ),
+    "closed": (
+        {"nodeb": {"paths": {"model": folder(**{"config.json": "unreadable"})}}},
+        "path_unreadable",
+        "error",
+        ["nodeb"],
+        "config.json cannot be read",
+    ),
+    "read-only": (
+        {"nodeb": {"output": OutputFolder(path="/r", existing="/", writable=False, free_bytes=9 * GIB)}},
+        "output_not_writable",
+        "error",
+        ["nodeb"],
+        "no right to write in /",
+    ),
+    "full": (
+        {"nodeb": {"output": OutputFolder(path="/r", existing="/", writable=True, free_bytes=9 << 20)}},
+        "disk",
+        "warning",
+        ["nodeb"],
+        "9 MiB free",
+    ),
+    "port": (
+        {"nodea": {"port": Port(number=29500, free=False, holder="python (process 7 of me)", next_free=29502)}},
+        "port_in_use",
+        "error",
+        ["nodea"],
+        "port 29500 is in use by python (process 7 of me)",
+    ),
+    "Debian": ({"nodeb": {"name_addresses": ["127.0.1.1"]}}, "loopback_name", "error", ["nodeb"], "127.0.1.1"),
+    "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, is not known"),
+    "stranger": ({"nodeb": {"master_addresses": []}}, "name_unknown", "error", ["nodeb"], "first host's name, nodea"),
+    "itself": ({"nodeb": {"master_addresses": ["127.0.0.1"]}}, "master_address", "error", ["nodeb"], "nodeb itself"),
+    "interface": (
+        {"nodec": {"socket_names": {"GLOO_SOCKET_IFNAME": "ib0"}}},
+        "no_interface",
+        "error",
+        ["nodec"],
+        "GLOO_SOCKET_IFNAME=ib0",
+    ),
+    "twice": ({"nodeb": {"machine": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
+    "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "64 MiB"),
+    "files": ({"nodeb": {"nofile": 256}}, "nofile", "warning", ["nodeb"], "may open 256 files"),
+    "locked": ({"nodeb": {"infiniband": ["mlx5_0"]}}, "memlock", "warning", ["nodeb"], "mlx5_0"),
+    "cores": ({"nodeb": {"num_cores": 1}}, "cores", "warning", ["nodeb"], "2 ranks on 1 cores"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_wrong_thing_is_found_once(case: str) -> None:
+    changes, code, level, named, words = WRONG[case]
+    if code.startswith("path"):  # the other paths stay as they are
+        changes = {name: {"paths": {**probe("nodea").paths, **change["paths"]}} for name, change in changes.items()}
+    (finding,) = examined(hosts(changes))
+    assert (finding.code, finding.level, finding.hosts) == (code, level, named)
+    assert words in finding.message and finding.fix
+    assert all(name in finding.message for name in named)
+
+
+def test_another_version_has_other_files_which_is_one_finding() -> None:
+    (finding,) = examined(hosts({"nodeb": {**versions(megatron_tiedlora="0.2"), "source_hash": "f" * 12}}))
+    assert (finding.code, finding.hosts) == ("version", ["nodeb"])
+
+
+def test_a_hosts_own_name_only_matters_among_several_and_where_gloo_listens_by_it() -> None:
+    trap: Changes = {"name_addresses": ["127.0.1.1"], "master_addresses": ["127.0.1.1"]}
+    assert examined(hosts({"nodea": trap}, names=NAMES[:1])) == []
+    named = {"nodea": {**trap, "socket_names": {"GLOO_SOCKET_IFNAME": "eth0"}}}
+    assert examined(hosts(named)) == []
+    (finding,) = examined(hosts({"nodea": trap}))
+    assert finding.code == "loopback_name" and "GLOO_SOCKET_IFNAME=eth0" in finding.fix
+    on_gpus = {name: h100s() for name in NAMES}
+    (finding,) = examined(hosts({**on_gpus, "nodea": {**on_gpus["nodea"], **trap}}))
+    assert (finding.code, finding.level) == ("loopback_name", "warning")
+
+
+@pytest.mark.parametrize(
+    ("value", "known"),
+    [("eth", True), ("=eth0", True), ("=eth", False), ("^lo", True), ("^eth,lo", False), ("ib,eth0", True)],
+)
+def test_nccls_interface_names(value: str, known: bool) -> None:
+    findings = examined(hosts({"nodeb": {"socket_names": {"NCCL_SOCKET_IFNAME": value}}}))
+    assert [finding.code for finding in findings] == ([] if known else ["no_interface"])
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "level"),
+    [
+        ({"gpus": []}, "gpus_differ", "error"),
+        (h100s(name="A100"), "gpus_differ", "warning"),
+        (h100s(79), "too_few_gpus", "error"),
+        (h100s(79, 20), "gpu_memory_used", "warning"),
+        ({**h100s(), "cuda": "12.6"}, "cuda_version", "error"),
+        ({**h100s(), "nccl": "2.26.2"}, "nccl_version", "error"),
+    ],
+)
+def test_gpus(change: Changes, code: str, level: str) -> None:
+    changes = {name: {"cuda": "12.8", "nccl": "2.27.3", **h100s()} for name in NAMES}
+    changes["nodeb"] = {**changes["nodeb"], **change}
+    (finding,) = examined(hosts(changes))
+    assert (finding.code, finding.level, finding.hosts) == (code, level, ["nodeb"])
+
+
+def test_clocks_count_only_beyond_their_margin() -> None:
+    healthy = hosts()
+    for skew, margin, is_found in ((3.0, 0.1, True), (-3.0, 0.1, True), (3.0, 2.5, False), (0.5, 0.0, False)):
+        late = [healthy[0], healthy[1].model_copy(update={"clock": Clock(skew=skew, margin=margin)}), healthy[2]]
+        findings = examined(late)
+        assert [(finding.code, finding.hosts) for finding in findings] == ([("clock", ["nodeb"])] if is_found else [])
+        assert not is_found or ("ahead of" if skew > 0 else "behind") in findings[0].message
+
+
+def test_tensor_parallel_groups_that_span_hosts() -> None:
+    reports = hosts(names=NAMES[:2])
+    (finding,) = examined(reports, tensor=4)
+    assert (finding.code, finding.level, finding.hosts) == (
+        "tensor_parallel_across_hosts", "warning", ["nodea", "nodeb"],
+    )  # fmt: skip
+    assert examined(reports, tensor=2, pipeline=2) == examined(reports, tensor=1, pipeline=4) == []
+
+
+def test_hosts_without_an_answer_are_no_odd_ones() -> None:
+    silent = [report.model_copy(update={"probe": None, "clock": None}) for report in hosts()]
+    assert examined(silent) == []
+    assert examined([*hosts()[:2], silent[2]]) == []
+
+
+def test_a_group_is_where_the_grid_puts_it() -> None:
+    assert group_members(layout(8, tensor=2, pipeline=2)) == {
+        "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "pipeline": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "data": [[0, 2], [1, 3], [4, 6], [5, 7]],
+    }
+    assert group_members(layout(1, tensor=1)) == {}
+
+
+# Silence -------------------------------------------------------------------------------------------------------------
+
+SILENCES: dict[str, tuple[int | None, str, str]] = {
+    "down": (255, "ssh: connect to host nodeb port 22: Connection timed out", "host_down"),
+    "no route": (255, "ssh: connect to host nodeb port 22: No route to host", "host_down"),
+    "lost": (255, "Timeout, server nodeb not responding.", "host_down"),
+    "closed": (255, "ssh: connect to host nodeb port 22: Connection refused", "no_sshd"),
+    "unknown": (255, "ssh: Could not resolve hostname nodeb: Name or service not known", "host_unknown"),
+    "key": (255, "Host key verification failed.", "ssh_refused"),
+    "password": (255, "me@nodeb: Permission denied (publickey).", "ssh_refused"),
+    "slow": (None, "", "no_answer"),
+    "folder": (1, "bash: line 1: cd: /work: No such file or directory", "no_folder"),
+    "folder of dash": (2, "sh: 1: cd: can't cd to /work", "no_folder"),
+    "python": (127, "env: '/env/bin/python': No such file or directory", "no_python"),
+    "package": (1, "/env/bin/python: No module named megatron_tiedlora", "no_package"),
+    "other": (1, "MemoryError", "no_answer"),
+}
+
+
+@pytest.mark.parametrize("case", SILENCES)
+def test_why_a_host_is_silent(case: str) -> None:
+    status, words, code = SILENCES[case]
+    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Way("ssh"), limit=30)
+    assert (finding.code, finding.level, finding.hosts) == (code, "error", ["nodeb"])
+    assert "nodeb" in finding.message and finding.fix
+
+
+def test_what_hosts_say_of_a_shared_folder() -> None:
+    def codes(said: dict[str, str]) -> list[tuple[str, str, list[str]]]:
+        findings = explain_shared("nodea", ["nodeb", "nodec"], said, path="/runs/new", folder="/runs")
+        return [(finding.code, finding.level, finding.hosts) for finding in findings]
+
+    assert codes({"nodea": "written", "nodeb": "seen", "nodec": "seen"}) == []
+    assert codes({"nodea": "written", "nodeb": "seen", "nodec": "not seen"}) == [
+        ("output_not_shared", "warning", ["nodec"])
+    ]
+    assert codes({"nodea": "No space left on device"}) == [("output_not_writable", "error", ["nodea"])]
+    assert codes({"nodea": "written", "nodeb": "seen"}) == [("no_answer", "error", ["nodec"])]

@@ -1,0 +1,99 @@
+"""What of the environment travels to other hosts: no secret, nothing that a shell would spoil, in DeepSpeed's form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tiedlora.cluster.travelling import (
+    is_secret,
+    read_user_file,
+    travelling,
+    why_left,
+    without_bad_exports,
+)
+from megatron_tiedlora.config.errors import UserError
+
+TRAVELS = {
+    "NCCL_DEBUG": "INFO",
+    "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "OMP_NUM_THREADS": "4",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HF_HOME": "/data/hf home",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": "/data/sets",
+    "TORCH_EXTENSIONS_DIR": "/tmp/ext",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/50%full",
+    "TRITON_CACHE_DIR": "/tmp/t;t&t|t<t>(t)",
+    "DS_ACCELERATOR": "cpu",
+    "MEGATRON_TIEDLORA_CACHE": "/data/cache",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LD_LIBRARY_PATH": "/usr/lib:/opt/lib",
+    "PATH": "/venv/bin:/usr/bin",
+    "PYTHONPATH": "/src",
+    "XDG_CACHE_HOME": "/data/xdg",
+}
+STAYS = {"HOME": "/root", "SHELL": "/bin/zsh", "EDITOR": "vi", "MASTER_ADDR": "x", "CUDA_VISIBLE_DEVICES": "0"}
+SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "NCCL_SECRET", "TORCH_PASSWORD", "DS_PASSWD", "HF_API_KEY", "OMP_APIKEY")
+SECRETS += ("TORCH_CREDENTIALS", "MLFLOW_TRACKING_PASSWORD", "CUDA_PRIVATE", "HF_ACCESS_KEY_ID", "DS_AUTH", "UCX_KEY")
+SPOILED = ("a\nb", 'say "x"', "$HOME", "`id`", "a\\b", " a", "a ", "a\tb", "\x1b[0m")
+
+
+def test_what_training_reads_travels_and_the_rest_of_the_shell_stays() -> None:
+    sent = travelling({**TRAVELS, **STAYS})
+    assert sent.variables == dict(sorted(TRAVELS.items())) and not sent.left
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_stays_whoever_named_it(name: str) -> None:
+    assert is_secret(name) and is_secret(name.lower())
+    for in_words in (True, False):
+        for sent in (
+            travelling({name: "s3cret", "OMP_A": "1"}, in_words=in_words),
+            travelling({"OMP_A": "1"}, given={name: "s3cret"}, in_words=in_words),
+        ):
+            assert sent.variables == {"OMP_A": "1"}
+            assert "s3cret" not in sent.file_text() + "".join(sent.left)
+    assert without_bad_exports({name: "s3cret"})[0] == (
+        {} if name.startswith(("NCCL", "MLFLOW", "UCX")) else {name: "s3cret"}
+    )
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "NCCL_IB_GID_INDEX"])
+def test_names_that_only_look_like_a_secret_travel(name: str) -> None:
+    assert not is_secret(name)
+
+
+@pytest.mark.parametrize("value", SPOILED)
+def test_a_value_that_a_shell_would_spoil_is_left_behind_by_name(value: str) -> None:
+    sent = travelling({"OMP_A": "1", "NCCL_B": value}, in_words=True)
+    assert sent.variables == {"OMP_A": "1"}
+    assert [line.split()[0] for line in sent.left] == ["NCCL_B"] and "\n" not in sent.left[0]
+    assert travelling({"NCCL_B": value}).variables == {"NCCL_B": value}  # mpirun and ssh take it as it is
+    kept, lines = without_bad_exports({"PYTHONFOO": value, "OMP_A": value})
+    assert kept == {"OMP_A": value} and lines[0].startswith("PYTHONFOO is not sent")
+
+
+def test_a_shell_takes_no_odd_name() -> None:
+    assert why_left("BASH_FUNC_x%%", "1") is not None and why_left("1A", "1") is not None
+
+
+def test_the_users_own_file_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher crashes on its blank lines and comments, and would not see it beside ours."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert read_user_file({}) == {}
+    (home / ".deepspeed_env").write_text("A=1\nB=home\n")
+    (here / ".deepspeed_env").write_text("# mine\n\nB=here=now\n C = 3 \n")
+    assert read_user_file({}) == {"A": "1", "B": "here=now", "C": "3"}
+    (here / "other").write_text("D=4")
+    assert read_user_file({"DS_ENV_FILE": str(here / "other")}) == {"D": "4"}
+    (here / "other").write_text("fine=1\nPASSWORD s3cret\n")
+    with pytest.raises(UserError, match="other:2: not of the form NAME=VALUE") as caught:
+        read_user_file({"DS_ENV_FILE": "other"})
+    assert "s3cret" not in str(caught.value)

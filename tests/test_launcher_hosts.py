@@ -1,0 +1,198 @@
+"""The hosts of a job: from a hostfile, from Slurm's variables, or this machine; and what is refused before a start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_tiedlora.cluster.start import check_layout, choose_hosts
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
+from megatron_tiedlora.config.settings import make_settings
+
+ALLOCATION = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "a1,b-2",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+}
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_launch(argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Hostfiles ---------------------------------------------------------------------------------------------------------
+
+
+def hostfile(folder: Path, text: str) -> Path:
+    file = folder / "hosts"
+    file.write_text(text)
+    return file
+
+
+def test_a_hostfile_is_read_as_the_launchers_read_it(tmp_path: Path) -> None:
+    file = hostfile(tmp_path, "# the cluster\nnode1 slots=4\n\n  10.0.0.2   slots=2  # small\n")
+    hosts = read_hostfile(file)
+    assert hosts == (Host("node1", 4), Host("10.0.0.2", 2))
+    assert num_ranks(hosts) == 6
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert dict(fetch_hostfile(str(file))) == {host.name: host.slots for host in hosts}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no host"),
+        ("# nothing\n\n", "names no host"),
+        ("node1\n", ":1: 'node1' is not of the form"),
+        ("node1 slots=2\nnode2 slots=0\n", ":2: 'node2 slots=0' is not of the form"),
+        ("node1 slots=two\n", "is not of the form"),
+        ("node1 slots=2 max_slots=4\n", "is not of the form"),
+        ("-oProxyCommand=x slots=2\n", "is not of the form"),
+        ("node1 slots=2\nnode1 slots=2\n", ":2: node1 is named twice"),
+    ],
+)
+def test_a_hostfile_that_does_not_say_what_it_means_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_hostfile(hostfile(tmp_path, text))
+
+
+def test_a_missing_hostfile_is_an_error_and_not_a_local_run(tmp_path: Path) -> None:
+    settings = parse_launch(["--hostfile", str(tmp_path / "none"), "--launcher", "pdsh"]).settings
+    with pytest.raises(UserError, match="cannot be read"):
+        choose_hosts(settings, {})
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name in ("binary", "."):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_hostfile(tmp_path / name)
+
+
+# Slurm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "expected"),
+    [
+        ("a", "3", [("a", 3)]),
+        ("a,b,c", "2(x2),1", [("a", 2), ("b", 2), ("c", 1)]),
+        ("n.x-1,n2", "1(x2)", [("n.x-1", 1), ("n2", 1)]),
+    ],
+)
+def test_an_allocation_says_its_hosts_and_tasks(nodes: str, tasks: str, expected: list[tuple[str, int]]) -> None:
+    found = slurm_hosts({"SLURM_JOB_NODELIST": nodes, "SLURM_TASKS_PER_NODE": tasks})
+    assert [(host.name, host.slots) for host in found] == expected
+
+
+def test_a_step_counts_before_its_allocation() -> None:
+    step = {
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "b-2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    assert slurm_hosts({**ALLOCATION, **step}) == (Host("b-2", 2),)
+    assert slurm_hosts(ALLOCATION) == (Host("a1", 4), Host("b-2", 4))
+
+
+def test_variables_of_slurm_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(UserError, match="not in a Slurm allocation"):
+        slurm_hosts({})
+    with pytest.raises(UserError, match=r"names 2 nodes \(a1,b-2\), but tasks for 1"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4"})
+    with pytest.raises(UserError, match="cannot be read"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "many"})
+
+
+def test_node_lists_in_brackets_are_expanded_by_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"scontrol does not expand the node list gpu\[01-02\]"):
+        expand_nodelist("gpu[01-02]")
+    program = tmp_path / "scontrol"
+    program.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && printf "gpu01\\ngpu02\\n"\n')
+    program.chmod(0o755)
+    assert expand_nodelist("gpu[01-02]") == ("gpu01", "gpu02")
+    with pytest.raises(UserError, match="does not expand"):
+        expand_nodelist("gpu[03]")
+
+
+# Which launcher, and where ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_there_is(tmp_path: Path) -> None:
+    file = str(hostfile(tmp_path, "a1 slots=2\nb-2 slots=3\n"))
+    one = (Host("localhost", 2),)
+    assert choose_hosts(LaunchSettings(num_gpus=2), {}) == ("local", "local", one)
+    assert choose_hosts(LaunchSettings(), ALLOCATION) == ("srun", "srun", (Host("a1", 4), Host("b-2", 4)))
+    both = (Host("a1", 2), Host("b-2", 3))
+    assert choose_hosts(LaunchSettings(hostfile=file), {}) == ("pdsh", "ssh", both)
+    assert choose_hosts(LaunchSettings(hostfile=file), ALLOCATION) == ("pdsh", "ssh", both)
+    assert choose_hosts(LaunchSettings(hostfile=file, num_gpus=1), {})[2] == (Host("a1", 1), Host("b-2", 1))
+    assert choose_hosts(LaunchSettings(launcher="torchrun", hostfile=file), {})[:2] == ("torchrun", "ssh")
+    assert choose_hosts(LaunchSettings(launcher="torchrun", num_gpus=2), {}) == ("torchrun", "local", one)
+    assert choose_hosts(LaunchSettings(launcher="torchrun"), ALLOCATION)[:2] == ("torchrun", "srun")
+    assert choose_hosts(LaunchSettings(launcher="local", num_gpus=2), ALLOCATION) == ("local", "local", one)
+    assert choose_hosts(LaunchSettings(num_gpus=1), ALLOCATION)[2] == (Host("a1", 1), Host("b-2", 1))
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    file = str(hostfile(tmp_path, "a1 slots=2\nb-2 slots=3\n"))
+    with pytest.raises(UserError, match="--num_gpus 3: a1 has 2 slots"):
+        choose_hosts(LaunchSettings(hostfile=file, num_gpus=3), {})
+    with pytest.raises(UserError, match="not in a Slurm allocation"):
+        choose_hosts(LaunchSettings(launcher="srun"), {})
+    with pytest.raises(UserError, match="start it once, without srun"):
+        choose_hosts(LaunchSettings(), {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "2"})
+    assert "leave --hostfile out" in refusal("--launcher", "srun", "--hostfile", "f")
+    assert "leave --hostfile out" in refusal("--launcher", "local", "--hostfile", "f")
+    assert "--launcher pdsh needs --hostfile" in refusal("--launcher", "pdsh")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "said"),
+    [
+        (4, {"tensor_parallel": 3}, "4 ranks do not divide by --tensor_parallel 3 x --pipeline_parallel 1"),
+        (6, {"tensor_parallel": 2, "pipeline_parallel": 2}, "start 4 or 8 ranks"),
+        (5, {}, "--global_batch_size 24 does not divide by data parallel 5"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_layout_or_the_batch_start_nothing(
+    ranks: int, settings: dict[str, int], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        check_layout(make_settings(settings), ranks)
+    check_layout(make_settings(settings), 12)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_own_flags_and_those_of_train_are_told_apart(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("rank: 4\n")
+    for argv in (
+        ["--num_gpus", "2", "--rank=3", "--config", str(config), "--show_command", "--max_steps", "7"],
+        ["--num_gpus", "2", "--show_command", "--", "--rank=3", "--config", str(config), "--max_steps", "7"],
+    ):
+        command = parse_launch(argv)
+        assert command.settings.num_gpus == 2 and command.settings.show_command
+        assert (command.train.rank, command.train.max_steps) == (3, 7)
+        assert "--num_gpus" not in command.arguments and "--show_command" not in command.arguments
+        assert {"--rank=3", "--config", str(config), "--max_steps", "7"} == set(command.arguments)
+
+
+def test_a_wrong_setting_of_either_costs_nothing() -> None:
+    assert "unknown argument --hostfil (did you mean --hostfile?)" in refusal("--hostfil", "x")
+    assert "unknown argument --max_step (did you mean --max_steps?)" in refusal("--max_step", "3")
+    assert "--max_steps 0" in refusal("--max_steps", "0")
+    assert "--launcher" in refusal("--launcher", "slurm")
+    assert "--show_command" in refusal("--dry_run")
+    assert "only --launcher torchrun" in refusal("--max_restarts", "2")
+    assert "needs --resume auto" in refusal("--launcher", "torchrun", "--max_restarts", "2")
+    assert "no such file" in refusal("--config", os.devnull + ".yaml")

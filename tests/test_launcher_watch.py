@@ -1,0 +1,357 @@
+"""The exit status of launch/run.py, signals, and what is left behind: with a small program as rank and as launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from launcher_jobs import write_program
+
+from megatron_tiedlora.cluster import start as beginning
+from megatron_tiedlora.cluster import watch
+from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.timeout(60)
+
+# A rank: says that it runs, does as it is told, and writes how it ended.
+RANK = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+plan = json.loads(os.environ["RANK_PLAN"])
+folder = Path(next(word for word in sys.argv if word.startswith("--output_dir=")).partition("=")[2])
+folder.mkdir(parents=True, exist_ok=True)
+
+def end(state, status):
+    if state:
+        (folder / "new.json").write_text(json.dumps({"state": state, "step": 3, "reason": "so it was"}))
+        (folder / "new.json").replace(folder / "run_status.json")
+    os._exit(status)
+
+def note(number, frame):
+    with open(folder / "signals", "a") as file:
+        file.write(f"{number} ")
+    if plan.get("obeys", True):
+        time.sleep(plan.get("saves", 0.0))
+        end("stopped", 128 + number)
+
+for number in (1, 2, 10, 15):
+    signal.signal(number, note)
+if plan.get("helper"):
+    subprocess.Popen(["sleep", "60"])
+(folder / "runs").write_text(str(os.getpid()))
+time.sleep(plan.get("works", 0.0))
+end(plan.get("state"), plan.get("status", 0))
+"""
+
+# A launcher: `mpirun` with the words that launch/run.py gives it.
+LAUNCHER = f"""#!{sys.executable}
+import json, os, subprocess, sys, time
+plan = json.loads(os.environ["LAUNCHER_PLAN"])
+rank = subprocess.Popen(sys.argv[sys.argv.index({sys.executable!r}):], start_new_session=plan.get("detaches", False))
+if plan.get("abandons"):
+    while not any(name == "runs" for _, _, names in os.walk(os.environ["RUNS"]) for name in names):
+        time.sleep(0.05)
+    sys.exit(plan.get("status", 0))
+status = rank.wait()
+time.sleep(plan.get("stays", 0.0))
+sys.exit(plan.get("status", status if status >= 0 else 128 - status))
+"""
+
+
+@dataclass
+class Start:
+    """What launch/run.py returned and said, and what came of the run."""
+
+    status: int
+    said: str
+    folder: Path
+
+    @property
+    def signals(self) -> list[int]:
+        file = self.folder / "signals"
+        return [int(number) for number in file.read_text().split()] if file.exists() else []
+
+
+Launch = Callable[..., Start]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launch]:
+    """Starts a job of one rank, and checks that nothing is left of it."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "train.py").write_text(RANK)
+    write_program(tmp_path / "bin", "mpirun", LAUNCHER)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    private = tmp_path / "private"
+    private.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(private))
+    monkeypatch.setattr(watch, "HELPER_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "LINGER_SECONDS", 1.0)
+    monkeypatch.setattr(beginning, "SOON_SECONDS", 0.3)
+
+    def run(
+        rank: dict[str, Any],
+        launcher: dict[str, Any] | None = None,
+        *,
+        signals: tuple[int, ...] = (),
+        grace: float = 20.0,
+        arguments: tuple[str, ...] = (),
+        before: Callable[[Path], None] | None = None,
+    ) -> Start:
+        folder = tmp_path / "runs" / "one"
+        monkeypatch.setenv("RANK_PLAN", json.dumps(rank))
+        monkeypatch.setenv("LAUNCHER_PLAN", json.dumps(launcher or {}))
+        if before is not None:
+            before(folder)
+        flags = ["--launcher=mpirun", "--num_gpus=1", "--look_seconds=0.5", f"--grace_seconds={grace}"]
+        sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
+        sender.start()
+        status = launch([*flags, f"--output_dir={folder}", *arguments], scripts=scripts)
+        sender.join(10)
+        assert not list(private.iterdir())
+        return Start(status, capfd.readouterr().err, folder)
+
+    yield run
+    left = [process for process in psutil.process_iter() if _is_of(process, tmp_path)]
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def _send(folder: Path, signals: tuple[int, ...]) -> None:
+    for number in signals:
+        deadline = time.monotonic() + 20
+        while not (folder / "runs").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.6)
+        os.kill(os.getpid(), number)
+
+
+def _is_of(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return process.pid != os.getpid() and process.environ().get("RUNS") == str(folder / "runs")
+    except psutil.Error:
+        return False
+
+
+def earlier_run(folder: Path) -> None:
+    """A run that has ended before in the same folder."""
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text("rank: 8\n")
+    RunFolder(folder).write_status("finished", step=9, reason="max_steps")
+
+
+# The truth table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "launcher", "status", "said"),
+    [
+        ({"state": "finished"}, {}, 0, "finished at step 3 (so it was)"),
+        ({"state": "finished"}, {"status": 3}, 0, "finished at step 3"),
+        ({}, {}, 1, "says nothing of how this start ended; mpirun ended with status 0"),
+        ({"status": 7}, {}, 7, "says nothing of how this start ended; mpirun ended with status 7"),
+        ({"status": 7}, {"status": 0}, 1, "mpirun ended with status 0"),
+        ({"state": "failed", "status": 1}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 1"),
+        ({"state": "failed"}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 0"),
+        ({"state": "failed"}, {"status": 5}, 5, "failed at step 3"),
+        ({"state": "stopped", "status": 143}, {}, 143, "stopped at step 3 (so it was); mpirun ended with status 143"),
+        ({"state": "stopped"}, {}, 1, "stopped at step 3"),
+    ],
+)
+def test_the_status_file_decides(
+    start: Launch, rank: dict[str, Any], launcher: dict[str, Any], status: int, said: str
+) -> None:
+    ended = start(rank, launcher)
+    assert ended.status == status and said in ended.said
+    assert ended.said.splitlines()[-1].startswith("run.py: ")
+
+
+@pytest.mark.parametrize(
+    ("rank", "status", "said"),
+    [({}, 1, "says nothing of how this start"), ({"state": "failed"}, 1, "failed at step 3")],
+)
+def test_the_end_of_an_earlier_start_does_not_count(
+    start: Launch, rank: dict[str, Any], status: int, said: str
+) -> None:
+    ended = start(rank, before=earlier_run, arguments=("--resume=auto",))
+    assert ended.status == status and said in ended.said
+    assert RunFolder(ended.folder).status.exists()
+
+
+def test_a_run_folder_that_is_not_seen_from_here_is_no_success(start: Launch, tmp_path: Path) -> None:
+    (tmp_path / "scripts" / "train.py").write_text("")
+    ended = start({})
+    assert ended.status == 1 and "is not to be seen on this host" in ended.said
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"),
+    [(signal.SIGINT, 2), (signal.SIGTERM, 15), (signal.SIGUSR1, 10), (signal.SIGHUP, 15)],
+)
+def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(
+    start: Launch, sent: int, arrives: int
+) -> None:
+    ended = start({"works": 30, "saves": 1.5}, signals=(sent,))
+    assert ended.status == 0 and "stopped at step 3" in ended.said
+    assert ended.signals == [arrives]
+    assert "is passed on" in ended.said
+
+
+def test_a_signal_that_saved_nothing_is_no_success(start: Launch) -> None:
+    ended = start({"works": 2.5, "obeys": False, "state": "failed", "status": 1}, signals=(signal.SIGTERM,))
+    assert ended.status == 1 and ended.signals == [15]
+
+
+def test_a_second_ctrl_c_kills(start: Launch) -> None:
+    begun = time.monotonic()
+    ended = start({"works": 50, "obeys": False}, signals=(signal.SIGINT, signal.SIGINT))
+    assert ended.status == 137 and ended.signals == [2]
+    assert time.monotonic() - begun < 15 and "killing all" in ended.said
+
+
+def test_a_second_sigterm_does_not(start: Launch) -> None:
+    ended = start({"works": 30, "saves": 2.0}, signals=(signal.SIGTERM, signal.SIGTERM))
+    assert ended.status == 0 and ended.signals == [15]
+
+
+# Launchers that die, lie or stay --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detaches", [False, True])
+def test_a_rank_that_its_launcher_abandoned_is_told_to_save(start: Launch, detaches: bool) -> None:
+    ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches}, grace=60)
+    assert "killed" not in ended.said
+    assert ended.status == 1 and ended.signals == [15]
+    assert "the launcher has ended, but not the job" in ended.said and "(rank, python" in ended.said
+    assert "stopped at step 3" in ended.said
+
+
+def test_a_rank_that_does_not_listen_is_killed_when_the_grace_is_over(start: Launch) -> None:
+    begun = time.monotonic()
+    ended = start({"works": 50, "obeys": False}, {"abandons": True, "detaches": True}, grace=1.0)
+    assert ended.status == 1 and set(ended.signals) == {15}
+    assert time.monotonic() - begun < 20 and "killed on " in ended.said
+
+
+def test_a_killed_launcher_is_noticed(start: Launch) -> None:
+    def kill() -> None:
+        time.sleep(2.0)
+        for process in psutil.Process().children():
+            if "mpirun" in " ".join(process.cmdline()):
+                process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = start({"works": 30}, grace=60)
+    killer.join()
+    assert "killed on" not in ended.said
+    assert ended.status == 137 and ended.signals == [15]
+    assert "mpirun ended with SIGKILL" in ended.said
+
+
+def test_a_launcher_that_does_not_end_after_its_ranks_is_killed(start: Launch) -> None:
+    ended = start({"works": 2.0, "state": "finished"}, {"stays": 50})
+    assert ended.status == 0 and "no rank is left" in ended.said
+
+
+def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
+    ended = start({"helper": True, "state": "finished"})
+    assert ended.status == 0
+
+
+def test_a_job_does_not_go_on_when_its_watcher_is_killed(start: Launch, tmp_path: Path) -> None:
+    """The launcher gets SIGTERM, upon which real ones or their ranks stop; this one's rank is its child."""
+    folder = tmp_path / "runs" / "one"
+    code = (
+        "import sys; from pathlib import Path; from megatron_tiedlora.cluster.start import launch;"
+        " sys.exit(launch(sys.argv[2:], scripts=Path(sys.argv[1])))"
+    )
+    words = ["--launcher=mpirun", "--num_gpus=1", f"--output_dir={folder}"]
+    environment = {**os.environ, "RANK_PLAN": '{"works": 40}', "LAUNCHER_PLAN": "{}", "TMPDIR": str(tmp_path)}
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "scripts"), *words],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 40
+        while not (folder / "runs").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        launchers = [process for process in psutil.Process(watcher.pid).children() if _is_of(process, tmp_path)]
+        assert launchers
+    finally:
+        watcher.kill()
+        watcher.wait()
+    gone, _ = psutil.wait_procs(launchers, timeout=10)
+    assert len(gone) == len(launchers)
+    os.kill(int((folder / "runs").read_text()), signal.SIGKILL)
+
+
+# Before the start -----------------------------------------------------------------------------------------------------
+
+
+def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "shown"
+    flags = ["--launcher=mpirun", "--num_gpus=2", f"--output_dir={folder}", "--show_command"]
+    assert launch(flags, scripts=tmp_path / "scripts") == 0
+    printed = capfd.readouterr().out
+    assert "command     mpirun -np 2 --hostfile" in printed and "localhost slots=2" in printed
+    assert f"run folder  {folder}" in printed and "MEGATRON_TIEDLORA_EXPECTED_RANKS=2" in printed
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_gpus=3", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--num_gpus=5"], "--global_batch_size 24 does not divide by data parallel 5"),
+        (["--num_gpus=1", "--max_steps=0"], "--max_steps 0"),
+        (["--num_gpus=1"], "holds the run of an earlier start"),
+    ],
+)
+def test_what_does_not_fit_starts_nothing(start: Launch, tmp_path: Path, flags: list[str], said: str) -> None:
+    folder = tmp_path / "runs" / "one"
+    earlier_run(folder)
+    with pytest.raises(UserError, match=said):
+        launch(["--launcher=mpirun", f"--output_dir={folder}", *flags], scripts=tmp_path / "scripts")
+    assert not (folder / "runs").exists() and not list((tmp_path / "private").iterdir())
+
+
+def test_the_run_folder_is_named_before_the_start(
+    start: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--launcher=mpirun", "--num_gpus=1", "--show_command", "--rank=4"]
+    for name, more in (
+        ("runs/demo-demo-tl6-r4", []),
+        ("elsewhere", ["--output_dir", "first", "--output_dir=elsewhere"]),
+        ("runs/demo-demo-tl6-r4-2", []),
+    ):
+        assert launch([*flags, *more], scripts=tmp_path / "scripts") == 0
+        command = capfd.readouterr().out.splitlines()[-1]
+        assert command.endswith(f" --output_dir={tmp_path / name}") and command.count("--output_dir") == 1
+        if more:  # the name is taken from here on
+            earlier_run(tmp_path / "runs" / "demo-demo-tl6-r4")
