@@ -278,3 +278,11 @@ def test_a_wrong_value_names_the_file_that_it_is_in(area: Path) -> None:
         with pytest.raises(UserError) as error:
             parse_settings([f"--config={file}", *argv.split()])
         assert str(error.value).startswith(start)
+
+
+def test_a_sweep_s_folder_that_can_be_none(area: Path) -> None:
+    file = area / "sweep.yaml"
+    for value in ("~nobody-of-that-name", "x" * 300, "0x" + "f" * 5000):
+        file.write_text(f"output_dir: {value}\n")
+        found = outcome(lambda: parse_sweep([f"--config={file}"]), unchanged=area, names=(f"{file}: --output_dir",))
+        assert isinstance(found, UserError)

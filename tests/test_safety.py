@@ -30,7 +30,9 @@ REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.uns
 # torch sends objects pickled. Between ranks of one run that is no danger: they run the same code for the same user.
 SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
 SENDER = "megatron_tiedlora/parallel/agreement.py"
-BINDER = ("megatron_tiedlora/pipeline/launch_env.py", "free_port")  # a probe, which is closed at once
+# Probes of a port, which never listen and are closed at once.
+BINDERS = {("megatron_tiedlora/pipeline/launch_env.py", "free_port"),
+           ("megatron_tiedlora/cluster/doctor/probe.py", "_can_listen")}  # fmt: skip
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
@@ -72,7 +74,7 @@ def test_no_code_out_of_files_and_no_listener(file: Path) -> None:
         if last in SENDS_OBJECTS:
             assert place == SENDER, where
         if last == "bind":
-            assert (place, function) == BINDER, where
+            assert (place, function) in BINDERS, where
 
 
 # Templates --------------------------------------------------------------------------------------------------------

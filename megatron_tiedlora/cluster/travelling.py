@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_small_text
 
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",
@@ -95,7 +96,7 @@ def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
         file = folder / name
         if not file.is_file():
             continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_small_text(file).splitlines(), start=1):
             content = line.strip()
             if not content or content.startswith("#"):
                 continue

@@ -10,17 +10,19 @@ from megatron_tiedlora.config.errors import UserError, shown
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes that Linux takes
 
 
-def user_path(given: str | Path) -> Path:
-    """The path that `given` names, with ~ and ~USER replaced; nothing is looked up but the user's home.
+def user_path(given: str | Path, *, flag: str = "") -> Path:
+    """The path that `given` (to `flag`, for the message) names, with ~ and ~USER replaced; nothing is looked up but the
+    user's home.
 
     Raises:
         UserError: it can name no file on any system.
     """
+    said = f"{flag} {shown(str(given))}".lstrip()
     try:
         path = Path(given).expanduser()
         raw = os.fsencode(path)
     except (RuntimeError, UnicodeEncodeError) as error:
-        raise UserError(f"{shown(str(given))}: is no path ({error})") from None
+        raise UserError(f"{said}: is no path ({error})") from None
     if b"\0" in raw or len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
-        raise UserError(f"{shown(str(given))}: is no path (too long, or with characters that no file's name has)")
+        raise UserError(f"{said}: is no path (too long, or with characters that no file's name has)")
     return path

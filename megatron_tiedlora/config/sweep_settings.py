@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pydantic import create_model, field_validator, model_validator
 
 from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, as_given
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     nearest_name,
@@ -177,7 +177,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     if "tables_from" in merged and len(merged) > 2:
         other = next(name for name in merged if name not in ("tables_from", "output_dir"))
         raise UserError(f"--{other} does not go with --tables_from, which reads sweeps that are there")
-    started = user_path(str(merged.get("output_dir", ""))) / SWEEP_FILE
+    with naming_file(config, read.keys() - values.keys()):
+        started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
         before = read_sweep_yaml(str(started))
         # GPUs by run go with neither of the other two: where one side is given now, it replaces the other.
