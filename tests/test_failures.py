@@ -80,6 +80,8 @@ def test_disk_full_at_a_save(base: Base, tmp_path: Path, ranks: int | None) -> N
     assert "step_4: cannot be written" in line and "nothing was changed" in line
     assert checkpoint_names(folder) == {"step_2"} and (folder / "checkpoints" / "latest").read_text() == "step_2\n"
     assert status(folder)["state"] == "failed" and "step_4" in status(folder)["reason"]
+    if ranks:
+        assert status(folder)["reason"].startswith("rank 0 on "), "whose disk it is"
     assert not list(folder.rglob(".writing*"))
     run(base, folder, max_steps=4, rank=16, ranks=ranks, resume="auto")
     assert losses(folder) == losses(whole)

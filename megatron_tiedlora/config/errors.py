@@ -12,7 +12,12 @@ class UserError(ValueError):
 
     Commands print its message without a traceback and exit with status 2. Whatever a broken file put into the message,
     it is one line without control characters, and of a very long one the middle is left out.
+
+    Attributes:
+        of_peer: whether another rank met it, and tells of it.
     """
+
+    of_peer: bool = False
 
     def __init__(self, message: object) -> None:
         super().__init__(_one_line(str(message)))

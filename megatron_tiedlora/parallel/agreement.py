@@ -94,5 +94,6 @@ def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> obj
             answer = error
     answer = broadcast_object(answer, device)
     if isinstance(answer, UserError):
+        answer.of_peer = distributed.is_initialized() and distributed.get_rank() != 0
         raise answer
     return answer

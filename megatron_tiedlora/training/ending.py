@@ -145,7 +145,8 @@ class End:
         if self.lifeline is None:
             loss = Loss(here, first_to_fail())
         else:
-            loss = self.lifeline.explain(own) if lost else self.lifeline.failed(own)
+            tells = not lost and not (isinstance(error, UserError) and error.of_peer)
+            loss = self.lifeline.failed(own) if tells else self.lifeline.explain(own)
         if writes:
             self._record_failure(loss.reason, again=True)
         details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
