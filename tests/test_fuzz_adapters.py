@@ -257,8 +257,9 @@ def test_a_broken_peft_adapter(base: Path, native: NativeAdapter, area: Path, ex
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("pattern", [r"(a|b|.|..|...)+\d", r"(.|..|...|....)*(?<!j)"])
-@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("target_modules", r"(a|b|.|..|...)+\d"), ("exclude_modules", r"(.|..|...|....)*(?<!j)")]
+)
 def test_a_pattern_that_takes_for_ever_is_given_up(
     base: Path, native: NativeAdapter, area: Path, name: str, pattern: str
 ) -> None:

@@ -16,7 +16,7 @@ from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.cache import tokenise_once
-from megatron_tiedlora.data.encode import encode_prompt
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.splits import load_split
@@ -142,7 +142,7 @@ def test_a_broken_tokenizer(area: Path, examples: int) -> None:
     def load() -> Any:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, 320)
-        encode_prompt(tokenizer, "Tom has 12 pens, naïve 日本語 😀</s>", max_length=64)
+        encode_prompts(tokenizer, ["Tom has 12 pens, naïve 日本語 😀</s>"], max_length=64)
         return tokenizer, end_ids(tokenizer, folder)
 
     def body(draw):  # type: ignore[no-untyped-def]
@@ -155,6 +155,28 @@ def test_a_broken_tokenizer(area: Path, examples: int) -> None:
             assert all(type(number) is int for number in found[1])
 
     explore(examples, body)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_max_length": ""}, {"model_max_length": None}, {"unk_token": ""}, {"bos_token": "", "unk_token": None},
+    {"bos_token": "", "unk_token": "<gone>"}, {"eos_token": "\ud800"}, {"eos_token": 2}, {"pad_token": []},
+])  # fmt: skip
+def test_a_tokenizer_that_loads_and_fails_in_use(area: Path, changes: dict[str, Any]) -> None:
+    """Found out where it is read, not in the middle of the data."""
+    folder = write_tiny_tokenizer(area / "tokenizer")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    def use() -> int:
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, 1000)
+        encode_prompts(tokenizer, ["Tom has 12 pens.", "naïve 日本語"], max_length=64)
+        return len(end_ids(tokenizer, folder))
+
+    found = outcome(use, unchanged=area, names=(str(folder),))
+    assert isinstance(found, UserError | int)
+    if changes == {"model_max_length": ""}:
+        assert isinstance(found, UserError)
 
 
 @pytest.mark.timeout(60)

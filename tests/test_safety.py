@@ -85,7 +85,16 @@ def test_no_code_out_of_files_and_no_listener(file: Path) -> None:
 def test_a_template_reaches_nothing_but_fields(tmp_path: Path, template: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [HUB_ROWS["gsm8k"]])
     message = refusal(lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, prompt_template=template))
-    assert "--prompt_template" in message
+    assert message.startswith("--prompt_template")
+    reasons = ("is not a plain {field} name", "write {field}", "surrogate", "no field '__class__'")
+    assert any(reason in message for reason in reasons), message
+
+
+def test_a_field_that_is_not_text_is_refused_in_a_template_too(tmp_path: Path) -> None:
+    """A task checks the fields that it reads itself; a template may name any other."""
+    file = write_rows(tmp_path / "rows.jsonl", [{**HUB_ROWS["gsm8k"], "note": "\ud800"}])
+    message = refusal(lambda: load_split("gsm8k", "test", files={"test": file}, seed=0, prompt_template="{note}"))
+    assert f"{file}:1: field 'note' holds half of a surrogate pair" in message
 
 
 def test_a_row_s_own_braces_stay_text(tmp_path: Path) -> None:

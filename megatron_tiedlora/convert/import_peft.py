@@ -34,7 +34,7 @@ from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
 _LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
-_PATTERN_SECONDS = 2.0  # for all names; a pattern can be made to take longer than anyone waits
+_PATTERN_SECONDS = 1.0  # of a processor, for all names; a pattern can be made to take longer than anyone waits
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
 _KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")

@@ -123,7 +123,7 @@ def _load(path: Path) -> TokenDataset | None:
         if metadata["sha256"] != _checksum(arrays):
             return None
         return TokenDataset(**arrays, truncated_prompts=int(metadata["truncated_prompts"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):  # the last: a dtype that numpy lacks
         return None
 
 

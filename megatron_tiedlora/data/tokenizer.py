@@ -161,8 +161,9 @@ def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase
 def _try_out(tokenizer: Any) -> None:
     """Use a tokenizer as a run will: files of wrong kinds of values load, and fail when they are used."""
     tokenizer(list(_PROBES), add_special_tokens=False)
-    for token_id in (*tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, padding_id(tokenizer)):
-        if token_id is not None and type(token_id) is not int:
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
+        if type(token_id) is not int:
             raise TypeError(f"the id of a special token is {shown(token_id)}")
 
 

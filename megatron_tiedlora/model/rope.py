@@ -54,7 +54,7 @@ def _checked(config: RopeConfig, source: str) -> RopeConfig:
     """The same with floats for floats; raises UserError where a number is none, or gives frequencies that are none."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if value is not None and not (type(value) in (int, float) and 0 < value < _LARGEST):
+        if (value is not None or field.name != "factor") and not (type(value) in (int, float) and 0 < value < _LARGEST):
             raise UserError(f"{source}: of the rotary embedding, {field.name} = {shown(value)} is no number above 0")
     if config.factor is not None and config.low_freq_factor >= config.high_freq_factor:
         low, high = config.low_freq_factor, config.high_freq_factor
