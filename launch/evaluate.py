@@ -25,7 +25,7 @@ from megatron_tiedlora.training.stopping import StopWatch
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank; returns the exit status: 0 finished, 130 or 143 stopped by a signal."""
+    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, EvaluateSettings)
     prepare_environment()
     rank, world_size = rank_and_world_size()

@@ -138,7 +138,8 @@ def test_words_and_variables_get_through_ssh_to_torchruns_agents(tmp_path: Path,
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 @pytest.mark.parametrize("launcher", ["mpirun", "openmpi"])
 def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts_here: dict[str, str], launcher: str) -> None:
-    variables = {"NCCL_A": "two words", "TORCH_B": "$x `y` \"z\" 'q' \\ %h", "HF_HOME": "/data"}
+    nccl = "two words" if launcher == "mpirun" else "=mlx5_0:1,mlx5_1:1"
+    variables = {"NCCL_A": nccl, "TORCH_B": "$x `y` \"z\" 'q' \\ %h", "HF_HOME": "/data"}
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     job = make_job(
         tmp_path / "job", launcher=launcher, reached="local", hosts=(Host("localhost", 2),), arguments=NASTY[:-3],
@@ -173,12 +174,26 @@ def test_a_word_with_a_line_break_belongs_into_a_file(word: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a$b", "a'b", "a%n"])
-def test_a_folder_that_deepspeed_does_not_quote_is_refused_for_pdsh_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_deepspeed_does_not_quote_is_refused_for_pdsh(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"the current folder .* holds characters that DeepSpeed"):
         plan_start(make_job(tmp_path / "job", folder=tmp_path / name), {})
-    for launcher in ("openmpi", "mpirun", "torchrun"):
+    for launcher in ("mpirun", "torchrun"):
         plan_start(make_job(tmp_path / "job", launcher=launcher, folder=tmp_path / name), {})
+
+
+def test_a_folder_that_deepspeed_quotes_is_refused_for_openmpi(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^PYTHONPATH, with the current folder before it, .* use --launcher mpirun$"):
+        plan_start(make_job(tmp_path / "job", launcher="openmpi", folder=tmp_path / "a b"), {})
+    plan_start(make_job(tmp_path / "job", launcher="openmpi", folder=tmp_path / "a%n"), {})
+
+
+@pytest.mark.parametrize("name", ["NCCL_IB_HCA", "PYTHONPATH", "UCX_NET_DEVICES", "MLFLOW_RUN"])
+@pytest.mark.parametrize("value", ["^mlx5_3", "a b", "a;b"])
+def test_a_variable_that_deepspeed_would_quote_for_mpirun_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}.* quotes .*use --launcher mpirun$"):
+        plan_start(make_job(tmp_path / "job", launcher="openmpi"), {name: value})
+    plan_start(make_job(tmp_path / "job", launcher="mpirun"), {name: value})
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -248,12 +263,13 @@ def test_openmpi(tmp_path: Path) -> None:
     plan = plan_start(job, {"HF_HOME": "/a b", "PYTHONPATH": "/src", "NCCL_SOCKET_IFNAME": "ib0"})
     arguments = next(word for word in words(plan) if word.startswith("--launcher_args="))
     assert "-x HF_HOME" in arguments and "-x PYTHONPATH" not in arguments  # DeepSpeed passes the latter on itself
+    assert "-x NCCL_SOCKET_IFNAME" in arguments  # which DeepSpeed does not pass on from a host without GPUs
     assert "--mca btl_tcp_if_include ib0" in arguments  # its own choice is eth0
     assert plan.files[Path(plan.environment["DS_ENV_FILE"])] == ""
     chosen = make_job(tmp_path / "job", launcher="openmpi", launcher_args=("--mca", "btl_tcp_if_include", "eno1"))
     arguments = next(word for word in words(plan_start(chosen, {"NCCL_SOCKET_IFNAME": "ib0"})) if "btl_tcp" in word)
     assert "eno1" in arguments and "ib0" not in arguments
-    assert "btl_tcp" not in " ".join(words(plan_start(job, {"NCCL_SOCKET_IFNAME": "^docker0"})))
+    assert "btl_tcp" not in " ".join(words(plan_start(job, {"GLOO_SOCKET_IFNAME": "^docker0"})))
 
 
 def test_srun(tmp_path: Path) -> None:

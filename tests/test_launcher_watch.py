@@ -17,11 +17,15 @@ from typing import Any
 
 import psutil
 import pytest
-from launcher_jobs import write_program
+from launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.cluster import start as beginning
 from megatron_tiedlora.cluster import watch
+from megatron_tiedlora.cluster.leftovers import Found, Report
+from megatron_tiedlora.cluster.reach import Answers, JobHosts
+from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.cluster.watch import Launcher, Times, Watch
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.training.run_folder import RunFolder
 
@@ -273,6 +277,30 @@ def test_a_killed_launcher_is_noticed(start: Launch) -> None:
 def test_a_launcher_that_does_not_end_after_its_ranks_is_killed(start: Launch) -> None:
     ended = start({"works": 2.0, "state": "finished"}, {"stays": 50})
     assert ended.status == 0 and "no rank is left" in ended.said
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_host_that_gives_no_answer_for_a_while_does_not_end_the_job(
+    reached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its ranks may be well: the network, sshd or the file system may be slow."""
+    monkeypatch.setattr(watch, "LINGER_SECONDS", 0.0)
+    process = subprocess.Popen(["sleep", "50"], start_new_session=True)
+    try:
+        hosts = JobHosts(make_job(tmp_path / "job"), {}, limit=1)
+        times = Times(look=1, grace=1, soon=1)
+        watched = Watch([Launcher("mpirun", process)], hosts, StopSignals(), times, over=lambda: False)
+        rank = Report("node1", (Found(1, "rank", "python"),))
+        watched._take(Answers({"node1": rank}), fresh=False)
+        for _ in range(3):
+            time.sleep(0.05)
+            watched._take(Answers({"here": Report("here", ())}, {} if reached else {"node1": "slow"}), fresh=False)
+        if reached:
+            process.wait(10)
+        assert (process.poll() is None) is not reached
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:

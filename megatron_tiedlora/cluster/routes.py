@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from megatron_tiedlora.cluster.travelling import (
     DEEPSPEED_EXPORTS,
     Travelling,
     check_plain,
+    check_unquoted,
     pdsh_word,
     read_user_file,
     travelling,
@@ -42,6 +43,9 @@ _SSH = {
     "ServerAliveInterval": ALIVE_SECONDS,
     "ServerAliveCountMax": ALIVE_COUNT,
 }
+# On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (by pkill). So this shell, which
+# gets the signal when we die, kills it, pdsh and ssh instead; ranks stop when the session of their sshd is over.
+_GUARD = 'trap "kill -s KILL 0" TERM; "$0" "$@" & wait $!'
 _USER_ONLY = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
@@ -174,8 +178,9 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     # ssh takes the first value of an option, so that what the user has set wins.
     words = [environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o {name}={value}" for name, value in _SSH.items())]
     own = {**job.marks, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": " ".join(words).strip()}
+    command = _deepspeed(job, options, [pdsh_word(word) for word in job.arguments])
     return StartPlan(
-        (_deepspeed(job, options, [pdsh_word(word) for word in job.arguments]),),
+        (replace(command, words=("/bin/sh", "-c", _GUARD, *command.words)),),
         {**kept, **own},
         {job.hostfile: _hostfile_text(job), file: sent.file_text()},
         tuple(dict.fromkeys([*sent.left, *dropped])),
@@ -186,7 +191,8 @@ def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
     sent = _sent(job, environment)
     kept, dropped = without_bad_exports(environment)
     empty = job.private / "deepspeed_env"
-    names = [name for name in sent.variables if not name.startswith(DEEPSPEED_EXPORTS)]  # which it passes on itself
+    # Those it passes on itself; but NCCL's only where this host has GPUs.
+    names = [name for name in sent.variables if not name.startswith(DEEPSPEED_EXPORTS) or name.startswith("NCCL_")]
     passed = [word for name in names for word in ("-x", name)]
     interface = environment.get("NCCL_SOCKET_IFNAME") or environment.get("GLOO_SOCKET_IFNAME")
     chosen = ["--mca", "btl_tcp_if_include", interface] if interface and interface[0] not in "^=" else []
@@ -195,6 +201,7 @@ def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
     launcher_args = shlex.join(["--bind-to", "none", "--map-by", "slot", *chosen, *job.launcher_args, *passed])
     options = ["--launcher", "openmpi", "--force_multi", *_address(job), f"--launcher_args={launcher_args}"]
     own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(empty)}
+    check_unquoted({**kept, **own}, job.folder)
     return StartPlan(
         (_deepspeed(job, options, job.arguments),),
         {**kept, **own},

@@ -30,6 +30,7 @@ DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SPOILED = re.compile(r"[\"$`\\\x00-\x1f\x7f]")
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+_UNQUOTED = re.compile(r"[\w@%+=:,./-]*")  # DeepSpeed puts double quotes around any other value
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,21 @@ def without_bad_exports(environment: Mapping[str, str]) -> tuple[dict[str, str],
     }
     kept = {name: value for name, value in environment.items() if name not in reasons}
     return kept, tuple(f"{name} is not sent to the other hosts: {reason}" for name, reason in reasons.items())
+
+
+def check_unquoted(environment: Mapping[str, str], folder: Path) -> None:
+    """Raise UserError for what DeepSpeed would export in double quotes, which nobody removes behind mpirun's -x.
+
+    Args:
+        folder: where DeepSpeed is started; it puts this before PYTHONPATH.
+    """
+    for name, value in {**environment, "PYTHONPATH": f"{folder}:{environment.get('PYTHONPATH', '')}"}.items():
+        if name.startswith(DEEPSPEED_EXPORTS) and not _UNQUOTED.fullmatch(value):
+            with_folder = ", with the current folder before it," if name == "PYTHONPATH" else ""
+            raise UserError(
+                f"{name}{with_folder} holds characters around which DeepSpeed puts quotes that the ranks would see;"
+                " use --launcher mpirun"
+            )
 
 
 def pdsh_word(word: str) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_tiedlora.training.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
+LATE_SECONDS = 3.0  # for a status that was written on another host to be seen here
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class StatusFile:
             return None
         return content if isinstance(content, dict) else None
 
+    def read_late(self) -> Mapping[str, Any] | None:
+        """What it says of this start, also if that is seen late: NFS remembers for a while that a file was missing."""
+        limit = time.monotonic() + LATE_SECONDS
+        while (content := self.read()) is None and time.monotonic() < limit and self.folder.path.is_dir():
+            time.sleep(LATE_SECONDS / 10)
+            with suppress(OSError):
+                os.listdir(self.folder.path)  # makes NFS look anew
+        return content
+
 
 def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int) -> Verdict:
     """0 if the run finished, or was stopped by the signal that was passed on; else what the launcher says, or 1.
@@ -59,19 +72,19 @@ def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: i
     """
     path = file.folder.path
     ended = f"{launcher} ended with {_in_words(launcher_status)}"
-    failed = (launcher_status if launcher_status > 0 else 128 - launcher_status) or 1
-    content = file.read()
+    failed = launcher_status if launcher_status > 0 else 128 - launcher_status if launcher_status else 1
+    content = file.read() if launcher_status else file.read_late()
     if content is None:
         if not path.is_dir():
             why = f"{path} is not to be seen on this host: the run did not begin, or its folder is on another"
         else:
             why = f"{path} says nothing of how this start ended"
-        return Verdict(failed if launcher_status else 1, f"{why}; {ended}")
+        return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
     line = f"{path}: {state} at step {step} ({reason})"
     if state == "finished" or (state == "stopped" and passed_on):
         return Verdict(0, line)
-    return Verdict(failed if launcher_status else 1, f"{line}; {ended}")
+    return Verdict(failed, f"{line}; {ended}")
 
 
 def _in_words(status: int) -> str:

@@ -26,6 +26,7 @@ from megatron_tiedlora.config.errors import UserError
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left
+UNREACHED_SECONDS = 300.0  # the same, while a host that may have ranks gives no answer
 HELPER_SECONDS = 10.0  # for what is no rank, and on SIGTERM for all, before SIGKILL
 LAST_LOOKS = 3  # after SIGKILL
 
@@ -189,7 +190,8 @@ class Watch:
         self._worked = self._worked or answers.working
         if not self._ended_at:
             self._idle_since = (self._idle_since or now) if self._worked and not answers.working else None
-            if self._idle_since and now - self._idle_since > LINGER_SECONDS:
+            limit = max(LINGER_SECONDS, UNREACHED_SECONDS) if answers.unreached else LINGER_SECONDS
+            if self._idle_since and now - self._idle_since > limit:
                 names = ", ".join(launcher.name for launcher in self.launchers if launcher.process.poll() is None)
                 say(f"no rank is left on any host that can be reached, and {names} does not end: killed")
                 self._kill_launchers()

@@ -12,8 +12,6 @@ from megatron_tiedlora.config.fields import CommandSettings, nearest_name, optio
 from megatron_tiedlora.config.fields import validate_settings as validate
 from megatron_tiedlora.config.settings import Settings
 
-LAUNCHERS = ("auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun")
-
 
 class LaunchSettings(CommandSettings):
     """How a job is started and watched, validated and frozen."""
