@@ -18,8 +18,8 @@ from fake_hosts import FakeHost
 from host_commands import wait_until
 from run_files import has_step
 
-# Daemons that serve a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut. A
-# session of sshd may do so on either side of it, and is none of the job.
+# Daemons that serve a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut;
+# a session of sshd may do so on either side of it, and is none of the job.
 WAITERS = ("sshd", "prted", "slurmstepd")
 END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
