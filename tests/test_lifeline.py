@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, connect, is_lost_exchange, lost_exchange_line
 
-BEAT, SILENCE = 0.05, 1.0
+BEAT, SILENCE = 0.1, 2.0
 HOST = socket.gethostname()
 
 
@@ -94,7 +94,7 @@ def test_a_silent_rank_is_named_to_all_and_one_says_so(three: Ranks, dead: int) 
     three.kill(dead)
     left = [rank for rank in range(3) if rank != dead]
     seconds = wait_until(lambda: all(three.losses[rank] for rank in left))
-    assert SILENCE < seconds < 3 * SILENCE
+    assert SILENCE - 3 * BEAT < seconds < 4 * SILENCE
     for rank in left:
         (loss,) = three.losses[rank]
         assert loss.reason.startswith(f"rank {dead} on {HOST} fell silent after step 7")
@@ -145,7 +145,7 @@ def test_explain_names_who_is_gone_within_a_few_beats(three: Ranks) -> None:
     time.sleep(2 * BEAT)
     started = time.monotonic()
     losses = together([lambda: three.lines[0].explain("closed"), lambda: three.lines[2].explain("closed")])
-    assert time.monotonic() - started < 12 * BEAT
+    assert time.monotonic() - started < SILENCE, "before silence alone would tell"
     assert all(isinstance(loss, Loss) and f"rank 1 on {HOST} fell silent" in loss.reason for loss in losses)
     assert sorted(loss.speaks for loss in losses if isinstance(loss, Loss)) == [False, True]
 
@@ -182,6 +182,12 @@ def test_rank_0_parts_last(three: Ranks) -> None:
     assert order == [1, 2, 0]
 
 
+def test_a_peers_address_gets_its_hosts_name(three: Ranks) -> None:
+    address = socket.gethostbyname(HOST)
+    assert three.lines[0].with_names(f"read error [{address}]:36246: reset") == f"read error [{HOST}]:36246: reset"
+    assert three.lines[0].with_names("read error [10.9.8.7]:1") == "read error [10.9.8.7]:1"
+
+
 def test_what_says_no_more_than_that_an_exchange_failed() -> None:
     assert is_lost_exchange(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
     assert is_lost_exchange(torch.distributed.DistBackendError("NCCL error"))
@@ -190,6 +196,8 @@ def test_what_says_no_more_than_that_an_exchange_failed() -> None:
     gloo = "[/build/gloo/pair.cc:537] Read error [10.0.0.2]:36246: Connection reset by peer. This is typically caused"
     found = lost_exchange_line(RuntimeError(gloo))
     assert found == "an exchange with a peer failed (Read error [10.0.0.2]:36246: Connection reset by peer)"
+    nccl = "NCCL error in: /torch/csrc/ProcessGroupNCCL.cpp:94, remote error\nncclRemoteError: a\nLast error:\nbroken"
+    assert lost_exchange_line(RuntimeError(nccl)) == "an exchange with a peer failed (broken)"
 
 
 def test_hosts_whose_agents_count_restarts_differently_meet(monkeypatch: pytest.MonkeyPatch) -> None:

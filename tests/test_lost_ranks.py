@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import assert_same_run, files_of, metrics, status
-from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
-from run_preludes import all_of, before_call, kill_at_call, kill_at_step
+from run_files import assert_same_run, files_of, has_step, metrics, status
+from run_helpers import (
+    Base,
+    deepspeed_command,
+    run,
+    run_ranks,
+    start_command,
+    start_ranks,
+    wait_for,
+    write_base,
+)
+from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -52,6 +61,21 @@ def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path
         world.processes[1 - rank].join(90)
         assert world.processes[1 - rank].exitcode == 1
         assert f"rank {rank} on " in status(folder)["reason"] and "fell silent after step 2" in status(folder)["reason"]
+    finally:
+        world.kill()
+
+
+def test_a_job_that_is_suspended_and_goes_on_is_no_loss(base: Base, tmp_path: Path) -> None:
+    """All ranks stand still for longer than the silence that counts, as under `scontrol suspend` or Ctrl-Z and fg."""
+    folder = tmp_path / "run"
+    prelude = partial(all_of, short_silence, slow_steps)
+    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    try:
+        wait_for(lambda: has_step(folder, 2), "two steps")
+        world.signal(signal.SIGSTOP)
+        time.sleep(6)
+        world.signal(signal.SIGCONT)
+        world.wait().expect(0)
     finally:
         world.kill()
 

@@ -9,6 +9,7 @@ so that all give the same reason, and one of them shows it. What a rank then doe
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -71,13 +72,13 @@ class Lifeline:
     speaks_for_host: Callable[[], bool]
     silence_seconds: float = SILENCE_SECONDS
     beat_seconds: float = BEAT_SECONDS
-    _hosts: list[str] = field(default_factory=list)
+    _hosts: tuple[str, ...] = ()
+    _addresses: tuple[str, ...] = ()
     _over: threading.Event = field(default_factory=threading.Event)
     _ends: bool = False  # the main thread knows that the run ends
-    _answered: float = 0.0  # when the store last did
+    _unanswered: int = 0  # looks of `_watch` since the store last answered
     _lost: frozenset[int] = frozenset()
     _reason: str = ""
-    _told: float = 0.0  # when this rank saw the reason first
     _main_left: bool = False
 
     def start(self) -> Lifeline:
@@ -86,12 +87,18 @@ class Lifeline:
             self.store.set(_LOST, "[]")
             self.store.set(_REASON, "")
         self.store.set(_key(self.rank), "0")
-        self.store.set(f"host/{self.rank}", socket.gethostname())  # last: peers wait for it
-        self._hosts = [name.decode() for name in self.store.multi_get([f"host/{r}" for r in range(self.world_size)])]
-        self._answered = time.monotonic()
+        self.store.set(f"host/{self.rank}", f"{socket.gethostname()} {_own_address()}")  # last: peers wait for it
+        told = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
+        self._hosts, self._addresses = zip(*(host.decode().split(" ", 1) for host in told), strict=True)
         for target in (self._beat_on, self._watch):
             threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True).start()
         return self
+
+    def with_names(self, text: str) -> str:
+        """A library's words with hosts' names in the place of their addresses, `[ADDRESS]`."""
+        for address, host in zip(self._addresses, self._hosts, strict=True):
+            text = text.replace(f"[{address}]", f"[{host}]") if address else text
+        return text
 
     def leave(self) -> None:
         """This rank ends well; its silence from now on means nothing."""
@@ -178,42 +185,47 @@ class Lifeline:
 
     def _beat_on(self) -> None:
         """Beat; rank 0 looks who else does, the others whom rank 0 misses, and whether it beats itself."""
-        count, since = 0, dict.fromkeys(range(self.world_size), ("", 0.0))
+        count, heard = 0, dict.fromkeys(range(self.world_size), ("", 0))
         while not self._over.wait(self.beat_seconds):
             count += 1
             try:
                 self.store.set(_key(self.rank), str(count))
                 if self.rank == 0:
-                    self._lost = self._silent(since, self._beats())
+                    self._lost = self._silent(heard, self._beats())
                     self.store.set(_LOST, json.dumps(sorted(self._lost)))
                 lost, reason, main = (text.decode() for text in self.store.multi_get([_LOST, _REASON, _key(0)]))
                 if self.rank:
-                    self._lost = self._silent(since, {0: main}).union(json.loads(lost)) - {self.rank}
-                self._answered = time.monotonic()
+                    self._lost = self._silent(heard, {0: main}).union(json.loads(lost)) - {self.rank}
+                self._unanswered = 0
                 self._main_left, self._reason = main == _LEFT, reason.partition(" ")[2]
-                if reason and not self._told:
-                    self._told = self._answered
-            except RuntimeError:  # no answer: `_watch` judges by the time since the last one
+            except RuntimeError:  # no answer: `_watch` counts
                 continue
 
-    def _silent(self, since: dict[int, tuple[str, float]], beats: Mapping[int, str]) -> frozenset[int]:
-        """The ranks whose beat has not changed for too long; keeps `since` = {rank: (beat, when first seen)}."""
-        now = time.monotonic()
+    @property
+    def _patience(self) -> int:
+        """Beats that may stay away. They are counted by one's own, not by the clock: a process that was stopped itself
+        and goes on (a suspended job, a machine that was paused) has missed nothing."""
+        return math.ceil(self.silence_seconds / self.beat_seconds)
+
+    def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
+        """The ranks whose beat has not changed for too long; keeps `heard` = {rank: (beat, how often it was seen)}."""
         for rank, beat in beats.items():
-            if since[rank][0] != beat:
-                since[rank] = (beat, now)
+            before, times = heard[rank]
+            heard[rank] = (beat, times + 1 if beat == before else 1)
         return frozenset(
             rank
             for rank, beat in beats.items()
-            if rank != self.rank and not _ended(beat) and now - since[rank][1] > self.silence_seconds
+            if rank != self.rank and not _ended(beat) and heard[rank][1] > self._patience
         )
 
     def _watch(self) -> None:
         """Call `on_loss` where the run fails elsewhere and the main thread does not end by itself."""
-        while not self._over.wait(self.beat_seconds / 2) and not self._main_left:
-            now = time.monotonic()
-            no_answer = now - self._answered > self.silence_seconds
-            if not (no_answer or self._lost or (self._told and now - self._told > self.silence_seconds)):
+        told = 0
+        while not self._over.wait(self.beat_seconds) and not self._main_left:
+            self._unanswered += 1
+            told += bool(self._reason)
+            no_answer = self._unanswered > self._patience
+            if not (no_answer or self._lost or told > self._patience):
                 continue
             if self._ends and self._over.wait(self.silence_seconds):
                 return
@@ -238,9 +250,20 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """What such an error says, in one line: without the place in gloo's source, and its advice."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"an exchange with a peer failed ({re.sub(r'^.*[.]cc:[0-9]+[]] ', '', text).partition('. This is')[0]})"
+    """What such an error says, in one line: without places in the library's source, and gloo's advice."""
+    text = str(error)
+    _, _, nccl = text.partition("Last error:")
+    lines = (nccl.strip() or text).splitlines()
+    said = re.sub(r"^.*[.]c(c|pp):[0-9]+[]]? ", "", lines[0] if lines else type(error).__name__)
+    return f"an exchange with a peer failed ({said.partition('. This is')[0]})"
+
+
+def _own_address() -> str:
+    """Where this host's name leads, which is where gloo listens; '' if nowhere."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
 
 
 def _ended(beat: str) -> bool:

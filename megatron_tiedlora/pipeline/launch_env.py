@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil
 import torch
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.hosts import in_slurm_step, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.hosts import in_slurm_step, num_ranks, read_hostfile, slurm_hosts
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks whoever started the job meant to start
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -26,6 +27,7 @@ _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOC
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # deepspeed's
 _DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 
 
@@ -126,7 +128,7 @@ def _check_expected_ranks(world_size: int) -> None:
         )
     runner = deepspeed_runner()
     if runner is not None:
-        _check_hostfile(runner)
+        _check_hostfile(runner, world_size)
 
 
 def deepspeed_runner() -> psutil.Process | None:
@@ -142,21 +144,23 @@ def deepspeed_runner() -> psutil.Process | None:
         return None
 
 
-def _check_hostfile(runner: psutil.Process) -> None:
-    """Refuse the hostfile that `deepspeed` was given where it is not there.
+def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
+    """Refuse the hostfile that `deepspeed` was given where it is not there, or has other slots than there are ranks.
 
-    DeepSpeed then only warns, and trains on this host alone (seen in 0.19.8).
+    Where it is missing DeepSpeed only warns, and trains on this host alone (seen in 0.19.8).
     """
     try:
         words, folder = runner.cmdline(), Path(runner.cwd())
     except psutil.Error:
         return
+    words = list(takewhile(lambda word: not word.endswith(".py"), words))  # what follows the script is its own
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
-        if word.endswith(".py"):  # the script; what follows is its own
-            return
         if name in ("-H", "--hostfile"):
-            read_hostfile(folder / Path(value or following).expanduser())
+            given = value or following
+            slots = num_ranks(read_hostfile(folder / Path(given).expanduser()))
+            if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
+                raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks were started")
 
 
 def first_to_fail() -> bool:
@@ -226,6 +230,9 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
     os.environ.setdefault("LOCAL_RANK", str(local_rank()))
     if on_cuda:
         torch.cuda.set_device(device)
+        # NCCL's watchdog would abort the process, in which nobody could then say why: let it abort the exchange alone,
+        # so that the next one raises.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         # Gradients of the adapter are products over all tokens, which cuBLAS sums in parts: in fp32, not in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     timeout = timedelta(minutes=timeout_minutes)

@@ -137,9 +137,10 @@ class End:
         """Say why, or leave it to the rank that knows; returns the exit status."""
         self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
         text = str(error) or type(error).__name__
-        lost = self.lifeline is not None and is_lost_exchange(error)
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        own = lost_exchange_line(error) if lost else own
+        lost = self.lifeline is not None and is_lost_exchange(error)
+        if self.lifeline is not None and lost:
+            own = self.lifeline.with_names(lost_exchange_line(error))
         here = f"rank {self.rank} on {socket.gethostname()}, after step {self.step}: {own}"
         writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         if self.lifeline is None:
@@ -193,8 +194,10 @@ def _space(folder: Path) -> Iterator[None]:
 def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
     """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
 
+    Where it failed, that is said, and the process ends.
+
     Raises:
-        SystemExit: failed, and said so.
+        SystemExit: failed, as the only rank.
     """
     end = End(rank, world_size, stop)
     with end._open, end._reserve:
@@ -206,4 +209,9 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
         except RunStopped as stopped:
             end.stopped(stopped)
         except BaseException as error:
-            raise SystemExit(end.failed(error)) from None
+            status = end.failed(error)
+            if world_size > 1:  # not through the libraries' own ends, which may wait for peers that are gone
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            raise SystemExit(status) from None
