@@ -15,8 +15,12 @@ from typing import Any
 import psutil
 from cluster_routes import Job
 from fake_hosts import FakeHost
+from host_commands import wait_until
 from run_files import has_step
 
+# Daemons that serve a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut;
+# a session of sshd may do so on either side of it, and is none of the job.
+WAITERS = ("sshd", "prted", "slurmstepd")
 END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
 
@@ -123,10 +127,10 @@ class Outcome:
 
     Attributes:
         told: seconds until whoever started the job saw its end; None where that took too long.
-        over: seconds until no process of it was left on any host; None likewise.
+        over: seconds until no process of it was left on any host, but daemons that wait for a link; None likewise.
         exit_status: of the launcher, or of the batch job.
         state: and reason, of run_status.json; both empty where there is none.
-        left: command lines of the processes that did not end.
+        left: command lines of the processes that did not end; of those daemons, a minute after the link was back.
     """
 
     told: float | None
@@ -165,14 +169,18 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
         FAULTS[fault](job)
         while (now := time.monotonic() - started) < limit and (told is None or over is None):
             told = now if told is None and job.is_over() else told
-            over = now if over is None and not _left(job) else over
+            over = now if over is None and not _left(job, cut=fault == "link") else over
             time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
+        if fault == "link" and over is not None:
+            _last(job).restore_link()
+            with suppress(AssertionError):
+                wait_until(lambda: not _left(job), "the daemons' end", limit=60)
         left = _left(job)
     finally:
         heal(job)
         for launcher in job.launchers:
             launcher.kill()
-    exit_status = job.wait(30)
+    exit_status = job.wait(90)
     status = read_status(job)
     return Outcome(told, over, exit_status, status.get("state", ""), status.get("reason", ""), left)
 
@@ -192,22 +200,20 @@ def heal(job: Job) -> None:
     (seen_by_first(job, run_folder(job).parent) / "filler").unlink(missing_ok=True)
 
 
-def _left(job: Job) -> dict[str, list[str]]:
-    """Processes of the job by host.
+def _left(job: Job, *, cut: bool = False) -> dict[str, list[str]]:
+    """Processes of the job by host, launchers included.
 
-    A session of sshd whose command has ended waits for a peer that is gone, until TCP gives up; it is none of the job.
+    Args:
+        cut: the last host is: there what only waits for the network is not counted.
     """
     found: dict[str, list[str]] = {}
     for name, host in job.task.cluster.hosts.items():
         for process in host.jobs():
             with suppress(psutil.NoSuchProcess):
-                if not (process.name().startswith("sshd") and not _commands(process)):
+                waits = process.name().startswith(WAITERS if cut and host is _last(job) else WAITERS[:1])
+                if not waits or any(not child.name().startswith(WAITERS) for child in process.children(recursive=True)):
                     found.setdefault(name, []).append(" ".join(process.cmdline()) or process.name())
     return found
-
-
-def _commands(session: psutil.Process) -> list[psutil.Process]:
-    return [child for child in session.children(recursive=True) if not child.name().startswith("sshd")]
 
 
 def run_folder(job: Job) -> Path:

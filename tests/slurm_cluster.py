@@ -37,7 +37,7 @@ SlurmdTimeout=10
 KillWait={kill_wait}
 MessageTimeout=5
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-JobRequeue=1
+JobRequeue=0
 NodeName={names} CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
