@@ -42,7 +42,9 @@ def kill_launcher(job: Job) -> None:
     if job.number:
         _kill_programs(job, "srun")
     elif job.is_watched:
-        psutil.Process(job.launchers[0].pid).children()[-1].kill()
+        launcher = psutil.Process(job.launchers[0].pid).children()[-1]
+        guarded = launcher.children() if launcher.name() == "sh" else []  # deepspeed over pdsh, under a shell
+        (guarded or [launcher])[0].kill()
     else:
         job.launchers[-1].signal(signal.SIGKILL)
 

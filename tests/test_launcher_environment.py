@@ -38,6 +38,7 @@ TRAVELS = {
 STAYS = {"HOME": "/root", "SHELL": "/bin/zsh", "EDITOR": "vi", "MASTER_ADDR": "x", "CUDA_VISIBLE_DEVICES": "0"}
 SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "NCCL_SECRET", "TORCH_PASSWORD", "DS_PASSWD", "HF_API_KEY", "OMP_APIKEY")
 SECRETS += ("TORCH_CREDENTIALS", "MLFLOW_TRACKING_PASSWORD", "CUDA_PRIVATE", "HF_ACCESS_KEY_ID", "DS_AUTH", "UCX_KEY")
+SECRETS += ("DS_PASS", "HF_DB_PWD", "HF_GITHUB_PAT", "TORCH_JWT", "NCCL_KEYS", "OMP_USERPASS")
 SPOILED = ("a\nb", 'say "x"', "$HOME", "`id`", "a\\b", " a", "a ", "a\tb", "\x1b[0m")
 
 
@@ -61,7 +62,9 @@ def test_a_secret_stays_whoever_named_it(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "NCCL_IB_GID_INDEX"])
+@pytest.mark.parametrize(
+    "name", ["TOKENIZERS_PARALLELISM", "TRITON_CACHE_DIR", "PWD", "HF_BYPASS_CACHE", "CUDA_PASSTHROUGH", "PATH"]
+)
 def test_names_that_only_look_like_a_secret_travel(name: str) -> None:
     assert not is_secret(name)
 
@@ -74,6 +77,22 @@ def test_a_value_that_a_shell_would_spoil_is_left_behind_by_name(value: str) -> 
     assert travelling({"NCCL_B": value}).variables == {"NCCL_B": value}  # mpirun and ssh take it as it is
     kept, lines = without_bad_exports({"PYTHONFOO": value, "OMP_A": value})
     assert kept == {"OMP_A": value} and lines[0].startswith("PYTHONFOO is not sent")
+
+
+@pytest.mark.parametrize("in_words", [True, False])
+def test_an_address_with_a_password_stays_whatever_its_name(in_words: bool) -> None:
+    value = "https://me:s3cret@hub.example/x"
+    sent = travelling({"HF_ENDPOINT": value, "HF_HOME": "http://h:80/a@b"}, given={"proxy": value}, in_words=in_words)
+    assert sent.variables == {"HF_HOME": "http://h:80/a@b"}
+    assert [line.split()[0] for line in sent.left] == ["HF_ENDPOINT", "proxy"] and "s3cret" not in "".join(sent.left)
+    assert without_bad_exports({"MLFLOW_TRACKING_URI": value})[0] == {}
+
+
+def test_a_users_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine"
+    file.write_bytes(b"A=\xff\n")
+    with pytest.raises(UserError, match="mine: not UTF-8"):
+        read_user_file({"DS_ENV_FILE": str(file)})
 
 
 def test_a_shell_takes_no_odd_name() -> None:

@@ -203,6 +203,8 @@ def test_the_manifest_holds_documented_fields_alone() -> None:
     shared = next(mount.mountPath for mount in container.volumeMounts if mount.name == "data")
     assert settings.resume == "auto" and str(settings.output_dir).startswith(f"{shared}/")
     values = {variable.name: variable.value for variable in container.env}
+    grace = job.spec.pytorchReplicaSpecs.Master.template.spec.terminationGracePeriodSeconds
+    assert 30 < int(values["PET_SHUTDOWN_TIMEOUT"] or 0) < grace  # torchrun must not kill first, nor Kubernetes
     pods = job.spec.pytorchReplicaSpecs.Master.replicas + job.spec.pytorchReplicaSpecs.Worker.replicas
     assert int(values["MEGATRON_TIEDLORA_EXPECTED_RANKS"] or 0) == pods * int(job.spec.nprocPerNode)
     assert int(container.resources.limits["nvidia.com/gpu"]) == int(job.spec.nprocPerNode)

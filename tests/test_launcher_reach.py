@@ -113,13 +113,25 @@ def test_the_fork_of_a_rank_is_no_rank(spawn: Spawn, tmp_path: Path) -> None:
 
 def test_whom_a_signal_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(pid))
+
+    class Process:
+        def __init__(self, pid: int) -> None:
+            self.pid = pid
+
+        def create_time(self) -> float:
+            return 5.0 if self.pid == 9 else 0.0
+
+        def send_signal(self, _number: int) -> None:
+            sent.append(self.pid)
+
+    monkeypatch.setattr(psutil, "Process", Process)
     ranks, launcher, agent = (
         (Found(1, "rank", "r"), Found(2, "rank", "r")),
         Found(3, "launcher", "l"),
         Found(4, "agent", "a"),
     )
     report = Report("here", (*ranks, launcher))
+    assert not tell(Report("here", (Found(9, "rank", "another by now"),)), 15).processes[0].told and not sent
     told = tell(report, 15)
     assert sent == [1, 2] and [found.told for found in told.processes] == [True, True, False]
     sent.clear()

@@ -223,7 +223,13 @@ def test_pdsh(tmp_path: Path) -> None:
     assert "--force_multi" in command  # also a single host of a hostfile is reached by ssh
     ssh = plan.environment["PDSH_SSH_ARGS_APPEND"]
     assert ssh.startswith("-o ConnectTimeout=99 -i key -o ")  # ssh takes the first of two values
-    for option in ("ServerAliveInterval=", "ServerAliveCountMax=", "ConnectTimeout=", "BatchMode=yes"):
+    for option in (
+        "ServerAliveInterval=",
+        "ServerAliveCountMax=",
+        "ConnectTimeout=",
+        "BatchMode=yes",
+        "ControlPath=none",
+    ):
         assert f"-o {option}" in ssh
     assert plan.files[Path(plan.environment["DS_ENV_FILE"])].splitlines() == [
         "MEGATRON_TIEDLORA_RUN_ID=abc123",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from run_files import assert_same_run, files_of, has_step, metrics, status
 from run_helpers import (
+    ROOT,
     Base,
     deepspeed_command,
     run,
@@ -171,3 +174,19 @@ def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Pat
     run(base, folder, ranks=2, resume="auto", prelude=at_once, expect=1)
     assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
     assert len(metrics(folder)) == 4
+
+
+def test_a_rank_that_ends_is_deaf_to_more_signals() -> None:
+    """Also while Python ends: srun tells the others to stop as soon as one has, and gives their death as its status."""
+    code = (
+        "import os, signal\n"
+        "from megatron_tiedlora.training.stopping import StopWatch\n"
+        "stop = StopWatch()\nstop.install()\nstop.stopped(signal.SIGUSR1, 'SIGUSR1')\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        for number in (15, 2, 10): kill(pid, number)\n"
+        "import builtins\nbuiltins.last = Last()\n"  # goes with the builtins, after signal handlers
+        "raise SystemExit(138)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 138

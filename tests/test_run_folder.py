@@ -46,6 +46,7 @@ def test_files(finished: tuple[Path, Ended]) -> None:
         "run_status.json",
         "scores.json",
         "peft",
+        "logs",
     }
     assert status(folder) == {"state": "finished", "step": 10, "reason": "max_steps"}
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -32,12 +32,14 @@ class Found:
         kind: `rank` runs the script; `agent` is torchrun's, which starts its ranks anew when they end badly; all else
             is `launcher`, helpers of ranks included.
         told: whether it has just been signalled.
+        created: when it was started, since its number may be another's later.
     """
 
     pid: int
     kind: Kind
     name: str
     told: bool = False
+    created: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def find(run_id: str, *, script: str) -> Report:
         with suppress(psutil.Error):
             if kind == "rank" and kinds.get(process.ppid()) == "rank":  # a fork of a rank, to read data or to compile
                 kind = "launcher"
-            found.append(Found(pid, kind, process.name()))
+            found.append(Found(pid, kind, process.name(), created=process.create_time()))
     return Report(socket.gethostname(), tuple(found))
 
 
@@ -106,9 +108,10 @@ def tell(report: Report, number: int, *, everything: bool = False, but: Sequence
     )
     told = set()
     for found in chosen:
-        with suppress(ProcessLookupError):
-            if found.pid not in but:
-                os.kill(found.pid, number)
+        with suppress(psutil.Error):
+            process = psutil.Process(found.pid)
+            if found.pid not in but and process.create_time() == found.created:
+                process.send_signal(number)
                 told.add(found.pid)
     return replace(report, processes=tuple(replace(found, told=found.pid in told) for found in report.processes))
 

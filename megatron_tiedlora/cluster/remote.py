@@ -1,7 +1,7 @@
 """A command on each of many hosts at once, over ssh, by srun inside a Slurm allocation, or on this machine alone.
 
 Every command has a hard time limit, and its standard input stays open as long as its caller lives: one that watches
-for the end of its input (as `guard.py` does for a command that does not) ends with its caller, whatever ends that.
+for the end of its input ends with its caller, whatever ends that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from typing import IO, Literal
 
 AT_ONCE = 64  # hosts that are talked to at the same time, unless the caller says otherwise
 ALIVE_SECONDS, ALIVE_COUNT = 5, 2  # ssh gives up a silent link after their product
-_CONNECT_SECONDS = 10
+CONNECT_SECONDS = 10
+SSH_SETTINGS: Mapping[str, str | int] = {
+    "BatchMode": "yes",
+    "ConnectTimeout": CONNECT_SECONDS,
+    "ServerAliveInterval": ALIVE_SECONDS,
+    "ServerAliveCountMax": ALIVE_COUNT,
+    "ControlMaster": "no",  # a shared connection would hide a host that is gone, and outlive us
+    "ControlPath": "none",
+}
 _GRACE_SECONDS = 1.0  # after the limit: for the far side to end when its input ends, and again after SIGTERM
 
 _SRUN_STATUS = re.compile(r"srun: error: \S+: task \S+: Exited with exit code")  # after the command's own words
@@ -90,14 +98,7 @@ class Way:
 
 def ssh_options(port: int | None, *, limit: float) -> list[str]:
     """Options of an ssh that asks nothing, shares no connection, and gives up a host or a link that is silent."""
-    settings = {
-        "BatchMode": "yes",
-        "ConnectTimeout": max(1, min(_CONNECT_SECONDS, int(limit))),
-        "ServerAliveInterval": ALIVE_SECONDS,
-        "ServerAliveCountMax": ALIVE_COUNT,
-        "ControlMaster": "no",  # a shared connection would hide a host that is gone, and outlive us
-        "ControlPath": "none",
-    }
+    settings = {**SSH_SETTINGS, "ConnectTimeout": max(1, min(CONNECT_SECONDS, int(limit)))}
     options = ["-T", "-a", "-x", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
     return options if port is None else [*options, "-p", str(port)]
 

@@ -16,10 +16,9 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from megatron_tiedlora.cluster.leftovers import RUN_ID
-from megatron_tiedlora.cluster.remote import ALIVE_COUNT, ALIVE_SECONDS, Way
+from megatron_tiedlora.cluster.remote import CONNECT_SECONDS, SSH_SETTINGS, Route, Way
 from megatron_tiedlora.cluster.travelling import (
     DEEPSPEED_EXPORTS,
     Travelling,
@@ -34,15 +33,6 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, num_ranks
 from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
 
-Reached = Literal["local", "ssh", "srun"]
-
-CONNECT_SECONDS = 10
-_SSH = {
-    "BatchMode": "yes",
-    "ConnectTimeout": CONNECT_SECONDS,
-    "ServerAliveInterval": ALIVE_SECONDS,
-    "ServerAliveCountMax": ALIVE_COUNT,
-}
 # On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (by pkill). So this shell, which
 # gets the signal when we die, kills it, pdsh and ssh instead; ranks stop when the session of their sshd is over.
 _GUARD = 'trap "kill -s KILL 0" TERM; "$0" "$@" & wait $!'
@@ -63,7 +53,7 @@ class Job:
     """
 
     launcher: str
-    reached: Reached
+    reached: Route
     hosts: tuple[Host, ...]
     script: str
     arguments: tuple[str, ...]
@@ -176,7 +166,10 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     if job.launcher_args:
         options.append(f"--launcher_args={shlex.join(job.launcher_args)}")
     # ssh takes the first value of an option, so that what the user has set wins.
-    words = [environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o {name}={value}" for name, value in _SSH.items())]
+    words = [
+        environment.get("PDSH_SSH_ARGS_APPEND", ""),
+        *(f"-o {name}={value}" for name, value in SSH_SETTINGS.items()),
+    ]
     own = {**job.marks, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": " ".join(words).strip()}
     command = _deepspeed(job, options, [pdsh_word(word) for word in job.arguments])
     return StartPlan(
@@ -228,7 +221,7 @@ def _mpi_agent(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     names = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
     if job.reached != "ssh" or any(name in environment for name in names):
         return {}
-    words = ["ssh", *(word for name, value in _SSH.items() for word in ("-o", f"{name}={value}"))]
+    words = ["ssh", *(word for name, value in SSH_SETTINGS.items() for word in ("-o", f"{name}={value}"))]
     agent = " ".join([*words, *(("-p", str(job.ssh_port)) if job.ssh_port is not None else ())])
     return dict.fromkeys(names, agent)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.reach import JobHosts
-from megatron_tiedlora.cluster.routes import Job, Reached, StartPlan, plan_start
+from megatron_tiedlora.cluster.remote import Route
+from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.cluster.watch import Times, Watch, say, start_all
@@ -88,7 +89,7 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
     return verdict.status
 
 
-def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Reached, tuple[Host, ...]]:
+def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
     """Launcher, way and hosts, from a hostfile, a Slurm allocation or this machine.
 
     Raises:
@@ -128,7 +129,7 @@ def check_layout(train: Settings, ranks: int) -> None:
 def make_job(
     command: LaunchCommand,
     launcher: str,
-    reached: Reached,
+    reached: Route,
     hosts: tuple[Host, ...],
     *,
     scripts: Path,

@@ -24,7 +24,11 @@ PREFIXES = (
 NAMES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "XDG_CACHE_HOME")
 # Of this start alone: what the launchers set themselves on each host, or read here.
 _NOT = ("DS_ENV_FILE", "MASTER_ADDR", "MASTER_PORT", "PYTHONSTARTUP", "PYTHONINSPECT", "CUDA_VISIBLE_DEVICES")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE|_KEY$|AUTH")
+_SECRET = re.compile(
+    r"TOKEN(?!IZER)|SECRET|(?<!BY)(?<!BY_)(?<!COM)PASS(?!_?THR|ES$|IVE)|.PWD$|_PAT$|JWT|CREDENTIAL|API_?KEY"
+    r"|ACCESS_?KEY|PRIVATE|_KEY$|KEYS|AUTH"
+)
+_LOGIN = re.compile(r"://[^/?#\s@]*:[^/?#\s]*@")  # user and password in an address
 # What DeepSpeed exports of its own accord, with no look at the values.
 DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -61,7 +65,7 @@ def travelling(
     """
     ours = {name: value for name, value in sorted(environment.items()) if name.startswith(PREFIXES) or name in NAMES}
     chosen = {name: value for name, value in ours.items() if name not in _NOT} | dict(given or {})
-    reasons = {name: why_left(name, value if in_words else "") for name, value in chosen.items()}
+    reasons = {name: why_left(name, value, in_words=in_words) for name, value in chosen.items()}
     left = [(name, reason) for name, reason in reasons.items() if reason is not None]
     names = {name for name, _ in left}
     return Travelling(
@@ -70,12 +74,20 @@ def travelling(
     )
 
 
-def why_left(name: str, value: str) -> str | None:
-    """Why a variable cannot travel in the words that DeepSpeed gives to a shell; None where it can."""
+def why_left(name: str, value: str, *, in_words: bool = True) -> str | None:
+    """Why a variable cannot travel; None where it can.
+
+    Args:
+        in_words: whether it is to do so in the words that DeepSpeed gives to a shell.
+    """
     if is_secret(name):
         return "its name says that it is a secret; set it there, or log in with `hf auth login`"
+    if _LOGIN.search(value):
+        return "its value holds an address with a password; set it there"
     if not _NAME.fullmatch(name):
         return "a shell takes no such name"
+    if not in_words:
+        return None
     if _SPOILED.search(value):
         return "its value holds a quote, $, `, \\ or a line break; set it there"
     if value != value.strip():
@@ -89,7 +101,7 @@ def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
     Blank lines and comments, on which DeepSpeed's launcher would fail, are passed over.
 
     Raises:
-        UserError: a line is not NAME=VALUE.
+        UserError: the file cannot be read, or a line is not NAME=VALUE.
     """
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     found: dict[str, str] = {}

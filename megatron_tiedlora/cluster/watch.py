@@ -77,9 +77,10 @@ class Launcher:
     process: subprocess.Popen[bytes]
 
     def signal(self, number: int) -> None:
-        """Signal all that it has started here and that stayed in its group."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        """Signal it and all that stayed in its group; nothing once it has ended, since its number may be another's."""
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
 
 def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:

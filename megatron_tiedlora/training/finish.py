@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 
 from megatron_tiedlora.checkpoint.atomic import write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
@@ -48,7 +48,7 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
 
     def write() -> None:
         file = trainer.folder.scores
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        kept = read_json_object(file, kind="scores") if file.is_file() else {}
         kept[moment] = {name: score.plain() for name, score in scores.items()}
         write_json(file, kept)
 
@@ -69,7 +69,7 @@ def summary_lines(trainer: Trainer) -> list[str]:
         if name == metric and worse:
             rows.append(f"training made the validation {name} no better: try another --learning_rate or more data")
     file = trainer.folder.scores
-    scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    scores = read_json_object(file, kind="scores") if file.is_file() else {}
     for name in next(iter(scores.values()), {}):
         before, after = (scores.get(moment, {}).get(name, {}) for moment in ("before", "after"))
         label = f"{name}, {(before or after)['n']} test samples"
@@ -127,7 +127,8 @@ def export(trainer: Trainer) -> list[str]:
     results = verify_export(source, adapter, merged=merged, peft=peft)
     table = format_comparisons(results)
     if not all(row.passed for row in results):
-        raise UserError(f"{folder.path}: an export differs from the adapter:\n{table}")
+        print(table)
+        raise UserError(f"{folder.path}: an export differs from the adapter, as the table above shows")
     return ["", table]
 
 

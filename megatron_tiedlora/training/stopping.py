@@ -99,8 +99,14 @@ class StopWatch:
         return RunStopped(number, reason)
 
     def ignore(self) -> None:
-        """From now on signals are noted only: the run ends already."""
+        """From now on signals change nothing: the run ends already.
+
+        The system ignores them, since Python gives handlers up before it has ended: `srun --kill-on-bad-exit` tells
+        the others to stop as soon as one has, and its exit status is that of whoever dies of it.
+        """
         self._stopping = True
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def raise_if_wished(self) -> None:
         """Raise RunStopped where this rank wishes to stop. Only where no other rank waits for it."""
