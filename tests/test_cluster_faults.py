@@ -81,6 +81,11 @@ def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
     outcome = suffer(job, fault)
     print(outcome.row(route, fault))
     said = f"{outcome}\n{job.output()[-6000:]}"
+    if job.number and fault in ("host", "link") and outcome.state == "finished":
+        # Slurm saw the dead node before the ranks had failed, and put the job back into the queue: it waited for the
+        # node, and went on.
+        assert losses(seen_by_first(job, folder)) == losses(whole), said
+        return
     assert outcome.over is not None and outcome.told is not None and not outcome.left, said
     if (route, fault) in RUNS_ON:
         assert outcome.state == "finished", said
