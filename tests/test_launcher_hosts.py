@@ -9,7 +9,7 @@ import pytest
 
 from megatron_tiedlora.cluster.start import check_layout, choose_hosts
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
 
@@ -196,3 +196,17 @@ def test_a_wrong_setting_of_either_costs_nothing() -> None:
     assert "only --launcher torchrun" in refusal("--max_restarts", "2")
     assert "needs --resume auto" in refusal("--launcher", "torchrun", "--max_restarts", "2")
     assert "no such file" in refusal("--config", os.devnull + ".yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("python -u -m torch.distributed.run --nnodes 2 train.py", True),
+        ("/env/bin/python /env/bin/torchrun train.py", True),
+        ("bash my_torchrun.sh", False),
+        ("python train.py --note torchrun", False),
+        ("python", False),
+    ],
+)
+def test_which_command_is_torchruns(line: str, found: bool) -> None:
+    assert is_torchrun(line.split()) == found

@@ -18,8 +18,9 @@ from typing import Literal
 
 import psutil
 
+from megatron_tiedlora.config.hosts import is_torchrun
+
 RUN_ID = "MEGATRON_TIEDLORA_RUN_ID"
-_AGENTS = ("torch.distributed.run", "torchrun")
 
 Kind = Literal["rank", "agent", "launcher"]
 
@@ -86,7 +87,7 @@ def _kind(process: psutil.Process, script: str) -> Kind:
     started = [word for word in words[1:] if word not in ("-u", "-m")]
     if started[:1] == [script]:
         return "rank"
-    return "agent" if started and os.path.basename(started[0]) in _AGENTS else "launcher"
+    return "agent" if is_torchrun(words) else "launcher"
 
 
 def tell(report: Report, number: int, *, everything: bool = False, but: Sequence[int] = ()) -> Report:

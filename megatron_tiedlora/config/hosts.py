@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_tiedlora.config.errors import UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
@@ -101,6 +102,12 @@ def _tasks_per_node(text: str) -> list[int]:
             raise UserError(f"SLURM_TASKS_PER_NODE={text} cannot be read")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def is_torchrun(words: Sequence[str]) -> bool:
+    """Whether a command line is that of torchrun's agent, which starts ranks and starts them anew."""
+    started = [word for word in words[1:] if word not in ("-u", "-m")]
+    return bool(started) and Path(started[0]).name in _TORCHRUN
 
 
 def num_ranks(hosts: Sequence[Host]) -> int:

@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 import torch
 
+from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.pipeline.launch_env import deepspeed_runner
 
@@ -49,7 +50,7 @@ def launcher_processes() -> list[psutil.Process]:
         if parent and "deepspeed.launcher.launch" in command:
             runner = deepspeed_runner()
             watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
-        elif parent and ("torchrun" in command or "torch.distributed" in command):
+        elif parent and is_torchrun(parent.cmdline()):
             watched = [parent, *_ssh_sessions(parent)]
         elif parent and parent.name().startswith(_LAUNCHERS):
             watched = [parent]
