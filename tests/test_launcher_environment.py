@@ -91,7 +91,7 @@ def test_an_address_with_a_password_stays_whatever_its_name(in_words: bool) -> N
 def test_a_users_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mine"
     file.write_bytes(b"A=\xff\n")
-    with pytest.raises(UserError, match="mine: not UTF-8"):
+    with pytest.raises(UserError, match=r"mine: not valid text \(not UTF-8"):
         read_user_file({"DS_ENV_FILE": str(file)})
 
 
