@@ -132,7 +132,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         assert not list(private.iterdir())
         return Start(status, capfd.readouterr().err, folder)
 
+    # Whatever this suite runs under: nohup hands down a SIGHUP that is ignored, and then run.py ignores it too.
+    hangup = signal.signal(signal.SIGHUP, lambda *_: None)
     yield run
+    signal.signal(signal.SIGHUP, hangup)
     left = [process for process in psutil.process_iter() if _is_of(process, tmp_path)]
     for process in left:
         process.kill()
