@@ -19,11 +19,13 @@ from megatron_tiedlora.cluster.watch import start_all
 
 pytestmark = pytest.mark.timeout(60)
 
-# `deepspeed` and, as its child, pdsh. It notes a SIGTERM, on which the real one would run pkill on all hosts.
+# `deepspeed`, as its child pdsh, and as that one's an ssh in a session of its own, as pdsh starts it. It notes a SIGTERM,
+# on which the real one would run pkill on all hosts.
 DEEPSPEED = """#!/bin/sh
 trap 'touch "$PLACE/told"' TERM
-sleep 50 &
-echo "$$ $!" > "$PLACE/new"
+sh -c 'setsid sleep 50 & echo $! > "$PLACE/ssh"; wait' &
+while [ ! -s "$PLACE/ssh" ]; do sleep 0.1; done
+echo "$$ $! $(cat "$PLACE/ssh")" > "$PLACE/new"
 mv "$PLACE/new" "$PLACE/pids"
 wait
 sleep 5
@@ -63,7 +65,7 @@ def test_deepspeed_and_pdsh_die_with_their_watcher_unasked(watcher: subprocess.P
     started = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
     watcher.kill()
     gone, _ = psutil.wait_procs(started, timeout=10)
-    assert len(gone) == 2 and not (tmp_path / "told").exists()
+    assert len(gone) == 3 and not (tmp_path / "told").exists()
 
 
 @pytest.mark.parametrize(("end", "status"), [("exit 3", 3), ("exit 0", 0), ("kill -KILL $$", 128 + signal.SIGKILL)])

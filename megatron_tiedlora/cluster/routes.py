@@ -35,7 +35,7 @@ from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
 
 # On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (by pkill). So this shell, which
 # gets the signal when we die, kills it, pdsh and ssh instead; ranks stop when the session of their sshd is over.
-_GUARD = 'trap "kill -s KILL 0" TERM; "$0" "$@" & wait $!'
+_GUARD = """trap 'kill -s KILL $(pgrep -P "$(pgrep -d, -P $!)") 0' TERM; "$0" "$@" & wait $!"""
 _USER_ONLY = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
