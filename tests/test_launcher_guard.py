@@ -19,8 +19,8 @@ from megatron_tiedlora.cluster.watch import start_all
 
 pytestmark = pytest.mark.timeout(60)
 
-# `deepspeed`, as its child pdsh, and as that one's an ssh in a session of its own, as pdsh starts it. It notes a SIGTERM,
-# on which the real one would run pkill on all hosts.
+# `deepspeed`, as its child pdsh, and as that one's an ssh in a session of its own, as pdsh starts it. It notes a
+# SIGTERM, on which the real one would run pkill on all hosts.
 DEEPSPEED = """#!/bin/sh
 trap 'touch "$PLACE/told"' TERM
 sh -c 'setsid sleep 50 & echo $! > "$PLACE/ssh"; wait' &
