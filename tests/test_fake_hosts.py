@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Set
 from contextlib import suppress
@@ -90,7 +92,7 @@ def test_python_is_that_of_the_test_and_files_are_shared_but_for_tmp(cluster: Fa
     found = cluster.hosts["nodeb"].run([sys.executable, "-c", code]).split()
     assert found == [sys.executable, megatron_tiedlora.__file__]
     (cluster.folder / "shared").write_text("seen")
-    mine = Path("/tmp/fake-hosts-mine"), Path("/run/mine"), Path("/dev/shm/mine")
+    mine = Path(tempfile.gettempdir(), "fake-hosts-mine"), Path("/run/mine"), Path("/dev/shm/mine")
     for name in NAMES:
         host = cluster.hosts[name]
         assert host.run(["cat", cluster.folder / "shared"]) == "seen"
@@ -190,8 +192,9 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_host_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     machine = Machine()
-    impossible = FakeCluster(tmp_path / "cluster", shared=[Path("/tmp/no/such/folder")])
-    with pytest.raises(AssertionError, match=r"nodea does not start: .*/tmp/no/such/folder"):
+    missing = Path(tempfile.gettempdir(), "no", "such", "folder")
+    impossible = FakeCluster(tmp_path / "cluster", shared=[missing])
+    with pytest.raises(AssertionError, match=rf"nodea does not start: .*{re.escape(str(missing))}"):
         impossible.__enter__()
     machine.assert_as_before()
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-from megatron_tiedlora.config.hosts import is_torchrun
+from megatron_tiedlora.config.hosts import is_torchrun, started_program
 
 RUN_ID = "MEGATRON_TIEDLORA_RUN_ID"
 
@@ -84,8 +84,7 @@ def _kind(process: psutil.Process, script: str) -> Kind:
         words = process.cmdline()
     except psutil.Error:
         return "launcher"
-    started = [word for word in words[1:] if word not in ("-u", "-m")]
-    if started[:1] == [script]:
+    if started_program(words) == script:
         return "rank"
     return "agent" if is_torchrun(words) else "launcher"
 

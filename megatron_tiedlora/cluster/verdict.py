@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.training.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
@@ -48,10 +49,9 @@ class StatusFile:
         if not self.is_new():
             return None
         try:
-            content = json.loads(self.folder.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return read_json_object(self.folder.status, kind="the status of a run")
+        except UserError:
             return None
-        return content if isinstance(content, dict) else None
 
     def read_late(self) -> Mapping[str, Any] | None:
         """What it says of this start, also if that is seen late: NFS remembers for a while that a file was missing."""

@@ -104,10 +104,14 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+def started_program(words: Sequence[str]) -> str:
+    """The script or module that a Python command line runs; '' if none."""
+    return next((word for word in words[1:] if word not in ("-u", "-m")), "")
+
+
 def is_torchrun(words: Sequence[str]) -> bool:
     """Whether a command line is that of torchrun's agent, which starts ranks and starts them anew."""
-    started = [word for word in words[1:] if word not in ("-u", "-m")]
-    return bool(started) and Path(started[0]).name in _TORCHRUN
+    return Path(started_program(words)).name in _TORCHRUN
 
 
 def num_ranks(hosts: Sequence[Host]) -> int:

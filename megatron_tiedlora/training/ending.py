@@ -154,11 +154,8 @@ class End:
         if lost or not loss.speaks:  # a peer's end, of which this rank's traceback says nothing
             self.log.note(details)
             details = ""
-        line = f"{details}error: {text if isinstance(error, UserError) else loss.reason}"
-        if loss.speaks:
-            self.log.say(line)
-        else:
-            self.log.note(line)
+        show = self.log.say if loss.speaks else self.log.note
+        show(f"{details}error: {text if isinstance(error, UserError) else loss.reason}")
         if self.lifeline is not None:
             self.lifeline.part()
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
@@ -166,10 +163,8 @@ class End:
     def _lost(self, loss: Loss) -> None:
         """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
         self._record_failure(loss.reason, again=self.rank == 0)
-        if loss.speaks:
-            self.log.say(f"error: {loss.reason}")
-        else:
-            self.log.note(f"error: {loss.reason}")
+        show = self.log.say if loss.speaks else self.log.note
+        show(f"error: {loss.reason}")
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
 
