@@ -116,7 +116,7 @@ class Lifeline:
     def failed(self, reason: str) -> Loss:
         """Tell all ranks why this one fails; where another has said so already, that reason holds."""
         self._ends = True
-        return self._tell(f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {reason}")
+        return self._tell(place_line(self.rank, self._host(self.rank), self.step(), reason))
 
     def explain(self, symptom: str) -> Loss:
         """Why an exchange with peers failed: what one of them has told, or who beats no more, or else the symptom.
@@ -125,7 +125,7 @@ class Lifeline:
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
-        here = f"rank {self.rank} on {self._host(self.rank)}, after step {self.step()}: {symptom}"
+        here = place_line(self.rank, self._host(self.rank), self.step(), symptom)
         try:
             before = self._beats()
             silent = {rank for rank, beat in before.items() if rank != self.rank and not _ended(beat)}
@@ -236,6 +236,11 @@ class Lifeline:
                 first_left = min(set(range(self.world_size)) - self._lost)
                 self.on_loss(Loss(self._gone_line(self._lost), self.rank == first_left))
             return
+
+
+def place_line(rank: int, host: str, step: int, reason: str) -> str:
+    """A reason with the rank that met it, its host and its last step."""
+    return f"rank {rank} on {host}, after step {step}: {reason}"
 
 
 def is_lost_exchange(error: BaseException) -> bool:

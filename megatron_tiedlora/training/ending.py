@@ -29,6 +29,7 @@ from megatron_tiedlora.parallel.lifeline import (
     connect,
     is_lost_exchange,
     lost_exchange_line,
+    place_line,
 )
 from megatron_tiedlora.pipeline.launch_env import first_to_fail
 from megatron_tiedlora.training.rank_log import RankLog
@@ -141,7 +142,7 @@ class End:
         lost = self.lifeline is not None and is_lost_exchange(error)
         if self.lifeline is not None and lost:
             own = self.lifeline.with_names(lost_exchange_line(error))
-        here = f"rank {self.rank} on {socket.gethostname()}, after step {self.step}: {own}"
+        here = place_line(self.rank, socket.gethostname(), self.step, own)
         writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         if self.lifeline is None:
             loss = Loss(here, first_to_fail())
