@@ -55,6 +55,7 @@ PasswordAuthentication no
 UsePAM no
 UseDNS no
 MaxStartups 100
+LoginGraceTime 30
 """
 
 SSH_CONFIG = """

@@ -66,6 +66,7 @@ def report_of(tmp_path: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_tensor_parallel_under_the_launcher(folder: Path, tmp_path: Path) -> None:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]

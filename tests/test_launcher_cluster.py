@@ -35,6 +35,7 @@ def start(site: Site, folder: Path, launcher: str, *flags: str, work: Path) -> S
     return site.cluster.first.start(command, cwd=work, env=environment)
 
 
+@pytest.mark.slow
 def test_a_job_is_stopped_under_one_launcher_and_finished_under_another(site: Site, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = start(site, folder, "pdsh", work=tmp_path)

@@ -182,6 +182,7 @@ def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, tmp
     assert files_of(folder / "peft") == files_of(whole / "peft")
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_stops_the_ranks(base: Base, tmp_path: Path) -> None:
     """A local deepspeed dies at once from SIGKILL and leaves its launcher and rank; they end by themselves."""
     _kill_launcher(base, tmp_path, signal.SIGKILL, ranks=1)
