@@ -18,9 +18,9 @@ from fake_hosts import FakeHost
 from host_commands import wait_until
 from run_files import has_step
 
-# Daemons that serve a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut;
+# What serves a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut;
 # a session of sshd may do so on either side of it, and is none of the job.
-WAITERS = ("sshd", "prted", "slurmstepd")
+WAITERS = ("sshd", "prted", "slurmstepd", "torchrun")
 END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
 
@@ -128,11 +128,12 @@ class Outcome:
     """How a job ended after a fault.
 
     Attributes:
-        told: seconds until whoever started the job saw its end; None where that took too long.
+        told: seconds until whoever started the job saw its end, on hosts that are not cut off; None where that took too
+            long.
         over: seconds until no process of it was left on any host, but daemons that wait for a link; None likewise.
         exit_status: of the launcher, or of the batch job.
         state: and reason, of run_status.json; both empty where there is none.
-        left: command lines of the processes that did not end; of those daemons, a minute after the link was back.
+        left: command lines of the processes that did not end; of those daemons, two minutes after the link was back.
     """
 
     told: float | None
@@ -170,13 +171,13 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
     try:
         FAULTS[fault](job)
         while (now := time.monotonic() - started) < limit and (told is None or over is None):
-            told = now if told is None and job.is_over() else told
+            told = now if told is None and _is_told(job, cut=fault == "link") else told
             over = now if over is None and not _left(job, cut=fault == "link") else over
             time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
         if fault == "link" and over is not None:
             _last(job).restore_link()
             with suppress(AssertionError):
-                wait_until(lambda: not _left(job), "the daemons' end", limit=60)
+                wait_until(lambda: not _left(job), "the daemons' end", limit=120)
         left = _left(job)
     finally:
         heal(job)
@@ -200,6 +201,12 @@ def heal(job: Job) -> None:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
     (seen_by_first(job, run_folder(job).parent) / "filler").unlink(missing_ok=True)
+
+
+def _is_told(job: Job, *, cut: bool) -> bool:
+    """Whether the job's user sees its end; at a last host that is cut off nobody does."""
+    seen = [launcher for launcher in job.launchers if not cut or launcher.host != _last(job).name]
+    return all(launcher.poll() is not None for launcher in seen) if seen else job.is_over()
 
 
 def _left(job: Job, *, cut: bool = False) -> dict[str, list[str]]:

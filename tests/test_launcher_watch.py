@@ -261,7 +261,10 @@ def test_a_rank_that_does_not_listen_is_killed_when_the_grace_is_over(start: Lau
     assert time.monotonic() - begun < 20 and "killed on " in ended.said
 
 
-def test_a_killed_launcher_is_noticed(start: Launch) -> None:
+def test_a_killed_launcher_is_noticed(start: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks are told at once, and not at the next look."""
+    monkeypatch.setattr(beginning, "SOON_SECONDS", 4.0)
+
     def kill() -> None:
         time.sleep(2.0)
         for process in psutil.Process().children():
@@ -270,7 +273,7 @@ def test_a_killed_launcher_is_noticed(start: Launch) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = start({"works": 30}, grace=60)
+    ended = start({"works": 4}, grace=60)
     killer.join()
     assert "killed on" not in ended.said
     assert ended.status == 137 and ended.signals == [15]

@@ -148,9 +148,10 @@ class Watch:
                 if self._ended_at is None and all(launcher.process.poll() is not None for launcher in self.launchers):
                     self._ended_at, urgent = now, True
                 if asked is not None and asked.done():
-                    answers, asked = asked.result(), None
+                    answers, asked, told = asked.result(), None, self._stop
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
                         return self._end()
+                    urgent = urgent or self._stop != told
                 soon = self._stop or self._ended_at or self._idle_since or self.over()
                 if asked is None and (urgent or now - begun > (self.times.soon if soon else self.times.look)):
                     begun, asked = now, pool.submit(self._ask)
