@@ -18,9 +18,9 @@ from fake_hosts import FakeHost
 from host_commands import wait_until
 from run_files import has_step
 
-# What serves a rank on its host. When it has ended they tell their peers, and try to for long if a link is cut;
-# a session of sshd may do so on either side of it, and is none of the job.
-WAITERS = ("sshd", "prted", "slurmstepd", "torchrun")
+# What serves a rank on its host (the last is torchrun's agent). When it has ended they tell their peers, and try to
+# for long if a link is cut; a session of sshd may do so on either side of it, and is none of the job.
+WAITERS = ("sshd", "prted", "slurmstepd", "pt_elastic")
 END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
 
 
@@ -220,7 +220,8 @@ def _left(job: Job, *, cut: bool = False) -> dict[str, list[str]]:
         for process in host.jobs():
             with suppress(psutil.NoSuchProcess):
                 waits = process.name().startswith(WAITERS if cut and host is _last(job) else WAITERS[:1])
-                if not waits or any(not child.name().startswith(WAITERS) for child in process.children(recursive=True)):
+                below = [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+                if not waits or any(not child.name().startswith(WAITERS) for child in below):
                     found.setdefault(name, []).append(" ".join(process.cmdline()) or process.name())
     return found
 

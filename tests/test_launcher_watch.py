@@ -280,8 +280,10 @@ def test_a_killed_launcher_is_noticed(start: Launch, monkeypatch: pytest.MonkeyP
     assert "mpirun ended with SIGKILL" in ended.said
 
 
-def test_a_launcher_that_does_not_end_after_its_ranks_is_killed(start: Launch) -> None:
-    ended = start({"works": 2.0, "state": "finished"}, {"stays": 50})
+@pytest.mark.parametrize("look", ["0.5", "1000"])
+def test_a_launcher_that_does_not_end_after_its_ranks_is_killed(start: Launch, look: str) -> None:
+    """Also where the hosts are not looked at while the job runs, as under Slurm."""
+    ended = start({"works": 2.0, "state": "finished"}, {"stays": 50}, arguments=(f"--look_seconds={look}",))
     assert ended.status == 0 and "no rank is left" in ended.said
 
 

@@ -35,7 +35,9 @@ from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
 
 # On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (by pkill). So this shell, which
 # gets the signal when we die, kills it, pdsh and ssh instead; ranks stop when the session of their sshd is over.
-_GUARD = """trap 'kill -s KILL $(pgrep -P "$(pgrep -d, -P $!)") 0' TERM; "$0" "$@" & wait $!"""
+_PDSH_GUARD = """trap 'kill -s KILL $(pgrep -P "$(pgrep -d, -P $!)") 0' TERM; "$0" "$@" & wait $!"""
+# `deepspeed` over OpenMPI dies of it alone: here mpirun gets it, which passes it on to the ranks.
+_OPENMPI_GUARD = """trap 'kill $(pgrep -P $!)' TERM; "$0" "$@" & wait $!"""
 _USER_ONLY = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
@@ -144,6 +146,10 @@ def _deepspeed(job: Job, options: Sequence[str], arguments: Sequence[str]) -> St
     return Started("deepspeed", (program, *hosts, *options, job.script, *arguments))
 
 
+def _guarded(command: Started, guard: str) -> Started:
+    return replace(command, words=("/bin/sh", "-c", guard, *command.words))
+
+
 def _local(job: Job, environment: Mapping[str, str]) -> StartPlan:
     # A hostfile of this machine keeps the launcher from /job/hostfile, where there is one; --include overrides
     # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
@@ -173,7 +179,7 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     own = {**job.marks, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": " ".join(words).strip()}
     command = _deepspeed(job, options, [pdsh_word(word) for word in job.arguments])
     return StartPlan(
-        (replace(command, words=("/bin/sh", "-c", _GUARD, *command.words)),),
+        (_guarded(command, _PDSH_GUARD),),
         {**kept, **own},
         {job.hostfile: _hostfile_text(job), file: sent.file_text()},
         tuple(dict.fromkeys([*sent.left, *dropped])),
@@ -196,7 +202,7 @@ def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
     own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(empty)}
     check_unquoted({**kept, **own}, job.folder)
     return StartPlan(
-        (_deepspeed(job, options, job.arguments),),
+        (_guarded(_deepspeed(job, options, job.arguments), _OPENMPI_GUARD),),
         {**kept, **own},
         {job.hostfile: _hostfile_text(job), empty: ""},
         tuple(dict.fromkeys([*sent.left, *dropped])),

@@ -189,7 +189,7 @@ class Watch:
         """
         now = time.monotonic()
         self._unreached = dict(answers.unreached)
-        self._worked = self._worked or answers.working
+        self._worked = self._worked or answers.working or self.over()  # nobody may have looked while it worked
         if not self._ended_at:
             self._idle_since = (self._idle_since or now) if self._worked and not answers.working else None
             limit = max(LINGER_SECONDS, UNREACHED_SECONDS) if answers.unreached else LINGER_SECONDS
