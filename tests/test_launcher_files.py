@@ -52,8 +52,8 @@ def test_the_batch_script_requeues_what_was_saved_in_time_and_passes_the_rest_on
     words = ["--train_file", "my data.jsonl", "--resume", "none"]
     done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *words], env=environment, timeout=30)
     assert done.returncode == status
-    rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <launch/train.py> <--output_dir> <runs/tiedlora-42>"
-    given = "<--train_file> <my data.jsonl> <--resume> <none> <--resume> <auto>"
+    rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <launch/train.py>"
+    given = "<--output_dir> <runs/tiedlora-42> <--train_file> <my data.jsonl> <--resume> <none> <--resume> <auto>"
     expected = [f"{rank} {given}", "ranks 16", *(["scontrol <requeue> <42>"] if requeued else [])]
     assert (tmp_path / "calls").read_text().splitlines() == expected
     assert parse_settings(["--resume", "none", "--resume", "auto"]).resume == "auto"  # the last one counts
