@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cluster_routes import Job
+from cluster_routes import Job, is_watcher
 from fake_hosts import FakeHost
 from host_commands import wait_until
 from run_files import has_step
 
 # What serves a rank on its host (the last is torchrun's agent). When it has ended they tell their peers, and try to
 # for long if a link is cut; a session of sshd may do so on either side of it, and is none of the job.
-WAITERS = ("sshd", "prted", "slurmstepd", "pt_elastic")
-END_LIMIT = 150.0  # seconds after a fault, until the last process of the job has to be gone
+AGENT = "pt_elastic"
+WAITERS = ("sshd", "prted", "slurmstepd", AGENT)
+END_LIMIT = 90.0  # seconds after a fault, until the last process of the job has to be gone
 
 
 # Faults ----------------------------------------------------------------------------------------------------------
@@ -38,9 +39,11 @@ def kill_first_rank(job: Job) -> None:
 
 
 def kill_launcher(job: Job) -> None:
-    """SIGKILL to the launcher: deepspeed, mpirun or srun; torchrun's agent on the last host."""
+    """SIGKILL to the launcher: deepspeed, mpirun, srun or the torchrun that serves the rendezvous."""
     if job.number:
         _kill_programs(job, "srun")
+    elif job.by_torchrun:
+        _kill_programs(job, AGENT)
     elif job.is_watched:
         launcher = psutil.Process(job.launchers[0].pid).children()[-1]
         guarded = launcher.children() if launcher.name() == "sh" else []  # deepspeed over pdsh, under a shell
@@ -51,7 +54,7 @@ def kill_launcher(job: Job) -> None:
 
 def kill_watcher(job: Job) -> None:
     """SIGKILL to launch/run.py."""
-    job.launchers[0].signal(signal.SIGKILL)
+    _signal_watcher(job, signal.SIGKILL)
 
 
 def kill_pdsh(job: Job) -> None:
@@ -85,6 +88,8 @@ def fill_disk(job: Job) -> None:
 
 def terminate(job: Job) -> None:
     """SIGTERM to the command that the user has started, as a shell or a service manager sends it."""
+    if job.number:
+        _signal_watcher(job, signal.SIGTERM)
     for launcher in job.launchers:
         launcher.signal(signal.SIGTERM)
 
@@ -111,6 +116,12 @@ FAULTS: dict[str, Callable[[Job], None]] = {
 
 def _last(job: Job) -> FakeHost:
     return list(job.task.cluster.hosts.values())[-1]
+
+
+def _signal_watcher(job: Job, number: int) -> None:
+    """Signal launch/run.py, which may run in a batch script."""
+    (watcher,) = [process for process in job.task.cluster.first.jobs() if is_watcher(process.cmdline()[:3])]
+    watcher.send_signal(number)
 
 
 def _kill_programs(job: Job, name: str) -> None:

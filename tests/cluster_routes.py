@@ -78,7 +78,13 @@ class Job:
     @property
     def is_watched(self) -> bool:
         """Whether launch/run.py is the launcher that its user sees."""
-        return any(word in (str(RUN), RUN_WITH) for launcher in self.launchers for word in launcher.command)
+        return any(is_watcher(launcher.command) for launcher in self.launchers)
+
+    @property
+    def by_torchrun(self) -> bool:
+        """Whether torchrun's agents start the ranks."""
+        words = [word for launcher in self.launchers for word in launcher.command]
+        return "torchrun" in words or _beside_python("torchrun") in words
 
     def is_over(self) -> bool:
         """Whether its user sees the end of it."""
@@ -116,6 +122,11 @@ class Job:
     def _slurm(self) -> SlurmCluster:
         assert self.task.slurm is not None
         return self.task.slurm
+
+
+def is_watcher(command: Sequence[str]) -> bool:
+    """Whether a command line is launch/run.py's."""
+    return str(RUN) in command or RUN_WITH in command
 
 
 def _command_line(process: psutil.Process) -> list[str]:

@@ -109,7 +109,11 @@ def test_the_same_layout_goes_on_bit_for_bit(base: Base, runs: tuple[Path, Path]
 def test_another_layout_goes_on(base: Base, runs: tuple[Path, Path], tmp_path: Path, grid: Grid) -> None:
     """The next six losses and norms are those of the run that went through, and so are the adapter and its moments."""
     whole, stopped = runs
-    folder = resumed(base, stopped, tmp_path / "run", grid)
+    assert_went_on(resumed(base, stopped, tmp_path / "run", grid), whole)
+
+
+def assert_went_on(folder: Path, whole: Path) -> None:
+    """A run that was resumed at another layout is `whole`, up to orders of summation."""
     rows, expected = metrics(folder), metrics(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "learning_rate"):
@@ -121,8 +125,11 @@ def test_another_layout_goes_on(base: Base, runs: tuple[Path, Path], tmp_path: P
 
 
 def test_files_are_those_of_one_process(base: Base, runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Four steps at (2, 2, 1) and on one rank leave the same files: full A, B, u and v, with both their moments."""
-    _, stopped = runs
+    """Four steps at (2, 2, 1) and on one rank leave the same files: full A, B, u and v, with both their moments.
+
+    And so what one rank has begun four go on with.
+    """
+    whole, stopped = runs
     run(base, tmp_path / "alone", **ALONE.settings, prelude=partial(kill_at_step, SAVED), expect=143)
     ours, alone = (folder / "checkpoints" / f"step_{SAVED}" for folder in (stopped, tmp_path / "alone"))
     assert_same_checkpoint(ours, alone)
@@ -131,3 +138,4 @@ def test_files_are_those_of_one_process(base: Base, runs: tuple[Path, Path], tmp
     d, o, r = 32, 6 * (8 + 4 + 4), 3
     shapes = {"A": (r, d), "B": (o, r), "u": (5, r), "v": (5, o)}
     assert all(tensor.shape == shapes[name[-1]] for name, tensor in tensors(ours).items())
+    assert_went_on(resumed(base, tmp_path / "alone", tmp_path / "more", WRITER), whole)

@@ -148,8 +148,8 @@ def _best_at_two() -> None:
 
 
 def test_save_interval_and_minutes(base: Base, tmp_path: Path) -> None:
-    run(base, tmp_path / "steps", max_steps=5, eval_interval=100, save_interval=3)
-    assert checkpoint_names(tmp_path / "steps") == {"step_5"}
+    run(base, tmp_path / "steps", max_steps=5, eval_interval=100, save_interval=3, prelude=_no_end)
+    assert checkpoint_names(tmp_path / "steps") == {"step_3", "step_5"}
     run(base, tmp_path / "minutes", max_steps=3, eval_interval=100, save_interval_minutes=1e-9, prelude=_no_end)
     assert checkpoint_names(tmp_path / "minutes") == {"step_1", "step_2", "step_3"}
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,10 +104,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Started:
-    """A command that is started here; its name is what it is called where it fails."""
+    """A command that is started here.
+
+    Attributes:
+        name: what it is called where it fails.
+        orphaned: the signal that it gets when the process that has started it dies.
+    """
 
     name: str
     words: tuple[str, ...]
+    orphaned: int = signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -236,7 +243,12 @@ def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     slots = {host.slots for host in job.hosts}
     per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
     words = [*_srun_words(job), f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
-    return StartPlan((Started("srun", (*words, *job.command)),), {**environment, **job.marks, **job.meeting})
+    return StartPlan((_by_srun((*words, *job.command)),), {**environment, **job.marks, **job.meeting})
+
+
+def _by_srun(words: tuple[str, ...]) -> Started:
+    # It ends its tasks at once on SIGTERM, but passes SIGUSR1 on, by which they save and stop.
+    return Started("srun", words, orphaned=signal.SIGUSR1)
 
 
 def _srun_words(job: Job) -> list[str]:
@@ -276,7 +288,7 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     shell = ["sh", "-c", 'exec "$0" -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
     ranks = [*options, f"--nproc-per-node={slots.pop()}", job.script, *job.arguments]
     words = [*_srun_words(job), f"--ntasks={len(job.hosts)}", "--ntasks-per-node=1", *_cpus(job, environment)]
-    return StartPlan((Started("srun", (*words, *shell, *ranks)),), {**environment, **own})
+    return StartPlan((_by_srun((*words, *shell, *ranks)),), {**environment, **own})
 
 
 def _cpus(job: Job, environment: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from megatron_tiedlora.cluster.reach import Answers, JobHosts, describe
@@ -92,8 +93,8 @@ def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:
     launchers: list[Launcher] = []
     libc = ctypes.CDLL(None)
 
-    def end_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    def hear_of_our_death(number: int) -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, number)
 
     for command in plan.commands:
         try:
@@ -103,7 +104,8 @@ def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:
                 env=dict(plan.environment),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks through us, once
-                preexec_fn=end_with_parent,  # killed ourselves, the job is to stop and not to go on unseen
+                # Killed ourselves, the job is to stop and not to go on unseen.
+                preexec_fn=partial(hear_of_our_death, command.orphaned),
             )
         except OSError as error:
             for launcher in launchers:
