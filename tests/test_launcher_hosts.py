@@ -56,7 +56,11 @@ def test_a_hostfile_is_read_as_the_launchers_read_it(tmp_path: Path) -> None:
         ("node1 slots=two\n", "is not of the form"),
         ("node1 slots=2 max_slots=4\n", "is not of the form"),
         ("-oProxyCommand=x slots=2\n", "is not of the form"),
-        ("node1 slots=2\nnode1 slots=2\n", ":2: node1 is named twice"),
+        ("node1 slots=1000000\n", "with N from 1 to 999999"),
+        ("node1 slots=" + "9" * 5000 + "\n", "with N from 1 to 999999"),  # Python's int() would take no such text
+        ("node1 slots=٣\n", "is not of the form"),
+        ("node\0 slots=2\n", "is not of the form"),
+        ("node1 slots=2\nnode1 slots=2\n", ":2: 'node1' is named twice"),
     ],
 )
 def test_a_hostfile_that_does_not_say_what_it_means_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -69,9 +73,26 @@ def test_a_missing_hostfile_is_an_error_and_not_a_local_run(tmp_path: Path) -> N
     with pytest.raises(UserError, match="cannot be read"):
         choose_hosts(settings, {})
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    for name in ("binary", "."):
-        with pytest.raises(UserError, match="cannot be read"):
-            read_hostfile(tmp_path / name)
+    with pytest.raises(UserError, match="binary: not valid text"):
+        read_hostfile(tmp_path / "binary")
+
+
+@pytest.mark.timeout(60)
+def test_a_hostfile_that_may_never_end_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(UserError, match=f"--hostfile {path}: cannot be read \\(not a regular file"):
+            read_hostfile(path)
+    (tmp_path / "large").write_bytes(b"#" * (2**24 + 1))
+    with pytest.raises(UserError, match="large: is larger than"):
+        read_hostfile(tmp_path / "large")
+
+
+def test_the_home_of_a_user_who_is_not_there_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--hostfile '~nosuchuser/hosts': is no path"):
+        read_hostfile("~nosuchuser/hosts")
+    monkeypatch.setenv("HOME", str(hostfile(tmp_path, "node1 slots=4\n").parent))
+    assert read_hostfile("~/hosts") == (Host("node1", 4),)
 
 
 # Slurm -------------------------------------------------------------------------------------------------------------
@@ -196,6 +217,13 @@ def test_a_wrong_setting_of_either_costs_nothing() -> None:
     assert "only --launcher torchrun" in refusal("--max_restarts", "2")
     assert "needs --resume auto" in refusal("--launcher", "torchrun", "--max_restarts", "2")
     assert "no such file" in refusal("--config", os.devnull + ".yaml")
+    assert '--launcher_args "a: no closing quotation' in refusal("--launcher_args", '"a')
+
+
+@pytest.mark.parametrize("name", ["host_seconds", "look_seconds", "grace_seconds", "timeout_minutes"])
+def test_a_wait_longer_than_the_clocks_hold_is_refused(name: str) -> None:
+    assert f"--{name} 1e14: input should be less than or equal to" in refusal(f"--{name}", "1e14")
+    parse_launch([f"--{name}", "1440"])
 
 
 @pytest.mark.parametrize(

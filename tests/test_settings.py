@@ -13,6 +13,7 @@ from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
@@ -196,6 +197,13 @@ def load_json(tmp_path: Path, content: Any) -> Any:
     file = tmp_path / "engine.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     return load_engine_config(str(file), batches=BATCHES, gradient_clipping=0.5)
+
+
+def test_a_wait_for_a_rank_is_no_longer_than_clocks_hold() -> None:
+    for kind in (Settings, EvaluateSettings):
+        assert parse_settings(["--timeout_minutes", "10080"], kind).timeout_minutes == 10080
+        with pytest.raises(UserError, match="--timeout_minutes 1e14: input should be less than or equal to 10080"):
+            parse_settings(["--timeout_minutes", "1e14"], kind)
 
 
 def test_shipped_configs() -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
+from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
 from megatron_tiedlora.config.task_names import TASK_NAMES
 
 GROUPS = {
@@ -34,7 +34,9 @@ class EvaluateSettings(CommandSettings):
     seed: int = setting_field(
         "run", "of a validation part that is carved from training rows: the run's seed gives the run's part", 1234, ge=0
     )
-    timeout_minutes: float = setting_field("run", "longest wait for another rank before the job fails", 30.0, gt=0)
+    timeout_minutes: float = setting_field(
+        "run", "longest wait for another rank before the job fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
+    )
 
     model: str | None = optional_field(
         "model", "demo, a HF folder (a merged one too) or hub id (default: the adapter's base, or demo)"

@@ -27,6 +27,7 @@ from megatron_tiedlora.config.errors import UserError, as_given, shown
 
 _BOUND = 2**53  # of a number that is a setting: a float holds every whole one below it
 _LONGEST_NAME = 200
+LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; the clocks below us count milliseconds, some in 32 bits
 
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 

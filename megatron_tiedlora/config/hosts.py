@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import read_small_text
+from megatron_tiedlora.config.paths import user_path
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
@@ -29,22 +32,27 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
     Raises:
         UserError: no such file, no host in it, a line of another form, a host named twice or without slots.
     """
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
-        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line a host") from None
+    file = user_path(path, flag="--hostfile")
+    try:  # a pipe or a device may never end; DeepSpeed takes one for no hostfile at all
+        reason = None if stat.S_ISREG(file.stat().st_mode) else "not a regular file"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line a host")
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_small_text(file).splitlines(), start=1):
         content = line.partition("#")[0].strip()
         if not content:
             continue
         match = _LINE.fullmatch(content)
-        if match is None or int(match[2]) < 1 or match[1].startswith("-"):
-            raise UserError(f"{file}:{number}: {content!r} is not of the form `NAME slots=N` with N above 0")
+        if match is None or int(match[2]) < 1 or match[1].startswith("-") or not match[1].isprintable():
+            raise UserError(
+                f"{file}:{number}: {shown(content)} is not of the form `NAME slots=N` with N from 1 to 999999"
+            )
         if match[1] in hosts:
-            raise UserError(f"{file}:{number}: {match[1]} is named twice; give each host one line with all its slots")
+            raise UserError(
+                f"{file}:{number}: {shown(match[1])} is named twice; give each host one line with all its slots"
+            )
         hosts[match[1]] = Host(match[1], int(match[2]))
     if not hosts:
         raise UserError(f"--hostfile {path}: names no host; write one `NAME slots=N` line a host")

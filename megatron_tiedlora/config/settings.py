@@ -12,7 +12,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.config.errors import as_given
-from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field, validate_settings
+from megatron_tiedlora.config.fields import (
+    LONGEST_WAIT_MINUTES,
+    CommandSettings,
+    optional_field,
+    setting_field,
+    validate_settings,
+)
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
 
@@ -73,7 +79,9 @@ class Settings(CommandSettings):
         "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
     )
     world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
-    timeout_minutes: float = setting_field("run", "longest wait for another rank before the run fails", 30.0, gt=0)
+    timeout_minutes: float = setting_field(
+        "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
+    )
 
     model: str = setting_field(
         "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", "demo"

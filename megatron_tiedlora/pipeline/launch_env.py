@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 import time
@@ -17,8 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.hosts import in_slurm_step, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config.paths import user_path
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks whoever started the job meant to start
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -88,9 +90,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
     Raises:
         UserError: there are none, or they do not fit what the job was started for: another number of ranks than
-            MEGATRON_TIEDLORA_EXPECTED_RANKS, a `deepspeed --hostfile` whose file is missing, or `torchrun`s of one
-            Slurm step that do not know of each other. Each would train apart, and end well. Or a `torchrun` that could
-            not start its ranks again.
+            MEGATRON_TIEDLORA_EXPECTED_RANKS, which may hold none, a `deepspeed --hostfile` whose file is missing or
+            has other slots, or `torchrun`s of one Slurm step that do not know of each other. Each would train apart,
+            and end well. Or a `torchrun` that could not start its ranks again.
     """
     rank, world_size = _rank_and_world_size()
     _check_expected_ranks(world_size)
@@ -108,8 +110,10 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 def _check_expected_ranks(world_size: int) -> None:
     environment = os.environ
-    expected = environment.get(EXPECTED_RANKS)
-    if expected and expected.isdigit() and int(expected) != world_size:
+    expected = environment.get(EXPECTED_RANKS, "").strip()
+    if expected and re.fullmatch("[0-9]{1,9}", expected) is None:
+        raise UserError(f"{EXPECTED_RANKS}={shown(expected)} is no number of ranks; set it to theirs, or unset it")
+    if expected and int(expected) != world_size:
         raise UserError(
             f"this rank sees a world of {world_size}, but {expected} ranks were to be started ({EXPECTED_RANKS}); the"
             " launcher did not use all hosts and slots: look at its first lines, and at `python launch/doctor.py`"
@@ -158,7 +162,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
             given = value or following
-            slots = num_ranks(read_hostfile(folder / Path(given).expanduser()))
+            slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks were started")
 
