@@ -21,6 +21,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     Port,
     Probe,
 )
+from megatron_tiedlora.cluster.doctor.text import host_table
 from megatron_tiedlora.cluster.remote import Done, Way
 
 NAMES = ("nodea", "nodeb", "nodec")
@@ -196,6 +197,67 @@ def test_each_wrong_thing_is_found_once(case: str) -> None:
     assert all(name in finding.message for name in named)
 
 
+PLACES: dict[str, tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = {  # kinds by host, findings
+    "cached": (dict.fromkeys(NAMES, "cached"), []),
+    "in one cache": (
+        {"nodea": "cached", "nodeb": "not_cached", "nodec": "not_cached"},
+        [("hub_not_cached", "warning", ["nodeb", "nodec"])],
+    ),
+    "in no cache": (dict.fromkeys(NAMES, "not_cached"), [("hub_not_cached", "warning", list(NAMES))]),
+    "data set": (dict.fromkeys(NAMES, "unchecked"), [("hub_not_checked", "warning", list(NAMES))]),
+    "not mounted": (
+        {"nodea": "folder", "nodeb": "folder", "nodec": "not_cached"},
+        [("path_missing", "error", ["nodec"])],
+    ),
+    "a file on one": (
+        {"nodea": "file", "nodeb": "unchecked", "nodec": "unchecked"},
+        [("path_missing", "error", ["nodeb", "nodec"])],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_what_may_be_on_the_hub(case: str) -> None:
+    kinds, expected = PLACES[case]
+    places = {"folder": "/work/owner/name", "file": "/work/owner/name"}
+    there = {"config.json": "400 abc", "model.safetensors": "5000000"}
+    changes = {
+        name: {
+            "paths": {
+                "model": PathContent(
+                    path=places.get(kind, "owner/name"),
+                    kind=kind,
+                    files=there if kind in ("cached", "folder", "file") else {},
+                )
+            }
+        }
+        for name, kind in kinds.items()
+    }
+    findings = examined(hosts(changes))
+    assert [(finding.code, finding.level, finding.hosts) for finding in findings] == expected
+    for finding in findings:
+        path = "/work/owner/name" if finding.code == "path_missing" else "owner/name"
+        assert f"--model {path} is" in finding.message
+
+
+def test_caches_of_the_hub_that_differ_are_warned_of() -> None:
+    def cached(config: str) -> Changes:
+        return {"paths": {"model": PathContent(path="owner/name", kind="cached", files={"config.json": config})}}
+
+    (finding,) = examined(hosts({"nodea": cached("1 a"), "nodeb": cached("1 b"), "nodec": cached("1 a")}))
+    assert (finding.code, finding.level, finding.hosts) == ("path_differs", "warning", ["nodeb"])
+    assert "--model owner/name is not that of the other hosts: config.json" in finding.message
+
+
+def test_of_two_files_each_is_named_without_its_number() -> None:
+    texts = {
+        f"train_file:{number}": PathContent(path=f"/a.{language}", kind=kind)
+        for number, language, kind in ((1, "de", "file"), (2, "en", "missing"))
+    }
+    (finding,) = examined(hosts({name: {"paths": texts} for name in NAMES}))
+    assert finding.message == "--train_file /a.en is missing on every host"
+
+
 def test_another_version_has_other_files_which_is_one_finding() -> None:
     (finding,) = examined(hosts({"nodeb": {**versions(megatron_tiedlora="0.2"), "source_hash": "f" * 12}}))
     assert (finding.code, finding.hosts) == ("version", ["nodeb"])
@@ -238,6 +300,14 @@ def test_gpus(change: Changes, code: str, level: str) -> None:
     changes["nodeb"] = {**changes["nodeb"], **change}
     (finding,) = examined(hosts(changes))
     assert (finding.code, finding.level, finding.hosts) == (code, level, ["nodeb"])
+
+
+def test_free_memory_of_gpus_is_in_the_table_and_makes_no_host_an_odd_one() -> None:
+    lines = host_table(hosts({"nodea": h100s(79, 79), "nodeb": h100s(79, 75), "nodec": h100s(78, 79)}))
+    assert "GPU memory free" in lines[0]
+    for line, free in zip(lines[1:], (79, 75, 78), strict=True):
+        assert "2 x H100  8 " in line and f"  {free} GiB of 80 GiB  " in line
+    assert "GPU memory" not in host_table(hosts())[0]
 
 
 def test_clocks_count_only_beyond_their_margin() -> None:

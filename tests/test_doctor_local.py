@@ -72,6 +72,20 @@ def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> Non
     assert finding["message"] == f"--model {tmp_path / 'nowhere'} is missing on every host"
 
 
+def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_text("eins\n")
+    (tmp_path / "a.en").write_text("one\n")
+    given = ("--model=nobody/nothing-at-all", "--train_file=a.de,a.en", "--test_file=gsm8k", "--json=-")
+    done = doctor(*given, folder=tmp_path)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["verdict"]) == (0, "ready"), done.stdout
+    found = {finding["code"]: finding["message"] for finding in report["findings"]}
+    assert found["hub_not_cached"].startswith("--model nobody/nothing-at-all is no folder, and not in the Hugging Face")
+    assert found["hub_not_checked"].startswith("--test_file gsm8k is no file on every host; whether")
+    paths = report["hosts"][0]["probe"]["paths"]
+    assert [paths[f"train_file:{number}"]["kind"] for number in (1, 2)] == ["file", "file"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -82,6 +96,10 @@ def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> Non
         (["--ssh_port=22"], "--ssh_port only goes with --hostfile"),
         (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),
         (["--model=llama2-7b"], "is a shape without files"),
+        (["--model=~nosuchuser/x"], "--model '~nosuchuser/x': is no path"),
+        (["--train_file=a.de,~nosuchuser/a.en"], "--train_file '~nosuchuser/a.en': is no path"),
+        (["--output_dir=~nosuchuser/runs"], "--output_dir '~nosuchuser/runs': is no path"),
+        (["--timeout_seconds=1e14"], "--timeout_seconds 1e14: input should be less than or equal to 86400"),
         (["--json=no/where.json"], "--json no/where.json: no such folder"),
     ],
 )

@@ -43,8 +43,14 @@ class DoctorSettings(CommandSettings):
         "run", "write everything to this file, for scripts; - prints it instead of the table", flag="json"
     )
 
-    model: str | None = optional_field("job", "folder of the base model, or demo: must be the same on every host")
-    train_file: str | None = optional_field("job", "file or folder of training rows: must be the same on every host")
+    model: str | None = optional_field(
+        "job", "the base model, the same on every host: a folder, demo, or a hub id (looked for in each host's cache)"
+    )
+    train_file: str | None = optional_field(
+        "job",
+        "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not looked for: a"
+        " warning says so)",
+    )
     validation_file: str | None = optional_field("job", "the same for validation rows")
     test_file: str | None = optional_field("job", "the same for test rows")
     output_dir: str | None = optional_field("job", "where runs will be written: should be shared by all hosts")
@@ -57,14 +63,14 @@ class DoctorSettings(CommandSettings):
     )
 
     timeout_seconds: float = setting_field(
-        "limits", "longest wait for a host's answers, for ranks to meet, and for an all-reduce", 60.0, ge=5
+        "limits", "longest wait for a host's answers, for ranks to meet, and for an all-reduce", 60.0, ge=5, le=86400
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> DoctorSettings:
         if self.model in PRESETS:
-            raise ValueError(f"--model {self.model} is a shape without files to look for; give the model's folder")
+            raise ValueError(f"--model {self.model} is a shape without files to look for; give a folder or hub id")
         if self.ssh_port is not None and self.hostfile is None:
             raise ValueError("--ssh_port only goes with --hostfile: without one no host is reached by ssh")
         for name, value in self.paths().items():

@@ -8,13 +8,12 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
 from megatron_tiedlora.cluster.doctor.compare import error, warning
 from megatron_tiedlora.cluster.doctor.probe import CLOCK_MARK, CLOCK_QUESTION, PROBE_MARK
-from megatron_tiedlora.cluster.doctor.records import Clock, Finding, HostReport, Probe, Question
+from megatron_tiedlora.cluster.doctor.records import Clock, Finding, HostReport, HubRepo, Probe, Question
 from megatron_tiedlora.cluster.doctor.shared import FILE_PREFIX, NOT_SEEN, SEEN, SHARED_MARK, WRITTEN
 from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Way, run_on_hosts
@@ -69,6 +68,7 @@ def ask_hosts(
     way: Way,
     *,
     paths: dict[str, str],
+    hub: dict[str, HubRepo],
     output_dir: str | None,
     master_port: int,
     limit: float,
@@ -83,6 +83,7 @@ def ask_hosts(
             first_host=first,
             master_port=master_port if host.name == first else None,
             paths=paths,
+            hub=hub,
             output_dir=output_dir,
             seconds=limit,
         )
@@ -155,12 +156,12 @@ def _explain_ssh(host: str, said: str, port: int | None) -> Finding:
 
 
 def try_shared(hosts: Sequence[HostReport], way: Way) -> list[Finding]:
-    """A file that the first host writes where output will be must be seen by all others."""
+    """What the first host writes into a file where output will be must be read there by all others."""
     first, others = hosts[0], [host.name for host in hosts[1:]]
     if first.probe is None or first.probe.output is None:
         return []
     output = first.probe.output
-    path = os.path.join(output.existing, f"{FILE_PREFIX}{secrets.token_hex(8)}")
+    path, token = os.path.join(output.existing, f"{FILE_PREFIX}{secrets.token_hex(8)}"), secrets.token_hex(8)
     said: dict[str, str] = {}
 
     def hear_reader(command: RemoteCommand, line: str) -> None:
@@ -170,11 +171,11 @@ def try_shared(hosts: Sequence[HostReport], way: Way) -> list[Finding]:
     def hear_writer(command: RemoteCommand, line: str) -> None:
         hear_reader(command, line)
         if said.get(command.host) == WRITTEN and others:
-            reading = module_command("shared", "read", path, str(_SHARED_SECONDS))
+            reading = module_command("shared", "read", path, token, str(_SHARED_SECONDS))
             run_on_hosts(others, reading, limit=_SHARED_LIMIT, way=way, on_line=hear_reader)
         command.close_input()
 
-    writing = module_command("shared", "write", path, str(2 * _SHARED_LIMIT))
+    writing = module_command("shared", "write", path, token, str(2 * _SHARED_LIMIT))
     run_on_hosts([first.name], writing, limit=2 * _SHARED_LIMIT, way=way, on_line=hear_writer)
     return explain_shared(first.name, others, said, path=output.path, folder=output.existing)
 
@@ -190,15 +191,10 @@ def explain_shared(first: str, others: Sequence[str], said: dict[str, str], *, p
     silent = [host for host in others if said.get(host) not in (SEEN, NOT_SEEN)]
     findings = []
     if blind:
-        message = f"{flag} is not shared: {enumerate_names(blind)} cannot see what {first} writes in {folder}"
+        message = f"{flag} is not shared: {enumerate_names(blind)} cannot read what {first} writes in {folder}"
         fix = f"a folder that all hosts share; otherwise keep {first} as first host, as only it can resume"
         findings.append(warning("output_not_shared", blind, message, fix))
     if silent:
-        message = f"{flag}: {enumerate_names(silent)} did not say whether what {first} writes is seen there"
+        message = f"{flag}: {enumerate_names(silent)} did not say whether what {first} writes is read there"
         findings.append(error("no_answer", silent, message, "see whether its file system hangs there"))
     return findings
-
-
-def absolute_path(path: str) -> str:
-    """A path as the hosts are asked for it: from this folder, and with this user's home."""
-    return os.path.abspath(Path(path).expanduser())

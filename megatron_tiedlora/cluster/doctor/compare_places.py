@@ -124,44 +124,64 @@ def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Find
 
 def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
     """Files that a job reads and that are missing, cannot be read, or are not the same."""
-    flags = {flag: None for _, probe in answering(hosts) for flag in probe.paths}
-    for flag in flags:
-        contents = {host.name: probe.paths[flag] for host, probe in answering(hosts)}
-        path = next(iter(contents.values())).path
-        missing = [name for name, content in contents.items() if content.kind == "missing"]
-        if missing:
-            everywhere = len(missing) == len(contents)
-            yield error(
-                "path_missing",
-                missing,
-                f"--{flag} {path} is missing on {'every host' if everywhere else enumerate_names(missing)}",
-                "correct the path, or download it first" if everywhere else "copy it there, or mount its file system",
-            )
-        there = {name: content for name, content in contents.items() if content.kind != "missing"}
+    keys = {key: None for _, probe in answering(hosts) for key in probe.paths}
+    for key in keys:
+        contents = {host.name: probe.paths[key] for host, probe in answering(hosts)}
+        flag = key.partition(":")[0]  # one of two files has its number
+        yield from _look_for_paths(flag, contents)
+        there = {name: content for name, content in contents.items() if content.kind in ("file", "folder", "cached")}
         for name, content in there.items():
+            path = content.path
             closed = [file for file, value in content.files.items() if value == UNREADABLE]
             if closed:
                 yield error(
                     "path_unreadable", [name], f"{name}: --{flag} {path}: {closed[0]} cannot be read", "chmod a+r it"
                 )
-        yield from _compare_contents(flag, path, there)
+        yield from _compare_contents(flag, there)
 
 
-def _compare_contents(flag: str, path: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
+def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
+    """What is not there, or was not looked for."""
+    local = next((content.path for content in contents.values() if content.kind in ("file", "folder")), None)
+    by_kind: dict[str, list[str]] = {}
+    for name, content in contents.items():
+        # What is a path on one host is no hub's id on another.
+        is_missing = local is not None and content.kind in ("not_cached", "unchecked")
+        by_kind.setdefault("missing" if is_missing else content.kind, []).append(name)
+    for kind, names in by_kind.items():
+        everywhere = len(names) == len(contents)
+        given = f"--{flag} {local if kind == 'missing' and local else contents[names[0]].path}"
+        where = "every host" if everywhere else enumerate_names(names)
+        if kind == "missing":
+            fix = "correct the path, or download it first" if everywhere else "copy it there, or mount its file system"
+            yield error("path_missing", names, f"{given} is missing on {where}", fix)
+        elif kind == "not_cached":
+            message = f"{given} is no folder, and not in the Hugging Face cache of {where}"
+            fix = "`hf download` it, or set HF_HOME to a cache that has it; else a job asks the hub for it"
+            yield warning("hub_not_cached", names, message, fix)
+        elif kind == "unchecked":
+            message = f"{given} is no file on {where}; whether the hub's data set of that name is there was not checked"
+            fix = "see that the hosts reach the hub, or load it there first; or give files"
+            yield warning("hub_not_checked", names, message, fix)
+
+
+def _compare_contents(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
     if not contents:
         return
     keys = {name: tuple(sorted(content.files.items())) for name, content in contents.items()}
     usual = dict(usual_value(list(keys.values())))
+    copy = "copy it again, from a host where it is right"
     for name, content in contents.items():
         if content.files == usual or UNREADABLE in content.files.values():
             continue
         other = [file for file in sorted({*content.files, *usual}) if content.files.get(file) != usual.get(file)]
         more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
-        yield error(
+        # The hub's client itself brings a cache up to date, where it has a network.
+        yield (warning if content.kind == "cached" else error)(
             "path_differs",
             [name],
-            f"{name}: --{flag} {path} is not that of the other hosts: {', '.join(other[:_MOST_NAMED])}{more}",
-            "copy it again, from a host where it is right",
+            f"{name}: --{flag} {content.path} is not that of the other hosts: {', '.join(other[:_MOST_NAMED])}{more}",
+            "`hf download` it again" if content.kind == "cached" else copy,
         )
 
 

@@ -9,7 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_tiedlora.cluster.doctor import compare, compare_places
-from megatron_tiedlora.cluster.doctor.ask import absolute_path, ask_hosts, try_shared
+from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
+from megatron_tiedlora.cluster.doctor.job_files import absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.measure import explain_trial, group_results, judge_groups, start_ranks
 from megatron_tiedlora.cluster.doctor.records import Backend, Finding, GroupResult, HostReport, Layout, Report
 from megatron_tiedlora.cluster.doctor.wording import count_text
@@ -18,7 +19,6 @@ from megatron_tiedlora.cluster.travelling import read_user_file, travelling
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
-from megatron_tiedlora.data.demo import demo_model_path
 from megatron_tiedlora.parallel.grid import Grid
 
 # Errors about files, with which ranks can still be tried.
@@ -35,13 +35,15 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         say: called with a line at each step, for whoever waits.
 
     Raises:
-        UserError: a hostfile that names no host, a layout that does not divide the ranks, a variable that cannot be
-            read.
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, a value that can be no
+            path, a variable that cannot be read.
     """
     route, named = find_hosts(settings, environment)
     way = Way(route, settings.ssh_port, _variables(route, environment), Path.cwd())
     hosts = _place_ranks([HostReport(name=host.name, slots=host.slots, first_rank=0) for host in named])
     _make_layout(hosts, settings)
+    paths, hub = job_files(settings.paths())
+    output_dir = None if settings.output_dir is None else absolute_path(settings.output_dir, flag="output_dir")
     seconds: dict[str, float] = {}
 
     begin = time.monotonic()
@@ -50,8 +52,9 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     hosts, findings = ask_hosts(
         hosts,
         way,
-        paths={flag: str(_asked_path(path)) for flag, path in settings.paths().items()},
-        output_dir=None if settings.output_dir is None else absolute_path(settings.output_dir),
+        paths=paths,
+        hub=hub,
+        output_dir=output_dir,
         master_port=settings.master_port,
         limit=settings.timeout_seconds,
     )
@@ -147,10 +150,6 @@ def _variables(route: Route, environment: Mapping[str, str]) -> dict[str, str]:
     """What to set on the hosts: srun and this machine have this shell's own already."""
     own = read_user_file(environment)
     return dict(travelling(environment, given=own).variables) if route == "ssh" else own
-
-
-def _asked_path(path: str) -> Path:
-    return demo_model_path() if path == "demo" else Path(absolute_path(path))
 
 
 def _place_ranks(hosts: Sequence[HostReport]) -> list[HostReport]:

@@ -26,9 +26,11 @@ from pathlib import Path
 import psutil
 
 import megatron_tiedlora
+from megatron_tiedlora.cluster.doctor.job_files import cached_model, is_read_of_a_model
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
     Gpu,
+    HubRepo,
     OutputFolder,
     PathContent,
     Port,
@@ -73,7 +75,7 @@ def examine(question: Question) -> Probe:
         interfaces=addresses,
         socket_names={name: os.environ[name] for name in SOCKET_NAMES if os.environ.get(name)},
         port=None if question.master_port is None else look_at_port(question.master_port),
-        paths={name: path_content(path) for name, path in question.paths.items()},
+        paths={flag: job_content(path, question.hub.get(flag)) for flag, path in question.paths.items()},
         output=None if question.output_dir is None else output_folder(question.output_dir),
     )
 
@@ -186,6 +188,21 @@ def _holder(number: int) -> str | None:
 
 
 # Files -------------------------------------------------------------------------------------------------------------
+
+
+def job_content(path: str, repo: HubRepo | None) -> PathContent:
+    """What a path holds; where it is not there, what of `repo` this host has. A data set of the hub is not looked for:
+    its library keeps it in a form that depends on how it was loaded."""
+    content = path_content(path)
+    if content.kind != "missing" or repo is None:
+        return content
+    if repo.kind == "dataset":
+        return PathContent(path=repo.id, kind="unchecked")
+    folder = cached_model(repo.id)
+    if folder is None:
+        return PathContent(path=repo.id, kind="not_cached")
+    files = {name: value for name, value in path_content(folder).files.items() if is_read_of_a_model(name)}
+    return PathContent(path=repo.id, kind="cached", files=files)
 
 
 def path_content(path: str) -> PathContent:

@@ -21,6 +21,13 @@ class Record(BaseModel):
 # Asked and answered ------------------------------------------------------------------------------------------------
 
 
+class HubRepo(Record):
+    """Something on the Hugging Face hub."""
+
+    kind: Literal["model", "dataset"]
+    id: str
+
+
 class Question(Record):
     """What a host is asked.
 
@@ -29,7 +36,8 @@ class Question(Record):
         peer: another host, towards which the address in use is looked up; None where there is none.
         first_host: where the ranks meet.
         master_port: looked at on the first host alone, where this is not None.
-        paths: what a job reads, by flag.
+        paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` where one flag names two files.
+        hub: what a flag stands for where its path is not there.
         output_dir: where it writes.
         seconds: after which the probe ends itself.
     """
@@ -39,6 +47,7 @@ class Question(Record):
     first_host: str
     master_port: int | None
     paths: dict[str, str]
+    hub: dict[str, HubRepo] = Field(default_factory=dict)
     output_dir: str | None
     seconds: float
 
@@ -66,15 +75,17 @@ class Port(Record):
 
 
 class PathContent(Record):
-    """A file or folder that a job reads.
+    """A file or folder that a job reads, or what stands for it on the Hugging Face hub.
 
     Attributes:
+        path: the path; the id for what is on the hub.
+        kind: `cached` (a model in this host's cache of the hub), `not_cached`, or `unchecked` (a hub's data set).
         files: size of each file by its path below the folder (a file's own name for a file), with a hash of what is in
             it where that is small; or UNREADABLE.
     """
 
     path: str
-    kind: Literal["file", "folder", "missing"]
+    kind: Literal["file", "folder", "missing", "cached", "not_cached", "unchecked"]
     files: dict[str, str] = Field(default_factory=dict)
 
 

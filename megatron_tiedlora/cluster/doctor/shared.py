@@ -1,7 +1,7 @@
-"""Whether hosts see the same folder: one writes a small file there, the others look for it, and it is removed.
+"""Whether hosts see the same folder: one writes a token into a file there, the others read it, and it is removed.
 
-python -m megatron_tiedlora.cluster.doctor.shared write FILE SECONDS    until its standard input ends
-python -m megatron_tiedlora.cluster.doctor.shared read FILE SECONDS
+python -m megatron_tiedlora.cluster.doctor.shared write FILE TOKEN SECONDS    until its standard input ends
+python -m megatron_tiedlora.cluster.doctor.shared read FILE TOKEN SECONDS
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ FILE_PREFIX = ".doctor-"
 _LOOK_SECONDS = 0.2
 
 
-def write(path: str) -> None:
-    """Make the file, say so, and remove it when nobody listens any more or this process is told to end."""
+def write(path: str, token: str) -> None:
+    """Write the file, say so, and remove it when nobody listens any more or this process is told to end."""
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except OSError as error:
         _say(error.strerror or str(error))
         return
     try:
+        try:
+            with open(file, "w") as writer:
+                writer.write(token)
+        except OSError as error:  # a full disk takes a name, and no content
+            _say(error.strerror or str(error))
+            return
         _say(WRITTEN)
         sys.stdin.read()
     finally:
@@ -37,14 +43,20 @@ def write(path: str) -> None:
             os.unlink(path)
 
 
-def read(path: str, seconds: float) -> None:
-    """Say whether the file comes to be seen; a network file system may show it late."""
+def read(path: str, token: str, seconds: float) -> None:
+    """Say whether the token comes to be read there; a network file system may show it late."""
     limit = time.monotonic() + seconds
-    while not os.path.exists(path) and time.monotonic() < limit:
+    while not _holds(path, token) and time.monotonic() < limit:
         with suppress(OSError):
             os.listdir(os.path.dirname(path))  # asks the server anew
         time.sleep(_LOOK_SECONDS)
-    _say(SEEN if os.path.exists(path) else NOT_SEEN)
+    _say(SEEN if _holds(path, token) else NOT_SEEN)
+
+
+def _holds(path: str, token: str) -> bool:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(len(token) + 1) == token.encode()
+    return False
 
 
 def _say(word: str) -> None:
@@ -57,12 +69,12 @@ def _leave(_number: int, _frame: object) -> NoReturn:
 
 def main() -> None:
     """Do what the command line says."""
-    what, path, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    what, path, token, seconds = *sys.argv[1:4], float(sys.argv[4])
     if what == "write":
         signal.alarm(math.ceil(seconds))
-        write(path)
+        write(path, token)
     else:
-        read(path, seconds)
+        read(path, token, seconds)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ _SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # what should be the 
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
     """A row for each host; what differs from most hosts has a mark."""
-    header = ["host", "ranks", *(title for title, _ in _SAME), "memory free", "clock", "interface"]
+    on_gpus = any(probe.gpus for _, probe in answering(hosts))
+    free = ["memory free", *(["GPU memory free"] if on_gpus else [])]
+    header = ["host", "ranks", *(title for title, _ in _SAME), *free, "clock", "interface"]
     usual = {title: usual_value([value(probe) for _, probe in answering(hosts)] or [""]) for title, value in _SAME}
     rows, odd = [header], False
     for host in hosts:
@@ -80,7 +82,8 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
             odd = odd or differs
             row.append(value(host.probe) + (ODD_MARK if differs else ""))
         memory = f"{size_text(host.probe.free_memory_bytes)} of {size_text(host.probe.memory_bytes)}"
-        rows.append([*row, memory, _clock_text(host), _interface_text(host.probe)])
+        row += [memory, *([_gpu_memory_text(host.probe)] if on_gpus else [])]
+        rows.append([*row, _clock_text(host), _interface_text(host.probe)])
     return [*aligned(rows), *([f"{ODD_MARK} not as on most hosts"] if odd else [])]
 
 
@@ -89,6 +92,14 @@ def _gpus_text(probe: Probe) -> str:
         return NO_GPU
     kinds = {gpu.name: sum(other.name == gpu.name for other in probe.gpus) for gpu in probe.gpus}
     return ", ".join(f"{number} x {name}" for name, number in kinds.items())
+
+
+def _gpu_memory_text(probe: Probe) -> str:
+    """Of the GPU with the least free memory: a job has no more than that on each."""
+    if not probe.gpus:
+        return "-"
+    least = min(probe.gpus, key=lambda gpu: gpu.free_bytes)
+    return f"{size_text(least.free_bytes)} of {size_text(least.total_bytes)}"
 
 
 def _clock_text(host: HostReport) -> str:

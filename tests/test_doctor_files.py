@@ -1,0 +1,164 @@
+"""What the doctor makes of --model and the data flags, what a host's cache holds, and whether a folder is shared."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from megatron_tiedlora.cluster.doctor import job_files as job_files_module
+from megatron_tiedlora.cluster.doctor import shared
+from megatron_tiedlora.cluster.doctor.ask import module_command
+from megatron_tiedlora.cluster.doctor.job_files import job_files
+from megatron_tiedlora.cluster.doctor.probe import job_content
+from megatron_tiedlora.cluster.doctor.records import HubRepo
+from megatron_tiedlora.data.demo import demo_model_path
+
+MODEL = HubRepo(kind="model", id="meta-llama/Llama-2-7b-hf")
+
+# Values by flag; paths below the working folder, and ids on the hub, by flag.
+GIVEN: tuple[tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str]], ...] = (
+    ({"model": "meta-llama/Llama-2-7b-hf"}, {"model": "meta-llama/Llama-2-7b-hf"}, {"model": MODEL.id}),
+    ({"model": "llama"}, {"model": "llama"}, {}),
+    ({"model": "a/b/c"}, {"model": "a/b/c"}, {}),
+    ({"model": "./a/b"}, {"model": "a/b"}, {}),
+    ({"model": "a b/c"}, {"model": "a b/c"}, {}),
+    ({"train_file": "rows.jsonl"}, {"train_file": "rows.jsonl"}, {}),
+    ({"train_file": "data/rows.parquet"}, {"train_file": "data/rows.parquet"}, {}),
+    ({"train_file": "gsm8k"}, {"train_file": "gsm8k"}, {"train_file": "gsm8k"}),
+    ({"test_file": "knkarthick/samsum"}, {"test_file": "knkarthick/samsum"}, {"test_file": "knkarthick/samsum"}),
+    ({"train_file": "a.de, d/a.en"}, {"train_file:1": "a.de", "train_file:2": "d/a.en"}, {}),
+    ({"train_file": "a.jsonl,b.jsonl"}, {"train_file": "a.jsonl,b.jsonl"}, {}),  # launch/train.py takes one
+    ({"train_file": "there.de,there.en"}, {"train_file": "there.de,there.en"}, {}),
+)
+
+
+@pytest.mark.parametrize(("given", "paths", "hub"), GIVEN, ids=lambda value: ",".join(value.values()))
+def test_what_a_flag_names(
+    given: Mapping[str, str],
+    paths: Mapping[str, str],
+    hub: Mapping[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.de,there.en").touch()
+    found, repos = job_files(given)
+    assert found == {flag: str(tmp_path / path) for flag, path in paths.items()}
+    assert {flag: repo.id for flag, repo in repos.items()} == hub
+    assert all((repo.kind == "model") == (flag == "model") for flag, repo in repos.items())
+
+
+def test_demo_is_a_model_and_no_file() -> None:
+    paths, hub = job_files({"model": "demo", "train_file": "./demo"})
+    assert paths == {"model": str(demo_model_path()), "train_file": str(Path.cwd() / "demo")} and hub == {}
+
+
+# A host's cache of the hub -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a model in a cache, with a config and a file that no job reads."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    folder = repo / "snapshots" / "c0ffee"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("about")
+    return folder
+
+
+def test_a_model_is_looked_for_in_the_cache(snapshot: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / MODEL.id)
+    assert (content := job_content(path, MODEL)).kind == "not_cached" and content.path == MODEL.id  # without weights
+    (snapshot / "model.safetensors").write_bytes(bytes(2 << 20))
+    content = job_content(path, MODEL)
+    assert (content.path, content.kind) == (MODEL.id, "cached")
+    assert sorted(content.files) == ["config.json", "model.safetensors"]
+    assert job_content(path, None).kind == "missing"
+    assert job_content(path, HubRepo(kind="model", id="nobody/nothing")).kind == "not_cached"
+    (tmp_path / MODEL.id).mkdir(parents=True)
+    assert job_content(path, MODEL).kind == "folder"  # as launch/train.py: what is there is not asked of the hub
+
+
+def test_the_cache_is_the_one_that_the_host_names(snapshot: Path, tmp_path: Path) -> None:
+    (snapshot / "model.safetensors").touch()
+    code = f"from {job_files_module.__name__} import cached_model; print(cached_model({MODEL.id!r}))"
+    for home, expected in ((tmp_path, str(snapshot)), (tmp_path / "other", "None")):
+        done = subprocess.run(
+            ["env", "-u", "HF_HUB_CACHE", f"HF_HOME={home}", sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
+
+
+def test_a_data_set_of_the_hub_is_not_looked_for(tmp_path: Path) -> None:
+    content = job_content(str(tmp_path / "gsm8k"), HubRepo(kind="dataset", id="gsm8k"))
+    assert (content.path, content.kind, content.files) == ("gsm8k", "unchecked", {})
+
+
+# A shared folder -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / ".doctor-x"
+    writer = subprocess.Popen(
+        module_command("shared", "write", str(path), "token", "30"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert writer.stdout is not None and writer.stdin is not None
+        assert writer.stdout.readline() == f"{shared.SHARED_MARK}{shared.WRITTEN}\n"
+        shared.read(str(path), "token", 5)
+        assert capsys.readouterr().out == f"{shared.SHARED_MARK}{shared.SEEN}\n"
+        writer.stdin.close()
+        assert writer.wait(10) == 0 and not path.exists()
+    finally:
+        writer.kill()
+        writer.wait()
+        for pipe in (writer.stdin, writer.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.mark.parametrize("content", [None, "", "toke", "another", "token and more"])
+def test_a_name_alone_is_not_enough(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / ".doctor-x"
+    if content is not None:
+        path.write_text(content)
+    begin = time.monotonic()
+    shared.read(str(path), "token", 0.3)
+    assert capsys.readouterr().out == f"{shared.SHARED_MARK}{shared.NOT_SEEN}\n" and time.monotonic() - begin < 5
+
+
+def test_a_full_disk_takes_no_token(tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, timeout=20).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        (folder / "filler").write_bytes(bytes(4096))
+        done = subprocess.run(
+            module_command("shared", "write", str(folder / ".doctor-x"), "token", "20"),
+            input="",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == f"{shared.SHARED_MARK}No space left on device\n"
+        assert [path.name for path in folder.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True, timeout=20)
