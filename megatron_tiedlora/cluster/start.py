@@ -29,7 +29,7 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
-_PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpirun": "mpirun", "srun": "srun"}
+_PROGRAMS = {"pdsh": ("pdsh", "pgrep"), "openmpi": ("mpirun", "pgrep"), "mpirun": ("mpirun",), "srun": ("srun",)}
 SOON_SECONDS = 2.0  # between looks when a job is about to end
 SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
 
@@ -183,9 +183,9 @@ def _check_programs(job: Job) -> None:
     deepspeed = Path(job.python).with_name("deepspeed")
     if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
         raise UserError(f"{deepspeed}: no such launcher; start run.py with the python that DeepSpeed is installed for")
-    program = _PROGRAMS.get(job.launcher)
-    if program is not None and shutil.which(program) is None:
-        raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
+    for program in _PROGRAMS.get(job.launcher, ()):
+        if shutil.which(program) is None:
+            raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
     if job.reached == "ssh" and shutil.which("ssh") is None:
         raise UserError("--hostfile: there is no ssh on PATH, by which the hosts are reached")
 
