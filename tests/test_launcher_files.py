@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megatron_tiedlora.cluster.travelling import is_secret
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile
+from megatron_tiedlora.training.run_folder import RunFolder
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
@@ -27,7 +28,7 @@ def test_the_example_hostfile_is_one() -> None:
 
 # Played by programs on PATH that write down how they were called.
 CALLED = """#!/bin/sh
-exec >> "$CALLS"
+exec 3>&1 >> "$CALLS"
 printf "%s" "${0##*/}"
 for word; do printf " <%s>" "$word"; done
 echo
@@ -39,28 +40,96 @@ def test_the_batch_script_requeues_what_was_saved_in_time_and_passes_the_rest_on
     tmp_path: Path, status: int, requeued: bool
 ) -> None:
     ended = f'echo "ranks $MEGATRON_TIEDLORA_EXPECTED_RANKS"\nexit {status}\n'
-    write_program(tmp_path / "bin", "srun", CALLED + ended)
-    write_program(tmp_path / "bin", "scontrol", CALLED)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "CALLS": str(tmp_path / "calls"),
-        "SLURM_JOB_ID": "42",
-        "SLURM_JOB_NAME": "tiedlora",
-        "SLURM_NTASKS": "16",
-        "PYTHON": "/venv/bin/python",
-    }
     words = ["--train_file", "my data.jsonl", "--resume", "none"]
-    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *words], env=environment, timeout=30)
-    assert done.returncode == status
+    found, calls = run_batch_script(tmp_path, "slurm.sbatch", words, srun=ended, variables={"SLURM_NTASKS": "16"})
+    assert found == status
     rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <launch/train.py>"
     given = "<--output_dir> <runs/tiedlora-42> <--train_file> <my data.jsonl> <--resume> <none> <--resume> <auto>"
-    expected = [f"{rank} {given}", "ranks 16", *(["scontrol <requeue> <42>"] if requeued else [])]
-    assert (tmp_path / "calls").read_text().splitlines() == expected
+    assert calls == [f"{rank} {given}", "ranks 16", *(["scontrol <requeue> <42>"] if requeued else [])]
     assert parse_settings(["--resume", "none", "--resume", "auto"]).resume == "auto"  # the last one counts
 
 
-def test_the_batch_script_asks_slurm_for_what_a_requeue_needs() -> None:
-    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+def run_batch_script(
+    folder: Path, script: str, words: list[str], *, srun: str, variables: dict[str, str]
+) -> tuple[int, list[str]]:
+    """The exit status of a batch script in `folder`, and what it called; `srun` is what that program does."""
+    write_program(folder / "bin", "srun", CALLED + srun)
+    write_program(folder / "bin", "scontrol", f'{CALLED}exec >&3\n[ "$1" = requeue ] || printf "node1\\nnode2\\n"\n')
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "CALLS": str(folder / "calls"),
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NAME": "tiedlora",
+        "PYTHON": "/venv/bin/python",
+        **variables,
+    }
+    command = ["bash", str(LAUNCH / script), *words]
+    done = subprocess.run(command, env=environment, cwd=folder, timeout=30, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    return done.returncode, (folder / "calls").read_text().splitlines()
+
+
+TORCHRUN = (
+    "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <-m> <torch.distributed.run> <--nnodes> <2>"
+    " <--nproc-per-node> <8> <--max-restarts> <3> <--rdzv-backend> <c10d> <--rdzv-id> <42>"
+    " <--rdzv-endpoint> <node1:29400> <--signals-to-handle> <SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1>"
+    " <--shutdown-timeout> <150> <launch/train.py>"
+)
+STOPPED = {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
+
+
+@pytest.mark.parametrize(
+    ("end", "requeued"),
+    [
+        (STOPPED, True),
+        ({**STOPPED, "reason": "SIGUSR1 before a step of this start"}, False),
+        ({**STOPPED, "reason": "signals"}, False),
+        ({**STOPPED, "reason": "SIGTERM or the launcher's end"}, False),
+        ({**STOPPED, "state": "failed", "reason": 'ValueError: "SIGUSR1"'}, False),
+        ({**STOPPED, "state": "finished", "reason": ""}, False),
+        (None, False),
+    ],
+)
+def test_the_batch_script_of_torchrun_asks_the_run_folder(
+    tmp_path: Path, end: dict[str, Any] | None, requeued: bool
+) -> None:
+    """Of this start: what an earlier one has left there does not count."""
+    folder = RunFolder(tmp_path / "runs" / "tiedlora-42")
+    folder.path.mkdir(parents=True)
+    folder.write_status(**STOPPED)
+    ended = 'echo "ranks $MEGATRON_TIEDLORA_EXPECTED_RANKS"\n'
+    if end is not None:
+        RunFolder(tmp_path / "end").path.mkdir()
+        RunFolder(tmp_path / "end").write_status(**end)
+        ended += f"cp '{tmp_path}/end/run_status.json' '{folder.path}'\n"
+    variables = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    found, calls = run_batch_script(
+        tmp_path, "slurm_torchrun.sbatch", ["--task", "my task"], srun=f"{ended}exit 1\n", variables=variables
+    )
+    given = "<--output_dir> <runs/tiedlora-42> <--task> <my task> <--resume> <auto>"
+    requeue = ["scontrol <requeue> <42>"] if requeued else []
+    assert found == 1
+    assert calls == ["scontrol <show> <hostnames>", f"{TORCHRUN} {given}", "ranks 16", *requeue]
+
+
+@pytest.mark.parametrize(
+    "words", [["--output_dir", "my runs/a"], ["--output_dir=my runs/a"], ["--output_dir=~/my runs/a"]]
+)
+def test_the_batch_script_of_torchrun_asks_the_folder_that_it_was_given(tmp_path: Path, words: list[str]) -> None:
+    folder = RunFolder(tmp_path / "my runs" / "a")
+    folder.path.mkdir(parents=True)
+    folder.write_status(**STOPPED)
+    folder.status.rename(tmp_path / "end")
+    variables = {"SLURM_NNODES": "2", "RANKS_PER_NODE": "1"}
+    ended = f"mv '{tmp_path}/end' '{folder.status}'\nexit 1\n"
+    _, calls = run_batch_script(tmp_path, "slurm_torchrun.sbatch", words, srun=ended, variables=variables)
+    assert calls[-1] == "scontrol <requeue> <42>"
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_the_batch_scripts_ask_slurm_for_what_a_requeue_needs(script: str) -> None:
+    lines = (LAUNCH / script).read_text().splitlines()
     options = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
     assert {"--requeue", "--open-mode=append", "--signal=USR1@180"} <= set(options)
     # Slurm reads options up to the first command.

@@ -116,11 +116,13 @@ class End:
 
     def stopped(self, stop: RunStopped) -> None:
         """All ranks have agreed to stop, or this one was told to before there was anything to agree on."""
-        self.status = exit_status(stop.signal_number)
+        self.status, reason = exit_status(stop.signal_number), str(stop)
         if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
-            self.status = FAILED_STATUS  # a job that is put back into the queue without a step would come back for ever
+            # A job that is put back into the queue without a step would come back for ever. Batch scripts are told by
+            # the status, or by the reason where torchrun's own status hides it.
+            self.status, reason = FAILED_STATUS, f"{stop} before a step of this start"
         if self.rank == 0:
-            self.record("stopped", str(stop))
+            self.record("stopped", reason)
             saved = f"saved at step {self.step}; go on with --resume auto" if self.step else self.unsaved
             self.log.say(f"stopped by {stop}, {saved}")
         if self.lifeline is not None:

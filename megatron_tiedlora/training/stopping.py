@@ -117,7 +117,8 @@ class StopWatch:
     def stop_if_any(self, count: float, total: float) -> None:
         """Raise RunStopped where `count` ranks wish to stop, by signals whose numbers sum up to `total`; on every rank.
 
-        Where a terminal interrupts the ranks they have the same signal; of several kinds, SIGTERM counts.
+        Where a terminal interrupts the ranks they have the same signal; of several kinds, SIGTERM counts: one of them
+        says more than that time is nearly over, so the job is not to come back by itself.
         """
         if count:
             alike = next((number for number in STOP_SIGNALS if total == count * number), None)
