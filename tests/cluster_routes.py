@@ -173,11 +173,11 @@ def start_torchrun(task: Task) -> Job:
     return Job(task, [host.start(words, cwd=task.folder, env=task.travelling) for host in hosts])
 
 
-def start_slurm(task: Task) -> Job:
-    """sbatch launch/slurm.sbatch without its line of GPUs; it starts the train.py of where it is submitted."""
+def start_slurm(task: Task, name: str = "slurm.sbatch") -> Job:
+    """sbatch of a script in launch/ without its line of GPUs; it starts the train.py of where it is submitted."""
     assert task.slurm is not None
-    lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines(keepends=True)
-    script = task.folder / "slurm.sbatch"
+    lines = (ROOT / "launch" / name).read_text().splitlines(keepends=True)
+    script = task.folder / name
     script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus")))
     write_script(task, task.folder / "launch")
     size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=slurm-%j.out"]
@@ -186,14 +186,14 @@ def start_slurm(task: Task) -> Job:
     return Job(task, [], task.slurm.submit(words, cwd=task.folder, env=environment))
 
 
-def start_watched(task: Task, launcher: str) -> Job:
-    """launch/run.py with one of its launchers; by srun it runs in a batch script."""
+def start_watched(task: Task, launcher: str, *, in_batch: bool = False) -> Job:
+    """launch/run.py with one of its launchers: on the first host with a hostfile, or in a batch script of Slurm."""
     command = [sys.executable, str(RUN)]
     if task.prelude:
         write_script(task, task.folder)
         command = [sys.executable, "-c", RUN_WITH, str(task.folder)]
     command += ["--launcher", launcher, *task.options]
-    if launcher == "srun":
+    if in_batch:
         assert task.slurm is not None
         wrapped = f"exec {shlex.join([*command, *task.arguments])}"
         size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", f"--wrap={wrapped}"]
@@ -227,8 +227,11 @@ ROUTES: dict[str, Callable[[Task], Job]] = {
     "mpirun": start_mpirun,
     "slurm": start_slurm,
     "torchrun": start_torchrun,
-    **{
-        f"run.py {name}": partial(start_watched, launcher=name)
-        for name in ("pdsh", "openmpi", "mpirun", "srun", "torchrun")
-    },
+    **{f"run.py {name}": partial(start_watched, launcher=name) for name in ("pdsh", "openmpi", "mpirun", "torchrun")},
+    "run.py srun": partial(start_watched, launcher="srun", in_batch=True),
+}
+# torchrun in an allocation of Slurm.
+TORCHRUN_BY_SLURM: dict[str, Callable[[Task], Job]] = {
+    "slurm_torchrun.sbatch": partial(start_slurm, name="slurm_torchrun.sbatch"),
+    "run.py torchrun": partial(start_watched, launcher="torchrun", in_batch=True),
 }

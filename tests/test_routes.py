@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster_routes import ROUTES, needed
+from cluster_routes import ROUTES, TORCHRUN_BY_SLURM, Job, Task, needed
 from cluster_site import LAYOUTS, Site, opened_site
 from fake_hosts import FakeCluster
 from host_commands import wait_until
@@ -35,8 +35,18 @@ CASES = [
 
 @pytest.mark.parametrize(("route", "layout"), CASES)
 def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str, layout: str) -> None:
-    whole, folder = site.whole_run(layout), tmp_path / "run"
-    job = ROUTES[route](site.task(folder, layout, work=tmp_path))
+    assert_as_on_one_host(site, tmp_path, layout, ROUTES[route])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", [pytest.param(route, marks=needs("slurm")) for route in TORCHRUN_BY_SLURM])
+def test_torchrun_on_the_nodes_of_an_allocation(site: Site, tmp_path: Path, route: str) -> None:
+    assert_as_on_one_host(site, tmp_path, "tp2", TORCHRUN_BY_SLURM[route])
+
+
+def assert_as_on_one_host(site: Site, work: Path, layout: str, start: Callable[[Task], Job]) -> None:
+    whole, folder = site.whole_run(layout), work / "run"
+    job = start(site.task(folder, layout, work=work))
     assert job.wait() == 0, job.output()
     assert status(folder)["state"] == "finished"
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch puts itself back into the queue before its time is over, and goes on without a hand."""
+"""The batch scripts put themselves back into the queue before their time is over, and go on without a hand."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
         yield site
 
 
-def test_the_time_limit(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_the_time_limit(site: Site, tmp_path: Path, script: str) -> None:
     """Three minutes, with a signal one minute before (Slurm looks every half a minute), until all steps are done."""
     slurm, folder = site.slurm, tmp_path / "run"
     assert slurm is not None
     task = site.task(folder, "tp2", work=tmp_path, prelude="watched_steps")
-    job = start_slurm(replace(task, options=["--time=3", "--signal=USR1@60"]))
+    job = start_slurm(replace(task, options=["--time=3", "--signal=USR1@60"]), script)
     wait_until(lambda: slurm.restarts(job.number) > 0 or job.is_over(), job.output, limit=300)
     assert slurm.restarts(job.number) > 0, job.output()
     assert job.wait(1000) == 0 and status(folder)["state"] == "finished", job.output()
