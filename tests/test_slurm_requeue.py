@@ -39,3 +39,18 @@ def test_the_time_limit(site: Site, tmp_path: Path, script: str) -> None:
     assert losses(folder) == losses(whole)
     assert files_of(folder / "adapter") == files_of(whole / "adapter")
     wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])
+def test_a_start_without_a_step_is_an_end(site: Site, tmp_path: Path, script: str) -> None:
+    """Slurm's signal comes in the first step, which is longer than a job's time: it would come back for ever."""
+    slurm, folder = site.slurm, tmp_path / "run"
+    assert slurm is not None
+    long_step = {"micro_batch_size": 1, "global_batch_size": 20_000, "compile": "false"}
+    job = start_slurm(site.task(folder, "tp2", work=tmp_path, **long_step), script)
+    wait_until(lambda: f"run folder {folder}" in job.output() or job.is_over(), job.output, limit=100)
+    site.cluster.first.run(["scancel", "--signal=USR1", job.number])  # to the ranks, as before a time limit
+    assert job.wait(60) != 0, job.output()
+    assert slurm.restarts(job.number) == 0
+    assert status(folder) == {"state": "stopped", "step": 0, "reason": "SIGUSR1 before a step of this start"}
+    wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)
