@@ -31,7 +31,10 @@ def test_the_time_limit(site: Site, tmp_path: Path, script: str) -> None:
     assert slurm is not None
     task = site.task(folder, "tp2", work=tmp_path, prelude="watched_steps")
     job = start_slurm(replace(task, options=["--time=3", "--signal=USR1@60"]), script)
-    wait_until(lambda: slurm.restarts(job.number) > 0 or job.is_over(), job.output, limit=300)
+    file = folder / "run_status.json"
+    wait_until(lambda: (file.exists() and status(folder)["reason"] == "SIGUSR1") or job.is_over(), job.output, limit=300)
+    seconds = wait_until(lambda: slurm.restarts(job.number) > 0 or job.is_over(), job.output, limit=100)
+    print(f"\n{script}: in the queue again {seconds:.1f} s after it was saved")
     assert slurm.restarts(job.number) > 0, job.output()
     assert job.wait(1000) == 0 and status(folder)["state"] == "finished", job.output()
     whole = site.whole_run("tp2")
