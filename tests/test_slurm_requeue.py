@@ -32,7 +32,9 @@ def test_the_time_limit(site: Site, tmp_path: Path, script: str) -> None:
     task = site.task(folder, "tp2", work=tmp_path, prelude="watched_steps")
     job = start_slurm(replace(task, options=["--time=3", "--signal=USR1@60"]), script)
     file = folder / "run_status.json"
-    wait_until(lambda: (file.exists() and status(folder)["reason"] == "SIGUSR1") or job.is_over(), job.output, limit=300)
+    wait_until(
+        lambda: job.is_over() or (file.exists() and status(folder)["reason"] == "SIGUSR1"), job.output, limit=300
+    )
     seconds = wait_until(lambda: slurm.restarts(job.number) > 0 or job.is_over(), job.output, limit=100)
     print(f"\n{script}: in the queue again {seconds:.1f} s after it was saved")
     assert slurm.restarts(job.number) > 0, job.output()
