@@ -182,6 +182,30 @@ def test_rank_0_parts_last(three: Ranks) -> None:
     assert order == [1, 2, 0]
 
 
+def test_threads_end_before_their_rank_has_left(three: Ranks) -> None:
+    """One in a call of the store, when the interpreter ends, would abort the process."""
+    line = three.lines[1]
+    line.store, store = Slow(line.store), line.store
+    time.sleep(2 * BEAT)
+    line.leave()
+    assert not any(thread.is_alive() for thread in line._threads)
+    assert store.get("beat/1") == b"left"
+
+
+class Slow:
+    """A store that takes its time."""
+
+    def __init__(self, store: PrefixStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*words: object) -> object:
+            time.sleep(1.0)
+            return getattr(self._store, name)(*words)
+
+        return call
+
+
 def test_a_peers_address_gets_its_hosts_name(three: Ranks) -> None:
     address = socket.gethostbyname(HOST)
     assert three.lines[0].with_names(f"read error [{address}]:36246: reset") == f"read error [{HOST}]:36246: reset"

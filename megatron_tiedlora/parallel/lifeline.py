@@ -74,6 +74,7 @@ class Lifeline:
     beat_seconds: float = BEAT_SECONDS
     _hosts: tuple[str, ...] = ()
     _addresses: tuple[str, ...] = ()
+    _threads: tuple[threading.Thread, ...] = ()
     _over: threading.Event = field(default_factory=threading.Event)
     _ends: bool = False  # the main thread knows that the run ends
     _unanswered: int = 0  # looks of `_watch` since the store last answered
@@ -90,8 +91,12 @@ class Lifeline:
         self.store.set(f"host/{self.rank}", f"{socket.gethostname()} {_own_address()}")  # last: peers wait for it
         told = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
         self._hosts, self._addresses = zip(*(host.decode().split(" ", 1) for host in told), strict=True)
-        for target in (self._beat_on, self._watch):
-            threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True).start()
+        self._threads = tuple(
+            threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True)
+            for target in (self._beat_on, self._watch)
+        )
+        for thread in self._threads:
+            thread.start()
         return self
 
     def with_names(self, text: str) -> str:
@@ -100,9 +105,14 @@ class Lifeline:
             text = text.replace(f"[{address}]", f"[{host}]") if address else text
         return text
 
-    def leave(self) -> None:
-        """This rank ends well; its silence from now on means nothing."""
+    def leave(self, *, limit: float = 10.0) -> None:
+        """This rank ends well; its silence from now on means nothing.
+
+        Its threads end before the interpreter does: one that is in a call of the store then would abort the process.
+        """
         self._over.set()
+        for thread in self._threads:
+            thread.join(limit)
         with suppress(RuntimeError):
             self.store.set(_key(self.rank), _LEFT)
 
