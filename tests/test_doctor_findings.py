@@ -219,7 +219,7 @@ PLACES: dict[str, tuple[dict[str, str], list[tuple[str, str, list[str]]]]] = {  
 @pytest.mark.parametrize("case", PLACES)
 def test_what_may_be_on_the_hub(case: str) -> None:
     kinds, expected = PLACES[case]
-    places = {"folder": "/work/owner/name", "file": "/work/owner/name"}
+    places = {"folder": "/data/owner/name", "file": "/data/owner/name"}
     there = {"config.json": "400 abc", "model.safetensors": "5000000"}
     changes = {
         name: {
@@ -236,7 +236,7 @@ def test_what_may_be_on_the_hub(case: str) -> None:
     findings = examined(hosts(changes))
     assert [(finding.code, finding.level, finding.hosts) for finding in findings] == expected
     for finding in findings:
-        path = "/work/owner/name" if finding.code == "path_missing" else "owner/name"
+        path = "/data/owner/name" if finding.code == "path_missing" else "owner/name"
         assert f"--model {path} is" in finding.message
 
 
@@ -354,8 +354,8 @@ SILENCES: dict[str, tuple[int | None, str, str]] = {
     "key": (255, "Host key verification failed.", "ssh_refused"),
     "password": (255, "me@nodeb: Permission denied (publickey).", "ssh_refused"),
     "slow": (None, "", "no_answer"),
-    "folder": (1, "bash: line 1: cd: /work: No such file or directory", "no_folder"),
-    "folder of dash": (2, "sh: 1: cd: can't cd to /work", "no_folder"),
+    "folder": (1, "bash: line 1: cd: /data: No such file or directory", "no_folder"),
+    "folder of dash": (2, "sh: 1: cd: can't cd to /data", "no_folder"),
     "python": (127, "env: '/env/bin/python': No such file or directory", "no_python"),
     "package": (1, "/env/bin/python: No module named megatron_tiedlora", "no_package"),
     "other": (1, "MemoryError", "no_answer"),
