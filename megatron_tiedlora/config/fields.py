@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -185,3 +186,18 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
         hint = kind.missing.get(name)
         return f"--{name} is needed" + (f": {hint}" if hint else "")
     return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def shell_words(name: str, text: str | None) -> list[str]:
+    """The words of a setting that is written as in a shell; none where it is not given.
+
+    Args:
+        name: of the setting, for the message.
+
+    Raises:
+        ValueError: a quotation that is not closed.
+    """
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: {str(error).lower()}") from None

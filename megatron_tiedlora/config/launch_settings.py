@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,11 +10,18 @@ from pydantic import model_validator
 
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.fields import CommandSettings, nearest_name, optional_field, setting_field
+from megatron_tiedlora.config.fields import (
+    LONGEST_WAIT_MINUTES,
+    CommandSettings,
+    nearest_name,
+    optional_field,
+    setting_field,
+    shell_words,
+)
 from megatron_tiedlora.config.fields import validate_settings as validate
 from megatron_tiedlora.config.settings import Settings
 
-_WEEK = 7 * 24 * 3600  # seconds; clocks of the system overflow at some longer wait
+_LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
 
 
 class LaunchSettings(CommandSettings):
@@ -56,21 +62,22 @@ class LaunchSettings(CommandSettings):
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
     host_seconds: float = setting_field(
-        "time limits", "for a host to answer when it is looked at", 20.0, gt=0, le=_WEEK
+        "time limits", "for a host to answer when it is looked at", 20.0, gt=0, le=_LONGEST_WAIT
     )
     look_seconds: float = setting_field(
-        "time limits", "between looks at all hosts while the job runs", 30.0, gt=0, le=_WEEK
+        "time limits", "between looks at all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT
     )
     grace_seconds: float = setting_field(
-        "time limits", "for ranks to save after their launcher has died, before they are killed", 120.0, ge=0, le=_WEEK
+        "time limits",
+        "for ranks to save after their launcher has died, before they are killed",
+        120.0,
+        ge=0,
+        le=_LONGEST_WAIT,
     )
 
     @model_validator(mode="after")
     def _check(self) -> LaunchSettings:
-        try:
-            shlex.split(self.launcher_args or "")
-        except ValueError as error:
-            raise ValueError(f"--launcher_args {self.launcher_args}: {str(error).lower()}") from None
+        shell_words("launcher_args", self.launcher_args)
         return self
 
 

@@ -6,7 +6,6 @@ Owns how the two sets of names share a command line and a YAML file, and which t
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from megatron_tiedlora.config.fields import (
     nearest_name,
     optional_field,
     setting_field,
+    shell_words,
     validate_settings,
 )
 from megatron_tiedlora.config.paths import user_path
@@ -121,10 +121,7 @@ class SweepSettings(CommandSettings):
         if self.gpus_per_run is not None and (self.launcher_args is not None or self.runs_at_once > 1):
             other = "launcher_args" if self.launcher_args is not None else "runs_at_once"
             raise ValueError(f"--gpus_per_run chooses the GPUs of every run itself; leave --{other} out")
-        try:
-            launcher = shlex.split(self.launcher_args or "")
-        except ValueError as error:
-            raise ValueError(f"--launcher_args {self.launcher_args}: {str(error).lower()}") from None
+        launcher = shell_words("launcher_args", self.launcher_args)
         if self.runs_at_once > 1 and names_port(launcher):
             raise ValueError(
                 f"--runs_at_once {self.runs_at_once}: the runs cannot share the --master_port of --launcher_args; leave"
