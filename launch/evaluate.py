@@ -16,7 +16,6 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.pipeline.launch_env import (
     first_to_fail,
     join_process_group,
-    leave_process_group,
     prepare_environment,
     rank_and_world_size,
 )
@@ -82,7 +81,6 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
             agree=lambda mine: stop.agree(mine, device),
             progress=is_main,
         )
-    leave_process_group()
     if answers is None:  # the answers are on rank 0
         return
     stop.raise_if_wished()

@@ -15,7 +15,6 @@ from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.pipeline.launch_env import (
     first_to_fail,
     join_process_group,
-    leave_process_group,
     prepare_environment,
     rank_and_world_size,
 )
@@ -74,7 +73,6 @@ def main(argv: Sequence[str]) -> int:
             exported = finish.export(trainer)
             summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
             print("\n".join([*summary, *finish.next_steps(trainer)]))
-        leave_process_group()
     return end.status
 
 

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, TCPStore
 
 from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, connect, is_lost_exchange, lost_exchange_line
 
@@ -180,6 +181,32 @@ def test_rank_0_parts_last(three: Ranks) -> None:
     for timer in timers:
         timer.join()
     assert order == [1, 2, 0]
+
+
+def test_at_a_good_end_all_leave_when_rank_0_does(three: Ranks) -> None:
+    """Also where that takes longer than a silence; and rank 0, which serves the store, goes last."""
+    order: list[int] = []
+
+    def end(rank: int) -> None:
+        time.sleep(1.5 * SILENCE * (rank == 0))
+        order.append(-1 if rank == 0 else 0)
+        three.lines[rank].leave_after_main()
+        order.append(rank)
+
+    together([partial(end, rank) for rank in range(3)])
+    assert order[:3] == [0, 0, -1] and order[-1] == 0 and three.losses == [[], [], []]
+
+
+def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
+    def fail() -> None:
+        time.sleep(3 * BEAT)
+        three.lines[0].failed("UserError: the disk is full")
+
+    def wait(rank: int) -> None:
+        with pytest.raises(DistError, match=f"rank 0 on {HOST}, after step 7: UserError: the disk is full"):
+            three.lines[rank].leave_after_main()
+
+    together([fail, partial(wait, 1), partial(wait, 2)])
 
 
 def test_threads_end_before_their_rank_has_left(three: Ranks) -> None:

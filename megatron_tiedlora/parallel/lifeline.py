@@ -116,6 +116,25 @@ class Lifeline:
         with suppress(RuntimeError):
             self.store.set(_key(self.rank), _LEFT)
 
+    def leave_after_main(self, *, limit: float = 10.0) -> None:
+        """A good end of all: each leaves when rank 0 does, however long that takes.
+
+        Rank 0 may have files to write, and launchers give the others only so long once the first rank has ended. Rank
+        0, whose end takes the store away, then waits a moment until the others have seen it leave.
+
+        Raises:
+            DistError: the run has failed meanwhile.
+            RuntimeError: the store is gone, and rank 0 with it.
+        """
+        pause = self.beat_seconds / 20
+        while self.rank and self.store.get(_key(0)).decode() != _LEFT:
+            if reason := self.store.get(_REASON).decode():
+                raise DistError(reason)
+            time.sleep(pause)
+            pause = min(1.5 * pause, self.beat_seconds)
+        self.leave()
+        self._await_others(limit)
+
     def await_main(self, *, limit: float = 5.0) -> None:
         """Wait until rank 0 has left: it has files to write, and launchers end all ranks once the first one has."""
         deadline = time.monotonic() + limit
@@ -152,10 +171,15 @@ class Lifeline:
 
         By then the others have ended or have read the reason.
         """
-        deadline = time.monotonic() + 3 * self.beat_seconds
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _PARTED)
+            self._await_others(3 * self.beat_seconds)
+
+    def _await_others(self, limit: float) -> None:
+        """Rank 0 waits until all others have ended; nobody else waits."""
+        deadline = time.monotonic() + limit
+        with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
                 if all(_ended(beat) for rank, beat in self._beats().items() if rank not in self._lost):
                     return

@@ -20,6 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch.distributed import DistError
+
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.parallel.lifeline import (
@@ -31,7 +33,7 @@ from megatron_tiedlora.parallel.lifeline import (
     lost_exchange_line,
     place_line,
 )
-from megatron_tiedlora.pipeline.launch_env import first_to_fail
+from megatron_tiedlora.pipeline.launch_env import first_to_fail, leave_process_group
 from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, State
 from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
@@ -128,13 +130,22 @@ class End:
         if self.lifeline is not None:
             self.lifeline.failed(f"stopped by {stop}")  # for peers that wait for this one, where it was told alone
         self.leave()
+        self.stop.end_agent()
 
     def leave(self) -> None:
         """A good end, or one that all agreed on; rank 0 leaves first, since it has written what there is to write."""
-        if self.lifeline is not None:
-            if self.rank and self.status:
-                self.lifeline.await_main()
+        if self.lifeline is None:
+            return
+        if self.status:  # a launcher may end all as soon as one has
+            self.lifeline.await_main()
             self.lifeline.leave()
+            return
+        with self.stop.deferred():  # whether the run is stopped now is for rank 0 to say
+            try:
+                self.lifeline.leave_after_main()
+            except DistError:
+                self.stop.raise_if_wished()
+                raise
 
     def failed(self, error: BaseException) -> int:
         """Say why, or leave it to the rank that knows; returns the exit status."""
@@ -204,6 +215,7 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
             if rank == 0:
                 end.record("finished", end.reason)
             end.leave()
+            leave_process_group()
         except RunStopped as stopped:
             end.stopped(stopped)
         except BaseException as error:
