@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from run_files import assert_same_run, files_of, has_step, metrics, status
 from run_helpers import (
@@ -26,6 +27,8 @@ from run_helpers import (
     write_base,
 )
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps
+
+from megatron_tiedlora.training.stopping import StopWatch
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -163,6 +166,59 @@ def test_deepspeed_with_a_hostfile_that_is_missing_or_empty(base: Base, tmp_path
     assert ended.status != 0 and not (tmp_path / "run").exists()
     if content is None:
         assert "--hostfile" in (line := ended.error_line()) and "cannot be read (No such file or directory)" in line
+
+
+def slow_export(file: Path) -> None:
+    """Rank 0 has a good while to do at the end; the other one looks whether it is done when it leaves."""
+
+    def export(*_: Any) -> None:
+        time.sleep(4.0)
+        file.touch()
+
+    def leave() -> None:
+        assert file.exists(), "rank 0 still works"
+
+    before_call("megatron_tiedlora.training.finish", "export", export)
+    before_call("megatron_tiedlora.training.ending", "leave_process_group", leave)
+
+
+def test_nobody_leaves_before_rank_0_has_exported(base: Base, tmp_path: Path) -> None:
+    """srun gives the other ranks a minute, torchrun five, once the first one has ended, be it well."""
+    folder = tmp_path / "run"
+    run(base, folder, ranks=2, prelude=partial(slow_export, tmp_path / "exported"))
+    assert status(folder)["state"] == "finished"
+
+
+def test_where_rank_0_fails_to_export_the_others_say_so(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    prelude = partial(kill_at_call, "megatron_tiedlora.training.finish", "export", number=signal.SIGTERM)
+    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert ended.statuses == [143, 1] and status(folder)["state"] == "stopped"
+    assert "Traceback" not in ended.errors[0] + ended.errors[1]
+
+
+def test_torchrun_is_told_to_end_where_its_ssh_session_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would start the ranks anew, and nobody would see them."""
+    (tmp_path / "torchrun").write_text("import time\ntime.sleep(60)")
+    agent, session = (subprocess.Popen([sys.executable, tmp_path / "torchrun"]) for _ in range(2))
+    try:
+        stop = StopWatch([psutil.Process(agent.pid), psutil.Process(session.pid)])
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        stop.end_agent()
+        session.kill()
+        session.wait()
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        stop.end_agent()
+        time.sleep(0.2)
+        assert agent.poll() is None
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        stop.end_agent()
+        assert agent.wait(10) == -signal.SIGTERM
+    finally:
+        agent.kill()
+        session.kill()
+        agent.wait()
+        session.wait()
 
 
 def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class RankLog:
 
     def say(self, text: str) -> None:
         """Show `text` on the screen, and keep it in the log."""
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # who looked on may be gone
+            print(text, file=sys.stderr, flush=True)
         if self._screen is not None:
             with suppress(OSError):
                 print(text, file=self._screen, flush=True)

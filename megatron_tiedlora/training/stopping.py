@@ -6,9 +6,10 @@ acted on where all ranks have agreed by a reduction.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -145,6 +146,18 @@ class StopWatch:
             yield
         finally:
             self._deferred = False
+
+    def end_agent(self) -> None:
+        """The last thing of a rank that stops: torchrun is told to end, where the ssh session that started it is gone.
+
+        It takes the ranks' end for a failure, and would start them anew with nobody there to see it.
+        """
+        lost = [process for process in self.launchers if not alive(process)]
+        if lost and os.environ.get("LOCAL_RANK") == "0":
+            for process in self.launchers:
+                with suppress(psutil.Error):
+                    if process not in lost and is_torchrun(process.cmdline()):
+                        process.terminate()
 
     def wish(self) -> int:
         """The signal that this rank was told to stop by (SIGTERM where its launcher died), or 0."""
