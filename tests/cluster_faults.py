@@ -194,7 +194,7 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
         heal(job)
         for launcher in job.launchers:
             launcher.kill()
-    exit_status = job.wait(90)
+    exit_status = job.wait()
     status = read_status(job)
     return Outcome(told, over, exit_status, status.get("state", ""), status.get("reason", ""), left)
 
@@ -202,11 +202,12 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
 def heal(job: Job) -> None:
     """Undo what a fault has done to the hosts, and end what it has left of the job."""
     for host in job.task.cluster.hosts.values():
-        if not host.is_up:
+        if not host.is_up:  # once its daemon is there, Slurm may start the job anew on it
             host.boot()
             host.start_sshd()
             if job.task.slurm is not None:
                 job.task.slurm.start_node(host.name)
+            continue
         host.restore_link()
         for process in host.jobs():
             with suppress(psutil.NoSuchProcess):

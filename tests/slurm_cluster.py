@@ -33,7 +33,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=45
 KillWait={kill_wait}
 MessageTimeout=5
 SchedulerParameters=sched_interval=1,batch_sched_delay=0

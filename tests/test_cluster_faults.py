@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster_faults import TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
@@ -43,7 +44,7 @@ QUICK = [
     ("mpirun", "rank"),
     ("run.py pdsh", "launcher"),
     ("run.py pdsh", "pdsh"),
-    ("mpirun", "host"),
+    ("torchrun", "host"),
     ("pdsh", "link"),
     ("slurm", "disk full"),
     ("run.py openmpi", "SIGTERM"),
@@ -73,21 +74,30 @@ PARAMETERS = [
 def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
     site: Site, tmp_path: Path, route: str, fault: str, prelude: str
 ) -> None:
+    options = ["--no-requeue"] if route == "slurm" else []  # a job in the queue again is not over
+    check_fault(site, tmp_path, route, fault, prelude, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["launcher", "launcher on a host", "host", "run.py", "SIGTERM"])
+def test_torchrun_does_not_start_ranks_anew_that_cannot_go_on(site: Site, tmp_path: Path, fault: str) -> None:
+    """With restarts left: not without a host's agent, nor unseen, nor after a stop."""
+    check_fault(site, tmp_path, "run.py torchrun", fault, "long_steps", ["--max_restarts=2"], resume="auto")
+
+
+def check_fault(
+    site: Site, tmp_path: Path, route: str, fault: str, prelude: str, options: list[str], **changes: Any
+) -> None:
+    """Start a job, let the fault happen, look at its end, and go on from its last checkpoint."""
     whole, folder = site.whole_run(LAYOUT), tmp_path / "disk" / "run"
     folder.parent.mkdir()
     if fault == "disk full":
         site.cluster.first.mount_private(folder.parent, size="2m")
-    options = ["--no-requeue"] if route == "slurm" else []  # a job in the queue again is not over
-    job = ROUTES[route](replace(site.task(folder, LAYOUT, work=tmp_path, prelude=prelude), options=options))
+    job = ROUTES[route](replace(site.task(folder, LAYOUT, work=tmp_path, prelude=prelude, **changes), options=options))
     wait_for_step(job, 3)
     outcome = suffer(job, fault)
     print(outcome.row(route, fault))
     said = f"{outcome}\n{job.output()[-6000:]}"
-    if job.number and fault in ("host", "link") and outcome.state == "finished":
-        # Slurm saw the dead node before the ranks had failed, and put the job back into the queue: it waited for the
-        # node, and went on.
-        check_same(seen_by_first(job, folder), whole)
-        return
     assert outcome.over is not None and outcome.told is not None and not outcome.left, said
     seen = seen_by_first(job, folder)
     if (route, fault) in RUNS_ON:

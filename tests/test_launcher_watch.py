@@ -311,6 +311,26 @@ def test_a_host_that_gives_no_answer_for_a_while_does_not_end_the_job(
         process.wait()
 
 
+def test_where_one_of_several_launchers_has_failed_the_others_are_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torchrun's agents would wait ten minutes for a host that does not come back. An end that is good is none."""
+    monkeypatch.setattr(watch, "OTHERS_SECONDS", 0.2)
+    ended, failed, works = (subprocess.Popen(["sh", "-c", code]) for code in ("exit 0", "exit 5", "exec sleep 50"))
+    ended.wait()
+    failed.wait()
+    try:
+        hosts, times = JobHosts(make_job(tmp_path / "job"), {}, limit=1), Times(look=1, grace=1, soon=1)
+        for first, stopped in ((ended, False), (failed, True)):
+            launchers = [Launcher("torchrun on a", first), Launcher("torchrun on b", works)]
+            watched = Watch(launchers, hosts, StopSignals(), times, over=lambda: False)
+            assert not watched._end_the_rest(10.0) and watched._end_the_rest(10.3) is stopped
+            assert watched._stop == (signal.SIGTERM if stopped else 0) and not watched._end_the_rest(11.0)
+    finally:
+        works.kill()
+        works.wait()
+
+
 def test_what_a_rank_leaves_behind_is_ended(start: Launch) -> None:
     ended = start({"helper": True, "state": "finished"})
     assert ended.status == 0

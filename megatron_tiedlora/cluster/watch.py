@@ -27,6 +27,7 @@ from megatron_tiedlora.config.errors import UserError
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left
+OTHERS_SECONDS = 45.0  # for ranks to notice that those of another launcher are gone, and to end
 UNREACHED_SECONDS = 300.0  # the same, while a host that may have ranks gives no answer
 HELPER_SECONDS = 10.0  # for what is no rank, and on SIGTERM for all, before SIGKILL
 LAST_LOOKS = 3  # after SIGKILL
@@ -133,6 +134,7 @@ class Watch:
     _passed_on: int = 0
     _worked: bool = False
     _idle_since: float | None = None  # since when no host has had a rank
+    _first_failed_at: float | None = None  # when a launcher of several ended badly
     _ended_at: float | None = None
     _deadline: float = float("inf")  # until when what is left has time
     _in_a_hurry: bool = False
@@ -149,6 +151,7 @@ class Watch:
                 urgent = self._hear()
                 if self._ended_at is None and all(launcher.process.poll() is not None for launcher in self.launchers):
                     self._ended_at, urgent = now, True
+                urgent = self._end_the_rest(now) or urgent
                 if asked is not None and asked.done():
                     answers, asked, told = asked.result(), None, self._stop
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
@@ -182,6 +185,22 @@ class Watch:
             say("killing all")
             self._in_a_hurry, self._deadline = True, 0.0
         return first
+
+    def _end_the_rest(self, now: float) -> bool:
+        """Whether the ranks are to be told to stop now, since a launcher of several has ended badly some time ago.
+
+        torchrun's other agents have no end of their own then: they start their ranks anew, and wait for its host.
+        """
+        failed = [launcher for launcher in self.launchers if launcher.process.poll()]
+        if not failed or self._ended_at or self._stop:
+            return False
+        self._first_failed_at = self._first_failed_at or now
+        if now - self._first_failed_at < OTHERS_SECONDS:
+            return False
+        code = failed[0].process.returncode
+        say(f"{failed[0].name} has ended with {code}; the others, which wait for it, are stopped")
+        self._stop = signal.SIGTERM
+        return True
 
     def _take(self, answers: Answers, *, fresh: bool) -> bool:
         """Draw the conclusions of a look; whether all is over.
