@@ -35,7 +35,8 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     write_adapter_files,
 )
 from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object, read_small_text
+from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object
+from megatron_tiedlora.config.text_files import read_small_text
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_small_text
+from megatron_tiedlora.config.text_files import read_small_text
 
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",

@@ -1,4 +1,4 @@
-"""Small text files and JSON objects, with every way to fail told in one line, and fields of exactly their kinds."""
+"""JSON objects, with every way to fail told in one line, and fields of exactly their kinds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_tiedlora.config.errors import UserError, shown
-
-LARGEST_TEXT = 2**24  # bytes; the index of the largest models has a tenth of that
+from megatron_tiedlora.config.text_files import read_small_text
 
 # Kinds of fields of `read_fields`: nothing is converted, and a number is finite.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
@@ -22,23 +21,6 @@ Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True)]
 
 Fields = TypeVar("Fields")
-
-
-def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TEXT) -> str:
-    """The text of a file that is there and should be `kind`. Raises UserError naming it: unreadable, not UTF-8, or of
-    absurd size."""
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(largest + 1)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-    if len(raw) > largest:
-        raise UserError(f"{file}: is larger than {largest:,} bytes, which no such file is")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte {raw[error.start]:#04x} at byte {error.start + 1}"
-        raise UserError(f"{file}: not valid {kind} (not UTF-8: {where})") from None
 
 
 def read_json_object(file: Path, *, kind: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import read_small_text
+from megatron_tiedlora.config.text_files import read_small_text
 
 _LARGEST = 2**18  # bytes of a file of settings; PyYAML takes seconds for a megabyte
 
