@@ -153,7 +153,8 @@ def _variables(route: Route, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _place_ranks(hosts: Sequence[HostReport]) -> list[HostReport]:
-    """The hosts with the number of each one's first rank: by the order of the hosts, as all launchers do."""
+    """The hosts with the number of each one's first rank: by the order of the hosts, as all launchers do but
+    torchrun, which sorts their names as text."""
     firsts = accumulate((host.slots for host in hosts), initial=0)
     return [host.model_copy(update={"first_rank": first}) for host, first in zip(hosts, firsts, strict=False)]
 
