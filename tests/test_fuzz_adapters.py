@@ -33,7 +33,8 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
 from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules
 from megatron_tiedlora.model.rope import inverse_frequencies
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.training.rank_log import RankLog
+from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.training.session import take_over
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
@@ -212,17 +213,60 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     _link(run.adapter, away / "adapter")
     _link(run.path / ".writing-x", away)
     _link(run.metrics, away / "notes")
+    run.logs.mkdir()
+    for rank in (0, 1):
+        _link(run.logs / f"rank_{rank}.log", away / ("notes" if rank else "nothing"))
     before = tree(away)
+    assert choose_run_folder(str(run.path), name="x", resume="auto") == run
     take_over(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
     save_checkpoint(
         run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config, base=native.base,
         state=native.state, moments=moments, settings={},
     )  # fmt: skip
+    for rank in (0, 1):
+        log = RankLog()
+        with log.kept(run.path, rank):
+            log.note("noted")
+        assert not (run.logs / f"rank_{rank}.log").is_symlink()
+        assert (run.logs / f"rank_{rank}.log").read_text().endswith("noted\n")
     assert tree(away) == before
     assert {item.name for item in run.checkpoints.iterdir()} == {"latest", "step_6"}
     assert not run.adapter.is_symlink() and not (run.path / ".writing-x").is_symlink()
     check_adapter(load_adapter(run.adapter))
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "tensorboard"])
+def test_a_run_with_links_for_folders_is_refused(native: NativeAdapter, area: Path, name: str, there: bool) -> None:
+    """Before anything is changed: what a run writes into them would lie where they lead to."""
+    run = write_run(area / "run", native)
+    if there:
+        shutil.copytree(run.checkpoints, area / "away")
+        (area / "away" / ".writing-old-step_6-1").mkdir()  # which a look for the last checkpoint would rename
+    _link(run.path / name, area / "away")
+    for output_dir, resume in ((str(run.path), "auto"), (None, str(run.checkpoints / "step_4"))):
+        found = outcome(
+            lambda: choose_run_folder(output_dir, name="x", resume=resume),  # noqa: B023
+            unchanged=area,
+            names=(f"{run.path / name} is a link",),
+        )
+        assert isinstance(found, UserError)
+
+
+def test_a_run_folder_may_itself_be_a_link(native: NativeAdapter, area: Path) -> None:
+    write_run(area / "scratch" / "run", native)
+    (area / "run").symlink_to(area / "scratch" / "run")
+    (area / "here").symlink_to(area / "scratch")
+    for given in (area / "run", area / "here" / "run"):
+        assert choose_run_folder(str(given), name="x", resume="auto") == RunFolder(given)
+
+
+def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter, area: Path) -> None:
+    _link(area / "adapter", area / "nothing")
+    save_adapter(area / "adapter", native.config, native.base, native.state)
+    assert not (area / "adapter").is_symlink() and not (area / "nothing").exists()
+    check_adapter(load_adapter(area / "adapter"))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -25,7 +25,7 @@ from megatron_tiedlora.config.sweep_settings import SweepCommand, parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.study.plan import last_row
-from megatron_tiedlora.study.record import StudyFolder, last_lines, read_base
+from megatron_tiedlora.study.record import StudyFolder, check_folder, last_lines, read_base
 from megatron_tiedlora.study.scores import RunEnd, Study, read_run, read_study
 from megatron_tiedlora.study.text import table2_markdown, table3_markdown
 from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder, read_metrics
@@ -206,6 +206,18 @@ def test_latest_of_a_run_leads_nowhere_else(area: Path, name: str) -> None:
     (elsewhere / "trainer_state.json").write_text('{"best_metric": 7.0}')
     (run / "checkpoints" / "latest").write_bytes(name.encode("utf-8", "surrogateescape"))
     assert read_run(run) == RunEnd("failed", "it ended without a finite value on validation", 10, None)
+
+
+@pytest.mark.parametrize("name", ["runs", "scores", "logs", "runs/lora-r2-lr1e-4"])
+def test_a_study_with_links_for_folders_is_refused(area: Path, name: str) -> None:
+    study = write_study(area / "study", learning_rates=[1e-4])
+    (area / "again").symlink_to(study)
+    for folder in (study, area / "again"):  # which the user names
+        check_folder(StudyFolder(folder))
+    (study / name).parent.mkdir(exist_ok=True)
+    (study / name).symlink_to(area / "away")
+    found = outcome(lambda: check_folder(StudyFolder(study)), unchanged=area, names=(f"{study / name} is a link",))
+    assert isinstance(found, UserError)
 
 
 @pytest.mark.parametrize("changes", [{"state": "finished\n"}, {"state": None}, {"state": ["finished"]}, {"state": 1}])

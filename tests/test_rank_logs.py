@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from functools import partial
@@ -69,6 +70,15 @@ def test_output_goes_to_the_log_and_then_back_to_the_screen(tmp_path: Path, rank
 def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     assert say(tmp_path, 1) == ("inside\noutside\n", "said\n")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path, rank: int) -> None:
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / f"rank_{rank}.log")
+    say(tmp_path, rank)
+    assert "inside\n" in log_of(tmp_path, rank)
 
 
 def test_a_screen_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:

@@ -300,6 +300,8 @@ def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     launcher.chmod(0o755)
     settings = {"rank": 2, "layers": (1, 4), "packing": False, "adapter": None}
     log = tmp_path / "logs" / "a b.log"
+    log.parent.mkdir()
+    log.symlink_to(tmp_path / "elsewhere")  # is not followed
     for port in ("1", "2"):
         with locked(tmp_path) as lock:
             monkeypatch.setenv("LOCK", str(lock))
@@ -319,6 +321,7 @@ def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "holds the lock",
     ]
     assert last_lines(log) == [f"--master_port 2 {flags}", "holds the lock"]
+    assert not log.is_symlink() and not (tmp_path / "elsewhere").exists()
 
 
 def test_last_lines_are_what_was_printed_and_not_the_bars(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _put_in_place(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`; a folder that was there is swapped out at once, then removed."""
-    if not path.exists():
+    if not os.path.lexists(path):
         os.rename(temporary, path)
         sync_path(path.parent)
         return
@@ -122,6 +123,13 @@ def remove_leftovers(folder: Path) -> None:
     restore_interrupted(folder)
     for item in folder.glob(f"{TEMPORARY_PREFIX}*"):
         remove(item)
+
+
+def make_way_for_log(file: Path) -> None:
+    """Remove what is in the place of a file that is added to: a link would be followed, a pipe waited for."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            file.unlink()
 
 
 def remove(path: Path) -> None:

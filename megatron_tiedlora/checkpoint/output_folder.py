@@ -18,6 +18,19 @@ def check_place(path: Path, *, given: str) -> None:
         raise UserError(f"--output_dir {given}: {place} cannot be written; give another folder")
 
 
+def refuse_links(*folders: Path) -> None:
+    """Raise UserError where a folder within --output_dir, into which is written, is a link.
+
+    One that came from somebody else may hold links to anywhere. The folder that a user names may itself be one.
+    """
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link, so what is written there would lie outside of --output_dir; put a folder in its"
+                " place, or move all of --output_dir to where the link leads"
+            )
+
+
 def choose_output_folder(given: str | None, *, parent: str, name: str) -> Path:
     """The folder `given` to --output_dir, which may be empty, or else the first free of PARENT/NAME, PARENT/NAME-2, ...
 

@@ -7,7 +7,6 @@ started to processes.py.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.checkpoint.atomic import remove
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.errors import UserError
@@ -171,7 +171,7 @@ class SweepPlan:
 
     def _evaluate(self, name: str, adapter: Path | None, log: str, slot: tuple[str, ...], lock: int) -> Command:
         folder = self.folder.score(name)
-        shutil.rmtree(folder, ignore_errors=True)  # without a result in it
+        remove(folder)  # without a result in it
         settings = {
             **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
             "adapter": adapter,

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, Protocol
 
 import psutil
 
+from megatron_tiedlora.checkpoint.atomic import make_way_for_log
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.pipeline.launch_env import free_port
@@ -164,6 +165,7 @@ def deepspeed_starter(scripts: Path) -> Start:
         words = [str(launcher), *command.launcher, script, *command.arguments]
         try:
             command.log.parent.mkdir(parents=True, exist_ok=True)
+            make_way_for_log(command.log)
             with command.log.open("a+b", buffering=0) as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - 1))
                 cut = log.read(1) not in (b"", b"\n")  # by a kill, in the middle of a progress bar

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.output_folder import refuse_links
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.errors import UserError
@@ -36,7 +37,7 @@ from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
-LOCK_FILE, RUNS, SCORES = ".lock", "runs", "scores"
+LOCK_FILE, RUNS, SCORES, LOGS = ".lock", "runs", "scores", "logs"
 # Of the settings that a resumed run may change, those that say what a study is about.
 _SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
@@ -74,7 +75,7 @@ class StudyFolder:
 
     def log(self, name: str) -> Path:
         """What the command called `name` printed."""
-        return self.path / "logs" / f"{name}.log"
+        return self.path / LOGS / f"{name}.log"
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
 
 
 def check_folder(folder: StudyFolder) -> None:
-    """Raise UserError where the folder holds anything but a study, or is a file. A start that was cut off before it
-    had written its settings does not count."""
+    """Raise UserError where the folder holds anything but a study, or links in it, or is a file. A start that was cut
+    off before it had written its settings does not count."""
     path = folder.path
+    refuse_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():

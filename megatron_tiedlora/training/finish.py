@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 
-from megatron_tiedlora.checkpoint.atomic import write_json
+from megatron_tiedlora.checkpoint.atomic import remove, write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
@@ -117,11 +116,11 @@ def export(trainer: Trainer) -> list[str]:
     plot_losses(folder.metrics, folder.path / "loss.png")
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
-    shutil.rmtree(peft, ignore_errors=True)  # of an earlier end of this run, whose best adapter may have been another
+    remove(peft)  # of an earlier end of this run, whose best adapter may have been another
     export_peft(source, adapter, peft)
     if settings.task != "demo":
         return []
-    shutil.rmtree(merged, ignore_errors=True)
+    remove(merged)
     tokenizer = trainer.data.tokenizer if settings.tokenizer else None
     merge_adapter(source, adapter, merged, tokenizer=tokenizer, progress=True)
     results = verify_export(source, adapter, merged=merged, peft=peft)

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_tiedlora.checkpoint.atomic import make_way_for_log
+
 LOGS_FOLDER = "logs"
 
 
@@ -74,6 +76,7 @@ class RankLog:
         file = folder / LOGS_FOLDER / f"rank_{rank}.log"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            make_way_for_log(file)
             log = file.open("a", encoding="utf-8", errors="replace", buffering=1)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             log.write(f"--- {now} rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import yaml
 
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
-from megatron_tiedlora.checkpoint.output_folder import check_place
+from megatron_tiedlora.checkpoint.output_folder import check_place, refuse_links
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.training.rank_log import LOGS_FOLDER
 
 State = Literal["finished", "stopped", "failed"]
 _BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
@@ -32,6 +33,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Resumable checkpoints and `latest`."""
         return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What each rank printed."""
+        return self.path / LOGS_FOLDER
+
+    @property
+    def tensorboard(self) -> Path:
+        """The numbers of `metrics` for TensorBoard."""
+        return self.path / "tensorboard"
 
     @property
     def adapter(self) -> Path:
@@ -89,7 +100,7 @@ def run_name(settings: Settings) -> str:
 
 
 def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
-    """The folder of a run.
+    """The folder of a run, which may be a link, while the folders in it that are written into may not.
 
     Args:
         output_dir: as given, or None for runs/NAME: the first free of NAME, NAME-2, NAME-3, ...; to resume, the last,
@@ -97,8 +108,15 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
         resume: value of --resume.
 
     Raises:
-        UserError: the folder holds another run (or anything else) and --resume was not given, or cannot be written.
+        UserError: the folder holds another run (or anything else) and --resume was not given, or links; or cannot be
+            written.
     """
+    folder = _named_or_next(output_dir, name=name, resume=resume)
+    refuse_links(folder.checkpoints, folder.logs, folder.tensorboard)
+    return folder
+
+
+def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
     if output_dir is not None:
         folder = RunFolder(user_path(output_dir))
         check_place(folder.path, given=output_dir)
@@ -132,7 +150,7 @@ class MetricsLog:
         last = {"train": resumed_step, "validation": evaluated_step or 0}
         rows = read_metrics(self._file) if resumed_step else []
         write_metrics(self._file, [row for row in rows if row["step"] <= last[row["split"]]])
-        self._board = SummaryWriter(folder.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
+        self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row: `step`, `split`, and numbers, unrounded. Raises UserError where the disk is full."""
