@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.cluster.start import check_layout, choose_hosts
+from megatron_tiedlora.cluster.doctor.examine import find_hosts
+from megatron_tiedlora.cluster.routes import plan_start
+from megatron_tiedlora.cluster.start import check_layout, choose_hosts, make_job
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.training.run_folder import RunFolder
 
 ALLOCATION = {
     "SLURM_JOB_ID": "7",
@@ -189,6 +194,30 @@ def test_ranks_that_do_not_fit_the_layout_or_the_batch_start_nothing(
     with pytest.raises(UserError, match=said):
         check_layout(make_settings(settings), ranks)
     check_layout(make_settings(settings), 12)
+
+
+@pytest.mark.parametrize("given", [[], ["--master_port=12345"], ["--master_port=12345", "--master_addr=10.0.0.9"]])
+@pytest.mark.parametrize("launcher", ["srun", "mpirun", "openmpi", "torchrun"])
+def test_in_an_allocation_the_ranks_meet_where_run_py_says(tmp_path: Path, launcher: str, given: list[str]) -> None:
+    """Not where this shell, Slurm's numbers or the library's one port would have it, whichever launcher starts them."""
+    shell = {**ALLOCATION, "MASTER_ADDR": "old", "MASTER_PORT": "29500"}
+    command = parse_launch([f"--launcher={launcher}", *given])
+    chosen = choose_hosts(command.settings, shell)
+    jobs = [
+        make_job(command, *chosen, scripts=tmp_path, private=tmp_path, folder=RunFolder(tmp_path / "run"))
+        for _ in range(4)
+    ]
+    ports = {job.master_port for job in jobs}
+    assert ports == {12345} if given else len(ports) > 1 and ports <= set(range(20_000, 30_000))
+    address = "10.0.0.9" if len(given) == 2 else find_hosts(DoctorSettings(), shell)[1][0].name  # as it was tried
+    plan = plan_start(jobs[0], shell)
+    words = shlex.join(plan.commands[0].words)
+    if launcher == "torchrun":  # its agents tell the ranks
+        assert f"--rdzv-endpoint={address}:{jobs[0].master_port}" in words
+        return
+    assert plan.environment["MASTER_ADDR"] == address and plan.environment["MASTER_PORT"] == str(jobs[0].master_port)
+    passed = "--export=ALL" if launcher == "srun" else "-x MASTER_ADDR -x MASTER_PORT"
+    assert passed in words and ("--master_addr " + address in words) == (launcher == "openmpi")
 
 
 # The command line ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Job:
         reached: how commands get to the hosts.
         script: absolute path of launch/train.py; the same on every host, as are `python` and `folder`.
         private: a folder for files of this start alone, which nobody else reads.
-        master_addr: '' leaves it to the launcher.
+        master_addr: '' leaves it to the launcher; in a Slurm allocation nothing is left to it.
         stop_seconds: for ranks to save when torchrun's agent is told to stop; None for a torchrun that has no such
             flag, nor one for the signals that it passes on.
     """

@@ -138,6 +138,8 @@ def make_job(
 ) -> Job:
     """The job with an id of its own; its run folder is named, so that all hosts and we mean the same one."""
     settings, run_id = command.settings, secrets.token_hex(8)
+    # An allocation's first host by its name, as the doctor tries it; of ssh's hosts the address is asked for (`_met`).
+    first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[reached]
     gpus = visible_gpus() if launcher == "local" else ()
     if gpus and hosts[0].slots > len(gpus):
         raise UserError(f"--num_gpus {hosts[0].slots}: this machine has {len(gpus)} GPUs to give")
@@ -151,7 +153,7 @@ def make_job(
         folder=Path.cwd(),
         private=private,
         run_id=run_id,
-        master_addr=settings.master_addr or ("127.0.0.1" if reached == "local" else ""),
+        master_addr=settings.master_addr or first,
         master_port=settings.master_port or _FIRST_PORT + int(run_id, 16) % _NUM_PORTS,
         ssh_port=settings.ssh_port,
         gpus=gpus[: hosts[0].slots],

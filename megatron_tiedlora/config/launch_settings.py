@@ -49,7 +49,7 @@ class LaunchSettings(CommandSettings):
         "start", "ranks on each host (default: its slots or Slurm tasks; here: all GPUs, or 1 without)", ge=1
     )
     master_addr: str | None = optional_field(
-        "start", "address of the first host where the ranks meet (default: its first one)"
+        "start", "address of the first host where the ranks meet (default: its first one; in an allocation its name)"
     )
     master_port: int | None = optional_field("start", "port where they meet (default: by chance)", ge=1, le=65535)
     ssh_port: int | None = optional_field("start", "port of the hosts' sshd", ge=1, le=65535)
