@@ -168,8 +168,7 @@ class End:
         if lost or not loss.speaks:  # a peer's end, of which this rank's traceback says nothing
             self.log.note(details)
             details = ""
-        show = self.log.say if loss.speaks else self.log.note
-        show(f"{details}error: {text if isinstance(error, UserError) else loss.reason}")
+        self._show(loss, f"{details}error: {text if isinstance(error, UserError) else loss.reason}")
         if self.lifeline is not None:
             self.lifeline.part()
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
@@ -177,10 +176,16 @@ class End:
     def _lost(self, loss: Loss) -> None:
         """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
         self._record_failure(loss.reason, again=self.rank == 0)
-        show = self.log.say if loss.speaks else self.log.note
-        show(f"error: {loss.reason}")
+        self._show(loss, f"error: {loss.reason}")
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
+
+    def _show(self, loss: Loss, text: str) -> None:
+        """On the screen where this rank speaks for all, else in its log alone."""
+        if loss.speaks:
+            self.log.say(text)
+        else:
+            self.log.note(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write it down unless a peer has, or again with a better reason; whether this rank did."""
