@@ -198,12 +198,15 @@ def test_at_a_good_end_all_leave_when_rank_0_does(three: Ranks) -> None:
 
 
 def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
+    """Also where it has left before they look."""
+
     def fail() -> None:
         time.sleep(3 * BEAT)
         three.lines[0].failed("UserError: the disk is full")
+        three.lines[0].leave()
 
     def wait(rank: int) -> None:
-        with pytest.raises(DistError, match=f"rank 0 on {HOST}, after step 7: UserError: the disk is full"):
+        with pytest.raises(DistError, match=f"^rank 0 on {HOST}, after step 7: UserError: the disk is full"):
             three.lines[rank].leave_after_main()
 
     together([fail, partial(wait, 1), partial(wait, 2)])

@@ -46,16 +46,21 @@ def test_a_host_that_gives_no_answer_for_a_while_does_not_end_the_job(
 def test_where_one_of_several_launchers_has_failed_the_others_are_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """torchrun's agents would wait ten minutes for a host that does not come back. An end that is good is none."""
+    """torchrun's agents would wait ten minutes for a host that does not come back.
+
+    An end that is good is none, and neither is that of an ssh client whose agent lives.
+    """
     monkeypatch.setattr(watch, "OTHERS_SECONDS", 0.2)
     ended, failed, works = (subprocess.Popen(["sh", "-c", code]) for code in ("exit 0", "exit 5", "exec sleep 50"))
     ended.wait()
     failed.wait()
     try:
         hosts, times = JobHosts(make_job(tmp_path / "job"), {}, limit=1), Times(look=1, grace=1, soon=1)
-        for first, stopped in ((ended, False), (failed, True)):
+        for first, seen, stopped in ((ended, ["b"], False), (failed, ["a", "b"], False), (failed, ["b"], True)):
             launchers = [Launcher("torchrun on a", first), Launcher("torchrun on b", works)]
             watched = Watch(launchers, hosts, StopSignals(), times, over=lambda: False)
+            agents = {host: Report(host, (Found(1, "agent", "python"),)) for host in seen}
+            watched._take(Answers(agents), fresh=False)
             assert not watched._end_the_rest(10.0) and watched._end_the_rest(10.3) is stopped
             assert watched._stop == (signal.SIGTERM if stopped else 0) and not watched._end_the_rest(11.0)
     finally:

@@ -33,9 +33,9 @@ class Answers:
         return [(host, found) for host, report in self.reports.items() for found in report.processes]
 
     @property
-    def working(self) -> bool:
-        """Whether a rank runs, or an agent that may start some."""
-        return any(found.kind != "launcher" for _, found in self.found)
+    def working(self) -> frozenset[str]:
+        """Hosts where a rank runs, or an agent that may start some."""
+        return frozenset(host for host, found in self.found if found.kind != "launcher")
 
 
 class JobHosts:

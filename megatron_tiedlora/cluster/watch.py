@@ -133,6 +133,7 @@ class Watch:
     _stop: int = 0  # the signal that the ranks are told to stop by, 0 while they work
     _passed_on: int = 0
     _worked: bool = False
+    _working: int = 0  # hosts with ranks or agents, when they were last looked at
     _idle_since: float | None = None  # since when no host has had a rank
     _first_failed_at: float | None = None  # when a launcher of several ended badly
     _ended_at: float | None = None
@@ -157,7 +158,7 @@ class Watch:
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
                         return self._end()
                     urgent = urgent or self._stop != told
-                soon = self._stop or self._ended_at or self._idle_since or self.over()
+                soon = self._stop or self._ended_at or self._idle_since or self._first_failed_at or self.over()
                 if asked is None and (urgent or now - begun > (self.times.soon if soon else self.times.look)):
                     begun, asked = now, pool.submit(self._ask)
                 time.sleep(POLL_SECONDS)
@@ -189,10 +190,13 @@ class Watch:
     def _end_the_rest(self, now: float) -> bool:
         """Whether the ranks are to be told to stop now, since a launcher of several has ended badly some time ago.
 
-        torchrun's other agents have no end of their own then: they start their ranks anew, and wait for its host.
+        torchrun's other agents have no end of their own then: they start their ranks anew, and wait for the one that is
+        gone from its host.
         """
         failed = [launcher for launcher in self.launchers if launcher.process.poll()]
-        if not failed or self._ended_at or self._stop:
+        alive = [launcher for launcher in self.launchers if launcher.process.poll() is None]
+        if not failed or self._working > len(alive) or self._ended_at or self._stop:  # ranks may outlive their ssh
+            self._first_failed_at = None
             return False
         self._first_failed_at = self._first_failed_at or now
         if now - self._first_failed_at < OTHERS_SECONDS:
@@ -210,7 +214,8 @@ class Watch:
         """
         now = time.monotonic()
         self._unreached = dict(answers.unreached)
-        self._worked = self._worked or answers.working or self.over()  # nobody may have looked while it worked
+        self._working = len(answers.working)
+        self._worked = self._worked or bool(answers.working) or self.over()  # nobody may have looked while it worked
         if not self._ended_at:
             self._idle_since = (self._idle_since or now) if self._worked and not answers.working else None
             limit = max(LINGER_SECONDS, UNREACHED_SECONDS) if answers.unreached else LINGER_SECONDS

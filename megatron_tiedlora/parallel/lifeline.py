@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
@@ -119,21 +119,28 @@ class Lifeline:
     def leave_after_main(self, *, limit: float = 10.0) -> None:
         """A good end of all: each leaves when rank 0 does, however long that takes.
 
-        Rank 0 may have files to write, and launchers give the others only so long once the first rank has ended. Rank
-        0, whose end takes the store away, then waits a moment until the others have seen it leave.
+        Rank 0 may have files to write, and launchers give the others only so long once the first rank has ended. It
+        then waits a moment until the others have seen it leave.
 
         Raises:
-            DistError: the run has failed meanwhile.
-            RuntimeError: the store is gone, and rank 0 with it.
+            DistNetworkError: the store is gone, and rank 0 with it.
+            DistError: the run has failed or been stopped meanwhile, for the reason that it gives.
         """
         pause = self.beat_seconds / 20
-        while self.rank and self.store.get(_key(0)).decode() != _LEFT:
-            if reason := self.store.get(_REASON).decode():
-                raise DistError(reason)
-            time.sleep(pause)
-            pause = min(1.5 * pause, self.beat_seconds)
+        try:
+            while self.rank:
+                main = self.store.get(_key(0)).decode()  # before the reason, which a rank that fails gives first
+                if reason := self.store.get(_REASON).decode():
+                    raise DistError(reason.partition(" ")[2])
+                if main == _LEFT:
+                    break
+                time.sleep(pause)
+                pause = min(1.5 * pause, self.beat_seconds)
+        except DistNetworkError:
+            if not self._main_left:  # as the last beat has seen it
+                raise
         self.leave()
-        self._await_others(limit)
+        self.await_others(limit)
 
     def await_main(self, *, limit: float = 5.0) -> None:
         """Wait until rank 0 has left: it has files to write, and launchers end all ranks once the first one has."""
@@ -167,17 +174,17 @@ class Lifeline:
         return self._tell(self._gone_line(silent) if silent else here)
 
     def part(self) -> None:
-        """The last thing that a failing rank does. Rank 0, whose end takes the store away, waits a few beats.
+        """The last thing that a failing rank does. Rank 0 waits a few beats.
 
         By then the others have ended or have read the reason.
         """
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _PARTED)
-            self._await_others(3 * self.beat_seconds)
+            self.await_others(3 * self.beat_seconds)
 
-    def _await_others(self, limit: float) -> None:
-        """Rank 0 waits until all others have ended; nobody else waits."""
+    def await_others(self, limit: float) -> None:
+        """Rank 0, whose end takes the store away, waits until all others have ended; nobody else waits."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:

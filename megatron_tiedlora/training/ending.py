@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch.distributed import DistError
+from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
@@ -139,10 +139,13 @@ class End:
         if self.status:  # a launcher may end all as soon as one has
             self.lifeline.await_main()
             self.lifeline.leave()
+            self.lifeline.await_others(3 * self.lifeline.beat_seconds)
             return
         with self.stop.deferred():  # whether the run is stopped now is for rank 0 to say
             try:
                 self.lifeline.leave_after_main()
+            except DistNetworkError:  # rank 0 was killed
+                raise
             except DistError:
                 self.stop.raise_if_wished()
                 raise
@@ -220,6 +223,7 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
             if rank == 0:
                 end.record("finished", end.reason)
             end.leave()
+            stop.ignore()  # what is decided is not to be changed by a launcher that ends
             leave_process_group()
         except RunStopped as stopped:
             end.stopped(stopped)

@@ -109,7 +109,7 @@ def export(trainer: Trainer) -> list[str]:
 
     Raises:
         UserError: an export that does not compute what the adapter computes.
-        RunStopped: a signal; by now no other rank waits for this one.
+        RunStopped: a signal; the other ranks wait where they are told of it.
     """
     trainer.stop.raise_if_wished()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
