@@ -126,9 +126,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_way_for_log(file: Path) -> None:
-    """Remove what is in the place of a file that is added to: a link would be followed, a pipe waited for."""
+    """Remove a link or a pipe in the place of a file that is added to: one would be followed, the other waited for."""
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(file.lstat().st_mode):
+        mode = file.lstat().st_mode
+        if stat.S_ISLNK(mode) or stat.S_ISFIFO(mode):
             file.unlink()
 
 
