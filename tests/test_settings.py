@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import run_helpers  # noqa: F401  (names the accelerator before DeepSpeed is imported)
+from run_helpers import TRAIN  # also names the accelerator before DeepSpeed is imported
 
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
@@ -277,3 +280,15 @@ def test_json_in_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 1}}')
     monkeypatch.chdir(tmp_path)
     assert load_engine_config("zero2.json", batches=BATCHES, gradient_clipping=1.0).zero_stage == 1
+
+
+def test_a_command_whose_reader_has_ended_ends_without_a_word() -> None:
+    """As in `launch/train.py --dry_run ... | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, TRAIN, "--dry_run", "--model=llama2-7b", "--world_size=2"]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
+import signal
 import sys
 import types
 import typing
@@ -151,6 +153,8 @@ def run_command(
 ) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
+    Where what reads its output has ended, as `head` does, so does the command, without a word and with status 141.
+
     Whatever the user's umask, nothing that the command makes can be written by others.
 
     Args:
@@ -159,6 +163,11 @@ def run_command(
     keep_from_others()
     try:
         status = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        status = 128 + signal.SIGPIPE
     except UserError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -166,3 +175,13 @@ def run_command(
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more; then nothing more goes there."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # a pipe's end tells of this without being asked
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
