@@ -236,10 +236,13 @@ class Slow:
         return call
 
 
-def test_a_peers_address_gets_its_hosts_name(three: Ranks) -> None:
-    address = socket.gethostbyname(HOST)
-    assert three.lines[0].with_names(f"read error [{address}]:36246: reset") == f"read error [{HOST}]:36246: reset"
-    assert three.lines[0].with_names("read error [10.9.8.7]:1") == "read error [10.9.8.7]:1"
+def test_a_peers_address_gets_its_ranks_and_its_hosts_name(three: Ranks) -> None:
+    line, address = three.lines[0], socket.gethostbyname(HOST)
+    found = line.with_names(f"read error [{address}]:36246: reset")
+    assert found == f"read error [one of ranks 0 to 2 on {HOST}]:36246: reset"
+    assert line.with_names("read error [10.9.8.7]:1") == "read error [10.9.8.7]:1"
+    line._hosts, line._addresses = ("a", "b", "c"), ("10.0.0.1", "10.9.8.7", "")
+    assert line.with_names("read error [10.9.8.7]:1") == "read error [rank 1 on b]:1"
 
 
 def test_what_says_no_more_than_that_an_exchange_failed() -> None:

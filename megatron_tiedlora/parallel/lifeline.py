@@ -100,9 +100,11 @@ class Lifeline:
         return self
 
     def with_names(self, text: str) -> str:
-        """A library's words with hosts' names in the place of their addresses, `[ADDRESS]`."""
-        for address, host in zip(self._addresses, self._hosts, strict=True):
-            text = text.replace(f"[{address}]", f"[{host}]") if address else text
+        """A library's words with who is at an address in its place, `[ADDRESS]`: the rank, or those of the host."""
+        for address, host in dict(zip(self._addresses, self._hosts, strict=True)).items():
+            there = [rank for rank, other in enumerate(self._addresses) if other == address]
+            ranks = f"rank {there[0]}" if len(there) == 1 else f"one of ranks {there[0]} to {there[-1]}"
+            text = text.replace(f"[{address}]", f"[{ranks} on {host}]") if address else text
         return text
 
     def leave(self, *, limit: float = 10.0) -> None:
