@@ -239,7 +239,7 @@ class Slow:
 def test_a_peers_address_gets_its_ranks_and_its_hosts_name(three: Ranks) -> None:
     line, address = three.lines[0], socket.gethostbyname(HOST)
     found = line.with_names(f"read error [{address}]:36246: reset")
-    assert found == f"read error [one of ranks 0 to 2 on {HOST}]:36246: reset"
+    assert found == f"read error [one of ranks 0, 1, 2 on {HOST}]:36246: reset"
     assert line.with_names("read error [10.9.8.7]:1") == "read error [10.9.8.7]:1"
     line._hosts, line._addresses = ("a", "b", "c"), ("10.0.0.1", "10.9.8.7", "")
     assert line.with_names("read error [10.9.8.7]:1") == "read error [rank 1 on b]:1"

@@ -158,7 +158,7 @@ class Watch:
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
                         return self._end()
                     urgent = urgent or self._stop != told
-                soon = self._stop or self._ended_at or self._idle_since or self._first_failed_at or self.over()
+                soon = self._stop or self._ended_at or self._idle_since or self.over() or any(self._failed)
                 if asked is None and (urgent or now - begun > (self.times.soon if soon else self.times.look)):
                     begun, asked = now, pool.submit(self._ask)
                 time.sleep(POLL_SECONDS)
@@ -187,13 +187,18 @@ class Watch:
             self._in_a_hurry, self._deadline = True, 0.0
         return first
 
+    @property
+    def _failed(self) -> list[Launcher]:
+        """Launchers that have ended badly."""
+        return [launcher for launcher in self.launchers if launcher.process.poll()]
+
     def _end_the_rest(self, now: float) -> bool:
         """Whether the ranks are to be told to stop now, since a launcher of several has ended badly some time ago.
 
         torchrun's other agents have no end of their own then: they start their ranks anew, and wait for the one that is
         gone from its host.
         """
-        failed = [launcher for launcher in self.launchers if launcher.process.poll()]
+        failed = self._failed
         alive = [launcher for launcher in self.launchers if launcher.process.poll() is None]
         if not failed or self._working > len(alive) or self._ended_at or self._stop:  # ranks may outlive their ssh
             self._first_failed_at = None
@@ -271,6 +276,5 @@ class Watch:
                 launcher.process.wait(HELPER_SECONDS)
         for name, reason in self._unreached.items():
             say(f"{name} cannot be reached ({reason}); what ran there may still run")
-        failed = [launcher for launcher in self.launchers if launcher.process.returncode]
-        first = (failed or list(self.launchers))[0]
+        first = (self._failed or list(self.launchers))[0]
         return Ended(first.name, first.process.returncode or 0, self._passed_on)

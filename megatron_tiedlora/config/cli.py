@@ -153,7 +153,8 @@ def run_command(
 ) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
-    Where what reads its output has ended, as `head` does, so does the command, without a word and with status 141.
+    Where what reads its output has ended, as `head` does, so does the command, without a word, and with status 141 if
+    it had no other end.
 
     Whatever the user's umask, nothing that the command makes can be written by others.
 
@@ -161,9 +162,11 @@ def run_command(
         speaks: whether to print the line; another rank on this host may have said it.
     """
     keep_from_others()
+    status: Any
     try:
         status = main(argv)
-        sys.stdout.flush()
+    except SystemExit as end:
+        status = end.code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -174,14 +177,22 @@ def run_command(
         status = 2
     except KeyboardInterrupt:
         status = 130
+    if _reader_is_gone():
+        status = status or 128 + signal.SIGPIPE
     sys.exit(status)
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more; then nothing more goes there."""
-    output = select.poll()
-    output.register(sys.stdout, 0)  # a pipe's end tells of this without being asked
-    if not output.poll(0):
+    """Whether nobody reads standard output any more, which is then flushed; what is left of it goes nowhere."""
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:  # closed by who started this, or another stream
         return False
+    try:
+        sys.stdout.flush()
+        output = select.poll()
+        output.register(sys.stdout, 0)  # a pipe's end tells of this without being asked
+        if not output.poll(0):
+            return False
+    except BrokenPipeError:
+        pass
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True

@@ -103,7 +103,7 @@ class Lifeline:
         """A library's words with who is at an address in its place, `[ADDRESS]`: the rank, or those of the host."""
         for address, host in dict(zip(self._addresses, self._hosts, strict=True)).items():
             there = [rank for rank, other in enumerate(self._addresses) if other == address]
-            ranks = f"rank {there[0]}" if len(there) == 1 else f"one of ranks {there[0]} to {there[-1]}"
+            ranks = f"rank {there[0]}" if len(there) == 1 else f"one of ranks {', '.join(map(str, there))}"
             text = text.replace(f"[{address}]", f"[{ranks} on {host}]") if address else text
         return text
 
@@ -138,8 +138,10 @@ class Lifeline:
                     break
                 time.sleep(pause)
                 pause = min(1.5 * pause, self.beat_seconds)
-        except DistNetworkError:
-            if not self._main_left:  # as the last beat has seen it
+        except DistNetworkError:  # what the last beat has seen holds
+            if self._reason:
+                raise DistError(self._reason) from None
+            if not self._main_left:
                 raise
         self.leave()
         self.await_others(limit)
