@@ -184,15 +184,15 @@ def run_command(
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads standard output any more, which is then flushed; what is left of it goes nowhere."""
-    if sys.stdout is None or sys.stdout is not sys.__stdout__:  # closed by who started this, or another stream
+    output, poll = sys.__stdout__, select.poll()
+    if output is None or sys.stdout is not output:  # closed by who started this, or another stream
         return False
     try:
-        sys.stdout.flush()
-        output = select.poll()
-        output.register(sys.stdout, 0)  # a pipe's end tells of this without being asked
-        if not output.poll(0):
+        output.flush()
+        poll.register(output, 0)  # a pipe's end tells of this without being asked
+        if not poll.poll(0):
             return False
     except BrokenPipeError:
         pass
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
     return True
