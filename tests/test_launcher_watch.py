@@ -315,7 +315,9 @@ def test_a_job_does_not_go_on_when_its_watcher_is_killed(start: Launch, tmp_path
         watcher.wait()
     gone, _ = psutil.wait_procs(launchers, timeout=10)
     assert len(gone) == len(launchers)
-    os.kill(int((folder / "runs").read_text()), signal.SIGKILL)
+    rank = psutil.Process(int((folder / "runs").read_text()))
+    rank.kill()
+    psutil.wait_procs([rank], timeout=10)  # not our child, and not at once
 
 
 # Before the start -----------------------------------------------------------------------------------------------------
