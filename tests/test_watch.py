@@ -60,9 +60,13 @@ def test_where_one_of_several_launchers_has_failed_the_others_are_stopped(
             launchers = [Launcher("torchrun on a", first), Launcher("torchrun on b", works)]
             watched = Watch(launchers, hosts, StopSignals(), times, over=lambda: False)
             agents = {host: Report(host, (Found(1, "agent", "python"),)) for host in seen}
-            watched._take(Answers(agents), fresh=False)
-            assert not watched._end_the_rest(10.0) and watched._end_the_rest(10.3) is stopped
-            assert watched._stop == (signal.SIGTERM if stopped else 0) and not watched._end_the_rest(11.0)
+            begun = time.monotonic()
+            assert not watched._end_the_rest(begun)
+            time.sleep(0.15)
+            watched._see(Answers({**agents, "a": Report("a", (Found(1, "agent", "python"),))}), begun=begun - 1.0)
+            watched._see(Answers(agents), begun=begun)
+            assert watched._end_the_rest(begun + 0.25) is stopped
+            assert watched._stop == (signal.SIGTERM if stopped else 0)
     finally:
         works.kill()
         works.wait()

@@ -133,9 +133,8 @@ class Watch:
     _stop: int = 0  # the signal that the ranks are told to stop by, 0 while they work
     _passed_on: int = 0
     _worked: bool = False
-    _working: int = 0  # hosts with ranks or agents, when they were last looked at
     _idle_since: float | None = None  # since when no host has had a rank
-    _first_failed_at: float | None = None  # when a launcher of several ended badly
+    _first_failed_at: float | None = None  # when a launcher of several ended badly, or its host was seen at work since
     _ended_at: float | None = None
     _deadline: float = float("inf")  # until when what is left has time
     _in_a_hurry: bool = False
@@ -155,6 +154,7 @@ class Watch:
                 urgent = self._end_the_rest(now) or urgent
                 if asked is not None and asked.done():
                     answers, asked, told = asked.result(), None, self._stop
+                    self._see(answers, begun=begun)
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
                         return self._end()
                     urgent = urgent or self._stop != told
@@ -199,9 +199,7 @@ class Watch:
         gone from its host.
         """
         failed = self._failed
-        alive = [launcher for launcher in self.launchers if launcher.process.poll() is None]
-        if not failed or self._working > len(alive) or self._ended_at or self._stop:  # ranks may outlive their ssh
-            self._first_failed_at = None
+        if not failed or self._ended_at or self._stop:
             return False
         self._first_failed_at = self._first_failed_at or now
         if now - self._first_failed_at < OTHERS_SECONDS:
@@ -211,6 +209,12 @@ class Watch:
         self._stop = signal.SIGTERM
         return True
 
+    def _see(self, answers: Answers, *, begun: float) -> None:
+        """Count anew where more hosts work than launchers live: agents and ranks may outlive their ssh."""
+        alive = [launcher for launcher in self.launchers if launcher.process.poll() is None]
+        if self._first_failed_at and begun >= self._first_failed_at and len(answers.working) > len(alive):
+            self._first_failed_at = time.monotonic()
+
     def _take(self, answers: Answers, *, fresh: bool) -> bool:
         """Draw the conclusions of a look; whether all is over.
 
@@ -219,7 +223,6 @@ class Watch:
         """
         now = time.monotonic()
         self._unreached = dict(answers.unreached)
-        self._working = len(answers.working)
         self._worked = self._worked or bool(answers.working) or self.over()  # nobody may have looked while it worked
         if not self._ended_at:
             self._idle_since = (self._idle_since or now) if self._worked and not answers.working else None
