@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_faults import TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
+from cluster_faults import END_LIMIT, TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
 from cluster_routes import ROUTES, needed
 from cluster_site import Site, opened_site
 from fake_hosts import FakeCluster
@@ -95,7 +95,8 @@ def check_fault(
         site.cluster.first.mount_private(folder.parent, size="2m")
     job = ROUTES[route](replace(site.task(folder, LAYOUT, work=tmp_path, prelude=prelude, **changes), options=options))
     wait_for_step(job, 3)
-    outcome = suffer(job, fault)
+    # With restarts run.py waits 45 s for a lost agent, and asks the hosts several times, each for some seconds.
+    outcome = suffer(job, fault, limit=2 * END_LIMIT if changes.get("resume") else END_LIMIT)
     print(outcome.row(route, fault))
     said = f"{outcome}\n{job.output()[-6000:]}"
     assert outcome.over is not None and outcome.told is not None and not outcome.left, said

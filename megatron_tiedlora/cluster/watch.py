@@ -158,7 +158,7 @@ class Watch:
                     if self._take(answers, fresh=self._ended_at is not None and begun >= self._ended_at):
                         return self._end()
                     urgent = urgent or self._stop != told
-                soon = self._stop or self._ended_at or self._idle_since or self.over() or any(self._failed)
+                soon = self._stop or self._ended_at or self._idle_since or self.over()
                 if asked is None and (urgent or now - begun > (self.times.soon if soon else self.times.look)):
                     begun, asked = now, pool.submit(self._ask)
                 time.sleep(POLL_SECONDS)
