@@ -27,8 +27,8 @@ from megatron_tiedlora.config.errors import UserError
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left
-OTHERS_SECONDS = 45.0  # for ranks to notice that those of another launcher are gone, and to end
 UNREACHED_SECONDS = 300.0  # the same, while a host that may have ranks gives no answer
+OTHERS_SECONDS = 45.0  # for ranks to notice that those of another launcher are gone, and to end
 HELPER_SECONDS = 10.0  # for what is no rank, and on SIGTERM for all, before SIGKILL
 LAST_LOOKS = 3  # after SIGKILL
 

@@ -118,7 +118,7 @@ class Lifeline:
         with suppress(RuntimeError):
             self.store.set(_key(self.rank), _LEFT)
 
-    def leave_after_main(self, *, limit: float = 10.0) -> None:
+    def leave_after_main(self) -> None:
         """A good end of all: each leaves when rank 0 does, however long that takes.
 
         Rank 0 may have files to write, and launchers give the others only so long once the first rank has ended. It
@@ -133,7 +133,7 @@ class Lifeline:
             while self.rank:
                 main = self.store.get(_key(0)).decode()  # before the reason, which a rank that fails gives first
                 if reason := self.store.get(_REASON).decode():
-                    raise DistError(reason.partition(" ")[2])
+                    raise DistError(_line(reason))
                 if main == _LEFT:
                     break
                 time.sleep(pause)
@@ -144,7 +144,7 @@ class Lifeline:
             if not self._main_left:
                 raise
         self.leave()
-        self.await_others(limit)
+        self.await_others(beats=10)
 
     def await_main(self, *, limit: float = 5.0) -> None:
         """Wait until rank 0 has left: it has files to write, and launchers end all ranks once the first one has."""
@@ -185,11 +185,11 @@ class Lifeline:
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _PARTED)
-            self.await_others(3 * self.beat_seconds)
+            self.await_others()
 
-    def await_others(self, limit: float) -> None:
+    def await_others(self, *, beats: int = 3) -> None:
         """Rank 0, whose end takes the store away, waits until all others have ended; nobody else waits."""
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
                 if all(_ended(beat) for rank, beat in self._beats().items() if rank not in self._lost):
@@ -203,7 +203,7 @@ class Lifeline:
             said = self.store.compare_set(_REASON, "", mine).decode()
         except RuntimeError:  # the store is gone, and rank 0 with it
             return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
-        return Loss(said.partition(" ")[2], said == mine)
+        return Loss(_line(said), said == mine)
 
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if self._hosts else socket.gethostname()
@@ -242,7 +242,7 @@ class Lifeline:
                 if self.rank:
                     self._lost = self._silent(heard, {0: main}).union(json.loads(lost)) - {self.rank}
                 self._unanswered = 0
-                self._main_left, self._reason = main == _LEFT, reason.partition(" ")[2]
+                self._main_left, self._reason = main == _LEFT, _line(reason)
             except RuntimeError:  # no answer: `_watch` counts
                 continue
 
@@ -314,6 +314,11 @@ def _own_address() -> str:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return ""
+
+
+def _line(reason: str) -> str:
+    """What stands behind the number of the rank that gave a reason (`Lifeline._tell`)."""
+    return reason.partition(" ")[2]
 
 
 def _ended(beat: str) -> bool:

@@ -139,7 +139,7 @@ class End:
         if self.status:  # a launcher may end all as soon as one has
             self.lifeline.await_main()
             self.lifeline.leave()
-            self.lifeline.await_others(3 * self.lifeline.beat_seconds)
+            self.lifeline.await_others()
             return
         with self.stop.deferred():  # whether the run is stopped now is for rank 0 to say
             try:
