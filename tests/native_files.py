@@ -9,8 +9,9 @@ from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.families.llama import weight_rules
 

@@ -138,7 +138,7 @@ def _save_and_die(folder: Path, event: int) -> None:
 def save_a_checkpoint(folder: Path, step: int) -> None:
     """Save small values that depend on `step`; the best is that of step 2."""
     from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, start_values
-    from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity
+    from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
     from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 
     config = make_adapter_config("tl6", rank=2, layers=(1, 2), hidden_size=8, qkv_rows=(8, 4, 4), seed=step)
