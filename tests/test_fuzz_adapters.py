@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
     Checkpoint,
     Progress,
-    latest_checkpoint,
+    find_newest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -131,8 +131,8 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(native: NativeAdapte
         except UserError as error:
             assert str(error).isprintable()
         else:
-            again = latest_checkpoint(mine / "checkpoints")
-            assert again is not None and load_checkpoint(again).progress == loaded.progress
+            again = find_newest_checkpoint(mine / "checkpoints")
+            assert again is not None and again.progress == loaded.progress
         assert {name: found for name, found in tree(area).items() if name.split("/")[0] != "mine"} == before
 
     explore(examples, body)
@@ -154,7 +154,13 @@ def test_latest_names_a_checkpoint_beside_it_and_nothing_else(
 ) -> None:
     checkpoints = write_run(area / "run", native).checkpoints
     (checkpoints / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = outcome(lambda: latest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
+    found = outcome(lambda: find_newest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
+    assert isinstance(found, Checkpoint) and found.folder == checkpoints / "step_4"  # and never a start at step 0
+    (note,) = found.notes
+    assert note.startswith(str(checkpoints / "latest")) and note.isprintable()
+    for step in (2, 4):
+        shutil.rmtree(checkpoints / f"step_{step}")
+    found = outcome(lambda: find_newest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
     assert isinstance(found, UserError)
 
 

@@ -136,17 +136,17 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Give the folder back; folders that were made for it are removed where they are empty."""
+        """Give the folder back, unless a child still holds the lock; folders that were made are removed where empty."""
         if self._over.is_set():
             return
         self._over.set()
         self._thread.join()
-        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder):
-            token = read_token(self.owner.folder)
-            if token is not None and token.start == self.owner.start:
-                _remove_marks(self.owner.folder)
-                (self.owner.folder / OWNER_FILE).unlink(missing_ok=True)
         os.close(self.descriptor)
+        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder):
+            token, file = read_token(self.owner.folder), self.owner.folder / OWNER_FILE
+            if token is not None and token.start == self.owner.start and _is_unlocked(file) is not False:
+                _remove_marks(self.owner.folder)
+                file.unlink(missing_ok=True)
         for made in self._made:
             try:
                 made.rmdir()
