@@ -22,6 +22,7 @@ from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.parallel.messages import SentTensor
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,7 +38,7 @@ class NativeAdapter:
 
     config: AdapterConfig
     base: BaseIdentity
-    state: Mapping[str, torch.Tensor]
+    state: Mapping[str, SentTensor]
 
     def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
         """`base_identity.check_same_base` of the base that this adapter was trained on, and `other`."""

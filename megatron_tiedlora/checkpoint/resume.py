@@ -39,6 +39,7 @@ from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object
 from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.parallel.messages import SentTensor
 from megatron_tiedlora.pipeline.engine_state import MOMENTS
 
 STATE_FILE = "trainer_state.safetensors"
@@ -81,7 +82,7 @@ class Checkpoint:
     folder: Path
     progress: Progress
     adapter: NativeAdapter
-    moments: Mapping[str, torch.Tensor]
+    moments: Mapping[str, SentTensor]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 

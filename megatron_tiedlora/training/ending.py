@@ -115,7 +115,7 @@ class End:
         def digest() -> str:
             return hashlib.sha256(folder.settings.read_bytes()).hexdigest() if folder.is_run else ""
 
-        if decided_by_rank_0(digest, device) == digest():
+        if decided_by_rank_0(digest, device, kind=str) == digest():
             self.folder = folder
             with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))

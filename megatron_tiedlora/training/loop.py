@@ -267,9 +267,8 @@ class Trainer:
             agree=self.agree,
             progress=self.is_main,
         )
-        scores = decided_by_rank_0(lambda: score_answers(scored.task.metrics, answers or []), self.device)
-        assert isinstance(scores, dict)
-        return scores
+        names = scored.task.metrics
+        return decided_by_rank_0(lambda: score_answers(names, answers or []), self.device, kind=dict[str, Score])
 
     def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
         if not math.isfinite(loss):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -61,8 +60,7 @@ def open_run_folder(plan: RunPlan, device: torch.device, *, keep: Callable[[Call
             remove_leftovers(path, guard=folder.guard)
         return str(folder.path), lock.owner.start
 
-    taken: Any = decided_by_rank_0(take, device)
-    path, start = taken
+    path, start = decided_by_rank_0(take, device, kind=tuple[str, str])
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
@@ -106,9 +104,7 @@ def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: tor
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    checkpoint = decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device)
-    assert checkpoint is None or isinstance(checkpoint, Checkpoint)
-    return checkpoint
+    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device, kind=Checkpoint | None)
 
 
 def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
