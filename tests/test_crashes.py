@@ -41,12 +41,13 @@ def test_an_evaluation_done_again_is_logged_once(base: Base, tmp_path: Path) -> 
     """Stopped while step 4 is evaluated; evaluated after the resume, no improvement; then killed before a save."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     script = partial(scripted_validation, WORSE_AFTER_TWO)
-    run(base, whole, save_interval=100, prelude=script)
-    run(base, folder, save_interval=100, prelude=_stop_in_second_evaluation, expect=143)
+    few = {"save_interval": 100, "keep_checkpoints": 1}
+    run(base, whole, **few, prelude=script)
+    run(base, folder, **few, prelude=_stop_in_second_evaluation, expect=143)
     assert losses(folder, "validation") == [(0, 10.0), (2, 3.0)] and checkpoint_names(folder) == {"step_2", "step_4"}
-    run(base, folder, save_interval=100, resume="auto", prelude=_killed_at_six, expect=-signal.SIGKILL)
+    run(base, folder, **few, resume="auto", prelude=_killed_at_six, expect=-signal.SIGKILL)
     assert [step for step, _ in losses(folder, "validation")] == [0, 2, 4]
-    run(base, folder, save_interval=100, resume="auto", prelude=script)
+    run(base, folder, **few, resume="auto", prelude=script)
     assert_same_run(folder, whole)
 
 

@@ -202,7 +202,7 @@ Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.mod
         ({f"{Q1}.lora_A.weight": torch.ones(3, 64)}, r"\S* has shape \(3, 64\), but r and .* make it \(3, 32\)"),
         ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but r and .* make it \(48, 3\)"),
         ({f"{Q1}.lora_B.weight": torch.full((48, 3), torch.inf)}, r"\S* holds numbers that are not finite"),
-        ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is int8, not floating point"),
+        ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is I8, not floating point"),
         ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, k_proj, v_proj"),
         ({f"{LAYERS}.0.self_attn.o_proj.lora_A.weight": torch.ones(3, 48)}, r"\S*o_proj\S* is not a LoRA factor"),
         ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is of layer 3, but .* 0 to 2; give"),

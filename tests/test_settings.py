@@ -21,7 +21,8 @@ from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAU
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
-    "run": "config ds_config output_dir seed resume dry_run world_size timeout_minutes",
+    "run": "config ds_config output_dir seed resume dry_run world_size timeout_minutes keep_checkpoints take_over"
+    " base_differs",
     "model": "model tokenizer dtype max_length",
     "adapter": "method rank alpha layers init_std_a init_std_b",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",

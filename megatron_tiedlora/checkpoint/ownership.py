@@ -250,7 +250,7 @@ def _refuse_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
         now: time of change of a file that was just written there, since clocks of hosts differ.
     """
     token, free = read_token(folder), _is_unlocked(folder / OWNER_FILE)
-    if token is not None and free and token.machine == _machine():
+    if token is not None and _is_dead(folder, token):
         return
     try:
         renewed = (folder / OWNER_FILE).stat().st_mtime
@@ -261,6 +261,17 @@ def _refuse_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
         return
     who = "another start" if token is None else f"{token} since {token.time}"
     raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, now - renewed):.0f} s ago); {hint}")
+
+
+def _is_dead(folder: Path, token: Token) -> bool:
+    """Whether the owner died on this machine."""
+    return token.machine == _machine() and _is_unlocked(folder / OWNER_FILE) is True
+
+
+def owner_in_words(folder: Path) -> str | None:
+    """Who owns the folder and since when; None where nobody does that is not known to be dead."""
+    token = read_token(folder)
+    return None if token is None or _is_dead(folder, token) else f"{token} since {token.time}"
 
 
 def read_token(folder: Path) -> Token | None:

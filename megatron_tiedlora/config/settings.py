@@ -76,6 +76,9 @@ class Settings(CommandSettings):
     resume: str = setting_field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
     )
+    keep_checkpoints: int = setting_field(
+        "run", "checkpoints to keep: the newest ones, and the best beside them", 3, ge=1
+    )
     take_over: bool = setting_field(
         "run", "with --resume: take the run folder from a start that still has it, which can then change nothing", False
     )
@@ -185,9 +188,6 @@ class Settings(CommandSettings):
     )
     save_interval: int = setting_field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
     save_interval_minutes: float | None = optional_field("optimisation", "also save when this long has passed", gt=0)
-    keep_checkpoints: int = setting_field(
-        "optimisation", "checkpoints to keep: the newest ones, and the best beside them", 3, ge=1
-    )
 
     @classmethod
     def default_text(cls, name: str) -> str:

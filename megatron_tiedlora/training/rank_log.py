@@ -58,14 +58,10 @@ class _Tee:
 
 
 class RankLog:
-    """Where a rank's output goes: the screen until `kept` opens its file.
-
-    Attributes:
-        file: the log, once there is one.
-    """
+    """Where a rank's output goes: the screen until `kept` opens its file."""
 
     def __init__(self) -> None:
-        self.file: Path | None = None
+        self._log: TextIO | None = None
         self._screen: TextIO | None = None  # of a rank whose output goes to its log alone
 
     @contextmanager
@@ -89,7 +85,7 @@ class RankLog:
         except (OSError, UserError):
             yield
             return
-        self.file = file
+        self._log = log
         with log, self._teed(log) if rank == 0 else self._moved(log):
             yield
 
@@ -103,9 +99,9 @@ class RankLog:
 
     def note(self, text: str) -> None:
         """Keep `text` in the log alone; where there is none it is lost."""
-        if self.file is not None:
-            with suppress(OSError), self.file.open("a", encoding="utf-8") as log:
-                log.write(f"{text}\n")
+        if self._log is not None:
+            with suppress(OSError, ValueError):  # closed already
+                self._log.write(f"{text}\n")
 
     @contextmanager
     def _teed(self, log: TextIO) -> Iterator[None]:

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_tiedlora.checkpoint.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import check_place, refuse_links
-from megatron_tiedlora.checkpoint.ownership import FolderLock, Owner, is_of_owner, take_folder
+from megatron_tiedlora.checkpoint.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
@@ -157,7 +157,8 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
         files = folder.path.iterdir() if folder.path.is_dir() else ()
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
         if foreign or (resume == "none" and folder.is_run):
-            what = "the run of an earlier start" if folder.is_run else "other files"
+            owner = owner_in_words(folder.path)
+            what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
             raise UserError(
                 f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to continue a run"
             )
@@ -202,6 +203,8 @@ class MetricsLog:
         """
         self._folder.guard()
         try:
+            if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
+                raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
             if self._stream.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
