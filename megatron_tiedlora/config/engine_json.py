@@ -156,6 +156,12 @@ def _check_switches(path: Path, content: Mapping[str, Any]) -> None:
         value = content.get(key, "auto")
         if value != "auto" and type(value) not in kinds:
             raise UserError(f"{path}: {key} is {shown(value)}, expected {expected}")
+    profile = content.get("flops_profiler", {})
+    if profile != "auto" and profile.get("output_file") is not None:  # DeepSpeed overwrites whatever is there
+        raise UserError(
+            f"{path}: flops_profiler.output_file is {shown(profile['output_file'])}; drop it: the profile is printed,"
+            " and rank 0's is kept in the run's logs/"
+        )
 
 
 def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
@@ -170,11 +176,24 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: unknown key zero_optimization.{key}{nearest_name(key, names)}")
     if type(zero.get("stage", 0)) is not int:
         raise UserError(f"{path}: zero_optimization.stage is {shown(zero['stage'])}, expected 0 to 3")
+    for section in ("offload_optimizer", "offload_param"):
+        offload = zero.get(section)
+        if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
+            # It makes folders at that path and removes what stands in them.
+            raise UserError(
+                f"{path}: zero_optimization.{section} writes outside of the run (device \"nvme\" or nvme_path); use"
+                ' "device": "cpu" without nvme_path'
+            )
     try:
-        DeepSpeedZeroConfig(**zero)
+        checked = DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg']}") from None
     except Exception as error:  # DeepSpeed's own checks fail in any way on values of a kind that they do not expect
         raise UserError(f"{path}: zero_optimization cannot be read ({type(error).__name__}: {error})") from None
+    if checked.allgather_bucket_size <= 0:  # DeepSpeed takes it, and divides by it
+        raise UserError(
+            f"{path}: zero_optimization.allgather_bucket_size is {shown(zero['allgather_bucket_size'])}; give a number"
+            " of elements above 0, such as 500000000"
+        )

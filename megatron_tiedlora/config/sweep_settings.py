@@ -6,6 +6,8 @@ Owns how the two sets of names share a command line and a YAML file, and which t
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +30,14 @@ from megatron_tiedlora.config.settings import METHOD_NAMES, Settings, make_setti
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: what it was started with
+# Flags of the `deepspeed` launcher that a file may give, with a NUL after each word: they choose among the devices and
+# hosts that are there. Any other flag could start what the file's author likes, or start it elsewhere.
+_FROM_FILE = re.compile(
+    r"(--(num_gpus|num_accelerators|num_nodes|master_port)[=\0]\d{1,6}\0"
+    r"|(--(include|exclude)[=\0]|-[ie]\0)[\w.][\w.:,@-]*\0"
+    r"|--bind_cores_to_rank\0|--bind_core_list[=\0]\d[\d,-]*\0)*",
+    re.ASCII,
+)
 # What a user cannot give to the runs of a sweep, and what to give in its place.
 DECIDED_BY_SWEEP = {
     "method": "the sweep trains those of --methods",
@@ -80,7 +90,9 @@ class SweepSettings(CommandSettings):
     )
 
     launcher_args: str | None = optional_field(
-        "processes", 'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"'
+        "processes",
+        'arguments of the deepspeed launcher, e.g. "--num_gpus 4" or "--hostfile hosts"; of those in a file only the'
+        " choice of devices counts",
     )
     gpus_per_run: int | None = optional_field(
         "processes", "run several at once, each on so many GPUs of this machine", ge=1
@@ -138,6 +150,11 @@ def names_port(launcher: Sequence[str]) -> bool:
     return any(word.split("=")[0] == "--master_port" for word in launcher)
 
 
+def may_come_from_file(launcher: Sequence[str]) -> bool:
+    """Whether launcher arguments only choose devices, so that it does not matter who wrote them."""
+    return _FROM_FILE.fullmatch("".join(f"{word}\0" for word in launcher)) is not None
+
+
 @dataclass(frozen=True)
 class SweepCommand:
     """A start of launch/sweep.py.
@@ -177,6 +194,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     if "tables_from" in merged and len(merged) > 2:
         other = next(name for name in merged if name not in ("tables_from", "output_dir"))
         raise UserError(f"--{other} does not go with --tables_from, which reads sweeps that are there")
+    source = config
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
     if "output_dir" in merged and "tables_from" not in merged and started.is_file():
@@ -184,9 +202,16 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         # GPUs by run go with neither of the other two: where one side is given now, it replaces the other.
         shared = ("launcher_args", "runs_at_once")
         replaced = shared if "gpus_per_run" in merged else ("gpus_per_run",) if {*shared} & merged.keys() else ()
+        source = source if "launcher_args" in merged else str(started)
         merged = {**{name: value for name, value in before.items() if name not in replaced}, **merged}
     with naming_file(config, read.keys() - values.keys()):
-        return make_command(merged)
+        command = make_command(merged)
+    if "launcher_args" not in values and not may_come_from_file(shlex.split(command.settings.launcher_args or "")):
+        raise UserError(
+            f"{source}: its launcher_args are not taken from a file, which may be another user's ("
+            f"{command.settings.launcher_args}); give --launcher_args again on the command line"
+        )
+    return command
 
 
 def make_command(values: Mapping[str, Any]) -> SweepCommand:

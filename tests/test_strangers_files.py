@@ -1,0 +1,117 @@
+"""Files that came from somebody else: what they name is not run, read, overwritten or printed raw."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sweep_runs import LAUNCH, study_arguments, write_study_base
+
+from megatron_tiedlora.config.batch import plan_batches
+from megatron_tiedlora.config.engine_json import load_engine_config
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+
+
+def refused(path: Path, zero: Any = None, **sections: Any) -> str:
+    file = path / "engine.json"
+    file.write_text(json.dumps({**sections, "zero_optimization": {"stage": 3, **(zero or {})}}))
+    with pytest.raises(UserError) as caught:
+        load_engine_config(str(file), batches=plan_batches(8, 2, 2), gradient_clipping=0.5)
+    return str(caught.value)
+
+
+# The DeepSpeed JSON -----------------------------------------------------------------------------------------------
+
+
+def test_a_deepspeed_json_names_no_output_file(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    said = refused(tmp_path, flops_profiler={"enabled": True, "output_file": str(notes)})
+    assert "engine.json: flops_profiler.output_file is" in said and "drop it" in said
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize(
+    "offload",
+    [{"device": "nvme"}, {"device": "nvme", "nvme_path": "/"}, {"device": "cpu", "nvme_path": "/"}],
+)
+def test_a_deepspeed_json_names_no_folder_for_swapping(tmp_path: Path, section: str, offload: dict[str, str]) -> None:
+    """DeepSpeed removes what is in it."""
+    said = refused(tmp_path, {section: offload})
+    assert f"zero_optimization.{section} writes outside of the run" in said and '"device": "cpu"' in said
+
+
+# A study's folder and settings -------------------------------------------------------------------------------------
+
+SHELL = "--no_python --no_local_rank /bin/sh -c 'id > {}; exit 1' --"
+
+
+def start_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, LAUNCH / "sweep.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False)
+
+
+def test_launcher_arguments_of_a_strangers_study_start_nothing(tmp_path: Path) -> None:
+    """As in a study that was sent, whose folder alone continues it."""
+    harm = tmp_path / "harm"
+    base, test = write_study_base(tmp_path / "base")
+    arguments = study_arguments(base, test, tmp_path / "study")
+    given = {word[2:].split("=")[0]: word.split("=", 1)[1] for word in arguments}
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "sweep.yaml").write_text(yaml.safe_dump({**given, "launcher_args": SHELL.format(harm)}))
+    done = start_sweep(tmp_path, "--output_dir=study")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error: study/sweep.yaml: its launcher_args are not taken from a file")
+    assert "give --launcher_args again on the command line" in done.stderr
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**given, "launcher_args": SHELL.format(harm)}))
+    done = start_sweep(tmp_path, "--output_dir=new", "--config=mine.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: mine.yaml: its")
+    assert not harm.exists() and not (tmp_path / "new").exists()
+    assert [item.name for item in (tmp_path / "study").iterdir()] == ["sweep.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ("--num_gpus 4", True),
+        ("--num_gpus=4 --master_port 29501 --num_nodes=2", True),
+        ("--include localhost:0,1 -e worker-1@worker-2:3 --bind_cores_to_rank --bind_core_list 0-3,5", True),
+        ("", True),
+        ("--num_gpus 4 train.py", False),
+        ("train.py --num_gpus 4", False),
+        ("--num_gpus --module", False),
+        ("'--num_gpus 4'", False),
+        ("--num_gpu 4", False),
+        ("--incl localhost:0", False),
+        ("-ilocalhost:0", False),
+        ("--include -x", False),
+        ("--include 'a;id'", False),
+        ("--num_gpus ４", False),
+        ("--num_gpus", False),
+        ("-- x", False),
+        *((f"{flag} x", False) for flag in ("--hostfile", "-H", "--launcher", "--launcher_args", "--master_addr")),
+        *((f"{flag} x", False) for flag in ("--venv_script", "--enable_each_rank_log", "--autotuning", "--ssh_port")),
+        *((flag, False) for flag in ("--module", "--no_python", "--no_local_rank", "--save_pid", "--force_multi")),
+    ],
+)
+def test_launcher_arguments_that_a_file_may_give(tmp_path: Path, words: str, taken: bool) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"output_dir": "x", "launcher_args": words}))
+    assert parse_sweep([f"--config={tmp_path}/s.yaml", "--launcher_args=--module"]).settings.launcher_args == "--module"
+    assert parse_sweep([f"--config={tmp_path}/s.yaml", f"--launcher_args={words}"]).settings.launcher_args == words
+    if taken:
+        assert parse_sweep([f"--config={tmp_path}/s.yaml"]).settings.launcher_args == words
+        return
+    with pytest.raises(UserError, match=r"s\.yaml: its launcher_args are not taken from a file"):
+        parse_sweep([f"--config={tmp_path}/s.yaml"])
+
+
+def test_run_py_takes_no_launcher_arguments_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("launcher_args: --no_python\n")
+    with pytest.raises(UserError, match="unknown setting 'launcher_args'"):
+        parse_launch([f"--config={tmp_path}/s.yaml"])
