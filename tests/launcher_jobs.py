@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,27 @@ from pathlib import Path
 rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
 given = {"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
 Path(__file__).with_name(f"given-{rank}.json").write_text(json.dumps(given))
+"""
+
+
+# As the real one: the words after the host are joined, and the host's shell makes of them what it does.
+SSH = """#!/bin/sh
+until [ "$1" = node1 ] || [ "$1" = node2 ]; do shift; done
+shift
+exec env -i HOME="$HOME" SHELL=/bin/sh PATH=/usr/bin:/bin sh -c "$*"
+"""
+# What pdsh does with the words of its command, for where it is not installed.
+PDSH = f"""#!{sys.executable}
+import re, subprocess, sys
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+command = words[words.index("-w") + 2 :]
+for number, host in enumerate(hosts):
+    values = {{"%h": host, "%n": str(number), "%u": "user", "%%": "%"}}
+    text = " ".join(re.sub("%[hnu%]", lambda found: values[found[0]], word) for word in command)
+    done = subprocess.run(["ssh", host, text])
+    if done.returncode:
+        sys.exit(done.returncode)
 """
 
 
@@ -50,6 +73,15 @@ def write_program(folder: Path, name: str, text: str) -> Path:
     file.write_text(text)
     file.chmod(0o755)
     return file
+
+
+def hosts_here(folder: Path) -> dict[str, str]:
+    """An environment in which node1 and node2 are this machine, and `folder` is the home."""
+    write_program(folder / "programs", "ssh", SSH)
+    if shutil.which("pdsh") is None:
+        write_program(folder / "programs", "pdsh", PDSH)
+    path = f"{folder / 'programs'}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "HOME": str(folder)}
 
 
 def start(plan: StartPlan, folder: Path, *, limit: float = 120.0) -> str:

@@ -259,6 +259,7 @@ def test_a_wait_longer_than_the_clocks_hold_is_refused(name: str) -> None:
     ("line", "found"),
     [
         ("python -u -m torch.distributed.run --nnodes 2 train.py", True),
+        ("python -P -m torch.distributed.run --nnodes 2 train.py", True),
         ("/env/bin/python /env/bin/torchrun train.py", True),
         ("bash my_torchrun.sh", False),
         ("python train.py --note torchrun", False),

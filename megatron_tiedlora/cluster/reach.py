@@ -78,7 +78,7 @@ class JobHosts:
         return self._answers(self._run(commands), {"": here})
 
     def _command(self, number: int | None = None, *, everything: bool = False, name: str = "") -> list[str]:
-        words = [self._job.python, "-m", MODULE, "--run_id", self._job.run_id, "--script", self._job.script]
+        words = [self._job.python, "-P", "-m", MODULE, "--run_id", self._job.run_id, "--script", self._job.script]
         if number is not None:
             words += ["--signal", str(int(number)), "--to", "all" if everything else "ranks"]
             if not everything and (told := self._told.get(name)):

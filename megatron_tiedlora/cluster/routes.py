@@ -79,8 +79,9 @@ class Job:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What every process of the job has in its environment."""
-        return {RUN_ID: self.run_id, EXPECTED_RANKS: str(self.size)}
+        """What every process of the job has in its environment; with the last, Python takes no modules from the
+        current folder, where another user may have put some."""
+        return {RUN_ID: self.run_id, EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1"}
 
     @property
     def meeting(self) -> dict[str, str]:
@@ -178,6 +179,8 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     options = ["--launcher", "pdsh", "--force_multi", *_address(job), *_ssh_port(job)]
     if job.launcher_args:
         options.append(f"--launcher_args={shlex.join(job.launcher_args)}")
+    # DeepSpeed puts the current folder before PYTHONPATH; the file counts after that.
+    text = f"PYTHONPATH=\n{sent.file_text()}"
     # ssh takes the first value of an option, so that what the user has set wins.
     words = [
         environment.get("PDSH_SSH_ARGS_APPEND", ""),
@@ -188,7 +191,7 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
     return StartPlan(
         (_guarded(command, _PDSH_GUARD),),
         {**kept, **own},
-        {job.hostfile: _hostfile_text(job), file: sent.file_text()},
+        {job.hostfile: _hostfile_text(job), file: text},
         tuple(dict.fromkeys([*sent.left, *dropped])),
     )
 
@@ -196,7 +199,7 @@ def _pdsh(job: Job, environment: Mapping[str, str]) -> StartPlan:
 def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
     sent = _sent(job, environment)
     kept, dropped = without_bad_exports(environment)
-    empty = job.private / "deepspeed_env"
+    file = job.private / "deepspeed_env"
     # Those it passes on itself; but NCCL's only where this host has GPUs.
     names = [name for name in sent.variables if not name.startswith(DEEPSPEED_EXPORTS) or name.startswith("NCCL_")]
     passed = [word for name in names for word in ("-x", name)]
@@ -206,12 +209,13 @@ def _openmpi(job: Job, environment: Mapping[str, str]) -> StartPlan:
         chosen = []
     launcher_args = shlex.join(["--bind-to", "none", "--map-by", "slot", *chosen, *job.launcher_args, *passed])
     options = ["--launcher", "openmpi", "--force_multi", *_address(job), f"--launcher_args={launcher_args}"]
-    own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(empty)}
+    own = {**job.marks, **sent.variables, **_mpi_agent(job, environment), "DS_ENV_FILE": str(file)}
+    path = {**kept, **own}.get("PYTHONPATH", "")  # as in `_pdsh`
     check_unquoted({**kept, **own}, job.folder)
     return StartPlan(
         (_guarded(_deepspeed(job, options, job.arguments), _OPENMPI_GUARD),),
         {**kept, **own},
-        {job.hostfile: _hostfile_text(job), empty: ""},
+        {job.hostfile: _hostfile_text(job), file: f"PYTHONPATH={path}\n"},
         tuple(dict.fromkeys([*sent.left, *dropped])),
     )
 
@@ -269,7 +273,7 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
 
     def agent(host: Host) -> list[str]:
         ranks = [f"--nproc-per-node={host.slots}", f"--local-addr={host.name}"]
-        return [job.python, "-m", "torch.distributed.run", *options, *ranks, job.script, *job.arguments]
+        return [job.python, "-P", "-m", "torch.distributed.run", *options, *ranks, job.script, *job.arguments]
 
     if job.reached == "local":
         return StartPlan((Started("torchrun", tuple(agent(job.hosts[0]))),), {**environment, **own})
@@ -285,7 +289,7 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
     if len(slots) != 1:
         raise UserError(f"torchrun by srun needs the same number of ranks on every node, not {sorted(slots)}")
     # Each node's own name is known there alone.
-    shell = ["sh", "-c", 'exec "$0" -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
+    shell = ["sh", "-c", 'exec "$0" -P -m torch.distributed.run --local-addr="$SLURMD_NODENAME" "$@"', job.python]
     ranks = [*options, f"--nproc-per-node={slots.pop()}", job.script, *job.arguments]
     words = [*_srun_words(job), f"--ntasks={len(job.hosts)}", "--ntasks-per-node=1", *_cpus(job, environment)]
     return StartPlan((_by_srun((*words, *shell, *ranks)),), {**environment, **own})

@@ -114,7 +114,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 def started_program(words: Sequence[str]) -> str:
     """The script or module that a Python command line runs; '' if none."""
-    return next((word for word in words[1:] if word not in ("-u", "-m")), "")
+    return next((word for word in words[1:] if word not in ("-u", "-P", "-m")), "")
 
 
 def is_torchrun(words: Sequence[str]) -> bool:

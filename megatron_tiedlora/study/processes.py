@@ -185,6 +185,7 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # the current folder may hold another user's Python files
             start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
             pass_fds=(lock,),
         )
