@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +13,18 @@ from typing import Any
 
 import pytest
 import yaml
+from native_files import with_adapter, write_native
+from run_helpers import ROOT
 from sweep_runs import LAUNCH, study_arguments, write_study_base
+from tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.engine_json import load_engine_config
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 
 def refused(path: Path, zero: Any = None, **sections: Any) -> str:
@@ -115,3 +123,109 @@ def test_run_py_takes_no_launcher_arguments_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("launcher_args: --no_python\n")
     with pytest.raises(UserError, match="unknown setting 'launcher_args'"):
         parse_launch([f"--config={tmp_path}/s.yaml"])
+
+
+# A model folder that is merged -------------------------------------------------------------------------------------
+
+SECRET = "TOPSECRET, nobody else's\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text(SECRET)
+    return tmp_path / "secret" / "key.jinja"
+
+
+def refused_merge(folder: Path, output: Path) -> str:
+    source, adapter, _ = with_adapter(folder, "tl6")
+    with pytest.raises(UserError) as caught:
+        merge_adapter(source, adapter, output)
+    assert sorted(item.name for item in output.parent.iterdir()) == ["model", "secret"]  # nothing was written
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", "NOTICE.txt", "x.jinja", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+     "additional_chat_templates/a.jinja"],
+)  # fmt: skip
+def test_merging_copies_nothing_from_where_links_lead(model: Path, secret: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    said = refused_merge(folder, tmp_path / "output")
+    assert said.startswith(f"{folder / name}: leads to {secret}, out of the model folder") and "remove the link" in said
+    (folder / name).unlink()
+    (folder / name).symlink_to("../model/../secret/key.jinja" if "/" not in name else "../../secret/key.jinja")
+    assert "leads to" in refused_merge(folder, tmp_path / "output")
+
+
+def test_merging_follows_no_folder_of_templates(model: Path, secret: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "additional_chat_templates").symlink_to(secret.parent)
+    assert "additional_chat_templates: leads to" in refused_merge(folder, tmp_path / "output")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json"])
+def test_merging_waits_for_no_pipe(model: Path, secret: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert "is a pipe, a socket or a device" in refused_merge(folder, tmp_path / "output")
+    (folder / name).unlink()
+    with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the name of a socket is short
+        server.bind(name)
+        assert "is a pipe, a socket or a device" in refused_merge(folder, tmp_path / "output")
+
+
+def test_merging_takes_the_folders_own_links_and_the_hubs(model: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    folder = hub / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(model.iterdir())):
+        shutil.copy(file, hub / "blobs" / str(number))
+        (folder / file.name).symlink_to(f"../../blobs/{number}")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "LICENSES").mkdir()
+    (folder / "NOTICE").symlink_to("LICENSE")
+    os.link(folder / "LICENSE", folder / "NOTICE.txt")
+    (folder / "NOTICE.old").symlink_to("nothing")
+    source, adapter, _ = with_adapter(folder, "tl6")
+    merge_adapter(source, adapter, tmp_path / "output")
+    for name in ("LICENSE", "NOTICE", "NOTICE.txt"):
+        assert (tmp_path / "output" / name).read_text() == "mine" and not (tmp_path / "output" / name).is_symlink()
+    assert load_tokenizer(tmp_path / "output").get_vocab() == load_tokenizer(model).get_vocab()
+    assert not (tmp_path / "output" / "NOTICE.old").exists()
+
+
+def test_merging_takes_no_tokenizer_that_leads_elsewhere(model: Path, secret: Path, tmp_path: Path) -> None:
+    """That of --tokenizer, which may be a stranger's too."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").symlink_to(secret)
+    write_native(tmp_path / "adapter", model, with_adapter(model, "tl6")[2])
+    given = [f"--adapter={tmp_path / 'adapter'}", f"--model={model}", f"--tokenizer={folder}", "--output=output"]
+    command = [sys.executable, ROOT / "tools" / "merge_adapter.py", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 2 and "chat_template.jinja: leads to" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizers_settings_name_no_other_file(secret: Path, tmp_path: Path, key: str) -> None:
+    """transformers would read it as the vocabulary, and write it again."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("a\n[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\n")
+    settings = {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]", key: str(secret)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: {key} '.*key.jinja' names another file"):
+        load_tokenizer(folder)

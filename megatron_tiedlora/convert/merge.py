@@ -24,7 +24,8 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.inputs import CheckedBase, adapted_projections, check_base
-from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
+from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
+from megatron_tiedlora.data.tokenizer import save_tokenizer
 from megatron_tiedlora.model.families.llama import weight_rules
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,14 +68,16 @@ def merge_adapter(
 
     Raises:
         UserError: an adapter of another base, a base that holds a merge already, an output that exists, a tokenizer
-            that cannot be read, or weights that are not finite, by name.
+            that cannot be read, weights that are not finite, by name, or a file beside them that is a link out of the
+            folder.
     """
     folder = source.weights_folder()
     refuse_existing(output, flag=f"--output {output}")
     base = base or check_base(source, adapter, tokenizer=tokenizer)
-    own_files = [] if tokenizer is not None else _matching(folder, _TOKENIZER_FILES)
+    model_files = side_files(folder, _MODEL_FILES)
+    own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.
-    saved = load_tokenizer(tokenizer or folder) if tokenizer is not None or own_files else None
+    saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
     wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
     updates = _updates(source, adapter)
@@ -92,7 +95,7 @@ def merge_adapter(
         if (folder / INDEX_FILE).is_file():
             names = {name: file.name for name, file in files.items()}
             write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": names})
-        for file in (*_matching(folder, _MODEL_FILES), *own_files):
+        for file in (*model_files, *own_files):
             shutil.copyfile(file, temporary / file.name)
         if dtype is not None:
             _state_dtype(temporary / "config.json", dtype)
@@ -130,10 +133,6 @@ def _merged(
         why = f"merged, it does not fit {wide}; give --dtype bf16" if weight.isfinite().all() else "the base is broken"
         raise UserError(f"{file}: {name} holds numbers that are not finite ({why})")
     return merged
-
-
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:

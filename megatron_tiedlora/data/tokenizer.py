@@ -101,6 +101,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
+    settings = folder / "tokenizer_config.json"
+    given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
+    for name in ("vocab", "merges"):  # transformers reads the file of that name, wherever it is
+        if isinstance(given.get(name), str):
+            raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
     if (folder / "tokenizer.json").is_file():
         return _guarded(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))
     models = sorted(folder.glob("*.model"))
