@@ -8,6 +8,7 @@ Start it once, where you would start the job; it starts what it needs on the hos
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     to_file = settings.json_file not in (None, "-")
     if to_file and not Path(str(settings.json_file)).absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: no such folder")
-    report = examine(settings, os.environ, lambda line: print(line, file=sys.stderr, flush=True))
-    text = report.model_dump_json(indent=2)
+    report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
+    text = json.dumps(report.model_dump(mode="json"), indent=2)
     if settings.json_file == "-":
         print(text)
     else:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.errors import show
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.pipeline.launch_env import (
     first_to_fail,
@@ -77,7 +78,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         progress=is_main,
     )
     if is_main:
-        print("\n".join(plan.headline(len(held_out.scored.examples), held_out.scored.num_cut)))
+        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.config),
@@ -95,7 +96,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     scores = score_answers(plan.task.metrics, answers)
     with stop.deferred():  # this takes a moment, and is then done
         write_results(plan, answers, scores, outputs[0])
-    print("\n".join(score_table(plan, scores, outputs[0].path)))
+    show(*score_table(plan, scores, outputs[0].path))
 
 
 if __name__ == "__main__":

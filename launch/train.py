@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.errors import show
 from megatron_tiedlora.pipeline.launch_env import (
     first_to_fail,
     join_process_group,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         meter = start_meter(plan, device)
         end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
         if is_main:
-            print("\n".join(session.headline(plan, data, folder, checkpoint, built, chosen)))
+            show(*session.headline(plan, data, folder, checkpoint, built, chosen))
         if checkpoint is None:
             finish.record_score(trainer, "before", finish.score(trainer))
         end.reason = trainer.run()
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             exported = finish.export(trainer)
             summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
-            print("\n".join([*summary, *finish.next_steps(trainer)]))
+            show(*summary, *finish.next_steps(trainer))
     return end.status
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     refuse_existing(output, flag=f"--output {options.output}")
     source, adapter = open_inputs(options.adapter, options.model)
     base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
-    print("".join(f"note: {note}\n" for note in base.notes), end="")
+    for note in base.notes:
+        show(f"note: {note}")
     rank = export_peft(
         source,
         adapter,
@@ -58,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
         new=partial(new_output, take_over=options.take_over),
     )
     named = peft_base(source)
-    print(f"exported {options.adapter} as LoRA of rank {rank} on {named}: {output}")
-    print(serve_hint(output, named, rank))
-    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
+    show(f"exported {options.adapter} as LoRA of rank {rank} on {named}: {output}")
+    show(serve_hint(output, named, rank))
+    show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]
     base = check_base(source, adapter, tokenizer=options.tokenizer, differs=options.base_differs)
-    print("".join(f"note: {note}\n" for note in base.notes), end="")
+    for note in base.notes:
+        show(f"note: {note}")
     merge_adapter(
         source,
         adapter,
@@ -67,10 +69,10 @@ def main(argv: Sequence[str]) -> int:
         new=partial(new_output, take_over=options.take_over),
         progress=True,
     )
-    print(f"merged {options.adapter} into {source.name}: {output}")
+    show(f"merged {options.adapter} into {source.name}: {output}")
     if not any(output.glob("tokenizer*")):
-        print(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
-    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
+        show(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
+    show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
     return 0
 
 

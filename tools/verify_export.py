@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
     source, adapter = open_inputs(options.adapter, options.model)
     base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
-    print("".join(f"note: {note}\n" for note in base.notes), end="")
+    for note in base.notes:
+        show(f"note: {note}")
     results = verify_export(source, adapter, merged=options.merged, peft=options.peft, progress=True)
     print(format_comparisons(results))
     return 0 if all(row.passed for row in results) else 1

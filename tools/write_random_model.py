@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.checkpoint.output_folder import refuse_existing
 from megatron_tiedlora.config.cli import CommandParser, run_command
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
     arguments = parser.parse_known_names(argv)
     write_random_model(arguments.model, arguments.output, seed=arguments.seed)
-    print(f"{arguments.output}: random weights in the shape of {arguments.model}")
+    show(f"{arguments.output}: random weights in the shape of {arguments.model}")
     return 0
 
 

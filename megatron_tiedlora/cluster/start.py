@@ -21,7 +21,7 @@ from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.cluster.watch import Times, Watch, say, start_all
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
@@ -53,7 +53,8 @@ def launch(argv: Sequence[str], *, scripts: Path) -> int:
     try:
         job = make_job(command, launcher, reached, hosts, scripts=scripts, private=private, folder=folder)
         if settings.show_command:
-            print("\n".join(shown(plan_start(job, environment), job, folder, environment)))
+            lines = shown(plan_start(job, environment), job, folder, environment)
+            show(*(part for line in lines for part in line.split("\n")))
             return 0
         _check_programs(job)
         return _run(job, settings, environment, folder)

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_tiedlora.cluster.reach import Answers, JobHosts, describe
 from megatron_tiedlora.cluster.routes import StartPlan
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left
@@ -68,7 +68,7 @@ class Ended:
 def say(line: str) -> None:
     """A line of this command's own, on stderr."""
     with suppress(OSError):
-        print(f"run.py: {line}", file=sys.stderr, flush=True)
+        show(f"run.py: {line}", file=sys.stderr)
 
 
 @dataclass

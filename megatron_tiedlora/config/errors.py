@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from typing import TextIO
 
 _LONGEST = 1200  # characters of a message
 
@@ -20,12 +21,23 @@ class UserError(ValueError):
     of_peer: bool = False
 
     def __init__(self, message: object) -> None:
-        super().__init__(_one_line(str(message)))
+        # Cut before too: a message of gigabytes is not gone through.
+        super().__init__(_cut(printable(_cut(str(message)))))
 
 
-def _one_line(text: str) -> str:
-    # Cut before too: a message of gigabytes is not gone through.
-    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _cut(text)))
+def printable(text: str) -> str:
+    """`text` as one line that is safe to print: new lines and all that a terminal would act on are escaped, letters of
+    every script stay. Names and texts of files may be another user's."""
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def show(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, each one `printable`, on `file` (default: standard output)."""
+    print("\n".join(map(printable, lines)), file=file, flush=True)
 
 
 def _cut(text: str) -> str:

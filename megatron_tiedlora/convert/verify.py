@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, printable
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
 from megatron_tiedlora.pipeline.stage import Stage
@@ -146,7 +146,7 @@ def format_comparisons(results: list[LogitComparison]) -> str:
         f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
         for row in results
     ]
-    return "\n".join([heading, *(line + row.verdict for line, row in zip(lines, results, strict=True))])
+    return "\n".join([heading, *(printable(line + row.verdict) for line, row in zip(lines, results, strict=True))])
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:

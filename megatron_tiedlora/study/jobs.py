@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.config.errors import printable
 from megatron_tiedlora.study.processes import Child, Command, Start
 
 POLL_SECONDS = 0.1
@@ -123,7 +124,7 @@ def _none_left_running(running: Sequence[_Running], stop: StopSignals, bar: Any)
                 place.child.interrupt(signal.SIGTERM)
         if left:
             with suppress(Exception):
-                bar.write(f"stopping: {', '.join(place.job.name for place in left)} save first ({error})")
+                bar.write(printable(f"stopping: {', '.join(place.job.name for place in left)} save first ({error})"))
         while left:
             left = [place for place in left if not _is_gone(place.child)]
             if signal.SIGINT in stop.received[heard:]:
@@ -149,7 +150,8 @@ def _pass_on(signals: Sequence[int], running: Sequence[_Running], bar: Any, *, f
         if signal.SIGINT in signals[1 if first else 0 :]:
             place.child.kill()
     if first and running:
-        bar.write(f"stopping: {', '.join(place.job.name for place in running)} save first (Ctrl-C once more: kill)")
+        names = ", ".join(place.job.name for place in running)
+        bar.write(printable(f"stopping: {names} save first (Ctrl-C once more: kill)"))
 
 
 def _note_end(place: _Running, outcome: Outcome, bar: Any) -> None:
@@ -157,7 +159,7 @@ def _note_end(place: _Running, outcome: Outcome, bar: Any) -> None:
     words = f"FAILED: {reason}" if reason is not None else place.job.done()[1]
     if reason is not None:
         outcome.failures[place.job.name] = reason
-    bar.write(f"{place.job.name:<28} {words}  [{_duration(time.monotonic() - place.started)}]")
+    bar.write(printable(f"{place.job.name:<28} {words}  [{_duration(time.monotonic() - place.started)}]"))
 
 
 def _duration(seconds: float) -> str:
@@ -180,5 +182,5 @@ def _show(bar: Any, running: Sequence[_Running], *, total: int, left: int) -> No
         return
     bar.shown_at = time.monotonic()
     states = [(place.job.name, *place.job.done()) for place in running]
-    bar.set_postfix_str("; ".join(f"{name} {words}" for name, _, words in states), refresh=False)
+    bar.set_postfix_str(printable("; ".join(f"{name} {words}" for name, _, words in states)), refresh=False)
     bar.update(total - left + sum(part for _, part, _ in states) - bar.n)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_tiedlora.checkpoint.atomic import Guard, unguarded, write_text
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
@@ -41,7 +41,7 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         return join_studies(command.settings.tables_from, user_path(command.settings.output_dir))
     plan = plan_sweep(command)
     if command.settings.dry_run:
-        print("\n".join(plan.dry_run_lines()))
+        show(*plan.dry_run_lines())
         return 0
     plan.source.weights_folder()  # refuses a shape
     start, slots = starter(), plan.slots()
@@ -64,23 +64,23 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
         write_status(folder, "stopped", outcome.failures)
-        print(f"stopped; the same command, or --output_dir {folder.path} alone, goes on")
+        show(f"stopped; the same command, or --output_dir {folder.path} alone, goes on")
         return 128 + outcome.stopped_by
     write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:
         study = read_study(folder.path)
         written = write_tables([study], folder.path, guard=folder.guard)
-        print("\n" + (folder.path / "table2.md").read_text(encoding="utf-8"))
-        print("\n".join(f"written    {path}" for path in written))
+        show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
+        show(*(f"written    {path}" for path in written))
     if not outcome.failures:
         return 0
     names = list(outcome.failures)
     for name in names[:_SHOWN_FAILURES]:
-        print(f"\n{name}: {outcome.failures[name]}; the end of {folder.log(name)}:")
-        print("\n".join(f"    {line}" for line in last_lines(folder.log(name))))
+        show("", f"{name}: {outcome.failures[name]}; the end of {folder.log(name)}:")
+        show(*(f"    {line}" for line in last_lines(folder.log(name))))
     gave_up = "; nothing else was started" if outcome.given_up else ""
     line = f"error: {len(names)} failed: {', '.join(names)}{gave_up} (logs in {folder.log(names[0]).parent})"
-    print(line, file=sys.stderr)
+    show(line, file=sys.stderr)
     return 1
 
 
@@ -100,7 +100,7 @@ def join_studies(folders: Sequence[str], target: Path) -> int:
                 f" {studies[0].folder}"
             )
     with lock_study(target) as lock:
-        print("\n".join(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
+        show(*(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
     return 0
 
 

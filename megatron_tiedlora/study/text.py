@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_tiedlora.config.errors import printable
 from megatron_tiedlora.study.grid import rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study
@@ -42,6 +43,10 @@ def model_title(study: Study) -> str:
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{printable(line)}\n" for line in lines)
+
+
 # Table 2 ----------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +71,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
                 cells += _cell_texts(cell) + (_paper_texts(cell) if paper else [])
             body.append(cells + ([_number(row.mean), _number(row.decline)] if several else []))
         lines += [*_markdown_table(header, body), ""]
-    return "\n".join([*lines, *_notes2(studies, rows, with_paper=any(with_paper))]) + "\n"
+    return _text([*lines, *_notes2(studies, rows, with_paper=any(with_paper))])
 
 
 def _cell_texts(cell: Cell) -> list[str]:
@@ -206,7 +211,7 @@ def table3_markdown(studies: Sequence[Study]) -> str:
     if any(cell.result.missing for row in rows for cell in row.cells):
         notes.append(f"- {INCOMPLETE}: not all learning rates are finished.")
     notes += _other_rows_notes([row.study for row in rows])
-    return "\n".join([*lines, *_markdown_table(header, body), "", *notes]) + "\n"
+    return _text([*lines, *_markdown_table(header, body), "", *notes])
 
 
 def _columns(rows: Sequence[SingleRow]) -> list[str]:

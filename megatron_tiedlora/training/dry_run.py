@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.config.errors import printable
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
@@ -54,7 +55,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         if data is not None
         else [["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]]
     )
-    return "\n\n".join("\n".join(section) for section in sections)
+    return "\n\n".join("\n".join(map(printable, section)) for section in sections)
 
 
 def _parameters(plan: RunPlan) -> list[str]:

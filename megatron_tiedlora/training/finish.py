@@ -127,7 +127,7 @@ def export(trainer: Trainer) -> list[str]:
     if not all(row.passed for row in results):
         print(table)
         raise UserError(f"{folder.path}: an export differs from the adapter, as the table above shows")
-    return ["", table]
+    return ["", *table.split("\n")]
 
 
 def next_steps(trainer: Trainer) -> list[str]:

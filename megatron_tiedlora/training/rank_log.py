@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_tiedlora.checkpoint.atomic import make_way_for_log, new_file
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, show
 
 LOGS_FOLDER = "logs"
 
@@ -92,10 +92,10 @@ class RankLog:
     def say(self, text: str) -> None:
         """Show `text` on the screen, and keep it in the log."""
         with suppress(OSError):  # who looked on may be gone
-            print(text, file=sys.stderr, flush=True)
+            show(*text.split("\n"), file=sys.stderr)
         if self._screen is not None:
             with suppress(OSError):
-                print(text, file=self._screen, flush=True)
+                show(*text.split("\n"), file=self._screen)
 
     def note(self, text: str) -> None:
         """Keep `text` in the log alone; where there is none it is lost."""

@@ -9,6 +9,7 @@ from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_va
 from megatron_tiedlora.cluster.doctor.compare_places import interface_in_use
 from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
 from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, size_text, time_text
+from megatron_tiedlora.config.errors import printable
 
 ODD_MARK = "*"
 _OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
@@ -23,7 +24,7 @@ def report_text(report: Report) -> str:
         parts.append([report.skipped])
     if report.findings:
         parts.append([line for finding in report.findings for line in finding_lines(finding)])
-    return "\n\n".join("\n".join(lines) for lines in [*parts, [verdict_line(report)]])
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [verdict_line(report)]])
 
 
 def verdict_line(report: Report) -> str:
