@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, connect, is_lost_exchange, lost_exchange_line
 
@@ -255,6 +255,93 @@ def test_what_says_no_more_than_that_an_exchange_failed() -> None:
     assert found == "an exchange with a peer failed (Read error [10.0.0.2]:36246: Connection reset by peer)"
     nccl = "NCCL error in: /torch/csrc/ProcessGroupNCCL.cpp:94, remote error\nncclRemoteError: a\nLast error:\nbroken"
     assert lost_exchange_line(RuntimeError(nccl)) == "an exchange with a peer failed (broken)"
+
+
+# What a stranger writes -------------------------------------------------------------------------------------------
+
+LONG = 7 * 2**20  # the store itself takes up to 8 MiB
+NOT_UTF8 = b"\xff\xfe"
+REASONS = ["x", NOT_UTF8, "99 a rank that is not there", "-1 a", "\x00", "y" * LONG, '{"a": 1}', "1", " "]
+FOREIGN: dict[str, list[str | bytes]] = {
+    "lost": ["not json", "", NOT_UTF8, "[1e999]", '{"a": 1}', "null", "1", "[99]", "[-1]", "[true]", "[[1]]", '["1"]',
+             "[" * 10**5, "1" * 5000, "[" + "1," * (LONG // 2 - 1) + "x]"],
+    "beat/1": ["not a number", NOT_UTF8, "", "z" * LONG, "Left", "-1"],
+    "beat/0": [NOT_UTF8, "NaN", ""],
+    "reason": REASONS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_foreign_value_ends_no_thread(three: Ranks, key: str) -> None:
+    """Every rank beats on, and nobody is taken for lost."""
+    store = three.lines[2].store
+    for value in FOREIGN[key]:
+        store.set(key, value)  # type: ignore[arg-type]
+        for each in three.lines:
+            _await_beats(store, each.rank)
+        assert all(thread.is_alive() for each in three.lines for thread in each._threads), value[:20]
+        assert not any(each._lost or each._reason for each in three.lines), value[:20]
+    assert three.losses == [[], [], []]
+
+
+def _await_beats(store: Store, rank: int) -> None:
+    """Until the rank has beaten twice, whatever stood there."""
+    store.set(f"beat/{rank}", "")
+    wait_until(lambda: store.get(f"beat/{rank}") != b"")
+    first = store.get(f"beat/{rank}").decode()
+    wait_until(lambda: store.get(f"beat/{rank}").decode() != first)
+
+
+@pytest.mark.parametrize("value", REASONS, ids=lambda value: repr(value[:12]))
+def test_a_foreign_reason_is_none(three: Ranks, value: str | bytes) -> None:
+    """Who fails gives the reason all the same, and one of them shows it."""
+    three.lines[2].store.set("reason", value)  # type: ignore[arg-type]
+    three.lines[2].store.get("reason")  # what is set is there only once something has come back
+    losses = together([partial(each.failed, f"ValueError: of {each.rank}") for each in three.lines])
+    reasons = {loss.reason for loss in losses if isinstance(loss, Loss)}
+    assert len(reasons) == 1 and "ValueError: of" in reasons.pop()
+    assert sorted(loss.speaks for loss in losses if isinstance(loss, Loss)) == [False, False, True]
+
+
+def test_a_foreign_value_hides_no_silent_rank(three: Ranks) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(BEAT / 2):
+            for key, value in (("lost", "not json"), ("reason", b"\xff"), ("beat/1", b"\xff\xff")):
+                three.lines[0].store.set(key, value)  # type: ignore[arg-type]
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        three.kill(1)
+        wait_until(lambda: bool(three.losses[0]))
+    finally:
+        stop.set()
+        writer.join()
+    assert three.losses[0][0].reason.startswith(f"rank 1 on {HOST} fell silent")
+
+
+def test_what_a_stranger_says_is_shown_as_one_line(three: Ranks) -> None:
+    """A reason that could be a rank's counts; what it holds is escaped, and cut where it is long."""
+    three.lines[0].store.set("reason", b"1 \x1b[2J\nerror: \xff" + b"x" * 10**6)  # type: ignore[arg-type]
+    loss = three.lines[0].failed("ValueError: bad")
+    assert loss.reason.startswith("\\x1b[2J\\nerror: \ufffdxxx") and loss.reason.isprintable() and not loss.speaks
+    assert len(loss.reason) < 1300
+
+
+@pytest.mark.parametrize("value", ["alone", b"\xff\xfe", "", " ", "h" * LONG, "a\nb 1.2.3.4 5"])
+def test_hosts_that_are_no_hosts(value: str | bytes) -> None:
+    """Written by a stranger before ranks look, as the last of the three that they wait for."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = PrefixStore("t", master)
+    store.set("host/1", value)  # type: ignore[arg-type]
+    line = Lifeline(store, 0, 2, step=lambda: 7, on_loss=lambda loss: None, speaks_for_host=lambda: True)
+    line.start()
+    line.leave()
+    said = line._gone_line([1])
+    assert said.startswith("rank 1 on ") and said.isprintable() and len(said) < 1500
+    assert line.with_names("read error [1.2.3.4]") == "read error [1.2.3.4]"
 
 
 def test_hosts_whose_agents_count_restarts_differently_meet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,12 @@ class UserError(ValueError):
     of_peer: bool = False
 
     def __init__(self, message: object) -> None:
-        # Cut before too: a message of gigabytes is not gone through.
-        super().__init__(_cut(printable(_cut(str(message)))))
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """A text as one `printable` line, of which the middle is left out where it is very long."""
+    return _cut(printable(_cut(text)))  # cut before too: a message of gigabytes is not gone through
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,8 @@ A dead host or a cut link sends nothing, so its peers would wait until the group
 tells of it within seconds. Beats come from a thread of each rank, over a connection of its own to the store that torch
 serves for the process group; nothing here opens a port. The first rank to know why the run fails says so on the store,
 so that all give the same reason, and one of them shows it. What a rank then does is the caller's.
+
+Torch's store asks nobody who he is. What a stranger writes there ends no thread: what cannot be read was not said.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
+
+from megatron_tiedlora.config.errors import one_line
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
@@ -91,7 +95,7 @@ class Lifeline:
         self.store.set(_key(self.rank), "0")
         self.store.set(f"host/{self.rank}", f"{socket.gethostname()} {_own_address()}")  # last: peers wait for it
         told = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
-        self._hosts, self._addresses = zip(*(host.decode().split(" ", 1) for host in told), strict=True)
+        self._hosts, self._addresses = zip(*map(_place, told), strict=True)
         self._threads = tuple(
             threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True)
             for target in (self._beat_on, self._watch)
@@ -137,9 +141,9 @@ class Lifeline:
         pause = self.beat_seconds / 20
         try:
             while self.rank:
-                main = self.store.get(_key(0)).decode()  # before the reason, which a rank that fails gives first
-                if reason := self.store.get(_REASON).decode():
-                    raise DistError(_line(reason))
+                main = _text(self.store.get(_key(0)))  # before the reason, which a rank that fails gives first
+                if reason := self._line(self.store.get(_REASON)):
+                    raise DistError(reason)
                 if main == _LEFT:
                     break
                 time.sleep(pause)
@@ -156,7 +160,7 @@ class Lifeline:
         """Wait until rank 0 has left: it has files to write, and launchers end all ranks once the first one has."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
-            while self.rank and self.store.get(_key(0)).decode() != _LEFT and time.monotonic() < deadline:
+            while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 10)
 
     def failed(self, reason: str) -> Loss:
@@ -175,7 +179,7 @@ class Lifeline:
         try:
             before = self._beats()
             silent = {rank for rank, beat in before.items() if rank != self.rank and not _ended(beat)}
-            while silent and time.monotonic() < deadline and not self.store.get(_REASON):
+            while silent and time.monotonic() < deadline and not self._line(self.store.get(_REASON)):
                 time.sleep(self.beat_seconds / 4)
                 now = self._beats()
                 silent = {rank for rank in silent if now[rank] == before[rank]}
@@ -205,13 +209,21 @@ class Lifeline:
 
     def _tell(self, line: str) -> Loss:
         """Give `line` as the reason for all, unless there is one."""
+        line = one_line(line)
         mine = f"{self.rank} {line}"
         try:
-            said = self.store.compare_set(_REASON, "", mine).decode()
+            said = self.store.compare_set(_REASON, "", mine)
+            if not self._line(said):  # no rank's
+                said = self.store.compare_set(_REASON, said, mine)  # type: ignore[arg-type]  # takes bytes too
         except RuntimeError:  # the store is gone, and rank 0 with it
             self._main_gone = True
             return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
-        return Loss(_line(said), said == mine)
+        return Loss(self._line(said) or line, said == mine.encode())
+
+    def _line(self, said: bytes) -> str:
+        """The reason that a rank has given (`_tell`); "" where none has."""
+        rank, _, line = _text(said).partition(" ")
+        return one_line(line) if rank in map(str, range(self.world_size)) else ""
 
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if self._hosts else socket.gethostname()
@@ -219,7 +231,7 @@ class Lifeline:
     def _beats(self) -> dict[int, str]:
         """The last beat of every rank."""
         found = self.store.multi_get([_key(rank) for rank in range(self.world_size)])
-        return {rank: beat.decode() for rank, beat in enumerate(found)}
+        return {rank: _text(beat) for rank, beat in enumerate(found)}
 
     def _gone_line(self, ranks: Collection[int]) -> str:
         named = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in sorted(ranks)[:8])
@@ -247,11 +259,12 @@ class Lifeline:
                 if self.rank == 0:
                     self._lost = self._silent(heard, self._beats())
                     self.store.set(_LOST, json.dumps(sorted(self._lost)))
-                lost, reason, main = (text.decode() for text in self.store.multi_get([_LOST, _REASON, _key(0)]))
+                lost, reason, main = self.store.multi_get([_LOST, _REASON, _key(0)])
                 if self.rank:
-                    self._lost = self._silent(heard, {0: main}).union(json.loads(lost)) - {self.rank}
+                    known = self._silent(heard, {0: _text(main)})
+                    self._lost = known.union(_ranks(lost, self.world_size)) - {self.rank}
                 self._unanswered = 0
-                self._main_left, self._reason = main == _LEFT, _line(reason)
+                self._main_left, self._reason = _text(main) == _LEFT, self._line(reason)
             except RuntimeError:  # no answer: `_watch` counts
                 continue
 
@@ -325,9 +338,25 @@ def _own_address() -> str:
         return ""
 
 
-def _line(reason: str) -> str:
-    """What stands behind the number of the rank that gave a reason (`Lifeline._tell`)."""
-    return reason.partition(" ")[2]
+def _text(said: bytes) -> str:
+    """A value of the store, to which anyone can write anything. The store takes no more than some MB."""
+    return said.decode(errors="replace")
+
+
+def _place(said: bytes) -> tuple[str, str]:
+    """Name and address of a host, as its rank has told them (`Lifeline.start`)."""
+    host, _, address = one_line(_text(said)).partition(" ")
+    return host, address
+
+
+def _ranks(said: bytes, world_size: int) -> frozenset[int]:
+    """The ranks that are named in a list in JSON; none where it is no list."""
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        return frozenset()
+    named = found if isinstance(found, list) else []
+    return frozenset(rank for rank in named if type(rank) is int and 0 <= rank < world_size)
 
 
 def _ended(beat: str) -> bool:
