@@ -15,7 +15,8 @@ from megatron_tiedlora.config.text_files import read_small_text
 
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
-_TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_TASKS = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
+_MOST_HOSTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,13 @@ def _tasks_per_node(text: str) -> list[int]:
     counts: list[int] = []
     for part in text.split(","):
         match = _TASKS.fullmatch(part.strip())
-        if match is None:
-            raise UserError(f"SLURM_TASKS_PER_NODE={text} cannot be read")
-        counts += [int(match[1])] * int(match[2] or 1)
+        times = int(match[2] or 1) if match else 0
+        if match is None or len(counts) + times > _MOST_HOSTS:
+            raise UserError(
+                f"SLURM_TASKS_PER_NODE={text} cannot be read: {shown(part)} is not of the form `N` or `N(xHOSTS)`, or"
+                f" there are more than {_MOST_HOSTS:,} hosts; start with sbatch or salloc"
+            )
+        counts += [int(match[1])] * times
     return counts
 
 
