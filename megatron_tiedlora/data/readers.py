@@ -7,16 +7,26 @@ meaning of the fields to `tasks`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.data.limits import limited
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
+
+# No model reads a sample of the first size, and its JSON becomes some hundred MB of objects at most; a .json file is
+# read whole, into several times its size.
+_LONGEST_LINE, _LARGEST_JSON = 2**24, 2**30  # bytes
+# Of a parquet file as Python objects. Text shrinks 3 to 20 times by compression, and becomes up to 4 bytes a character;
+# the constant is for small files of many short rows.
+_PARQUET_MEMORY, _PARQUET_RATIO = 2**28, 100
+_PARQUET_ROWS = 64  # decoded at once, since one row can hold much
 
 Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
@@ -90,15 +100,30 @@ def read_lines(name: str | Path) -> list[str]:
     """
     path = user_path(name)
     _check_file(path, "a text file")
+    lines = []
     try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        with path.open("rb") as file:
+            for number, line in _lines(file, path):
+                raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                lines.append(_decode(raw.removesuffix(b"\n"), f"{path}:{number}").removesuffix("\r"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
-    if not raw.strip():
+    if not any(line.strip() for line in lines):
         raise UserError(f"{path}: holds no lines; give a file with at least one")
-    # Lines end at \n alone, as in .jsonl: `splitlines` also cuts at characters that stand inside of sentences.
-    lines = raw.removesuffix(b"\n").split(b"\n")
-    return [_decode(line, f"{path}:{number}").removesuffix("\r") for number, line in enumerate(lines, start=1)]
+    return lines
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    r"""Number and bytes of each line. Lines end at \n alone: `splitlines` also cuts at characters inside of sentences.
+
+    Raises UserError at a line that is too long to be read.
+    """
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"{path}:{number}: is longer than {_LONGEST_LINE:,} bytes; remove or shorten the line")
+        yield number, line
 
 
 def _check_file(path: Path, expected: str) -> None:
@@ -120,6 +145,8 @@ def _read_file(path: Path, *, limit: int | None) -> list[Row]:
             return _read_json(path, limit=limit)
         if suffix == ".parquet":
             return _read_parquet(path, limit=limit)
+    except MemoryError:
+        raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
     raise UserError(f"{path}: unknown suffix {suffix!r}; data files are {', '.join(SUFFIXES)}")
@@ -127,8 +154,8 @@ def _read_file(path: Path, *, limit: int | None) -> list[Row]:
 
 def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
     rows: list[Row] = []
-    with path.open("rb") as file:  # bytes: lines end at \n alone, and a wrong encoding is named by its line
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:  # bytes: a wrong encoding is named by its line
+        for number, line in _lines(file, path):
             if limit is not None and len(rows) >= limit:
                 break
             source = f"{path}:{number}"
@@ -140,7 +167,9 @@ def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
 
 
 def _read_json(path: Path, *, limit: int | None) -> list[Row]:
-    content = _parse_json(path.read_bytes(), str(path))
+    if path.stat().st_size > _LARGEST_JSON:
+        raise UserError(f"{path}: is larger than {_LARGEST_JSON:,} bytes; write it as .jsonl, which is read by lines")
+    content = _parse_json(_json_bytes(path), str(path))
     if content is _BLANK:
         return []
     if isinstance(content, dict) and isinstance(content.get("data"), list):
@@ -154,14 +183,33 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
     return rows
 
 
+def _json_bytes(path: Path) -> bytes:
+    """The file's bytes, up to the first piece with a NUL: no JSON holds one, and a sparse file holds gigabytes."""
+    pieces = []
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            pieces.append(piece)
+            if b"\0" in piece:
+                break
+    return b"".join(pieces)
+
+
 def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
     import pyarrow.parquet
 
+    memory = _PARQUET_MEMORY + _PARQUET_RATIO * path.stat().st_size
+    reason = f"its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
     try:
-        rows = pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+        with limited(memory=memory), pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
+            size = _PARQUET_ROWS if limit is None else min(max(limit, 1), _PARQUET_ROWS)
+            batches = file.iter_batches(batch_size=size, use_threads=False)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            return _number_rows(islice(rows, limit), str(path))
+    except MemoryError:  # what is there by then is given back before another try is made
+        pass
     except Exception as error:  # a broken file shows as anything from OSError to a text that is not UTF-8
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    return _number_rows(rows, str(path))
+        reason = f"not a readable parquet file ({_first_line(error)})"
+    raise UserError(f"{path}: {reason}")
 
 
 def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
