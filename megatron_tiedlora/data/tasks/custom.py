@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.chat_template import render_turns
 from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text, required_texts, without
 from megatron_tiedlora.data.task import Parts, Task
 
@@ -77,10 +78,7 @@ def _from_messages(messages: Any, source: str, tokenizer: Any) -> tuple[str, str
 
 def _render_turns(turns: list[dict[str, str]], source: str, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None):
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may refuse roles, or fail in any other way
-            raise UserError(f"{source}: the tokenizer's chat template refuses these messages ({error})") from error
+        return render_turns(turns, source, tokenizer)
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return "\n".join([*lines, "Assistant:"])
 
