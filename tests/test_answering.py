@@ -24,6 +24,7 @@ from megatron_tiedlora.evaluation.generate import generate
 from megatron_tiedlora.parallel.grid import Grid
 
 NEW_TOKENS = 20
+SIZE = {"vocab_size": 320}  # of the tiny model
 STOP = "s"  # a letter that some of the answers below do hold
 LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
 
@@ -49,7 +50,8 @@ def answers(
     folder: Path, grid: Grid, batch_size: int, *, stop: str | None = STOP, choices: bool = True, **options: Any
 ) -> list[Answer] | None:
     decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
-    scored = encode_scored(examples(choices=choices), task(stop), tokenizer, longest_prompt=60, model_folder=folder)
+    rows = examples(choices=choices)
+    scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     return answer_all(
         decoder,
         scored,
@@ -88,7 +90,7 @@ def same(ours: list[Answer], wanted: list[Answer]) -> bool:
 def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path, alone: list[Answer]) -> None:
     assert [answer.example for answer in alone] == examples()
     tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
-    scored = encode_scored(examples(), task(None), tokenizer, longest_prompt=60, model_folder=folder)
+    scored = encode_scored(examples(), task(None), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     prompts = [prompt.tolist() for prompt in scored.prompts]
     rows = generate(decoder, prompts, end_ids=scored.end_ids, max_new_tokens=NEW_TOKENS)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -122,7 +124,7 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     stop = text[4:7]
     decoder, tokenizer = build(folder, grid=Grid(0, 1)), load_tokenizer(folder)
     index = next(i for i, answer in enumerate(free) if answer.prediction == text)
-    scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder)
+    scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
     calls: list[int] = []
     decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
     found = answer_all(decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4)
@@ -160,7 +162,7 @@ def test_every_rank_agrees_as_often(folder: Path) -> None:
 
 def test_a_prompt_that_is_too_long_loses_its_middle(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    scored: ScoredSet = encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder)
+    scored: ScoredSet = encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
     lengths = [len(example.prompt) + 1 for example in examples()]  # a byte a token, and BOS
     assert scored.num_cut == sum(length > 20 for length in lengths) > 0
     assert [len(prompt) for prompt in scored.prompts] == [min(length, 20) for length in lengths]
@@ -170,7 +172,7 @@ def test_a_tokenizer_without_eos_is_refused(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="end-of-sequence"):
-        encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder)
+        encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
 
 
 def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[Answer], tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     letter = next(letter for letter in text[1:] if letter.isascii() and letter.isalnum())
     (token,) = tokenizer.encode(letter, add_special_tokens=False)
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
-    scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path)
+    scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
     found = answer_all(
         decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4
@@ -190,8 +192,9 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
 
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
     sample = Example("How many?", " 18", "test.jsonl:3")
+    tokenizer = load_tokenizer(folder)
     with pytest.raises(UserError, match=r"test\.jsonl:3.*#### NUMBER"):
-        encode_scored([sample], get_task("gsm8k"), load_tokenizer(folder), longest_prompt=60, model_folder=folder)
+        encode_scored([sample], get_task("gsm8k"), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
 
 
 @pytest.mark.parametrize(

@@ -1,161 +1,393 @@
-"""Texts of other people's files, and of other hosts, are printed escaped: no terminal acts on them."""
+"""Texts, rows, patterns and templates out of strangers' files that are made to take time or memory without end.
+
+Each ends within 2 s of a processor and 1 GB in one line, and what is ordinary is read as before.
+"""
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterator
+import random
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation_runs import evaluate
-from native_files import with_adapter
-from run_helpers import ROOT, run_ranks, write_base, write_rows
-from study_files import write_score, write_study
-from tiny_models import write_tiny_model
+from fuzzing import bounded, outcome
+from task_files import refusal, write
+from tiny_models import write_tiny_tokenizer
 
-from megatron_tiedlora.cluster import watch
-from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Layout, Report
-from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.config.errors import printable, show
-from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
-from megatron_tiedlora.study.jobs import Job, run_jobs
-from megatron_tiedlora.study.scores import read_study
-from megatron_tiedlora.study.text import table2_markdown
-from megatron_tiedlora.training.rank_log import RankLog
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.hosts import slurm_hosts
+from megatron_tiedlora.convert.module_names import name_matcher
+from megatron_tiedlora.data import readers
+from megatron_tiedlora.data.chat_template import render_turns
+from megatron_tiedlora.data.encode import decode_ids, encode_prompts
+from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.fields import one_line
+from megatron_tiedlora.data.limits import limited
+from megatron_tiedlora.data.readers import read_lines, read_rows
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tasks.hellaswag import clean
+from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
+from megatron_tiedlora.evaluation.answering import _cut
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.metrics import METRICS
 
-TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
-FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
-
-
-def unsafe(text: str) -> list[str]:
-    """Characters of a text that a terminal may act on, but new lines."""
-    return [character for character in text if not character.isprintable() and character != "\n"]
+MEGABYTE = 10**6
 
 
-def test_printable() -> None:
-    assert printable("naïve 日本語 😀 100 %") == "naïve 日本語 😀 100 %"
-    assert printable("a\nb\tc\x1b[31m\x9b\u2028\\") == r"a\nb\tc\x1b[31m\x9b\u2028" + "\\"
-    assert not unsafe(printable(FOREIGN)) and printable(printable(FOREIGN)) == printable(FOREIGN)
+def random_texts(parts: list[str], count: int, longest: int) -> list[str]:
+    draw = random.Random(5)
+    return ["".join(draw.choices(parts, k=draw.randint(0, longest))) for _ in range(count)]
 
 
-def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    show("one", "two\nthree", FOREIGN)
-    assert capsys.readouterr().out == f"one\ntwo\\nthree\n{printable(FOREIGN)}\n"
+# Patterns of PEFT's config -----------------------------------------------------------------------------------------
 
 
-# Every place that prints -------------------------------------------------------------------------------------------
+def test_a_pattern_matches_as_re_does() -> None:
+    """Of all rows of pieces those that are accepted, on names that many of them match."""
+    pieces = ["a", "b", "1", "_", r"\.", ".", ".*", ".+", r"\d+", "[0-9]+", "|", "(", "(?:", ")", "^", "$"]
+    names = random_texts(["a", "b", "1", "_", "."], 5000, 6)
+    accepted = matched = 0
+    for number, pattern in enumerate(random_texts(pieces, 30_000, 8)):
+        try:
+            compiled = re.compile(pattern)
+        except re.error:
+            compiled = None
+        try:
+            matches = name_matcher(pattern, what="x")
+        except UserError:
+            assert compiled is None or not pattern, pattern
+            continue
+        assert compiled is not None, pattern
+        accepted += 1
+        for name in names[4 * number % 5000 :][:4]:
+            matched += matches(name)
+            assert matches(name) == bool(compiled.fullmatch(name)), (pattern, name)
+    assert accepted > 10_000 and matched > 2500
 
-# Functions whose prints hold no text of others, or hold one that is escaped already.
-PRINT = {
-    ("megatron_tiedlora/config/errors.py", "show"),
-    ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
-    ("megatron_tiedlora/training/finish.py", "export"),  # format_comparisons
-    ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
-    ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
-    ("megatron_tiedlora/cluster/leftovers.py", "main"),
-    ("launch/doctor.py", "main"),  # report_text, JSON
-    ("launch/train.py", "main"),  # dry_run_report
-    ("tools/verify_export.py", "main"),  # format_comparisons
+
+@pytest.mark.parametrize("pattern", ["(.|.)" * 200, ".*" * 500, "(?:.*|.*)" * 111, "(" * 500 + ")" * 500])
+def test_no_accepted_pattern_takes_long(pattern: str) -> None:
+    with bounded():
+        matches = name_matcher(pattern, what="x")
+        for layer in range(500):
+            matches(f"model.layers.{layer}.self_attn.q_proj!")
+
+
+def test_a_million_names_take_no_longer_than_one() -> None:
+    with bounded():
+        matches = name_matcher([f"{number}.q_proj" for number in range(MEGABYTE)], what="x")
+        assert all(matches(f"model.layers.{layer}.self_attn.{layer}.q_proj") for layer in range(500))
+        assert not matches("q_proj") and not matches("x1.q_proj") and matches("1.q_proj")
+
+
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def parquet(path: Path, *, rows: int, size: int) -> Path:
+    """A small file of many equal rows, which its dictionary holds once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array(["x" * size]))
+    table = pyarrow.table({"prompt": text, "completion": text})
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows, store_schema=False)
+    assert path.stat().st_size < 300_000
+    return path
+
+
+def test_of_a_parquet_file_no_more_rows_are_read_than_asked_for(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "rows.parquet", rows=MEGABYTE, size=1000)
+    with bounded():
+        rows = read_rows(file, limit=5)
+    assert [source for _, source in rows] == [f"{file}: row {number}" for number in range(1, 6)]
+    assert all(row == {"prompt": "x" * 1000, "completion": "x" * 1000} for row, _ in rows)
+    small = parquet(tmp_path / "small.parquet", rows=200, size=3)
+    assert [len(read_rows(small, limit=limit)) for limit in (1, 64, 65, 200, 300, None)] == [1, 64, 65, 200, 200, 200]
+
+
+@pytest.mark.parametrize(("rows", "size", "limit"), [(1000, MEGABYTE, None), (20, 2 * 10**7, 20), (9, 10**8, None)])
+def test_a_small_parquet_file_is_not_made_gigabytes(tmp_path: Path, rows: int, size: int, limit: int | None) -> None:
+    file = parquet(tmp_path / "rows.parquet", rows=rows, size=size)
+    with bounded():
+        found = outcome(lambda: read_rows(file, limit=limit), unchanged=tmp_path, names=(str(file),))
+    assert isinstance(found, UserError) and "need more than" in str(found)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_many_ordinary_rows_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "rows.parquet"
+    numbers = [str(number) for number in range(100_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": numbers, "completion": numbers}), file)
+    rows = read_rows(file)
+    assert len(rows) == 100_000 and rows[-1][0] == {"prompt": "99999", "completion": "99999"}
+
+
+def sparse(path: Path, size: int, start: bytes = b"") -> Path:
+    path.write_bytes(start)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "c.json", "a.parquet", "a.de"])
+def test_sparse_files_of_gigabytes(tmp_path: Path, name: str) -> None:
+    start = {"a.jsonl": b'{"a": 1}\n', "b.json": b'[{"a": 1}', "c.json": b"", "a.parquet": b"PAR1"}.get(name, b"a\n")
+    file = sparse(tmp_path / name, 2**30 if name == "b.json" else 2**36, start)
+    with bounded():
+        message = refusal(lambda: (read_lines if name == "a.de" else read_rows)(file))
+    assert message.startswith(str(file))
+
+
+def test_a_line_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LONGEST_LINE", 30)
+    rows = [{"a": "x" * count} for count in (20, 21)]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [row for row, _ in read_rows(file)] == rows[:1] + rows[1:]
+    message = refusal(lambda: read_rows(write(tmp_path / "a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 30}))))
+    assert message.startswith(f"{file}:2: is longer than 30 bytes")
+
+
+def test_memory_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(readers, "_parse_json", full)
+    file = write(tmp_path / "a.json", "[]")
+    assert refusal(lambda: read_rows(file)) == f"{file}: does not fit into memory; give a smaller part of it"
+
+
+# Rules for texts ---------------------------------------------------------------------------------------------------
+
+
+def one_line_before(text: str) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+
+
+def clean_before(text: str) -> str:
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+
+
+def cut_before(text: str) -> int | None:
+    place = text.find("\n")
+    while place >= 0 and not (text[:place] + "\n").strip():
+        place = text.find("\n", place + 1)
+    return place if place >= 0 else None
+
+
+@pytest.mark.parametrize(
+    ("rule", "before", "parts"),
+    [
+        (one_line, one_line_before, ["a", " ", "\n", "\r", "\t", "\x0b", "\u3000", "\u2028", "\x1c"]),
+        (clean, clean_before, ["a", "[", "]", "\n", " ", " [title]", "\r", "\u2028"]),
+        (lambda text: _cut(text, "\n"), cut_before, ["a", " ", "\n", "\r", "\u3000"]),
+    ],
+    ids=["one line", "brackets", "stop"],
+)
+def test_a_linear_rule_is_the_plain_one(
+    rule: Callable[[str], Any], before: Callable[[str], Any], parts: list[str]
+) -> None:
+    texts = random_texts(parts, 100_000, 12)
+    assert sum(rule(text) != text for text in texts) > 10_000
+    for text in texts:
+        assert rule(text) == before(text), repr(text)
+
+
+@pytest.mark.parametrize(
+    "text", [" ", "\n", "[", "]", "[]", "[\n", " \n", " a", "#### 1", "#", "-1,", "the ", "a", "y", "a.", "&"]
+)
+def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
+    long = f"x{text * (MEGABYTE // len(text))}x"
+    for rule in (one_line, clean, lambda text: _cut(text, "\n")):
+        with bounded():
+            rule(long)
+    for name, metric in METRICS.items():
+        # The libraries of these two are linear too, but take microseconds for a character.
+        reference = long[: MEGABYTE // 5] if name in ("bleu", "rougeL") else long
+        example = Example("p", " x", "r:1", references=(reference, "#### 12"), choices=(reference, "other"))
+        with bounded():
+            metric.sample(Answer("the answer is #### 12", example, (0.0, -1.0)))
+
+
+def test_rows_of_a_megabyte(tmp_path: Path) -> None:
+    summary = write(tmp_path / "a.jsonl", json.dumps({"dialogue": "a", "summary": "a" + " " * MEGABYTE + "b"}))
+    with bounded():
+        (sample,) = load_split("dialogsum", "test", files={"test": summary}, seed=0)
+    assert len(sample.completion) == MEGABYTE + 3
+    row = {"activity_label": "a", "ctx_a": "[" * MEGABYTE, "ctx_b": "", "endings": ["a", "b"], "label": 1}
+    with bounded():
+        file = write(tmp_path / "b.jsonl", json.dumps(row))
+        (sample,) = load_split("hellaswag", "test", files={"test": file}, seed=0)
+    assert sample.prompt == "a: " + "[" * MEGABYTE
+
+
+# Chat templates ----------------------------------------------------------------------------------------------------
+
+GROWING = "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+BOMBS = {
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+    "repeated": ("{{ 'x' * 10**9 }}", "more than 268,435,456 bytes"),
+    "repeated in a loop": ("{% for a in range(99999) %}{% set x = 'x' * 10**8 %}{% endfor %}", "more than"),
+    "power": ("{{ 9**(10**8) > 1 }}", "more than 1 s"),
+    "doubled": (GROWING + "{{ ns.x|length }}", "more than 268,435,456 bytes"),
+    "printed": ("{% for a in range(99999) %}{% for b in range(999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "more"),
+    "padded": ("{{ '%9999999999d'|format(1) }}", "more than 268,435,456 bytes"),
+    "replaced": ("{{ ('x' * 10**8)|replace('x', 'xxxx') }}", "more than"),
+    "long": ("{{ 'x' * 300000 }}", "makes 300,000 characters of these messages, where 100,140 are the most"),
+    "for ever in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
 }
-WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
+TURNS = [{"role": "user", "content": "How many?!"}]
 
 
-def prints(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
-    """Calls of `print` and `bar.write`: which, itself, and the function that it stands in."""
-
-    def walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call, str]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Call) and ast.unparse(child.func) in ("print", "bar.write", "bar.set_postfix_str"):
-                yield ast.unparse(child.func), child, function
-            yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else function)
-
-    yield from walk(ast.parse(file.read_text(encoding="utf-8")), "")
+@pytest.fixture
+def chat(tmp_path: Path) -> Any:
+    return load_tokenizer(write_tiny_tokenizer(tmp_path / "tokenizer"))
 
 
-def test_nothing_is_printed_but_by_show() -> None:
-    found = set()
-    tools = [file for file in (ROOT / "tools").glob("*.py") if not file.name.startswith(("bench_", "prepare_"))]
-    for file in sorted([*(ROOT / "megatron_tiedlora").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *tools]):
-        place = str(file.relative_to(ROOT))
-        for name, call, function in prints(file):
-            if name == "print":
-                found.add((place, function))
-            elif place not in WRITE:
-                assert ast.unparse(call.args[0]).startswith("printable("), (place, function)
-    assert found == PRINT
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_chat_template_has_an_end(tmp_path: Path, chat: Any, name: str) -> None:
+    chat.chat_template, said = BOMBS[name]
+
+    def mine(_number: int, _frame: object) -> None:
+        raise AssertionError("no timer was set")
+
+    before = signal.signal(signal.SIGPROF, mine)
+    signal.setitimer(signal.ITIMER_PROF, 1000.0, 7.0)
+    try:
+        with bounded():
+            message = refusal(lambda: render_turns(TURNS, "a.jsonl:1", chat))
+        left, interval = signal.setitimer(signal.ITIMER_PROF, 0)
+        assert signal.getsignal(signal.SIGPROF) == mine and 900 < left <= 1001 and interval == pytest.approx(7.0)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
-# What commands print -----------------------------------------------------------------------------------------------
+def test_a_long_conversation_is_rendered(chat: Any) -> None:
+    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    turns = [{"role": "user", "content": "x" * MEGABYTE}] * 10
+    assert render_turns(turns, "a.jsonl:1", chat) == f"<user>{'x' * MEGABYTE}" * 10 + "<assistant>"
 
 
-@pytest.mark.distributed
-def test_the_note_of_an_evaluation(tmp_path: Path) -> None:
-    """The base of a PEFT adapter, as its author called it."""
-    model = write_tiny_model(tmp_path / "model")
-    source, adapter, _ = with_adapter(model, "tl6")
-    export_peft(source, adapter, tmp_path / "peft")
-    file = tmp_path / "peft" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": f"a{FOREIGN}\nb"}))
-    rows = write_rows(tmp_path / "rows.jsonl", 1)
-    given = {"model": model, "adapter": tmp_path / "peft", "test_file": rows, "max_new_tokens": 1}
-    ended = evaluate(tmp_path / "out", work=tmp_path, **given)
-    assert f"names the base a{printable(FOREIGN)}\\nb; PEFT files" in ended.outputs[0] and not unsafe(ended.outputs[0])
+def test_the_time_of_other_work_is_not_counted() -> None:
+    """Limits come one after another, each with its own time."""
+    for _ in range(3):
+        with limited(memory=2**29, seconds=0.5):
+            end = time.thread_time() + 0.3
+            while time.thread_time() < end:
+                pass
 
 
-@pytest.mark.distributed
-def test_the_sample_of_a_dry_run(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    train = tmp_path / "train.jsonl"
-    train.write_text(json.dumps({"prompt": f"one\n\ntwo {TITLE}\x1b[2Jé:", "completion": "x\x1by"}) + "\n")
-    ended = run_ranks(base.arguments(train_file=train, dry_run=True), folder=tmp_path / "work").expect(0)
-    text = ended.outputs[0]
-    assert not unsafe(text)
-    sample = text[text.index("first sample") :].splitlines()
-    assert sample[2:5] == ["    <s>one", "    ", "    two \\x1b]0;owned\\x07\\x1b[2Jé:"]
-    assert "     x\\x1by</s>" in sample
+# Tokenizers --------------------------------------------------------------------------------------------------------
 
 
-def test_tables_of_a_study(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study")
-    record = json.loads((folder / "base.json").read_text())
-    (folder / "base.json").write_text(json.dumps({**record, "model": f"models/{FOREIGN}", "paper_model": None}))
-    write_score(folder, "base", 12.0)
-    text = table2_markdown([read_study(folder)])
-    assert f"# Table 2: {printable(FOREIGN)} on squad" in text and not unsafe(text)
+def with_rule(folder: Path, pattern: str, place: str) -> Path:
+    """A tokenizer with a rule of a stranger's regular expression."""
+    file = write_tiny_tokenizer(folder) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "b"}
+    if place == "decoder":
+        content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], {"type": "Fuse"}, replace]}
+    elif place == "normalizer":
+        content["normalizer"] = replace
+    else:
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content))
+    return folder
 
 
-def test_jobs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
-    """The reason is the last error line of a log."""
-    child: Any = SimpleNamespace(ended=lambda: True)
-    stop: Any = SimpleNamespace(received=[])
-    job = Job("run", (), lambda slot: slot, lambda: FOREIGN, lambda: (0.5, FOREIGN))  # type: ignore[arg-type, return-value]
-    assert run_jobs([job], slots=[()], start=lambda command: child, stop=stop, finished=0).failures == {"run": FOREIGN}
-    said = "".join(capsys.readouterr())
-    assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
+@pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer", "decoder"])
+def test_a_regular_expression_that_gives_up_is_one_line(tmp_path: Path, place: str) -> None:
+    """Its library panics, which Python sees as a BaseException of a class that nothing else has."""
+    folder = with_rule(tmp_path / "tokenizer", "(a|aa)+c", place)
+    tokenizer = load_tokenizer(folder)
+
+    def use() -> None:
+        (ids,), _ = encode_prompts(tokenizer, ["a" * 60], max_length=256)
+        decode_ids(tokenizer, ids.tolist())
+
+    with bounded():
+        message = refusal(use)
+    said = "cannot decode some ids" if place == "decoder" else "cannot encode a text"
+    assert message.startswith(f"{folder}: {said} (") and "--tokenizer" in message
 
 
-def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    watch.say(f"node1 cannot be reached ({FOREIGN})")
-    RankLog().say(f"Traceback\n  {FOREIGN}")
-    said = capsys.readouterr().err
-    assert said.split("\n")[:3] == [
-        f"run.py: node1 cannot be reached ({printable(FOREIGN)})",
-        "Traceback",
-        f"  {printable(FOREIGN)}",
-    ]
-    findings = [Finding(level="error", code="no_answer", hosts=["a"], message=FOREIGN, fix=f"look\nverdict: {FOREIGN}")]
-    layout = Layout(
-        num_ranks=1, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, master_host=FOREIGN, master_port=1
-    )
-    hosts = [HostReport(name=FOREIGN, slots=1, first_rank=0)]
-    found: dict[str, Any] = {"groups": [], "skipped": FOREIGN, "seconds": {}, "num_errors": 1, "num_warnings": 0}
-    text = report_text(
-        Report(verdict="not ready", route="ssh", layout=layout, hosts=hosts, findings=findings, **found)
-    )
-    assert not unsafe(text) and text.count("\nverdict:") == 1
-    assert not unsafe(format_comparisons([LogitComparison(FOREIGN, 0.0, 0.0, 0.0, 1.0, "equal")]))
+@pytest.mark.parametrize("pattern", ["(", "(a|aa)+c", "[z-a]", r"\p{Nothing}"])
+def test_a_regular_expression_that_cannot_be_used_is_refused_at_once(tmp_path: Path, pattern: str) -> None:
+    folder = with_rule(tmp_path / "tokenizer", pattern, "pre_tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 60}  # for the second one
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with bounded():
+        found = outcome(lambda: load_tokenizer(folder), unchanged=tmp_path, names=(str(folder),))
+    assert isinstance(found, UserError) and "cannot be read as a tokenizer (" in str(found)
+
+
+class Stop(BaseException):
+    """Stands for a run's stop."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
+def test_what_ends_a_run_is_no_library_s_error(error: type[BaseException]) -> None:
+    with pytest.raises(error), library_errors("a", "fails"):
+        raise error
+    with pytest.raises(UserError, match=r"^a: fails \(ValueError\); give"), library_errors("a", "fails"):
+        raise ValueError
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "x.model", "vocab.json",
+                                  "chat_template.jinja", "additional_chat_templates/a.jinja"])  # fmt: skip
+def test_a_tokenizer_s_file_of_gigabytes_is_not_read(tmp_path: Path, name: str) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "tokenizer")
+    (folder / name).parent.mkdir(exist_ok=True)
+    sparse(folder / name, 2**36)
+    places = [folder, folder / name] if name.endswith(".model") else [folder]
+    for place in places:
+        with bounded():
+            message = refusal(lambda place=place: load_tokenizer(place))
+        assert message.startswith(f"{folder / name}: is larger than 134,217,728 bytes")
+
+
+def test_a_model_that_sentencepiece_cannot_use(tmp_path: Path) -> None:
+    for content in (b"", b"\0" * 1000, b"\x0a\xff\xff\xff\xff\x0f" + b"x" * 100):
+        file = tmp_path / "tokenizer.model"
+        file.write_bytes(content)
+        assert f"{file}: is not a SentencePiece model" in refusal(lambda file=file: load_tokenizer(file))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {2}), (5, {2, 5}), ([5, 6, 5], {2, 5, 6}), ([], {2}), (319, {2, 319}), (320, {2}), (-1, {2}),
+        ([5, 10**30, -(10**30), 2**63], {2, 5}), (True, None), ([5, False], None), ("5", None), (5.0, None),
+        ([[5]], None), ({"a": 5}, None), ([None], None),
+    ],
+)  # fmt: skip
+def test_end_ids_are_ids_of_the_model(tmp_path: Path, chat: Any, given: Any, expected: set[int] | None) -> None:
+    assert chat.eos_token_id == 2
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    found = outcome(lambda: end_ids(chat, tmp_path, vocab_size=320), unchanged=tmp_path, names=("eos_token_id = ",))
+    assert isinstance(found, UserError) if expected is None else found == expected
+
+
+# Hosts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks", ["2(x999999999)", "1(x1000001)", ",".join(["1(x999999)"] * 9), "9" * 5000, "٣",
+                                   "1(x)", "2,", "", "2(x-1)", "1(x" + "9" * 5000 + ")"], ids=range(10))  # fmt: skip
+def test_tasks_of_a_slurm_job_beyond_any_cluster(tasks: str) -> None:
+    environment = {"SLURM_JOB_NODELIST": "a,b", "SLURM_TASKS_PER_NODE": tasks}
+    with bounded():
+        message = refusal(lambda: slurm_hosts(environment))
+    assert "SLURM_TASKS_PER_NODE" in message or not tasks

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.tokenizer import library_errors
 
 _CHUNK = 1000  # samples given to the tokenizer at once: enough for its threads, often enough for the bar
 
@@ -178,6 +179,12 @@ def check_supervised(dataset: TokenDataset, source: str) -> None:
         raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
 
 
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """The text of some ids. Raises UserError naming the tokenizer where its library fails."""
+    with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+
 def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
@@ -220,9 +227,10 @@ def _with_bos(ids: list[int], bos: int | None, *, room: int) -> tuple[list[int],
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
+    with library_errors(tokenizer.name_or_path, "cannot encode a text"):
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
     return [list(ids) for ids in encoded["input_ids"]]
 
 

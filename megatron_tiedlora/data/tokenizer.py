@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_tiedlora.config.paths import user_path
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
 
+_LARGEST_FILE = 2**27  # bytes of a tokenizer's file, which libraries read whole; large vocabularies take 20 to 35 MB
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
 
@@ -39,6 +41,7 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     if path.is_file():
         if path.suffix != ".model":
             raise _refusal(name, "is neither a folder nor a SentencePiece .model file")
+        _check_size(path)
         return _named(_load_sentencepiece(path, config_folder=None), name)
     if path.is_dir():
         return _named(_load_folder(path), name)
@@ -47,15 +50,44 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     return _named(_load_folder(download_tokenizer(name)), name)
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> frozenset[int]:
+@contextmanager
+def library_errors(place: str | Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside of a tokenizer's library becomes one line: `place`, `what` and the library's reason.
+
+    Raises:
+        UserError: so it did. Ctrl-C, an exit and a run's stop pass through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _refusal(str(place), f"{what} ({_first_line(error)})") from error
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
-    several). Raises UserError where the tokenizer has none."""
+    several).
+
+    As in transformers an id that the model cannot give ends nothing, so it is left out.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        UserError: the tokenizer has none, or the file holds something else than whole numbers.
+    """
     if tokenizer.eos_token_id is None:
         raise _refusal(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
-    more = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
-    more = more if isinstance(more, list) else [more]
-    return frozenset({int(tokenizer.eos_token_id), *(token for token in more if type(token) is int)})
+    found = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
+    more = found if isinstance(found, list) else [] if found is None else [found]
+    for token in more:
+        if type(token) is not int:
+            raise UserError(f"{file}: eos_token_id = {shown(found)} is neither an id nor a list of ids; correct it")
+    return frozenset(token for token in (int(tokenizer.eos_token_id), *more) if 0 <= token < vocab_size)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -101,6 +133,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
+    for pattern in (*_HUB_FILES, "additional_chat_templates/*"):
+        for file in folder.glob(pattern):
+            _check_size(file)
     settings = folder / "tokenizer_config.json"
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
     for name in ("vocab", "merges"):  # transformers reads the file of that name, wherever it is
@@ -122,10 +157,9 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
     """Convert a SentencePiece model; `config_folder` holds a tokenizer_config.json with special tokens and template."""
     import sentencepiece
 
-    try:
+    with library_errors(path, "is not a SentencePiece model"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise _refusal(str(path), "is not a SentencePiece model") from error
+        expected = [processor.encode(text) for text in _PROBES]
     # transformers finds the file by its name in a folder, so it is given one that holds nothing else.
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(path, Path(scratch, "tokenizer.model"))
@@ -135,8 +169,8 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
         if config_folder is not None:
             return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch))
         tokenizer = _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, split_special_tokens=True))
-    for text in _PROBES:
-        if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
+    for text, ids in zip(_PROBES, expected, strict=True):
+        if tokenizer.encode(text, add_special_tokens=False) != ids:
             raise _refusal(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
     return tokenizer
 
@@ -153,15 +187,16 @@ def download_tokenizer(hub_id: str) -> Path:
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
     """Call `load` and try what it gives; whatever goes wrong inside the library becomes one line naming `place`."""
-    try:
+    with library_errors(place, "cannot be read as a tokenizer"):
         tokenizer = load()
         _try_out(tokenizer)
-    except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise _refusal(str(place), f"cannot be read as a tokenizer ({_first_line(error)})") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _check_size(file: Path) -> None:
+    if file.is_file() and file.stat().st_size > _LARGEST_FILE:
+        raise _refusal(str(file), f"is larger than {_LARGEST_FILE:,} bytes, which no tokenizer's file is")
 
 
 def _try_out(tokenizer: Any) -> None:

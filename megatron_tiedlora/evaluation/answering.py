@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.encode import continuation_ids, encode_prompts
+from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tokenizer import end_ids
@@ -60,17 +60,19 @@ def encode_scored(
     *,
     longest_prompt: int,
     model_folder: Path,
+    vocab_size: int,
 ) -> ScoredSet:
     """Tokenise samples as training does, prompts cut to `longest_prompt` tokens.
 
     Args:
         model_folder: says which tokens end a sequence, beside the tokenizer.
+        vocab_size: rows of the model's embedding.
 
     Raises:
         UserError: a tokenizer without an end token, an example that the task's metrics cannot score, or a choice
             without a token.
     """
-    ends = end_ids(tokenizer, model_folder)
+    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
     for metric in metrics:
         for example in examples:
@@ -169,13 +171,10 @@ def _cut(text: str, stop: str) -> int | None:
     A stop of white space counts behind something visible only: models that were not taught the task often put a line
     break before their answer.
     """
-    place = text.find(stop)
-    while place >= 0 and not (text[:place] + stop).strip():
-        place = text.find(stop, place + 1)
+    first = 0 if stop.strip() else len(text) - len(text.lstrip())
+    place = text.find(stop, first)
     return place if place >= 0 else None
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
-    text = tokenizer.decode(list(row), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    return decode_ids(tokenizer, row, skip_special=True)

@@ -39,6 +39,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
         tokenizer,
         longest_prompt=plan.longest_prompt,
         model_folder=plan.source.weights_folder(),
+        vocab_size=plan.source.config.vocab_size,
     )
     return HeldOut(tokenizer, scored)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.errors import printable
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
@@ -261,7 +260,7 @@ def _sample(data: RunData) -> list[str]:
     parts = (("not supervised", ids[:prompt]), ("supervised", ids[prompt:]))
     lines = [f"first sample ({data.first_example.source}), {len(ids)} tokens"]
     for name, part in parts:
-        lines += [f"  [{name}, {len(part)} tokens]", *_indented(str(data.tokenizer.decode(np.asarray(part).tolist())))]
+        lines += [f"  [{name}, {len(part)} tokens]", *_indented(decode_ids(data.tokenizer, part.tolist()))]
     return lines
 
 

@@ -107,4 +107,5 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
             plan.settings.max_length, plan.source.config.max_positions, plan.max_new_tokens
         ),
         model_folder=plan.source.weights_folder(),
+        vocab_size=plan.source.config.vocab_size,
     )
