@@ -134,6 +134,22 @@ def test_model_files(copy: Base, damage: Break, parts: list[str]) -> None:
     refused(copy, parts)
 
 
+def test_a_tokenizer_and_a_chat_template_that_are_made_to_harm(copy: Base) -> None:
+    """Both load; the one panics in the library and the other never ends, when they meet the rows."""
+    turns = [{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b"}]
+    copy.train.write_text(json.dumps({"messages": turns}) + "\n")
+    file = copy.model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+c"}, "behavior": "Isolated", "invert": False}
+    changed = {**content, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}}
+    file.write_text(json.dumps(changed))
+    refused(copy, [str(copy.model), "cannot encode a text", "--tokenizer"])
+    file.write_text(json.dumps(content))
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (copy.model / "chat_template.jinja").write_text(loops)
+    refused(copy, ["train.jsonl:1", f"chat template of {copy.model}", "more than 1 s"])
+
+
 def test_vocabulary_larger_than_the_embedding(copy: Base) -> None:
     small = write_tiny_model(copy.folder / "small", vocab_size=250, tokenizer=False)
     parts = ["model", "needs 259 ids", "250 rows", "--tokenizer"]
