@@ -23,11 +23,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
 
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
 
-_LARGEST_FILE = 2**27  # bytes of a tokenizer's file, which libraries read whole; large vocabularies take 20 to 35 MB
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
 
@@ -195,8 +195,8 @@ def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase
 
 
 def _check_size(file: Path) -> None:
-    if file.is_file() and file.stat().st_size > _LARGEST_FILE:
-        raise _refusal(str(file), f"is larger than {_LARGEST_FILE:,} bytes, which no tokenizer's file is")
+    if file.is_file() and file.stat().st_size > LARGEST_TOKENIZER:
+        raise _refusal(str(file), f"is larger than {LARGEST_TOKENIZER:,} bytes, which no tokenizer's file is")
 
 
 def _try_out(tokenizer: Any) -> None:

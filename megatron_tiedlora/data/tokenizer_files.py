@@ -15,7 +15,7 @@ from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.text_files import read_small_text
 
-LARGEST_TOKENIZER = 2**28  # bytes of a file; those of the largest vocabularies have an eighth of it
+LARGEST_TOKENIZER = 2**27  # bytes of a file, which libraries read whole; large vocabularies take 20 to 35 MB
 # The first of these that a folder has is what its ids come from; see `tokenizer.load_tokenizer`.
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
