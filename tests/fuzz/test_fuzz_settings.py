@@ -1,34 +1,35 @@
-"""Settings in YAML, the DeepSpeed JSON, and what a study and a run have left: broken files are one clear line."""
+"""Settings in YAML, the DeepSpeed JSON and values on command lines, broken: one clear line, or settings that can be."""
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fuzzing import broken_file, changed_fields, damaged, explore, outcome, sizes
-from hypothesis import strategies as st
-from study_files import write_run, write_scored, write_study
+from damage import STRANGE, broken_file, changed_fields, clear, damaged, odd_place
+from fuzzing import Draw, cases, explore, outcome, printable
+from native_files import with_adapter, write_native
+from run_helpers import ROOT, Base, write_base
+from valid import check_settings
 
-from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.sweep_settings import SweepCommand, parse_sweep
-from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.study.plan import last_row
-from megatron_tiedlora.study.record import StudyFolder, check_folder, last_lines, read_base
-from megatron_tiedlora.study.scores import RunEnd, Study, read_run, read_study
-from megatron_tiedlora.study.text import table2_markdown, table3_markdown
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder, read_metrics
+from megatron_tiedlora.config.launch_settings import LaunchSettings
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
+from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.study.plan import plan_sweep
+from megatron_tiedlora.training.dry_run import dry_run_report
 
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
 
@@ -52,97 +53,35 @@ COMMANDS: Mapping[str, tuple[dict[str, Any], Callable[[list[str]], Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, and a working directory in it that nothing may be left in."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
+def check_found(found: object) -> None:
+    """Settings that were read can be."""
+    if isinstance(found, SweepCommand):
+        check_settings(found.settings)
+        check_settings(found.train)
+    elif isinstance(found, CommandSettings):
+        check_settings(found)
 
 
-def check_settings(found: CommandSettings) -> None:
-    """All can be written out, and numbers are numbers."""
-    plain = json.loads(json.dumps(found.model_dump(), allow_nan=False))
-    for name, value in plain.items():
-        kinds = type(found).model_fields[name].annotation
-        assert not isinstance(value, bool) or kinds is bool, name
-    for value in plain.values():
-        assert not isinstance(value, str) or "\0" not in value
+@cases("yaml")
+def test_broken_yaml(area: Path, examples: int) -> None:
+    file, elsewhere = area / "settings.yaml", area / "elsewhere"
 
-
-def yaml_text(content: Any) -> bytes:
-    return yaml.safe_dump(content, sort_keys=False).encode()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@sizes(100, 3000)
-def test_broken_yaml(area: Path, command: str, examples: int) -> None:
-    content, parse = COMMANDS[command]
-    file = area / "settings.yaml"
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        if draw(st.booleans()):
-            raw = damaged(draw, yaml_text(content))
-        else:
-            raw = yaml_text(changed_fields(draw, content))
-        file.write_bytes(raw)
+    def body(draw: Draw) -> object:
+        content, parse = COMMANDS[draw.say(draw.pick(sorted(COMMANDS)))]
+        clear(file, elsewhere)
+        changed = changed_fields(draw, content) if draw.chance() else content
+        raw = yaml.safe_dump(changed, sort_keys=False).encode()
+        file.write_bytes(raw if changed is not content else damaged(draw, raw))
+        if draw.chance(0.05):
+            odd_place(draw, file, elsewhere=elsewhere)
         found = outcome(lambda: parse(["--config", str(file)]), unchanged=area, names=(str(file), "--"))
-        if isinstance(found, SweepCommand):
-            check_settings(found.settings)
-            check_settings(found.train)
-        elif isinstance(found, CommandSettings):
-            check_settings(found)
+        check_found(found)
+        return found
 
-    explore(examples, body)
+    explore("yaml", examples, body)
 
 
-_BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
-_MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
-
-
-@pytest.mark.parametrize(("text", "said"), [
-    (_BOMB + "rank: *a59\n", "anchors and aliases are not read"),
-    (_MERGES, "anchors and aliases are not read"),
-    ("rank: &r 8\nalpha: *r\n", "anchors and aliases are not read"),
-    ("rank: &r [*r]\n", "anchors and aliases are not read"),
-    ("model: !!python/object/apply:os.system ['touch gone']\n", "could not determine a constructor"),
-    ("model: !!python/name:os.system\n", "could not determine a constructor"),
-    ("!!python/object/new:os.system ['touch gone']\n", "could not determine a constructor"),
-    ("model: !mine x\n", "could not determine a constructor"),
-    ("rank: 8\nrank: 9\n", "'rank' is there twice"),
-    ("rank: 8\n---\nrank: 9\n", "another document"),
-    ("rank:\t8\n\tmodel: x\n", "not valid YAML"),
-    ("rank: " + "[" * 50_000, "nested too deeply"),
-    ("- " * 20_000, "nested too deeply"),
-    ("rank: 2001-99-99\n", "cannot be read"),
-    ("rank: !!bool x\n", "cannot be read"),
-    ("rank: !!timestamp x\n", "cannot be read"),
-    ("rank: !!int ''\n", "cannot be read"),
-    ("rank: " + "9" * 5000, "cannot be read"),
-    ("rank: 0x" + "f" * 5000, "--rank a whole number of 20000 bits"),
-    ("? 0x" + "f" * 5000 + "\n: 1", "unknown setting a whole number of 20000 bits"),
-    ("? [a, b]\n: 1\n", "unhashable key"),
-    ("? {a: b}\n: 1\n", "unhashable key"),
-    ("rank: true\n", "--rank True"),
-    ("layers: [1, true]\n", "--layers [1, True]"),
-    ("max_steps: .inf\n", "--max_steps inf"),
-    ("learning_rate: 1e400\n", "--learning_rate 1e400"),
-    ("max_steps: ²\n", "--max_steps ²"),
-    ('output_dir: "a\\0b"\n', "--output_dir 'a\\x00b'"),
-    ('model: "\\ud800"\n', "--model '\\ud800'"),
-    ("a" * 2**18 + ": 1\n", "is larger than 262,144 bytes"),
-    ("? " + "x" * 5000 + "\n: 1\n", "unknown setting"),
-    ("max_steps: 0x" + "f" * 5000, "--max_steps a whole number"),
-    ("max_steps: '" + "9" * 5000 + "'", "--max_steps 9999"),
-    (b"\xff\xfer\0a\0n\0k\0:\0 \x008\0", "not UTF-8"),
-])  # fmt: skip
-@pytest.mark.timeout(30)
-def test_yaml_that_is_made_to_harm(area: Path, text: str | bytes, said: str) -> None:
-    file = area / "settings.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = outcome(lambda: parse_settings(["--config", str(file)]), unchanged=area, names=(str(file), "--"))
-    assert isinstance(found, UserError) and said in str(found), found
-
+# The DeepSpeed JSON -----------------------------------------------------------------------------------------------
 
 ENGINE = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False,
@@ -152,11 +91,11 @@ ENGINE = {
 }  # fmt: skip
 
 
-@sizes(250, 6000)
+@cases("engine")
 def test_a_broken_engine_json(area: Path, examples: int) -> None:
     file = area / "engine.json"
 
-    def body(draw):  # type: ignore[no-untyped-def]
+    def body(draw: Draw) -> object:
         file.write_bytes(broken_file(draw, file.name, json.dumps(ENGINE).encode()))
         found = outcome(
             lambda: load_engine_config(str(file), batches=BATCHES, gradient_clipping=0.5),
@@ -166,135 +105,104 @@ def test_a_broken_engine_json(area: Path, examples: int) -> None:
         if isinstance(found, EngineConfig):
             assert found.zero_stage in range(4) and found.values["train_batch_size"] == 8
             assert found.values["gradient_clipping"] == 0.5
+            for name, value in found.values["zero_optimization"].items():
+                assert not name.endswith("bucket_size") or value >= 1, f"{name} of {value}"
+        return found
 
-    explore(examples, body)
-
-
-# What runs and studies leave --------------------------------------------------------------------------------------
-
-
-@sizes(80, 2000)
-def test_a_broken_study(area: Path, examples: int) -> None:
-    whole = write_study(area / "whole", single_layers=[1, 4], single_layer_rank=2, learning_rates=[1e-4, 1e-5])
-    for name in ("lora-r2-lr1e-4", "tl6-r8-lr1e-5"):
-        write_scored(whole, name, 50.0)
-    write_scored(whole, "base", 20.0)
-    assert isinstance(read_study(whole), Study)
-    study = area / "study"
-    files = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]
-    assert any(name.endswith("latest") for name in files) and any(name.endswith("results.json") for name in files)
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        shutil.rmtree(study, ignore_errors=True)
-        shutil.copytree(whole, study)
-        name = draw(st.sampled_from(files))
-        raw = (whole / name).read_bytes()
-        (study / name).write_bytes(broken_file(draw, name, raw) if name.endswith(".json") else damaged(draw, raw))
-        found = outcome(lambda: read_study(study), unchanged=area, names=(str(study), "--"))
-        if isinstance(found, Study):
-            outcome(lambda: [table2_markdown([found]), table3_markdown([found])], unchanged=area, names=(str(study),))
-        outcome(lambda: read_base(StudyFolder(study)), unchanged=area, names=(str(study),))
-
-    explore(examples, body)
+    explore("engine", examples, body)
 
 
-@pytest.mark.parametrize("name", ["../../../elsewhere", "..", "/", "step_10/../step_10", "x" * 5000, "\0", "\udcff"])
-def test_latest_of_a_run_leads_nowhere_else(area: Path, name: str) -> None:
-    run = write_run(area / "study", "lora-r2-lr1e-4")
-    elsewhere = area / "study" / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "trainer_state.json").write_text('{"best_metric": 7.0}')
-    (run / "checkpoints" / "latest").write_bytes(name.encode("utf-8", "surrogateescape"))
-    assert read_run(run) == RunEnd("failed", "it ended without a finite value on validation", 10, None)
+# Command lines ----------------------------------------------------------------------------------------------------
+
+VALUES = [
+    "", " ", "0", "1", "2", "3", "-1", "8", "64", "1e3", "1e-4", "0.5", "-0.0", "nan", "inf", "1e400", "9" * 400,
+    "0x10", "1_000", "²", "٣", "true", "false", "none", "None", "auto", "all", "1,2", "1,,2", "2,1", "1,1", ",",
+    "lora", "tl6", "tl5,lora", "custom", "demo", "squad", "gsm8k", "loss", "bleu", "exact_match", "zero1.json",
+    "zero3.json", "../x", "/", "/dev/null", "/etc/passwd", "~", "~nobody-of-that-name", "x" * 300, "x/" * 3000,
+    "\x1b[2J", "a\nb", "\udcff", "é", "{prompt}", "{0.__class__}", "{", "--rank", "-h", "'", '"', "a b", "$(id)",
+    "; id", "`id`", "%h", "[::1]", "--num_gpus 2", "--no_python", "paper", "llama2-7b", "gpt-2b-001", "a/b", "full",
+    "selective", "bf16", "fp32",
+]  # fmt: skip
+WORDS = ["--nothing=1", "x", "--", "--rank", "-x", "--config=", "--config=/dev/zero", "--config=.", "\udcff"]
 
 
-@pytest.mark.parametrize("name", ["runs", "scores", "logs", "runs/lora-r2-lr1e-4"])
-def test_a_study_with_links_for_folders_is_refused(area: Path, name: str) -> None:
-    study = write_study(area / "study", learning_rates=[1e-4])
-    (area / "again").symlink_to(study)
-    for folder in (study, area / "again"):  # which the user names
-        check_folder(StudyFolder(folder))
-    (study / name).parent.mkdir(exist_ok=True)
-    (study / name).symlink_to(area / "away")
-    found = outcome(lambda: check_folder(StudyFolder(study)), unchanged=area, names=(f"{study / name} is a link",))
-    assert isinstance(found, UserError)
+def no_output(run: Callable[[], Any]) -> Any:
+    """What `run` returns; what it prints, which has to be printable, is dropped."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(io.StringIO()):
+        found = run()
+    printable(*said.getvalue().splitlines())
+    return found
 
 
-@pytest.mark.parametrize("changes", [{"state": "finished\n"}, {"state": None}, {"state": ["finished"]}, {"state": 1}])
-def test_a_status_of_no_known_state_is_a_run_that_was_cut_off(area: Path, changes: dict[str, Any]) -> None:
-    run = write_run(area / "study", "lora-r2-lr1e-4")
-    (run / "run_status.json").write_text(json.dumps({"state": "finished", "step": 10, "reason": "x", **changes}))
-    assert read_run(run) == RunEnd("cut off")
+def _train(argv: Sequence[str]) -> CommandSettings:
+    settings = parse_settings([*argv, "--dry_run=true"])
+    no_output(lambda: print(dry_run_report(settings)))
+    return settings
 
 
-METRICS = (
-    b'{"step": 1, "split": "train", "loss": 2.5, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-    b'{"step": 2, "split": "validation", "loss": 2.25, "exact_match": 50.0}\n'
-    b'{"step": 3, "split": "train", "loss": 2.0, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
-)
+def _evaluate(argv: Sequence[str]) -> CommandSettings:
+    settings = parse_settings(argv, EvaluateSettings)
+    plan_evaluation(settings, rank=0, world_size=1)
+    return settings
 
 
-@sizes(250, 6000)
-def test_broken_logs(area: Path, examples: int) -> None:
-    folder = area / "run"
-    run = RunFolder(folder)
-    folder.mkdir()
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        if draw(st.booleans()):
-            raw = damaged(draw, METRICS)
-        else:
-            rows = [changed_fields(draw, json.loads(line)) for line in METRICS.splitlines()]
-            raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        run.metrics.write_bytes(raw)
-        rows = outcome(lambda: read_metrics(run.metrics), unchanged=area, names=(str(folder),))
-        assert isinstance(rows, list)
-        for row in (*rows, *filter(None, [outcome(lambda: last_row(run.metrics), unchanged=area, names=("",))])):
-            assert type(row["step"]) is int and row["split"] in ("train", "validation")
-            assert f"{row['loss']:.4f}" and json.dumps(row, allow_nan=False)
-        lines = outcome(lambda: last_lines(run.metrics), unchanged=area, names=("",))
-        assert all(isinstance(line, str) for line in lines)
-
-    explore(examples, body)
+def _sweep(argv: Sequence[str]) -> SweepCommand:
+    command = parse_sweep([*argv, "--dry_run=true"])
+    no_output(lambda: print("\n".join(plan_sweep(command).dry_run_lines())))
+    return command
 
 
-def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:
-    run = RunFolder(area / "run")
-    run.path.mkdir()
-    run.metrics.write_bytes(b"\xff\n[]\n" + METRICS + b'{"step": 2, "split": "test", "loss": 1}\n{"st')
-    MetricsLog(run, resumed_step=2, evaluated_step=2).close()
-    assert run.metrics.read_bytes().splitlines() == METRICS.splitlines()[:2]
+def _run(argv: Sequence[str]) -> int:
+    return int(no_output(lambda: launch([*argv, "--show_command=true"], scripts=ROOT / "launch")))
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "x/" * 3000])
-@pytest.mark.parametrize("setting", ["model", "output_dir", "tokenizer", "resume", "train_file", "ds_config"])
-def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
-    """Told by whatever reads the setting first, before anything is written."""
-    readers: dict[str, Callable[[], Any]] = {
-        "model": lambda: find_model(name),
-        "output_dir": lambda: choose_run_folder(name, name="x", resume="none"),
-        "tokenizer": lambda: load_tokenizer(name),
-        "resume": lambda: choose_run_folder(None, name="x", resume=name),
-        "train_file": lambda: read_rows(name),
-        "ds_config": lambda: load_engine_config(name, batches=BATCHES, gradient_clipping=0.5),
-    }
-    found = outcome(readers[setting], unchanged=area, names=("is no path",))
-    assert isinstance(found, UserError)
+def _doctor(argv: Sequence[str]) -> CommandSettings:
+    return parse_settings(argv, DoctorSettings)
 
 
-def test_a_wrong_value_names_the_file_that_it_is_in(area: Path) -> None:
-    file = area / "s.yaml"
-    file.write_text("rank: 0\nmax_steps: 5\n")
-    starts = {"": f"{file}: --rank 0", "--rank=-1": "--rank -1", "--rank=2 --max_steps=0": "--max_steps 0"}
-    for argv, start in starts.items():
-        with pytest.raises(UserError) as error:
-            parse_settings([f"--config={file}", *argv.split()])
-        assert str(error.value).startswith(start)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    made = write_base(tmp_path_factory.mktemp("base"))
+    write_native(made.folder / "adapter", made.model, with_adapter(made.model, "tl6")[2])
+    (made.folder / "hosts").write_text("localhost slots=2\n")
+    return made
 
 
-def test_a_sweep_s_folder_that_can_be_none(area: Path) -> None:
-    file = area / "sweep.yaml"
-    for value in ("~nobody-of-that-name", "x" * 300, "0x" + "f" * 5000):
-        file.write_text(f"output_dir: {value}\n")
-        found = outcome(lambda: parse_sweep([f"--config={file}"]), unchanged=area, names=(f"{file}: --output_dir",))
-        assert isinstance(found, UserError)
+@cases("flags")
+def test_values_on_the_command_line(base: Base, area: Path, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is accepted is planned too, as far as that goes without starting anything."""
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
+    train, test = base.arguments(output_dir="out"), base.validation
+    commands: Mapping[str, tuple[type[CommandSettings], list[str], Callable[[Sequence[str]], Any]]] = {
+        "train": (Settings, train, _train),
+        "evaluate": (
+            EvaluateSettings,
+            [f"--model={base.model}", f"--adapter={base.folder / 'adapter'}", "--task=custom", f"--test_file={test}"],
+            _evaluate,
+        ),
+        "sweep": (
+            SweepSettings,
+            ["--output_dir=study", f"--model={base.model}", f"--train_file={base.train}", f"--test_file={test}",
+             "--task=custom", "--ranks=2", "--methods=tl6"],
+            _sweep,
+        ),
+        "run": (LaunchSettings, ["--num_gpus=2", *train], _run),
+        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}", f"--model={base.model}"], _doctor),
+    }  # fmt: skip
+    strange = [str(value) for value in STRANGE if isinstance(value, int | float | str) and "\0" not in str(value)]
+
+    def body(draw: Draw) -> object:
+        kind, given, run = commands[draw.say(draw.pick(["train", "train", *commands]))]
+        names = sorted(kind.model_fields) + (sorted(Settings.model_fields) if kind is LaunchSettings else [])
+        argv = list(given)
+        for name in draw.some([name for name in names if name != "show_command"], draw.number(1, 2)):
+            value = draw.pick(VALUES) if draw.chance(0.8) else draw.pick(strange)
+            argv.append(draw.say(f"--{name}={value}")[:20_000])
+        if draw.chance(0.05):
+            argv.append(draw.pick(WORDS))
+        found = outcome(lambda: run(argv), unchanged=area, names=("",))
+        check_found(found)
+        return found
+
+    explore("flags", examples, body)
