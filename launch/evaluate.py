@@ -40,11 +40,12 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
     # from here on.
     from megatron_tiedlora.checkpoint.load_model import load_model
+    from megatron_tiedlora.checkpoint.output_folder import NewOutput
     from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
     from megatron_tiedlora.evaluation.plan import plan_evaluation
-    from megatron_tiedlora.evaluation.results import output_folder, score_table, write_results
+    from megatron_tiedlora.evaluation.results import score_table, take_output, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.pipeline.topology import make_groups, make_process_grid
@@ -55,7 +56,13 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out, device)
-    decided_by_rank_0(lambda: output_folder(plan), device)  # refuses one that is not free before work is done for it
+    outputs: list[NewOutput] = []  # rank 0's
+
+    def take() -> None:
+        outputs.append(take_output(plan))
+        end.hold(outputs[0].release)
+
+    decided_by_rank_0(take, device)  # refuses a folder that is not free before work is done for it
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
@@ -66,6 +73,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         groups=groups,
         stages=plan.stages,
         merged=settings.merge_adapter,
+        checks_base=False,  # the plan has
         progress=is_main,
     )
     if is_main:
@@ -86,8 +94,8 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     stop.raise_if_wished()
     scores = score_answers(plan.task.metrics, answers)
     with stop.deferred():  # this takes a moment, and is then done
-        folder = write_results(plan, answers, scores)
-    print("\n".join(score_table(plan, scores, folder)))
+        write_results(plan, answers, scores, outputs[0])
+    print("\n".join(score_table(plan, scores, outputs[0].path)))
 
 
 if __name__ == "__main__":

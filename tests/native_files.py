@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.families.llama import weight_rules
 
@@ -29,6 +31,16 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
     with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
         base = identify_base(source, weights, "fp32")
     return NativeAdapter(config, base, adapter.tensors)
+
+
+def moments_of(native: NativeAdapter, value: float | None = None) -> dict[str, torch.Tensor]:
+    """Moments of every trained factor by their names in the file: `value` everywhere, or the factor's |values|."""
+    values = {
+        name: native.state[name].abs() if value is None else torch.full(native.state[name].shape, value)
+        for name in native.config.num_trained()
+    }
+    moments = ("exp_avg", "exp_avg_sq")
+    return {f"{moment}.adapter.{name}": tensor for moment in moments for name, tensor in values.items()}
 
 
 def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:

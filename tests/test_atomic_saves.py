@@ -7,16 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter, write_native
+from native_files import moments_of, with_adapter, write_native
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint import atomic, resume
 from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
-from megatron_tiedlora.checkpoint.resume import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_tiedlora.checkpoint.resume import (
+    Progress,
+    find_newest_checkpoint,
+    load_checkpoint,
+    named_checkpoint,
+    save_checkpoint,
+)
 from megatron_tiedlora.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +117,7 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 from megatron_tiedlora.checkpoint import atomic, native_adapter, resume
+from native_files import moments_of
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there
@@ -121,9 +129,10 @@ def write_adapter(value):
     native_adapter.save_adapter(root / "adapter", old.config, old.base, full(value))
 
 def write_checkpoint(step, value):
+    atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
-        root, progress=resume.Progress(step=step, best_step=2), config=old.config, base=old.base, state=full(value),
-        moments={"exp_avg.B": torch.full((3,), value)}, settings={"value": value})
+        root, progress=resume.Progress(step=step, consumed_samples=step, best_step=2), config=old.config, base=old.base,
+        state=full(value), moments=moments_of(old, value), settings={"value": value})
 
 def full(value):
     return {name: torch.full_like(tensor, value) for name, tensor in old.state.items()}
@@ -137,10 +146,11 @@ def read_adapter():
     return value_of(native_adapter.load_adapter(root / "adapter"))
 
 def read_checkpoint():
-    found = resume.load_checkpoint(resume.latest_checkpoint(root))
+    found = resume.find_newest_checkpoint(root)
+    assert found.folder == resume.named_checkpoint(root)
     assert value_of(resume.load_checkpoint(root / "step_2").adapter) == 1.0  # the best one
     value = value_of(found.adapter)
-    assert found.settings == {"value": value} and found.moments["exp_avg.B"].tolist() == [value] * 3
+    assert found.settings == {"value": value} and found.moments["exp_avg.adapter.B"].unique().tolist() == [value]
     return value
 
 def prepare():
@@ -197,7 +207,7 @@ def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(base: Path, tmp_pa
     write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
     result = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path / "adapter"), str(tmp_path / "root")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -269,27 +279,28 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save(root: Path, adapter: NativeAdapter, step: int, best: int | None) -> Path:
+def save(root: Path, adapter: NativeAdapter, step: int, best: int | None, **keywords: Any) -> Path:
     return save_checkpoint(
         root,
         progress=Progress(step=step, consumed_samples=24 * step, best_metric=0.5, best_step=best, evaluated_step=step),
         config=adapter.config,
         base=adapter.base,
         state=adapter.state,
-        moments={"exp_avg.B": torch.full((2, 3), float(step)), "exp_avg_sq.B": torch.ones(2, 3).T},
+        moments=moments_of(adapter, float(step)),
         settings={"method": "tl6", "layers": [1, 3]},
+        **keywords,
     )
 
 
 def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -> None:
     adapter = with_adapter(base, "tl6", (1, 3))[1]
     folder = save(tmp_path, adapter, 4, 4)
-    assert folder == tmp_path / "step_4" == latest_checkpoint(tmp_path)
+    assert folder == tmp_path / "step_4" == named_checkpoint(tmp_path)
     assert names(folder) == {CONFIG, WEIGHTS, "trainer_state.safetensors", "trainer_state.json"}
     found = load_checkpoint(folder)
     assert found.progress == Progress(4, 96, 0.5, 4, 0, 4)
     assert found.settings == {"method": "tl6", "layers": [1, 3]}
-    assert torch.equal(found.moments["exp_avg.B"], torch.full((2, 3), 4.0))
+    assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(adapter, 4.0).items())
     for loaded in (found.adapter, load_adapter(folder)):
         assert loaded.config == adapter.config
         assert all(torch.equal(loaded.state[name], adapter.state[name]) for name in "ABuv")
@@ -304,6 +315,15 @@ def test_the_best_and_the_last_checkpoint_are_kept(base: Path, tmp_path: Path) -
         assert (tmp_path / "latest").read_text() == f"step_{step}\n"
 
 
+def test_the_newest_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    expected = [(2, 2, {2}), (4, 2, {2, 4}), (6, 2, {2, 4, 6}), (8, 2, {2, 4, 6, 8}), (10, 10, {6, 8, 10}),
+                (12, 10, {8, 10, 12}), (8, 8, {8}), (9, 8, {8, 9})]  # fmt: skip
+    for step, best, kept in expected:  # the run that goes back to before step 8 leaves none of the later ones
+        save(tmp_path, adapter, step, best, keep=3)
+        assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
+
+
 def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,9 +331,9 @@ def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
     save(tmp_path, adapter, 2, 2)
     seen = []
 
-    def watched(path: Path, text: str) -> None:
+    def watched(path: Path, text: str, **keywords: Any) -> None:
         seen.append((path.name, load_checkpoint(tmp_path / "step_4").progress.step, (tmp_path / "step_2").is_dir()))
-        write_text(path, text)
+        write_text(path, text, **keywords)
 
     monkeypatch.setattr(resume, "write_text", watched)
     save(tmp_path, adapter, 4, 4)
@@ -322,11 +342,11 @@ def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
 
 
 def test_a_latest_that_names_nothing_is_one_line(base: Path, tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
+    assert find_newest_checkpoint(tmp_path) is None
     for text in ("step_9\n", "../elsewhere", ""):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(UserError, match="which is no checkpoint in") as error:
-            latest_checkpoint(tmp_path)
+            find_newest_checkpoint(tmp_path)
         assert "\n" not in str(error.value)
 
 

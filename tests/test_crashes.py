@@ -104,7 +104,8 @@ def _killed_at_point(point: str) -> None:
 
 def test_a_save_killed_anywhere_leaves_the_last_one_whole(tmp_path: Path) -> None:
     """SIGKILL before every single look at a file within a save: `latest` names a whole checkpoint each time."""
-    from megatron_tiedlora.checkpoint.resume import latest_checkpoint, load_checkpoint
+    from megatron_tiedlora.checkpoint.atomic import remove_leftovers
+    from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint, named_checkpoint
 
     save_a_checkpoint(tmp_path / "first", 2)
     save_a_checkpoint(tmp_path / "both", 2)
@@ -116,11 +117,12 @@ def test_a_save_killed_anywhere_leaves_the_last_one_whole(tmp_path: Path) -> Non
         process = fork_server().Process(target=_save_and_die, args=(folder, event), daemon=True)
         process.start()
         process.join(30)
-        latest = latest_checkpoint(folder)
-        assert latest is not None
-        step = load_checkpoint(latest).progress.step
-        assert files_of(latest) == expected[step]
+        latest = find_newest_checkpoint(folder)
+        assert latest is not None and latest.folder == named_checkpoint(folder)
+        step = latest.progress.step
+        assert files_of(latest.folder) == expected[step]
         found.append(step)
+        remove_leftovers(folder)  # as the next start does
         save_a_checkpoint(folder, 6)
         assert {item.name for item in folder.iterdir()} == {"latest", "step_2", "step_6"}
         shutil.rmtree(folder)
@@ -138,7 +140,7 @@ def _save_and_die(folder: Path, event: int) -> None:
 def save_a_checkpoint(folder: Path, step: int) -> None:
     """Save small values that depend on `step`; the best is that of step 2."""
     from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, start_values
-    from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity
+    from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
     from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 
     config = make_adapter_config("tl6", rank=2, layers=(1, 2), hidden_size=8, qkv_rows=(8, 4, 4), seed=step)
@@ -150,6 +152,6 @@ def save_a_checkpoint(folder: Path, step: int) -> None:
         config=config,
         base=BaseIdentity("tiny", "0", "0", shape, "fp32"),
         state=state,
-        moments={f"exp_avg.{name}": tensor for name, tensor in state.items()},
+        moments={f"{moment}.adapter.{n}": t.abs() for moment in ("exp_avg", "exp_avg_sq") for n, t in state.items()},
         settings={},
     )

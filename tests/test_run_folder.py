@@ -132,8 +132,10 @@ def test_run_yaml_can_be_given_back(base: Base, finished: tuple[Path, Ended], tm
 
 def test_best_and_last_are_kept(base: Base, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run(base, folder, max_steps=6, save_interval=1, prelude=_best_at_two)
+    run(base, folder, max_steps=6, save_interval=1, keep_checkpoints=1, prelude=_best_at_two)
     assert checkpoint_names(folder) == {"step_2", "step_6"}
+    run(base, tmp_path / "default", max_steps=6, save_interval=1, prelude=_best_at_two)
+    assert checkpoint_names(tmp_path / "default") == {"step_2", "step_4", "step_5", "step_6"}
     assert (folder / "checkpoints" / "latest").read_text() == "step_6\n"
     best = files_of(folder / "checkpoints" / "step_2")
     assert all(best[name] == content for name, content in files_of(folder / "adapter").items())
@@ -158,10 +160,10 @@ def _no_end() -> None:
     """Keep what would be removed, to see that each step was saved."""
     import megatron_tiedlora.checkpoint.resume as resume
 
-    resume.remove = _stays  # type: ignore[assignment]
+    resume.discard = _stays  # type: ignore[assignment]
 
 
-def _stays(path: Path) -> None:
+def _stays(path: Path, **_: Any) -> None:
     assert path.is_dir()
 
 

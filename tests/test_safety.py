@@ -27,9 +27,9 @@ REFUSED_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marsha
 # Calls, by the end of their dotted name.
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
                  "pandas.read_pickle", "read_pickle", "os.system", "listen"}  # fmt: skip
-# torch sends objects pickled. Between ranks of one run that is no danger: they run the same code for the same user.
-SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
-SENDER = "megatron_tiedlora/parallel/agreement.py"
+# torch sends objects pickled: whoever joins as a rank would run code on the others. Values travel as JSON (`messages`).
+SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "rpc",
+                 "send_object_list", "recv_object_list", "_object_to_tensor", "_tensor_to_object"}  # fmt: skip
 # Probes of a port, which never listen and are closed at once.
 BINDERS = {("megatron_tiedlora/pipeline/launch_env.py", "free_port"),
            ("megatron_tiedlora/cluster/doctor/probe.py", "_can_listen")}  # fmt: skip
@@ -49,6 +49,32 @@ def calls(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
 
 def keyword(call: ast.Call, name: str) -> object:
     return next((ast.unparse(word.value) for word in call.keywords if word.arg == name), None)
+
+
+def names_in(file: Path) -> set[str]:
+    """Every name that a file imports or uses, called or not."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            found.update(part for alias in node.names for part in alias.name.split("."))
+            found.update((getattr(node, "module", None) or "").split("."))
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_ranks_send_each_other_no_objects(file: Path) -> None:
+    assert not names_in(file) & SENDS_OBJECTS, file
+
+
+def test_objects_that_are_sent_are_found(tmp_path: Path) -> None:
+    for line in ("from torch.distributed import gather_object as g", "x = partial(distributed.all_gather_object, y)",
+                 "import torch.distributed.rpc", "send = broadcast_object_list"):  # fmt: skip
+        (tmp_path / "file.py").write_text(line)
+        assert names_in(tmp_path / "file.py") & SENDS_OBJECTS, line
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -71,8 +97,6 @@ def test_no_code_out_of_files_and_no_listener(file: Path) -> None:
         assert keyword(call, "shell") in (None, "False"), where
         if last == "from_pretrained" and ".Auto" in f".{name}":  # else it may ask whether to run the folder's code
             assert keyword(call, "trust_remote_code") == "False", where
-        if last in SENDS_OBJECTS:
-            assert place == SENDER, where
         if last == "bind":
             assert (place, function) in BINDERS, where
 

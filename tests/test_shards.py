@@ -21,8 +21,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     start_values,
 )
+from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import identify_base
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs

@@ -21,7 +21,7 @@ from sweep_runs import study_arguments, write_study_base
 
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.study.lock import locked, refuse_left_behind
+from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
@@ -68,15 +68,15 @@ def test_ranks_that_their_launcher_has_left_are_found(study: tuple[Base, Path], 
     folder = tmp_path / "out"
     folder.mkdir()
     target = folder / "runs" / "tl6-r2-lr1e-4"
-    with locked(folder) as lock:
-        left = rank_without_launcher(tmp_path, f"--output_dir={target}", lock=lock)
+    with lock_study(folder) as lock:
+        left = rank_without_launcher(tmp_path, f"--output_dir={target}", lock=lock.descriptor)
         left.__enter__()
     with pytest.raises(UserError) as error:
         sweep(study_arguments(*study, folder), lambda: no_start)
     pid = (tmp_path / "pid").read_text()
     line = f"--output_dir {folder}: process {pid} that an earlier sweep has left is at work in {target}"
     assert str(error.value) == f"{line}; wait for its end, or end it"
-    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert list(folder.iterdir()) == []
     left.__exit__(None, None, None)
     until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
     refuse_left_behind(folder)
@@ -124,14 +124,14 @@ def test_what_cannot_be_started_is_one_line(tmp_path: Path, monkeypatch: pytest.
     launcher.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(launcher.with_name("python")))
     start = deepspeed_starter(tmp_path)
-    with locked(tmp_path) as lock:
+    with lock_study(tmp_path) as lock:
         with pytest.raises(UserError, match=r"deepspeed: cannot be started \(No such file or directory\)"):
-            start(Command("train", {}, (), tmp_path / "logs" / "a.log", lock))
+            start(Command("train", {}, (), tmp_path / "logs" / "a.log", lock.descriptor))
         with pytest.raises(UserError, match=r"file/a.log: cannot be written \(File exists\)"):
             (tmp_path / "file").touch()
-            start(Command("train", {}, (), tmp_path / "file" / "a.log", lock))
+            start(Command("train", {}, (), tmp_path / "file" / "a.log", lock.descriptor))
         with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
-            start(Command("train", {}, (), Path("/dev/full"), lock))
+            start(Command("train", {}, (), Path("/dev/full"), lock.descriptor))
 
 
 def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path], tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path, monkeypat
     launcher.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(launcher.with_name("python")))
     log.write_text("$ first\nerror: old\ntraining: 50%|# | 3/6")
-    with locked(tmp_path) as lock:
-        child = deepspeed_starter(tmp_path)(Command("train", {}, (), log, lock))
+    with lock_study(tmp_path) as lock:
+        child = deepspeed_starter(tmp_path)(Command("train", {}, (), log, lock.descriptor))
         until(child.ended)
     assert last_lines(log) == ["new"]
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
-from megatron_tiedlora.study.lock import locked
+from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (
     Command,
     LaunchedChild,
@@ -208,16 +208,16 @@ def test_a_port_for_each_start_unless_one_is_named() -> None:
 
 
 def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
-    with locked(tmp_path) as lock, pytest.raises(UserError, match="another sweep"), locked(tmp_path):
+    with lock_study(tmp_path) as lock, pytest.raises(UserError, match="another sweep"), lock_study(tmp_path):
         pass
-    with locked(tmp_path) as lock:
-        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with lock_study(tmp_path) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
     try:
-        with pytest.raises(UserError, match="a run that a killed one has left"), locked(tmp_path):
+        with pytest.raises(UserError, match="a run that a killed one has left"), lock_study(tmp_path):
             pass
     finally:
         left.communicate(b"\n")
-    with locked(tmp_path):
+    with lock_study(tmp_path):
         pass
 
 
@@ -303,9 +303,9 @@ def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     log.parent.mkdir()
     log.symlink_to(tmp_path / "elsewhere")  # is not followed
     for port in ("1", "2"):
-        with locked(tmp_path) as lock:
-            monkeypatch.setenv("LOCK", str(lock))
-            command = Command("train", settings, ("--master_port", port), log, lock)
+        with lock_study(tmp_path) as lock:
+            monkeypatch.setenv("LOCK", str(lock.descriptor))
+            command = Command("train", settings, ("--master_port", port), log, lock.descriptor)
             child = deepspeed_starter(Path("/scripts"))(command)
             deadline = time.monotonic() + 30
             while not child.ended():

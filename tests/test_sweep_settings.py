@@ -197,7 +197,7 @@ def test_a_folder_with_other_things(base: Base, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_a_start_that_was_cut_off_at_once(base: Base, tmp_path: Path) -> None:
-    (tmp_path / ".lock").touch()
+    (tmp_path / ".owner").touch()
     (tmp_path / ".writing-sweep.yaml-0123abcd").write_text("meth")
     assert sweep([*study_arguments(base, base.validation, tmp_path), "--dry_run"], no_start) == 0
 

@@ -33,7 +33,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
 from megatron_tiedlora.model.families.llama import stage_weight_rules
 from megatron_tiedlora.model.supervised import find_supervised
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_objects, max_over_ranks, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import Traffic
 from megatron_tiedlora.pipeline.launch_env import join_process_group
@@ -142,7 +142,7 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
     peak = None if held is None else peak_memory_bytes(device)
     shapes = planned_shapes(plan, dataset, consumed_samples=loader.consumed_samples)
     mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
-    ranks = gather_objects(mine) or []  # on rank 0, which alone makes a report of them
+    ranks = gather_on_rank_0(mine, device, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
     described = {**_describe(plan, device), "kernels": chosen.description}
     decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}), device)
 

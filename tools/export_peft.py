@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
 
@@ -24,7 +24,13 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument(
+        "--take_over", action="store_true", help="take DIR from another start that is about to write there"
+    )
+    described.add_argument(
+        "--base_differs", action="store_true", help="go on although the base is another one than in training"
+    )
     described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, filled up with zeros")
     return described
 
@@ -33,16 +39,27 @@ def main(argv: Sequence[str]) -> int:
     """Export; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.config.paths import user_path
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
-    from megatron_tiedlora.convert.inputs import open_inputs, refuse_existing
+    from megatron_tiedlora.convert.inputs import open_inputs
 
-    refuse_existing(options.output)
+    output = user_path(options.output, flag="--output")
+    refuse_existing(output, flag=f"--output {options.output}")
     source, adapter = open_inputs(options.adapter, options.model)
-    rank = export_peft(source, adapter, options.output, pad_rank_to=options.pad_rank_to)
+    rank, notes = export_peft(
+        source,
+        adapter,
+        output,
+        pad_rank_to=options.pad_rank_to,
+        base_differs=options.base_differs,
+        new=partial(new_output, take_over=options.take_over),
+    )
     base = peft_base(source)
-    print(f"exported {options.adapter} as LoRA of rank {rank} on {base}: {options.output}")
-    print(serve_hint(options.output, base, rank))
-    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {options.output}")
+    print("".join(f"note: {note}\n" for note in notes), end="")
+    print(f"exported {options.adapter} as LoRA of rank {rank} on {base}: {output}")
+    print(serve_hint(output, base, rank))
+    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
     return 0
 
 

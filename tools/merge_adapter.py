@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from megatron_tiedlora.config.cli import CommandParser, run_command
 
@@ -23,7 +23,13 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument(
+        "--take_over", action="store_true", help="take DIR from another start that is about to write there"
+    )
+    described.add_argument(
+        "--base_differs", action="store_true", help="go on although the base is another one than in training"
+    )
     described.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights [as the base stores each]"
     )
@@ -39,20 +45,31 @@ def main(argv: Sequence[str]) -> int:
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     import torch
 
-    from megatron_tiedlora.convert.inputs import open_inputs, refuse_existing
+    from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.config.paths import user_path
+    from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
-    from megatron_tiedlora.data.tokenizer import load_tokenizer
 
-    refuse_existing(options.output)
+    output = user_path(options.output, flag="--output")
+    refuse_existing(output, flag=f"--output {options.output}")
     source, adapter = open_inputs(options.adapter, options.model)
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]
-    merge_adapter(source, adapter, options.output, dtype=dtype, tokenizer=tokenizer, progress=True)
-    print(f"merged {options.adapter} into {source.name}: {options.output}")
-    if not any(options.output.glob("tokenizer*")):
+    notes = merge_adapter(
+        source,
+        adapter,
+        output,
+        dtype=dtype,
+        tokenizer=options.tokenizer,
+        base_differs=options.base_differs,
+        new=partial(new_output, take_over=options.take_over),
+        progress=True,
+    )
+    print("".join(f"note: {note}\n" for note in notes), end="")
+    print(f"merged {options.adapter} into {source.name}: {output}")
+    if not any(output.glob("tokenizer*")):
         print(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
-    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {options.output}")
+    print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
     return 0
 
 

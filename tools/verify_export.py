@@ -26,6 +26,9 @@ def parser() -> CommandParser:
     )
     described.add_argument("--merged", type=Path, metavar="DIR", help="what tools/merge_adapter.py wrote")
     described.add_argument("--peft", type=Path, metavar="DIR", help="what tools/export_peft.py wrote")
+    described.add_argument(
+        "--base_differs", action="store_true", help="compare although the base is another one than in training"
+    )
     return described
 
 
@@ -33,10 +36,12 @@ def main(argv: Sequence[str]) -> int:
     """Compare; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
-    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.inputs import check_base, open_inputs
     from megatron_tiedlora.convert.verify import format_comparisons, verify_export
 
     source, adapter = open_inputs(options.adapter, options.model)
+    base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
+    print("".join(f"note: {note}\n" for note in base.notes), end="")
     results = verify_export(source, adapter, merged=options.merged, peft=options.peft, progress=True)
     print(format_comparisons(results))
     return 0 if all(row.passed for row in results) else 1

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import draw_
+from megatron_tiedlora.checkpoint.output_folder import refuse_existing
 from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.convert.inputs import refuse_existing
 from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
@@ -48,7 +48,7 @@ def write_random_model(preset: str, output: Path, *, seed: int) -> None:
     Raises:
         UserError: `output` exists, or the disk is too small for it.
     """
-    refuse_existing(output)
+    refuse_existing(output, flag=f"--output {output}")
     values = PRESETS[preset]
     config = llama_config_from_hf(values, source=preset)
     needed = num_base_parameters(config) * BYTES

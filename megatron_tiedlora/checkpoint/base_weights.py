@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from megatron_tiedlora.checkpoint.tensor_files import LARGEST_HEADER
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import WeightRule
@@ -25,6 +26,10 @@ _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096  # of two tensors at a time
+# A tensor is told by the values of so many runs of so many neighbours each, spread evenly from its first to its last.
+SAMPLED_RUNS, RUN_LENGTH = 16, 256
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -56,6 +61,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
 def open_weights(file: Path) -> Any:
     """`safe_open` on the CPU; a truncated or corrupt file is a UserError that names it."""
     try:
+        with file.open("rb") as stream:
+            if (header := int.from_bytes(stream.read(8), "little")) > LARGEST_HEADER:
+                raise UserError(f"{file}: not a whole safetensors file (a header of {header:,} bytes)")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
@@ -75,9 +83,12 @@ class BaseWeights:
         self._files = weight_map(folder)
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
-        for file in sorted({self._files[n] for rule in self.rules for n in rule.hf_names if n in self._files}):
+        names = {name for rule in self.rules for name in rule.hf_names} | {_HEAD}
+        for file in sorted({self._files[name] for name in names if name in self._files}):
             self._readers[file] = self._open.enter_context(open_weights(file))
         self._check()
+        if _HEAD in self._files and not any(_HEAD in rule.hf_names for rule in self.rules):
+            self._check_tied_head()
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -100,6 +111,38 @@ class BaseWeights:
                     raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
                 if stored.get_dtype() not in _FLOAT_TYPES:
                     raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
+
+    def _check_tied_head(self) -> None:
+        """Raise UserError where a copy of a tied head is none: transformers then ties nothing, and uses that head."""
+        head, embedding = (self._readers[self._files[name]].get_slice(name) for name in (_HEAD, _EMBEDDING))
+        same = head.get_shape() == embedding.get_shape()
+        for start in range(0, head.get_shape()[0] if same else 0, _COMPARED_ROWS):
+            rows = slice(start, start + _COMPARED_ROWS)
+            same = same and bool(torch.equal(head[rows], embedding[rows]))
+        if not same:
+            raise UserError(
+                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}, so"
+                " that transformers would not tie them; set it to false"
+            )
+
+    def sample(self, name: str) -> torch.Tensor:
+        """Values of the stored tensor `name` at places that depend on its shape alone: all, or some thousands.
+
+        They are for comparisons, so they do not count as read.
+        """
+        stored = self._readers[self._files[name]].get_slice(name)
+        shape = stored.get_shape()
+        rows, columns = (1, *shape)[-2:]
+        if rows * columns <= SAMPLED_RUNS * RUN_LENGTH:
+            whole: torch.Tensor = stored[...]
+            return whole.flatten()
+        length = min(RUN_LENGTH, columns)
+        runs = []
+        for index in range(SAMPLED_RUNS):
+            row, start = (index * last // (SAMPLED_RUNS - 1) for last in (rows - 1, columns - length))
+            place: Any = (slice(row, row + 1), slice(start, start + length))[-len(shape) :]
+            runs.append(stored[place].flatten())
+        return torch.cat(runs)
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype."""

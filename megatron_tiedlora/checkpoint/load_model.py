@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, identify_base
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -31,6 +33,7 @@ def load_model(
     groups: ParallelGroups | None = None,
     stages: Stages | None = None,
     merged: bool = False,
+    checks_base: bool = True,
     kernels: Kernels = EAGER,
     progress: bool = False,
 ) -> Stage:
@@ -39,6 +42,7 @@ def load_model(
     Args:
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: fold the adapter into the weights (added in fp32, cast once) instead of keeping it beside them.
+        checks_base: False where the caller has compared the base with the adapter's.
         kernels: of the layers, as they stand or compiled.
         progress: show a bar.
 
@@ -48,8 +52,9 @@ def load_model(
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     config = source.config
     with BaseWeights(source.weights_folder(), weight_rules(config)) as weights:
-        if adapter is not None:
-            adapter.check_base(identify_base(source, weights, adapter.base.dtype), source="adapter")
+        if adapter is not None and checks_base:
+            found = identify_base(source, weights, adapter.base.dtype)
+            adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")
         layers = range(config.num_layers + 2) if stages is None else stages[grid.pp_rank]
         bank = None
         if adapter is not None and not merged:

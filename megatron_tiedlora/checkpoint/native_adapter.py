@@ -3,73 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
 from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.atomic import Guard, new_folder, unguarded, write_json
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
+from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
+from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import Count, Real, Size, Text, read_fields, read_json_object
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.parallel.messages import SentTensor
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 _SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """Which base model an adapter was trained on.
-
-    Attributes:
-        name: as the user gave it to --model.
-        config_hash: of the shape.
-        weights_hash: of the final norm's weight in bf16, which tells models of one shape apart, and of the record of a
-            merge, since merging leaves the norm alone.
-        shape: the fields of the config that the format writes out.
-        dtype: precision of the base in training.
-    """
-
-    name: str
-    config_hash: str
-    weights_hash: str
-    shape: Mapping[str, int]
-    dtype: str
-
-
-def identify_base(source: ModelSource, weights: BaseWeights, dtype: str) -> BaseIdentity:
-    """The identity of a base model; reads one small tensor."""
-    # bf16, because the same model is stored in fp32, fp16 and bf16: rounding to bf16 makes those equal.
-    digest = hashlib.sha256(weights.read("model.norm.weight").to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    record = weights.folder / MERGE_RECORD
-    if record.is_file():
-        digest.update(record.read_bytes())
-    return identify_shape(source, dtype, weights_hash=digest.hexdigest())
-
-
-def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:
-    """The identity of a base model whose weights have a hash already."""
-    config = source.config
-    shape = {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-    }
-    return BaseIdentity(source.name, source.base_hash, weights_hash, shape, dtype)
+_LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
+_LARGEST_STD = 1e3  # of start values
 
 
 @dataclass(frozen=True)
@@ -78,22 +38,31 @@ class NativeAdapter:
 
     config: AdapterConfig
     base: BaseIdentity
-    state: Mapping[str, torch.Tensor]
+    state: Mapping[str, SentTensor]
 
-    def check_base(self, other: BaseIdentity, *, source: str) -> None:
-        """Raise UserError where `other` is not the base that this adapter was trained on."""
-        for field, value in self.base.shape.items():
-            if other.shape[field] != value:
-                raise UserError(
-                    f"{source}: trained on {self.base.name} with {field} {value}, but {other.name} has"
-                    f" {other.shape[field]}; give its own base with --model"
-                )
-        if (self.base.config_hash, self.base.weights_hash) != (other.config_hash, other.weights_hash):
-            what = "config" if self.base.config_hash != other.config_hash else "weights"
-            raise UserError(
-                f"{source}: trained on {self.base.name}, whose {what} differ from {other.name}'s;"
-                " give its own base with --model"
-            )
+    def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
+        """`base_identity.check_same_base` of the base that this adapter was trained on, and `other`."""
+        return check_same_base(self.base, other, source=source, differs=differs)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tensors, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name in FACTORS:
+            digest.update(self.state[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a converted adapter or model says of the adapter that it was made from."""
+        config = self.config
+        return {
+            "method": config.method,
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "layers": list(config.layers),
+            "base_model": self.base.name,
+            "adapter_sha256": self.sha256,
+        }
 
 
 def write_adapter_files(
@@ -101,6 +70,11 @@ def write_adapter_files(
 ) -> None:
     """Write the two files of the format into `folder`, which exists; see `save_adapter` for an atomic folder."""
     save_file({name: state[name].contiguous() for name in FACTORS}, folder / WEIGHTS_FILE)
+    known = {
+        "base_sample": base.sample,
+        "tokenizer": base.tokenizer,
+        "tokenizer_hash": base.tokenizer_hash,
+    }
     content = {
         "format_version": FORMAT_VERSION,
         "method": config.method,
@@ -112,39 +86,27 @@ def write_adapter_files(
         "base_model": base.name,
         "base_hash": base.config_hash,
         "base_weights_hash": base.weights_hash,
+        **{name: value for name, value in known.items() if value is not None},
         "seed": config.seed,
         "init_std_a": config.init_std_a,
         "init_std_b": config.init_std_b,
         "dtype": base.dtype,
         "version": __version__,
     }
-    write_json(folder / CONFIG_FILE, content)
+    write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
 
 
-def save_adapter(folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]) -> None:
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    base: BaseIdentity,
+    state: Mapping[str, torch.Tensor],
+    *,
+    guard: Guard = unguarded,
+) -> None:
     """Write an adapter folder at once, replacing the one that was there. Raises UserError where it cannot."""
-    with new_folder(folder) as temporary:
+    with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base, state)
-
-
-def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file. Raises UserError where it is missing or not whole."""
-    if not file.is_file():
-        raise UserError(f"{file}: not a whole safetensors file (no such file)")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
-
-
-def fp32_values(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
-    """A tensor of `file` in fp32. Raises UserError where it is not floating point, or not finite in fp32."""
-    if stored.dtype not in _FLOATS:
-        raise UserError(f"{file}: {name} is {str(stored.dtype).removeprefix('torch.')}, not floating point")
-    values = stored.to(torch.float32, copy=True)  # what was read maps the file, which may be replaced or cut
-    if not values.isfinite().all():
-        raise UserError(f"{file}: {name} holds numbers that are not finite")
-    return values
 
 
 @dataclass(frozen=True)
@@ -168,36 +130,54 @@ class _StoredConfig:
     init_std_a: Real
     init_std_b: Real
     dtype: Literal["bf16", "fp32"]
+    base_sample: Text | None = None
+    tokenizer: Text | None = None
+    tokenizer_hash: Text | None = None
+
+
+_OPTIONAL = ("base_sample", "tokenizer", "tokenizer_hash")
 
 
 def load_adapter(folder: Path) -> NativeAdapter:
     """Read an adapter folder (a checkpoint of a run is one too).
 
     Raises:
-        UserError: not a native adapter, another format version, a field that is missing or of another kind, or a tensor
-            that is missing, of the wrong shape, not floating point or not finite.
+        UserError: not a native adapter, another format version, a field that is missing or of another kind, a tensor
+            that is missing, of the wrong shape, not floating point or not finite, values that no training gives, or
+            files that do not fit their checksums.
     """
-    config, base = _read_config(folder)
+    config, base, sums = _read_config(folder)
     file = folder / WEIGHTS_FILE
-    stored = read_safetensors(file)
-    state = {}
-    for name in FACTORS:
-        if name not in stored:
-            raise UserError(f"{file}: tensor {name} is missing")
-        if tuple(stored[name].shape) != config.shape(name):
-            raise UserError(f"{file}: {name} has shape {tuple(stored[name].shape)}, expected {config.shape(name)}")
-        state[name] = fp32_values(file, name, stored[name])
+    state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
+    for name in ("u", "v"):
+        if not config.row.factor(name).trained and not bool((state[name] == 1).all()):
+            raise UserError(f"{file}: {name} is not one everywhere, but method {config.method} does not train it")
+    check_update(config, state, source=file)
     return NativeAdapter(config, base, state)
 
 
-def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity]:
+def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
+    """Raise UserError where values are so large that the update may not be finite in fp32."""
+    largest = {name: float(state[name].abs().max()) for name in FACTORS}
+    if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
+        name = max(largest, key=lambda factor: largest[factor])
+        raise UserError(
+            f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), which no"
+            " training gives; copy it again"
+        )
+
+
+def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
+    """(config, base, checksums of the other files)."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if "peft_type" in content:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{file}: format_version {shown(content.get('format_version'))} is not {FORMAT_VERSION}")
-    stored = read_fields(file, content, _StoredConfig)
+    sums = check_seal(file, content)
+    stored = read_fields(file, content, _StoredConfig, optional=_OPTIONAL)
+    _check_numbers(file, stored)
     if stored.method not in METHODS or stored.qkv_layout != "q|k|v":
         raise UserError(f"{file}: method {stored.method!r} with layout {stored.qkv_layout!r} is unknown")
     layers, last = stored.layers, stored.num_layers
@@ -218,4 +198,25 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity]:
         init_std_b=stored.init_std_b,
     )
     shape = {name: getattr(stored, name) for name in _SHAPE_FIELDS}
-    return config, BaseIdentity(stored.base_model, stored.base_hash, stored.base_weights_hash, shape, stored.dtype)
+    base = BaseIdentity(
+        stored.base_model,
+        stored.base_hash,
+        stored.base_weights_hash,
+        shape,
+        stored.dtype,
+        sample=stored.base_sample,
+        tokenizer=stored.tokenizer,
+        tokenizer_hash=stored.tokenizer_hash,
+    )
+    return config, base, sums
+
+
+def _check_numbers(file: Path, stored: _StoredConfig) -> None:
+    if not SMALLEST_ALPHA <= stored.alpha <= LARGEST_ALPHA:
+        raise UserError(f"{file}: alpha = {stored.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
+    for name in ("init_std_a", "init_std_b"):
+        if not 0 <= getattr(stored, name) <= _LARGEST_STD:
+            raise UserError(f"{file}: {name} = {getattr(stored, name):g} is no width of start values")
+    for name in ("base_model", "tokenizer"):
+        if not (getattr(stored, name) or "").isprintable():
+            raise UserError(f"{file}: {name} = {shown(getattr(stored, name))} holds control characters")

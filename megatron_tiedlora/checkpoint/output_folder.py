@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers
+from megatron_tiedlora.checkpoint.ownership import FolderLock, FolderTaken, take_folder
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 
@@ -31,20 +36,86 @@ def refuse_links(*folders: Path) -> None:
             )
 
 
-def choose_output_folder(given: str | None, *, parent: str, name: str) -> Path:
+@dataclass(frozen=True)
+class NewOutput:
+    """A folder that one process makes, and that is at `path` whole or not at all.
+
+    Until then it lies in PARENT/.NAME.partial, which the process owns: what a killed one has left there is removed by
+    the next that makes the same output.
+    """
+
+    path: Path
+    lock: FolderLock
+
+    @property
+    def partial(self) -> Path:
+        """Where the output is made."""
+        return self.lock.owner.folder
+
+    @contextmanager
+    def written(self) -> Iterator[Path]:
+        """A temporary folder that becomes the output when the block ends well. Raises UserError where it cannot."""
+        with new_folder(self.path, guard=self.guard, place=self.partial) as temporary:
+            yield temporary
+
+    def guard(self) -> None:
+        """Raise UserError where another process has taken the output over, or where something is there."""
+        self.lock.owner.check()
+        refuse_existing(self.path, flag=str(self.path))
+
+    def release(self) -> None:
+        """Give the place back, and remove what was left of it."""
+        with suppress(UserError):
+            remove_leftovers(self.partial, guard=self.lock.owner.check)
+        self.lock.release()
+
+
+def take_output(path: Path, *, take_over: bool = False) -> NewOutput:
+    """Become the one process that makes the output `path`.
+
+    Raises:
+        UserError: another process makes it, and `take_over` was not given; or it cannot be written.
+    """
+    partial = path.parent / f".{path.name}.partial"
+    hint = "wait for its end, give another folder, or take it over with --take_over"
+    output = NewOutput(path, take_folder(partial, take_over=take_over, hint=hint, removed_after=True))
+    remove_leftovers(partial, guard=output.lock.owner.check)
+    return output
+
+
+@contextmanager
+def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
+    """`take_output`, written and released: a temporary folder that is at `path` when the block ends well."""
+    output = take_output(path, take_over=take_over)
+    try:
+        with output.written() as temporary:
+            yield temporary
+    finally:
+        output.release()
+
+
+def refuse_existing(path: Path, *, flag: str) -> None:
+    """Raise UserError, with the flag and value that named it, where `path` holds anything."""
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise UserError(f"{flag} exists; give a new folder")
+
+
+def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:
     """The folder `given` to --output_dir, which may be empty, or else the first free of PARENT/NAME, PARENT/NAME-2, ...
 
     Raises:
-        UserError: it holds files, or cannot be written.
+        UserError: it holds files, cannot be written, or another process makes it.
     """
-    if given is None:
-        path, number = Path(parent) / name, 2
-        while path.exists():
-            path, number = Path(parent) / f"{name}-{number}", number + 1
-        check_place(path, given=str(path))
-        return path
-    path = user_path(given)
-    check_place(path, given=given)
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--output_dir {given} holds other files; give a new folder")
-    return path
+    if given is not None:
+        path = user_path(given)
+        check_place(path, given=given)
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"--output_dir {given} holds other files; give a new folder")
+        return take_output(path, take_over=take_over)
+    path, number = Path(parent) / name, 2
+    while True:
+        if not os.path.lexists(path):
+            check_place(path, given=str(path))
+            with suppress(FolderTaken):
+                return take_output(path)
+        path, number = Path(parent) / f"{name}-{number}", number + 1

@@ -1,6 +1,7 @@
 """Resumable checkpoints: a native adapter plus the optimizer's moments and where the run stood, full and layout-free.
 
-`checkpoints/step_N` folders appear whole or not at all; `checkpoints/latest`, a text file, moves last.
+`checkpoints/step_N` folders appear whole or not at all; `checkpoints/latest`, a text file, moves last. Every file has
+its checksum in a JSON beside it, and a checkpoint that does not fit its own is passed over for the one before.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,36 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.checkpoint.atomic import (
+    Guard,
+    discard,
     new_folder,
-    remove,
-    remove_leftovers,
     restore_interrupted,
+    unguarded,
     write_json,
     write_text,
 )
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    BaseIdentity,
     NativeAdapter,
-    fp32_values,
     load_adapter,
-    read_safetensors,
     write_adapter_files,
 )
+from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object
 from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.pipeline.engine_state import MOMENTS
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"
 LATEST_FILE = "latest"
 CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
-_STEP_NAME = re.compile(r"step_[0-9]{1,15}")
+_STEP_NAME = re.compile(r"step_([0-9]{1,15})")
+_MEAN_OF_SQUARES = MOMENTS[1]
 
 
 def moment_name(moment: str, factor: str) -> str:
@@ -68,13 +73,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: progress, adapter, moments by name, and the settings of the run that wrote it."""
+    """A checkpoint that was read: progress, adapter, moments by name, and the settings of the run that wrote it.
+
+    Attributes:
+        notes: what a user should know of how it was found.
+    """
 
     folder: Path
     progress: Progress
     adapter: NativeAdapter
-    moments: Mapping[str, torch.Tensor]
+    moments: Mapping[str, SentTensor]
     settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def save_checkpoint(
@@ -86,36 +96,79 @@ def save_checkpoint(
     state: Mapping[str, torch.Tensor],
     moments: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
+    keep: int = 1,
+    guard: Guard = unguarded,
 ) -> Path:
-    """Write `step_N`, then move `latest` to it, then remove every other checkpoint but the best.
+    """Write `step_N`, then move `latest` to it, then remove every checkpoint but the newest `keep` and the best.
+
+    Those of later steps are removed too: the run went back behind them.
 
     Raises:
         UserError: it cannot be written; the previous checkpoint and `latest` are as they were.
     """
     folder = checkpoints / f"step_{progress.step}"
-    remove_leftovers(checkpoints)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base, state)
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
-        write_json(temporary / PROGRESS_FILE, {**asdict(progress), "settings": dict(settings)})
-    write_text(checkpoints / LATEST_FILE, folder.name + "\n")
-    keep = {folder.name, f"step_{progress.best_step}"}
+        files = [temporary / name for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
+        content = {**asdict(progress), "settings": dict(settings)}
+        write_json(temporary / PROGRESS_FILE, sealed(content, files=files))
+    write_text(checkpoints / LATEST_FILE, folder.name + "\n", guard=guard)
+    newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
+    kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
     for other in checkpoints.glob("step_*"):
-        if other.name not in keep:
-            remove(other)
+        if other.name not in kept:
+            discard(other, guard=guard)
     return folder
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """`named_checkpoint`, after what a killed writer had moved aside has its name again."""
+def _step(folder: Path) -> int:
+    match = _STEP_NAME.fullmatch(folder.name)
+    return -1 if match is None else int(match[1])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the newest first; a link is none."""
+    found = [item for item in folder.glob("step_*") if _step(item) >= 0 and item.is_dir() and not item.is_symlink()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The checkpoint to continue from: the one that `latest` names, or else the newest that is whole; None in a folder
+    without any. What was passed over, and why, is in its notes.
+
+    Raises:
+        UserError: there are checkpoints, or `latest` names one, and none is whole.
+    """
     restore_interrupted(checkpoints)
-    return named_checkpoint(checkpoints)
+    found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
+    notes: list[str] = []
+    try:
+        named = named_checkpoint(checkpoints)
+        if named is None and found:
+            notes.append(f"{pointer}: is missing or no plain file")
+    except UserError as error:
+        if not found:
+            raise UserError(f"{error}; remove it to start from the beginning, or put a checkpoint back") from None
+        named = None
+        notes.append(str(error))
+    if named is not None:  # a run that went back to an earlier one has not removed the later ones yet
+        limit = _step(named)
+        found = [*(f for f in found if _step(f) <= limit), *(f for f in found if _step(f) > limit)]
+    for folder in found:
+        try:
+            return replace(load_checkpoint(folder), notes=tuple(notes))
+        except UserError as error:
+            notes.append(f"passed over {folder.name}: {error}")
+    if notes:
+        raise UserError(f"{checkpoints}: no checkpoint is whole ({'; '.join(notes)}); put one back, or start a new run")
+    return None
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
     """The folder that `latest` names, or None where there is none. Raises UserError where it names nothing."""
     pointer = checkpoints / LATEST_FILE
-    if not pointer.is_file():
+    if pointer.is_symlink() or not pointer.is_file():
         return None
     name = read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
@@ -124,28 +177,44 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder. Raises UserError naming what is missing or broken."""
+    """Read a checkpoint folder. Raises UserError naming what is missing, broken or not of this checkpoint."""
     file = folder / PROGRESS_FILE
     content = read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
+    sums = check_seal(file, content)
     progress = read_fields(file, content, Progress)
-    _check_steps(file, progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'no object' if 'settings' in content else 'missing'}")
+    _check_steps(file, progress, content["settings"])
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if sums:
+            check_file(folder / name, sums)
     adapter, state = load_adapter(folder), folder / STATE_FILE
-    moments = {name: fp32_values(state, name, stored) for name, stored in read_safetensors(state).items()}
+    shapes = {
+        moment_name(moment, factor): adapter.config.shape(factor)
+        for moment in MOMENTS
+        for factor in adapter.config.num_trained()
+    }
+    moments = read_tensors(state, shapes, sums=sums)
+    for name, values in moments.items():
+        if name.startswith(f"{_MEAN_OF_SQUARES}.") and bool((values < 0).any()):
+            raise UserError(f"{state}: {name} holds negative numbers, but it is a mean of squares")
     return Checkpoint(folder, progress, adapter, moments, content["settings"])
 
 
-def _check_steps(file: Path, progress: Progress) -> None:
+def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) -> None:
     for name in ("best_step", "evaluated_step"):
         step = getattr(progress, name)
         if step is not None and step > progress.step:
             raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: is of step {progress.step}, which is not its folder's; give that its own name back")
+    samples, step = progress.consumed_samples, progress.step
+    a_step = settings.get("global_batch_size", samples // step if step else 0)
+    if samples != step * a_step or samples < step:
+        raise UserError(f"{file}: consumed_samples = {samples} does not fit {step} steps of {shown(a_step)} samples")
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
+def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:
     """Copy the files of a checkpoint, and nothing else that lies in its folder, to `target`, there whole or not at all.
 
     Raises:
@@ -154,6 +223,6 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     for name in CHECKPOINT_FILES:
         if (source / name).is_symlink() or not (source / name).is_file():
             raise UserError(f"{source / name}: is no plain file; a checkpoint that is copied holds its own files")
-    with new_folder(target) as unfinished:
+    with new_folder(target, guard=guard) as unfinished:
         for name in CHECKPOINT_FILES:
             shutil.copyfile(source / name, unfinished / name)

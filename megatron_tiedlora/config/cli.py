@@ -32,7 +32,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
-RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume")
+RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
 
 

@@ -31,6 +31,9 @@ class EvaluateSettings(CommandSettings):
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, say --task or --test_file"}
 
     output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
+    take_over: bool = setting_field(
+        "run", "take --output_dir from another start that is about to write there, which then writes nothing", False
+    )
     seed: int = setting_field(
         "run", "of a validation part that is carved from training rows: the run's seed gives the run's part", 1234, ge=0
     )
@@ -42,6 +45,9 @@ class EvaluateSettings(CommandSettings):
         "model", "demo, a HF folder (a merged one too) or hub id (default: the adapter's base, or demo)"
     )
     adapter: str | None = optional_field("model", "native adapter (RUN/adapter) or PEFT LoRA folder (default: none)")
+    base_differs: bool = setting_field(
+        "model", "use the adapter although base or tokenizer differ from those that it was trained with", False
+    )
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it beside", False)
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
@@ -94,6 +100,8 @@ class EvaluateSettings(CommandSettings):
     def _check(self) -> EvaluateSettings:
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
+        if self.base_differs and self.adapter is None:
+            raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:
             raise ValueError("--train_file is read only where --validation_file is left out; give one of the two")
         unread = ("validation_file", "train_file") if self.split == "test" else ("test_file",)

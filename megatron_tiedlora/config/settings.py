@@ -22,6 +22,7 @@ from megatron_tiedlora.config.fields import (
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
 
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # beyond any scale that trains
 METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
 GROUPS = {
@@ -75,6 +76,12 @@ class Settings(CommandSettings):
     resume: str = setting_field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
     )
+    take_over: bool = setting_field(
+        "run", "with --resume: take the run folder from a start that still has it, which can then change nothing", False
+    )
+    base_differs: bool = setting_field(
+        "run", "with --resume: continue although base or tokenizer differ from those of the checkpoint", False
+    )
     dry_run: bool = setting_field(
         "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
     )
@@ -98,15 +105,17 @@ class Settings(CommandSettings):
         "adapter", "which of the paper's configurations", "tl6"
     )
     rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
-    alpha: float = setting_field("adapter", "the update is scaled by alpha / rank (default: the rank)", gt=0)
+    alpha: float = setting_field(
+        "adapter", "the update is scaled by alpha / rank (default: the rank)", ge=SMALLEST_ALPHA, le=LARGEST_ALPHA
+    )
     layers: tuple[int, ...] | None = optional_field(
         "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
     )
     init_std_a: float | None = optional_field(
-        "adapter", "standard deviation of A's start values (default: by method)", gt=0
+        "adapter", "standard deviation of A's start values (default: by method)", gt=0, le=1e3
     )
     init_std_b: float | None = optional_field(
-        "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0
+        "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0, le=1e3
     )
 
     tensor_parallel: int = setting_field(
@@ -176,6 +185,9 @@ class Settings(CommandSettings):
     )
     save_interval: int = setting_field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
     save_interval_minutes: float | None = optional_field("optimisation", "also save when this long has passed", gt=0)
+    keep_checkpoints: int = setting_field(
+        "optimisation", "checkpoints to keep: the newest ones, and the best beside them", 3, ge=1
+    )
 
     @classmethod
     def default_text(cls, name: str) -> str:
@@ -228,6 +240,9 @@ class Settings(CommandSettings):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
+        for name in ("take_over", "base_differs"):
+            if getattr(self, name) and self.resume == "none":
+                raise ValueError(f"--{name} only goes with --resume; a new run takes a folder and a base of its own")
         if self.eval_samples is not None and self.eval_metric == "loss":
             raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
         return self

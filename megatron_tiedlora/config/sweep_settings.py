@@ -57,6 +57,9 @@ class SweepSettings(CommandSettings):
 
     output_dir: str = setting_field("run", "folder of runs, scores, tables and figures")
     dry_run: bool = setting_field("run", "list the runs, their state and trained parameters; start nothing", False)
+    take_over: bool = setting_field(
+        "run", "take the folder, and those of its runs, from a start that still has them", False
+    )
     tables_from: tuple[str, ...] | None = optional_field(
         "run", "start nothing: join these sweeps (folders, one a task) into tables and figures in --output_dir"
     )

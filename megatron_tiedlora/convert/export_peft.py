@@ -6,6 +6,8 @@ diag(v) B diag(u) A is a rank-r LoRA per layer, so nothing is lost; what is lost
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
-from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.checkpoint.atomic import write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
-from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
 
 # What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -69,23 +72,39 @@ def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> di
     return config
 
 
-def export_peft(source: ModelSource, adapter: NativeAdapter, output: Path, *, pad_rank_to: int | None = None) -> int:
-    """Write a PEFT adapter folder, whole or not at all; returns its rank.
+def export_peft(
+    source: ModelSource,
+    adapter: NativeAdapter,
+    output: Path,
+    *,
+    pad_rank_to: int | None = None,
+    base_differs: bool = False,
+    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+) -> tuple[int, tuple[str, ...]]:
+    """Write a PEFT adapter folder, whole or not at all; returns its rank, and notes on its base.
+
+    Args:
+        base_differs: export for this base although the adapter was trained on another one, which the record says.
+        new: makes the output's folder.
 
     Raises:
-        UserError: an adapter of another base, a padded rank below the adapter's, or an output that exists.
+        UserError: an adapter of another base, a padded rank below the adapter's, an output that exists, or factors that
+            are not finite, by name.
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
-    refuse_existing(output)
-    check_base(source, adapter)
-    with new_folder(output) as temporary:
-        save_file(
-            peft_tensors(source, adapter, rank=rank), temporary / "adapter_model.safetensors", metadata={"format": "pt"}
-        )
+    refuse_existing(output, flag=f"--output {output}")
+    base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs)
+    with new(output) as temporary:
+        tensors = peft_tensors(source, adapter, rank=rank)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"--adapter: {name} of its export holds numbers that are not finite")
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", peft_config(source, adapter, rank=rank))
-    return rank
+        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record()})
+    return rank, base.notes
 
 
 def serve_hint(output: Path, base: str, rank: int) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,19 +19,15 @@ import regex
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    NativeAdapter,
-    fp32_values,
-    identify_base,
-    read_safetensors,
-)
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.errors import UserError, as_given, shown
-from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
 _LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
@@ -103,11 +100,11 @@ def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
     raise UserError(f"{place / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
 
 
-def load_peft_adapter(folder: Path, source: ModelSource) -> NativeAdapter:
+def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
     """Read a PEFT LoRA adapter as a native one of `source`.
 
     PEFT's files do not say which weights they were trained on, so only shapes are checked, and the adapter's identity
-    is that of `source` itself.
+    is that of `source` itself, with the `tokenizer` given. Where it was exported here, `exported_base` knows more.
 
     Raises:
         UserError: not a PEFT LoRA adapter of q_proj, k_proj and v_proj; a feature that is not a plain LoRA; tensors
@@ -131,9 +128,49 @@ def load_peft_adapter(folder: Path, source: ModelSource) -> NativeAdapter:
         seed=0,
     )
     with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
-        base = identify_base(source, weights, "fp32")
+        base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
     state = {"A": a, "B": b, "u": torch.ones(config.shape("u")), "v": torch.ones(config.shape("v"))}
+    check_update(config, state, source=folder / WEIGHTS_FILE)
     return NativeAdapter(config, base, state)
+
+
+@dataclass(frozen=True)
+class _ExportRecord:
+    """What EXPORT_RECORD says of the base."""
+
+    base_model: Text
+    base_hash: Text
+    base_weights_hash: Text
+    base_sample: Text | None = None
+    tokenizer_hash: Text | None = None
+
+
+def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
+    """The base that a PEFT adapter in `folder` was exported for; None where it was not exported here.
+
+    Args:
+        like: a base of the same shape.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    file = folder / EXPORT_RECORD
+    if not file.is_file():
+        return None
+    record = read_fields(
+        file,
+        read_json_object(file, kind="the record of an export"),
+        _ExportRecord,
+        optional=("base_sample", "tokenizer_hash"),
+    )
+    return replace(
+        like,
+        name=record.base_model,
+        config_hash=record.base_hash,
+        weights_hash=record.base_weights_hash,
+        sample=record.base_sample,
+        tokenizer_hash=record.tokenizer_hash,
+    )
 
 
 def _refuse_features(file: Path, content: Mapping[str, Any]) -> None:
@@ -224,12 +261,12 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    stored, values = read_safetensors(file), {}
-    config = source.config
-    for key, tensor in stored.items():
+    config, shapes = source.config, {}
+    for key, found in read_header(file).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(f"{file}: {key} is not a LoRA factor of {', '.join(_PARTS)}, which alone can be read")
+            parts = ", ".join(_PARTS)
+            raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {parts}, which alone can be read")
         layer, part, side = int(match[2]), match[3], match[4]
         if layer >= config.num_layers:
             raise UserError(
@@ -239,13 +276,13 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
         if match[1] not in modules:
             raise UserError(f"{file}: {key} is there, but {CONFIG_FILE} does not target its module")
         rows = config.qkv_rows[_PARTS.index(part)]
-        expected = (rank, config.hidden_size) if side == "A" else (rows, rank)
-        if tuple(tensor.shape) != expected:
+        shapes[key] = (rank, config.hidden_size) if side == "A" else (rows, rank)
+        if found != shapes[key]:
             raise UserError(
-                f"{file}: {key} has shape {tuple(tensor.shape)}, but r and {source.name} make it {expected}; give the"
+                f"{file}: {key} has shape {shown(found)}, but r and {source.name} make it {shapes[key]}; give the"
                 " adapter's own base with --model"
             )
-        values[key] = fp32_values(file, key, tensor)
+    values = read_tensors(file, shapes)
     pairs = {}
     for module in modules:
         keys = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, BaseIdentity, base_differences, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    MERGE_RECORD,
-    BaseIdentity,
-    NativeAdapter,
-    identify_base,
-    load_adapter,
-)
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import WeightRule, weight_rules
 
+EXPORT_RECORD = "tiedlora_export.json"  # in a PEFT folder: which adapter it was made from, for which base
+
 
 def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAdapter]:
     """The adapter in the folder `adapter` and its base: `model`, or the one that the adapter names.
 
+    Whether that is the base that it was trained on is for `check_base` to say.
+
     Raises:
-        UserError: no adapter there, no such base, or another base than the adapter's.
+        UserError: no adapter there, or no such base.
     """
     folder = user_path(adapter)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
@@ -35,29 +35,62 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
         if model is not None:
             raise
         raise UserError(f"{folder}: its base is not to be had, give it with --model ({error})") from None
-    check_base(source, native)
     return source, native
 
 
-def check_base(source: ModelSource, adapter: NativeAdapter) -> BaseIdentity:
-    """The identity of `source`, whose weights are the ones that `adapter` was trained on.
+@dataclass(frozen=True)
+class CheckedBase:
+    """A base that an adapter belongs to, or that it is used with all the same.
+
+    Attributes:
+        differences: what of it is another one than in training (--base_differs).
+        notes: what a user should know of it.
+    """
+
+    identity: BaseIdentity
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What a converted adapter or model says of the base that it was made for or of."""
+        differs = {"base_differs": list(self.differences)} if self.differences else {}
+        return {
+            "base_hash": self.identity.config_hash,
+            "base_weights_hash": self.identity.weights_hash,
+            "base_sample": self.identity.sample,
+            "tokenizer_hash": self.identity.tokenizer_hash,
+            **differs,
+        }
+
+
+def check_base(
+    source: ModelSource,
+    adapter: NativeAdapter,
+    *,
+    tokenizer: str | None = None,
+    uses_tokenizer: bool = True,
+    differs: bool = False,
+) -> CheckedBase:
+    """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
+
+    Args:
+        tokenizer: the one that is used, where it is not the base's own.
+        uses_tokenizer: False where nothing is tokenised: an adapter that was trained with a tokenizer of its own then
+            goes with any.
+        differs: value of --base_differs.
 
     Raises:
-        UserError: they are not; or they are missing, or not whole.
+        UserError: they are another base's, and not `differs`; or they are missing, or not whole.
     """
     with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
-        found = identify_base(source, weights, adapter.base.dtype)
+        found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)
+    if not uses_tokenizer and adapter.base.tokenizer is not None:
+        found = replace(found, tokenizer_hash=None)
     merged = (source.weights_folder() / MERGE_RECORD).is_file()
-    if merged and found.weights_hash != adapter.base.weights_hash:
+    if merged and found.weights_hash != adapter.base.weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    adapter.check_base(found, source="--adapter")
-    return found
-
-
-def refuse_existing(output: Path) -> None:
-    """Raise UserError where `output` holds anything."""
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UserError(f"--output {output} exists; give a new folder")
+    notes = adapter.check_base(found, source="--adapter", differs=differs)
+    return CheckedBase(found, base_differences(adapter.base, found), notes)
 
 
 def adapted_projections(source: ModelSource, adapter: NativeAdapter) -> dict[int, WeightRule]:

@@ -5,24 +5,25 @@ Works file by file over the base's own safetensors shards, so its memory is one 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
-from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.checkpoint.atomic import write_json
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
-from megatron_tiedlora.checkpoint.native_adapter import MERGE_RECORD, BaseIdentity, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.convert.inputs import adapted_projections, check_base, refuse_existing
+from megatron_tiedlora.convert.inputs import adapted_projections, check_base
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families.llama import weight_rules
 
@@ -49,39 +50,42 @@ def merge_adapter(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
-    tokenizer: Any = None,
+    tokenizer: str | None = None,
+    base_differs: bool = False,
+    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     progress: bool = False,
-) -> None:
-    """Write a merged Hugging Face checkpoint folder, whole or not at all.
+) -> tuple[str, ...]:
+    """Write a merged Hugging Face checkpoint folder, whole or not at all; returns notes on its base.
 
     It holds the tensors of the name table and no others, in the base's own files: a copy of a tied head is left out.
 
     Args:
         dtype: of the written weights (default: as each is stored in the base).
-        tokenizer: a transformers tokenizer to save there in place of the base's own.
+        tokenizer: folder, hub id or SentencePiece file of the one to save there in place of the base's own.
+        base_differs: merge into this base although the adapter was trained on another one, which the record says.
+        new: makes the output's folder.
 
     Raises:
-        UserError: an adapter of another base, a base that holds a merge already, an output that exists, or a tokenizer
-            that cannot be read.
+        UserError: an adapter of another base, a base that holds a merge already, an output that exists, a tokenizer
+            that cannot be read, or weights that are not finite, by name.
     """
     folder = source.weights_folder()
-    refuse_existing(output)
-    base = check_base(source, adapter)
+    refuse_existing(output, flag=f"--output {output}")
+    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
     own_files = [] if tokenizer is not None else _matching(folder, _TOKENIZER_FILES)
-    if own_files:
-        # Written anew over its copy: transformers rebuilds some tokenizers from their class names and loses parts.
-        tokenizer = load_tokenizer(folder)
+    # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.
+    saved = load_tokenizer(tokenizer or folder) if tokenizer is not None or own_files else None
     wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
     updates = _updates(source, adapter)
-    with new_folder(output) as temporary:
+    with new(output) as temporary:
         total_size = 0
         with tqdm(total=len(files), desc="merge", unit="tensor", disable=not progress, leave=False) as bar:
             for file in sorted(set(files.values())):
                 tensors = {}
                 with open_weights(file) as reader:
                     for name in (name for name, holder in files.items() if holder == file):
-                        tensors[name] = _merged(reader.get_tensor(name), updates.get(name), dtype)
+                        tensors[name] = _merged(file, name, reader.get_tensor(name), updates.get(name), dtype)
                         bar.update()
                 total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
                 save_file(tensors, temporary / file.name, metadata={"format": "pt"})
@@ -92,9 +96,10 @@ def merge_adapter(
             shutil.copyfile(file, temporary / file.name)
         if dtype is not None:
             _state_dtype(temporary / "config.json", dtype)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-        write_json(temporary / MERGE_RECORD, _record(adapter, base))
+        if saved is not None:
+            save_tokenizer(saved, temporary)
+        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record()})
+    return base.notes
 
 
 def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -108,13 +113,24 @@ def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[tor
 
 
 def _merged(
-    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype | None
+    file: Path,
+    name: str,
+    weight: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
+    """The weight `name` of `file` as it is written. Raises UserError where it is not finite."""
     out_type = weight.dtype if dtype is None else dtype
     if factors is None:
-        return weight.to(out_type)
-    a, b = factors
-    return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + b @ a).to(out_type)
+        merged = weight.to(out_type)
+    else:
+        a, b = factors
+        merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + b @ a).to(out_type)
+    if not merged.isfinite().all():
+        wide = str(out_type).removeprefix("torch.")
+        why = f"merged, it does not fit {wide}; give --dtype bf16" if weight.isfinite().all() else "the base is broken"
+        raise UserError(f"{file}: {name} holds numbers that are not finite ({why})")
+    return merged
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -127,20 +143,3 @@ def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
     for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
         values[name] = str(dtype).removeprefix("torch.")
     write_json(config_file, values)
-
-
-def _record(adapter: NativeAdapter, base: BaseIdentity) -> Mapping[str, Any]:
-    """What tells a merged folder from its base and from other merges; see `identify_base`."""
-    digest = hashlib.sha256()
-    for name in FACTORS:
-        digest.update(adapter.state[name].contiguous().numpy().tobytes())
-    return {
-        "method": adapter.config.method,
-        "rank": adapter.config.rank,
-        "alpha": adapter.config.alpha,
-        "layers": list(adapter.config.layers),
-        "base_model": adapter.base.name,
-        "base_hash": base.config_hash,
-        "base_weights_hash": base.weights_hash,
-        "adapter_sha256": digest.hexdigest(),
-    }

@@ -44,7 +44,7 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
         return _named(_load_folder(path), name)
     if name.startswith(("/", ".", "~")) or name.endswith(".model"):
         raise _refusal(name, "does not exist")
-    return _named(_load_folder(_download(name)), name)
+    return _named(_load_folder(download_tokenizer(name)), name)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> frozenset[int]:
@@ -136,7 +136,8 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
     return tokenizer
 
 
-def _download(hub_id: str) -> Path:
+def download_tokenizer(hub_id: str) -> Path:
+    """The folder of a hub model's tokenizer files. Raises UserError where the hub does not give them."""
     import huggingface_hub
 
     try:

@@ -22,7 +22,7 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree, generate
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.evaluation.metrics import find_metric
-from megatron_tiedlora.parallel.agreement import gather_objects
+from megatron_tiedlora.parallel.agreement import gather_on_rank_0
 from megatron_tiedlora.parallel.grid import Grid
 
 
@@ -137,7 +137,7 @@ def answer_all(
             bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))
     # Tensor-parallel ranks have the same answers, and log-likelihoods are the last stage's.
     tells = grid.tp_rank == 0 and decoder.is_last
-    gathered = gather_objects(mine if tells else {})
+    gathered = gather_on_rank_0(mine if tells else {}, decoder.device, kind=dict[int, tuple[str, tuple[float, ...]]])
     if gathered is None:
         return None
     found = {index: answer for part in gathered for index, answer in part.items()}

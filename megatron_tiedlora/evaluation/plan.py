@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
 from megatron_tiedlora.checkpoint.load_model import DTYPES
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, MERGE_RECORD, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
 from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
@@ -19,8 +20,8 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.paths import user_path
-from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
-from megatron_tiedlora.convert.inputs import open_inputs
+from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.layout import check_model_layout
@@ -105,6 +106,7 @@ class EvaluationPlan:
                 "alpha": config.alpha,
                 "layers": list(config.layers),
                 "merged": self.settings.merge_adapter,
+                **({"base_differs": True} if self.settings.base_differs else {}),
             }
         layout = {
             "tensor_parallel": self.grid.tp_size,
@@ -121,7 +123,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         UserError: the first thing that does not fit, with the fix.
     """
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
-    source, adapter, kind = _find_model(settings)
+    source, adapter, kind, notes = _find_model(settings)
     config = source.config
     check_model_layout(config, grid)
     if (settings.max_length or 0) > config.max_positions:
@@ -148,7 +150,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
         limit=limit,
-        notes=tuple(_notes(settings, source, kind)),
+        notes=(*notes, *_notes(settings, source, kind)),
     )
 
 
@@ -157,7 +159,7 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
     if settings.adapter is None:
         return
     folder = user_path(settings.adapter)
-    if kind == "peft":
+    if kind == "peft" and not (folder / EXPORT_RECORD).is_file():
         named = _named_base(folder)
         if named and named != source.name and not _same_folder(source, named):
             yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
@@ -170,13 +172,19 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
 
 
-def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str]:
-    """(base, adapter, kind of model). Raises UserError where either is not there, or they do not belong together."""
+def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
+    """(base, adapter, kind of model, notes).
+
+    Raises:
+        UserError: either is not there, or they do not belong together, or go with another tokenizer.
+    """
     if settings.adapter is None:
         source = find_model(settings.model or "demo", weights=False)
-        return source, None, "merged" if _is_merged(source) else "base"
+        return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
-        return *open_inputs(settings.adapter, settings.model), "native"
+        source, native = open_inputs(settings.adapter, settings.model)
+        base = check_base(source, native, tokenizer=settings.tokenizer, differs=settings.base_differs)
+        return source, native, "native", base.notes
     folder = user_path(settings.adapter)
     named = _named_base(folder)
     if not (settings.model or named):
@@ -187,9 +195,14 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         if settings.model is not None:
             raise
         raise UserError(f"{folder}: its base is not to be had, give it with --model ({error})") from None
-    if _is_merged(source) and not _same_folder(source, named):
+    if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    return source, load_peft_adapter(folder, source), "peft"
+    adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)
+    trained = exported_base(folder, adapter.base)
+    if trained is None:
+        return source, adapter, "peft", ()
+    notes = check_same_base(trained, adapter.base, source=str(folder), differs=settings.base_differs)
+    return source, adapter, "peft", notes
 
 
 def _named_base(folder: Path) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.atomic import new_folder, write_json, write_text
-from megatron_tiedlora.checkpoint.output_folder import choose_output_folder
+from megatron_tiedlora.checkpoint.atomic import write_json, write_text
+from megatron_tiedlora.checkpoint.output_folder import NewOutput, take_output_folder
 from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import find_metric
@@ -21,9 +21,16 @@ DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
 
 
-def output_folder(plan: EvaluationPlan) -> Path:
-    """Where the files are going to be. Raises UserError where other files are there, or none can be written."""
-    return choose_output_folder(plan.settings.output_dir, parent=DEFAULT_PARENT, name=plan.name)
+def take_output(plan: EvaluationPlan) -> NewOutput:
+    """Where the files are going to be, for this process alone.
+
+    Raises:
+        UserError: other files are there, none can be written, or another process is about to write there.
+    """
+    settings = plan.settings
+    return take_output_folder(
+        settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
+    )
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
@@ -67,18 +74,18 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
     }
 
 
-def write_results(plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score]) -> Path:
-    """Write both files at once, in a folder that is there whole or not at all; returns it.
+def write_results(
+    plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score], output: NewOutput
+) -> None:
+    """Write both files at once, in a folder that is there whole or not at all.
 
     Raises:
-        UserError: another job has filled the folder meanwhile, or it cannot be written.
+        UserError: another process has taken the folder over meanwhile, or it cannot be written.
     """
-    folder = output_folder(plan)
     rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
-    with new_folder(folder) as temporary:
+    with output.written() as temporary:
         write_text(temporary / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
-        write_json(temporary / RESULTS_FILE, results_content(plan, scores, folder))
-    return folder
+        write_json(temporary / RESULTS_FILE, results_content(plan, scores, output.path))
 
 
 def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> list[str]:

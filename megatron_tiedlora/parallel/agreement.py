@@ -1,14 +1,20 @@
-"""What all ranks must agree on outside the model: sums of a few numbers, rank 0's decisions. One rank sends nothing."""
+"""What all ranks must agree on outside the model: sums of a few numbers, rank 0's decisions. One rank sends nothing.
+
+Values travel as bytes (`messages`), and how many come first: nobody takes an object from a peer that could be code.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.parallel.messages import LARGEST_MESSAGE, LARGEST_TEXT, packed, unpacked, unreadable
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -51,49 +57,98 @@ def first_message(message: str | None, device: torch.device) -> str | None:
     """The message of the lowest rank that has one, on every rank; None where no rank has."""
     if world_size() == 1 or not sum_over_ranks([float(message is not None)], device)[0]:
         return message
-    messages: list[str | None] = [None] * world_size()
-    distributed.all_gather_object(messages, message)
-    return next(text for text in messages if text is not None)
+    # Another error must not come in the way of this one: a text that is not Unicode is sent with escapes.
+    mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
+    sizes = gather_numbers(len(mine), device)
+    speaker = next(rank for rank, size in enumerate(sizes) if size)
+    sent = _broadcast(mine, sizes[speaker], device, source=speaker, largest=LARGEST_TEXT)
+    text: str = unpacked(str, sent, sender=speaker)
+    return text
 
 
-def broadcast_object(value: object, device: torch.device) -> object:
-    """Rank 0's value on every rank (a small picklable one, from a peer of the same run)."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, device=device)
-    return box[0]
+def gather_on_rank_0(value: Value, device: torch.device, *, kind: Any) -> list[Value] | None:
+    """Every rank's value, of type `kind`, in rank order on rank 0, None elsewhere.
 
-
-def gather_objects(value: Any) -> list[Any] | None:
-    """Every rank's value (a picklable one, from a peer of the same run) in rank order on rank 0, None elsewhere."""
+    Raises:
+        UserError: a value that is too large, on every rank; one of another kind, on rank 0.
+    """
     if world_size() == 1:
         return [value]
-    is_main = distributed.get_rank() == 0
-    gathered: list[Any] | None = [None] * world_size() if is_main else None
-    distributed.gather_object(value, gathered, dst=0)
-    return gathered
+    message = packed(value)
+    sizes = gather_numbers(len(message), device)
+    for rank, size in enumerate(sizes):
+        _check_size(size, sender=rank, largest=LARGEST_TEXT)
+    longest = torch.zeros(max(sizes), dtype=torch.uint8)
+    longest[: len(message)] = torch.frombuffer(message, dtype=torch.uint8)
+    longest = longest.to(device)
+    parts = [torch.empty_like(longest) for _ in sizes] if distributed.get_rank() == 0 else None
+    distributed.gather(longest, parts, dst=0)
+    if parts is None:
+        return None
+    return [
+        unpacked(kind, part[:size].cpu().numpy().data, sender=rank)
+        for rank, (part, size) in enumerate(zip(parts, sizes, strict=True))
+    ]
 
 
 def num_differing(value: str, device: torch.device) -> int:
     """How many ranks have another value than rank 0, the same number on every rank."""
-    return round(sum_over_ranks([float(value != broadcast_object(value, device))], device)[0])
+    first = decided_by_rank_0(lambda: value, device, kind=str)
+    return round(sum_over_ranks([float(value != first)], device)[0])
 
 
-def decided_by_rank_0(decide: Callable[[], object], device: torch.device) -> object:
+def decided_by_rank_0(decide: Callable[[], Value], device: torch.device, *, kind: Any = None) -> Value:
     """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
 
+    Args:
+        kind: the type of what it returns, a type that `messages` can send; None where it returns None.
+
     Raises:
-        UserError: rank 0's, on every rank, so that none waits for one that has left.
+        UserError: rank 0's, on every rank, so that none waits for one that has left; or a value of another kind.
     """
-    answer: object = None
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
-        try:
-            answer = decide()
-        except UserError as error:
-            answer = error
-    answer = broadcast_object(answer, device)
-    if isinstance(answer, UserError):
-        answer.of_peer = distributed.is_initialized() and distributed.get_rank() != 0
-        raise answer
-    return answer
+    if world_size() == 1:
+        return decide()
+    if distributed.get_rank() == 0:
+        return _decide(decide, device)
+    header = torch.zeros(2, dtype=torch.int64, device=device)
+    distributed.broadcast(header, src=0)
+    failed, size = header.tolist()
+    message = _broadcast(bytearray(), size, device, source=0, largest=LARGEST_MESSAGE)
+    if failed:
+        error = UserError(unpacked(str, message, sender=0))
+        error.of_peer = True
+        raise error
+    value: Value = unpacked(kind, message, sender=0)
+    return value
+
+
+def _decide(decide: Callable[[], Value], device: torch.device) -> Value:
+    """Decide on rank 0 and tell the others, the error where it is one."""
+    failure: UserError | None = None
+    try:
+        value = decide()
+        message = packed(value)
+    except UserError as error:
+        failure, message = error, packed(str(error))
+    distributed.broadcast(torch.tensor([failure is not None, len(message)], dtype=torch.int64, device=device), src=0)
+    _broadcast(message, len(message), device, source=0, largest=LARGEST_MESSAGE)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def _broadcast(
+    message: bytearray, size: int, device: torch.device, *, source: int, largest: int
+) -> bytearray | memoryview:
+    """The message of `source`, whose `size` in bytes every rank knows, on every rank. Raises UserError as that does."""
+    _check_size(size, sender=source, largest=largest)
+    here = distributed.get_rank() == source
+    data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)
+    data = data.to(device)
+    distributed.broadcast(data, src=source)
+    return message if here else data.cpu().numpy().data
+
+
+def _check_size(size: int, *, sender: int, largest: int) -> None:
+    if not 0 < size <= largest:
+        raise unreadable(sender, f"{size} bytes, which are not between 1 and {largest}")

@@ -81,6 +81,7 @@ class Lifeline:
     _lost: frozenset[int] = frozenset()
     _reason: str = ""
     _main_left: bool = False
+    _main_gone: bool = False
 
     def start(self) -> Lifeline:
         """Exchange host names and begin to beat; all ranks take part."""
@@ -98,6 +99,11 @@ class Lifeline:
         for thread in self._threads:
             thread.start()
         return self
+
+    @property
+    def main_lost(self) -> bool:
+        """Whether rank 0 fell silent, or took the store away with it."""
+        return self._main_gone or 0 in self._lost
 
     def with_names(self, text: str) -> str:
         """A library's words with who is at an address in its place, `[ADDRESS]`: the rank, or those of the host."""
@@ -175,6 +181,7 @@ class Lifeline:
                 silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
             return self._store_gone()
+        self._main_gone = 0 in silent
         return self._tell(self._gone_line(silent) if silent else here)
 
     def part(self) -> None:
@@ -202,6 +209,7 @@ class Lifeline:
         try:
             said = self.store.compare_set(_REASON, "", mine).decode()
         except RuntimeError:  # the store is gone, and rank 0 with it
+            self._main_gone = True
             return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
         return Loss(_line(said), said == mine)
 
@@ -221,6 +229,7 @@ class Lifeline:
 
     def _store_gone(self) -> Loss:
         """The store went away with rank 0: for the reason that was given before, or nobody knows why."""
+        self._main_gone = True
         if self._reason:
             return Loss(self._reason, False)
         line = f"{self._gone_line([0])}, says rank {self.rank} on {self._host(self.rank)}"

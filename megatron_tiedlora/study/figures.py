@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.checkpoint.atomic import Guard, unguarded
 from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
@@ -65,7 +66,7 @@ def _mean(rank: int, scores: Sequence[TestScore]) -> PlotPoint:
     return PlotPoint(rank, sum(score.value for score in scores) / count, below, above)
 
 
-def draw_figure2(studies: Sequence[Study], target: Path) -> None:
+def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
     """All methods, and the best ones beside LoRA and VeRA. Raises UserError where it cannot be written."""
     figure, axes = _panels(2)
     data = lines(studies)
@@ -73,10 +74,10 @@ def draw_figure2(studies: Sequence[Study], target: Path) -> None:
     for panel, chosen, name in zip(axes, (data, best), ("all methods", "LoRA, VeRA, TL5, TL6"), strict=True):
         _draw(panel, chosen, title=f"{model_title(studies[0])}: {name}", base=_mean_base(studies))
         panel.set_ylabel(_score_label(studies))
-    _save(figure, axes, target)
+    _save(figure, axes, target, guard)
 
 
-def draw_figure3(studies: Sequence[Study], target: Path) -> None:
+def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
     """One panel for each task. Raises UserError where it cannot be written."""
     figure, axes = _panels(len(studies))
     for panel, study in zip(axes, studies, strict=True):
@@ -85,7 +86,7 @@ def draw_figure3(studies: Sequence[Study], target: Path) -> None:
         heading = f"{model_title(study)}: {title(study)}"
         _draw(panel, data, title=heading, base=_mean_base([study]), published=published)
         panel.set_ylabel(_score_label([study]))
-    _save(figure, axes, target)
+    _save(figure, axes, target, guard)
 
 
 def _score_label(studies: Sequence[Study]) -> str:
@@ -165,7 +166,7 @@ def _draw(
         axes.text(0.5, 0.5, "no rank has all its scores yet", transform=axes.transAxes, ha="center")
 
 
-def _save(figure: Any, axes: Sequence[Any], target: Path) -> None:
+def _save(figure: Any, axes: Sequence[Any], target: Path, guard: Guard) -> None:
     """One legend for all panels beneath them."""
     entries: dict[str, Any] = {}
     for panel in axes:
@@ -177,4 +178,4 @@ def _save(figure: Any, axes: Sequence[Any], target: Path) -> None:
     if names:
         columns = -(-len(names) // (2 if len(axes) == 1 else 1))
         figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
-    save_figure(figure, target)
+    save_figure(figure, target, guard=guard)

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from megatron_tiedlora.checkpoint.ownership import FolderLock, take_folder
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.study.record import LOCK_FILE, RUNS, SCORES
+from megatron_tiedlora.study.record import RUNS, SCORES
 
 _FOLDER_FLAG = "--output_dir"
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock, and give its descriptor, which launchers inherit.
+def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
+    """Become the owner of a study's folder, which is made where it is not there. Launchers inherit the descriptor.
 
-    So a launcher that outlives a killed sweep holds it. Its ranks do not, because the launcher closes what they would
-    inherit: `refuse_left_behind` looks for those.
+    So a launcher that outlives a killed sweep holds the kernel's lock. Its ranks do not, because the launcher closes
+    what they would inherit: `refuse_left_behind` looks for those.
 
     Raises:
         UserError: another sweep, or a launcher that one has left, is at work here.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o664)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output_dir {folder}: another sweep, or a run that a killed one has left, is at work here; wait for"
-                " its end, or end it"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    hint = (
+        "it is another sweep, or a run that a killed one has left; wait for its end, or end it (--take_over takes the"
+        " folder all the same)"
+    )
+    return take_folder(folder, resumes=True, take_over=take_over, hint=hint)
 
 
 def refuse_left_behind(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.checkpoint.atomic import remove
+from megatron_tiedlora.checkpoint.atomic import discard
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.errors import UserError
@@ -88,6 +88,10 @@ class SweepPlan:
                 jobs.append(self._score(point, tuple(run.name for run in runs), lock))
         return jobs
 
+    @property
+    def _take_over(self) -> dict[str, bool]:
+        return {"take_over": True} if self.settings.take_over else {}
+
     def num_finished(self) -> int:
         """Jobs of the whole study that are done."""
         runs = [run for point in self.grid.points for run in self.grid.runs(point)]
@@ -111,11 +115,13 @@ class SweepPlan:
 
     def _train(self, run: Run, lock: int) -> Job:
         path = self.folder.run(run)
+        guard = self.folder.guard
         max_steps = self.command.train.max_steps
 
         def command(slot: tuple[str, ...]) -> Command:
+            guard()
             given = {name: value for name, value in self.command.given.items() if name != "test_file"}
-            settings = {**given, **run.settings, "output_dir": path, "resume": "auto"}
+            settings = {**given, **run.settings, "output_dir": path, "resume": "auto", **self._take_over}
             return Command("train", settings, with_port(slot), self.folder.log(run.name), lock)
 
         def failure() -> str | None:
@@ -171,13 +177,14 @@ class SweepPlan:
 
     def _evaluate(self, name: str, adapter: Path | None, log: str, slot: tuple[str, ...], lock: int) -> Command:
         folder = self.folder.score(name)
-        remove(folder)  # without a result in it
+        discard(folder, guard=self.folder.guard)  # without a result in it
         settings = {
             **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
             "adapter": adapter,
             "batch_size": self.settings.test_batch_size,
             "limit": self.test_limit,
             "output_dir": folder,
+            **self._take_over,
         }
         return Command("evaluate", settings, with_port(slot), self.folder.log(log), lock)
 

@@ -10,14 +10,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import refuse_links
+from megatron_tiedlora.checkpoint.ownership import Owner, is_of_owner
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.errors import UserError
@@ -37,18 +38,28 @@ from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
-LOCK_FILE, RUNS, SCORES, LOGS = ".lock", "runs", "scores", "logs"
+RUNS, SCORES, LOGS = "runs", "scores", "logs"
 # Of the settings that a resumed run may change, those that say what a study is about.
 _SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
-_OWN_PLACE = {"output_dir", "dry_run", "tables_from"}
+_OWN_PLACE = {"output_dir", "dry_run", "tables_from", "take_over"}
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths of a study."""
+    """Paths of a study.
+
+    Attributes:
+        owner: the sweep that writes; None for one that only reads.
+    """
 
     path: Path
+    owner: Owner | None = field(default=None, compare=False)
+
+    @property
+    def guard(self) -> Guard:
+        """Raises UserError where this sweep may change the folder no longer."""
+        return unguarded if self.owner is None else self.owner.check
 
     @property
     def settings(self) -> Path:
@@ -133,7 +144,7 @@ def check_folder(folder: StudyFolder) -> None:
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
         return
-    if any(item.name != LOCK_FILE and not item.name.startswith(TEMPORARY_PREFIX) for item in path.iterdir()):
+    if not all(is_of_owner(item.name) for item in path.iterdir()):
         raise UserError(f"--output_dir {path} holds other files and no sweep; give a new folder")
 
 
@@ -191,15 +202,15 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 def occupy(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
     """Write what the study is, before its first command starts. Raises UserError where it cannot be written."""
-    remove_leftovers(folder.path)
+    remove_leftovers(folder.path, guard=folder.guard)
     own = {
         name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _OWN_PLACE
     }
     given = {name: _plain(getattr(command.train, name)) for name in command.given}
     content = {name: value for name, value in {**own, **given}.items() if value is not None}
-    write_text(folder.settings, yaml.safe_dump(content, sort_keys=False))
-    write_json(folder.base, asdict(base))
-    folder.status.unlink(missing_ok=True)
+    write_text(folder.settings, yaml.safe_dump(content, sort_keys=False), guard=folder.guard)
+    write_json(folder.base, asdict(base), guard=folder.guard)
+    discard(folder.status, guard=folder.guard)
 
 
 def _plain(value: Any) -> Any:
@@ -230,7 +241,7 @@ def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *
         for name, reason in failures.items()
     ]
     why = {} if reason is None else {"reason": reason}
-    write_json(folder.status, {"state": state, **why, "failed": failed})
+    write_json(folder.status, {"state": state, **why, "failed": failed}, guard=folder.guard)
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_tiedlora.checkpoint.atomic import write_text
+from megatron_tiedlora.checkpoint.atomic import Guard, unguarded, write_text
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs
-from megatron_tiedlora.study.lock import locked, refuse_left_behind
+from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.processes import Start
-from megatron_tiedlora.study.record import last_lines, occupy, write_status
+from megatron_tiedlora.study.record import StudyFolder, last_lines, occupy, write_status
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.tables import table3
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
@@ -43,25 +44,20 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         print("\n".join(plan.dry_run_lines()))
         return 0
     plan.source.weights_folder()  # refuses a shape
-    start, slots, folder = starter(), plan.slots(), plan.folder
-    _make_folder(folder.path)
-    with locked(folder.path) as lock, StopSignals() as stop:
+    start, slots = starter(), plan.slots()
+    with lock_study(plan.folder.path, take_over=command.settings.take_over) as lock, StopSignals() as stop:
+        folder = StudyFolder(plan.folder.path, lock.owner)
+        plan = replace(plan, folder=folder)
         refuse_left_behind(folder.path)
         occupy(folder, command, plan.base)
         try:
-            outcome = run_jobs(plan.jobs(lock), slots=slots, start=start, stop=stop, finished=plan.num_finished())
+            jobs, finished = plan.jobs(lock.descriptor), plan.num_finished()
+            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=finished)
         except BaseException as error:
             with suppress(UserError):  # the disk may be full
                 write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)
             raise
         return _end(plan, outcome)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be made ({error.strerror or error}); give another") from None
 
 
 def _end(plan: SweepPlan, outcome: Outcome) -> int:
@@ -73,7 +69,7 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
     write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:
         study = read_study(folder.path)
-        written = write_tables([study], folder.path)
+        written = write_tables([study], folder.path, guard=folder.guard)
         print("\n" + (folder.path / "table2.md").read_text(encoding="utf-8"))
         print("\n".join(f"written    {path}" for path in written))
     if not outcome.failures:
@@ -103,18 +99,18 @@ def join_studies(folders: Sequence[str], target: Path) -> int:
                 f"{study.folder}: its base model {study.base.model} is another than {studies[0].base.model} of"
                 f" {studies[0].folder}"
             )
-    _make_folder(target)
-    print("\n".join(f"written    {path}" for path in write_tables(studies, target)))
+    with lock_study(target) as lock:
+        print("\n".join(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
     return 0
 
 
-def write_tables(studies: Sequence[Study], folder: Path) -> list[Path]:
+def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write both tables (the third where single layers were trained) and figures; returns the files."""
     texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
     if table3(studies):
         texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}
     for name, text in texts.items():
-        write_text(folder / name, text)
-    draw_figure2(studies, folder / "figure2.png")
-    draw_figure3(studies, folder / "figure3.png")
+        write_text(folder / name, text, guard=guard)
+    draw_figure2(studies, folder / "figure2.png", guard=guard)
+    draw_figure3(studies, folder / "figure3.png", guard=guard)
     return [folder / name for name in (*texts, "figure2.png", "figure3.png")]

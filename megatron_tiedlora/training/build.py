@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, start_values
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, BaseIdentity, identify_base, identify_shape
-from megatron_tiedlora.checkpoint.resume import STATE_FILE, Checkpoint, moment_name
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
+from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
-from megatron_tiedlora.parallel.agreement import gather_numbers
+from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.engine import (
@@ -42,6 +43,7 @@ class BuiltModel:
         module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
         process_grid: DeepSpeed's.
         bytes_read: of base weights, by rank.
+        notes: on how the base compares with the checkpoint's.
     """
 
     module: nn.Module
@@ -50,6 +52,7 @@ class BuiltModel:
     process_grid: Any
     base: BaseIdentity
     bytes_read: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 def build_model(
@@ -62,9 +65,12 @@ def build_model(
     """
     config, grid = plan.source.config, plan.grid
     with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype)
+        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+        _check_same_base(base, device)
+        notes: tuple[str, ...] = ()
         if checkpoint is not None:
-            checkpoint.adapter.check_base(base, source=str(checkpoint.folder))
+            differs = plan.settings.base_differs
+            notes = checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
             _check_same_adapter(plan.adapter, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
@@ -79,7 +85,7 @@ def build_model(
             progress=grid.rank == 0,
         )
         read = gather_numbers(weights.bytes_read, device)
-    return BuiltModel(module, stage, groups, process_grid, base, tuple(read))
+    return BuiltModel(module, stage, groups, process_grid, base, tuple(read), notes)
 
 
 def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
@@ -147,15 +153,9 @@ def _build_stage(
 
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
-    """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood.
-
-    Raises:
-        UserError: a checkpoint without the moments of every trained tensor.
-    """
+    """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood."""
     settings, bank = plan.settings, built.stage.adapter
     assert bank is not None
-    if checkpoint is not None:
-        _check_moments(plan, checkpoint)
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
     optimizer = make_optimizer(trained, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
@@ -182,6 +182,15 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
     return make_runner(engine, built.stage, built.groups, plan.engine, device)
 
 
+def _check_same_base(base: BaseIdentity, device: torch.device) -> None:
+    """Every host may have its own copy; raise UserError, on every rank, where one has another model or tokenizer."""
+    hashes = f"{base.config_hash} {base.weights_hash} {base.sample} {base.tokenizer_hash}"
+    if differing := num_differing(hashes, device):
+        raise UserError(
+            f"{differing} ranks read another base model or tokenizer than rank 0; give every host the same files"
+        )
+
+
 def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
     """The settings were compared when the checkpoint was found; this is the adapter that lies beside them."""
     for name in ("method", "rank", "alpha", "layers"):
@@ -191,16 +200,3 @@ def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected};"
                 " resume from another checkpoint"
             )
-
-
-def _check_moments(plan: RunPlan, checkpoint: Checkpoint) -> None:
-    for factor in plan.adapter.num_trained():
-        for moment in MOMENTS:
-            name, shape = moment_name(moment, factor), plan.adapter.shape(factor)
-            stored = checkpoint.moments.get(name)
-            if stored is None or stored.shape != shape:
-                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
-                raise UserError(
-                    f"{checkpoint.folder / STATE_FILE}: {name} is {found}, expected {shape}; resume from another"
-                    " checkpoint"
-                )

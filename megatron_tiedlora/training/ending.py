@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -59,6 +59,7 @@ class End:
         unsaved: what to say where a signal came and nothing was saved.
         reason: of a good end.
         status: the exit status of a run that did not raise.
+        release: gives back the folder that rank 0 writes to.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class End:
     reason: str = ""
     status: int = 0
     lifeline: Lifeline | None = None
+    release: Callable[[], None] | None = None
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
     _reserve: ExitStack = field(default_factory=ExitStack)
@@ -95,6 +97,15 @@ class End:
                 silence_seconds=silence,
             ).start()
 
+    def hold(self, release: Callable[[], None]) -> None:
+        """Rank 0 owns the folder that it writes to until its end, when it calls `release`."""
+        self.release = release
+
+    def give_back(self) -> None:
+        """The folder is free for another start."""
+        if self.release is not None:
+            self.release()
+
     def enter(self, folder: RunFolder, device: torch.device) -> None:
         """The run folder is this run's now: keep a log there, and the end. All ranks take part.
 
@@ -104,7 +115,7 @@ class End:
         def digest() -> str:
             return hashlib.sha256(folder.settings.read_bytes()).hexdigest() if folder.is_run else ""
 
-        if decided_by_rank_0(digest, device) == digest():
+        if decided_by_rank_0(digest, device, kind=str) == digest():
             self.folder = folder
             with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))
@@ -174,14 +185,23 @@ class End:
         self._show(loss, f"{details}error: {text if isinstance(error, UserError) else loss.reason}")
         if self.lifeline is not None:
             self.lifeline.part()
+        self._leave_folder()
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, loss: Loss) -> None:
         """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
         self._record_failure(loss.reason, again=self.rank == 0)
         self._show(loss, f"error: {loss.reason}")
+        self._leave_folder()
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
+
+    def _leave_folder(self) -> None:
+        """Rank 0 gives the folder back; where it is gone the others give it up, in case that it is only silent."""
+        self.give_back()
+        owner = None if self.folder is None else self.folder.owner
+        if self.rank and owner is not None and self.lifeline is not None and self.lifeline.main_lost:
+            owner.give_up()
 
     def _show(self, loss: Loss, text: str) -> None:
         """On the screen where this rank speaks for all, else in its log alone."""
@@ -217,7 +237,8 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
         SystemExit: failed, as the only rank.
     """
     end = End(rank, world_size, stop)
-    with end._open, end._reserve:
+    with ExitStack() as last, end._open, end._reserve:
+        last.callback(end.give_back)
         try:
             yield end
             if rank == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_tiedlora.checkpoint.atomic import remove, write_json
+from megatron_tiedlora.checkpoint.atomic import discard, write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
@@ -28,8 +28,8 @@ def score(trainer: Trainer) -> dict[str, Score]:
 def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
     bank, folder = trainer.runner.bank, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
-    best = decided_by_rank_0(lambda: load_adapter(folder), trainer.device)  # others may not see the run folder
-    assert isinstance(best, NativeAdapter)
+    # Others may not see the run folder.
+    best = decided_by_rank_0(lambda: load_adapter(folder), trainer.device, kind=NativeAdapter)
     with trainer.stop.deferred():
         with all_open(bank, trainer.plan.engine):
             bank.load_full(best.state)
@@ -49,7 +49,7 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
         file = trainer.folder.scores
         kept = read_json_object(file, kind="scores") if file.is_file() else {}
         kept[moment] = {name: score.plain() for name, score in scores.items()}
-        write_json(file, kept)
+        write_json(file, kept, guard=trainer.folder.guard)
 
     decided_by_rank_0(write, trainer.device)
 
@@ -113,16 +113,15 @@ def export(trainer: Trainer) -> list[str]:
     """
     trainer.stop.raise_if_wished()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
-    plot_losses(folder.metrics, folder.path / "loss.png")
+    plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
-    remove(peft)  # of an earlier end of this run, whose best adapter may have been another
-    export_peft(source, adapter, peft)
+    discard(peft, guard=folder.guard)  # of an earlier end of this run, whose best adapter may have been another
+    export_peft(source, adapter, peft, new=folder.new_folder)
     if settings.task != "demo":
         return []
-    remove(merged)
-    tokenizer = trainer.data.tokenizer if settings.tokenizer else None
-    merge_adapter(source, adapter, merged, tokenizer=tokenizer, progress=True)
+    discard(merged, guard=folder.guard)
+    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
     results = verify_export(source, adapter, merged=merged, peft=peft)
     table = format_comparisons(results)
     if not all(row.passed for row in results):
@@ -149,7 +148,8 @@ def next_steps(trainer: Trainer) -> list[str]:
         lines += [
             "",
             "next",
-            f"  python tools/merge_adapter.py --adapter {path / 'adapter'} --output {path / 'merged'}",
+            f"  python tools/merge_adapter.py --adapter {path / 'adapter'} --output {path / 'merged'}"
+            + ("" if settings.tokenizer is None else f" --tokenizer {settings.tokenizer}"),
         ]
         lines.append(f"  python tools/verify_export.py --adapter {path / 'adapter'} --peft {peft}")
     lines.append(f"  {serve_hint(peft, base, settings.rank)}")

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_tiedlora.adapters.gathering import gather_full, gather_state
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, save_adapter
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
@@ -266,9 +267,8 @@ class Trainer:
             agree=self.agree,
             progress=self.is_main,
         )
-        scores = decided_by_rank_0(lambda: score_answers(scored.task.metrics, answers or []), self.device)
-        assert isinstance(scores, dict)
-        return scores
+        names = scored.task.metrics
+        return decided_by_rank_0(lambda: score_answers(names, answers or []), self.device, kind=dict[str, Score])
 
     def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
         if not math.isfinite(loss):
@@ -335,9 +335,11 @@ class Trainer:
                 state=state,
                 moments=moments,
                 settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
+                keep=self.plan.settings.keep_checkpoints,
+                guard=self.folder.guard,
             )
         if best:
-            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state)
+            save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
 
     def full_adapter_state(self) -> dict[str, torch.Tensor]:
         """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""

@@ -31,6 +31,8 @@ LAYOUT_SETTINGS = frozenset(
         "ds_config",
         "output_dir",
         "resume",
+        "take_over",
+        "base_differs",
         "dry_run",
         "world_size",
         "timeout_minutes",
@@ -44,6 +46,7 @@ LAYOUT_SETTINGS = frozenset(
         "packing",
         "save_interval",
         "save_interval_minutes",
+        "keep_checkpoints",
         "test_file",
         "eval_batch_size",
         # Told apart by what they hold and not by their names: the base by its hashes, the data by their tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -11,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_tiedlora.checkpoint.atomic import make_way_for_log
+from megatron_tiedlora.checkpoint.atomic import make_way_for_log, new_file
+from megatron_tiedlora.config.errors import UserError
 
 LOGS_FOLDER = "logs"
 
@@ -70,17 +72,21 @@ class RankLog:
     def kept(self, folder: Path, rank: int) -> Iterator[None]:
         """Inside, output goes to RUN/logs/rank_N.log, which is added to; rank 0's to the screen as well.
 
-        What libraries in C write shows on rank 0's screen alone. Where the file cannot be written (a run folder that
-        only rank 0 sees may be read-only elsewhere), all goes on as before.
+        What an earlier start has written is copied into a file of its own: should that start be still there, unheard
+        of, it adds nothing to this one's. What libraries in C write shows on rank 0's screen alone. Where the file
+        cannot be written (a run folder that only rank 0 sees may be read-only elsewhere), all goes on as before.
         """
         file = folder / LOGS_FOLDER / f"rank_{rank}.log"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             make_way_for_log(file)
+            if file.is_file():
+                with new_file(file) as copy:
+                    shutil.copyfile(file, copy)
             log = file.open("a", encoding="utf-8", errors="replace", buffering=1)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             log.write(f"--- {now} rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
-        except OSError:
+        except (OSError, UserError):
             yield
             return
         self.file = file

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
-import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX, write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.checkpoint.output_folder import check_place, refuse_links
+from megatron_tiedlora.checkpoint.ownership import FolderLock, Owner, is_of_owner, take_folder
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
@@ -25,9 +28,19 @@ _BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run, and what is written there.
+
+    Attributes:
+        owner: the start that writes; None for one that only reads.
+    """
 
     path: Path
+    owner: Owner | None = field(default=None, compare=False)
+
+    @property
+    def guard(self) -> Guard:
+        """Raises UserError where this start may change the folder no longer."""
+        return unguarded if self.owner is None else self.owner.check
 
     @property
     def checkpoints(self) -> Path:
@@ -76,27 +89,48 @@ class RunFolder:
 
     def write_settings(self, content: Mapping[str, Any]) -> None:
         """Write run.yaml and remove an earlier end's status. Raises UserError where the folder cannot be written."""
-        new = not self.path.is_dir()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False))
-            self.status.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
-        except UserError:
-            if new:
-                self.path.rmdir()
-            raise
+        write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False), guard=self.guard)
+        discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json."""
-        write_json(self.status, {"state": state, "step": step, "reason": reason})
+        write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
+
+    def new_folder(self, path: Path) -> AbstractContextManager[Path]:
+        """`atomic.new_folder` for a folder of the run."""
+        return new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
     """MODEL-TASK-METHOD-rRANK, for the run folder; needs nothing but the settings."""
     model = settings.model.rstrip("/").rsplit("/", 1)[-1]
     return f"{model}-{settings.task}-{settings.method}-r{settings.rank}"
+
+
+def take_run_folder(
+    output_dir: str | None, *, name: str, resume: str, take_over: bool = False
+) -> tuple[RunFolder, FolderLock]:
+    """Choose the folder of a run, and become its owner; a new folder is made. Arguments as in `choose_run_folder`.
+
+    Raises:
+        UserError: as there; or another start owns the folder, and `take_over` was not given.
+    """
+    while True:
+        folder = choose_run_folder(output_dir, name=name, resume=resume)
+        take = "to take it over, add --take_over" if resume != "none" else "give another --output_dir"
+        try:
+            lock = take_folder(
+                folder.path,
+                new=not folder.path.exists(),
+                resumes=resume != "none",
+                take_over=take_over,
+                hint=f"wait for its end; or, {take}",
+            )
+        except FileExistsError:  # another start was faster: that folder is not free any more
+            if not folder.path.exists():
+                raise UserError(f"{folder.path}: is a link to nothing; give another --output_dir") from None
+            continue
+        return RunFolder(folder.path, lock.owner), lock
 
 
 def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
@@ -120,11 +154,12 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
     if output_dir is not None:
         folder = RunFolder(user_path(output_dir))
         check_place(folder.path, given=output_dir)
-        foreign = folder.path.is_dir() and any(folder.path.iterdir()) and not folder.is_run
+        files = folder.path.iterdir() if folder.path.is_dir() else ()
+        foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
         if foreign or (resume == "none" and folder.is_run):
             what = "the run of an earlier start" if folder.is_run else "other files"
             raise UserError(
-                f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to go on with a run"
+                f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to continue a run"
             )
         return folder
     if resume not in ("none", "auto"):
@@ -140,32 +175,46 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they come again."""
+    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they come again.
+
+    metrics.jsonl is replaced and opened once, so that what a start adds which has lost the folder goes nowhere.
+    """
 
     def __init__(self, folder: RunFolder, *, resumed_step: int, evaluated_step: int | None = None) -> None:
         """Open the logs of a run that goes on from `resumed_step`, having evaluated after `evaluated_step`."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self._file = folder.metrics
+        self._folder = folder
         last = {"train": resumed_step, "validation": evaluated_step or 0}
-        rows = read_metrics(self._file) if resumed_step else []
-        write_metrics(self._file, [row for row in rows if row["step"] <= last[row["split"]]])
+        rows = read_metrics(folder.metrics) if resumed_step else []
+        write_metrics(folder.metrics, [r for r in rows if r["step"] <= last[r["split"]]], guard=folder.guard)
+        try:
+            self._stream = folder.metrics.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
         self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row: `step`, `split`, and numbers, unrounded. Raises UserError where the disk is full."""
+        """Append one row: `step`, `split`, and numbers, unrounded.
+
+        Raises:
+            UserError: the disk is full, or another start has taken the folder over.
+        """
+        self._folder.guard()
         try:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(dict(row)) + "\n")
+            line = (json.dumps(dict(row)) + "\n").encode()
+            if self._stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name, value in row.items():
                 if name not in ("step", "split"):
                     self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
             self._board.flush()
         except OSError as error:
-            raise UserError(f"{self._file.parent}: its logs cannot be written ({error.strerror or error})") from error
+            raise UserError(f"{self._folder.path}: its logs cannot be written ({error.strerror or error})") from error
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Close both files."""
+        self._stream.close()
         self._board.close()
 
 
@@ -198,12 +247,12 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
     """Replace the rows of a metrics.jsonl. Raises UserError where it cannot be written."""
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
-def plot_losses(metrics: Path, target: Path) -> None:
+def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
     """Draw training and validation loss over steps into a PNG. Raises UserError where it cannot be written."""
     import matplotlib
 
@@ -225,10 +274,10 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    save_figure(figure, target)
+    save_figure(figure, target, guard=guard)
 
 
-def save_figure(figure: Any, target: Path) -> None:
+def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all, the same bytes for the same drawing; and close it.
 
     Raises:
@@ -236,12 +285,8 @@ def save_figure(figure: Any, target: Path) -> None:
     """
     from matplotlib import pyplot
 
-    unfinished = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}")
     try:
-        figure.savefig(unfinished, format="png", metadata={"Software": None})
-        unfinished.replace(target)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        with new_file(target, guard=guard) as unfinished:
+            figure.savefig(unfinished, format="png", metadata={"Software": None})
     finally:
         pyplot.close(figure)

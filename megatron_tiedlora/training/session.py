@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 
 from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json, write_text
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.ownership import Owner
 from megatron_tiedlora.checkpoint.resume import (
     LATEST_FILE,
     Checkpoint,
     Progress,
     copy_checkpoint,
-    latest_checkpoint,
+    find_newest_checkpoint,
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
@@ -30,21 +32,36 @@ from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import (
     MetricsLog,
     RunFolder,
-    choose_run_folder,
     read_metrics,
+    take_run_folder,
     write_metrics,
 )
 
 
-def open_run_folder(plan: RunPlan, device: torch.device) -> RunFolder:
-    """Choose the run folder on rank 0 and tell every rank. Raises UserError, on every rank, where it is not free."""
+def open_run_folder(plan: RunPlan, device: torch.device, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:
+    """Choose the run folder on rank 0, which becomes its owner, and tell every rank.
 
-    def choose() -> Path:
-        return choose_run_folder(plan.settings.output_dir, name=plan.name, resume=plan.settings.resume).path
+    What an earlier start has left half-written there is removed at once: from here on none of its writes can end.
 
-    path = decided_by_rank_0(choose, device)
-    assert isinstance(path, Path)
-    return RunFolder(path)
+    Args:
+        keep: gets, on rank 0, what gives the folder back, to be called at the end.
+
+    Raises:
+        UserError: it is not free; on every rank.
+    """
+    settings = plan.settings
+
+    def take() -> tuple[str, str]:
+        folder, lock = take_run_folder(
+            settings.output_dir, name=plan.name, resume=settings.resume, take_over=settings.take_over
+        )
+        keep(lock.release)
+        for path in (folder.path, folder.checkpoints, folder.logs):
+            remove_leftovers(path, guard=folder.guard)
+        return str(folder.path), lock.owner.start
+
+    path, start = decided_by_rank_0(take, device, kind=tuple[str, str])
+    return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
 def occupy_run_folder(
@@ -87,38 +104,43 @@ def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: tor
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    checkpoint = decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device)
-    assert checkpoint is None or isinstance(checkpoint, Checkpoint)
-    return checkpoint
+    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device, kind=Checkpoint | None)
 
 
 def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
-    path = _checkpoint_path(plan.settings.resume, folder)
-    if path is None:
+    checkpoint = _find_checkpoint(plan.settings.resume, folder)
+    if checkpoint is None:
         return None
-    checkpoint = load_checkpoint(path)
-    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(path))
+    place = checkpoint.folder
+    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(place))
     best = checkpoint.progress.best_step
-    if best not in (None, checkpoint.progress.step) and not (path.parent / f"step_{best}").is_dir():
-        # A checkpoint that was taken out of its run: the best one so far is gone, so the next evaluation makes it anew.
-        forgotten = replace(
-            checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
-        )
-        return replace(checkpoint, progress=forgotten)
-    return checkpoint
+    if best in (None, checkpoint.progress.step):
+        return checkpoint
+    notes = checkpoint.notes
+    if (place.parent / f"step_{best}").is_dir():
+        try:
+            load_adapter(place.parent / f"step_{best}")
+            return checkpoint
+        except UserError as error:
+            notes = (*notes, f"the best checkpoint is broken, and the next evaluation makes it anew: {error}")
+    # A checkpoint that was taken out of its run: the best one so far is gone, so the next evaluation makes it anew.
+    forgotten = replace(
+        checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
+    )
+    return replace(checkpoint, progress=forgotten, notes=notes)
 
 
-def _checkpoint_path(resume: str, folder: RunFolder) -> Path | None:
+def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
     if resume == "none":
         return None
     if resume == "auto":
-        return latest_checkpoint(folder.checkpoints)
+        return find_newest_checkpoint(folder.checkpoints)
     path = user_path(resume)
     if not path.is_dir():
         raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
         raise UserError(f"--resume {resume}: {folder.path} holds another run; give a new --output_dir")
-    return path
+    return load_checkpoint(path)
 
 
 def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
@@ -137,17 +159,17 @@ def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
             copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
         for original, copy in copies.items():
             if original != copy.parent.resolve() / copy.name:
-                copy_checkpoint(original, copy)
+                copy_checkpoint(original, copy, guard=folder.guard)
         run = RunFolder(source.parent.parent)
         if run.is_run and run.path != folder.path.resolve():
-            write_metrics(folder.metrics, read_metrics(run.metrics))
+            write_metrics(folder.metrics, read_metrics(run.metrics), guard=folder.guard)
             if run.scores.is_file():
-                write_json(folder.scores, read_json_object(run.scores, kind="a run's scores"))
-    remove_leftovers(folder.path)
-    write_text(folder.checkpoints / LATEST_FILE, f"step_{progress.step}\n")
+                scores = read_json_object(run.scores, kind="a run's scores")
+                write_json(folder.scores, scores, guard=folder.guard)
+    write_text(folder.checkpoints / LATEST_FILE, f"step_{progress.step}\n", guard=folder.guard)
     if progress.best_step is not None:
         best = load_adapter(folder.checkpoints / f"step_{progress.best_step}")
-        save_adapter(folder.adapter, best.config, best.base, best.state)
+        save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
@@ -196,4 +218,6 @@ def headline(
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
     lines.append(f"kernels    {chosen.description}")
-    return [*lines, f"run folder {folder.path}{_start(plan, checkpoint)}"]
+    notes = [] if checkpoint is None else [*checkpoint.notes, *built.notes]
+    lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
+    return [*lines, *(f"note       {note}" for note in notes)]

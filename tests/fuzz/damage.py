@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from fuzzing import Draw
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
+
+from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
 
 # Bytes ------------------------------------------------------------------------------------------------------------
 
@@ -283,3 +286,31 @@ def break_one(draw: Draw, folder: Path, names: list[str], *, elsewhere: Path) ->
         odd_place(draw, path, elsewhere=elsewhere)
     else:
         path.write_bytes(broken_file(draw, path.name, path.read_bytes()))
+
+
+# Checksums --------------------------------------------------------------------------------------------------------
+
+_SEALED = ("adapter_config.json", "trainer_state.json")  # the second one's files include the first
+
+
+def reseal(draw: Draw, folder: Path) -> None:
+    """In most cases write the checksums of an adapter or a checkpoint anew, as one who changed it on purpose would, or
+    take them out, as versions before had none."""
+    way = draw.say(draw.pick(["damaged", "resealed", "resealed", "unsealed"]))
+    for name in _SEALED if way != "damaged" else ():
+        file = folder / name
+        if not (file.is_file() and file.stat().st_size < 2**20):
+            continue
+        with suppress(ValueError, RecursionError):  # no JSON any more
+            content = json.loads(file.read_bytes())
+            if not isinstance(content, dict):
+                continue
+            sums = content.pop(FILES_FIELD, None)
+            content.pop(SEAL_FIELD, None)
+            names = sorted(sums) if isinstance(sums, dict) else ["adapter_model.safetensors"]
+            files = [folder / name for name in names if _is_small_file(folder, name)]
+            file.write_text(json.dumps(sealed(content, files=files) if way == "resealed" else content))
+
+
+def _is_small_file(folder: Path, name: str) -> bool:
+    return Path(name).name == name and (folder / name).is_file() and (folder / name).stat().st_size < 2**20

@@ -274,10 +274,3 @@ def printable(*texts: str) -> None:
     """Fail where a text holds what a terminal would take for a command, or what is no text."""
     for text in texts:
         assert text.isprintable(), f"not printable: {text!a}"
-
-
-def reseal(folder: Path) -> None:
-    """Write the checksums of an adapter's or a checkpoint's folder anew, as one would who changed its files on purpose.
-
-    The formats hold none yet.
-    """

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from valid import check_adapter, write_run
 
+from megatron_tiedlora.checkpoint.atomic import remove_leftovers
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
+    Checkpoint,
     Progress,
-    latest_checkpoint,
+    find_newest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -61,7 +63,13 @@ def test_latest_names_a_checkpoint_beside_it_and_nothing_else(
 ) -> None:
     checkpoints = write_run(area / "run", native).checkpoints
     (checkpoints / "latest").write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = outcome(lambda: latest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
+    found = outcome(lambda: find_newest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
+    assert isinstance(found, Checkpoint) and found.folder == checkpoints / "step_4"  # and never a start at step 0
+    (note,) = found.notes
+    assert note.startswith(str(checkpoints / "latest")) and note.isprintable()
+    for step in (2, 4):
+        shutil.rmtree(checkpoints / f"step_{step}")
+    found = outcome(lambda: find_newest_checkpoint(checkpoints), unchanged=area, names=(str(checkpoints / "latest"),))
     assert isinstance(found, UserError)
 
 
@@ -125,6 +133,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
         _link(run.logs / f"rank_{rank}.log", away / ("notes" if rank else "nothing"))
     before = tree(away)
     assert choose_run_folder(str(run.path), name="x", resume="auto") == run
+    remove_leftovers(run.path)  # as a run does first when the folder is its own
     take_over(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
     save_checkpoint(

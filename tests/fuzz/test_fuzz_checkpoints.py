@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from damage import break_one, fresh, odd_place
-from fuzzing import MAPPED, Draw, cases, explore, outcome, reseal, tree
+from damage import break_one, fresh, odd_place, reseal
+from fuzzing import MAPPED, Draw, cases, explore, outcome, printable, tree
 from native_files import with_adapter
 from tiny_models import write_tiny_model
 from valid import check_adapter, check_checkpoint, write_run
@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adap
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
     Checkpoint,
-    latest_checkpoint,
+    find_newest_checkpoint,
     load_checkpoint,
 )
 from megatron_tiedlora.config.errors import UserError
@@ -45,8 +45,7 @@ def test_a_broken_adapter(
         method = draw.say(draw.pick(METHODS))
         fresh(whole / method, folder)
         break_one(draw, folder, sorted(item.name for item in folder.iterdir()), elsewhere=area / "elsewhere")
-        if draw.chance():
-            reseal(folder)
+        reseal(draw, folder)
         loaded = outcome(lambda: load_adapter(folder), unchanged=area, names=(str(folder),))
         if isinstance(loaded, NativeAdapter):
             check_adapter(loaded)
@@ -71,8 +70,7 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
             shutil.copyfile(theirs / "checkpoints" / "step_2" / name, folder / name)
         else:
             break_one(draw, folder, [*CHECKPOINT_FILES, "trainer_state.json"], elsewhere=elsewhere)
-        if draw.chance():
-            reseal(folder)
+        reseal(draw, folder)
         loaded = outcome(lambda: load_checkpoint(folder), unchanged=area, names=(str(folder),))
         if not isinstance(loaded, Checkpoint):
             return loaded
@@ -84,8 +82,8 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
         except UserError as error:
             assert str(error).isprintable()
         else:
-            again = latest_checkpoint(mine / "checkpoints")
-            assert again is not None and load_checkpoint(again).progress == loaded.progress
+            again = find_newest_checkpoint(mine / "checkpoints")
+            assert again is not None and again.progress == loaded.progress
         assert {name: found for name, found in tree(area).items() if name.split("/")[0] != "mine"} == before
         return loaded
 
@@ -124,18 +122,15 @@ def test_a_broken_latest_and_the_folders_beside_it(
                 os.rename(checkpoints / "step_4", checkpoints / ".writing-old-step_4-1")
         there = {path.name for path in checkpoints.glob("step_*") if path.is_dir()}
 
-        def load() -> Checkpoint | None:
-            folder = latest_checkpoint(checkpoints)
-            return None if folder is None else load_checkpoint(folder)
-
         try:
-            loaded = load()  # which may give what was moved aside its name again
+            loaded: object = find_newest_checkpoint(checkpoints)  # which may give what was moved aside its name again
         except UserError as error:
             loaded = error
             assert str(error).isprintable() and str(run) in str(error), error
         if isinstance(loaded, Checkpoint):
             check_checkpoint(loaded)
             assert loaded.folder.parent == checkpoints
+            printable(*loaded.notes)
         assert loaded is not None or not there, f"read as no checkpoint beside {sorted(there)}"
         left = {path.name for path in checkpoints.glob("step_*") if path.is_dir()}
         assert there <= left, "a checkpoint is gone"

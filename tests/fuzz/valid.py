@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fuzzing import printable
+from native_files import moments_of
 
 from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
@@ -68,16 +69,15 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
     run.path.mkdir(parents=True)
     run.settings.write_text("seed: 1\n")
     run.metrics.write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
-    names = [(moment, factor) for moment in ("exp_avg", "exp_avg_sq") for factor in "ABuv"]
     for step in (2, 4):
-        moments = {f"{moment}.adapter.{factor}": native.state[factor].abs() / step for moment, factor in names}
         save_checkpoint(
             run.checkpoints,
             progress=Progress(step, BATCH * step, 0.5, 2, 1 if step == 4 else 0, step),
             config=native.config,
             base=native.base,
             state={name: tensor * (1 if name in "uv" else step / 4) for name, tensor in native.state.items()},
-            moments=moments,
+            moments={name: tensor / step for name, tensor in moments_of(native).items()},
+            keep=2,
             settings={"method": "tl6", "rank": 4, "layers": [1, 3], "global_batch_size": BATCH, "data_sha256": "0"},
         )
     return run

@@ -1,0 +1,170 @@
+"""Which base model and tokenizer an adapter belongs to, told by hashes that every copy of that model has.
+
+A hash of the config says the shape and the computation; a hash of values at fixed places of every tensor says the
+weights. Values are hashed as bf16, so that a copy in another precision is the same base; a change that bf16 does not
+hold, or that lies between the places, is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
+
+MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
+OLD_BASE_NOTE = (
+    "written by an earlier version: its base was compared by config and final norm only, and its files have no checksum"
+)
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter was trained on.
+
+    Attributes:
+        name: as the user gave it to --model.
+        config_hash: of the shape.
+        weights_hash: of the final norm's weight in bf16 and of the record of a merge, since merging changes the values
+            at few places.
+        shape: the fields of the config that the format writes out.
+        dtype: precision of the base in training.
+        sample: hash of `BaseWeights.sample` of every tensor; None where that is not known.
+        tokenizer: as the user gave it to --tokenizer; None for the base's own.
+        tokenizer_hash: of its files; None where that is not known.
+    """
+
+    name: str
+    config_hash: str
+    weights_hash: str
+    shape: Mapping[str, int]
+    dtype: str
+    sample: str | None = None
+    tokenizer: str | None = None
+    tokenizer_hash: str | None = None
+
+
+def identify_base(
+    source: ModelSource, weights: BaseWeights, dtype: str, *, tokenizer: str | None = None
+) -> BaseIdentity:
+    """The identity of a base model; reads some KB of every tensor.
+
+    Args:
+        tokenizer: value of --tokenizer.
+
+    Raises:
+        UserError: the tokenizer's files cannot be read.
+    """
+    # bf16, because the same model is stored in fp32, fp16 and bf16: rounding to bf16 makes those equal.
+    digest = hashlib.sha256(_bits(weights.read("model.norm.weight")))
+    record = weights.folder / MERGE_RECORD
+    if record.is_file():
+        digest.update(read_small_text(record, kind="JSON").encode())
+    return identify_shape(
+        source,
+        dtype,
+        weights_hash=digest.hexdigest(),
+        sample=sample_hash(weights),
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_hash(tokenizer or weights.folder),
+    )
+
+
+def sample_hash(weights: BaseWeights) -> str:
+    """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
+    digest = hashlib.sha256()
+    shapes = {
+        name: shape for rule in weights.rules for name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+    }
+    for name in sorted(shapes):
+        digest.update(f"{name} {list(shapes[name])}\n".encode())
+        digest.update(_bits(weights.sample(name)))
+    return digest.hexdigest()
+
+
+def _bits(values: torch.Tensor) -> bytes:
+    return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+
+
+def identify_shape(
+    source: ModelSource,
+    dtype: str,
+    *,
+    weights_hash: str,
+    sample: str | None = None,
+    tokenizer: str | None = None,
+    tokenizer_hash: str | None = None,
+) -> BaseIdentity:
+    """The identity of a base model whose weights have a hash already."""
+    config = source.config
+    shape = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
+    return BaseIdentity(
+        source.name, source.base_hash, weights_hash, shape, dtype, sample, tokenizer, tokenizer_hash
+    )
+
+
+def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
+    """What of config, weights and tokenizer is another one than in training, as far as both sides know it."""
+    weights_differ = trained.weights_hash != found.weights_hash or _differ(trained.sample, found.sample)
+    differ = {
+        "config": trained.config_hash != found.config_hash,
+        "weights": weights_differ,
+        "tokenizer": _differ(trained.tokenizer_hash, found.tokenizer_hash),
+    }
+    return tuple(what for what, differs in differ.items() if differs)
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and one != other
+
+
+def check_same_base(
+    trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False
+) -> tuple[str, ...]:
+    """Notes on how the base in use compares with the one that an adapter was trained on.
+
+    Args:
+        source: of the adapter, for messages.
+        differs: value of --base_differs: only the shape must be the same.
+
+    Raises:
+        UserError: it is another base, or goes with another tokenizer.
+    """
+    for field, value in trained.shape.items():
+        if found.shape[field] != value:
+            raise UserError(
+                f"{source}: trained on {trained.name} with {field} {value}, but {found.name} has"
+                f" {found.shape[field]}; give its own base with --model"
+            )
+    notes = () if trained.sample is not None or found.sample is None else (f"{source}: {OLD_BASE_NOTE}",)
+    differences = base_differences(trained, found)
+    if not differences:
+        return notes
+    what = " and ".join(differences)
+    if differs:
+        note = f"{source}: trained on {trained.name}, whose {what} differ from {found.name}'s (--base_differs)"
+        return (*notes, note)
+    if differences == ("tokenizer",):
+        own = "its base's own" if trained.tokenizer is None else trained.tokenizer
+        used = f"the one of {found.name}" if found.tokenizer is None else found.tokenizer
+        raise UserError(
+            f"{source}: trained with another tokenizer ({own}) than {used}; give that one with --tokenizer or with its"
+            " model, or --base_differs to use this one all the same"
+        )
+    raise UserError(
+        f"{source}: trained on {trained.name}, whose {what} differ from {found.name}'s; give its own base with --model,"
+        " or --base_differs to use this one all the same"
+    )

@@ -1,0 +1,324 @@
+"""One writer per folder: which start may change what is in it.
+
+OWNER_FILE holds a token (start id, host, process, time). Its owner keeps the file locked, which the kernel ends at the
+owner's death, and renews the file's time of change, which other hosts see too. A start that takes a folder over
+replaces the file, so it waits for nobody, and the former owner finds another token there before its next change.
+
+Checks come right before a rename out of a temporary file (`atomic`), and a new owner removes temporary files before it
+reads the folder. So an owner that was stopped between its check and its rename, and wakes up later, changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.json_files import Count, Real, Text, read_fields, read_json_object
+
+OWNER_FILE = ".owner"
+_GIVEN_UP = f"{OWNER_FILE}-given-up-"  # followed by a start id
+RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FolderTaken(UserError):
+    """Another start owns the folder."""
+
+
+class OwnerLost(UserError):
+    """This start owns the folder no longer: another took it over, its peers gave it up, or the folder is gone."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """What OWNER_FILE says of the owner.
+
+    Attributes:
+        start: id of the start, another one for every start.
+        machine: within which the kernel's lock tells whether the owner lives.
+        since: when it took the folder, seconds since 1970 by its own clock.
+    """
+
+    start: Text
+    host: Text
+    pid: Count
+    machine: Text
+    since: Real
+
+    def __str__(self) -> str:
+        return f"a start on {self.host} (process {self.pid})"
+
+    @property
+    def time(self) -> str:
+        """`since` in words."""
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A start that owns a folder, as each of its ranks knows it.
+
+    Attributes:
+        is_main: whether this rank is the one that holds the lock, which the others may give up.
+    """
+
+    folder: Path
+    start: str
+    is_main: bool = True
+
+    def check(self) -> None:
+        """Raise OwnerLost where this start may change nothing in the folder any more."""
+        token = read_token(self.folder)
+        if token is None or token.start != self.start:
+            if token is not None:
+                why = f"{token} took it over at {token.time}"
+            elif self.folder.is_dir():
+                why = f"its file {OWNER_FILE} is gone"
+            else:
+                why = "the folder was removed, moved or replaced"
+            raise OwnerLost(f"{self.folder}: {why}; this start changed nothing more there")
+        if self.is_main and self._mark.exists():
+            raise OwnerLost(
+                f"{self.folder}: the other ranks gave this one up because it was silent; this start changed nothing"
+                " more there"
+            )
+
+    def give_up(self) -> None:
+        """Let the next start with --resume take the folder although the lock's holder may wake up; best effort."""
+        with suppress(OSError, UserError):
+            token = read_token(self.folder)
+            if token is not None and token.start == self.start:
+                self._mark.touch()
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / f"{_GIVEN_UP}{self.start}"
+
+
+@dataclass
+class FolderLock:
+    """A folder that this process owns until `release`.
+
+    Attributes:
+        descriptor: of the locked file. Children that inherit it keep the kernel's lock while they live.
+    """
+
+    owner: Owner
+    descriptor: int
+    _made: tuple[Path, ...] = ()
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._renew, name="folder-lock", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            with suppress(OSError):
+                os.utime(self.descriptor)
+
+    def release(self) -> None:
+        """Give the folder back, unless a child still holds the lock; folders that were made are removed where empty."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._thread.join()
+        os.close(self.descriptor)
+        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder):
+            token, file = read_token(self.owner.folder), self.owner.folder / OWNER_FILE
+            if token is not None and token.start == self.owner.start and _is_unlocked(file) is not False:
+                _remove_marks(self.owner.folder)
+                file.unlink(missing_ok=True)
+        for made in self._made:
+            try:
+                made.rmdir()
+            except OSError:
+                break
+
+
+def take_folder(
+    folder: Path,
+    *,
+    hint: str,
+    new: bool = False,
+    resumes: bool = False,
+    take_over: bool = False,
+    removed_after: bool = False,
+) -> FolderLock:
+    """Become the owner of a folder, which is made where it is not there.
+
+    A folder is free where nobody owns it, or where its owner died on this machine. One whose owner was given up (by its
+    peers, or because its token was not renewed for STALE_SECONDS) can be taken too, but while the kernel's lock is
+    held, only by a start that resumes.
+
+    Args:
+        hint: what a user can do where it is owned, for the message.
+        new: the folder must not be there yet.
+        take_over: take it whoever owns it.
+        removed_after: `release` removes it where it is empty, whoever made it.
+
+    Raises:
+        FolderTaken: another start owns it; says which one and since when.
+        FileExistsError: it is there, and `new`.
+        UserError: it cannot be made or written.
+    """
+    made = _make(folder, new=new)
+    token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time())
+    temporary = folder / f"{TEMPORARY_PREFIX}{OWNER_FILE}-{token.start}"
+    descriptor = None
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
+        os.write(descriptor, json.dumps(asdict(token)).encode())
+        with suppress(OSError):  # a file system without locks: the token's time alone counts
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _one_at_a_time(folder):
+            _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint)
+        return FolderLock(Owner(folder, token.start), descriptor, (folder, *made[1:]) if removed_after else made)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
+    """Make the folder and those above it; returns which were made, the innermost first."""
+    missing = []
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            break
+        missing.append(path)
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            try:
+                path.mkdir()
+                made.insert(0, path)
+            except FileExistsError:
+                if new and path == folder:
+                    raise
+        if new and not missing:
+            raise FileExistsError(folder)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    return tuple(made)
+
+
+def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str) -> None:
+    """Give `temporary`, which holds a token, the name OWNER_FILE where the folder may be taken."""
+    folder = temporary.parent
+    place = folder / OWNER_FILE
+    with suppress(OSError):
+        os.link(temporary, place)  # fails where there is a token, also one that another host has just put there
+        temporary.unlink()
+        return
+    if not take_over:
+        _refuse_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
+    os.replace(temporary, place)
+    _remove_marks(folder)
+
+
+def _refuse_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
+    """Raise FolderTaken unless the folder's owner is dead or was given up.
+
+    Args:
+        now: time of change of a file that was just written there, since clocks of hosts differ.
+    """
+    token, free = read_token(folder), _is_unlocked(folder / OWNER_FILE)
+    if token is not None and free and token.machine == _machine():
+        return
+    try:
+        renewed = (folder / OWNER_FILE).stat().st_mtime
+    except OSError:  # given back meanwhile
+        return
+    marked = token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists()
+    if (marked or now - renewed > STALE_SECONDS) and (resumes or free is not False):
+        return
+    who = "another start" if token is None else f"{token} since {token.time}"
+    raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, now - renewed):.0f} s ago); {hint}")
+
+
+def read_token(folder: Path) -> Token | None:
+    """What the folder's OWNER_FILE says, or None where there is none that can be read."""
+    file = folder / OWNER_FILE
+    try:
+        return read_fields(file, read_json_object(file, kind="an owner's token"), Token)
+    except (UserError, OSError):
+        return None
+
+
+def is_of_owner(name: str) -> bool:
+    """Whether a file of this name in a folder only tells who owns it, or is temporary."""
+    return name.startswith((OWNER_FILE, TEMPORARY_PREFIX))
+
+
+def _is_unlocked(file: Path) -> bool | None:
+    """Whether no process holds the kernel's lock on the file; None where that cannot be told."""
+    for mode, lock in ((os.O_RDWR, fcntl.LOCK_EX), (os.O_RDONLY, fcntl.LOCK_SH)):
+        try:
+            descriptor = os.open(file, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except PermissionError:
+            continue
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+    return None
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Among the processes of this machine, where the file system has locks for folders (network ones may have none)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_marks(folder: Path) -> None:
+    for mark in folder.glob(f"{_GIVEN_UP}*"):
+        mark.unlink(missing_ok=True)
+
+
+@cache
+def _machine() -> str:
+    """An id of the running kernel, whose locks all processes on it share; containers have a host name of their own."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,112 @@
+"""Safetensors files of known content: names, shapes and sizes are checked before a tensor is read.
+
+What does not belong there is refused by the header alone, so that a small file that stands for a huge one costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from megatron_tiedlora.checkpoint.checksums import check_file
+from megatron_tiedlora.config.errors import UserError, as_given, shown
+
+LARGEST_HEADER = 2**23  # bytes; an adapter of every linear of the deepest model has a tenth of it
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def read_tensors(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], *, sums: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, which are those of `shapes` and no others, in fp32.
+
+    Args:
+        sums: checksums by file name; see `checksums.check_file`.
+
+    Raises:
+        UserError: no whole safetensors file; a tensor that is missing, unknown, of another shape, not floating point or
+            not finite; or another checksum.
+    """
+    with _opened(file) as stream:
+        header = _read_header(file, stream)
+        _check_header(file, header, shapes)
+        expected = stream.tell() + sum(_BYTES[entry["dtype"]] * math.prod(entry["shape"]) for entry in header.values())
+        stream.seek(0)
+        raw = stream.read(expected + 1)
+    if len(raw) != expected:
+        much = "is longer than" if len(raw) > expected else "ends before"
+        raise UserError(f"{file}: not a whole safetensors file (it {much} the {expected:,} bytes that its header says)")
+    check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
+    try:
+        stored = load(raw)
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    return {name: _fp32(file, name, stored[name]) for name in shapes}
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, as its header has them. Raises UserError where it has no header of any sense."""
+    with _opened(file) as stream:
+        return {name: tuple(entry["shape"]) for name, entry in _read_header(file, stream).items()}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    if not file.is_file():
+        raise UserError(f"{file}: not a whole safetensors file (no such file)")
+    try:
+        with file.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error.strerror or error})") from None
+
+
+def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
+    """The header without its metadata: {name: {"dtype", "shape", ...}}, of plausible kinds."""
+    length = int.from_bytes(stream.read(8), "little")
+    raw = stream.read(length) if length <= LARGEST_HEADER else b""
+    try:
+        if len(raw) != length:
+            raise ValueError(f"a header of {length:,} bytes")
+        content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError("its header is no table of tensors")
+        content.pop("__metadata__", None)
+        for name, entry in content.items():
+            sizes = entry["shape"]
+            if not isinstance(entry["dtype"], str) or any(type(size) is not int or size < 0 for size in sizes):
+                raise ValueError(f"the header's entry {shown(name)} is of another kind")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
+    return content
+
+
+def _check_header(file: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in header:
+            raise UserError(f"{file}: tensor {name} is missing")
+        found = tuple(header[name]["shape"])
+        if found != shape:
+            raise UserError(f"{file}: {name} has shape {shown(found)}, expected {shape}")
+        if header[name]["dtype"] not in _BYTES:
+            raise UserError(f"{file}: {name} is {as_given(header[name]['dtype'])}, not floating point")
+    for name in header:
+        if name not in shapes:
+            raise UserError(f"{file}: holds a tensor {shown(name)} that does not belong there")
+
+
+def _fp32(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
+    values = stored.to(torch.float32, copy=True)  # what was read is one buffer, which a part would keep whole
+    if not values.isfinite().all():
+        raise UserError(f"{file}: {name} holds numbers that are not finite")
+    return values

@@ -1,0 +1,100 @@
+"""Values as bytes between ranks: JSON for fields, texts and numbers, safetensors for tensors. Bytes make only values.
+
+    message = length of the JSON (8 bytes) | JSON | safetensors, where there are tensors
+
+The receiver says of what kind the value is, and anything else is refused: nothing in a message names code or a type.
+How messages travel is `agreement`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInfo
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.config.json_files import first_problem
+
+LARGEST_TEXT = 1 << 30  # bytes of JSON
+LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that a node's memory holds
+_LENGTH_BYTES = 8
+
+
+def _sent_tensor(name: object, info: ValidationInfo) -> torch.Tensor:
+    """The tensor that stands in the message under `name`."""
+    sent: Any = info.context
+    if not isinstance(name, str) or name not in sent:
+        raise ValueError("no tensor of that name was sent")
+    tensor: torch.Tensor = sent[name]
+    return tensor
+
+
+SentTensor = Annotated[torch.Tensor, PlainValidator(_sent_tensor)]
+"""The type of a tensor in a dataclass that ranks send each other."""
+
+
+def packed(value: object) -> bytearray:
+    """A value as a message: None, texts, numbers (bit for bit), paths, tensors, and of these lists, tuples, mappings
+    and dataclasses.
+
+    Raises:
+        UserError: a text that is not Unicode.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(part: object) -> object:
+        if isinstance(part, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = part.detach().cpu().contiguous()
+            return name
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        if isinstance(part, Mapping):
+            return dict(part)
+        if isinstance(part, Path):
+            return str(part)
+        raise TypeError(f"{type(part).__name__} is nothing that ranks send each other")
+
+    text = json.dumps(value, ensure_ascii=False, default=plain)
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        part = shown(text[max(0, error.start - 20) : error.end + 20])
+        raise UserError(f"a text with half of a surrogate pair cannot be sent to other ranks ({part})") from None
+    message = bytearray(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+    if tensors:
+        message += save(tensors)
+    return message
+
+
+def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int) -> Any:
+    """The value of type `kind` in a message of rank `sender`; mappings are dicts there. Nothing is converted.
+
+    Raises:
+        UserError: it holds no such value.
+    """
+    view = memoryview(message)
+    length = int.from_bytes(view[:_LENGTH_BYTES], "little")
+    rest = len(view) - _LENGTH_BYTES - length
+    if rest < 0 or length > LARGEST_TEXT:
+        raise unreadable(sender, f"its JSON has {length} bytes of {len(view)}")
+    end = _LENGTH_BYTES + length
+    try:
+        tensors = load(bytes(view[end:])) if rest else {}
+        return TypeAdapter(kind).validate_json(bytes(view[_LENGTH_BYTES:end]), strict=True, context=tensors)
+    except ValidationError as error:
+        raise unreadable(sender, first_problem(error).removeprefix(" = ")) from None
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # a dtype that torch lacks is a KeyError
+        raise unreadable(sender, f"{type(error).__name__}: {error}") from None
+
+
+def unreadable(sender: int, problem: str) -> UserError:
+    """The error for bytes of a rank that hold no value of the kind that is due."""
+    return UserError(f"what rank {sender} has sent cannot be read ({problem}); start all ranks from one installation")
