@@ -185,10 +185,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'no object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if sums:
-            check_file(folder / name, sums)
     adapter, state = load_adapter(folder), folder / STATE_FILE
+    for name in (CONFIG_FILE, WEIGHTS_FILE):  # after they were read: a device or a sparse file has no end
+        check_file(folder / name, sums)
     shapes = {
         moment_name(moment, factor): adapter.config.shape(factor)
         for moment in MOMENTS

@@ -291,26 +291,21 @@ def break_one(draw: Draw, folder: Path, names: list[str], *, elsewhere: Path) ->
 # Checksums --------------------------------------------------------------------------------------------------------
 
 _SEALED = ("adapter_config.json", "trainer_state.json")  # the second one's files include the first
+_SUMMED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.safetensors")
 
 
 def reseal(draw: Draw, folder: Path) -> None:
     """In most cases write the checksums of an adapter or a checkpoint anew, as one who changed it on purpose would, or
     take them out, as versions before had none."""
     way = draw.say(draw.pick(["damaged", "resealed", "resealed", "unsealed"]))
-    for name in _SEALED if way != "damaged" else ():
-        file = folder / name
-        if not (file.is_file() and file.stat().st_size < 2**20):
-            continue
+    sealing = [folder / name for name in _SEALED if way != "damaged"]
+    for config in (config for config in sealing if config.is_file() and config.stat().st_size < 2**20):
         with suppress(ValueError, RecursionError):  # no JSON any more
-            content = json.loads(file.read_bytes())
+            content = json.loads(config.read_bytes())
             if not isinstance(content, dict):
                 continue
             sums = content.pop(FILES_FIELD, None)
             content.pop(SEAL_FIELD, None)
-            names = sorted(sums) if isinstance(sums, dict) else ["adapter_model.safetensors"]
-            files = [folder / name for name in names if _is_small_file(folder, name)]
-            file.write_text(json.dumps(sealed(content, files=files) if way == "resealed" else content))
-
-
-def _is_small_file(folder: Path, name: str) -> bool:
-    return Path(name).name == name and (folder / name).is_file() and (folder / name).stat().st_size < 2**20
+            files = [folder / name for name in _SUMMED if isinstance(sums, dict) and name in sums]
+            files = [file for file in files if file.is_file() and file.stat().st_size < 2**20]
+            config.write_text(json.dumps(sealed(content, files=files) if way == "resealed" else content))

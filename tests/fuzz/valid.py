@@ -22,7 +22,7 @@ from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.training.run_folder import RunFolder
 
 LARGEST_ALPHA = 1e6
-LARGEST_WIDTH = 10.0  # of start values
+LARGEST_WIDTH = 1e3  # of start values
 BATCH = 24  # samples a step of the runs that `write_run` writes
 
 
