@@ -1,92 +1,45 @@
-"""Fifty SIGKILLs at random moments of a run that saves after every step: none costs more than one step."""
+"""Six series of twelve SIGKILLs at random moments, in five layouts: none costs more than one step, nor changes a bit.
+
+make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_kills.py
+"""
 
 from __future__ import annotations
 
 import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
-from run_files import assert_same_run
-from run_helpers import Base, World, run, start_ranks, wait_for, write_base
-
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
-from megatron_tiedlora.checkpoint.resume import latest_checkpoint, load_checkpoint
+from kill_series import Layout, kill_series
+from run_helpers import Base, write_base
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
-KILLS, SAVE_INTERVAL, SEED = 50, 1, 20
-LONGEST = 1.2  # seconds of training before a kill
-SETTINGS = {
-    "ranks": 2,
-    "tensor_parallel": 2,
-    "ds_config": "zero1.json",
-    "max_steps": 150,
-    "eval_interval": 10,
-    "save_interval": SAVE_INTERVAL,
+
+ZERO1 = {"ds_config": "zero1.json"}
+TP2 = Layout(2, {"tensor_parallel": 2, **ZERO1})
+SERIES: dict[str, tuple[Layout, int]] = {
+    "tp2": (TP2, 31),
+    "tp2 again": (TP2, 32),
+    "dp2 ZeRO-2": (Layout(2, {"ds_config": "zero2.json"}), 33),
+    "dp2 ZeRO-3": (Layout(2, {"ds_config": "zero3.json"}), 34),
+    "pp2": (Layout(2, {"pipeline_parallel": 2, **ZERO1}), 35),
+    "tp2 x dp2": (Layout(4, {"tensor_parallel": 2, **ZERO1}), 36),
 }
+KINDS = ["step"] * 7 + ["save"] * 3  # in any order, and then
+ENDS = ["end"] * 2
 
 
-def test_fifty_kills_lose_no_more_than_the_save_interval(tmp_path: Path) -> None:
-    """Of all ranks or of one; in steps, in saves, and before the first step. A run that is over starts anew."""
-    base, draw = write_base(tmp_path / "base"), random.Random(SEED)
-    whole, runs = tmp_path / "whole", [tmp_path / "run0"]
-    run(base, whole, **SETTINGS)
-    kills, in_saves, started = 0, 0, time.monotonic()
-    while kills < KILLS:
-        world = _start(base, runs[-1])
-        early = draw.random() < 0.2
-        _train_for(world, runs[-1], -draw.uniform(0.0, 3.0) if early else draw.uniform(0.0, LONGEST))
-        # Before they have met a rank waits for its peers, and it is the launcher that ends it.
-        one = None if early else draw.choice((None, None, 0, 1))
-        world.signal(signal.SIGKILL, rank=one)
-        ended = world.wait()
-        if 0 in ended.statuses:  # it was over
-            assert_same_run(runs[-1], whole)
-            runs.append(tmp_path / f"run{len(runs)}")
-            continue
-        kills += 1
-        assert ended.statuses.count(-signal.SIGKILL) == (2 if one is None else 1), ended.tail()
-        in_saves += bool(list(runs[-1].rglob(".writing*")))
-        _assert_nothing_lost(runs[-1])
-    run(base, runs[-1], resume="auto", **SETTINGS)
-    assert_same_run(runs[-1], whole)
-    assert in_saves > 0, "no kill came within a save"
-    print(f"\n{kills} kills, {in_saves} within a save, {len(runs)} runs, {time.monotonic() - started:.0f} s")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
-def _start(base: Base, folder: Path) -> World:
-    settings = {name: value for name, value in SETTINGS.items() if name != "ranks"}
-    arguments = base.arguments(output_dir=folder, resume="auto", **settings)
-    return start_ranks(arguments, folder=folder.parent / f"{folder.name}-work", cache=base.cache, ranks=2)
-
-
-def _train_for(world: World, folder: Path, seconds: float) -> None:
-    """Wait until ranks have trained for `seconds`, or are over; negative: that long since their start."""
-    wait_for(lambda: all(path.exists() for files in world.files for path in files), "the ranks' first lines")
-    before, until = _last_step(folder), time.monotonic() - seconds if seconds < 0 else None
-    while (until is None or time.monotonic() < until) and all(p.exitcode is None for p in world.processes):
-        if until is None and _last_step(folder) > before:
-            until = time.monotonic() + seconds
-        time.sleep(0.002)
-
-
-def _last_step(folder: Path) -> int:
-    """The last step in metrics.jsonl; a line may be half written."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return sum('"split": "train"' in line for line in lines)
-
-
-def _assert_nothing_lost(folder: Path) -> None:
-    """The checkpoint and the adapter can be read, and the former is of the last logged step but the save interval."""
-    if not (folder / "metrics.jsonl").exists():  # it was killed before the run began
-        return
-    logged = _last_step(folder)
-    latest = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").exists() else None
-    saved = load_checkpoint(latest).progress.step if latest is not None else 0
-    assert saved >= logged - SAVE_INTERVAL, f"step {logged} was done, step {saved} was saved"
-    if (folder / "adapter").exists():
-        load_adapter(folder / "adapter")
-    if latest is not None:
-        load_adapter(latest)
+@pytest.mark.parametrize("name", SERIES)
+def test_twelve_kills_lose_no_more_than_a_step(base: Base, tmp_path: Path, name: str) -> None:
+    """Of all ranks or of one; in steps, within saves, and after the last step."""
+    layout, seed = SERIES[name]
+    kinds = random.Random(seed).sample(KINDS, len(KINDS)) + ENDS
+    figures = kill_series(base, tmp_path, layout, kinds=kinds, seed=seed)
+    assert figures.kills.total() == 12
+    assert figures.kills["in a save"] > 0, "no kill came within a save"
+    counts = ", ".join(f"{count} {where}" for where, count in figures.kills.most_common())
+    print(f"\n{name}: {counts}; slowest end {figures.slowest_end:.1f} s, {figures.seconds:.0f} s in all")
