@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tiny_models import random_adapter
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.families.llama import weight_rules
@@ -41,6 +44,18 @@ def moments_of(native: NativeAdapter, value: float | None = None) -> dict[str, t
     }
     moments = ("exp_avg", "exp_avg_sq")
     return {f"{moment}.adapter.{name}": tensor for moment in moments for name, tensor in values.items()}
+
+
+def reseal(folder: Path) -> None:
+    """Give the JSON files of an adapter or a checkpoint the checksums of what is there now, as who has changed it on
+    purpose would; those of older versions and broken ones stay."""
+    for name in ("adapter_config.json", "trainer_state.json"):
+        file = folder / name
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text())
+            sums = content[FILES_FIELD]
+            files = [folder / name for name in sums if (folder / name).is_file()]
+            file.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != SEAL_FIELD}, files=files)))
 
 
 def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from native_files import reseal
 from safetensors.torch import load_file, save_file
 
 
@@ -78,12 +79,14 @@ def truncate(file: Path) -> None:
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Change fields of a JSON object."""
+    """Change fields of a JSON object, and the checksums with them."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    reseal(file.parent)
 
 
 def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Call `change` on the tensors of a safetensors file and write them back."""
+    """Call `change` on the tensors of a safetensors file and write them back, and the checksums with them."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    reseal(file.parent)

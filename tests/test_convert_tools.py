@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_files import native_adapter, with_adapter, write_native
+from native_files import native_adapter, reseal, with_adapter, write_native
 from oracle import load_weights
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
@@ -249,6 +249,7 @@ def test_wrong_arguments_are_one_line(
     lost = json.loads((exported / "adapter" / "adapter_config.json").read_text())
     shutil.copytree(exported / "adapter", tmp_path / "lost")
     (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps(lost | {"base_model": "/gone"}))
+    reseal(tmp_path / "lost")
     monkeypatch.chdir(tmp_path)
     before = sorted(item.name for item in tmp_path.iterdir())
     arguments, message = WRONG[case]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import native_adapter, write_native
+from native_files import native_adapter, reseal, write_native
 from oracle import OracleAdapter, OracleConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
@@ -82,12 +83,19 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
         "base_weights_hash": adapter.base.weights_hash,
+        "base_sample": adapter.base.sample,
         "seed": 5,
         "init_std_a": pytest.approx(32**-0.5),
         "init_std_b": pytest.approx(4**-0.5),
         "dtype": "fp32",
         "version": megatron_tiedlora.__version__,
+        "sha256": {WEIGHTS: hashlib.sha256((tmp_path / "adapter" / WEIGHTS).read_bytes()).hexdigest()},
+        "config_sha256": content["config_sha256"],
     }
+    rest = {name: value for name, value in content.items() if name != "config_sha256"}
+    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert content["config_sha256"] == hashlib.sha256(plain.encode()).hexdigest()
+    assert len(content["base_sample"]) == 64
     assert len(content["base_hash"]) == len(content["base_weights_hash"]) == 64
     assert {f.name for f in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -137,6 +145,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         content = json.loads((folder / CONFIG).read_text()) | changes
         (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        reseal(folder)
 
     return change
 
@@ -146,8 +155,21 @@ def retensor(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
         save_file(tensors, folder / WEIGHTS)
+        reseal(folder)
 
     return apply
+
+
+def edit_plainly(folder: Path, **changes: Any) -> None:
+    """Change fields, and no checksum."""
+    content = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def flip_a_bit(folder: Path) -> None:
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    raw[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(raw)
 
 
 def cut(folder: Path) -> None:
@@ -175,10 +197,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "layer order": (edit(layers=[3, 1]), CONFIG, "not in ascending order"),
     "no u": (retensor(lambda tensors: tensors.pop("u")), WEIGHTS, "tensor u is missing"),
     "shape": (retensor(lambda t: t.update(B=t["B"].T.contiguous())), WEIGHTS, "B has shape (4, 64), expected (64, 4)"),
-    "whole numbers": (retensor(lambda t: t.update(u=t["u"].to(torch.int8))), WEIGHTS, "u is int8, not floating point"),
-    "complex": (retensor(lambda t: t.update(u=t["u"].to(torch.complex64))), WEIGHTS, "u is complex64, not floating"),
-    "8 bits": (retensor(lambda t: t.update(u=t["u"].to(torch.float8_e5m2))), WEIGHTS, "u is float8_e5m2, not floating"),
+    "whole numbers": (retensor(lambda t: t.update(u=t["u"].to(torch.int8))), WEIGHTS, "u is I8, not floating point"),
+    "complex": (retensor(lambda t: t.update(u=t["u"].to(torch.complex64))), WEIGHTS, "u is C64, not floating"),
+    "8 bits": (retensor(lambda t: t.update(u=t["u"].to(torch.float8_e5m2))), WEIGHTS, "u is F8_E5M2, not floating"),
     "fp64": (retensor(lambda t: t.update(u=t["u"].double() * 1e300)), WEIGHTS, "u holds numbers that are not finite"),
+    "alpha 0": (edit(alpha=0), CONFIG, "alpha = 0 is not between"),
+    "alpha negative": (edit(alpha=-3), CONFIG, "alpha = -3 is not between"),
+    "alpha absurd": (edit(alpha=1e300), CONFIG, "alpha = 1e+300 is not between"),
+    "width": (edit(init_std_b=1e9), CONFIG, "init_std_b = 1e+09 is no width"),
+    "name": (edit(base_model="x\x1b[2J"), CONFIG, "holds control characters"),
+    "u not one": (edit(method="tl5"), WEIGHTS, "u is not one everywhere, but method tl5 does not train it"),
+    "huge": (retensor(lambda t: t["A"].mul_(1e35)), WEIGHTS, "its update may reach"),
+    "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
+    "no table": (edit(sha256=[1]), CONFIG, "is no table of files and checksums"),
+    "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not fit its own checksum"),
+    "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is no table of files and checksums"),
+    "flipped": (flip_a_bit, WEIGHTS, "does not fit its checksum"),
     "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
 }
 

@@ -42,23 +42,24 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
     from megatron_tiedlora.config.paths import user_path
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
-    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.inputs import check_base, open_inputs
 
     output = user_path(options.output, flag="--output")
     refuse_existing(output, flag=f"--output {options.output}")
     source, adapter = open_inputs(options.adapter, options.model)
-    rank, notes = export_peft(
+    base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
+    print("".join(f"note: {note}\n" for note in base.notes), end="")
+    rank = export_peft(
         source,
         adapter,
         output,
         pad_rank_to=options.pad_rank_to,
-        base_differs=options.base_differs,
+        base=base,
         new=partial(new_output, take_over=options.take_over),
     )
-    base = peft_base(source)
-    print("".join(f"note: {note}\n" for note in notes), end="")
-    print(f"exported {options.adapter} as LoRA of rank {rank} on {base}: {output}")
-    print(serve_hint(output, base, rank))
+    named = peft_base(source)
+    print(f"exported {options.adapter} as LoRA of rank {rank} on {named}: {output}")
+    print(serve_hint(output, named, rank))
     print(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
     return 0
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
     from megatron_tiedlora.config.paths import user_path
-    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.inputs import check_base, open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 
     output = user_path(options.output, flag="--output")
@@ -55,17 +55,18 @@ def main(argv: Sequence[str]) -> int:
     source, adapter = open_inputs(options.adapter, options.model)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]
-    notes = merge_adapter(
+    base = check_base(source, adapter, tokenizer=options.tokenizer, differs=options.base_differs)
+    print("".join(f"note: {note}\n" for note in base.notes), end="")
+    merge_adapter(
         source,
         adapter,
         output,
         dtype=dtype,
         tokenizer=options.tokenizer,
-        base_differs=options.base_differs,
+        base=base,
         new=partial(new_output, take_over=options.take_over),
         progress=True,
     )
-    print("".join(f"note: {note}\n" for note in notes), end="")
     print(f"merged {options.adapter} into {source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         print(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")

@@ -186,8 +186,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{file}: settings is {'no object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
     adapter, state = load_adapter(folder), folder / STATE_FILE
-    for name in (CONFIG_FILE, WEIGHTS_FILE):  # after they were read: a device or a sparse file has no end
-        check_file(folder / name, sums)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        check_file(folder / name, sums)  # whole in themselves, they may be of another step
     shapes = {
         moment_name(moment, factor): adapter.config.shape(factor)
         for moment in MOMENTS

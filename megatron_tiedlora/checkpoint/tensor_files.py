@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,17 @@ def read_tensors(
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, as its header has them. Raises UserError where it has no header of any sense."""
+    """The shapes of a file's tensors, as its header has them.
+
+    Raises:
+        UserError: it has no header of any sense, or is cut short.
+    """
     with _opened(file) as stream:
-        return {name: tuple(entry["shape"]) for name, entry in _read_header(file, stream).items()}
+        header = _read_header(file, stream)
+        end = stream.tell() + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if (size := os.fstat(stream.fileno()).st_size) != end:
+            raise UserError(f"{file}: not a whole safetensors file ({size:,} of {end:,} bytes are there)")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 @contextmanager
@@ -83,10 +92,10 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
             raise ValueError("its header is no table of tensors")
         content.pop("__metadata__", None)
         for name, entry in content.items():
-            sizes = entry["shape"]
+            sizes = [*entry["shape"], entry["data_offsets"][1]]
             if not isinstance(entry["dtype"], str) or any(type(size) is not int or size < 0 for size in sizes):
                 raise ValueError(f"the header's entry {shown(name)} is of another kind")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
     return content
 

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existi
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.convert.inputs import adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import CheckedBase, adapted_projections, check_base
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families.llama import weight_rules
 
@@ -51,18 +51,18 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
-    base_differs: bool = False,
+    base: CheckedBase | None = None,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     progress: bool = False,
-) -> tuple[str, ...]:
-    """Write a merged Hugging Face checkpoint folder, whole or not at all; returns notes on its base.
+) -> None:
+    """Write a merged Hugging Face checkpoint folder, whole or not at all.
 
     It holds the tensors of the name table and no others, in the base's own files: a copy of a tied head is left out.
 
     Args:
         dtype: of the written weights (default: as each is stored in the base).
         tokenizer: folder, hub id or SentencePiece file of the one to save there in place of the base's own.
-        base_differs: merge into this base although the adapter was trained on another one, which the record says.
+        base: what `check_base` found of `source`, where the caller has asked; the record says it.
         new: makes the output's folder.
 
     Raises:
@@ -71,7 +71,7 @@ def merge_adapter(
     """
     folder = source.weights_folder()
     refuse_existing(output, flag=f"--output {output}")
-    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
+    base = base or check_base(source, adapter, tokenizer=tokenizer)
     own_files = [] if tokenizer is not None else _matching(folder, _TOKENIZER_FILES)
     # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.
     saved = load_tokenizer(tokenizer or folder) if tokenizer is not None or own_files else None
@@ -99,7 +99,6 @@ def merge_adapter(
         if saved is not None:
             save_tokenizer(saved, temporary)
         write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record()})
-    return base.notes
 
 
 def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

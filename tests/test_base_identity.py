@@ -1,0 +1,362 @@
+"""An adapter belongs to a base and a tokenizer: what counts as another one, and that every command refuses it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_files import with_adapter, write_native
+from run_files import edit_json, edit_tensors, status
+from run_helpers import EVALUATE, Base, run, run_ranks, write_base, write_rows
+from run_preludes import kill_at_step
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash
+from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
+from megatron_tiedlora.model.families.llama import weight_rules
+
+NORM = "model.norm.weight"
+HELD_BIT, DROPPED_BIT = 1 << 16, 1  # of an fp32 number: the last one that bf16 holds, and the last one
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """adapter/ and peft/ of that base."""
+    folder = tmp_path_factory.mktemp("made")
+    source, native, oracle = with_adapter(base.model, "tl6")
+    write_native(folder / "adapter", base.model, oracle)
+    export_peft(source, native, folder / "peft")
+    return folder
+
+
+# What counts as another base ----------------------------------------------------------------------------------------
+
+
+def flip(tensor: torch.Tensor, bit: int, place: int = 0) -> None:
+    """Flip a bit of one fp32 number, in place."""
+    tensor.view(-1).view(torch.int32)[place] ^= bit
+
+
+def all_but_the_norm(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name != NORM:
+            tensor.normal_()
+
+
+def one_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"].normal_()
+
+
+def one_bit(tensors: dict[str, torch.Tensor]) -> None:
+    flip(tensors["model.layers.2.self_attn.v_proj.weight"], HELD_BIT)
+
+
+def a_bit_that_bf16_drops(tensors: dict[str, torch.Tensor]) -> None:
+    flip(tensors["model.layers.2.self_attn.v_proj.weight"], DROPPED_BIT)
+
+
+def another_tokenizer(folder: Path) -> None:
+    """Two letters change their ids."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(content))
+
+
+def changed(base: Path, target: Path, change: Callable[..., None]) -> Path:
+    shutil.copytree(base, target, dirs_exist_ok=True)
+    if change is another_tokenizer:
+        another_tokenizer(target)
+    else:
+        edit_tensors(target / "model.safetensors", change)
+    return target
+
+
+CHANGES = {
+    all_but_the_norm: "whose weights differ",
+    one_tensor: "whose weights differ",
+    one_bit: "whose weights differ",
+    another_tokenizer: "another tokenizer",
+}
+
+
+def identity(folder: Path) -> Any:
+    source = find_model(str(folder))
+    with BaseWeights(folder, weight_rules(source.config)) as weights:
+        return identify_base(source, weights, "fp32")
+
+
+def test_every_tensor_counts(base: Base, tmp_path: Path) -> None:
+    """Each by its first and its last number, and by the places between."""
+    config = find_model(str(base.model)).config
+    original = identity(base.model).sample
+    seen = set()
+    for name in load_file(base.model / "model.safetensors"):
+        for place in (0, -1):
+            other = changed(base.model, tmp_path / "x", lambda t: flip(t[name], HELD_BIT, place))  # noqa: B023
+            seen.add(identity(other).sample)
+    names = [name for rule in weight_rules(config) for name in rule.hf_names]
+    assert original not in seen and len(seen) == 2 * len(names)
+
+
+def test_what_is_sampled_of_a_large_tensor(base: Base, tmp_path: Path) -> None:
+    """Some thousands of numbers at fixed places, in stored parts as in one; the numbers between are not seen."""
+    folder = write_tiny_model(
+        tmp_path / "model", hidden_size=128, intermediate_size=352, vocab_size=1024, tokenizer=False
+    )
+    rules = weight_rules(find_model(str(folder)).config)
+    name = "model.embed_tokens.weight"
+    count = 1024 * 128
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({name: torch.arange(count).view(1024, 128).float()}))
+    with BaseWeights(folder, rules) as weights:
+        found, before = weights.sample(name), sample_hash(weights)
+        assert weights.bytes_read == 0
+    places = [int(place) for place in found.tolist()]
+    assert len(set(places)) == len(places) == SAMPLED_RUNS * min(RUN_LENGTH, 128)
+    assert places == sorted(places) and (places[0], places[-1]) == (0, count - 1)
+    hidden = next(place for place in range(count) if place not in set(places))
+    for place, same in ((hidden, True), (places[700], False)):
+        other = changed(folder, tmp_path / "other", lambda t: flip(t[name], HELD_BIT, place))  # noqa: B023
+        with BaseWeights(other, rules) as weights:
+            assert (sample_hash(weights) == before) == same
+        shutil.copy(folder / "model.safetensors", other / "model.safetensors")
+
+
+def test_copies_are_the_same_base(base: Base, tmp_path: Path) -> None:
+    """In bf16, in shards, with files rewritten by transformers, and with bits that bf16 does not hold."""
+    original = identity(base.model)
+    for name, keywords in (("bf16", {"dtype": torch.bfloat16}), ("shards", {"max_shard_size": "20KB"})):
+        assert identity(write_tiny_model(tmp_path / name, **keywords)) == _renamed(original, tmp_path / name)
+    other = changed(base.model, tmp_path / "bit", a_bit_that_bf16_drops)
+    assert identity(other) == _renamed(original, other)
+    half = load_file(base.model / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in half.items()}, other / "model.safetensors")
+    assert identity(other).sample != original.sample, "a copy in fp16 of fp32 values rounds twice: said in the docs"
+
+
+def _renamed(base: Any, folder: Path) -> Any:
+    return type(base)(**{**vars(base), "name": str(folder)})
+
+
+def test_what_counts_of_a_tokenizer(base: Base, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base.model, tmp_path / "model"))
+    before = tokenizer_hash(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for change, same in (
+        ({"padding_side": "left", "tokenizer_class": "X", "model_max_length": 7}, True),
+        ({"eos_token": {"content": "</s>", "lstrip": False}}, True),  # as version 4 writes it
+        ({"eos_token": "<s>"}, False),
+        ({"bos_token": "x"}, False),
+        ({"chat_template": "{{ messages }}"}, False),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, **change}))
+        assert (tokenizer_hash(folder) == before) == same, change
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    as_file = tokenizer_hash(folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    assert tokenizer_hash(folder) == as_file != before
+    assert tokenizer_hash(write_tiny_model(tmp_path / "none", tokenizer=False)) is None
+
+
+# Commands x changes -------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, *words: object) -> None:
+    """A command of tools/, in this process."""
+    importlib.import_module(f"tools.{name}").main([str(word) for word in words])
+
+
+def merge(made: Path, model: Path, output: Path, *words: str) -> None:
+    tool("merge_adapter", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
+
+
+def export(made: Path, model: Path, output: Path, *words: str) -> None:
+    tool("export_peft", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
+
+
+def verify(made: Path, model: Path, output: Path, *words: str) -> None:
+    tool("verify_export", "--adapter", made / "adapter", "--model", model, *words)
+
+
+def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:
+    from megatron_tiedlora.config.cli import parse_settings
+    from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+    from megatron_tiedlora.evaluation.plan import plan_evaluation
+
+    argv = ["--adapter", str(made / kind), "--model", str(model), "--task", "gsm8k", *words]
+    plan = plan_evaluation(parse_settings(argv, EvaluateSettings), rank=0, world_size=1)
+    assert not words or any("--base_differs" in note for note in plan.notes), plan.notes
+
+
+COMMANDS = {
+    "merge": merge,
+    "export": export,
+    "verify": verify,
+    "evaluate": evaluate,
+    "evaluate PEFT": partial(evaluate, kind="peft"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_base_is_refused_by_every_command(
+    base: Base, made: Path, tmp_path: Path, command: str, change: Callable[..., None]
+) -> None:
+    model = changed(base.model, tmp_path / "model", change)
+    with pytest.raises(UserError) as error:
+        COMMANDS[command](made, model, tmp_path / "output")
+    line = str(error.value)
+    assert CHANGES[change] in line and str(model) in line and "--base_differs" in line and line.isprintable()
+    assert not (tmp_path / "output").exists()
+    COMMANDS[command](made, model, tmp_path / "output", "--base_differs")
+    what = ["tokenizer"] if change is another_tokenizer else ["weights"]
+    for record in tmp_path.glob("output/tiedlora_*.json"):
+        assert json.loads(record.read_text())["base_differs"] == what
+    assert (tmp_path / "output").exists() == (command in ("merge", "export"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_same_base_is_taken_by_every_command(base: Base, made: Path, tmp_path: Path, command: str) -> None:
+    model = changed(base.model, tmp_path / "model", a_bit_that_bf16_drops)
+    COMMANDS[command](made, model, tmp_path / "output")
+    for record in tmp_path.glob("output/tiedlora_*.json"):
+        assert "base_differs" not in json.loads(record.read_text())
+
+
+def test_the_result_of_an_evaluation_says_so(base: Base, made: Path, tmp_path: Path) -> None:
+    model = changed(base.model, tmp_path / "model", one_tensor)
+    rows = write_rows(tmp_path / "rows.jsonl", 2)
+    words = [f"--adapter={made / 'adapter'}", f"--model={model}", f"--test_file={rows}", "--max_new_tokens=2",
+             f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    ended = run_ranks(words, folder=tmp_path / "work", script=EVALUATE).expect(2)
+    assert "whose weights differ" in ended.error_line() and not (tmp_path / "out").exists()
+    ended = run_ranks([*words, "--base_differs"], folder=tmp_path / "work", script=EVALUATE).expect(0)
+    assert "whose weights differ" in ended.outputs[0]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["adapter"]["base_differs"] is True
+
+
+@pytest.fixture(scope="module")
+def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped at step 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(base, folder, prelude=partial(kill_at_step, 4), expect=143)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_another_base_is_refused_at_a_resume(
+    base: Base, stopped: Path, tmp_path: Path, change: Callable[..., None]
+) -> None:
+    model = changed(base.model, tmp_path / "model", change)
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    if change is another_tokenizer:  # letters that the data does not have: its tokens are the same
+        content = json.loads((base.model / "tokenizer.json").read_text())
+        ids = content["model"]["vocab"]
+        ids["Q"], ids["R"] = ids["R"], ids["Q"]
+        (model / "tokenizer.json").write_text(json.dumps(content))
+    ended = run(base, folder, resume="auto", model=model, expect=2)
+    assert CHANGES[change] in ended.error_line() and status(folder) == status(stopped)
+    if change in (one_bit, another_tokenizer):
+        ended = run(base, folder, resume="auto", model=model, base_differs=True)
+        assert "note       " in ended.outputs[0] and "(--base_differs)" in ended.outputs[0]
+        assert "base_differs: true" in (folder / "run.yaml").read_text()
+
+
+@pytest.mark.distributed
+def test_hosts_with_different_copies_are_refused(base: Base, tmp_path: Path) -> None:
+    other = changed(base.model, tmp_path / "model", one_tensor)
+    ended = run(base, tmp_path / "run", ranks=2, prelude=partial(_own_copy, str(other)), expect=2)
+    assert "1 ranks read another base model or tokenizer than rank 0" in ended.error_line()
+    assert not (tmp_path / "run").exists()
+
+
+def _own_copy(folder: str) -> None:
+    import os
+
+    from megatron_tiedlora.checkpoint.sources import ModelSource
+
+    if os.environ["RANK"] == "1":
+        ModelSource.weights_folder = lambda source: Path(folder)  # type: ignore[method-assign]
+
+
+# Older adapters, tokenizers of a run's own, merged bases --------------------------------------------------------------
+
+
+def older(folder: Path, target: Path) -> Path:
+    """An adapter as a version without samples and checksums wrote it."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for name in ("base_sample", "tokenizer_hash", "sha256", "config_sha256"):
+        del content[name]
+    file.write_text(json.dumps(content))
+    return target
+
+
+def test_an_older_adapter_keeps_the_old_check_and_says_so(
+    base: Base, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older(made / "adapter", tmp_path / "adapter")
+    model = changed(base.model, tmp_path / "model", one_tensor)
+    merge(tmp_path, model, tmp_path / "output")
+    assert "note: --adapter: written by an earlier version" in capsys.readouterr().out
+    edit_tensors(model / "model.safetensors", lambda tensors: tensors[NORM].normal_())
+    with pytest.raises(UserError, match="whose weights differ"):
+        merge(tmp_path, model, tmp_path / "output2")
+
+
+def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Path) -> None:
+    """Its adapter goes with that tokenizer wherever text is read or a tokenizer is written."""
+    own = Path(shutil.copytree(base.model, tmp_path / "own"))
+    another_tokenizer(own)
+    shutil.copytree(made / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    edit_json(file, tokenizer=str(own), tokenizer_hash=tokenizer_hash(own))
+    content = json.loads(file.read_text())
+    for name in ("sha256", "config_sha256"):
+        del content[name]
+    file.write_text(json.dumps(content))
+    for command in (merge, evaluate):
+        with pytest.raises(UserError, match=f"trained with another tokenizer .{own}.* give that one with --tokenizer"):
+            command(tmp_path, base.model, tmp_path / "output")
+    merge(tmp_path, base.model, tmp_path / "output", "--tokenizer", str(own))
+    assert tokenizer_hash(tmp_path / "output") != tokenizer_hash(base.model)
+    export(tmp_path, base.model, tmp_path / "peft")
+    verify(tmp_path, base.model, tmp_path / "none")
+
+
+def test_a_head_that_is_tied_by_name_alone_is_refused(tmp_path: Path) -> None:
+    """transformers ties nothing where the files hold another head; so the config has to say it."""
+    folder = write_tiny_model(tmp_path / "model", tied=True)
+    source = find_model(str(folder))
+    rules = weight_rules(source.config)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    with BaseWeights(folder, rules):
+        pass  # a copy is no other head
+    shorter = {"lm_head.weight": embedding[:7]}
+    for change in (lambda t: flip(t["lm_head.weight"], DROPPED_BIT, -1), lambda t: t.update(shorter)):
+        edit_tensors(folder / "model.safetensors", change)
+        with pytest.raises(UserError, match=r"config\.json: tie_word_embeddings is true, but lm_head\.weight differs"):
+            BaseWeights(folder, rules)
