@@ -242,6 +242,15 @@ def _address_space(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@contextmanager
+def bounded(seconds: float = 2.0) -> Iterator[None]:
+    """The block takes at most `seconds` of a processor, and grows by less than 1 GB: beyond that is a MemoryError."""
+    started = time.process_time()
+    with _address_space(GROWTH):
+        yield
+    assert time.process_time() - started < seconds
+
+
 # What a case comes to ---------------------------------------------------------------------------------------------
 
 
