@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from run_files import assert_same_run, files_of
-from run_helpers import Base, World, run, start_ranks, wait_for
+from run_helpers import Base, World, run, start_ranks
 from run_preludes import quick_start
 
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint
 
-STEPS_APART = 8  # at most, of two kills
+STEPS_APART = 6  # at most, of two kills
 LONGEST_END = 0.8  # seconds between the last step and a kill after it
 
 
@@ -90,8 +90,12 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
 
 
 def _wait_for(kind: str, world: World, folder: Path, draw: random.Random, *, last: int) -> None:
-    """Wait for a moment of this kind, or until ranks are over."""
-    wait_for(lambda: all(path.exists() for files in world.files for path in files), "the ranks' first lines")
+    """Wait for a moment of this kind, or until ranks are over; never before they have met: there they wait for long."""
+    bars = world.files[0][1]
+    _poll(
+        world,
+        lambda: bars.exists() and any(name in bars.read_text(errors="replace") for name in ("training:", "decoding:")),
+    )
     target = last if kind == "end" else _last_step(folder) + draw.randint(1, STEPS_APART)
     delay = draw.uniform(0.0, LONGEST_END if kind == "end" else 0.1)
     _poll(world, lambda: _last_step(folder) >= target)

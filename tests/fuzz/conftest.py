@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for name in ("cases", "refused", "accepted", "failed", "seconds"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
     terminalreporter.section("fuzzers")
-    terminalreporter.line("| target | cases | refused in one line | accepted | failed | seconds | note |")
+    terminalreporter.line("| target | cases | refused in one line | accepted | failed | core seconds | note |")
     terminalreporter.line("|---|---|---|---|---|---|---|")
     for target, tally in {**ran, "sum": total}.items():
         notes = "; ".join(f"{count:,} {note}" for note, count in tally.notes.most_common())

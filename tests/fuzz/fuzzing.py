@@ -116,7 +116,7 @@ class Tally:
     refused: int = 0
     accepted: int = 0
     failed: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of a core
     notes: Counter[str] = field(default_factory=Counter)
 
 
@@ -144,7 +144,7 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
     tally, failures = TALLIES[_target_of(part)], _Failures(part)
     only, alone = os.environ.get("FUZZ_CASE", "").rpartition("/")[::2]
     numbers = range(examples) if not only else [int(alone)] if only == part else []
-    started = time.monotonic()
+    started = time.process_time()
     with _address_space(addresses):
         for number in numbers:
             draw = Draw(f"{part}/{number}")
@@ -163,7 +163,7 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
                 tally.refused += isinstance(value, UserError)
                 tally.accepted += not isinstance(value, UserError)
             tally.notes.update(draw.notes)
-    tally.seconds += time.monotonic() - started
+    tally.seconds += time.process_time() - started
     failures.raise_any()
 
 
