@@ -84,6 +84,8 @@ def test_rope_settings_are_read_in_both_of_transformers_spellings() -> None:
     assert llama_config_from_hf(new).rope.factor == 8.0 and llama_config_from_hf(new).rope.theta == 500.0
     plain = {**old, "rope_scaling": None}
     assert llama_config_from_hf(plain).rope.factor is None
+    both = {**old, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert llama_config_from_hf(both).rope == llama_config_from_hf(old).rope  # as transformers reads them
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,6 @@ def _check_numbers(file: Path, stored: _StoredConfig) -> None:
     for name in ("init_std_a", "init_std_b"):
         if not 0 <= getattr(stored, name) <= _LARGEST_STD:
             raise UserError(f"{file}: {name} = {getattr(stored, name):g} is no width of start values")
-    for name in ("base_model", "tokenizer"):
+    for name in ("base_model", "base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash"):
         if not (getattr(stored, name) or "").isprintable():
             raise UserError(f"{file}: {name} = {shown(getattr(stored, name))} holds control characters")

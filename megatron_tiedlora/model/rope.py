@@ -30,8 +30,11 @@ class RopeConfig:
 
     @staticmethod
     def from_hf(values: Mapping[str, Any], *, source: str) -> RopeConfig:
-        """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before). Raises UserError."""
-        scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before). Raises UserError.
+
+        Where both are there, `rope_scaling` counts, as in transformers.
+        """
+        scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
         if not isinstance(scaling, Mapping):
             raise UserError(f"{source}: rope_parameters or rope_scaling is {shown(scaling)}, not an object")
         theta = scaling.get("rope_theta", values.get("rope_theta") or 10000.0)

@@ -1,100 +1,29 @@
-"""Settings in YAML, the DeepSpeed JSON, and what a study and a run have left: broken files are one clear line."""
+"""Settings, paths and folders of studies that are made to harm: each is one clear line."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from fuzzing import broken_file, changed_fields, damaged, explore, outcome, sizes
-from hypothesis import strategies as st
-from study_files import write_run, write_scored, write_study
+from fuzzing import outcome
+from study_files import write_run, write_study
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
+from megatron_tiedlora.config.engine_json import load_engine_config
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.sweep_settings import SweepCommand, parse_sweep
+from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.study.plan import last_row
-from megatron_tiedlora.study.record import StudyFolder, check_folder, last_lines, read_base
-from megatron_tiedlora.study.scores import RunEnd, Study, read_run, read_study
-from megatron_tiedlora.study.text import table2_markdown, table3_markdown
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder, read_metrics
+from megatron_tiedlora.study.record import StudyFolder, check_folder
+from megatron_tiedlora.study.scores import RunEnd, read_run
+from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
 
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
-
-COMMANDS: Mapping[str, tuple[dict[str, Any], Callable[[list[str]], Any]]] = {
-    "train": (
-        {"model": "llama2-7b", "task": "squad", "method": "tl6", "rank": 8, "layers": [1, 4], "learning_rate": 1e-4,
-         "warmup_steps": 5, "max_steps": 10, "packing": True, "compile": "auto", "prompt_template": "Q: {question}",
-         "save_interval_minutes": 2.5, "train_file": "rows.jsonl", "output_dir": "out"},
-        lambda argv: parse_settings(argv),
-    ),
-    "evaluate": (
-        {"model": "llama2-7b", "task": "gsm8k", "adapter": "run/adapter", "limit": 3, "split": "test", "dtype": "fp32"},
-        lambda argv: parse_settings(argv, EvaluateSettings),
-    ),
-    "sweep": (
-        {"output_dir": "study", "methods": ["lora", "tl6"], "ranks": [2, 8], "learning_rates": [1e-4, 1e-5],
-         "single_layers": "paper", "model": "llama2-7b", "task": "squad", "max_steps": 10,
-         "launcher_args": "--num_gpus 2"},
-        parse_sweep,
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture
-def area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, and a working directory in it that nothing may be left in."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
-
-
-def check_settings(found: CommandSettings) -> None:
-    """All can be written out, and numbers are numbers."""
-    plain = json.loads(json.dumps(found.model_dump(), allow_nan=False))
-    for name, value in plain.items():
-        kinds = type(found).model_fields[name].annotation
-        assert not isinstance(value, bool) or kinds is bool, name
-    for value in plain.values():
-        assert not isinstance(value, str) or "\0" not in value
-
-
-def yaml_text(content: Any) -> bytes:
-    return yaml.safe_dump(content, sort_keys=False).encode()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@sizes(100, 3000)
-def test_broken_yaml(area: Path, command: str, examples: int) -> None:
-    content, parse = COMMANDS[command]
-    file = area / "settings.yaml"
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        if draw(st.booleans()):
-            raw = damaged(draw, yaml_text(content))
-        else:
-            raw = yaml_text(changed_fields(draw, content))
-        file.write_bytes(raw)
-        found = outcome(lambda: parse(["--config", str(file)]), unchanged=area, names=(str(file), "--"))
-        if isinstance(found, SweepCommand):
-            check_settings(found.settings)
-            check_settings(found.train)
-        elif isinstance(found, CommandSettings):
-            check_settings(found)
-
-    explore(examples, body)
-
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
@@ -144,60 +73,6 @@ def test_yaml_that_is_made_to_harm(area: Path, text: str | bytes, said: str) -> 
     assert isinstance(found, UserError) and said in str(found), found
 
 
-ENGINE = {
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False,
-                          "offload_optimizer": {"device": "cpu", "pin_memory": True}},
-    "train_batch_size": 8, "gradient_accumulation_steps": "auto", "gradient_clipping": 0.5, "steps_per_print": 10,
-    "wall_clock_breakdown": False, "flops_profiler": {"enabled": False}, "log_level": "info",
-}  # fmt: skip
-
-
-@sizes(250, 6000)
-def test_a_broken_engine_json(area: Path, examples: int) -> None:
-    file = area / "engine.json"
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        file.write_bytes(broken_file(draw, file.name, json.dumps(ENGINE).encode()))
-        found = outcome(
-            lambda: load_engine_config(str(file), batches=BATCHES, gradient_clipping=0.5),
-            unchanged=area,
-            names=(str(file),),
-        )
-        if isinstance(found, EngineConfig):
-            assert found.zero_stage in range(4) and found.values["train_batch_size"] == 8
-            assert found.values["gradient_clipping"] == 0.5
-
-    explore(examples, body)
-
-
-# What runs and studies leave --------------------------------------------------------------------------------------
-
-
-@sizes(80, 2000)
-def test_a_broken_study(area: Path, examples: int) -> None:
-    whole = write_study(area / "whole", single_layers=[1, 4], single_layer_rank=2, learning_rates=[1e-4, 1e-5])
-    for name in ("lora-r2-lr1e-4", "tl6-r8-lr1e-5"):
-        write_scored(whole, name, 50.0)
-    write_scored(whole, "base", 20.0)
-    assert isinstance(read_study(whole), Study)
-    study = area / "study"
-    files = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]
-    assert any(name.endswith("latest") for name in files) and any(name.endswith("results.json") for name in files)
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        shutil.rmtree(study, ignore_errors=True)
-        shutil.copytree(whole, study)
-        name = draw(st.sampled_from(files))
-        raw = (whole / name).read_bytes()
-        (study / name).write_bytes(broken_file(draw, name, raw) if name.endswith(".json") else damaged(draw, raw))
-        found = outcome(lambda: read_study(study), unchanged=area, names=(str(study), "--"))
-        if isinstance(found, Study):
-            outcome(lambda: [table2_markdown([found]), table3_markdown([found])], unchanged=area, names=(str(study),))
-        outcome(lambda: read_base(StudyFolder(study)), unchanged=area, names=(str(study),))
-
-    explore(examples, body)
-
-
 @pytest.mark.parametrize("name", ["../../../elsewhere", "..", "/", "step_10/../step_10", "x" * 5000, "\0", "\udcff"])
 def test_latest_of_a_run_leads_nowhere_else(area: Path, name: str) -> None:
     run = write_run(area / "study", "lora-r2-lr1e-4")
@@ -232,30 +107,6 @@ METRICS = (
     b'{"step": 2, "split": "validation", "loss": 2.25, "exact_match": 50.0}\n'
     b'{"step": 3, "split": "train", "loss": 2.0, "learning_rate": 0.1, "mfu": 0.5, "padding": 0}\n'
 )
-
-
-@sizes(250, 6000)
-def test_broken_logs(area: Path, examples: int) -> None:
-    folder = area / "run"
-    run = RunFolder(folder)
-    folder.mkdir()
-
-    def body(draw):  # type: ignore[no-untyped-def]
-        if draw(st.booleans()):
-            raw = damaged(draw, METRICS)
-        else:
-            rows = [changed_fields(draw, json.loads(line)) for line in METRICS.splitlines()]
-            raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        run.metrics.write_bytes(raw)
-        rows = outcome(lambda: read_metrics(run.metrics), unchanged=area, names=(str(folder),))
-        assert isinstance(rows, list)
-        for row in (*rows, *filter(None, [outcome(lambda: last_row(run.metrics), unchanged=area, names=("",))])):
-            assert type(row["step"]) is int and row["split"] in ("train", "validation")
-            assert f"{row['loss']:.4f}" and json.dumps(row, allow_nan=False)
-        lines = outcome(lambda: last_lines(run.metrics), unchanged=area, names=("",))
-        assert all(isinstance(line, str) for line in lines)
-
-    explore(examples, body)
 
 
 def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:

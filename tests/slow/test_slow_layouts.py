@@ -1,6 +1,6 @@
 """Real sizes, which take minutes: the demo model over tensor and pipeline ranks, and a 7B-shaped model in 24 GB.
 
-    make test PYTEST_ARGS="-m slow" TESTS=tests/test_slow_layouts.py
+    make test PYTEST_ARGS="-m slow" TESTS=tests/slow/test_slow_layouts.py
 
 Their figures stand in docs/parallelism.md.
 """

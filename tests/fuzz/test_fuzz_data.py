@@ -1,0 +1,181 @@
+"""Rows in every format and the token cache, broken: one clear line, or text that can be trained on and scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damage import broken_file, changed_fields, clear, damaged, json_text, odd_place
+from fuzzing import Draw, cases, explore, outcome
+from task_files import HUB_ROWS, write_rows
+from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.cache import tokenise_once
+from megatron_tiedlora.data.encode import encode_examples
+from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.scores import score_answers
+
+CUSTOM = [
+    {"prompt": "2 + 2 =", "completion": "4", "note": "n"},
+    {"input": "2 + 3 =", "output": "5", "references": ["five"]},
+    {"instruction": "Add.", "input": "1, 2", "output": "3"},
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]},
+]
+ROWS: dict[str, list[dict[str, Any]]] = {"custom": CUSTOM, **{name: [row, row] for name, row in HUB_ROWS.items()}}
+TEMPLATES = [None, None, "{question}", "{prompt}\\n{note}", "{a.b}", "{0}", "{", "{prompt!r}", "{nothing}"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def check_examples(draw: Draw, task: str, examples: list[Example], tokenizer: Any) -> None:
+    """There are some, all that is in them can be tokenised, and whatever is answered has a score in per cent."""
+    assert examples
+    for example in examples:
+        assert example.prompt and example.references
+        for text in (example.prompt, example.completion, *example.references, *example.choices):
+            text.encode("utf-8")
+    try:
+        encoded = encode_examples(tokenizer, examples, max_length=512)
+    except UserError as error:  # an answer that is too long
+        assert str(error).isprintable()
+    else:
+        for sample in encoded:
+            assert sample.tokens.min() >= 0 and sample.tokens.max() < NUM_TOKENIZER_TOKENS
+            assert 0 < sample.prompt_length < len(sample.tokens) <= 512
+    answers = [
+        Answer(draw.pick([*example.references, draw.text(20), ""]), example, tuple(-len(c) for c in example.choices))
+        for example in examples
+    ]
+    try:
+        scores = score_answers(get_task(task).metrics, answers, resamples=20)
+    except UserError as error:
+        assert str(error).isprintable()
+        return
+    for name, score in scores.items():
+        for value in (score.value, score.low, score.high):
+            assert 0 <= value <= 100 + 1e-9, f"{name} is {value}"  # sacrebleu rounds up to 100.00000000000004
+
+
+@cases("rows")
+def test_broken_rows(tokenizer: Any, area: Path, examples: int) -> None:
+    def body(draw: Draw) -> object:
+        task, suffix = draw.say(draw.pick(sorted(ROWS))), draw.say(draw.pick([".jsonl", ".json"]))
+        file, rows, elsewhere = area / f"rows{suffix}", ROWS[task], area / "elsewhere"
+        clear(file, elsewhere)
+        write_rows(file, rows)
+        match draw.number(0, 9):
+            case 0:
+                odd_place(draw, file, elsewhere=elsewhere)
+            case 1 | 2 | 3:
+                file.write_bytes(damaged(draw, file.read_bytes()))
+            case _ if suffix == ".json":
+                file.write_bytes(json_text(changed_fields(draw, rows)))
+            case _:
+                file.write_bytes(b"\n".join(json_text(changed_fields(draw, row)) for row in rows))
+        template = draw.pick(TEMPLATES)
+        names = (str(file), "--prompt_template")
+        found = outcome(
+            lambda: load_split(task, "test", files={"test": file}, seed=0, prompt_template=template),
+            unchanged=area,
+            names=names,
+        )
+        if isinstance(found, list):
+            check_examples(draw, task, found, tokenizer)
+        outcome(lambda: load_split(task, "train", files={"train": file}, seed=0), unchanged=area, names=names)
+        return found
+
+    explore("rows", examples, body)
+
+
+@cases("texts")
+def test_broken_aligned_texts(tokenizer: Any, area: Path, examples: int) -> None:
+    german, english, elsewhere = area / "a.de", area / "a.en", area / "elsewhere"
+
+    def body(draw: Draw) -> object:
+        clear(german, english, elsewhere)
+        german.write_bytes("Guten Tag.\nJa, schön.\nNein.\n".encode())
+        english.write_bytes(b"Good day.\nYes, nice.\nNo.\n")
+        broken = draw.pick([german, english])
+        if draw.chance(0.2):
+            odd_place(draw, broken, elsewhere=elsewhere)
+        else:
+            broken.write_bytes(damaged(draw, broken.read_bytes()))
+        found = outcome(
+            lambda: load_split("iwslt2017", "test", files={"test": f"{german},{english}"}, seed=0),
+            unchanged=area,
+            names=(str(german), str(english)),
+        )
+        if isinstance(found, list):
+            check_examples(draw, "iwslt2017", found, tokenizer)
+        return found
+
+    explore("texts", examples, body)
+
+
+@cases("parquet")
+def test_a_broken_parquet_file(tokenizer: Any, area: Path, examples: int) -> None:
+    file, elsewhere = area / "rows.parquet", area / "elsewhere"
+
+    def body(draw: Draw) -> object:
+        task = draw.say(draw.pick(sorted(HUB_ROWS)))
+        clear(file, elsewhere)
+        rows = [dict(HUB_ROWS[task]) for _ in range(3)]
+        kind = draw.say(draw.pick(["bytes", "bytes", "bytes", "column", "odd"]))
+        if kind == "column":  # of another kind, in every row as parquet wants it
+            name = draw.pick(sorted(rows[0]))
+            value = draw.pick([None, 1, 0.5, True, "", "x", b"\xff", [], ["x"], {"x": 1}, "\x1b[2J"])
+            draw.say(f"{name} = {value!a}")
+            rows = [{**row, name: value} for row in rows]
+        write_rows(file, rows)
+        if kind == "bytes":
+            file.write_bytes(damaged(draw, file.read_bytes()))
+        elif kind == "odd":
+            odd_place(draw, file, elsewhere=elsewhere)
+        found = outcome(
+            lambda: load_split(task, "test", files={"test": file}, seed=0), unchanged=area, names=(str(file),)
+        )
+        if isinstance(found, list):
+            check_examples(draw, task, found, tokenizer)
+        return found
+
+    explore("parquet", examples, body)
+
+
+@cases("cache")
+def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples: int) -> None:
+    rows = [Example("2 + 2 =", " 4", "rows:1"), Example("1 + 2 =", " 3", "rows:2")]
+
+    def tokens() -> Any:
+        return tokenise_once(rows, tokenizer, max_length=64, cache_dir=area / "cache")
+
+    expected = tokens()
+    (file,) = (area / "cache" / "tokens").glob("*.safetensors")
+    whole, elsewhere = file.read_bytes(), area / "elsewhere"
+
+    def body(draw: Draw) -> object:
+        clear(file, elsewhere)
+        file.write_bytes(whole)
+        if draw.chance(0.2):
+            odd_place(draw, file, elsewhere=elsewhere)
+        else:
+            file.write_bytes(broken_file(draw, file.name, whole))
+        try:
+            found = tokens()
+        except UserError as error:
+            assert str(error).isprintable() and str(file.parent) in str(error), error
+            return error
+        for name in ("tokens", "offsets", "prompt_lengths"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+        assert type(found.truncated_prompts) is int
+        return found
+
+    explore("cache", examples, body)

@@ -1,0 +1,175 @@
+"""PEFT adapters, broken, and odd ones beside PEFT's own merge: one clear line, or the update that PEFT makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import break_one, fresh, strange_value
+from fuzzing import MAPPED, Draw, cases, explore, outcome
+from native_files import with_adapter
+from safetensors.torch import save_file
+from tiny_models import tiny_model, write_tiny_model
+from valid import check_adapter
+
+from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, native, _ = with_adapter(base, "tl6", (1, 3))
+    folder = tmp_path_factory.mktemp("peft") / "exported"
+    export_peft(source, native, folder)
+    return folder
+
+
+@cases("peft")
+def test_a_broken_peft_adapter(base: Path, exported: Path, area: Path, examples: int) -> None:
+    source, folder = find_model(str(base)), area / "peft"
+
+    def load() -> NativeAdapter:
+        adapter_kind(folder)
+        return load_peft_adapter(folder, source)
+
+    def body(draw: Draw) -> object:
+        fresh(exported, folder)
+        break_one(draw, folder, [CONFIG, CONFIG, WEIGHTS], elsewhere=area / "elsewhere")
+        loaded = outcome(load, unchanged=area, names=(str(folder),))
+        if isinstance(loaded, NativeAdapter):
+            check_adapter(loaded)
+        return loaded
+
+    explore("peft", examples, body, addresses=MAPPED)
+
+
+# Beside PEFT ------------------------------------------------------------------------------------------------------
+
+# By field: what people write there, and what they might.
+VALUES: dict[str, list[Any]] = {
+    "r": [1, 2, 4, 8, 0, -1, 4.0, "4", None],
+    "lora_alpha": [1, 6, 6.5, 0, -2, 1e5, "6", None],
+    "use_rslora": [True, False, None],
+    "target_modules": [
+        ["q_proj"], ["k_proj", "v_proj"], [*PARTS, "o_proj"], ["self_attn.q_proj", "v_proj"], ["proj"], [], "q_proj",
+        ["model.layers.1.self_attn.q_proj"], "all-linear", r".*\.(q|v)_proj", r".*(q_proj|k_proj|v_proj)$",
+        r"model\.layers\.[02]\.self_attn\.v_proj", r".*self_attn\.(q_proj|k_proj)", ".*_proj", "(", ["q_proj", 1],
+    ],
+    "exclude_modules": [None, [], ["v_proj"], "v_proj", r".*\.1\..*", ["layers.0.self_attn.k_proj"], ["nothing"]],
+    "layers_to_transform": [None, 0, 2, [0], [0, 2], [1, 1], [], [5], -1, "0", [True]],
+    "layers_pattern": [None, "layers", ["layers"], "blocks", ""],
+    "rank_pattern": [{}, {"q_proj": 2}, None],
+    "alpha_pattern": [{}, {"q_proj": 12}, None],
+    "bias": ["none", "all", "lora_only", None],
+    "fan_in_fan_out": [True, False],
+    "use_dora": [True, False],
+    "init_lora_weights": [True, False, "gaussian", "pissa", "olora", "eva", "x", None],
+    "modules_to_save": [None, [], ["lm_head"]],
+    "task_type": ["CAUSAL_LM", None, "SEQ_CLS", "x"],
+    "inference_mode": [True, False],
+    "peft_version": ["0.18.0", None, "9"],
+    "peft_type": ["LORA", "LOHA", "lora", None],
+    "megatron_config": [None, {}],
+    "trainable_token_indices": [None, [1]],
+    "an_unknown_field": [None, 1],
+}  # fmt: skip
+
+
+def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource) -> None:
+    """A PEFT folder of some projections of some layers, then with up to two fields and perhaps a tensor changed."""
+    fresh(exported, folder)
+    content = json.loads((folder / CONFIG).read_text())
+    rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 3))
+    layers = sorted(draw.some(range(source.config.num_layers), draw.number(1, 3)))
+    content |= {"r": rank, "lora_alpha": draw.pick([1, 6, 6.5]), "target_modules": parts, "layers_to_transform": layers}
+    generator, config = torch.Generator().manual_seed(draw.number(0, 2**31)), source.config
+    tensors = {}
+    for layer in layers:
+        for part in parts:
+            name = f"base_model.model.model.layers.{layer}.self_attn.{part}.lora_"
+            rows = config.qkv_rows[PARTS.index(part)]
+            tensors[f"{name}A.weight"] = torch.randn(rank, config.hidden_size, generator=generator)
+            tensors[f"{name}B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+    for name in draw.some(sorted(VALUES), draw.number(0, 2)):
+        content[name] = strange_value(draw) if draw.chance(0.1) else draw.pick(VALUES[name])
+        draw.say(f"{name} = {content[name]!a}"[:80])
+    if draw.chance(0.25):
+        name = draw.pick(sorted(tensors))
+        match draw.say(draw.pick(["half", "drop", "more", "shape"])):
+            case "half":
+                tensors[name] = tensors[name].half()
+            case "drop":
+                del tensors[name]
+            case "more":
+                tensors[name.replace("self_attn", "mlp")] = torch.ones(2, 2)
+            case "shape":
+                tensors[name] = tensors[name].T.contiguous()
+    (folder / CONFIG).write_text(json.dumps(content))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def peft_update(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What PEFT's merge of the folder adds to each projection. Raises whatever PEFT does."""
+    from peft import PeftModel
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).merge_and_unload()
+    after = merged.state_dict()
+    return {name: after[name] - tensor for name, tensor in before.items()}
+
+
+def native_update(source: ModelSource, adapter: NativeAdapter) -> dict[str, torch.Tensor]:
+    """What the imported adapter adds, by transformers' names."""
+    found = {}
+    for layer in adapter.config.layers:
+        delta = delta_weight(adapter.config, adapter.state, layer)
+        for part, rows in zip(PARTS, delta.split(source.config.qkv_rows), strict=True):
+            found[f"model.layers.{layer - 1}.self_attn.{part}.weight"] = rows
+    return found
+
+
+@cases("peft-merge")
+def test_an_odd_peft_adapter_is_what_peft_makes_of_it(base: Path, exported: Path, area: Path, examples: int) -> None:
+    """Where we refuse what PEFT takes, or take what it refuses, that is counted."""
+    source, folder, model = find_model(str(base)), area / "peft", tiny_model()
+
+    def body(draw: Draw) -> object:
+        write_variant(draw, exported, folder, source)
+        loaded = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
+        try:
+            theirs = peft_update(model, folder)
+        except Exception:  # of any kind
+            draw.notes += ["that peft refuses too"] if isinstance(loaded, UserError) else ["accepted, peft refuses"]
+            return loaded
+        if isinstance(loaded, UserError):
+            draw.notes.append("refused, peft accepts")
+            return loaded
+        check_adapter(loaded)
+        ours = native_update(source, loaded)
+        for name, expected in theirs.items():
+            found = ours.pop(name, torch.zeros_like(expected))
+            largest = max(expected.abs().max().item(), 1.0)
+            assert torch.allclose(found, expected, atol=1e-5 * largest), f"{name}: another update than PEFT's"
+        assert not ours
+        return loaded
+
+    explore("peft-merge", examples, body)

@@ -1,0 +1,137 @@
+"""Series of SIGKILLs at random moments of a run, each followed by `--resume auto`; what is lost, and what it ends with.
+
+The run saves after every step, decodes before and after training, and exports: a kill falls into a step, into a save,
+or into what comes after the last step.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from run_files import assert_same_run, files_of
+from run_helpers import Base, World, run, start_ranks
+from run_preludes import quick_start
+
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint
+
+STEPS_APART = 6  # at most, of two kills
+LONGEST_END = 0.8  # seconds between the last step and a kill after it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a series trains: ranks, and the settings that say how they share the work."""
+
+    ranks: int
+    settings: Mapping[str, Any]
+
+
+@dataclass
+class Figures:
+    """What a series came to: kills by where they fell, and seconds."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    slowest_end: float = 0.0  # of a rank whose peer was killed
+    seconds: float = 0.0
+
+
+def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], seed: int) -> Figures:
+    """Start, kill, resume; after each kill no more than one step is lost, and the end is that of an undisturbed run.
+
+    Args:
+        kinds: where the kills are to fall, in this order: "step", "save" or "end".
+    """
+    draw, figures, started = random.Random(seed), Figures(), time.monotonic()
+    settings = {
+        **layout.settings,
+        "max_steps": STEPS_APART * len(kinds) + 2,
+        "eval_interval": 10,
+        "save_interval": 1,
+        "test_file": base.validation,
+        "max_new_tokens": 12,
+    }
+    whole, killed = folder / "whole", folder / "killed"
+    run(base, whole, ranks=layout.ranks, prelude=quick_start, **settings)
+    arguments = base.arguments(output_dir=killed, resume="auto", **settings)
+    for kind in kinds:
+        while True:  # what was over before its kill is started again
+            world = start_ranks(
+                arguments, folder=folder / "work", cache=base.cache, ranks=layout.ranks, prelude=quick_start
+            )
+            _wait_for(kind, world, killed, draw, last=int(settings["max_steps"]))
+            one = draw.choice([None, *range(layout.ranks)])
+            world.signal(signal.SIGKILL, rank=one)
+            signalled = time.monotonic()
+            ended = world.wait()
+            if -signal.SIGKILL in ended.statuses:
+                break
+            assert kind == "end", ended.tail()
+        figures.slowest_end = max(figures.slowest_end, time.monotonic() - signalled)
+        figures.kills[_where(killed, last=int(settings["max_steps"]))] += 1
+        if kind != "end":  # there a rank may have been over before
+            assert ended.statuses.count(-signal.SIGKILL) == (layout.ranks if one is None else 1), ended.tail()
+        _assert_nothing_lost(killed)
+    run(base, killed, ranks=layout.ranks, prelude=quick_start, resume="auto", **settings)
+    assert_same_run(killed, whole)
+    for name in ("adapter", "peft"):
+        assert files_of(killed / name) == files_of(whole / name), name
+    assert (killed / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+    assert not [path for path in killed.rglob("*") if path.name.startswith(".writing")], "a temporary is left"
+    figures.seconds = time.monotonic() - started
+    return figures
+
+
+def _wait_for(kind: str, world: World, folder: Path, draw: random.Random, *, last: int) -> None:
+    """Wait for a moment of this kind, or until ranks are over; never before they have met: there they wait for long."""
+    bars = world.files[0][1]
+    _poll(
+        world,
+        lambda: bars.exists() and any(name in bars.read_text(errors="replace") for name in ("training:", "decoding:")),
+    )
+    target = last if kind == "end" else _last_step(folder) + draw.randint(1, STEPS_APART)
+    delay = draw.uniform(0.0, LONGEST_END if kind == "end" else 0.1)
+    _poll(world, lambda: _last_step(folder) >= target)
+    if kind == "save":
+        _poll(world, lambda: bool(_unfinished(folder / "checkpoints")))
+    else:
+        time.sleep(delay)
+
+
+def _poll(world: World, condition: Callable[[], bool]) -> None:
+    while not condition() and all(process.exitcode is None for process in world.processes):
+        time.sleep(0.0005)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    return list(folder.glob(".writing*"))
+
+
+def _where(folder: Path, *, last: int) -> str:
+    if _unfinished(folder) or _unfinished(folder / "checkpoints"):
+        return "in a save" if _last_step(folder) < last else "after the last step"
+    return "in steps" if _last_step(folder) < last else "after the last step"
+
+
+def _last_step(folder: Path) -> int:
+    """The last step in metrics.jsonl; a line may be half written."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sum('"split": "train"' in line for line in lines)
+
+
+def _assert_nothing_lost(folder: Path) -> None:
+    """The checkpoint and the adapter can be read, and no more than one logged step is not in the former."""
+    logged, saved = _last_step(folder), find_newest_checkpoint(folder / "checkpoints")
+    step = saved.progress.step if saved is not None else 0
+    assert step >= logged - 1, f"step {logged} was done, step {step} was saved"
+    assert saved is None or not saved.notes, saved.notes
+    if (folder / "adapter").exists():
+        load_adapter(folder / "adapter")
