@@ -15,7 +15,7 @@ from megatron_tiedlora.config.text_files import read_small_text
 
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
-_TASKS = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
+_TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 _MOST_HOSTS = 1_000_000
 
 

@@ -123,7 +123,8 @@ def _load(path: Path) -> TokenDataset | None:
         if metadata["sha256"] != _checksum(arrays):
             return None
         return TokenDataset(**arrays, truncated_prompts=int(metadata["truncated_prompts"]))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):  # the last two: odd dtypes
+    # The last but one: odd dtypes; the last: a file that stands for more than there is memory.
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError):
         return None
 
 

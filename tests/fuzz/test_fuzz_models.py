@@ -58,7 +58,7 @@ def test_a_broken_tokenizer(tmp_path_factory: pytest.TempPathFactory, area: Path
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, VOCABULARY)
         encoded, _ = encode_prompts(tokenizer, ["Tom has 12 pens, naïve 日本語 😀</s>"], max_length=64)
-        return encoded[0].tolist(), end_ids(tokenizer, folder, vocab_size=320)
+        return encoded[0].tolist(), end_ids(tokenizer, folder, vocab_size=VOCABULARY)
 
     def body(draw: Draw) -> object:
         fresh(whole, folder)
