@@ -172,8 +172,8 @@ def refusal(base: Path, folder: Path) -> str:
         ({"target_modules": "all-linear"}, "target_modules = 'all-linear' cannot be read"),
         ({"target_modules": None}, "target_modules = None cannot be read"),
         ({"target_modules": "q_proj"}, "target_modules 'q_proj' name no q_proj"),  # a whole name has to match it
-        ({"target_modules": "(q"}, "target_modules or exclude_modules is neither a regular expression"),
-        ({"exclude_modules": 3}, "target_modules or exclude_modules is neither a regular expression nor a list"),
+        ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not read; letters, .* Write a list of names"),
+        ({"exclude_modules": 3}, "exclude_modules = 3 is neither a pattern nor a list of names. Write a list of names"),
         ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
         ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),
         ({"r": 0}, "r = 0 is not a whole number above 0"),

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import regex
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
@@ -28,10 +26,10 @@ from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
+from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
 _LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
-_PATTERN_SECONDS = 1.0  # of a processor, for all names; a pattern can be made to take longer than anyone waits
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
 _KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
@@ -219,34 +217,22 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
                 f"{file}: layers_to_transform has {shown(layer)}, but {source.name} has layers 0 to"
                 f" {source.config.num_layers - 1}; give the adapter's own base with --model"
             )
-    try:
-        is_target, is_excluded = _matcher(targets), _matcher(content.get("exclude_modules") or ())
-        names = [f"model.layers.{i}.self_attn.{part}" for i in range(source.config.num_layers) for part in _PARTS]
-        whole_names = targets if isinstance(targets, list) else ()
-        found = {
-            name
-            for name in names
-            if is_target(name)
-            and not is_excluded(name)
-            # layers_to_transform does not hold for a module that is named in full.
-            and (name in whole_names or _layer_and_part(name)[0] in chosen)
-        }
-    except TimeoutError:
-        raise UserError(f"{file}: target_modules or exclude_modules takes too long to match; write a list") from None
-    except (regex.error, RecursionError, TypeError) as error:
-        raise UserError(
-            f"{file}: target_modules or exclude_modules is neither a regular expression nor a list of names ({error})"
-        ) from None
+    is_target = name_matcher(targets, what=f"{file}: target_modules")
+    is_excluded = name_matcher(content.get("exclude_modules") or [], what=f"{file}: exclude_modules")
+    names = [f"model.layers.{layer}.self_attn.{part}" for layer in range(source.config.num_layers) for part in _PARTS]
+    whole_names = frozenset(targets if isinstance(targets, list) else ())
+    of_chosen = frozenset(chosen)
+    found = {
+        name
+        for name in names
+        if is_target(name)
+        and not is_excluded(name)
+        # layers_to_transform does not hold for a module that is named in full.
+        and (name in whole_names or _layer_and_part(name)[0] in of_chosen)
+    }
     if not found:
         raise UserError(f"{file}: target_modules {shown(targets)} name no {', '.join(_PARTS)} of {source.name}")
     return found
-
-
-def _matcher(modules: Any) -> Callable[[str], bool]:
-    if isinstance(modules, str):
-        pattern, end = regex.compile(modules), time.monotonic() + _PATTERN_SECONDS
-        return lambda name: pattern.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3)) is not None
-    return lambda name: any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def _layer_and_part(module: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fuzzing import outcome, tree
+from fuzzing import bounded, outcome, tree
 from native_files import with_adapter
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
@@ -196,18 +196,29 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
 @pytest.mark.parametrize(
-    ("name", "pattern"), [("target_modules", r"(a|b|.|..|...)+\d"), ("exclude_modules", r"(.|..|...|....)*(?<!j)")]
-)
-def test_a_pattern_that_takes_for_ever_is_given_up(
+    "pattern",
+    [
+        r"(a|b|.|..|...)+\d", r"(.|..|...|....)*(?<!j)", "a{99999999}", "(?:model){e<=30}", "a?" * 5_000_000,
+        "(" * 5_000_000, ".*" * 5_000_000, ".*[qv]_proj", r"(?i).*Q_PROJ", r"\w+", "q_proj)(", "[0-9", "q**", "", "\\",
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_a_pattern_of_other_pieces_is_not_compiled(
     base: Path, native: NativeAdapter, area: Path, name: str, pattern: str
 ) -> None:
+    """Bombs of time and memory, syntax that PEFT's `re` reads otherwise, and what is well-formed but not needed."""
     source, folder = find_model(str(base)), area / "peft"
     export_peft(source, native, folder)
     content = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**content, name: pattern}))
-    found = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
-    assert isinstance(found, UserError) and "takes too long" in str(found)
+    with bounded():
+        found = outcome(lambda: load_peft_adapter(folder, source), unchanged=area, names=(str(folder),))
+    if name == "exclude_modules" and not pattern:  # PEFT too takes it for none
+        assert isinstance(found, NativeAdapter)
+    else:
+        assert isinstance(found, UserError) and "Write a list of names" in str(found)
 
 
 @pytest.mark.timeout(60)
