@@ -132,6 +132,8 @@ def test_variables_of_slurm_that_contradict_each_other_are_refused() -> None:
         slurm_hosts({})
     with pytest.raises(UserError, match=r"names 2 nodes \(a1,b-2\), but tasks for 1"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4"})
+    with pytest.raises(UserError, match=r"a node no task \(4,0\)"):
+        slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4,0"})
     with pytest.raises(UserError, match="cannot be read"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "many"})
 

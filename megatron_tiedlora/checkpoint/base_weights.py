@@ -65,7 +65,7 @@ def open_weights(file: Path) -> Any:
             if (header := int.from_bytes(stream.read(8), "little")) > LARGEST_HEADER:
                 raise UserError(f"{file}: not a whole safetensors file (a header of {header:,} bytes)")
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # the last one: it cannot be mapped
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from damage import broken_file, changed_fields, clear, damaged, json_text, odd_place
-from fuzzing import Draw, cases, explore, outcome
+from fuzzing import MAPPED, Draw, cases, explore, outcome
 from task_files import HUB_ROWS, write_rows
 from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
 
@@ -178,4 +178,4 @@ def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples:
         assert type(found.truncated_prompts) is int
         return found
 
-    explore("cache", examples, body)
+    explore("cache", examples, body, addresses=MAPPED)
