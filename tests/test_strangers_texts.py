@@ -114,7 +114,7 @@ def test_of_a_parquet_file_no_more_rows_are_read_than_asked_for(tmp_path: Path) 
 @pytest.mark.parametrize(("rows", "size", "limit"), [(1000, MEGABYTE, None), (20, 2 * 10**7, 20), (9, 10**8, None)])
 def test_a_small_parquet_file_is_not_made_gigabytes(tmp_path: Path, rows: int, size: int, limit: int | None) -> None:
     file = parquet(tmp_path / "rows.parquet", rows=rows, size=size)
-    with bounded():
+    with bounded(seconds=5.0):  # 256 MB of new pages take a busy machine's kernel more than a second
         found = outcome(lambda: read_rows(file, limit=limit), unchanged=tmp_path, names=(str(file),))
     assert isinstance(found, UserError) and "need more than" in str(found)
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
@@ -195,8 +195,8 @@ def cut_before(text: str) -> int | None:
 def test_a_linear_rule_is_the_plain_one(
     rule: Callable[[str], Any], before: Callable[[str], Any], parts: list[str]
 ) -> None:
-    texts = random_texts(parts, 100_000, 12)
-    assert sum(rule(text) != text for text in texts) > 10_000
+    texts = random_texts(parts, 40_000, 12)
+    assert sum(rule(text) != text for text in texts) > 4000
     for text in texts:
         assert rule(text) == before(text), repr(text)
 
