@@ -43,7 +43,7 @@ def moments_of(native: NativeAdapter, value: float | None = None) -> dict[str, t
         for name in native.config.num_trained()
     }
     moments = ("exp_avg", "exp_avg_sq")
-    return {f"{moment}.adapter.{name}": tensor for moment in moments for name, tensor in values.items()}
+    return {f"{moment}.adapter.{name}": tensor.clone() for moment in moments for name, tensor in values.items()}
 
 
 def reseal(folder: Path) -> None:

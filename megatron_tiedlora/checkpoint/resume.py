@@ -113,13 +113,21 @@ def save_checkpoint(
         files = [temporary / name for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
         content = {**asdict(progress), "settings": dict(settings)}
         write_json(temporary / PROGRESS_FILE, sealed(content, files=files))
-    write_text(checkpoints / LATEST_FILE, folder.name + "\n", guard=guard)
+    move_latest(checkpoints, progress.step, guard=guard)
     newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
     kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
     for other in checkpoints.glob("step_*"):
         if other.name not in kept:
             discard(other, guard=guard)
     return folder
+
+
+def move_latest(checkpoints: Path, step: int, *, guard: Guard = unguarded) -> None:
+    """Let `latest` name the checkpoint of `step`. Raises UserError where it cannot be written."""
+    pointer = checkpoints / LATEST_FILE
+    if pointer.is_dir() and not pointer.is_symlink():  # which a file cannot replace
+        discard(pointer, guard=guard)
+    write_text(pointer, f"step_{step}\n", guard=guard)
 
 
 def _step(folder: Path) -> int:

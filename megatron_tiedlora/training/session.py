@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json, write_text
+from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.ownership import Owner
 from megatron_tiedlora.checkpoint.resume import (
-    LATEST_FILE,
     Checkpoint,
     Progress,
     copy_checkpoint,
     find_newest_checkpoint,
     load_checkpoint,
+    move_latest,
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
@@ -166,7 +166,7 @@ def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
             if run.scores.is_file():
                 scores = read_json_object(run.scores, kind="a run's scores")
                 write_json(folder.scores, scores, guard=folder.guard)
-    write_text(folder.checkpoints / LATEST_FILE, f"step_{progress.step}\n", guard=folder.guard)
+    move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_adapter(folder.checkpoints / f"step_{progress.best_step}")
         save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
