@@ -94,17 +94,25 @@ os.execvp(sys.executable, words[words.index("-u") - 1 :])
     check(trap)
 
 
-def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hosts", [0, 2])
+def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
     monkeypatch.chdir(trap)
+    for name, value in hosts_here(trap.parent).items():
+        monkeypatch.setenv(name, value)
+    (trap.parent / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    (trap.parent / ".deepspeed_env").write_text("# mine\nMINE=given\n")
+    where = ("--hostfile", str(trap.parent / "hosts"), "--no_ssh_check", "--master_addr=127.0.0.1") if hosts else ()
     scripts, log = trap.parent / "scripts", trap.parent / "run.log"
     scripts.mkdir()
-    (scripts / "train.py").write_text(f"{IMPORTS}print('all imported')\n")
+    mine = "import os, sys\nassert os.environ.get('MINE') == 'given'\n" if hosts else "import sys\n"
+    nowhere = f"assert {str(trap)!r} not in sys.path, sys.path\n"
+    (scripts / "train.py").write_text(f"{IMPORTS}{mine}{nowhere}print('all imported')\n")
     lock = os.open(os.devnull, os.O_RDONLY)
-    child = deepspeed_starter(scripts)(Command("train", {}, ("--master_port", str(free_port())), log, lock))
+    child = deepspeed_starter(scripts)(Command("train", {}, (*where, "--master_port", str(free_port())), log, lock))
     while not child.ended():
         time.sleep(0.1)
     os.close(lock)
-    assert "all imported" in log.read_text()
+    assert log.read_text().count("all imported") >= max(1, hosts), log.read_text()
     check(trap)
 
 

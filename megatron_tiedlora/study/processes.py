@@ -21,6 +21,7 @@ from typing import IO, Any, Literal, Protocol
 import psutil
 
 from megatron_tiedlora.checkpoint.atomic import make_way_for_log
+from megatron_tiedlora.cluster.travelling import read_user_file
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.pipeline.launch_env import free_port
@@ -179,18 +180,26 @@ def deepspeed_starter(scripts: Path) -> Start:
 
 
 def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
+    sent = os.memfd_create("deepspeed_env")  # may hold secrets, so no other process finds it
     try:
+        # On other hosts DeepSpeed puts the current folder before PYTHONPATH; what this file says comes after that.
+        named = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        named |= read_user_file(os.environ) if any(word.startswith(("-H", "--ho")) for word in words) else {}
+        os.write(sent, "".join(f"{name}={value}\n" for name, value in named.items()).encode())
         return subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},  # the current folder may hold another user's Python files
+            # The current folder may hold another user's Python files.
+            env={**os.environ, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
             start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
-            pass_fds=(lock,),
+            pass_fds=(lock, sent),
         )
     except OSError as error:
         raise UserError(f"{words[0]}: cannot be started ({error.strerror or error})") from error
+    finally:
+        os.close(sent)
 
 
 # Where a command runs ---------------------------------------------------------------------------------------------
