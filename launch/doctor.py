@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_tiedlora.checkpoint.atomic import write_text
 from megatron_tiedlora.cluster.doctor.examine import examine
@@ -20,13 +19,15 @@ from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.errors import UserError, show
+from megatron_tiedlora.config.paths import user_path
 
 
 def main(argv: Sequence[str]) -> int:
     """Examine and report; returns 0 where a job can start, else 1."""
     settings = parse_settings(argv, DoctorSettings)
     to_file = settings.json_file not in (None, "-")
-    if to_file and not Path(str(settings.json_file)).absolute().parent.is_dir():
+    file = user_path(str(settings.json_file), flag="--json")
+    if to_file and not file.absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: no such folder")
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(report_text(report))
     if to_file:
-        write_text(Path(str(settings.json_file)), f"{text}\n")
+        write_text(file, f"{text}\n")
     return 0 if report.verdict == "ready" else 1
 
 

@@ -13,10 +13,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 Rows = list[list[int]]
 
@@ -29,7 +28,7 @@ def parser() -> CommandParser:
     described.add_argument("--batch_size", default=16, type=int, metavar="N", help="prompts at once [16]")
     described.add_argument("--new_tokens", default=64, type=int, metavar="N", help="decoded for each prompt [64]")
     described.add_argument("--repeats", default=5, type=int, metavar="N", help="turns of each that count [5]")
-    described.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    described.add_argument("--json", type=path_value, metavar="FILE", help="also write the figures there")
     return described
 
 

@@ -29,10 +29,9 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
@@ -83,7 +82,7 @@ def parser() -> CommandParser:
     described.add_argument("--against", choices=("peft",), help="what to run beside it [nothing]")
     described.add_argument("--padded_rows", type=int, metavar="N", help="samples of a padded batch there [8]")
     described.add_argument("--repeats", default=5, type=int, metavar="N", help="turns of each that count [5]")
-    described.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    described.add_argument("--json", type=path_value, metavar="FILE", help="also write the figures there")
     layout = described.add_argument_group("layout", "a training run's step on all ranks; as in launch/train.py")
     layout.add_argument("--tensor_parallel", type=int, metavar="T", help="ranks that share each layer [1]")
     layout.add_argument("--pipeline_parallel", type=int, metavar="P", help="stages that share the layers [1]")

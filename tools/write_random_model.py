@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.checkpoint.output_folder import refuse_existing
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     """Read the command line and write the folder."""
     parser = CommandParser(prog="write_random_model.py", description=(__doc__ or "").strip())
     parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="the shape")
-    parser.add_argument("--output", required=True, type=Path, help="a new folder")
+    parser.add_argument("--output", required=True, type=path_value, help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
     arguments = parser.parse_known_names(argv)
     write_random_model(arguments.model, arguments.output, seed=arguments.seed)

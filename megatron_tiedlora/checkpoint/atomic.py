@@ -137,7 +137,8 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its name is too long
+            temporary.unlink()
 
 
 def write_json(path: Path, content: Any, *, guard: Guard = unguarded) -> None:

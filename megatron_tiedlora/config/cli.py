@@ -56,6 +56,14 @@ class CommandParser(argparse.ArgumentParser):
         return namespace
 
 
+def path_value(given: str) -> Path:
+    """`user_path`, as the type of an argument of a parser."""
+    try:
+        return user_path(given)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
     """(metavar, choices) of a field's type."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_tiedlora.config.errors import UserError, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes that Linux takes
+_LONGEST_PART = 80  # bytes of a name that a longer one is made of
 
 
 def user_path(given: str | Path, *, flag: str = "") -> Path:
@@ -26,3 +27,10 @@ def user_path(given: str | Path, *, flag: str = "") -> Path:
     if b"\0" in raw or len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
         raise UserError(f"{said}: is no path (too long, or with characters that no file's name has)")
     return path
+
+
+def last_name(given: str) -> str:
+    """The last name of a path or a hub id, for folders that are called after it: of a very long one the beginning."""
+    name = given.rstrip("/").rsplit("/", 1)[-1]
+    raw = os.fsencode(name)
+    return name if len(raw) <= _LONGEST_PART else raw[:_LONGEST_PART].decode(errors="ignore")

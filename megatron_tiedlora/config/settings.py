@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.config.errors import as_given
 from megatron_tiedlora.config.fields import (
@@ -19,6 +19,7 @@ from megatron_tiedlora.config.fields import (
     setting_field,
     validate_settings,
 )
+from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
 
@@ -224,6 +225,13 @@ class Settings(CommandSettings):
             if value.strip().lower() in ("", "all", "none"):
                 return None
             return tuple(part.strip() for part in value.split(","))
+        return value
+
+    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume")
+    @classmethod
+    def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            user_path(value, flag=f"--{info.field_name}")
         return value
 
     @model_validator(mode="after")

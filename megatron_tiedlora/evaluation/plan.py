@@ -19,7 +19,7 @@ from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_promp
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.config.paths import last_name, user_path
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -67,7 +67,7 @@ class EvaluationPlan:
     @property
     def name(self) -> str:
         """MODEL-TASK-ADAPTER, for the folder."""
-        model = self.source.name.rstrip("/").rsplit("/", 1)[-1]
+        model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
     def headline(self, num_samples: int, num_cut: int) -> list[str]:

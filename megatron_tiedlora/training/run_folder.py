@@ -18,7 +18,7 @@ from megatron_tiedlora.checkpoint.atomic import Guard, discard, new_file, new_fo
 from megatron_tiedlora.checkpoint.output_folder import check_place, refuse_links
 from megatron_tiedlora.checkpoint.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.config.paths import last_name, user_path
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.training.rank_log import LOGS_FOLDER
 
@@ -103,8 +103,7 @@ class RunFolder:
 
 def run_name(settings: Settings) -> str:
     """MODEL-TASK-METHOD-rRANK, for the run folder; needs nothing but the settings."""
-    model = settings.model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{model}-{settings.task}-{settings.method}-r{settings.rank}"
+    return f"{last_name(settings.model)}-{settings.task}-{settings.method}-r{settings.rank}"
 
 
 def take_run_folder(
@@ -193,7 +192,13 @@ class MetricsLog:
             self._stream = folder.metrics.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
-        self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
+        try:
+            self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
+        except OSError as error:
+            raise UserError(
+                f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder of your own, or"
+                " remove it"
+            ) from error
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row: `step`, `split`, and numbers, unrounded.
