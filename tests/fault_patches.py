@@ -279,17 +279,24 @@ def zero_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[in
     _change_update(patch, tensor, layers, lambda factor: factor.detach() + 0.0 * factor)
 
 
-def nan_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int], step: int) -> None:
-    """The gradient of a tensor is nan at training step `step`."""
+def one_gradient(
+    patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int], step: int, value: float
+) -> None:
+    """One entry of a tensor's gradient in a layer is `value` at training step `step`."""
     current = _current_step(patch)
 
-    def poison(factor: torch.Tensor) -> torch.Tensor:
+    def replaced(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        gradient.view(-1)[0] = value
+        return gradient
+
+    def change(factor: torch.Tensor) -> torch.Tensor:
         if current() == step and factor.requires_grad:
             factor = factor.view_as(factor)
-            factor.register_hook(lambda gradient: gradient * float("nan"))
+            factor.register_hook(replaced)
         return factor
 
-    _change_update(patch, tensor, layers, poison)
+    _change_update(patch, tensor, layers, change)
 
 
 def _current_step(patch: pytest.MonkeyPatch) -> Callable[[], int]:

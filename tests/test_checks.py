@@ -6,18 +6,23 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import test_layouts
+import torch
 from engine_runs import EngineRun, SharedStarts
 from fault_patches import put_in
-from run_files import checkpoint_names, losses, status
+from run_files import assert_same_run, checkpoint_names, losses, status
 from run_helpers import Base, run, run_ranks, write_base
 from test_layouts import METHODS
+
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.pipeline import running
 
 pytestmark = pytest.mark.distributed
 
@@ -99,9 +104,16 @@ def zero(tensor: str, sizes: Sizes, named: str, **more: Any) -> Case:
     return gradient("zero_gradient", tensor, sizes, message, steps=1, **more)
 
 
-def nan(tensor: str, layer: int, **more: Any) -> Case:
-    message = "the gradient norm is (nan|inf) at step 2;"
-    return gradient("nan_gradient", tensor, (1, 2, 1), message, steps=1, layers=[layer], step={"step": 2}, **more)
+def not_finite(value: float, tensor: str, layer: int, sizes: Sizes, *, step: int = 2, **more: Any) -> Case:
+    """The gradient has one entry of `value`."""
+    last = "checkpoint of step 2 stands" if step > 2 else "no checkpoint was written yet"
+    message = f"the gradient norm is (nan|inf) at step {step}; {last}[.] Lower --learning_rate"
+    return gradient("one_gradient", tensor, sizes, message, steps=step - 1, layers=[layer],
+                    step={"step": step, "value": value}, **more)  # fmt: skip
+
+
+def without_clipping(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-no_clipping", settings={**case.settings, "gradient_clipping": 0})
 
 
 HEALTHY = [
@@ -194,26 +206,44 @@ GRADIENTS = [
     zero("v", (1, 2, 1), "u of layer 5, v of layer 5", layers=[5]),  # v stays 0, and so u gets nothing either
     zero("u", (2, 1, 1), "u of layer 3", layers=[3]),
     zero("v", (1, 1, 2), "u of layer 2, v of layer 2", layers=[2], zero=IN_PIECES),
-    *(nan("v", layer) for layer in (1, 5)),  # one of them is lost in a maximum over the ranks
-    nan("u", 1, zero={"stage": 0}),
+    *(not_finite(math.nan, "v", layer, (1, 2, 1)) for layer in (1, 5)),  # one is lost in a maximum over the ranks
+    not_finite(math.nan, "u", 1, (1, 2, 1), zero={"stage": 0}),
+]
+# Of 1e25 fp32 holds no square, so a second moment would be infinite. Of 1e18 it does.
+LARGE = ({"name": "one_gradient", "tensor": "v", "layers": [2], "step": 3, "value": 1e18},)
+CLIPPED = [
+    not_finite(value, "v", 2, (1, 1, 2), step=3, zero={"stage": stage})
+    for value in (1e25, math.inf, math.nan)
+    for stage in range(4)
+]
+NORMS = [
+    *CLIPPED,
+    *map(without_clipping, CLIPPED),
+    not_finite(1e25, "B", 2, (1, 1, 2), step=3, zero=IN_PIECES),
+    not_finite(1e25, "A", 5, (2, 1, 1), step=3),
+    not_finite(1e25, "v", 5, (1, 2, 1), step=3),
+    Case("large-zero0", (1, 1, 2), LARGE, zero={"stage": 0}),
+    without_clipping(Case("large-zero3", (1, 1, 2), LARGE, zero={"stage": 3})),
 ]
 CASES = [*HEALTHY, *CHANGED, *MORE_CHANGED, *GRADIENTS]
-assert len({case.name for case in CASES}) == len(CASES)
+assert len({case.name for case in (*CASES, *NORMS)}) == len(CASES) + len(NORMS)
 
 Answer = Callable[[Case], EngineRun]
 
 
 @pytest.fixture(scope="module")
 def answer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """From a case to what it gave; all cases of as many ranks run in one start, when the first of them is asked for."""
-    starts = SharedStarts()
+    """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
+    asked for."""
+    starts = {"norms": SharedStarts(), "checks": SharedStarts()}
     folder = tmp_path_factory.mktemp("checks")
 
     def find(wanted: Case) -> EngineRun:
-        cases = [case for case in CASES if case.ranks == wanted.ranks]
-        work = folder / f"ranks{wanted.ranks}"
+        name, of_list = ("norms", NORMS) if wanted in NORMS else ("checks", CASES)
+        cases = [case for case in of_list if case.ranks == wanted.ranks]
+        work = folder / f"{name}{wanted.ranks}"
         work.mkdir(exist_ok=True)
-        runs = starts.runs(wanted.ranks, lambda: [case_for_workers(base, work, case) for case in cases], work)
+        runs = starts[name].runs(wanted.ranks, lambda: [case_for_workers(base, work, case) for case in cases], work)
         return runs[cases.index(wanted)]
 
     return find
@@ -228,7 +258,7 @@ def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str
     return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *NORMS], ids=lambda case: case.name)
 def test_checks(answer: Answer, case: Case) -> None:
     """A healthy run passes; a broken one stops on every rank with the same clear line, and saves nothing after."""
     run = answer(case)
@@ -239,6 +269,21 @@ def test_checks(answer: Answer, case: Case) -> None:
         assert run.failures == []
     assert len(run.losses) == case.steps
     assert run.saved[-1:] == ([case.saved] if case.saved else [])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Whatever a stage sums its squares in: beyond it the norm counts as infinite."""
+    largest = math.sqrt(torch.finfo(torch.float32).max)
+    fits = {norm: norm for norm in (0.0, 1.0, largest * 0.9999)}
+    others = {largest * 1.0001: math.inf, 1e300: math.inf, math.inf: math.inf, math.nan: math.nan, -1.0: math.nan}
+    for norm, expected in {**fits, **others}.items():
+        monkeypatch.setattr(running, "clip_gradients_", lambda *_, norm=norm: norm)
+        engine: Any = SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm, step=lambda: None)
+        config: Any = SimpleNamespace(zero_stage=stage, values={"gradient_clipping": 1.0})
+        stub: Any = SimpleNamespace(adapter=object())
+        found = running.PlainRunner(engine, stub, ParallelGroups(), config, torch.device("cpu")).take_step()
+        assert found == expected or (math.isnan(found) and math.isnan(expected)), (norm, found)
 
 
 # Real commands ----------------------------------------------------------------------------------------------------
@@ -267,3 +312,17 @@ def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int)
     assert "step_6" not in checkpoint_names(folder)
     run(small, folder, ranks=2, **{**settings, "resume": "auto"})  # without the fault it goes on from there
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("ds_config", ["zero3.json", "zero0.json"])
+def test_a_run_stops_before_an_infinite_second_moment_is_saved(small: Base, tmp_path: Path, ds_config: str) -> None:
+    """One gradient of 1e25 at step 5: status 2, the checkpoint of step 4 stands, and a resume ends as another run."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    settings = {"ds_config": ds_config, "gradient_clipping": 0, "max_steps": 6, "save_interval": 1}
+    fault = {"name": "one_gradient", "tensor": "B", "layers": [2], "step": 5, "value": 1e25}
+    line = run(small, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
+    assert line.startswith("error: the gradient norm is inf at step 5; checkpoint of step 4 stands")
+    assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_4"}
+    run(small, folder, resume="auto", **settings)
+    run(small, whole, **settings)
+    assert_same_run(folder, whole)

@@ -22,6 +22,8 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.pipeline.engine import clip_gradients_
 from megatron_tiedlora.pipeline.stage import Stage
 
+_LARGEST_SQUARE = torch.finfo(torch.float32).max
+
 
 class StepInput(NamedTuple):
     """One micro-batch: tokens, positions and labels (the next token or -100), each (b, s) int64, on the host.
@@ -84,9 +86,11 @@ class Runner:
         raise NotImplementedError
 
     def take_step(self) -> float:
-        """Clip and take the optimizer step; returns the gradient norm before clipping, nan where it is not finite.
+        """Clip and take the optimizer step; returns the gradient norm before clipping.
 
-        Where the norm is not finite, ZeRO 1 to 3 skip the step and report inf (0.19.8) or -1 (earlier versions).
+        It is inf or nan where its square is no finite number in fp32, in which second moments are kept: the step is
+        then not to be saved. This is one rule for all stages. ZeRO 1 and 2 sum squares in fp32, skip the step and
+        report inf (0.19.8) or -1 (earlier versions); ZeRO-0 and ZeRO-3 sum them in fp64 and take the step.
         """
         norm = None
         if self.config.zero_stage == 0:
@@ -95,7 +99,9 @@ class Runner:
         self._step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan
+        if not norm >= 0:
+            return math.nan
+        return norm if norm * norm <= _LARGEST_SQUARE else math.inf
 
     def _step(self) -> None:
         raise NotImplementedError
