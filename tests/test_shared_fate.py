@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import status
-from run_helpers import Base, run_ranks, write_base
+from run_files import assert_same_run, checkpoint_names, losses, status
+from run_helpers import Base, run, run_ranks, write_base
 
 pytestmark = pytest.mark.distributed
 
@@ -65,6 +67,53 @@ def test_a_log_that_cannot_be_written_ends_all_ranks_in_order(base: Base, tmp_pa
     ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
     assert "No space left on device" in ended.error_line()
     assert status(tmp_path / "run")["state"] == "failed"
+    assert status(tmp_path / "run")["reason"].startswith("rank 0 on ")
+
+
+def full_disk_at(file: Path, split: str, step: int) -> None:
+    """There is room for a part of one row of metrics.jsonl; for what is said of it there is room again."""
+    module: Any = importlib.import_module("megatron_tiedlora.training.run_folder")
+    write = module.MetricsLog.write
+
+    def limited(log: Any, row: dict[str, Any]) -> None:
+        here = (row["split"], row["step"]) == (split, step)
+        limit = file.stat().st_size + 40 if here else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            write(log, row)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    module.MetricsLog.write = limited
+
+
+@pytest.fixture(scope="module")
+def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(base, folder, ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "step", "saved"),
+    [("train", 4, "step_2"), ("validation", 4, "step_2"), ("train", 5, "step_4"), ("train", 10, "step_8")],
+)
+def test_no_checkpoint_is_saved_without_its_rows(
+    base: Base, whole: Path, tmp_path: Path, split: str, step: int, saved: str
+) -> None:
+    """Also where a checkpoint is due at that step: the reason names rank 0, and the resumed run writes the row."""
+    folder = tmp_path / "run"
+    prelude = partial(full_disk_at, folder / "metrics.jsonl", split, step)
+    line = run(base, folder, ranks=2, prelude=prelude, expect=2).error_line()
+    assert "logs cannot be written (File too large)" in line
+    end = status(folder)
+    assert end["state"] == "failed" and re.match(r"rank 0 on \S+, after step \d+: .*File too large", end["reason"]), end
+    assert (folder / "checkpoints" / "latest").read_text() == f"{saved}\n"
+    assert f"step_{step}" not in checkpoint_names(folder)
+    run(base, folder, ranks=2, resume="auto")
+    assert [number for number, _ in losses(folder)] == list(range(1, 11))
+    assert_same_run(folder, whole)
 
 
 def test_a_folder_of_other_files_is_refused_whatever_resume_says(base: Base, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_message, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
 from megatron_tiedlora.pipeline.engine_state import read_moments
@@ -198,16 +198,20 @@ class Trainer:
 
     def _write_log(self, row: dict[str, Any]) -> None:
         """Write a row on rank 0; a failure is kept until all ranks meet again, so that none waits for this one."""
-        if self.log is not None:
+        if self.log is not None and self._log_failure is None:
             try:
                 self.log.write(row)
             except UserError as error:
                 self._log_failure = error
 
+    def _check_log(self) -> None:
+        """Raise what kept a row from being written; on rank 0."""
+        if self._log_failure is not None:
+            raise self._log_failure
+
     def _raise_log_failure(self, failures: float) -> None:
-        if failures:  # the same words on every rank: whichever ends first prints them
-            reason = first_message(str(self._log_failure) if self._log_failure else None, self.device)
-            raise self._log_failure or RunFailed(reason)
+        if failures:
+            decided_by_rank_0(self._check_log, self.device)
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
@@ -308,7 +312,7 @@ class Trainer:
         Nothing is written before the first step, and no checkpoint twice: `latest` names it, so it is never replaced.
 
         Raises:
-            UserError: it cannot be written; on every rank.
+            UserError: it cannot be written, or a row of the log could not; on every rank.
             RunFailed: the adapter is not finite, or copies of it differ; nothing was written.
         """
         new = self._saved_step != self.progress.step
@@ -324,6 +328,7 @@ class Trainer:
     def _write(
         self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
     ) -> None:
+        self._check_log()  # no checkpoint without its rows: a resume goes on behind them
         if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
             raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
         if new:
