@@ -16,20 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from megatron_tiedlora.checkpoint.tensor_files import LARGEST_HEADER
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, read_runs
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import WeightRule
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 4096  # of two tensors at a time
-# A tensor is told by the values of so many runs of so many neighbours each, spread evenly from its first to its last.
-SAMPLED_RUNS, RUN_LENGTH = 16, 256
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # values of a tensor by which it is told
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -109,7 +107,7 @@ class BaseWeights:
                 shape = tuple(stored.get_shape())
                 if shape != expected:
                     raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
-                if stored.get_dtype() not in _FLOAT_TYPES:
+                if stored.get_dtype() not in FLOAT_TYPES:
                     raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
 
     def _check_tied_head(self) -> None:
@@ -130,19 +128,7 @@ class BaseWeights:
 
         They are for comparisons, so they do not count as read.
         """
-        stored = self._readers[self._files[name]].get_slice(name)
-        shape = stored.get_shape()
-        rows, columns = (1, *shape)[-2:]
-        if rows * columns <= SAMPLED_RUNS * RUN_LENGTH:
-            whole: torch.Tensor = stored[...]
-            return whole.flatten()
-        length = min(RUN_LENGTH, columns)
-        runs = []
-        for index in range(SAMPLED_RUNS):
-            row, start = (index * last // (SAMPLED_RUNS - 1) for last in (rows - 1, columns - length))
-            place: Any = (slice(row, row + 1), slice(start, start + length))[-len(shape) :]
-            runs.append(stored[place].flatten())
-        return torch.cat(runs)
+        return read_runs(self._files[name], name, count=SAMPLED_RUNS, length=RUN_LENGTH)
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype."""

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.checksums import check_file
 from megatron_tiedlora.config.errors import UserError, as_given, shown
 
 LARGEST_HEADER = 2**23  # bytes; an adapter of every linear of the deepest model has a tenth of it
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_tensors(
@@ -41,7 +41,8 @@ def read_tensors(
     with _opened(file) as stream:
         header = _read_header(file, stream)
         _check_header(file, header, shapes)
-        expected = stream.tell() + sum(_BYTES[entry["dtype"]] * math.prod(entry["shape"]) for entry in header.values())
+        bytes_of = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in header.values())
+        expected = stream.tell() + sum(bytes_of)
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
@@ -69,6 +70,35 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
+def read_runs(file: Path, name: str, *, count: int, length: int) -> torch.Tensor:
+    """Values of one tensor of a file: `count` runs of `length` neighbours, spread evenly from its first value to its
+    last; all values, where there are no more than that.
+
+    Reads them and nothing around them: a map of the file would read ahead, megabytes for each run on some systems.
+
+    Raises:
+        UserError: no whole safetensors file, or no tensor of that name and of floating point.
+    """
+    with _opened(file) as stream:
+        entry, begin = _read_header(file, stream).get(name), stream.tell()
+        if entry is None or entry["dtype"] not in FLOAT_TYPES:
+            raise UserError(f"{file}: {name} is missing, or not floating point")
+        dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
+        begin += entry["data_offsets"][0]
+        starts, length = ([0], size) if size <= count * length else (_spread(size - length, count), length)
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
+    raw = bytearray().join(runs)
+    if len(raw) != len(starts) * length * dtype.itemsize:
+        raise UserError(f"{file}: not a whole safetensors file (it ends within {name})")
+    return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
+
+
+def _spread(last: int, count: int) -> list[int]:
+    """`count` whole numbers from 0 to `last`, evenly."""
+    return [index * last // (count - 1) for index in range(count)]
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
@@ -92,7 +122,7 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
             raise ValueError("its header is no table of tensors")
         content.pop("__metadata__", None)
         for name, entry in content.items():
-            sizes = [*entry["shape"], entry["data_offsets"][1]]
+            sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
             if not isinstance(entry["dtype"], str) or any(type(size) is not int or size < 0 for size in sizes):
                 raise ValueError(f"the header's entry {shown(name)} is of another kind")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -107,7 +137,7 @@ def _check_header(file: Path, header: Mapping[str, Any], shapes: Mapping[str, tu
         found = tuple(header[name]["shape"])
         if found != shape:
             raise UserError(f"{file}: {name} has shape {shown(found)}, expected {shape}")
-        if header[name]["dtype"] not in _BYTES:
+        if header[name]["dtype"] not in FLOAT_TYPES:
             raise UserError(f"{file}: {name} is {as_given(header[name]['dtype'])}, not floating point")
     for name in header:
         if name not in shapes:

@@ -22,7 +22,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights,
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import read_header
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
 from megatron_tiedlora.config.errors import UserError, printable
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
@@ -31,7 +31,6 @@ from megatron_tiedlora.pipeline.stage import Stage
 TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
 
 Wanted = Literal["equal", "different", "rounded"]
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     for file in set(files.values()):
         with open_weights(file) as reader:
             for name in (name for name in names if files[name] == file):
-                types[name] = _DTYPES[reader.get_slice(name).get_dtype()]
+                types[name] = FLOAT_TYPES[reader.get_slice(name).get_dtype()]
     return types
 
 
