@@ -19,6 +19,7 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.training.finish import score_rows
 
 ONE_RANK = {"ds_config": "zero1.json"}
 # Ranks and settings that change where a run computes and not what.
@@ -122,6 +123,42 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     judged = {"eval_metric": "exact_match", "eval_samples": 17, "resume": runs["alone"] / "checkpoints" / "step_16"}
     run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **judged)
     assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
+
+
+def test_scores_of_another_test_set_stand_in_a_row_of_their_own(base: Base, tmp_path: Path) -> None:
+    """A run is resumed with other test samples: what it scored before was of the first ones."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(base.train.read_text().splitlines(keepends=True)[:5]))
+    settings = {"max_steps": 2, "output_dir": tmp_path / "run", "max_new_tokens": 8}
+    run_ranks(base.arguments(**settings, test_file=base.validation), folder=tmp_path, cache=base.cache).expect(0)
+    # The run is at its end: nothing is left to do but to score.
+    arguments = base.arguments(**settings, test_file=other, resume="auto")
+    printed = run_ranks(arguments, folder=tmp_path, cache=base.cache).expect(0).outputs[0].splitlines()
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    first, second = (scores[moment]["exact_match"] for moment in ("before", "after"))
+    assert (first["n"], second["n"]) == (6, 5) and len(first["samples_sha256"]) == 64
+    assert first["samples_sha256"] != second["samples_sha256"]
+    rows = [line.split() for line in printed if line.startswith("exact_match, ")]
+    assert rows == [
+        ["exact_match,", "6", "test", "samples", f"{first['score']:.1f}", "%", "-"],
+        ["exact_match,", "5", "test", "samples", "-", f"{second['score']:.1f}", "%"],
+    ]
+
+
+def test_which_scores_share_a_row() -> None:
+    """Those of the same samples; and of an older version, which kept no hash, those of its own."""
+
+    def rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+        entries = {"before": before, "after": after}
+        found = {moment: {"n": 3, "score": 50.0, **entry} for moment, entry in entries.items() if entry is not None}
+        return [" ".join(row.split()) for row in score_rows({moment: {"bleu": found[moment]} for moment in found})]
+
+    one, other = {"samples_sha256": "1"}, {"samples_sha256": "2"}
+    together = ["bleu, 3 test samples 50.0 % 50.0 %"]
+    apart = ["bleu, 3 test samples 50.0 % -", "bleu, 3 test samples - 50.0 %"]
+    assert rows(one, one) == rows({}, {}) == together
+    assert rows(one, other) == rows({}, one) == rows(one, {}) == apart
+    assert rows(one, None) == apart[:1] and rows(None, one) == apart[1:] and rows(None, None) == []
 
 
 def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from megatron_tiedlora.checkpoint.atomic import discard, write_json
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
@@ -17,6 +18,8 @@ from megatron_tiedlora.pipeline.engine import all_open
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.training.throughput import peak_memory_bytes, readable
+
+SAMPLES = "samples_sha256"  # beside each score in scores.json
 
 
 def score(trainer: Trainer) -> dict[str, Score]:
@@ -37,18 +40,21 @@ def use_best_adapter(trainer: Trainer) -> None:
 
 
 def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> None:
-    """Keep scores ("before" or "after" training) in scores.json; a resumed run finds the first ones there.
+    """Keep scores ("before" or "after" training) in scores.json, each with the hash of the samples that it is of.
+
+    A resumed run finds the first ones there, and may have been given another test set.
 
     Raises:
         UserError: it cannot be written; on every rank.
     """
-    if not scores:
+    samples = trainer.data.scored
+    if not scores or samples is None:
         return
 
     def write() -> None:
         file = trainer.folder.scores
         kept = read_json_object(file, kind="scores") if file.is_file() else {}
-        kept[moment] = {name: score.plain() for name, score in scores.items()}
+        kept[moment] = {name: {**score.plain(), SAMPLES: samples.sha256} for name, score in scores.items()}
         write_json(file, kept, guard=trainer.folder.guard)
 
     decided_by_rank_0(write, trainer.device)
@@ -68,12 +74,29 @@ def summary_lines(trainer: Trainer) -> list[str]:
         if name == metric and worse:
             rows.append(f"training made the validation {name} no better: try another --learning_rate or more data")
     file = trainer.folder.scores
-    scores = read_json_object(file, kind="scores") if file.is_file() else {}
-    for name in next(iter(scores.values()), {}):
-        before, after = (scores.get(moment, {}).get(name, {}) for moment in ("before", "after"))
-        label = f"{name}, {(before or after)['n']} test samples"
-        rows.append(f"{label:<34}{_number(before.get('score')):>10}{_number(after.get('score')):>10}")
+    return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
+
+
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The rows of scores.json: a metric's scores before and after in one where they are of the same samples.
+
+    Scores of an older version have no hash of their samples; two of them stand in one row.
+    """
+    before, after = (scores.get(moment, {}) for moment in ("before", "after"))
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        start, end = before.get(name), after.get(name)
+        if start and end and start.get(SAMPLES) != end.get(SAMPLES):
+            rows += [_score_row(name, start, None), _score_row(name, None, end)]
+        else:
+            rows.append(_score_row(name, start, end))
     return rows
+
+
+def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any] | None) -> str:
+    label = f"{name}, {(start or end or {})['n']} test samples"
+    before, after = (_number(entry["score"] if entry else None) for entry in (start, end))
+    return f"{label:<34}{before:>10}{after:>10}"
 
 
 def speed_lines(trainer: Trainer) -> list[str]:
