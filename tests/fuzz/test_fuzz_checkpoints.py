@@ -10,12 +10,14 @@ import pytest
 from damage import break_one, fresh, odd_place, reseal
 from fuzzing import MAPPED, Draw, cases, explore, outcome, printable, tree
 from native_files import with_adapter
+from run_files import edit_tensors
 from tiny_models import write_tiny_model
 from valid import check_adapter, check_checkpoint, write_run
 
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
+    STATE_FILE,
     Checkpoint,
     find_newest_checkpoint,
     load_checkpoint,
@@ -65,11 +67,14 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
         shutil.rmtree(mine, ignore_errors=True)
         fresh(written.path, theirs)
         folder = theirs / "checkpoints" / "step_4"
-        if draw.chance(0.1):
-            name = draw.say("swapped " + draw.pick(CHECKPOINT_FILES)).split()[1]
-            shutil.copyfile(theirs / "checkpoints" / "step_2" / name, folder / name)
-        else:
-            break_one(draw, folder, [*CHECKPOINT_FILES, "trainer_state.json"], elsewhere=elsewhere)
+        match draw.say(draw.pick(["broken"] * 8 + ["swapped", "sign"])):
+            case "swapped":
+                name = draw.say(draw.pick(CHECKPOINT_FILES))
+                shutil.copyfile(theirs / "checkpoints" / "step_2" / name, folder / name)
+            case "sign":
+                edit_tensors(folder / STATE_FILE, lambda moments: moments[draw.say(draw.pick(sorted(moments)))].neg_())
+            case _:
+                break_one(draw, folder, [*CHECKPOINT_FILES, "trainer_state.json"], elsewhere=elsewhere)
         reseal(draw, folder)
         loaded = outcome(lambda: load_checkpoint(folder), unchanged=area, names=(str(folder),))
         if not isinstance(loaded, Checkpoint):

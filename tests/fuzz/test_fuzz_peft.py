@@ -98,7 +98,13 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
     content = json.loads((folder / CONFIG).read_text())
     rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 3))
     layers = sorted(draw.some(range(source.config.num_layers), draw.number(1, 3)))
-    content |= {"r": rank, "lora_alpha": draw.pick([1, 6, 6.5]), "target_modules": parts, "layers_to_transform": layers}
+    content |= {
+        "r": rank,
+        "lora_alpha": draw.pick([1, 6, 6.5]),
+        "use_rslora": draw.chance(0.3),
+        "target_modules": parts,
+        "layers_to_transform": layers,
+    }
     generator, config = torch.Generator().manual_seed(draw.number(0, 2**31)), source.config
     tensors = {}
     for layer in layers:
