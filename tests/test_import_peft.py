@@ -179,6 +179,9 @@ def refusal(base: Path, folder: Path) -> str:
         ({"r": 0}, "r = 0 is not a whole number above 0"),
         ({"r": True}, "r = True is not a whole number"),
         ({"lora_alpha": None}, "lora_alpha = None is not a number"),
+        ({"lora_alpha": 0}, "lora_alpha = 0 is not between"),
+        ({"lora_alpha": -2}, "lora_alpha = -2 is not between"),
+        ({"lora_alpha": 2**53}, "lora_alpha = 9007199254740992 is not between"),
     ],
 )
 def test_what_is_not_a_plain_lora_is_refused_by_name(

@@ -127,12 +127,19 @@ def test_a_step_counts_before_its_allocation() -> None:
     assert slurm_hosts(ALLOCATION) == (Host("a1", 4), Host("b-2", 4))
 
 
+@pytest.mark.parametrize("nodes", [",", "n1,", "-o", "n1,-o"])
+def test_a_node_list_without_names_is_not_taken_for_hosts(nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="scontrol does not expand"):
+        slurm_hosts({**ALLOCATION, "SLURM_JOB_NODELIST": nodes})
+
+
 def test_variables_of_slurm_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="not in a Slurm allocation"):
         slurm_hosts({})
     with pytest.raises(UserError, match=r"names 2 nodes \(a1,b-2\), but tasks for 1"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4"})
-    with pytest.raises(UserError, match=r"a node no task \(4,0\)"):
+    with pytest.raises(UserError, match="cannot be read"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4,0"})
     with pytest.raises(UserError, match="cannot be read"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "many"})

@@ -1,4 +1,4 @@
-"""A status file that is seen late."""
+"""A status file that is seen late, and one that holds what a terminal would act on."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def test_the_wait_for_a_status_is_short_and_only_where_the_folder_is(
     found = judge(file, launcher="srun", launcher_status=0, passed_on=0)
     assert found.status == 1 and found.line.endswith("; srun ended with status 0")
     assert (0.5 <= time.monotonic() - begun < 5) is there
+
+
+def test_a_status_with_control_characters_is_one_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    file = StatusFile(folder)
+    folder.write_status("failed", step=4, reason="\x1b[2J\n" + "x" * 5000)
+    line = judge(file, launcher="srun", launcher_status=1, passed_on=0).line
+    assert line.isprintable() and len(line) < 1500 and "\\x1b[2J" in line

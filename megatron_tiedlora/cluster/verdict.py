@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.errors import UserError, one_line
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.training.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: i
             why = f"{path} says nothing of how this start ended"
         return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
-    line = f"{path}: {state} at step {step} ({reason})"
+    line = one_line(f"{path}: {state} at step {step} ({reason})")
     if state == "finished" or (state == "stopped" and passed_on):
         return Verdict(0, line)
     return Verdict(failed, f"{line}; {ended}")

@@ -175,6 +175,8 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
         return kind(**values)
     except ValidationError as error:
         raise UserError(_one_line(error, kind)) from None
+    except UnicodeEncodeError as error:  # pydantic carries no message with bytes of a name that are not UTF-8
+        raise UserError(error.object) from None
 
 
 def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:

@@ -88,7 +88,7 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
     Raises:
         UserError: there is no `scontrol`, or it refuses the list.
     """
-    if re.fullmatch(r"[\w.,-]+", nodelist):  # plain names, as in small allocations: nothing to ask for
+    if re.fullmatch(r"\w[\w.-]*(,\w[\w.-]*)*", nodelist):  # plain names, as in small allocations: nothing to ask for
         return tuple(nodelist.split(","))
     try:
         done = subprocess.run(

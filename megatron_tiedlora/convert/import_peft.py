@@ -25,11 +25,12 @@ from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
 
-_LARGEST_RANK, _LARGEST_ALPHA = 2**20, 2**53
+_LARGEST_RANK = 2**20
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
 _KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
@@ -194,8 +195,11 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
     alpha: Any = content.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise UserError(f"{file}: r = {shown(rank)} is not a whole number above 0")
-    if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
+    if type(alpha) not in (int, float):
         raise UserError(f"{file}: lora_alpha = {shown(alpha)} is not a number")
+    if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
+        bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
+        raise UserError(f"{file}: lora_alpha = {shown(alpha)} is not between {bounds}; scale lora_B instead")
     return rank, alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
 
 

@@ -133,6 +133,11 @@ def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
     assert isinstance(found, UserError)
 
 
+def test_a_choice_of_bytes_that_are_not_utf8_is_one_line(area: Path) -> None:
+    found = outcome(lambda: parse_settings(["--task=\udcff"]), unchanged=area, names=(r"--task \udcff: ",))
+    assert isinstance(found, UserError) and "input should be one of" in str(found)
+
+
 def test_a_wrong_value_names_the_file_that_it_is_in(area: Path) -> None:
     file = area / "s.yaml"
     file.write_text("rank: 0\nmax_steps: 5\n")

@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_check
 from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.training.run_folder import RunFolder
 
-LARGEST_ALPHA = 1e6
+LARGEST_ALPHA = 1e7  # an imported adapter of several A has as many times the alpha
 LARGEST_WIDTH = 1e3  # of start values
 BATCH = 24  # samples a step of the runs that `write_run` writes
 
