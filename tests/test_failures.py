@@ -49,7 +49,7 @@ def _failed_at_five(ended: Ended, folder: Path, message: str) -> None:
     assert message in line and "at step 5; checkpoint of step 4 stands" in line
     assert (end["state"], end["step"]) == ("failed", 4) and message in end["reason"]
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
-    assert checkpoint_names(folder) == {"step_2", "step_4"}
+    assert checkpoint_names(folder) == {"step_2", "step_3", "step_4"}
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
 
 

@@ -69,7 +69,7 @@ def test_two_starts_with_one_folder(base: Base, whole: Path, tmp_path: Path, gap
     line = ends[1 - winner].error_line()
     assert f"(process {worlds[winner].processes[0].pid}) since " in line and str(folder) in line
     assert HELD in line or (resume == "none" and "holds the run of a start on " in line)
-    assert ("--take_over" in line) == (resume == "auto")
+    assert ("with --resume auto --take_over" if resume == "none" else "with --take_over") in line or HELD not in line
     assert run_settings(folder)["learning_rate"] == (2e-2, 1e-3)[winner] and is_free(folder)
     if winner == 0:
         assert_same_run(folder, whole)

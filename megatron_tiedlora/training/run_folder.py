@@ -116,14 +116,14 @@ def take_run_folder(
     """
     while True:
         folder = choose_run_folder(output_dir, name=name, resume=resume)
-        take = "to take it over, add --take_over" if resume != "none" else "give another --output_dir"
+        force = "--take_over" if resume != "none" else "--resume auto --take_over"
         try:
             lock = take_folder(
                 folder.path,
                 new=not folder.path.exists(),
                 resumes=resume != "none",
                 take_over=take_over,
-                hint=f"wait for its end; or, {take}",
+                hint=f"wait for its end, give another --output_dir, or take it over with {force}",
             )
         except FileExistsError:  # another start was faster: that folder is not free any more
             if not folder.path.exists():
