@@ -7,7 +7,6 @@ See `ownership` for why no change can follow on it once the temporary files were
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -98,20 +97,12 @@ def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system or the file system cannot.
-
-    Raises:
-        FileNotFoundError: one of them is gone.
-    """
+    """Swap two paths in one step; False where the system or the file system cannot."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    if swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
-        return True
-    if ctypes.get_errno() == errno.ENOENT:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(one))
-    return False
+    return bool(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0)
 
 
 def write_text(path: Path, text: str, *, guard: Guard = unguarded) -> None:
