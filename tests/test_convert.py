@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
-from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -251,8 +251,9 @@ def test_another_tokenizer_replaces_the_base_s(bases: dict[str, Path], tmp_path:
     own = str(tmp_path / "other")
     with pytest.raises(UserError, match="trained with another tokenizer"):
         merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own)
-    base_in_use = check_base(source, adapter, tokenizer=own, differs=True)
-    merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own, base=base_in_use)
+    notes: list[str] = []
+    merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own, base_differs=True, say=notes.append)
+    assert len(notes) == 1 and "whose tokenizer differ" in notes[0]
     assert "<only here>" in load_tokenizer(tmp_path / "merged").get_vocab()
     assert not (tmp_path / "merged" / "added_tokens.json").exists()  # of the tokenizer that was replaced
 
@@ -372,3 +373,24 @@ def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
 
 def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
     assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 513)
+
+
+def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A base with a NaN, an update that fp16 does not hold, and factors that overflow; nothing is left."""
+    broken = Path(shutil.copytree(bases["gqa"], tmp_path / "base"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][2, 3] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    source, adapter, _ = with_adapter(broken, "tl6")
+    with pytest.raises(UserError, match=rf"{name} holds numbers that are not finite \(the base is broken\)"):
+        merge_adapter(source, adapter, tmp_path / "merged")
+    source, adapter, _ = with_adapter(bases["gqa"], "tl6")
+    large = replace(adapter, state={**adapter.state, "A": adapter.state["A"] * 1e5})
+    with pytest.raises(UserError, match=r"self_attn\.[qkv]_proj\.weight holds numbers .* does not fit float16; give --dtype bf16"):
+        merge_adapter(source, large, tmp_path / "merged", dtype=torch.float16)
+    wide = {**adapter.state, "B": adapter.state["B"] * 1e37}
+    huge = replace(adapter, config=replace(adapter.config, alpha=1e6), state=wide)
+    with pytest.raises(UserError, match=r"lora_B.weight of its export holds numbers that are not finite"):
+        export_peft(source, huge, tmp_path / "peft")
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}

@@ -18,6 +18,7 @@ from run_helpers import ROOT
 from sweep_runs import LAUNCH, study_arguments, write_study_base
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.engine_json import load_engine_config
 from megatron_tiedlora.config.errors import UserError
@@ -142,10 +143,11 @@ def secret(tmp_path: Path) -> Path:
     return tmp_path / "secret" / "key.jinja"
 
 
-def refused_merge(folder: Path, output: Path) -> str:
-    source, adapter, _ = with_adapter(folder, "tl6")
+def refused_merge(model: Path, folder: Path, output: Path) -> str:
+    """What the merge of an adapter of `model` into its changed copy `folder` is refused with."""
+    adapter = with_adapter(model, "tl6")[1]
     with pytest.raises(UserError) as caught:
-        merge_adapter(source, adapter, output)
+        merge_adapter(find_model(str(folder)), adapter, output)
     assert sorted(item.name for item in output.parent.iterdir()) == ["model", "secret"]  # nothing was written
     return str(caught.value)
 
@@ -160,17 +162,17 @@ def test_merging_copies_nothing_from_where_links_lead(model: Path, secret: Path,
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    said = refused_merge(folder, tmp_path / "output")
+    said = refused_merge(model, folder, tmp_path / "output")
     assert said.startswith(f"{folder / name}: leads to {secret}, out of the model folder") and "remove the link" in said
     (folder / name).unlink()
     (folder / name).symlink_to("../model/../secret/key.jinja" if "/" not in name else "../../secret/key.jinja")
-    assert "leads to" in refused_merge(folder, tmp_path / "output")
+    assert "leads to" in refused_merge(model, folder, tmp_path / "output")
 
 
 def test_merging_follows_no_folder_of_templates(model: Path, secret: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / "additional_chat_templates").symlink_to(secret.parent)
-    assert "additional_chat_templates: leads to" in refused_merge(folder, tmp_path / "output")
+    assert "additional_chat_templates: leads to" in refused_merge(model, folder, tmp_path / "output")
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json"])
@@ -178,12 +180,12 @@ def test_merging_waits_for_no_pipe(model: Path, secret: Path, tmp_path: Path, na
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    assert "is a pipe, a socket or a device" in refused_merge(folder, tmp_path / "output")
+    assert "is a pipe, a socket or a device" in refused_merge(model, folder, tmp_path / "output")
     (folder / name).unlink()
     with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the name of a socket is short
         server.bind(name)
-        assert "is a pipe, a socket or a device" in refused_merge(folder, tmp_path / "output")
+        assert "is a pipe, a socket or a device" in refused_merge(model, folder, tmp_path / "output")
 
 
 def test_merging_takes_the_folders_own_links_and_the_hubs(model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
@@ -25,15 +25,7 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument(
-        "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
-    )
-    described.add_argument(
-        "--take_over", action="store_true", help="take DIR from another start that is about to write there"
-    )
-    described.add_argument(
-        "--base_differs", action="store_true", help="go on although the base is another one than in training"
-    )
+    described.add_output()
     described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, filled up with zeros")
     return described
 
@@ -44,20 +36,18 @@ def main(argv: Sequence[str]) -> int:
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
-    from megatron_tiedlora.convert.inputs import check_base, open_inputs
+    from megatron_tiedlora.convert.inputs import open_inputs
 
     output = options.output
     refuse_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
-    base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
-    for note in base.notes:
-        show(f"note: {note}")
     rank = export_peft(
         source,
         adapter,
         output,
         pad_rank_to=options.pad_rank_to,
-        base=base,
+        base_differs=options.base_differs,
+        say=lambda note: show(f"note: {note}"),
         new=partial(new_output, take_over=options.take_over),
     )
     named = peft_base(source)

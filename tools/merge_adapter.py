@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
@@ -24,15 +24,7 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument(
-        "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
-    )
-    described.add_argument(
-        "--take_over", action="store_true", help="take DIR from another start that is about to write there"
-    )
-    described.add_argument(
-        "--base_differs", action="store_true", help="go on although the base is another one than in training"
-    )
+    described.add_output()
     described.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights [as the base stores each]"
     )
@@ -49,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
-    from megatron_tiedlora.convert.inputs import check_base, open_inputs
+    from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 
     output = options.output
@@ -57,16 +49,14 @@ def main(argv: Sequence[str]) -> int:
     source, adapter = open_inputs(options.adapter, options.model)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]
-    base = check_base(source, adapter, tokenizer=options.tokenizer, differs=options.base_differs)
-    for note in base.notes:
-        show(f"note: {note}")
     merge_adapter(
         source,
         adapter,
         output,
         dtype=dtype,
         tokenizer=options.tokenizer,
-        base=base,
+        base_differs=options.base_differs,
+        say=lambda note: show(f"note: {note}"),
         new=partial(new_output, take_over=options.take_over),
         progress=True,
     )

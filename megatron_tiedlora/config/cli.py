@@ -46,6 +46,20 @@ class CommandParser(argparse.ArgumentParser):
         """Raise `message` as a UserError."""
         raise UserError(message)
 
+    def add_output(self) -> None:
+        """The flags of a command that makes something of an adapter and its base."""
+        self.add_argument(
+            "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
+        )
+        self.add_argument(
+            "--take_over", action="store_true", help="take DIR from another start that is about to write there"
+        )
+        self.add_argument(
+            "--base_differs",
+            action="store_true",
+            help="continue although base or tokenizer differ from those of the training, which the output then says",
+        )
+
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`; an unknown flag is refused with the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)

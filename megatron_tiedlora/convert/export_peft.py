@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existi
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.paths import user_path
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, CheckedBase, adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
 
 # What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -78,13 +78,15 @@ def export_peft(
     output: Path,
     *,
     pad_rank_to: int | None = None,
-    base: CheckedBase | None = None,
+    base_differs: bool = False,
+    say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
 ) -> int:
     """Write a PEFT adapter folder, whole or not at all; returns its rank.
 
     Args:
-        base: what `check_base` found of `source`, where the caller has asked; the record says it.
+        base_differs: export for this base although the adapter was trained on another one, which the record says.
+        say: gets each note on the base.
         new: makes the output's folder.
 
     Raises:
@@ -95,7 +97,9 @@ def export_peft(
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
     refuse_existing(output, flag=f"--output {output}")
-    base = base or check_base(source, adapter, uses_tokenizer=False)
+    base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs)
+    for note in base.notes:
+        say(note)
     with new(output) as temporary:
         tensors = peft_tensors(source, adapter, rank=rank)
         for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existi
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.convert.inputs import CheckedBase, adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import adapted_projections, check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
 from megatron_tiedlora.model.families.llama import weight_rules
@@ -52,7 +52,8 @@ def merge_adapter(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
-    base: CheckedBase | None = None,
+    base_differs: bool = False,
+    say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     progress: bool = False,
 ) -> None:
@@ -63,7 +64,8 @@ def merge_adapter(
     Args:
         dtype: of the written weights (default: as each is stored in the base).
         tokenizer: folder, hub id or SentencePiece file of the one to save there in place of the base's own.
-        base: what `check_base` found of `source`, where the caller has asked; the record says it.
+        base_differs: merge into this base although the adapter was trained on another one, which the record says.
+        say: gets each note on the base.
         new: makes the output's folder.
 
     Raises:
@@ -73,11 +75,13 @@ def merge_adapter(
     """
     folder = source.weights_folder()
     refuse_existing(output, flag=f"--output {output}")
-    base = base or check_base(source, adapter, tokenizer=tokenizer)
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.
     saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
+    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
+    for note in base.notes:
+        say(note)
     wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
     updates = _updates(source, adapter)
