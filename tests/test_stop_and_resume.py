@@ -265,19 +265,19 @@ WORSE = {2: 5.0, 4: 4.0, 6: 4.5, 8: 4.25, 10: 3.0}  # best at step 4; patience 2
 def test_early_stopping_and_patience_across_a_resume(base: Base, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script = partial(scripted_validation, WORSE)
-    run(base, whole, patience=2, save_interval=100, prelude=script)
+    run(base, whole, patience=2, save_interval=100, keep_checkpoints=1, prelude=script)
     assert status(whole) == {"state": "finished", "step": 8, "reason": "early_stopping"}
     assert checkpoint_names(whole) == {"step_4", "step_8"}, "best and last"
-    run(base, parts, patience=2, save_interval=100, prelude=partial(_scripted_stop, 7), expect=143)
+    run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, prelude=partial(_scripted_stop, 7), expect=143)
     assert len(metrics(parts)) == 7
-    run(base, parts, patience=2, save_interval=100, resume="auto", prelude=script)
+    run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, resume="auto", prelude=script)
     assert_same_run(parts, whole)
     assert files_of(parts / "adapter") == {
         name: content for name, content in files_of(parts / "checkpoints" / "step_4").items() if "adapter" in name
     }
     # A run that is over stays as it is.
     before = files_of(parts)
-    ended = run(base, parts, patience=2, save_interval=100, resume="auto", prelude=script)
+    ended = run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, resume="auto", prelude=script)
     assert status(parts) == {"state": "finished", "step": 8, "reason": "early_stopping"}
     after = files_of(parts)
     assert {name for name in before if before[name] != after.get(name)} <= {"run.yaml", "loss.png", "logs/rank_0.log"}
@@ -338,7 +338,7 @@ def test_going_back_within_a_run(base: Base, tmp_path: Path) -> None:
     script = partial(scripted_validation, {4: 3.0})
     run(base, whole, prelude=script)
     run(base, folder, prelude=script)
-    assert checkpoint_names(folder) == {"step_4", "step_10"}
+    assert checkpoint_names(folder) == {"step_4", "step_6", "step_8", "step_10"}
     back = folder / "checkpoints" / "step_4"
     run(base, folder, output_dir=None, resume=back, prelude=partial(kill_at_step, 5, signal.SIGKILL), expect=-9)
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
