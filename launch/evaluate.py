@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.errors import show
@@ -42,6 +43,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     # from here on.
     from megatron_tiedlora.checkpoint.load_model import load_model
     from megatron_tiedlora.checkpoint.output_folder import NewOutput
+    from megatron_tiedlora.checkpoint.ownership import Owner
     from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
@@ -59,11 +61,13 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     check_same_rows(held_out, device)
     outputs: list[NewOutput] = []  # rank 0's
 
-    def take() -> None:
+    def take() -> tuple[Path, str]:
         outputs.append(take_output(plan))
         end.hold(outputs[0].release)
+        return outputs[0].partial, outputs[0].lock.owner.start
 
-    decided_by_rank_0(take, device)  # refuses a folder that is not free before work is done for it
+    # Refuses a folder that is not free before work is done for it.
+    end.owner = Owner(*decided_by_rank_0(take, device, kind=tuple[Path, str]), is_main=is_main)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         session.check_same_data(data, device)
-        folder = session.open_run_folder(plan, device, keep=end.hold)
+        folder = session.open_run_folder(plan, data, device, keep=end.hold)
+        end.owner = folder.owner
         checkpoint = session.find_checkpoint(plan, data, folder, device)
         start = checkpoint.progress if checkpoint else Progress()
         chosen = compiling.choose_kernels(plan, device)

@@ -228,7 +228,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no adapter": (["--adapter", "none", "--output", "out"], "none/adapter_config.json: no such file"),
     "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
     "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
-    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base is not to be had, give it with --model"),
+    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
     "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
     "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists"),
     "no output": (["--adapter", "adapter"], "--output"),

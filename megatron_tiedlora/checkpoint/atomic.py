@@ -53,8 +53,10 @@ def new_folder(path: Path, *, guard: Guard = unguarded, place: Path | None = Non
     Raises:
         UserError: the disk is full or the place cannot be written, naming `path`.
     """
-    temporary = (place or path.parent) / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    name = path.name if place is None else "output"  # with which the longest name still is one
+    temporary = (place or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
     try:
+        guard()  # before a folder that was removed comes back
         temporary.mkdir(parents=place is None)
         yield temporary
         readable = temporary.stat().st_mode & 0o666
@@ -152,7 +154,10 @@ def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
     found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
     guard()  # after the look: what is removed was there while this process owned the folder, so it is no later owner's
     for item in found:
-        remove(item)
+        gone = folder / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"
+        with suppress(OSError):
+            os.rename(item, gone)  # at once: a writer that wakes up meanwhile finds all of it or nothing
+        remove(gone)
 
 
 def discard(path: Path, *, guard: Guard = unguarded) -> None:
@@ -163,11 +168,13 @@ def discard(path: Path, *, guard: Guard = unguarded) -> None:
     if not os.path.lexists(path):
         return
     away = path.parent / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"
-    with suppress(OSError):
-        away.mkdir()
-        guard()
-        os.rename(path, away / path.name)
-    remove(away)
+    try:
+        with suppress(OSError):
+            away.mkdir()
+            guard()
+            os.rename(path, away / path.name)
+    finally:
+        remove(away)
 
 
 def make_way_for_log(file: Path) -> None:

@@ -2,7 +2,7 @@
 
 A hash of the config says the shape and the computation; a hash of values at fixed places of every tensor says the
 weights. Values are hashed as bf16, so that a copy in another precision is the same base; a change that bf16 does not
-hold, or that lies between the places, is not seen.
+hold, or that lies between the places, is not seen. Very small values are hashed as fp16 holds them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def sample_hash(weights: BaseWeights) -> str:
     }
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
-        digest.update(_bits(weights.sample(name)))
+        # fp16 rounds what bf16 still holds below 2^-17: so do we, for a copy in fp16 to be the same.
+        digest.update(_bits(weights.sample(name).to(torch.bfloat16).to(torch.float16)))
     return digest.hexdigest()
 
 

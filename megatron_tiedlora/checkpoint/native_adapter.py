@@ -148,7 +148,14 @@ def load_adapter(folder: Path) -> NativeAdapter:
     """
     config, base, sums = _read_config(folder)
     file = folder / WEIGHTS_FILE
-    state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
+    try:
+        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
+    except UserError:
+        again = _read_config(folder)
+        if again == (config, base, sums):
+            raise
+        config, base, sums = again  # a run has replaced its adapter meanwhile
+        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
     for name in ("u", "v"):
         if not config.row.factor(name).trained and not bool((state[name] == 1).all()):
             raise UserError(f"{file}: {name} is not one everywhere, but method {config.method} does not train it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ def check_place(path: Path, *, given: str) -> None:
 
 
 def refuse_links(*folders: Path) -> None:
-    """Raise UserError where a folder within --output_dir, into which is written, is a link.
+    """Raise UserError where a folder within --output_dir, into which is written, is a link or no folder.
 
     One that came from somebody else may hold links to anywhere. The folder that a user names may itself be one.
     """
@@ -34,6 +35,11 @@ def refuse_links(*folders: Path) -> None:
                 f"{folder} is a link, so what is written there would lie outside of --output_dir; put a folder in its"
                 " place, or move all of --output_dir to where the link leads"
             )
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is no folder, but a run writes files into it; remove it, or put the folder back")
+
+
+_LONGEST_NAME = 240  # bytes
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,18 @@ def take_output(path: Path, *, take_over: bool = False) -> NewOutput:
     Raises:
         UserError: another process makes it, and `take_over` was not given; or it cannot be written.
     """
-    partial = path.parent / f".{path.name}.partial"
+    partial = path.parent / _partial_name(path.name)
     hint = "wait for its end, give another folder, or take it over with --take_over"
     output = NewOutput(path, take_folder(partial, take_over=take_over, hint=hint, removed_after=True))
     remove_leftovers(partial, guard=output.lock.owner.check)
     return output
+
+
+def _partial_name(name: str) -> str:
+    """`.NAME.partial`, or a hash of the name in its place where that is too long for a file system."""
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f".{name}.partial"
 
 
 @contextmanager
@@ -109,8 +122,13 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
     if given is not None:
         path = user_path(given)
         check_place(path, given=given)
+        path = path.resolve() if path.is_dir() else path  # the folder of a link's own end
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"--output_dir {given} holds other files; give a new folder")
+        refuse_existing(path, flag=f"--output_dir {given}")
+        if os.path.ismount(path):
+            raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
+        check_place(path.parent, given=given)  # the output is made beside its place
         return take_output(path, take_over=take_over)
     path, number = Path(parent) / name, 2
     while True:

@@ -22,13 +22,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import Count, Real, Text, read_fields, read_json_object
+from megatron_tiedlora.config.json_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"
-_GIVEN_UP = f"{OWNER_FILE}-given-up-"  # followed by a start id
+_GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
+_LOCK_SECONDS = 5.0  # for what takes a moment among the processes of a machine
 RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -55,7 +59,7 @@ class Token:
     host: Text
     pid: Count
     machine: Text
-    since: Real
+    since: Annotated[float, Field(strict=True, ge=0, le=1e11)]
 
     def __str__(self) -> str:
         return f"a start on {self.host} (process {self.pid})"
@@ -97,14 +101,18 @@ class Owner:
 
     def _is_named(self) -> bool:
         """Whether the folder's token is this start's; read at every change, so without checks of its other fields."""
-        try:
-            descriptor = os.open(self.folder / OWNER_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        for _ in range(3):
             try:
-                return bool(json.loads(os.read(descriptor, 4096)).get("start") == self.start)
-            finally:
-                os.close(descriptor)
-        except (OSError, ValueError, AttributeError):
-            return False
+                descriptor = os.open(self.folder / OWNER_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    return bool(json.loads(os.read(descriptor, 4096)).get("start") == self.start)
+                finally:
+                    os.close(descriptor)
+            except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+                return False
+            except OSError:  # a network file system may have trouble for a moment
+                time.sleep(0.5)
+        return False
 
     def give_up(self) -> None:
         """Let the next start with --resume take the folder although the lock's holder may wake up; best effort."""
@@ -151,7 +159,7 @@ class FolderLock:
         if self._over.is_set():
             return
         self._over.set()
-        self._thread.join()
+        self._thread.join(_LOCK_SECONDS)
         os.close(self.descriptor)
         with suppress(OSError, UserError), _one_at_a_time(self.owner.folder):
             token, file = read_token(self.owner.folder), self.owner.folder / OWNER_FILE
@@ -193,7 +201,7 @@ def take_folder(
     """
     made = _make(folder, new=new)
     token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time())
-    temporary = folder / f"{TEMPORARY_PREFIX}{OWNER_FILE}-{token.start}"
+    temporary = folder / f"{_CANDIDATE}{token.start}"
     descriptor = None
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
@@ -217,13 +225,13 @@ def take_folder(
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     """Make the folder and those above it; returns which were made, the innermost first."""
-    missing = []
-    for path in (folder, *folder.parents):
-        if path.is_dir():
-            break
-        missing.append(path)
+    missing: list[Path] = []
     made: list[Path] = []
     try:
+        for path in (folder, *folder.parents):
+            if path.is_dir():
+                break
+            missing.append(path)
         for path in reversed(missing):
             try:
                 path.mkdir()
@@ -244,13 +252,14 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str) ->
     """Give `temporary`, which holds a token, the name OWNER_FILE where the folder may be taken."""
     folder = temporary.parent
     place = folder / OWNER_FILE
-    with suppress(OSError):
+    try:
         os.link(temporary, place)  # fails where there is a token, also one that another host has just put there
+    except OSError:  # there is one, or no such links
+        if not take_over:
+            _refuse_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
+        os.replace(temporary, place)
+    else:
         temporary.unlink()
-        return
-    if not take_over:
-        _refuse_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
-    os.replace(temporary, place)
     _remove_marks(folder)
 
 
@@ -325,16 +334,29 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Among the processes of this machine, where the file system has locks for folders (network ones may have none)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        deadline = time.monotonic() + _LOCK_SECONDS  # who holds it may stand still: tokens are safe enough without it
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _try_lock(descriptor) and time.monotonic() < deadline:
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
 
 
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _remove_marks(folder: Path) -> None:
-    for mark in folder.glob(f"{_GIVEN_UP}*"):
-        mark.unlink(missing_ok=True)
+    """Remove what was said of former owners, and tokens of starts that were killed as they took the folder."""
+    for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
+        with suppress(OSError):
+            if mark.name.startswith(_GIVEN_UP) or time.time() - mark.stat().st_mtime > STALE_SECONDS:
+                mark.unlink()
 
 
 @cache

@@ -6,6 +6,7 @@ its checksum in a JSON beside it, and a checkpoint that does not fit its own is 
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from megatron_tiedlora.checkpoint.atomic import (
     Guard,
     discard,
     new_folder,
-    restore_interrupted,
     unguarded,
     write_json,
     write_text,
@@ -48,6 +48,7 @@ LATEST_FILE = "latest"
 CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
 _STEP_NAME = re.compile(r"step_([0-9]{1,15})")
 _MEAN_OF_SQUARES = MOMENTS[1]
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def moment_name(moment: str, factor: str) -> str:
@@ -143,12 +144,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """The checkpoint to continue from: the one that `latest` names, or else the newest that is whole; None in a folder
-    without any. What was passed over, and why, is in its notes.
+    without any. Which newer one was passed over, and why, is in its notes. Changes nothing.
 
     Raises:
-        UserError: there are checkpoints, or `latest` names one, and none is whole.
+        UserError: there are checkpoints, or `latest` names one, and none is whole; or one cannot be read, although it
+            may be whole.
     """
-    restore_interrupted(checkpoints)
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
@@ -165,12 +166,25 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
         found = [*(f for f in found if _step(f) <= limit), *(f for f in found if _step(f) > limit)]
     for folder in found:
         try:
-            return replace(load_checkpoint(folder), notes=tuple(notes))
+            checkpoint = load_checkpoint(folder)
         except UserError as error:
+            if isinstance(error.__context__, OSError) and error.__context__.errno not in _NOT_THERE:
+                raise  # a disk or a network that has trouble now: what cannot be read may be whole
             notes.append(f"passed over {folder.name}: {error}")
+        else:
+            notes += _later(checkpoints, checkpoint.progress.step, notes)
+            return replace(checkpoint, notes=tuple(notes))
     if notes:
         raise UserError(f"{checkpoints}: no checkpoint is whole ({'; '.join(notes)}); put one back, or start a new run")
     return None
+
+
+def _later(checkpoints: Path, step: int, notes: list[str]) -> list[str]:
+    """Notes on the checkpoints after `step` that nobody has looked at."""
+    told = " ".join(notes)
+    later = [item for item in sorted(checkpoints.glob("step_*"), key=_step) if _step(item) > step]
+    why = {item.name: "is a link" if item.is_symlink() else f"is later than what {LATEST_FILE} names" for item in later}
+    return [f"passed over {name}: {reason}" for name, reason in why.items() if f"passed over {name}:" not in told]
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:

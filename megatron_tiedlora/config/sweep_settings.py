@@ -191,8 +191,9 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     for name, reason in DECIDED_BY_SWEEP.items():
         if name in merged:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
-    if "tables_from" in merged and len(merged) > 2:
-        other = next(name for name in merged if name not in ("tables_from", "output_dir"))
+    others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
+    if "tables_from" in merged and others:
+        other = others[0]
         raise UserError(f"--{other} does not go with --tables_from, which reads sweeps that are there")
     source = config
     with naming_file(config, read.keys() - values.keys()):

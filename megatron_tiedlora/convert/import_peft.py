@@ -141,6 +141,7 @@ class _ExportRecord:
     base_hash: Text
     base_weights_hash: Text
     base_sample: Text | None = None
+    tokenizer: Text | None = None
     tokenizer_hash: Text | None = None
 
 
@@ -160,7 +161,7 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
         file,
         read_json_object(file, kind="the record of an export"),
         _ExportRecord,
-        optional=("base_sample", "tokenizer_hash"),
+        optional=("base_sample", "tokenizer", "tokenizer_hash"),
     )
     return replace(
         like,
@@ -168,6 +169,7 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
         config_hash=record.base_hash,
         weights_hash=record.base_weights_hash,
         sample=record.base_sample,
+        tokenizer=record.tokenizer,
         tokenizer_hash=record.tokenizer_hash,
     )
 

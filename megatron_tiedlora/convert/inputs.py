@@ -34,7 +34,7 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     except UserError as error:
         if model is not None:
             raise
-        raise UserError(f"{folder}: its base is not to be had, give it with --model ({error})") from None
+        raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
     return source, native
 
 
@@ -58,6 +58,7 @@ class CheckedBase:
             "base_hash": self.identity.config_hash,
             "base_weights_hash": self.identity.weights_hash,
             "base_sample": self.identity.sample,
+            "tokenizer": self.identity.tokenizer,
             "tokenizer_hash": self.identity.tokenizer_hash,
             **differs,
         }
@@ -85,7 +86,8 @@ def check_base(
     with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
         found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
-        found = replace(found, tokenizer_hash=None)
+        trained = adapter.base
+        found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
     merged = (source.weights_folder() / MERGE_RECORD).is_file()
     if merged and found.weights_hash != adapter.base.weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")

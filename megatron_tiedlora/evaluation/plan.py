@@ -194,7 +194,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     except UserError as error:
         if settings.model is not None:
             raise
-        raise UserError(f"{folder}: its base is not to be had, give it with --model ({error})") from None
+        raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
     if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)

@@ -29,7 +29,7 @@ def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
         "it is another sweep, or a run that a killed one has left; wait for its end, or end it (--take_over takes the"
         " folder all the same)"
     )
-    return take_folder(folder, resumes=True, take_over=take_over, hint=hint)
+    return take_folder(folder, take_over=take_over, hint=hint)
 
 
 def refuse_left_behind(folder: Path) -> None:

@@ -38,13 +38,15 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
     """
     command = parse_sweep(argv)
     if command.settings.tables_from is not None:
-        return join_studies(command.settings.tables_from, user_path(command.settings.output_dir))
+        settings = command.settings
+        return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)
     plan = plan_sweep(command)
     if command.settings.dry_run:
         show(*plan.dry_run_lines())
         return 0
     plan.source.weights_folder()  # refuses a shape
     start, slots = starter(), plan.slots()
+    refuse_left_behind(plan.folder.path)  # before the folder is taken from anybody, and again when it is
     with lock_study(plan.folder.path, take_over=command.settings.take_over) as lock, StopSignals() as stop:
         folder = StudyFolder(plan.folder.path, lock.owner)
         plan = replace(plan, folder=folder)
@@ -84,7 +86,7 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
     return 1
 
 
-def join_studies(folders: Sequence[str], target: Path) -> int:
+def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = False) -> int:
     """Tables and figures of several studies, one a task, in the folder `target`; returns the exit status 0.
 
     Raises:
@@ -99,7 +101,7 @@ def join_studies(folders: Sequence[str], target: Path) -> int:
                 f"{study.folder}: its base model {study.base.model} is another than {studies[0].base.model} of"
                 f" {studies[0].folder}"
             )
-    with lock_study(target) as lock:
+    with lock_study(target, take_over=take_over) as lock:
         show(*(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
     return 0
 

@@ -67,11 +67,7 @@ def build_model(
     with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
         base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
         _check_same_base(base, device)
-        notes: tuple[str, ...] = ()
-        if checkpoint is not None:
-            differs = plan.settings.base_differs
-            notes = checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
-            _check_same_adapter(plan.adapter, checkpoint)
+        notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
         load_base_weights(
@@ -180,6 +176,20 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
         )
         resume_scheduler(scheduler, checkpoint.progress.step)
     return make_runner(engine, built.stage, built.groups, plan.engine, device)
+
+
+def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
+    """Raise UserError where a checkpoint is of another base or adapter than the plan's; reads samples of the base."""
+    with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.config)) as weights:
+        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+    _check_resumed(plan, base, checkpoint)
+
+
+def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Notes on the base. Raises UserError as `check_resumed_base` does."""
+    _check_same_adapter(plan.adapter, checkpoint)
+    differs = plan.settings.base_differs
+    return checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
 
 
 def _check_same_base(base: BaseIdentity, device: torch.device) -> None:

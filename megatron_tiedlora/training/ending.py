@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import DistError, DistNetworkError
 
+from megatron_tiedlora.checkpoint.atomic import unguarded
+from megatron_tiedlora.checkpoint.ownership import Owner
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.parallel.lifeline import (
@@ -59,6 +61,7 @@ class End:
         unsaved: what to say where a signal came and nothing was saved.
         reason: of a good end.
         status: the exit status of a run that did not raise.
+        owner: of the folder that rank 0 writes to, once it is chosen.
         release: gives back the folder that rank 0 writes to.
     """
 
@@ -72,6 +75,7 @@ class End:
     reason: str = ""
     status: int = 0
     lifeline: Lifeline | None = None
+    owner: Owner | None = None
     release: Callable[[], None] | None = None
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
@@ -115,11 +119,16 @@ class End:
         def digest() -> str:
             return hashlib.sha256(folder.settings.read_bytes()).hexdigest() if folder.is_run else ""
 
-        if decided_by_rank_0(digest, device, kind=str) == digest():
+        def digest_of_owner() -> str:
+            folder.guard()
+            return digest()
+
+        if decided_by_rank_0(digest_of_owner, device, kind=str) == digest():
             self.folder = folder
             with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))
-        self._open.enter_context(self.log.kept(folder.path, self.rank))
+        guard = folder.guard if self.rank == 0 else unguarded  # others may not see the folder, and have one of its name
+        self._open.enter_context(self.log.kept(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
         """Write run_status.json, once the folder is this run's (a start that failed before that changes nothing)."""
@@ -199,9 +208,8 @@ class End:
     def _leave_folder(self) -> None:
         """Rank 0 gives the folder back; where it is gone the others give it up, in case that it is only silent."""
         self.give_back()
-        owner = None if self.folder is None else self.folder.owner
-        if self.rank and owner is not None and self.lifeline is not None and self.lifeline.main_lost:
-            owner.give_up()
+        if self.rank and self.owner is not None and self.lifeline is not None and self.lifeline.main_lost:
+            self.owner.give_up()
 
     def _show(self, loss: Loss, text: str) -> None:
         """On the screen where this rank speaks for all, else in its log alone."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_tiedlora.checkpoint.atomic import make_way_for_log, new_file
+from megatron_tiedlora.checkpoint.atomic import Guard, make_way_for_log, new_file, unguarded
 from megatron_tiedlora.config.errors import UserError, show
 
 LOGS_FOLDER = "logs"
@@ -65,7 +65,7 @@ class RankLog:
         self._screen: TextIO | None = None  # of a rank whose output goes to its log alone
 
     @contextmanager
-    def kept(self, folder: Path, rank: int) -> Iterator[None]:
+    def kept(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
         """Inside, output goes to RUN/logs/rank_N.log, which is added to; rank 0's to the screen as well.
 
         What an earlier start has written is copied into a file of its own: should that start be still there, unheard
@@ -77,7 +77,7 @@ class RankLog:
             file.parent.mkdir(parents=True, exist_ok=True)
             make_way_for_log(file)
             if file.is_file():
-                with new_file(file) as copy:
+                with new_file(file, guard=guard) as copy:
                     shutil.copyfile(file, copy)
             log = file.open("a", encoding="utf-8", errors="replace", buffering=1)
             now = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -158,9 +158,8 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
         if foreign or (resume == "none" and folder.is_run):
             owner = owner_in_words(folder.path)
             what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
-            raise UserError(
-                f"--output_dir {output_dir} holds {what}; give a new folder, or --resume auto to continue a run"
-            )
+            advice = "" if resume != "none" else ", or --resume auto to continue a run"
+            raise UserError(f"--output_dir {output_dir} holds {what}; give a new folder{advice}")
         return folder
     if resume not in ("none", "auto"):
         folder = RunFolder(user_path(resume).parent.parent)
@@ -192,6 +191,7 @@ class MetricsLog:
             self._stream = folder.metrics.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
+        folder.guard()  # the one file that no later check can take back, under a name of its own
         try:
             self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
         except OSError as error:

@@ -25,33 +25,38 @@ from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
-from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import (
     MetricsLog,
     RunFolder,
+    choose_run_folder,
     read_metrics,
     take_run_folder,
     write_metrics,
 )
 
 
-def open_run_folder(plan: RunPlan, device: torch.device, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:
+def open_run_folder(
+    plan: RunPlan, data: RunData, device: torch.device, *, keep: Callable[[Callable[[], None]], None]
+) -> RunFolder:
     """Choose the run folder on rank 0, which becomes its owner, and tell every rank.
 
-    What an earlier start has left half-written there is removed at once: from here on none of its writes can end.
+    A start that cannot continue the run that is there does not take its folder from anybody. What an earlier start has
+    left half-written there is removed at once: from here on none of its writes can end.
 
     Args:
         keep: gets, on rank 0, what gives the folder back, to be called at the end.
 
     Raises:
-        UserError: it is not free; on every rank.
+        UserError: it is not free, or holds a run that this start cannot continue; on every rank.
     """
     settings = plan.settings
 
     def take() -> tuple[str, str]:
+        _refuse_another_run(plan, data)
         folder, lock = take_run_folder(
             settings.output_dir, name=plan.name, resume=settings.resume, take_over=settings.take_over
         )
@@ -62,6 +67,21 @@ def open_run_folder(plan: RunPlan, device: torch.device, *, keep: Callable[[Call
 
     path, start = decided_by_rank_0(take, device, kind=tuple[str, str])
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
+
+
+def _refuse_another_run(plan: RunPlan, data: RunData) -> None:
+    """Raise UserError where the run that --resume means cannot be continued with these settings, data or base."""
+    settings = plan.settings
+    folder = choose_run_folder(settings.output_dir, name=plan.name, resume=settings.resume)
+    try:
+        checkpoint = _find_checkpoint(settings.resume, folder)
+    except UserError:  # said when the folder is this start's, and what was moved aside has its name again
+        return
+    if checkpoint is not None:
+        check_resumed_settings(
+            plan, checkpoint.settings, data_sha256=data.sha256, source=str(checkpoint.folder)
+        )
+        check_resumed_base(plan, checkpoint)
 
 
 def occupy_run_folder(
@@ -76,7 +96,7 @@ def occupy_run_folder(
 
     def occupy() -> None:
         if checkpoint is not None:
-            take_over(folder, checkpoint)
+            adopt_checkpoint(folder, checkpoint)
         write_run_settings(plan, folder)
         start = checkpoint.progress if checkpoint is not None else Progress()
         logs.append(MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step))
@@ -143,7 +163,7 @@ def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
     return load_checkpoint(path)
 
 
-def take_over(folder: RunFolder, checkpoint: Checkpoint) -> None:
+def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
     """Make `checkpoint` the last one of the run folder, before training goes on from it; on rank 0.
 
     Out of another folder it is copied first, with the best checkpoint and the logs. Then `latest` names it, so that a

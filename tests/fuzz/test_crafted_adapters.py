@@ -32,7 +32,7 @@ from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
-from megatron_tiedlora.training.session import take_over
+from megatron_tiedlora.training.session import adopt_checkpoint
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"
 
@@ -98,7 +98,7 @@ def test_links_in_a_checkpoint_are_not_copied(native: NativeAdapter, area: Path,
     _link(theirs.checkpoints / f"step_{step}" / name, real)
     loaded = load_checkpoint(theirs.checkpoints / "step_4")
     with pytest.raises(UserError, match=f"step_{step}/{name}: is no plain file"):
-        take_over(RunFolder(area / "mine"), loaded)
+        adopt_checkpoint(RunFolder(area / "mine"), loaded)
     assert not list((area / "mine").rglob(f"step_{step}/*"))
 
 
@@ -110,7 +110,7 @@ def test_only_the_files_of_a_checkpoint_are_copied(native: NativeAdapter, area: 
         (folder / "out").symlink_to(area / "x")
         (folder / "loop").symlink_to(folder)
         os.mkfifo(folder / "pipe")  # copying it would wait for ever
-    take_over(RunFolder(area / "mine"), load_checkpoint(theirs.checkpoints / "step_4"))
+    adopt_checkpoint(RunFolder(area / "mine"), load_checkpoint(theirs.checkpoints / "step_4"))
     for step in (2, 4):
         copied = area / "mine" / "checkpoints" / f"step_{step}"
         assert {item.name for item in copied.iterdir()} == set(CHECKPOINT_FILES)
@@ -134,7 +134,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     before = tree(away)
     assert choose_run_folder(str(run.path), name="x", resume="auto") == run
     remove_leftovers(run.path)  # as a run does first when the folder is its own
-    take_over(run, load_checkpoint(run.checkpoints / "step_4"))
+    adopt_checkpoint(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
     save_checkpoint(
         run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config, base=native.base,

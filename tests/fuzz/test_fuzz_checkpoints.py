@@ -24,7 +24,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.training.run_folder import RunFolder
-from megatron_tiedlora.training.session import take_over
+from megatron_tiedlora.training.session import adopt_checkpoint
 
 METHODS = ("tl6", "tl5", "tl4", "lora", "vera")
 
@@ -83,7 +83,7 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
         assert loaded.progress.step == 4
         before = tree(area)
         try:
-            take_over(RunFolder(mine), loaded)
+            adopt_checkpoint(RunFolder(mine), loaded)
         except UserError as error:
             assert str(error).isprintable()
         else:
