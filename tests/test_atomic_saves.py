@@ -146,6 +146,7 @@ def read_adapter():
     return value_of(native_adapter.load_adapter(root / "adapter"))
 
 def read_checkpoint():
+    atomic.restore_interrupted(root)
     found = resume.find_newest_checkpoint(root)
     assert found.folder == resume.named_checkpoint(root)
     assert value_of(resume.load_checkpoint(root / "step_2").adapter) == 1.0  # the best one

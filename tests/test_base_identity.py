@@ -147,9 +147,14 @@ def test_copies_are_the_same_base(base: Base, tmp_path: Path) -> None:
         assert identity(write_tiny_model(tmp_path / name, **keywords)) == _renamed(original, tmp_path / name)
     other = changed(base.model, tmp_path / "bit", a_bit_that_bf16_drops)
     assert identity(other) == _renamed(original, other)
-    half = load_file(base.model / "model.safetensors")
-    save_file({name: tensor.half() for name, tensor in half.items()}, other / "model.safetensors")
-    assert identity(other).sample != original.sample, "a copy in fp16 of fp32 values rounds twice: said in the docs"
+    # A model of bf16 values, of which fp16 rounds the smallest.
+    values = {name: tensor.bfloat16() * 1e-3 for name, tensor in load_file(base.model / "model.safetensors").items()}
+    samples = set()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        save_file({name: tensor.to(dtype) for name, tensor in values.items()}, other / "model.safetensors")
+        samples.add(identity(other).sample)
+    assert len(samples) == 1
+    assert any(not torch.equal(value.half().bfloat16(), value) for value in values.values())
 
 
 def _renamed(base: Any, folder: Path) -> Any:
@@ -343,6 +348,8 @@ def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Pat
     merge(tmp_path, base.model, tmp_path / "output", "--tokenizer", str(own))
     assert tokenizer_hash(tmp_path / "output") != tokenizer_hash(base.model)
     export(tmp_path, base.model, tmp_path / "peft")
+    with pytest.raises(UserError, match=f"trained with another tokenizer .{own}"):
+        evaluate(tmp_path, base.model, tmp_path / "output", kind="peft")
     verify(tmp_path, base.model, tmp_path / "none")
 
 

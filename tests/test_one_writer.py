@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from native_files import with_adapter, write_native
-from run_files import assert_same_run, files_of, has_step, run_settings, status
+from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
 from run_helpers import EVALUATE, ROOT, Base, World, run, run_ranks, start_ranks, wait_for, write_base, write_rows
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
 
@@ -173,9 +173,42 @@ def wake(world: World, folder: Path) -> str:
     return lines[0]
 
 
-# Where rank 0 stands still: in a save between the rename and `latest`, before it, as old checkpoints are removed, as
-# the best adapter is replaced, between two steps, in the export, and as the status is written.
+def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, whole: Path, tmp_path: Path) -> None:
+    """Other settings, another base: refused before the folder is taken over, so the live run ends as if alone."""
+    folder = tmp_path / "run"
+    world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
+    wait_for(lambda: has_step(folder, 3), "step 3")
+    other = Path(shutil.copytree(base.model, tmp_path / "other"))
+    edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
+    for changes, words in (({"rank": 4}, "with --rank 3, now it is 4"), ({"model": other}, "whose weights differ")):
+        line = run(base, folder, resume="auto", take_over=True, expect=2, **changes).error_line()
+        assert words in line
+    assert world.wait().status == 0
+    assert_same_run(folder, whole)
+
+
+def test_a_rank_0_that_dies_before_the_first_step_is_given_up(base: Base, tmp_path: Path) -> None:
+    """So that a start on another host need not wait until its time is over."""
+    folder = tmp_path / "run"
+    work = {"folder": tmp_path / "work", "cache": base.cache, "ranks": 2}
+    ended = run_ranks(base.arguments(output_dir=folder), prelude=die_as_rank_0_in_build, **work)
+    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] == 1, ended.tail()
+    run(base, folder, ranks=2, resume="auto", prelude=another_machine)
+    assert status(folder)["state"] == "finished"
+
+
+def die_as_rank_0_in_build() -> None:
+    import os
+
+    if os.environ["RANK"] == "0":
+        kill_at_call("megatron_tiedlora.training.build", "build_model")
+
+
+# Where rank 0 stands still: as it begins, in a save between the rename and `latest`, before it, as old checkpoints are
+# removed, as the best adapter is replaced, between two steps, in the export, and as the status is written.
 MOMENTS = {
+    "before its settings": ("megatron_tiedlora.training.session", "write_run_settings", 1),
+    "before its log": ("megatron_tiedlora.training.rank_log", "RankLog.kept", 1),
     "before latest": (RESUME, "write_text", 2),
     "in a save": (RESUME, "save_file", 3),
     "before a removal": (RESUME, "discard", 1),

@@ -14,46 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ownership_files import HINT, grow_old, leave_dead, names, take
 
 from megatron_tiedlora.checkpoint import ownership
-from megatron_tiedlora.checkpoint.atomic import discard, new_folder, remove_leftovers, write_text
-from megatron_tiedlora.checkpoint.output_folder import new_output, take_output, take_output_folder
+from megatron_tiedlora.checkpoint.atomic import remove_leftovers
 from megatron_tiedlora.checkpoint.ownership import (
     OWNER_FILE,
     STALE_SECONDS,
-    FolderLock,
     FolderTaken,
     OwnerLost,
-    take_folder,
 )
 from megatron_tiedlora.config.errors import UserError
-
-HINT = "wait for its end"
-
-
-def take(folder: Path, **keywords: Any) -> FolderLock:
-    return take_folder(folder, hint=HINT, **keywords)
-
-
-def names(folder: Path) -> set[str]:
-    return {item.name for item in folder.iterdir()}
-
-
-def leave_dead(folder: Path) -> str:
-    """A process takes the folder and is killed; returns its token."""
-    code = (
-        "import os, sys, pathlib; from megatron_tiedlora.checkpoint.ownership import take_folder;"
-        "take_folder(pathlib.Path(sys.argv[1]), hint=''); os.kill(os.getpid(), 9)"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)
-    assert result.returncode == -9
-    return (folder / OWNER_FILE).read_text()
-
-
-def grow_old(folder: Path, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(folder / OWNER_FILE, (then, then))
-
 
 # Who gets it --------------------------------------------------------------------------------------------------------
 
@@ -193,6 +164,40 @@ def test_file_systems_that_lack_something(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("since", ["1e300", "-1e300", "1e18", "-5", "NaN", '"x"'])
+def test_a_token_of_an_absurd_time(tmp_path: Path, since: str) -> None:
+    token = f'{{"start": "x", "host": "h", "pid": 1, "machine": "m", "since": {since}}}'
+    (tmp_path / OWNER_FILE).write_text(token)
+    with pytest.raises(FolderTaken, match="another start is at work here"):
+        take(tmp_path, resumes=True)
+    assert ownership.owner_in_words(tmp_path) is None
+
+
+def test_a_start_that_looks_in_vain_is_no_leftover_of_the_owner(tmp_path: Path) -> None:
+    """The owner's clean-up takes no other start's token away, which would then not know what to say."""
+    with take(tmp_path) as lock:
+        (tmp_path / ".owner-new-x").write_text("{}")
+        remove_leftovers(tmp_path, guard=lock.owner.check)
+        assert (tmp_path / ".owner-new-x").is_file() and ownership.is_of_owner(".owner-new-x")
+    old = time.time() - 2 * STALE_SECONDS
+    os.utime(tmp_path / ".owner-new-x", (old, old))
+    take(tmp_path).release()
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_that_somebody_else_has_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as `flock FOLDER rsync`, or a start that stands still: it is waited for a moment, and no longer."""
+    monkeypatch.setattr(ownership, "_LOCK_SECONDS", 0.2)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    started = time.monotonic()
+    with take(tmp_path), pytest.raises(FolderTaken):
+        take(tmp_path, resumes=True)
+    assert time.monotonic() - started < 5
+    os.close(descriptor)
+    assert names(tmp_path) == set()
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "x" * 100_000, '{"start": 1}', "\0"])
 def test_a_token_that_says_nothing(tmp_path: Path, content: str) -> None:
     """A start that was killed as it took the folder, or a stranger's file: free once it is old."""
@@ -258,126 +263,3 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, before: str) -> None:
             process.join(60)
         if before == "nothing":
             (tmp_path / OWNER_FILE).unlink()
-
-
-# What a former owner can change -------------------------------------------------------------------------------------
-
-
-class Stopped:
-    """A guard that is passed, and behind which the process stands still until another one has taken the folder over."""
-
-    def __init__(self, lock: FolderLock) -> None:
-        self.lock = lock
-        self.next: FolderLock | None = None
-
-    def __call__(self) -> None:
-        self.lock.owner.check()
-        if self.next is None:
-            self.next = take(self.lock.owner.folder, resumes=True, take_over=True)
-            remove_leftovers(self.lock.owner.folder, guard=self.next.owner.check)
-
-    def release(self) -> None:
-        assert self.next is not None
-        self.next.release()
-        self.lock.release()
-
-
-@pytest.mark.parametrize("what", ["file", "folder", "new folder", "removal", "leftovers"])
-@pytest.mark.parametrize("swaps", [True, False])
-def test_one_that_was_stopped_behind_its_check_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, swaps: bool
-) -> None:
-    if not swaps:
-        monkeypatch.setattr("megatron_tiedlora.checkpoint.atomic._exchange", lambda one, other: False)
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "x").write_text("old")
-    stopped = Stopped(take(tmp_path))
-    try:
-        if what == "removal":
-            discard(tmp_path / "folder", guard=stopped)
-        elif what == "leftovers":
-            remove_leftovers(tmp_path, guard=stopped)
-        elif what == "file":
-            with pytest.raises(UserError, match="cannot be written"):
-                write_text(tmp_path / "file", "new", guard=stopped)
-        else:
-            with (
-                pytest.raises(UserError),
-                new_folder(tmp_path / what.replace("new folder", "more"), guard=stopped) as folder,
-            ):
-                (folder / "x").write_text("new")
-        assert stopped.next is not None
-        stopped.next.owner.check()
-    finally:
-        stopped.release()
-    assert names(tmp_path) == {"file", "folder"}
-    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "old"
-
-
-def test_temporary_files_of_the_next_owner_stay(tmp_path: Path) -> None:
-    """A former owner that wakes up as it looks for leftovers finds those of the next one, and removes none."""
-    lock = take(tmp_path)
-    other = take(tmp_path, take_over=True)
-    (tmp_path / ".writing-x-1").write_text("the next one's")
-    with pytest.raises(OwnerLost):
-        remove_leftovers(tmp_path, guard=lock.owner.check)
-    assert (tmp_path / ".writing-x-1").is_file()
-    other.release()
-
-
-# Outputs ------------------------------------------------------------------------------------------------------------
-
-
-def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    output = tmp_path / "parent" / "out"
-    with new_output(output) as folder:
-        (folder / "file").write_text("x")
-        assert names(tmp_path / "parent") == {".out.partial"}
-        with pytest.raises(FolderTaken, match=r"\.out\.partial: a start on .* is at work here"):
-            take_output(output)
-    assert names(output.parent) == {"out"} and names(output) == {"file"}
-    with pytest.raises(ZeroDivisionError), new_output(tmp_path / "other" / "out") as folder:
-        (folder / "file").write_text("x")
-        _ = 1 / 0
-    assert names(tmp_path) == {"parent"}
-
-
-def test_what_a_killed_one_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    leave_dead(partial)
-    (partial / ".writing-out-0123abcd").mkdir()
-    (partial / ".writing-out-0123abcd" / "file").write_text("half")
-    with new_output(tmp_path / "out") as folder:
-        assert names(folder) == set()
-    assert names(tmp_path) == {"out"}
-
-
-def test_an_output_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out exists; give a new folder"), new_output(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").touch()
-    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"mine"}
-
-
-def test_an_output_that_was_taken_over(tmp_path: Path) -> None:
-    """The former maker wakes up within its work, or behind its last check."""
-    first = take_output(tmp_path / "out")
-    with pytest.raises(UserError), first.written() as folder:
-        (folder / "file").write_text("first")
-        with new_output(tmp_path / "out", take_over=True) as second:
-            (second / "file").write_text("second")
-    first.release()
-    assert names(tmp_path) == {"out"} and (tmp_path / "out" / "file").read_text() == "second"
-
-
-def test_default_names_pass_over_one_that_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    first, second = (take_output_folder(None, parent="out", name="x") for _ in range(2))
-    assert (str(first.path), str(second.path)) == ("out/x", "out/x-2")
-    with pytest.raises(FolderTaken):
-        take_output_folder("out/x", parent="out", name="x")
-    second.release()
-    first.release()
-    assert names(tmp_path) == set()

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +184,33 @@ def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path) -> Non
     assert "names 'step_6', which is no checkpoint" in line and "remove it to start from the beginning" in line
 
 
+def test_a_checkpoint_that_is_a_link_is_passed_over(native: NativeAdapter, tmp_path: Path) -> None:
+    for step in (2, 4):
+        save(tmp_path, native, step)
+    (tmp_path / "step_4").rename(tmp_path / "elsewhere")
+    (tmp_path / "step_4").symlink_to(tmp_path / "elsewhere")
+    found = find_newest_checkpoint(tmp_path)
+    assert found is not None and found.folder.name == "step_2" and "passed over step_4: is a link" in found.notes
+
+
+def test_what_cannot_be_read_now_is_not_passed_over(
+    native: NativeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk in trouble: the newest may be whole, and would be removed at a later save."""
+    for step in (2, 4):
+        save(tmp_path, native, step)
+    real = Path.open
+
+    def trouble(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if path.name == STATE and path.parent.name == "step_4":
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", trouble)
+    with pytest.raises(UserError, match=r"step_4/trainer_state\.safetensors: .*Input/output error"):
+        find_newest_checkpoint(tmp_path)
+
+
 @pytest.mark.distributed
 def test_a_broken_best_one_is_said_and_made_anew(base: Base, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -205,7 +233,8 @@ def test_a_run_that_went_back_continues_from_there(base: Base, stopped: Path, fr
     run(base, folder, resume=four, prelude=partial(kill_at_step, 5, 9), expect=-9)
     assert checkpoint_names(folder) == {"step_2", "step_4", "step_6"}
     ended = run(base, folder, resume="auto")
-    assert "resumed from step 4" in ended.outputs[0] and "note " not in ended.outputs[0]
+    assert "resumed from step 4" in ended.outputs[0]
+    assert "note       passed over step_6: is later than what latest names" in ended.outputs[0]
     assert_same_run(folder, from_four)
 
 

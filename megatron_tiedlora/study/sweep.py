@@ -37,17 +37,17 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
             was told to stop and has ended: a file that cannot be written, a launcher that cannot be started.
     """
     command = parse_sweep(argv)
-    if command.settings.tables_from is not None:
-        settings = command.settings
+    settings = command.settings
+    if settings.tables_from is not None:
         return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)
     plan = plan_sweep(command)
-    if command.settings.dry_run:
+    if settings.dry_run:
         show(*plan.dry_run_lines())
         return 0
     plan.source.weights_folder()  # refuses a shape
     start, slots = starter(), plan.slots()
     refuse_left_behind(plan.folder.path)  # before the folder is taken from anybody, and again when it is
-    with lock_study(plan.folder.path, take_over=command.settings.take_over) as lock, StopSignals() as stop:
+    with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
         folder = StudyFolder(plan.folder.path, lock.owner)
         plan = replace(plan, folder=folder)
         refuse_left_behind(folder.path)
