@@ -56,6 +56,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
         built.stage.adapter.load_full(load_file(case["start"]))
     runner = build.start_engine(plan, built, device, None)
     if rank == 0:
+        folder.path.mkdir(parents=True)
         session.write_run_settings(plan, folder)
     log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
     meter = Meter(plan.source.config, plan.adapter, Peak(1e9, "made up"))
