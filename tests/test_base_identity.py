@@ -24,6 +24,7 @@ from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
 from megatron_tiedlora.model.families.llama import weight_rules
 
@@ -329,6 +330,32 @@ def test_an_older_adapter_keeps_the_old_check_and_says_so(
     edit_tensors(model / "model.safetensors", lambda tensors: tensors[NORM].normal_())
     with pytest.raises(UserError, match="whose weights differ"):
         merge(tmp_path, model, tmp_path / "output2")
+
+
+def test_tokens_that_a_config_adds_count(base: Base, tmp_path: Path) -> None:
+    """Beside the vocabulary, which stays as it is; those that it lists already do not."""
+    folder = Path(shutil.copytree(base.model, tmp_path / "model"))
+    before = tokenizer_hash(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for change, same in (
+        ({"added_tokens_decoder": {"259": {"content": "Answer"}}}, False),
+        ({"extra_special_tokens": ["Answer"]}, False),
+        ({"additional_special_tokens": [{"content": "Answer"}]}, False),
+        ({"added_tokens_decoder": {"2": {"content": "</s>"}}, "extra_special_tokens": ["<s>"]}, True),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, **change}))
+        listed = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        assert {token["content"] for token in listed} >= {"<s>", "</s>"}
+        assert (tokenizer_hash(folder) == before) == same, change
+
+
+@pytest.mark.parametrize("files", [["../secret/tokenizer.1.0.0.json"], ["tokenizer.1.0.0.json"]])
+def test_a_config_names_no_other_tokenizer_file(base: Base, tmp_path: Path, files: list[str]) -> None:
+    """transformers would read it in place of the folder's own."""
+    folder = Path(shutil.copytree(base.model, tmp_path / "model"))
+    edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=files)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: fast_tokenizer_files .* names another file"):
+        load_tokenizer(folder)
 
 
 def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Path) -> None:

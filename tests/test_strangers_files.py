@@ -231,3 +231,11 @@ def test_a_tokenizers_settings_name_no_other_file(secret: Path, tmp_path: Path, 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"tokenizer_config\.json: {key} '.*key.jinja' names another file"):
         load_tokenizer(folder)
+
+
+def test_weights_that_are_a_link_out_of_the_folder_are_not_merged(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "secret" / "private.safetensors")
+    (folder / "model.safetensors").symlink_to("../secret/private.safetensors")
+    assert "model.safetensors: leads to" in refused_merge(model, folder, tmp_path / "output")

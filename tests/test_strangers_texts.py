@@ -210,7 +210,7 @@ def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
         with bounded():
             rule(long)
     for name, metric in METRICS.items():
-        # The libraries of these two are linear too, but take microseconds for a character.
+        # The libraries that cut these two into words are linear too, but take microseconds for a character.
         reference = long[: MEGABYTE // 5] if name in ("bleu", "rougeL") else long
         example = Example("p", " x", "r:1", references=(reference, "#### 12"), choices=(reference, "other"))
         with bounded():

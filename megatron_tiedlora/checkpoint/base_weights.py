@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, read_runs
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import WeightRule
@@ -81,6 +81,7 @@ class BaseWeights:
         self._files = weight_map(folder)
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
+        self._headers: dict[Path, Header] = {}
         names = {name for rule in self.rules for name in rule.hf_names} | {_HEAD}
         for file in sorted({self._files[name] for name in names if name in self._files}):
             self._readers[file] = self._open.enter_context(open_weights(file))
@@ -128,7 +129,10 @@ class BaseWeights:
 
         They are for comparisons, so they do not count as read.
         """
-        return read_runs(self._files[name], name, count=SAMPLED_RUNS, length=RUN_LENGTH)
+        file = self._files[name]
+        if file not in self._headers:
+            self._headers[file] = read_header(file)
+        return read_runs(file, self._headers[file], name, count=SAMPLED_RUNS, length=RUN_LENGTH)
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype."""

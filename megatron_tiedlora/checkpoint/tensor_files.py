@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from megatron_tiedlora.checkpoint.checksums import check_file
 from megatron_tiedlora.config.errors import UserError, as_given, shown
 
 LARGEST_HEADER = 2**23  # bytes; an adapter of every linear of the deepest model has a tenth of it
+_MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,8 +43,8 @@ def read_tensors(
     with _opened(file) as stream:
         header = _read_header(file, stream)
         _check_header(file, header, shapes)
-        bytes_of = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in header.values())
-        expected = stream.tell() + sum(bytes_of)
+        entries = header.entries.values()
+        expected = header.begin + sum(FLOAT_TYPES[e["dtype"]].itemsize * math.prod(e["shape"]) for e in entries)
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
@@ -56,21 +58,39 @@ def read_tensors(
     return {name: _fp32(file, name, stored[name]) for name in shapes}
 
 
-def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, as its header has them.
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says.
+
+    Attributes:
+        entries: by tensor's name: `dtype`, `shape` and `data_offsets`, in bytes from `begin`.
+        begin: where the values begin.
+    """
+
+    entries: Mapping[str, Any]
+    begin: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By tensor's name."""
+        return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
+
+
+def read_header(file: Path) -> Header:
+    """The header of a file.
 
     Raises:
-        UserError: it has no header of any sense, or is cut short.
+        UserError: there is none of any sense, or the file is cut short.
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
-        end = stream.tell() + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
         if (size := os.fstat(stream.fileno()).st_size) != end:
             raise UserError(f"{file}: not a whole safetensors file ({size:,} of {end:,} bytes are there)")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return header
 
 
-def read_runs(file: Path, name: str, *, count: int, length: int) -> torch.Tensor:
+def read_runs(file: Path, header: Header, name: str, *, count: int, length: int) -> torch.Tensor:
     """Values of one tensor of a file: `count` runs of `length` neighbours, spread evenly from its first value to its
     last; all values, where there are no more than that.
 
@@ -79,8 +99,8 @@ def read_runs(file: Path, name: str, *, count: int, length: int) -> torch.Tensor
     Raises:
         UserError: no whole safetensors file, or no tensor of that name and of floating point.
     """
+    entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
-        entry, begin = _read_header(file, stream).get(name), stream.tell()
         if entry is None or entry["dtype"] not in FLOAT_TYPES:
             raise UserError(f"{file}: {name} is missing, or not floating point")
         dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
@@ -110,8 +130,8 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: not a whole safetensors file ({error.strerror or error})") from None
 
 
-def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
-    """The header without its metadata: {name: {"dtype", "shape", ...}}, of plausible kinds."""
+def _read_header(file: Path, stream: BinaryIO) -> Header:
+    """The header without its metadata, of plausible kinds."""
     length = int.from_bytes(stream.read(8), "little")
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
@@ -121,25 +141,30 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("its header is no table of tensors")
         content.pop("__metadata__", None)
+        if len(content) > _MOST_TENSORS:
+            raise ValueError(f"a header of {len(content):,} tensors")
         for name, entry in content.items():
             sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
-            if not isinstance(entry["dtype"], str) or any(type(size) is not int or size < 0 for size in sizes):
+            if not isinstance(entry["dtype"], str) or any(
+                type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in sizes
+            ):
                 raise ValueError(f"the header's entry {shown(name)} is of another kind")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
-    return content
+    return Header(content, 8 + length)
 
 
-def _check_header(file: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_header(file: Path, header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    entries = header.entries
     for name, shape in shapes.items():
-        if name not in header:
+        if name not in entries:
             raise UserError(f"{file}: tensor {name} is missing")
-        found = tuple(header[name]["shape"])
+        found = tuple(entries[name]["shape"])
         if found != shape:
             raise UserError(f"{file}: {name} has shape {shown(found)}, expected {shape}")
-        if header[name]["dtype"] not in FLOAT_TYPES:
-            raise UserError(f"{file}: {name} is {as_given(header[name]['dtype'])}, not floating point")
-    for name in header:
+        if entries[name]["dtype"] not in FLOAT_TYPES:
+            raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
+    for name in entries:
         if name not in shapes:
             raise UserError(f"{file}: holds a tensor {shown(name)} that does not belong there")
 

@@ -34,6 +34,7 @@ from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
+_COMMAND_LINE_ONLY = ("take_over", "base_differs")  # what a user decides at one start
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -125,6 +126,8 @@ def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, An
     if RECORD_MARK in content:
         content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
     for name in content:
+        if name in _COMMAND_LINE_ONLY:
+            raise UserError(f"{path}: {name} is not read from a file; give --{name} on the command line")
         if name not in kind.model_fields:
             near = nearest_name(name, kind.model_fields) if isinstance(name, str) else ""
             raise UserError(f"{path}: unknown setting {shown(name)}{near}")

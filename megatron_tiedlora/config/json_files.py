@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.config.text_files import LARGEST_TEXT, read_small_text
 
 # Kinds of fields of `read_fields`: nothing is converted, and a number is finite.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
@@ -23,11 +23,11 @@ Text = Annotated[str, Field(strict=True)]
 Fields = TypeVar("Fields")
 
 
-def read_json_object(file: Path, *, kind: str) -> dict[str, Any]:
+def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
     """The object in `file`. Raises UserError naming the file; where it is missing, also what was expected (`kind`)."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
-    text = read_small_text(file, kind="JSON")
+    text = read_small_text(file, kind="JSON", largest=largest)
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except RecursionError:

@@ -254,7 +254,7 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
     config, shapes = source.config, {}
-    for key, found in read_header(file).items():
+    for key, found in read_header(file).shapes.items():
         match = _KEY.fullmatch(key)
         if match is None:
             parts = ", ".join(_PARTS)

@@ -84,6 +84,7 @@ def merge_adapter(
         say(note)
     wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
+    side_files(folder, sorted({file.name for file in files.values()}))  # no links out of the folder here either
     updates = _updates(source, adapter)
     with new(output) as temporary:
         total_size = 0

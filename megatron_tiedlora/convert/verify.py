@@ -22,9 +22,10 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights,
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.config.errors import UserError, printable
 from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
 from megatron_tiedlora.pipeline.stage import Stage
 
@@ -107,7 +108,7 @@ def verify_export(
     """
     stored = {} if merged is None else _stored_types(source, merged)
     if peft is not None:
-        _check_peft(peft)
+        _check_peft(peft, source)
     tokens = probe_tokens(source.config.vocab_size)
     count = 1 + (merged is not None) + (peft is not None)
     bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
@@ -177,11 +178,12 @@ def _fold_and_round(
             block.copy_(block.to(stored[name]))
 
 
-def _check_peft(folder: Path) -> None:
+def _check_peft(folder: Path, source: ModelSource) -> None:
+    """Raise UserError where PEFT is not there, or is to be given what this version would not read itself."""
     content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
     if "peft_type" not in content:
         raise UserError(f"{folder}: this is no PEFT adapter; make one with tools/export_peft.py")
-    read_header(folder / "adapter_model.safetensors")
+    load_peft_adapter(folder, source)
     if importlib.util.find_spec("peft") is None:
         raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
 
@@ -200,7 +202,11 @@ def _transformers_logits(
     with _quiet_transformers():
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # and not what a config may name, which may be code of a hub
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many kinds; each means that their users cannot load it either

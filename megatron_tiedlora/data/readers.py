@@ -22,7 +22,8 @@ _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 
 # No model reads a sample of the first size, and its JSON becomes some hundred MB of objects at most; a .json file is
 # read whole, into several times its size.
-_LONGEST_LINE, _LARGEST_JSON = 2**24, 2**30  # bytes
+_LONGEST_LINE, _LARGEST_JSON = 2**24, 2**28  # bytes
+_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # texts take one to four times their bytes, lists of many small objects more
 # Of a parquet file as Python objects. Text shrinks 3 to 20 times by compression, and becomes up to 4 bytes a character;
 # the constant is for small files of many short rows.
 _PARQUET_MEMORY, _PARQUET_RATIO = 2**28, 100
@@ -169,7 +170,14 @@ def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
 def _read_json(path: Path, *, limit: int | None) -> list[Row]:
     if path.stat().st_size > _LARGEST_JSON:
         raise UserError(f"{path}: is larger than {_LARGEST_JSON:,} bytes; write it as .jsonl, which is read by lines")
-    content = _parse_json(_json_bytes(path), str(path))
+    memory = _JSON_MEMORY + _JSON_RATIO * path.stat().st_size
+    try:
+        with limited(memory=memory):
+            content = _parse_json(_json_bytes(path), str(path))
+    except MemoryError:
+        content = None
+    if content is None:
+        raise UserError(f"{path}: needs more than {memory:,} bytes; write it as .jsonl, which is read by lines")
     if content is _BLANK:
         return []
     if isinstance(content, dict) and isinstance(content.get("data"), list):

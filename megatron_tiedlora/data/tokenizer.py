@@ -138,8 +138,8 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
             _check_size(file)
     settings = folder / "tokenizer_config.json"
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
-    for name in ("vocab", "merges"):  # transformers reads the file of that name, wherever it is
-        if isinstance(given.get(name), str):
+    for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers reads the file of that name, wherever it is
+        if isinstance(given.get(name), str) or (name == "fast_tokenizer_files" and given.get(name)):
             raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
     if (folder / "tokenizer.json").is_file():
         return _guarded(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,24 @@ def _settings(folder: Path) -> dict[str, Any]:
     chat = read_small_text(template) if template.is_file() else found.get("chat_template")
     tokens = {role: found.get(role) for role in ("bos_token", "eos_token")}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
-    return {**texts, "chat_template": chat}
+    return {**texts, "chat_template": chat, "added": _added(folder, found)}
+
+
+def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
+    """Tokens that the configs add to those of the vocabulary, which change how a text is cut; None without any."""
+    file, known = folder / "tokenizer.json", set[str]()
+    if file.is_file():
+        content = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER)
+        listed = content.get("added_tokens")
+        known = {str(token.get("content")) for token in listed or () if isinstance(token, dict)}
+    entries: list[Any] = []
+    for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        value = found.get(name)
+        entries += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    more = folder / "added_tokens.json"
+    entries += read_json_object(more, kind="added tokens") if more.is_file() else ()
+    texts = {str(entry.get("content") if isinstance(entry, dict) else entry) for entry in entries}
+    return sorted(texts - known) or None
 
 
 def _hash(files: list[Path], settings: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
 from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
-from megatron_tiedlora.training.run_folder import save_figure
+from megatron_tiedlora.training.run_folder import plain_figures, save_figure
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that differ also for eyes that tell red and green apart badly, and marks that differ too.
@@ -101,11 +101,9 @@ def _mean_base(studies: Sequence[Study]) -> float | None:
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    plain_figures()
     columns = min(count, 3)
     rows = -(-count // columns)
     figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows + 0.5), dpi=130, squeeze=False)

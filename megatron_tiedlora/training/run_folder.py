@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.training.rank_log import LOGS_FOLDER
 
 State = Literal["finished", "stopped", "failed"]
+_LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
 _BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
 
 
@@ -236,7 +238,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return []
     try:
         with file.open("rb") as stream:
-            return [row for row in map(metrics_row, stream) if row is not None]
+            lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # of a longer one each piece is no row
+            return [row for row in map(metrics_row, islice(lines, _MOST_ROWS)) if row is not None]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
 
@@ -262,11 +265,9 @@ def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
     """Draw training and validation loss over steps into a PNG. Raises UserError where it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    plain_figures()
     rows = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
     for split, style in (
@@ -283,6 +284,14 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
     axes.legend()
     figure.tight_layout()
     save_figure(figure, target, guard=guard)
+
+
+def plain_figures() -> None:
+    """Draw without a screen, and by matplotlib's defaults: a matplotlibrc in the current folder could start programs."""
+    import matplotlib
+
+    matplotlib.rcdefaults()
+    matplotlib.use("Agg")
 
 
 def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
