@@ -287,7 +287,7 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
 
 
 def plain_figures() -> None:
-    """Draw without a screen, and by matplotlib's defaults: a matplotlibrc in the current folder could start programs."""
+    """Draw without a screen, and by its defaults: a matplotlibrc in the current folder could start programs."""
     import matplotlib
 
     matplotlib.rcdefaults()
