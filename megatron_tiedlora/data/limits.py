@@ -24,8 +24,8 @@ def limited(*, memory: int, seconds: float | None = None) -> Iterator[None]:
     """Let the block ask for at most `memory` further bytes, and take `seconds` of this thread's processor time.
 
     The time is looked at between two steps of Python and in long loops of `re` and of whole numbers: one call of
-    another built-in function ends first, and what it can do in that time is bounded by the memory. Only the main thread
-    can be limited in time.
+    another built-in function ends first, however long it takes with the memory that it has. Only the main thread can be
+    limited in time.
 
     Raises:
         MemoryError: it asked for more memory.
