@@ -6,15 +6,16 @@ Each ends within 2 s of a processor and 1 GB in one line, and what is ordinary i
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import re
 import resource
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fuzzing import bounded, outcome
 from task_files import refusal, write
@@ -24,11 +25,10 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.chat_template import render_turns
+from megatron_tiedlora.data.chat_template import opened_template
 from megatron_tiedlora.data.encode import decode_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.fields import one_line
-from megatron_tiedlora.data.limits import limited
 from megatron_tiedlora.data.readers import read_lines, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks.hellaswag import clean
@@ -242,6 +242,12 @@ BOMBS = {
     "padded": ("{{ '%9999999999d'|format(1) }}", "more than 268,435,456 bytes"),
     "replaced": ("{{ ('x' * 10**8)|replace('x', 'xxxx') }}", "more than"),
     "long": ("{{ 'x' * 300000 }}", "makes 300,000 characters of these messages, where 100,140 are the most"),
+    "compared": (
+        "{% set a = messages[0].content * 400000 %}{% set b = messages[0].content * 400000 %}"
+        "{{ ([a] * 3000000) == ([b] * 3000000) }}",
+        "more than 1 s",
+    ),
+    "replaced often": ("{{ ('a' * 500)" + "|replace('a', 'aa')" * 60 + " }}", "more than"),
     "for ever in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
 }
 TURNS = [{"role": "user", "content": "How many?!"}]
@@ -254,38 +260,52 @@ def chat(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_chat_template_has_an_end(tmp_path: Path, chat: Any, name: str) -> None:
+    """Whatever it does; the conversations after it are answered, by a process of their own, and none is left."""
     chat.chat_template, said = BOMBS[name]
-
-    def mine(_number: int, _frame: object) -> None:
-        raise AssertionError("no timer was set")
-
-    before = signal.signal(signal.SIGPROF, mine)
-    signal.setitimer(signal.ITIMER_PROF, 1000.0, 7.0)
-    try:
+    children = psutil.Process().children()
+    started = time.monotonic()
+    with opened_template(chat) as template:
+        assert template is not None
         with bounded():
-            message = refusal(lambda: render_turns(TURNS, "a.jsonl:1", chat))
-        left, interval = signal.setitimer(signal.ITIMER_PROF, 0)
-        assert signal.getsignal(signal.SIGPROF) == mine and 900 < left <= 1001 and interval == pytest.approx(7.0)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-    assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
+            message = refusal(lambda: template.render(TURNS, "a.jsonl:1"))
+        assert time.monotonic() - started < 30  # of a busy machine
+        assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
+        assert refusal(lambda: template.render(TURNS, "a.jsonl:2")).startswith("a.jsonl:2: ")
+    assert psutil.Process().children() == children
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_a_long_conversation_is_rendered(chat: Any) -> None:
     chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    turns = [{"role": "user", "content": "x" * MEGABYTE}] * 10
-    assert render_turns(turns, "a.jsonl:1", chat) == f"<user>{'x' * MEGABYTE}" * 10 + "<assistant>"
+    turns = [{"role": "user", "content": "x\ud800" + "é" * MEGABYTE}] * 5
+    with opened_template(chat) as template:
+        assert template is not None
+        for _ in range(3):
+            expected = f"<user>{turns[0]['content']}" * 5 + "<assistant>"
+            assert template.render(turns, "a.jsonl:1") == expected
 
 
-def test_the_time_of_other_work_is_not_counted() -> None:
-    """Limits come one after another, each with its own time."""
-    for _ in range(3):
-        with limited(memory=2**29, seconds=0.5):
-            end = time.thread_time() + 0.3
-            while time.thread_time() < end:
-                pass
+def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
+    """Also where it is busy for ever and ours is killed."""
+    chat.chat_template = BOMBS["power"][0]
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe()
+
+    def work() -> None:
+        with opened_template(chat) as template:
+            assert template is not None
+            template._start()
+            assert template._process is not None
+            writer.send(template._process.pid)
+            template.render(TURNS, "a.jsonl:1")
+
+    ours = context.Process(target=work)
+    ours.start()
+    theirs = psutil.Process(reader.recv())
+    time.sleep(0.3)
+    ours.kill()
+    ours.join(10)
+    theirs.wait(10)
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------------

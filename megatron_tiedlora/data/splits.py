@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.data.chat_template import ChatTemplate, opened_template
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.fields import checked_text, describe_fields, is_text
 from megatron_tiedlora.data.order import permutation
@@ -55,7 +56,8 @@ def load_split(
     rows = _split_rows(entry, split, files=files, seed=seed)
     template = _check_template(prompt_template) if prompt_template else None
     samples = [[row] for row in rows] if split == "train" else _merged(entry, rows)
-    return [_to_example(entry, sample, template, tokenizer) for sample in samples[:limit]]
+    with opened_template(tokenizer) as chat:
+        return [_to_example(entry, sample, template, chat) for sample in samples[:limit]]
 
 
 def read_split(
@@ -160,9 +162,9 @@ def _read_all(task: Task, split: Split, *, files: Files) -> list[Row]:
 # Prompts ----------------------------------------------------------------------------------------------------
 
 
-def _to_example(task: Task, rows: Sequence[Row], template: str | None, tokenizer: Any) -> Example:
+def _to_example(task: Task, rows: Sequence[Row], template: str | None, chat: ChatTemplate | None) -> Example:
     """The example of a sample: the prompt and the answer of its first row, the references of all."""
-    parts = [_parts(task, row, source, tokenizer) for row, source in rows]
+    parts = [_parts(task, row, source, chat) for row, source in rows]
     first, source = parts[0], rows[0][1]
     if template is not None:
         prompt = _fill(template, first.fields, source)
@@ -180,13 +182,13 @@ def _to_example(task: Task, rows: Sequence[Row], template: str | None, tokenizer
     )
 
 
-def _parts(task: Task, row: Mapping[str, Any], source: str, tokenizer: Any) -> Parts:
+def _parts(task: Task, row: Mapping[str, Any], source: str, chat: ChatTemplate | None) -> Parts:
     for name in task.fields:
         if row.get(name) is None:
             expected = ", ".join(repr(field) for field in task.fields)
             found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
             raise UserError(f"{found}, and task {task.name} reads {expected}")
-    parts = task.parts(row, source, tokenizer)
+    parts = task.parts(row, source, chat)
     if not parts.answers:
         raise UserError(f"{source}: the row has no answer; every row needs at least one")
     return parts

@@ -52,7 +52,7 @@ class Task:
     name: that of its file.
     fields: what every row must have, for messages too; empty where rows have several shapes.
     template: the prompt with {field} names; empty where `parts` builds the prompt itself.
-    parts: (row, source, tokenizer) -> `Parts`; raises UserError naming source and field.
+    parts: (row, source, chat template or None) -> `Parts`; raises UserError naming source and field.
     metrics: names of scores in the evaluation package; the first is the task's own.
     stop: a prediction ends before this text; None where only end-of-sequence ends it.
     hub: the task's own rows; None where there are none but the user's.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.data.chat_template import render_turns
+from megatron_tiedlora.data.chat_template import ChatTemplate
 from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text, required_texts, without
 from megatron_tiedlora.data.task import Parts, Task
 
@@ -28,13 +28,13 @@ _ALPACA = (
 )
 
 
-def _parts(row: Mapping[str, Any], source: str, tokenizer: Any) -> Parts:
+def _parts(row: Mapping[str, Any], source: str, chat: ChatTemplate | None) -> Parts:
     """The template's fields are the row's own without the answers, and `prompt`: what would be used without one.
 
     Raises UserError naming source, the fields it has and the shapes, or the field that is empty.
     """
     if "messages" in row:
-        prompt, answer = _from_messages(row["messages"], source, tokenizer)
+        prompt, answer = _from_messages(row["messages"], source, chat)
         answer_field = "messages"
     elif "instruction" in row and "output" in row:
         prompt, answer = _from_alpaca(row, source)
@@ -61,7 +61,7 @@ def _from_alpaca(row: Mapping[str, Any], source: str) -> tuple[str, str]:
     return template.format(instruction=instruction, input=context), answer
 
 
-def _from_messages(messages: Any, source: str, tokenizer: Any) -> tuple[str, str]:
+def _from_messages(messages: Any, source: str, chat: ChatTemplate | None) -> tuple[str, str]:
     """The last message, which must be the assistant's, is the answer; all before it are the prompt."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise UserError(f"{source}: field 'messages' is not a list of at least two messages")
@@ -73,12 +73,12 @@ def _from_messages(messages: Any, source: str, tokenizer: Any) -> tuple[str, str
         turns.append({name: required_text(message, name, place) for name in ("role", "content")})
     if turns[-1]["role"] != "assistant":
         raise UserError(f"{source}: the last message is from {turns[-1]['role']!r}, not from 'assistant'")
-    return _render_turns(turns[:-1], source, tokenizer), turns[-1]["content"]
+    return _render_turns(turns[:-1], source, chat), turns[-1]["content"]
 
 
-def _render_turns(turns: list[dict[str, str]], source: str, tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None):
-        return render_turns(turns, source, tokenizer)
+def _render_turns(turns: list[dict[str, str]], source: str, chat: ChatTemplate | None) -> str:
+    if chat is not None:
+        return chat.render(turns, source)
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return "\n".join([*lines, "Assistant:"])
 
