@@ -6,16 +6,13 @@ Each ends within 2 s of a processor and 1 GB in one line, and what is ordinary i
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import re
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from fuzzing import bounded, outcome
 from task_files import refusal, write
@@ -25,7 +22,6 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.chat_template import opened_template
 from megatron_tiedlora.data.encode import decode_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.fields import one_line
@@ -227,85 +223,6 @@ def test_rows_of_a_megabyte(tmp_path: Path) -> None:
         file = write(tmp_path / "b.jsonl", json.dumps(row))
         (sample,) = load_split("hellaswag", "test", files={"test": file}, seed=0)
     assert sample.prompt == "a: " + "[" * MEGABYTE
-
-
-# Chat templates ----------------------------------------------------------------------------------------------------
-
-GROWING = "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-BOMBS = {
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
-    "repeated": ("{{ 'x' * 10**9 }}", "more than 268,435,456 bytes"),
-    "repeated in a loop": ("{% for a in range(99999) %}{% set x = 'x' * 10**8 %}{% endfor %}", "more than"),
-    "power": ("{{ 9**(10**8) > 1 }}", "more than 1 s"),
-    "doubled": (GROWING + "{{ ns.x|length }}", "more than 268,435,456 bytes"),
-    "printed": ("{% for a in range(99999) %}{% for b in range(999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "more"),
-    "padded": ("{{ '%9999999999d'|format(1) }}", "more than 268,435,456 bytes"),
-    "replaced": ("{{ ('x' * 10**8)|replace('x', 'xxxx') }}", "more than"),
-    "long": ("{{ 'x' * 300000 }}", "makes 300,000 characters of these messages, where 100,140 are the most"),
-    "compared": (
-        "{% set a = messages[0].content * 400000 %}{% set b = messages[0].content * 400000 %}"
-        "{{ ([a] * 3000000) == ([b] * 3000000) }}",
-        "more than 1 s",
-    ),
-    "replaced often": ("{{ ('a' * 500)" + "|replace('a', 'aa')" * 60 + " }}", "more than"),
-    "for ever in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-}
-TURNS = [{"role": "user", "content": "How many?!"}]
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Any:
-    return load_tokenizer(write_tiny_tokenizer(tmp_path / "tokenizer"))
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_chat_template_has_an_end(tmp_path: Path, chat: Any, name: str) -> None:
-    """Whatever it does; the conversations after it are answered, by a process of their own, and none is left."""
-    chat.chat_template, said = BOMBS[name]
-    children = psutil.Process().children()
-    started = time.monotonic()
-    with opened_template(chat) as template:
-        assert template is not None
-        with bounded():
-            message = refusal(lambda: template.render(TURNS, "a.jsonl:1"))
-        assert time.monotonic() - started < 30  # of a busy machine
-        assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
-        assert refusal(lambda: template.render(TURNS, "a.jsonl:2")).startswith("a.jsonl:2: ")
-    assert psutil.Process().children() == children
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-
-
-def test_a_long_conversation_is_rendered(chat: Any) -> None:
-    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    turns = [{"role": "user", "content": "x\ud800" + "é" * MEGABYTE}] * 5
-    with opened_template(chat) as template:
-        assert template is not None
-        for _ in range(3):
-            expected = f"<user>{turns[0]['content']}" * 5 + "<assistant>"
-            assert template.render(turns, "a.jsonl:1") == expected
-
-
-def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
-    """Also where it is busy for ever and ours is killed."""
-    chat.chat_template = BOMBS["power"][0]
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe()
-
-    def work() -> None:
-        with opened_template(chat) as template:
-            assert template is not None
-            template._start()
-            assert template._process is not None
-            writer.send(template._process.pid)
-            template.render(TURNS, "a.jsonl:1")
-
-    ours = context.Process(target=work)
-    ours.start()
-    theirs = psutil.Process(reader.recv())
-    time.sleep(0.3)
-    ours.kill()
-    ours.join(10)
-    theirs.wait(10)
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------------
