@@ -228,6 +228,11 @@ def test_rows_of_a_megabyte(tmp_path: Path) -> None:
 # Tokenizers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def chat(tmp_path: Path) -> Any:
+    return load_tokenizer(write_tiny_tokenizer(tmp_path / "tokenizer"))
+
+
 def with_rule(folder: Path, pattern: str, place: str) -> Path:
     """A tokenizer with a rule of a stranger's regular expression."""
     file = write_tiny_tokenizer(folder) / "tokenizer.json"
