@@ -58,7 +58,7 @@ def is_free(folder: Path) -> bool:
 def test_two_starts_with_one_folder(base: Base, whole: Path, tmp_path: Path, gap: float, resume: str) -> None:
     folder, worlds = tmp_path / "run", []
     for rate in (2e-2, 1e-3):  # whoever comes first: the settings beside a result are its own
-        prelude = slow_steps if not worlds else None
+        prelude = partial(all_of, *[slow_steps] * (1 + round(gap))) if not worlds else None
         work = tmp_path / f"work{len(worlds)}"
         worlds.append(start(base, work, output_dir=folder, learning_rate=rate, resume=resume, prelude=prelude))
         time.sleep(gap if len(worlds) == 1 else 0)
@@ -296,8 +296,10 @@ def test_twenty_random_moments(base: Base, whole: Path, tmp_path: Path) -> None:
         old = start(base, tmp_path / f"old{number}", output_dir=folder, prelude=slow_steps)
         wait_for(lambda: (folder / "run.yaml").is_file(), "the run's settings")  # noqa: B023
         time.sleep(draw.uniform(0, 4.5))
-        old.signal(signal.SIGSTOP)
-        if is_stopped(old)():
+        if old.processes[0].exitcode is None:
+            old.signal(signal.SIGSTOP)
+            wait_for(lambda: is_stopped(old)() or old.processes[0].exitcode is not None, "the stop")  # noqa: B023
+        if old.processes[0].exitcode is None:
             run(base, folder, resume="auto", take_over=True)
             assert_same_run(folder, whole)
             wake(old, folder)
