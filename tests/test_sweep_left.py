@@ -19,12 +19,14 @@ import pytest
 from run_helpers import Base
 from sweep_runs import study_arguments, write_study_base
 
+from megatron_tiedlora.checkpoint.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
+from megatron_tiedlora.training.run_folder import take_run_folder
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,20 @@ def test_which_processes_are_at_work_in_a_study(
 
 
 # Errors of the sweep's own --------------------------------------------------------------------------------------------
+
+
+def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Path) -> None:
+    """Whoever comes second is told who is there: a sweep beside a run that has just begun, and a run beside a sweep."""
+    folder = tmp_path / "out"
+    with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=r"out: a start on .* is at work here"):
+        sweep(study_arguments(*study, folder), lambda: no_start)
+    assert not folder.exists() and run_s.owner.folder == folder
+    with lock_study(folder), pytest.raises(UserError, match=r"out: a start on .* is at work here .* --take_over"):
+        take_run_folder(str(folder), name="x", resume="auto")
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text("methods: [tl6]\n")
+    with pytest.raises(UserError, match="holds other files; give a new folder"):
+        take_run_folder(str(folder), name="x", resume="auto")
 
 
 def test_what_cannot_be_started_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -181,6 +181,7 @@ def take_folder(
     resumes: bool = False,
     take_over: bool = False,
     removed_after: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> FolderLock:
     """Become the owner of a folder, which is made where it is not there.
 
@@ -192,6 +193,7 @@ def take_folder(
         hint: what a user can do where it is owned, for the message.
         new: the folder must not be there yet.
         take_over: take it whoever owns it.
+        before: called before the folder is taken from a start that is or was there; an error leaves it that one's.
         removed_after: `release` removes it where it is empty, whoever made it.
 
     Raises:
@@ -209,7 +211,7 @@ def take_folder(
         with suppress(OSError):  # a file system without locks: the token's time alone counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with _one_at_a_time(folder):
-            _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint)
+            _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         return FolderLock(Owner(folder, token.start), descriptor, (folder, *made[1:]) if removed_after else made)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -248,7 +250,9 @@ def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     return tuple(made)
 
 
-def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str) -> None:
+def _put_token(
+    temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]
+) -> None:
     """Give `temporary`, which holds a token, the name OWNER_FILE where the folder may be taken."""
     folder = temporary.parent
     place = folder / OWNER_FILE
@@ -257,6 +261,7 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str) ->
     except OSError:  # there is one, or no such links
         if not take_over:
             _refuse_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
+        before()
         os.replace(temporary, place)
     else:
         temporary.unlink()

@@ -6,9 +6,10 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -109,9 +110,17 @@ def run_name(settings: Settings) -> str:
 
 
 def take_run_folder(
-    output_dir: str | None, *, name: str, resume: str, take_over: bool = False
+    output_dir: str | None,
+    *,
+    name: str,
+    resume: str,
+    take_over: bool = False,
+    before: Callable[[RunFolder], None] = lambda folder: None,
 ) -> tuple[RunFolder, FolderLock]:
     """Choose the folder of a run, and become its owner; a new folder is made. Arguments as in `choose_run_folder`.
+
+    Args:
+        before: called before the folder is taken from a start that is or was there, which an error leaves as it is.
 
     Raises:
         UserError: as there; or another start owns the folder, and `take_over` was not given.
@@ -125,6 +134,7 @@ def take_run_folder(
                 new=not folder.path.exists(),
                 resumes=resume != "none",
                 take_over=take_over,
+                before=partial(before, folder),
                 hint=f"wait for its end, give another --output_dir, or take it over with {force}",
             )
         except FileExistsError:  # another start was faster: that folder is not free any more

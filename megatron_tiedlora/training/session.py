@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.run_folder import (
     MetricsLog,
     RunFolder,
-    choose_run_folder,
     read_metrics,
     take_run_folder,
     write_metrics,
@@ -56,9 +56,12 @@ def open_run_folder(
     settings = plan.settings
 
     def take() -> tuple[str, str]:
-        _refuse_another_run(plan, data)
         folder, lock = take_run_folder(
-            settings.output_dir, name=plan.name, resume=settings.resume, take_over=settings.take_over
+            settings.output_dir,
+            name=plan.name,
+            resume=settings.resume,
+            take_over=settings.take_over,
+            before=partial(_refuse_another_run, plan, data),
         )
         keep(lock.release)
         for path in (folder.path, folder.checkpoints, folder.logs):
@@ -69,12 +72,10 @@ def open_run_folder(
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
-def _refuse_another_run(plan: RunPlan, data: RunData) -> None:
+def _refuse_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
     """Raise UserError where the run that --resume means cannot be continued with these settings, data or base."""
-    settings = plan.settings
-    folder = choose_run_folder(settings.output_dir, name=plan.name, resume=settings.resume)
     try:
-        checkpoint = _find_checkpoint(settings.resume, folder)
+        checkpoint = _find_checkpoint(plan.settings.resume, folder)
     except UserError:  # said when the folder is this start's, and what was moved aside has its name again
         return
     if checkpoint is not None:
