@@ -294,7 +294,7 @@ def _is_dead(folder: Path, token: Token) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Who owns the folder and since when; None where nobody does that is not known to be dead."""
+    """Who owns the folder and since when; None where nobody does, or its owner is known to be dead."""
     token = read_token(folder)
     return None if token is None or _is_dead(folder, token) else f"{token} since {token.time}"
 
