@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
     """Tokens that the configs add to those of the vocabulary, which change how a text is cut; None without any."""
     file, known = folder / "tokenizer.json", set[str]()
-    if file.is_file():
-        content = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER)
-        listed = content.get("added_tokens")
+    with suppress(UserError):  # none there, or one that its library will have something to say of
+        listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")
         known = {str(token.get("content")) for token in listed or () if isinstance(token, dict)}
     entries: list[Any] = []
     for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -223,8 +222,8 @@ class MetricsLog:
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
-            if self._stream.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:  # of a line that does not fit a part may be written; the next try says why
+                line = line[self._stream.write(line) :]
             for name, value in row.items():
                 if name not in ("step", "split"):
                     self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
