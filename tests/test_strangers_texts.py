@@ -157,8 +157,10 @@ def test_memory_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytes
         raise MemoryError
 
     monkeypatch.setattr(readers, "_parse_json", full)
-    file = write(tmp_path / "a.json", "[]")
-    assert refusal(lambda: read_rows(file)) == f"{file}: does not fit into memory; give a smaller part of it"
+    lines = write(tmp_path / "a.jsonl", "{}\n")
+    assert refusal(lambda: read_rows(lines)) == f"{lines}: does not fit into memory; give a smaller part of it"
+    whole = write(tmp_path / "a.json", "[]")
+    assert refusal(lambda: read_rows(whole)).startswith(f"{whole}: needs more than 268,435,")
 
 
 # Rules for texts ---------------------------------------------------------------------------------------------------
