@@ -1,0 +1,219 @@
+"""What can be said of the GPU path without a GPU: counts of launches, waits, messages and bytes, and their bounds.
+
+    NULL_GPU=FOLDER python tests/null_gpu/null_gpu_figures.py [WORD ...]     a table of all of them, or of those whose
+                                                                            names have one of the words
+
+FOLDER has a command `run` that starts another on a stand-in for the CUDA driver; Python must have PyTorch's CUDA build.
+`tests/test_null_gpu.py` holds each figure to its bound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RANK = Path(__file__).with_name("null_gpu_rank.py")
+ROOT = Path(__file__).parents[2]
+RECOMPUTES = ("none", "selective", "full")
+SEVENTY = {"model": "llama2-70b", "num_layers": 8, "tensor_parallel": 8, "zero": "zero1.json"}
+# Whose memory the plan is held to: rows and length for each --recompute, so that an 80 GB card is about half full.
+SHAPES = {"none": (2, 2048), "selective": (4, 4096), "full": (8, 4096)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number, its unit, and between which two it must lie."""
+
+    name: str
+    measure: Callable[[], float]
+    most: float
+    least: float = 0.0
+    digits: int = 0
+
+    @property
+    def bounds(self) -> str:
+        """In words."""
+        most = f"{self.most:.{self.digits}f}"
+        return f"at most {most}" if not self.least else f"{self.least:.{self.digits}f} to {most}"
+
+
+def run_rank(*, environment: Mapping[str, str] | None = None, **order: Any) -> dict[str, Any]:
+    """What null_gpu_rank.py says of an order.
+
+    Raises:
+        RuntimeError: it ended otherwise than well, with the end of its output.
+    """
+    given = json.dumps(order, sort_keys=True)
+    found: dict[str, Any] = json.loads(_run_rank(given, tuple(sorted((environment or {}).items()))))
+    return found
+
+
+@cache
+def _run_rank(order: str, environment: tuple[tuple[str, str], ...]) -> str:
+    command = [str(Path(os.environ["NULL_GPU"]) / "run"), sys.executable, str(RANK), order]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    packages = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "RANK")}
+    surroundings.update(PATH=path, PYTHONPATH=packages, **dict(environment))
+    done = subprocess.run(command, env=surroundings, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reasons = re.findall(r"^\w*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE) or ["no reason given"]
+        raise RuntimeError(f"{order}: status {done.returncode}\n{done.stderr[-3000:]}\n{reasons[-1]}")
+    return lines[-1]
+
+
+def launches(counts: Mapping[str, int]) -> int:
+    """Kernels and matrix products."""
+    return sum(number for name, number in counts.items() if name.startswith(("kernel:", "gemm:")))
+
+
+def waits(counts: Mapping[str, int]) -> int:
+    """How often the host waited for the device, or would have in a copy."""
+    blocking = re.compile(r"sync:|memcpy:.*(pageable| sync)")
+    return sum(number for name, number in counts.items() if blocking.match(name))
+
+
+def communicators(*counts: Mapping[str, int]) -> int:
+    """NCCL communicators that were made."""
+    return sum(number for each in counts for name, number in each.items() if re.match("nccl:(init|split)", name))
+
+
+def _per_micro_batch(count: Callable[[Mapping[str, int]], int], **order: Any) -> float:
+    few, many = (count(run_rank(micro_batches=number, **order)["steps"][-1]) for number in (2, 6))
+    return (many - few) / 4
+
+
+def _per_layer(**order: Any) -> float:
+    few, many = (run_rank(num_layers=number, micro_batches=2, **order) for number in (3, 5))
+    return (launches(many["steps"][-1]) - launches(few["steps"][-1])) / 2 / 2
+
+
+def _starts_with_one_visible() -> float:
+    found = run_rank(measure="join", world_size=8, local_rank=3)
+    assert (found["device"], found["bound"]) == ("cuda:0", "None"), found
+    return 1.0
+
+
+def _communicators_at_512() -> float:
+    found = run_rank(world_size=512, pipeline_parallel=2, steps=1, **SEVENTY)
+    return communicators(found["start"], *found["steps"])
+
+
+def _packed_against_unpacked() -> float:
+    whole = run_rank(num_layers=4, lengths=[4096, 4096])
+    packed = run_rank(num_layers=4, lengths=[64, 64], packing=True)
+    counts = [launches(found["steps"][-1]) / len(found["micro_batches"]) for found in (packed, whole)]
+    return counts[0] / counts[1]
+
+
+def _reserved_to_allocated(compile: str) -> float:
+    found = run_rank(rows=4, lengths=[128, 2048], micro_batches=15, steps=10, compile=compile)
+    return found["reserved"] / found["allocated"]
+
+
+def _planned_to_allocated(recompute: str, compile: str) -> float:
+    rows, length = SHAPES[recompute]
+    found = run_rank(rows=rows, lengths=[length, length], recompute=recompute, compile=compile, steps=2)
+    planned = sum(size for part, size in found["planned"].items() if part not in NOT_ALLOCATED)
+    return planned / found["allocated"]
+
+
+NOT_ALLOCATED = ("context", "communicators")  # parts of the plan that PyTorch's allocator does not give
+
+
+def _compiled_again() -> float:
+    again = 0
+    for recompute in RECOMPUTES:
+        found = run_rank(
+            measure="compile", num_layers=2, compile="true", recompute=recompute, rows=2, lengths=[100, 2000], steps=12
+        )
+        assert len(found["lengths"]) >= 7, found
+        again += found["more"]
+    return again
+
+
+def _narrow_kernels() -> float:
+    """Compiled kernels whose PTX reads or writes tensors without 128-bit accesses, or divides whole numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_rank(num_layers=2, compile="true", steps=1, environment={"TORCHINDUCTOR_CACHE_DIR": folder})
+        texts = {file.stem: file.read_text() for file in Path(folder).rglob("*.ptx")}
+    assert len(texts) >= 8, sorted(texts)
+    narrow = [name for name, text in texts.items() if not is_wide(text)]
+    for name in narrow:
+        print(name, file=sys.stderr)
+    return len(narrow)
+
+
+def is_wide(ptx: str) -> bool:
+    """Whether a kernel moves its tensors 128 bits at a time and divides no whole numbers."""
+    wide = re.search(r"(ld|st)\.global\S*\.v4\.b32|(ld|st)\.global\S*\.v2\.b64", ptx) is not None
+    return wide and re.search(r"\b(div|rem)\.[su](32|64)", ptx) is None
+
+
+FIGURES = [
+    Figure("rank of LOCAL_RANK 3 that sees one GPU: starts", _starts_with_one_visible, 1, 1),
+    Figure("NCCL communicators of a rank of 512 (tensor 8, pipeline 2, data 32)", _communicators_at_512, 12),
+    Figure("waits a micro-batch, one stage", lambda: _per_micro_batch(waits, num_layers=2), 0),
+    Figure(
+        "waits a micro-batch, first of two stages",
+        lambda: _per_micro_batch(waits, world_size=16, pipeline_parallel=2, **SEVENTY),
+        0,
+    ),
+    Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
+    Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 120),
+    Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
+    *(
+        Figure(
+            f"reserved to allocated bytes, 150 micro-batches of 4 x 128 to 2,048, {word}",
+            lambda compile=compile: _reserved_to_allocated(compile),  # type: ignore[misc]
+            1.15,
+            1.0,
+            2,
+        )
+        for compile, word in (("false", "not compiled"), ("true", "compiled"))
+    ),
+    *(
+        Figure(
+            f"planned to allocated bytes, 7B, recompute {recompute}, {word}",
+            lambda recompute=recompute, compile=compile: _planned_to_allocated(recompute, compile),  # type: ignore[misc]
+            1.07,
+            0.93,
+            2,
+        )
+        for recompute in RECOMPUTES
+        for compile, word in (("false", "not compiled"), ("true", "compiled"))
+    ),
+    Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
+    Figure("compiled kernels without 128-bit accesses, or with divisions", _narrow_kernels, 0),
+]
+
+
+def main() -> int:
+    """Measure and print all; the status is 1 where one is out of its bounds."""
+    outside = 0
+    print("| figure | measured | must be |\n|---|---|---|")
+    for figure in FIGURES:
+        if sys.argv[1:] and not any(word in figure.name for word in sys.argv[1:]):
+            continue
+        try:
+            value = figure.measure()
+            text, good = f"{value:.{max(figure.digits, 0)}f}", figure.least <= value <= figure.most
+        except (RuntimeError, AssertionError) as error:
+            text, good = f"fails ({str(error).strip().splitlines()[-1][:120]})", False
+        outside += not good
+        print(f"| {figure.name} | {text}{'' if good else ' **'} | {figure.bounds} |", flush=True)
+    return int(outside > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Rank 0 of a layout on a stand-in for the CUDA driver: what it launches, sends, waits for and holds, as JSON.
+
+    $NULL_GPU/run python null_gpu_rank.py '{"measure": "steps", "model": "llama2-7b", "num_layers": 4}'
+
+The stand-in's kernels do nothing, so numbers are garbage, and what checks them is switched off here. Its NCCL answers
+whatever is asked, and peers are never there: gloo is replaced by torch's fake backend.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import nullgpu  # the stand-in's own module
+import numpy as np
+import torch
+from torch import distributed
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
+
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.pipeline.launch_env import join_process_group, prepare_environment
+
+WARM_UP = 3  # steps
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to measure of which layout. Lengths are of samples, drawn evenly between the two."""
+
+    measure: str = "steps"
+    world_size: int = 1
+    local_rank: int = 0
+    model: str = "llama2-7b"
+    num_layers: int | None = None
+    method: str = "tl6"
+    rank: int = 8
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    recompute: str = "none"
+    compile: str = "false"
+    zero: str = "zero1.json"
+    rows: int = 1
+    lengths: tuple[int, int] = (2048, 2048)
+    max_length: int = 4096
+    packing: bool = False
+    micro_batches: int = 2
+    steps: int = 3
+    dtype: str = "bf16"
+
+
+def main(order: Order) -> dict[str, Any]:
+    """Join, build, take steps; returns the figures."""
+    place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": 29555}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
+    prepare_environment()
+    _meet_nobody(order.world_size)
+    nullgpu.reset()
+    device = join_process_group(1, expected_ranks=order.world_size)
+    if order.measure == "join":
+        return {"device": str(device), "bound": str(_bound_device()), **_counts()}
+    _believe_all_numbers()
+    plan, trainer, loader = _trainer(order, device)
+    start = _counts()
+    for _ in range(WARM_UP):
+        trainer.take_step(next(loader))
+    if order.measure == "compile":
+        return _compiling(order, trainer, loader)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    found = []
+    largest = 0
+    for _ in range(order.steps):
+        step: TrainingStep = next(loader)
+        largest = max(largest, *(batch.labels.numel() for batch in step.micro_batches))
+        nullgpu.reset()
+        trainer.take_step(step)
+        found.append(_counts())
+    return {
+        "start": start,
+        "steps": found,
+        "micro_batches": [list(batch.labels.shape) for batch in step.micro_batches],
+        "held": held,
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "planned": _planned(plan, largest),
+    }
+
+
+def _trainer(order: Order, device: torch.device) -> Any:
+    from megatron_tiedlora.training.build import build_random_model, start_engine
+    from megatron_tiedlora.training.compiling import choose_kernels
+    from megatron_tiedlora.training.plan import plan_run
+    from megatron_tiedlora.training.rehearsal import rehearsing_trainer
+
+    settings = make_settings(
+        {
+            "task": "demo",
+            "model": order.model,
+            "method": order.method,
+            "rank": order.rank,
+            "dtype": order.dtype,
+            "compile": order.compile,
+            "recompute": order.recompute,
+            "tensor_parallel": order.tensor_parallel,
+            "pipeline_parallel": order.pipeline_parallel,
+            "ds_config": order.zero,
+            "packing": order.packing,
+            "max_length": order.max_length,
+            "micro_batch_size": order.rows,
+            "global_batch_size": _global_batch(order),
+            "max_steps": 1_000_000,
+            "warmup_steps": 0,
+            "replica_check_steps": 0,
+        }
+    )
+    plan = plan_run(settings, rank=0, world_size=order.world_size, source=_source(order))
+    chosen = choose_kernels(plan, device)
+    assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
+    built = build_random_model(plan, device, kernels=chosen.kernels)
+    trainer = rehearsing_trainer(plan, built, start_engine(plan, built, device, None), device)
+    loader = TrainingLoader(
+        _samples(order, plan.source.config.vocab_size),
+        plan.batch_shape,
+        seed=0,
+        dp_rank=0,
+        pad_id=0,
+        pad_multiple=plan.pad_multiple,
+    )
+    return plan, trainer, loader
+
+
+def _global_batch(order: Order) -> int:
+    dp_size = order.world_size // (order.tensor_parallel * order.pipeline_parallel)
+    samples_a_row = order.max_length // order.lengths[1] if order.packing else 1
+    return dp_size * order.micro_batches * order.rows * samples_a_row
+
+
+def _source(order: Order) -> Any:
+    from dataclasses import replace
+
+    from megatron_tiedlora.checkpoint.sources import find_model
+
+    source = find_model(order.model)
+    assert order.model in PRESETS
+    if order.num_layers is None:
+        return source
+    return replace(source, config=replace(source.config, num_layers=order.num_layers))
+
+
+def _samples(order: Order, vocab_size: int) -> TokenDataset:
+    """Samples of random tokens, half of each supervised; so many that a step's need not be alike."""
+    draw, count = np.random.default_rng(0), 40 * _global_batch(order)
+    lengths = draw.integers(order.lengths[0], order.lengths[1] + 1, count)
+    return TokenDataset(
+        tokens=draw.integers(3, vocab_size, int(lengths.sum())).astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        prompt_lengths=(lengths // 2).astype(np.int32),
+        truncated_prompts=0,
+    )
+
+
+def _planned(plan: Any, tokens: int) -> dict[str, float]:
+    from megatron_tiedlora.training.memory_plan import stage_memory
+    from megatron_tiedlora.training.stage_plan import plan_stages
+
+    return asdict(stage_memory(plan, plan_stages(plan)[0], tokens=tokens))
+
+
+def _compiling(order: Order, trainer: Any, loader: Any) -> dict[str, Any]:
+    """Graphs that are compiled in steps of other lengths, after those of the first steps."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    lengths = set()
+    for _ in range(order.steps):
+        step = next(loader)
+        lengths |= {batch.labels.shape[1] for batch in step.micro_batches}
+        trainer.take_step(step)
+    return {"lengths": sorted(lengths), "graphs": before, "more": counters["stats"]["unique_graphs"] - before}
+
+
+def _counts() -> dict[str, int]:
+    return {name: number for name, number in nullgpu.report().items() if not name.startswith("ltlayout")}
+
+
+def _bound_device() -> Any:
+    return distributed.distributed_c10d._get_default_group().bound_device_id
+
+
+def _meet_nobody(world_size: int) -> None:
+    """Let rank 0 of any world begin alone: NCCL is the stand-in's, what goes over CPUs stays as it is."""
+    if world_size == 1:
+        return
+    begin, new_group = distributed.init_process_group, distributed.new_group
+
+    def faked(backend: str | None) -> str | None:
+        return None if backend is None else backend.replace("gloo", "fake")
+
+    def init_process_group(backend: str | None = None, **keywords: Any) -> None:
+        keywords.pop("init_method", None)
+        keywords.update(rank=0, world_size=world_size, store=distributed.HashStore())
+        begin(faked(backend), **keywords)
+
+    init_process_group.__signature__ = inspect.signature(begin)  # type: ignore[attr-defined]  # DeepSpeed looks
+    distributed.init_process_group = init_process_group
+    distributed.new_group = lambda *arguments, **keywords: new_group(
+        *arguments, **{**keywords, "backend": faked(keywords.get("backend"))}
+    )
+
+
+def _believe_all_numbers() -> None:
+    """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
+    from megatron_tiedlora.pipeline.running import Runner
+    from megatron_tiedlora.training import loop
+    from megatron_tiedlora.training.checks import StepChecks
+
+    StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
+    StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
+    take_step = Runner.take_step
+
+    def finite(self: Runner) -> float:
+        take_step(self)
+        return 1.0
+
+    Runner.take_step = finite  # type: ignore[method-assign]
+    loop.math = _FiniteMath()  # type: ignore[attr-defined]
+
+
+class _FiniteMath:
+    """`math`, to which every number is finite."""
+
+    def __getattr__(self, name: str) -> Any:
+        import math
+
+        return getattr(math, name)
+
+    def isfinite(self, _: float) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    assert wanted.keys() <= {field.name for field in fields(Order)}, wanted
+    if "lengths" in wanted:
+        wanted["lengths"] = tuple(wanted["lengths"])
+    print(json.dumps(main(Order(**wanted))), flush=True)
+    os._exit(0)  # nobody is there to leave a group with

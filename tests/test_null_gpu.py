@@ -1,0 +1,32 @@
+"""The GPU path on a stand-in for the CUDA driver; see null_gpu/null_gpu_figures.py for how to run it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from null_gpu_figures import FIGURES, Figure, is_wide
+
+WIDE = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
+
+
+@pytest.mark.nullgpu
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("figure", FIGURES, ids=[figure.name for figure in FIGURES])
+def test_a_figure_of_the_gpu_path(figure: Figure) -> None:
+    assert "NULL_GPU" in os.environ, "set NULL_GPU to the folder of the stand-in for the CUDA driver"
+    assert figure.least <= figure.measure() <= figure.most
+
+
+@pytest.mark.parametrize(
+    ("ptx", "wide"),
+    [
+        (WIDE, True),
+        ("ld.global.L1::evict_last.v4.b32 { %r1 }, [ %rd1 ];", True),
+        ("ld.global.b16 { %rs1 }, [ %rd1 ];", False),
+        (f"{WIDE}\nrem.s32 %r3, %r1, %r2;", False),
+        (f"{WIDE}\ndiv.full.f32 %f3, %f1, %f2;", True),
+    ],
+)
+def test_what_counts_as_a_wide_kernel(ptx: str, wide: bool) -> None:
+    assert is_wide(ptx) == wide
