@@ -58,7 +58,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     held_out = read_held_out(plan)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows(held_out, device)
+    check_same_rows(held_out)
     outputs: list[NewOutput] = []  # rank 0's
 
     def take() -> tuple[Path, str]:
@@ -67,7 +67,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         return outputs[0].partial, outputs[0].lock.owner.start
 
     # Refuses a folder that is not free before work is done for it.
-    end.owner = Owner(*decided_by_rank_0(take, device, kind=tuple[Path, str]), is_main=is_main)
+    end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
@@ -91,7 +91,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
             batch_size=settings.batch_size,
-            agree=lambda mine: stop.agree(mine, device),
+            agree=stop.agree,
             progress=is_main,
         )
     if answers is None:  # the answers are on rank 0

@@ -28,7 +28,6 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_messag
 from megatron_tiedlora.parallel.messages import SentTensor, packed, unpacked
 from megatron_tiedlora.parallel.traffic import WORLD, Traffic, TrafficCounter
 
-CPU = torch.device("cpu")
 TEXT = "Grüße, 日本 \U0001f600, line\nbreak, quote \" back\\slash, \x00 and \x1b[2J"
 LARGE = 20 * 2**20
 
@@ -83,7 +82,7 @@ def _agree() -> dict[str, Any]:
     rank = distributed.get_rank()
 
     def decided(value: Any, kind: Any) -> Any:
-        return decided_by_rank_0((lambda: value) if rank == 0 else never, CPU, kind=kind)
+        return decided_by_rank_0((lambda: value) if rank == 0 else never, kind=kind)
 
     kept = checkpoint()
     score = Score("exact_match", 100 / 3, 0.0, 100.0, 3, TEXT)
@@ -104,17 +103,17 @@ def _agree() -> dict[str, Any]:
     large = {"A": torch.arange(LARGE // 4, dtype=torch.float32).view(-1, 64)}
     sent = decided(NativeAdapter(kept.adapter.config, kept.adapter.base, large), NativeAdapter)
     answers = {rank: (TEXT * rank, tuple(floats(rank)))}
-    texts = gather_on_rank_0(answers, CPU, kind=dict[int, tuple[str, tuple[float, ...]]])
+    texts = gather_on_rank_0(answers, kind=dict[int, tuple[str, tuple[float, ...]]])
     return {
         "values": found,
         "large": torch.equal(sent.state["A"], large["A"]),
         "gathered": texts,
-        "large gathered": [len(text) for text in gather_on_rank_0("x" * (LARGE * (rank == 1)), CPU, kind=str) or []],
-        "nothing to say": first_message(None, CPU),
-        "first": first_message(f"{rank} {TEXT}" if rank else None, CPU),
-        "empty": first_message("" if rank == 1 else None, CPU),
-        "half a pair": first_message("\ud800", CPU),
-        "differing": (num_differing(TEXT, CPU), num_differing(f"{TEXT} {min(rank, 1)}", CPU)),
+        "large gathered": [len(text) for text in gather_on_rank_0("x" * (LARGE * (rank == 1)), kind=str) or []],
+        "nothing to say": first_message(None),
+        "first": first_message(f"{rank} {TEXT}" if rank else None),
+        "empty": first_message("" if rank == 1 else None),
+        "half a pair": first_message("\ud800"),
+        "differing": (num_differing(TEXT), num_differing(f"{TEXT} {min(rank, 1)}")),
     }
 
 
@@ -145,9 +144,9 @@ def _fail(error: UserError | None, value: object) -> tuple[str, str, bool]:
         return value
 
     try:
-        decided_by_rank_0(decide if distributed.get_rank() == 0 else never, CPU, kind=str)
+        decided_by_rank_0(decide if distributed.get_rank() == 0 else never, kind=str)
     except UserError as caught:
-        assert num_differing("all still meet", CPU) == 0
+        assert num_differing("all still meet") == 0
         return type(caught).__name__, str(caught), caught.of_peer
     raise AssertionError("no error")
 
@@ -167,9 +166,9 @@ def _count() -> list[Traffic]:
     counted = []
     rank = distributed.get_rank()
     calls: list[Callable[[], object]] = [
-        lambda: first_message(None, CPU),
-        lambda: first_message("é" if rank else None, CPU),
-        lambda: decided_by_rank_0(lambda: "é", CPU, kind=str),
+        lambda: first_message(None),
+        lambda: first_message("é" if rank else None),
+        lambda: decided_by_rank_0(lambda: "é", kind=str),
     ]
     for call in calls:
         with TrafficCounter({}) as counter:
@@ -191,12 +190,12 @@ def test_how_many_messages_an_agreement_takes(tmp_path: Path) -> None:
 
 def test_one_rank_sends_nothing() -> None:
     thing = object()
-    assert decided_by_rank_0(lambda: thing, CPU, kind=str) is thing
-    assert gather_on_rank_0(thing, CPU, kind=str) == [thing]
-    assert first_message("text", CPU) == "text" and num_differing("text", CPU) == 0
+    assert decided_by_rank_0(lambda: thing, kind=str) is thing
+    assert gather_on_rank_0(thing, kind=str) == [thing]
+    assert first_message("text") == "text" and num_differing("text") == 0
     error = UserError("mine")
     with pytest.raises(UserError) as caught:
-        decided_by_rank_0(lambda: _raise(error), CPU)
+        decided_by_rank_0(lambda: _raise(error))
     assert caught.value is error and not error.of_peer
 
 
@@ -259,7 +258,7 @@ def _receive_foreign(messages: list[bytes]) -> list[str]:
             _send(message, header)
             continue
         try:
-            found.append(f"accepted: {decided_by_rank_0(never, CPU, kind=Pair)}")
+            found.append(f"accepted: {decided_by_rank_0(never, kind=Pair)}")
         except UserError as error:
             found.append(str(error))
     return found
@@ -280,7 +279,7 @@ def _tell_foreign(message: bytes) -> str:
     if distributed.get_rank() == 1:
         agreement.packed = lambda _: bytearray(message)  # type: ignore[assignment]
     try:
-        return f"accepted: {gather_on_rank_0('own', CPU, kind=str)}"
+        return f"accepted: {gather_on_rank_0('own', kind=str)}"
     except UserError as error:
         return str(error)
 

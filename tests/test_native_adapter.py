@@ -60,7 +60,7 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     bank, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
     bank.load_full(loaded.state)
     local = dict(bank.named_parameters())
-    full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)), torch.device("cpu"))
+    full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
 

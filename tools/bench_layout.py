@@ -142,9 +142,9 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
     peak = None if held is None else peak_memory_bytes(device)
     shapes = planned_shapes(plan, dataset, consumed_samples=loader.consumed_samples)
     mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
-    ranks = gather_on_rank_0(mine, device, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
+    ranks = gather_on_rank_0(mine, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
     described = {**_describe(plan, device), "kernels": chosen.description}
-    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}), device)
+    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}))
 
 
 def _rank_figures(
@@ -156,7 +156,7 @@ def _rank_figures(
         predicted: for the next step of `loader`.
     """
     plan, device = trainer.plan, trainer.device
-    sum_over_ranks([0.0], device)  # start together: ranks that share a processor find their share of it
+    sum_over_ranks([0.0])  # start together: ranks that share a processor find their share of it
     rate = matmul_peak(_largest_frozen(plan, trainer.runner), timed_step.micro_batches, plan.dtype, device)
     estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
     traffic = compare_traffic(trainer.count_step(next(loader)), predicted, estimated)
@@ -190,9 +190,9 @@ def _time_steps(trainer: Trainer, loader: TrainingLoader, repeats: int) -> tuple
     seconds = []
     for turn in tqdm(range(GUARDED_STEPS + repeats), desc="steps", leave=False, disable=not trainer.is_main):
         step = next(loader)
-        sum_over_ranks([0.0], trainer.device)  # start together
+        sum_over_ranks([0.0])  # start together
         taken = timed(lambda step=step: trainer.take_step(step), trainer.device)  # type: ignore[misc]
-        (longest,) = max_over_ranks([taken], trainer.device)
+        (longest,) = max_over_ranks([taken])
         if turn >= GUARDED_STEPS:
             seconds.append(longest)
     return seconds, step

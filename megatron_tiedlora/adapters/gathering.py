@@ -36,14 +36,13 @@ class AdapterLayout:
 
 
 def gather_full(
-    names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout, device: torch.device
+    names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout
 ) -> dict[str, torch.Tensor]:
-    """Full fp32 CPU tensors on rank 0, nothing elsewhere. Every rank calls it.
+    """Full fp32 CPU tensors on rank 0, nothing elsewhere, sent as CPU tensors. Every rank calls it.
 
     Args:
         names: factors to gather, the same on every rank.
         local: this rank's parts of them (or of their moments) by factor, where its part of the adapter has them.
-        device: where messages are sent from and received.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, torch.Tensor] = {}
@@ -55,7 +54,7 @@ def gather_full(
             if part.exists(name) and (cut or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
         ]
         if grid.rank in owners and grid.rank != 0:
-            distributed.send(local[name].detach().to(device, torch.float32).contiguous(), dst=0)
+            distributed.send(local[name].detach().to("cpu", torch.float32).contiguous(), dst=0)
         if grid.rank != 0:
             continue
         by_stage: dict[int, list[torch.Tensor]] = {}
@@ -63,22 +62,19 @@ def gather_full(
             if rank == 0:
                 piece = local[name].detach().to("cpu", torch.float32, copy=True)
             else:
-                buffer = torch.empty(parts[rank].local_shape(name), dtype=torch.float32, device=device)
-                distributed.recv(buffer, src=rank)
-                piece = buffer.cpu()
+                piece = torch.empty(parts[rank].local_shape(name), dtype=torch.float32)
+                distributed.recv(piece, src=rank)
             by_stage.setdefault(grid.at(rank).pp_rank, []).append(piece)
         joined = [config.spec(name).join(pieces) for pieces in by_stage.values()]
         full[name] = joined[0] if len(joined) == 1 else torch.cat(joined)
     return full
 
 
-def gather_state(
-    local: Mapping[str, torch.Tensor], layout: AdapterLayout, device: torch.device
-) -> dict[str, torch.Tensor]:
+def gather_state(local: Mapping[str, torch.Tensor], layout: AdapterLayout) -> dict[str, torch.Tensor]:
     """All four factors in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
     row = layout.config.row
     tensors = [name for name in FACTORS if row.factor(name).trained or row.factor(name).start != "one"]
-    full = gather_full(tensors, local, layout, device)
+    full = gather_full(tensors, local, layout)
     if layout.grid.rank != 0:
         return {}
     return {name: full[name] if name in full else torch.ones(layout.config.shape(name)) for name in FACTORS}

@@ -139,7 +139,7 @@ def answer_all(
             bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))
     # Tensor-parallel ranks have the same answers, and log-likelihoods are the last stage's.
     tells = grid.tp_rank == 0 and decoder.is_last
-    gathered = gather_on_rank_0(mine if tells else {}, decoder.device, kind=dict[int, tuple[str, tuple[float, ...]]])
+    gathered = gather_on_rank_0(mine if tells else {}, kind=dict[int, tuple[str, tuple[float, ...]]])
     if gathered is None:
         return None
     found = {index: answer for part in gathered for index, answer in part.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
@@ -44,7 +43,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
     return HeldOut(tokenizer, scored)
 
 
-def check_same_rows(held_out: HeldOut, device: torch.device) -> None:
+def check_same_rows(held_out: HeldOut) -> None:
     """Every rank reads the rows for itself; raise UserError where one found others than rank 0."""
-    if differing := num_differing(held_out.scored.sha256, device):
+    if differing := num_differing(held_out.scored.sha256):
         raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")

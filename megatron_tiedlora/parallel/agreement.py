@@ -1,5 +1,6 @@
 """What all ranks must agree on outside the model: sums of a few numbers, rank 0's decisions. One rank sends nothing.
 
+All of it goes as CPU tensors, over gloo: no GPU is waited for, and an exchange with a dead peer raises at once.
 Values travel as bytes (`messages`), and how many come first: nobody takes an object from a peer that could be code.
 """
 
@@ -22,51 +23,51 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Elementwise fp64 sum of a few numbers over all ranks, the same on each."""
     if world_size() == 1:
         return [float(value) for value in values]
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64)
     distributed.all_reduce(total)
     summed: list[float] = total.tolist()
     return summed
 
 
-def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+def max_over_ranks(values: Sequence[float]) -> list[float]:
     """Elementwise fp64 maximum of a few numbers over all ranks, the same on each."""
     if world_size() == 1:
         return [float(value) for value in values]
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    largest = torch.tensor(values, dtype=torch.float64)
     distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
     numbers: list[float] = largest.tolist()
     return numbers
 
 
-def gather_numbers(value: int, device: torch.device) -> list[int]:
+def gather_numbers(value: int) -> list[int]:
     """Every rank's whole number (up to 2^63), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    numbers = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    numbers = torch.zeros(world_size(), dtype=torch.int64)
     numbers[distributed.get_rank()] = value
     distributed.all_reduce(numbers)
     found: list[int] = numbers.tolist()
     return found
 
 
-def first_message(message: str | None, device: torch.device) -> str | None:
+def first_message(message: str | None) -> str | None:
     """The message of the lowest rank that has one, on every rank; None where no rank has."""
-    if world_size() == 1 or not sum_over_ranks([float(message is not None)], device)[0]:
+    if world_size() == 1 or not sum_over_ranks([float(message is not None)])[0]:
         return message
     # Another error must not come in the way of this one: a text that is not Unicode is sent with escapes.
     mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
-    sizes = gather_numbers(len(mine), device)
+    sizes = gather_numbers(len(mine))
     speaker = next(rank for rank, size in enumerate(sizes) if size)
-    sent = _broadcast(mine, sizes[speaker], device, source=speaker, largest=LARGEST_TEXT)
+    sent = _broadcast(mine, sizes[speaker], source=speaker, largest=LARGEST_TEXT)
     text: str = unpacked(str, sent, sender=speaker)
     return text
 
 
-def gather_on_rank_0(value: Value, device: torch.device, *, kind: Any) -> list[Value] | None:
+def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
     """Every rank's value, of type `kind`, in rank order on rank 0, None elsewhere.
 
     Raises:
@@ -75,29 +76,28 @@ def gather_on_rank_0(value: Value, device: torch.device, *, kind: Any) -> list[V
     if world_size() == 1:
         return [value]
     message = packed(value)
-    sizes = gather_numbers(len(message), device)
+    sizes = gather_numbers(len(message))
     for rank, size in enumerate(sizes):
         _check_size(size, sender=rank, largest=LARGEST_TEXT)
     longest = torch.zeros(max(sizes), dtype=torch.uint8)
     longest[: len(message)] = torch.frombuffer(message, dtype=torch.uint8)
-    longest = longest.to(device)
     parts = [torch.empty_like(longest) for _ in sizes] if distributed.get_rank() == 0 else None
     distributed.gather(longest, parts, dst=0)
     if parts is None:
         return None
     return [
-        unpacked(kind, part[:size].cpu().numpy().data, sender=rank)
+        unpacked(kind, part[:size].numpy().data, sender=rank)
         for rank, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
 
 
-def num_differing(value: str, device: torch.device) -> int:
+def num_differing(value: str) -> int:
     """How many ranks have another value than rank 0, the same number on every rank."""
-    first = decided_by_rank_0(lambda: value, device, kind=str)
-    return round(sum_over_ranks([float(value != first)], device)[0])
+    first = decided_by_rank_0(lambda: value, kind=str)
+    return round(sum_over_ranks([float(value != first)])[0])
 
 
-def decided_by_rank_0(decide: Callable[[], Value], device: torch.device, *, kind: Any = None) -> Value:
+def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value:
     """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
 
     Args:
@@ -109,11 +109,11 @@ def decided_by_rank_0(decide: Callable[[], Value], device: torch.device, *, kind
     if world_size() == 1:
         return decide()
     if distributed.get_rank() == 0:
-        return _decide(decide, device)
-    header = torch.zeros(2, dtype=torch.int64, device=device)
+        return _decide(decide)
+    header = torch.zeros(2, dtype=torch.int64)
     distributed.broadcast(header, src=0)
     failed, size = header.tolist()
-    message = _broadcast(bytearray(), size, device, source=0, largest=LARGEST_MESSAGE)
+    message = _broadcast(bytearray(), size, source=0, largest=LARGEST_MESSAGE)
     if failed:
         error = UserError(unpacked(str, message, sender=0))
         error.of_peer = True
@@ -122,7 +122,7 @@ def decided_by_rank_0(decide: Callable[[], Value], device: torch.device, *, kind
     return value
 
 
-def _decide(decide: Callable[[], Value], device: torch.device) -> Value:
+def _decide(decide: Callable[[], Value]) -> Value:
     """Decide on rank 0 and tell the others, the error where it is one."""
     failure: UserError | None = None
     try:
@@ -130,23 +130,20 @@ def _decide(decide: Callable[[], Value], device: torch.device) -> Value:
         message = packed(value)
     except UserError as error:
         failure, message = error, packed(str(error))
-    distributed.broadcast(torch.tensor([failure is not None, len(message)], dtype=torch.int64, device=device), src=0)
-    _broadcast(message, len(message), device, source=0, largest=LARGEST_MESSAGE)
+    distributed.broadcast(torch.tensor([failure is not None, len(message)], dtype=torch.int64), src=0)
+    _broadcast(message, len(message), source=0, largest=LARGEST_MESSAGE)
     if failure is not None:
         raise failure
     return value
 
 
-def _broadcast(
-    message: bytearray, size: int, device: torch.device, *, source: int, largest: int
-) -> bytearray | memoryview:
+def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
     """The message of `source`, whose `size` in bytes every rank knows, on every rank. Raises UserError as that does."""
     _check_size(size, sender=source, largest=largest)
     here = distributed.get_rank() == source
     data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)
-    data = data.to(device)
     distributed.broadcast(data, src=source)
-    return message if here else data.cpu().numpy().data
+    return message if here else data.numpy().data
 
 
 def _check_size(size: int, *, sender: int, largest: int) -> None:

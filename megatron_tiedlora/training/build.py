@@ -66,7 +66,7 @@ def build_model(
     config, grid = plan.source.config, plan.grid
     with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
         base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
-        _check_same_base(base, device)
+        _check_same_base(base)
         notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
@@ -80,7 +80,7 @@ def build_model(
             reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
             progress=grid.rank == 0,
         )
-        read = gather_numbers(weights.bytes_read, device)
+        read = gather_numbers(weights.bytes_read)
     return BuiltModel(module, stage, groups, process_grid, base, tuple(read), notes)
 
 
@@ -192,10 +192,10 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
     return checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
 
 
-def _check_same_base(base: BaseIdentity, device: torch.device) -> None:
+def _check_same_base(base: BaseIdentity) -> None:
     """Every host may have its own copy; raise UserError, on every rank, where one has another model or tokenizer."""
     hashes = f"{base.config_hash} {base.weights_hash} {base.sample} {base.tokenizer_hash}"
-    if differing := num_differing(hashes, device):
+    if differing := num_differing(hashes):
         raise UserError(
             f"{differing} ranks read another base model or tokenizer than rank 0; give every host the same files"
         )

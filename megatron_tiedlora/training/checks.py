@@ -40,7 +40,7 @@ class StepChecks:
             self._stop_where_missing(step)
         if self._guard is None or self._steps < GUARDED_STEPS:
             return
-        largest = max_over_ranks(self._guard.largest(), self._runner.device)
+        largest = max_over_ranks(self._guard.largest())
         zero = [label for label, value in zip(self._guard.labels(), largest, strict=True) if value == 0]
         self._guard.remove()
         self._guard = None
@@ -54,7 +54,7 @@ class StepChecks:
         names = [*self._runner.missing_gradients, *(self._guard.missing() if self._guard else [])]
         layers = ", ".join(map(str, self._runner.bank.part.layers))
         text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
-        if found := first_message(text if names else None, self._runner.device):
+        if found := first_message(text if names else None):
             raise RunFailed(f"step {step}: {found}; nothing was changed by this step")
 
     def after_step(self, step: int) -> None:
@@ -70,7 +70,7 @@ class StepChecks:
     def _compare(self, step: int) -> None:
         with all_open(self._runner.bank, self._runner.config):  # under ZeRO-3 data ranks have parts and no copies
             mismatch = find_mismatch(self._runner.bank, self._runner.groups)
-        if found := first_message(str(mismatch) if mismatch else None, self._runner.device):
+        if found := first_message(str(mismatch) if mismatch else None):
             raise RunFailed(
                 f"after step {step} {found}; the ranks no longer train one adapter; this step was not saved"
             )

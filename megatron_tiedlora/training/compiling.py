@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.own_folders import make_private_folder
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.parallel.agreement import first_message, world_size
+from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.launch_env import local_rank
 from megatron_tiedlora.pipeline.stage import Stage
@@ -71,9 +70,8 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
                 )
             except UserError as error:
                 failure = str(error)
-        if world_size() > 1:
-            distributed.barrier()
-    failure = first_message(failure, device)
+        sum_over_ranks([0.0])  # all have had their turn
+    failure = first_message(failure)
     return after_compiling(wish, kernels, failure, seconds=time.monotonic() - started)
 
 

@@ -41,8 +41,6 @@ from megatron_tiedlora.training.run_folder import RunFolder, State
 from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_tiedlora.training.loop import Trainer  # imports DeepSpeed, for which signals need not wait
 
 FAILED_STATUS, REFUSED_STATUS = 1, 2
@@ -110,7 +108,7 @@ class End:
         if self.release is not None:
             self.release()
 
-    def enter(self, folder: RunFolder, device: torch.device) -> None:
+    def enter(self, folder: RunFolder) -> None:
         """The run folder is this run's now: keep a log there, and the end. All ranks take part.
 
         On other hosts it may be another folder of the same name: theirs is told by what run.yaml holds.
@@ -123,7 +121,7 @@ class End:
             folder.guard()
             return digest()
 
-        if decided_by_rank_0(digest_of_owner, device, kind=str) == digest():
+        if decided_by_rank_0(digest_of_owner, kind=str) == digest():
             self.folder = folder
             with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))

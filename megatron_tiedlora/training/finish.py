@@ -32,7 +32,7 @@ def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
     bank, folder = trainer.runner.bank, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
     # Others may not see the run folder.
-    best = decided_by_rank_0(lambda: load_adapter(folder), trainer.device, kind=NativeAdapter)
+    best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
         with all_open(bank, trainer.plan.engine):
             bank.load_full(best.state)
@@ -57,7 +57,7 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
         kept[moment] = {name: {**score.plain(), SAMPLES: samples.sha256} for name, score in scores.items()}
         write_json(file, kept, guard=trainer.folder.guard)
 
-    decided_by_rank_0(write, trainer.device)
+    decided_by_rank_0(write)
 
 
 def summary_lines(trainer: Trainer) -> list[str]:

@@ -94,7 +94,7 @@ class Trainer:
                 while self.progress.step < settings.max_steps and not self._out_of_patience():
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
-                self._raise_log_failure(sum_over_ranks([float(self._log_failure is not None)], self.device)[0])
+                self._raise_log_failure(sum_over_ranks([float(self._log_failure is not None)])[0])
                 self.save()  # after early stopping the last evaluation may not have been followed by a checkpoint
                 return "early_stopping" if self._out_of_patience() else "max_steps"
             except RunStopped:
@@ -115,7 +115,7 @@ class Trainer:
 
     def agree(self, done: bool) -> bool:
         """Whether all ranks are done; raises RunStopped on every rank where any wishes to stop."""
-        return self.stop.agree(done, self.device)
+        return self.stop.agree(done)
 
     def check_stop(self) -> None:
         """Agree with all ranks on stopping; raises RunStopped on every rank where any wishes to."""
@@ -138,7 +138,7 @@ class Trainer:
             float(wish),
         ]
         loss_sum, seconds, save_due, log_failures, ranks_missing, *wishes = sum_over_ranks(
-            [loss_sum, time.monotonic() - started, *flags], self.device
+            [loss_sum, time.monotonic() - started, *flags]
         )
         self._raise_log_failure(log_failures)
         loss_value = loss_sum / step.num_supervised
@@ -211,7 +211,7 @@ class Trainer:
 
     def _raise_log_failure(self, failures: float) -> None:
         if failures:
-            decided_by_rank_0(self._check_log, self.device)
+            decided_by_rank_0(self._check_log)
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
@@ -219,7 +219,6 @@ class Trainer:
             self.runner,
             self.data.validation,
             grid=self.plan.grid,
-            device=self.device,
             micro_batch_size=self.plan.batches.micro_batch_size,
             pad_id=padding_id(self.data.tokenizer),
             pad_multiple=self.plan.pad_multiple,
@@ -272,7 +271,7 @@ class Trainer:
             progress=self.is_main,
         )
         names = scored.task.metrics
-        return decided_by_rank_0(lambda: score_answers(names, answers or []), self.device, kind=dict[str, Score])
+        return decided_by_rank_0(lambda: score_answers(names, answers or []), kind=dict[str, Score])
 
     def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
         if not math.isfinite(loss):
@@ -321,7 +320,7 @@ class Trainer:
         self._checks.before_save(self.progress.step)
         state = self.full_adapter_state()
         moments = self._full_moments() if new else {}
-        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best), self.device)
+        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
         self._saved_step = self.progress.step
         self._last_save = time.monotonic()
 
@@ -350,7 +349,7 @@ class Trainer:
         """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
         bank = self.runner.bank
         with all_open(bank, self.plan.engine):
-            return gather_state(dict(bank.named_parameters()), self.plan.adapter_layout, self.device)
+            return gather_state(dict(bank.named_parameters()), self.plan.adapter_layout)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
         trained = trained_parameters(self.runner.bank)
@@ -359,5 +358,5 @@ class Trainer:
         return {
             moment_name(moment, name): tensor
             for moment, local in moments.items()
-            for name, tensor in gather_full(names, local, self.plan.adapter_layout, self.device).items()
+            for name, tensor in gather_full(names, local, self.plan.adapter_layout).items()
         }

@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.ownership import Owner
@@ -39,9 +37,7 @@ from megatron_tiedlora.training.run_folder import (
 )
 
 
-def open_run_folder(
-    plan: RunPlan, data: RunData, device: torch.device, *, keep: Callable[[Callable[[], None]], None]
-) -> RunFolder:
+def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:
     """Choose the run folder on rank 0, which becomes its owner, and tell every rank.
 
     A start that cannot continue the run that is there does not take its folder from anybody. What an earlier start has
@@ -68,7 +64,7 @@ def open_run_folder(
             remove_leftovers(path, guard=folder.guard)
         return str(folder.path), lock.owner.start
 
-    path, start = decided_by_rank_0(take, device, kind=tuple[str, str])
+    path, start = decided_by_rank_0(take, kind=tuple[str, str])
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
@@ -85,9 +81,7 @@ def _refuse_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None
         check_resumed_base(plan, checkpoint)
 
 
-def occupy_run_folder(
-    plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None, device: torch.device
-) -> MetricsLog | None:
+def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
     """Make the folder this run's: what is resumed, run.yaml and the logs. Returns rank 0's log, None elsewhere.
 
     Raises:
@@ -102,20 +96,20 @@ def occupy_run_folder(
         start = checkpoint.progress if checkpoint is not None else Progress()
         logs.append(MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step))
 
-    decided_by_rank_0(occupy, device)
+    decided_by_rank_0(occupy)
     return logs[0] if logs else None
 
 
-def check_same_data(data: RunData, device: torch.device) -> None:
+def check_same_data(data: RunData) -> None:
     """Every rank reads the data for itself; raise UserError where one found other samples than rank 0."""
-    if differing := num_differing(data.shared_sha256, device):
+    if differing := num_differing(data.shared_sha256):
         raise UserError(
             f"{differing} ranks read other training, validation or test data than rank 0; give every host the same"
             " files"
         )
 
 
-def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: torch.device) -> Checkpoint | None:
+def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and the others get it from there, so that only its host must see the run folder.
@@ -125,7 +119,7 @@ def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder, device: tor
     Raises:
         UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
     """
-    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), device, kind=Checkpoint | None)
+    return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), kind=Checkpoint | None)
 
 
 def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:

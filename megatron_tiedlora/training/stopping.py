@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
-import torch
 
 from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
@@ -127,14 +126,14 @@ class StopWatch:
                 raise self.stopped(signal.SIGTERM, "signals")
             raise self.stopped(alike, "SIGTERM or the launcher's end" if alike == signal.SIGTERM else alike.name)
 
-    def agree(self, mine: bool, device: torch.device) -> bool:
+    def agree(self, mine: bool) -> bool:
         """Whether `mine` holds on every rank; all ranks ask together, and stop together where any of them wishes to.
 
         Raises:
             RunStopped: one does; on every rank.
         """
         wish = self.wish()
-        missing, count, total = sum_over_ranks([float(not mine), float(wish > 0), float(wish)], device)
+        missing, count, total = sum_over_ranks([float(not mine), float(wish > 0), float(wish)])
         self.stop_if_any(count, total)
         return missing == 0
 

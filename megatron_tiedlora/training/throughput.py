@@ -127,9 +127,9 @@ def start_meter(plan: RunPlan, device: torch.device) -> Meter:
 
     Ranks that share a processor measure at the same time, so each finds about its share.
     """
-    sum_over_ranks([0.0], device)  # start together
+    sum_over_ranks([0.0])  # start together
     mine = find_peak(device, plan.dtype)
-    total = sum_over_ranks([mine.flops_per_second], device)[0]
+    total = sum_over_ranks([mine.flops_per_second])[0]
     return Meter(plan.source.config, plan.adapter, Peak(total, mine.source))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import torch
 from tqdm import tqdm
 
 from megatron_tiedlora.data.encode import TokenDataset
@@ -20,7 +19,6 @@ def validation_loss(
     dataset: TokenDataset,
     *,
     grid: Grid,
-    device: torch.device,
     micro_batch_size: int,
     pad_id: int,
     pad_multiple: int,
@@ -47,4 +45,4 @@ def validation_loss(
             check_stop()
             loss += runner.evaluate(some)
             bar.update(len(some))
-    return sum_over_ranks([loss], device)[0] / dataset.stats.supervised_tokens
+    return sum_over_ranks([loss])[0] / dataset.stats.supervised_tokens
