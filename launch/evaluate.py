@@ -15,12 +15,8 @@ from pathlib import Path
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.errors import show
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.pipeline.launch_env import (
-    first_to_fail,
-    join_process_group,
-    prepare_environment,
-    rank_and_world_size,
-)
+from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.pipeline.process_group import join_process_group
 from megatron_tiedlora.training.ending import End, reported_end
 from megatron_tiedlora.training.stopping import StopWatch
 

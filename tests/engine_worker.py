@@ -19,12 +19,8 @@ from fault_patches import apply_faults
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.pipeline.launch_env import (
-    join_process_group,
-    leave_process_group,
-    prepare_environment,
-    rank_and_world_size,
-)
+from megatron_tiedlora.pipeline.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.pipeline.process_group import join_process_group, leave_process_group
 
 
 def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:

@@ -25,7 +25,7 @@ ORDER = (
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {
     "config/engine_json.py",  # DeepSpeed's own schema of the ZeRO section
-    "pipeline/launch_env.py",
+    "pipeline/process_group.py",
     "pipeline/topology.py",  # DeepSpeed's topology and process groups
     "pipeline/pipelined.py",  # its PipelineModule
     "pipeline/running.py",  # its schedules

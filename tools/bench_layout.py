@@ -36,7 +36,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import Traffic
-from megatron_tiedlora.pipeline.launch_env import join_process_group
+from megatron_tiedlora.pipeline.process_group import join_process_group
 from megatron_tiedlora.pipeline.running import PipelineRunner, Runner
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS

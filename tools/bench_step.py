@@ -35,12 +35,8 @@ from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
-from megatron_tiedlora.pipeline.launch_env import (
-    first_to_fail,
-    leave_process_group,
-    prepare_environment,
-    rank_and_world_size,
-)
+from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.pipeline.process_group import leave_process_group
 
 BOOLEANS = ("true", "false")
 # Flags that make the step one of a layout, and what they stand for where others are given.

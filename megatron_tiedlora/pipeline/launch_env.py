@@ -1,4 +1,4 @@
-"""The process group: ranks from whichever launcher started us, the accelerator, and DeepSpeed's quirks at start-up."""
+"""Ranks from whichever launcher started us, what libraries read from the environment, and who says why a host fails."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -34,18 +31,20 @@ _DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 
 
 def prepare_environment() -> None:
-    """Set what DeepSpeed reads when it is imported; call before anything imports it.
+    """Set what DeepSpeed reads when it is imported, and torch when it starts CUDA; call before either happens.
 
-    Without CUDA the accelerator is named, so that DeepSpeed does not probe for one. Ranks that `srun` started get their
-    variables from Slurm's, with the step's first host as master. Under MPI they are left for DeepSpeed's discovery,
-    which asks mpi4py for the master's address, unless MASTER_ADDR says it already. A plain `python launch/train.py`
-    becomes a world of one rank on a free port.
+    What is set already stays. Without CUDA the accelerator is named, so that DeepSpeed does not probe for one. Ranks
+    that `srun` started get their variables from Slurm's, with the step's first host as master. Under MPI they are left
+    for DeepSpeed's discovery, which asks mpi4py for the master's address, unless MASTER_ADDR says it already. A plain
+    `python launch/train.py` becomes a world of one rank on a free port.
 
     Raises:
         UserError: Slurm's variables cannot be read.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        _prepare_cuda()
     environment = os.environ
     if all(name in environment for name in _RANK_VARIABLES[:2]):
         return
@@ -60,6 +59,21 @@ def prepare_environment() -> None:
     else:
         values = ("0", "1", "0", "127.0.0.1", str(free_port("127.0.0.1")))
         environment.update(zip(_RANK_VARIABLES, values, strict=True))
+
+
+def _prepare_cuda() -> None:
+    """Defaults of CUDA's libraries that suit this training, where the user has set none."""
+    environment = os.environ
+    if "PYTORCH_ALLOC_CONF" not in environment:  # which comes first where a torch knows it
+        # Rows of other lengths leave holes of other sizes: without it they double the memory that torch holds.
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # cuDNN's attention makes a plan for every new shape, for tens of milliseconds; lengths change here all the time.
+    environment.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    # NCCL's watchdog would abort the process, in which nobody could then say why. Let it abort the exchange alone, so
+    # that the next one over the same group raises; that peers are there is known from the agreements over gloo.
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+    # Nor is it to abort over an error of the GPU, which it meets where it looks how far an exchange is: Python gets it.
+    environment.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
 
 
 def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
@@ -197,77 +211,3 @@ def local_rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
-
-
-def _choose_device() -> torch.device:
-    """This rank's GPU, or the CPU. Raises UserError where the host has fewer GPUs than ranks."""
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
-        return torch.device("cpu")
-    count, index = torch.cuda.device_count(), local_rank()
-    if count == 1:  # `srun --gpus-per-task=1` and containers show each rank its own GPU alone
-        index = 0
-    if index >= count:
-        raise UserError(
-            f"rank {index} of host {socket.gethostname()} has no GPU, it has {count}; start one rank a GPU (slots in"
-            " the hostfile, --ntasks-per-node, --nproc_per_node)"
-        )
-    return torch.device("cuda", index)
-
-
-def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.device:
-    """Initialise torch.distributed through DeepSpeed (NCCL on CUDA, gloo on CPU); returns this rank's device.
-
-    Every group that DeepSpeed makes later has the same time limit.
-
-    Raises:
-        UserError: ranks that do not come in time, a port that is taken, or a group of another size than the launcher
-            said.
-    """
-    import deepspeed
-
-    device = _choose_device()
-    on_cuda = device.type == "cuda"
-    if not on_cuda:
-        # DeepSpeed would compile its shared-memory operator here: a minute, and a rank that dies meanwhile leaves a
-        # lock on which every later run hangs in silence. gloo serves the few small messages of a CPU run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
-    if on_cuda:
-        torch.cuda.set_device(device)
-        # NCCL's watchdog would abort the process, in which nobody could then say why: let it abort the exchange alone,
-        # so that the next one raises.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-        # Gradients of the adapter are products over all tokens, which cuBLAS sums in parts: in fp32, not in bf16.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    timeout = timedelta(minutes=timeout_minutes)
-    try:
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", timeout=timeout, verbose=False)
-    except torch.distributed.DistError as error:
-        raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
-    os.environ["LOCAL_RANK"] = str(device.index if on_cuda else local_rank())  # which DeepSpeed reads, MPI or not
-    found = torch.distributed.get_world_size()
-    if found != expected_ranks:
-        raise UserError(f"the process group has {found} ranks, but the launcher started {expected_ranks}")
-    # DeepSpeed makes its groups without a time limit, so torch's own of 10 (NCCL) or 30 minutes would hold for them.
-    backend: Any = deepspeed.comm.comm.cdb
-    backend.new_group = partial(torch.distributed.new_group, timeout=timeout)
-    return device
-
-
-def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Why the ranks did not come together, in one line."""
-    master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    if "EADDRINUSE" in reason or "in use" in reason:
-        return f"port {master} is in use; end what holds it, or give another (--master_port, MASTER_PORT)"
-    return (
-        f"the {expected_ranks} ranks did not meet at {master} within {timeout_minutes:g} minutes (rank"
-        f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); look which hosts started, and at `python"
-        " launch/doctor.py`"
-    )
-
-
-def leave_process_group() -> None:
-    """Destroy the process group, where there is one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -35,7 +35,8 @@ from megatron_tiedlora.parallel.lifeline import (
     lost_exchange_line,
     place_line,
 )
-from megatron_tiedlora.pipeline.launch_env import first_to_fail, leave_process_group
+from megatron_tiedlora.pipeline.launch_env import first_to_fail
+from megatron_tiedlora.pipeline.process_group import leave_process_group
 from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, State
 from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
