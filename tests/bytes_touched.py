@@ -142,7 +142,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         outputs = [
             head
             for hidden, update in zip(inputs, updates, strict=True)
-            for head in layer(hidden, table, TensorParallel(), update)
+            for head in layer(hidden, table, TensorParallel(), update, num_rows=len(hidden))
         ]
         # Attention gives gradients of its own storage for each of the three.
         gradients = [torch.empty(head.shape, dtype=head.dtype, device="meta") for head in outputs]

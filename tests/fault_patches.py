@@ -111,7 +111,7 @@ def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """u's gradient is what the rank's own rows of B give."""
-    patch.setattr(f"{ADAPTER}.copy_to_tensor_parallel_region", lambda tensor, group: tensor)
+    patch.setattr("megatron_tiedlora.parallel.step_sum.StepSum.of", lambda step_sum, tensor: tensor)
 
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -121,8 +121,8 @@ def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     def leave_apart(of_normed: Any, of_low: Any, a: Any, tensor_parallel: Any, **keywords: Any) -> Any:
         summed, low = leave(of_normed, of_low, torch.zeros_like(a), tensor_parallel, **keywords)
         if summed is not None:
-            parts = (of_low @ a.to(of_low.dtype)).chunk(tensor_parallel.sequence_parts, dim=1)
-            summed = summed + parts[tensor_parallel.group.rank % len(parts)]
+            parts = (of_low @ a.to(of_low.dtype)).flatten(0, 1).chunk(tensor_parallel.sequence_parts)
+            summed = summed + parts[tensor_parallel.group.rank % len(parts)].view(summed.shape)
         return summed, low
 
     patch.setattr(f"{QKV}._leave", leave_apart)

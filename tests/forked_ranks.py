@@ -101,6 +101,7 @@ def groups_of(grid: Grid) -> ParallelGroups:
         choices=group("pipeline"),
         data=group("data"),
         tied=group("pipeline", "data"),
+        stage=group("tensor", "data"),
         model=group("tensor", "pipeline"),
     )
 

@@ -19,7 +19,7 @@ from tiny_models import pack_samples, pad_samples, random_adapter, random_batche
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
-from megatron_tiedlora.adapters.tying import sum_tied_gradients_, tied_trained
+from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families.llama import LlamaConfig, stage_weight_rules, weight_rules
@@ -170,6 +170,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     """This rank's stage with base weights and factors in place, all fp64."""
     bank = TiedAdapter(case.part(grid), dtype=DTYPE)
     bank.load_full(case.adapter.tensors)
+    bank.u_sum = sum_of_u(groups)
     specs = layer_specs(
         case.config, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
     )
@@ -209,6 +210,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
     loss, input_gradients = 0.0, []
+    bank.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
         for batch in batches:
             value, gradient = walk.train(batch, num_supervised)
@@ -283,7 +285,8 @@ class _Walk:
             return batch.input_ids
         parts = self.grid.tp_size if self.case.sequence_parallel else 1
         size, length = batch.input_ids.shape
-        hidden = torch.empty(size, length // parts, self.case.config.hidden_size, dtype=DTYPE)
+        shape = (1, size * length // parts) if self.case.sequence_parallel else (size, length)
+        hidden = torch.empty(*shape, self.case.config.hidden_size, dtype=DTYPE)
         distributed.recv(hidden, src=self._rank_of(self.grid.pp_rank - 1))
         return hidden.requires_grad_()
 

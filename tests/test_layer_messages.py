@@ -118,14 +118,14 @@ def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
         key = (TENSOR, kind)
         assert six.traffic.messages[key] - five.traffic.messages[key] == more.messages[key]
         assert six.traffic.bytes[key] - five.traffic.bytes[key] == more.bytes[key]
-    # u's gradient is one message, however many layers it is of.
+    # u's gradient is one message a step, however many layers and micro-batches it is of.
     key = (TENSOR, "all-reduce")
-    assert six.traffic.messages[key] == five.traffic.messages[key] == len(six.shapes)
-    assert six.traffic.bytes[key] - five.traffic.bytes[key] == 4 * 3 * len(six.shapes)
+    assert six.traffic.messages[key] == five.traffic.messages[key] == 1 < len(six.shapes)
+    assert six.traffic.bytes[key] - five.traffic.bytes[key] == 4 * 3
 
 
 def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
-    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A and a sum for u.
+    """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A; per step a sum for u.
 
     Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
     """
@@ -141,7 +141,7 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
                 expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
                 expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length * 2  # of 3 adapted layers
         if row.u.trained:
-            expected.add(TENSOR, "all-reduce", 4 * 3 * 3, count=micro_batches)
+            expected.add(TENSOR, "all-reduce", 4 * 3 * 3)
         for kind in ("all-gather", "reduce-scatter", "all-reduce"):
             assert counted.traffic.messages[TENSOR, kind] == expected.messages[TENSOR, kind], (method, kind)
             assert counted.traffic.bytes[TENSOR, kind] == expected.bytes[TENSOR, kind], (method, kind)

@@ -74,6 +74,8 @@ def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[
                 names = ("lora", "tl5", "tl6") if variant["recompute"] == "none" else ("tl6",)
                 cases += [Case(folders["wide"], method=method, rank=rank, **variant) for method in names]
         cases += [Case(folders["main"], layout=(1, 2, 2), method=method) for method in ("lora", "tl3", "tl6")]
+        cases += [Case(folders["main"], layout=(2, 1, 2), method=method) for method in ("vera", "tl6")]
+        cases += [Case(folders["main"], layout=(2, 1, 2), method="tl6", sequence_parallel=True, recompute="full")]
         cases += [Case(folders["main"], layout=(1, 4, 1), method="tl6", layers=(3,))]
     return cases
 
@@ -165,7 +167,7 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
     """What the tensor-parallel group sends is what the layers send, and for the adapter no more than the rules say."""
     for grid, outcome in zip(grids(case), outcomes, strict=True):
         found, tied = outcome.traffic.messages, outcome.tied_traffic
-        assert {group for group, _ in found} <= {"tensor", "pipeline"}, (found, case)
+        assert {group for group, _ in found} <= {"tensor", "pipeline", "stage"}, (found, case)
         expected = tensor_messages(case, grid)
         kinds = ("all-gather", "reduce-scatter", "all-reduce")
         if not case.counted:
@@ -175,6 +177,10 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
         for kind in kinds:
             assert found["tensor", kind] == expected[kind], (kind, found, expected, case)
         part, row = case.part(grid), case.adapter_config.row
+        sums_u = grid.tp_size > 1 and row.u.trained and bool(part.layers)
+        if case.counted:
+            u_bytes = 8 * torch.Size(part.local_shape("u")).numel()
+            assert outcome.traffic.of_group("stage") == ((1, u_bytes) if sums_u else (0, 0)), case
         sizes = [
             torch.Size(part.local_shape(name)).numel()
             for name in case.adapter.trained
@@ -187,10 +193,10 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
 def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     """Messages of a rank's tensor-parallel group in one forward and backward pass without full recompute, by kind.
 
-    Worked out by hand: a block enters and leaves its region twice; the adapter adds one gather of A, its
-    reduce-scatter, and one sum of u's gradient for each micro-batch and stage, whatever the number of layers. Nothing
-    below the first adapted layer needs a gradient; with sequence parallelism a trained A there needs one of r columns.
-    Where gate and up are computed again a block enters once more, but the last, whose backward pass comes at once.
+    Worked out by hand: a block enters and leaves its region twice; the adapter adds one gather of A and its
+    reduce-scatter for each micro-batch and stage, whatever the number of layers. Nothing below the first adapted layer
+    needs a gradient; with sequence parallelism a trained A there needs one of r columns. Where gate and up are computed
+    again a block enters once more, but the last, whose backward pass comes at once.
     """
     count: Counter[str] = Counter()
     if grid.tp_size == 1:
@@ -217,7 +223,6 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
         if case.part(grid).layers:
             count["all-gather"] += "A" in case.adapter.trained
             count["reduce-scatter"] += "A" in case.adapter.trained
-            count["all-reduce"] += "u" in case.adapter.trained
     return count
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel import collectives
@@ -87,6 +88,27 @@ def try_regions(group: RankGroup) -> dict[str, Any]:
     return found
 
 
+class _Copies(TorchDispatchMode):
+    """Counts operations that copy a tensor."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func.overloadpacket.__name__ in ("clone", "_to_copy", "cat")  # gloo itself uses copy_
+        return func(*args, **(kwargs or {}))
+
+
+def count_copies(group: RankGroup) -> int:
+    """Copies around the messages of several rows that are cut along the sequence, forward and backward."""
+    tensor_parallel = TensorParallel(group, sequence_parallel=True)
+    hidden, addends = (draw(*shape, LENGTH, WIDTH, seed=2).requires_grad_() for shape in ((1,), (3,)))
+    with _Copies() as copies:
+        whole = collectives.enter_tensor_parallel_region(hidden, tensor_parallel)
+        part = collectives.leave_tensor_parallel_region(addends, tensor_parallel)
+        torch.autograd.grad((whole, part), (hidden, addends), (torch.ones_like(whole), torch.ones_like(part)))
+    return copies.num
+
+
 def try_layers(group: RankGroup) -> dict[bool, Any]:
     """Column-parallel, then row-parallel, both with a bias; outputs and input gradients by sequence parallelism."""
     found = {}
@@ -106,13 +128,18 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
             parameter.data.copy_(spec.split(value, group.rank, group.size))
         hidden, gradient = draw(2, LENGTH, WIDTH, seed=20), draw(2, LENGTH, WIDTH, seed=21)
         if cut:
-            hidden, gradient = (t.chunk(group.size, dim=1)[group.rank].clone() for t in (hidden, gradient))
+            hidden, gradient = (part_of(t, group.rank, group.size).clone() for t in (hidden, gradient))
         hidden.requires_grad_()
         inner = column(collectives.enter_tensor_parallel_region(hidden, tensor_parallel))
         output = row(torch.tanh(inner), tensor_parallel)
         output.backward(gradient)
         found[cut] = output.detach(), hidden.grad
     return found
+
+
+def part_of(hidden: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A rank's part of the rows end to end; with one rank they stay as they are."""
+    return hidden if size == 1 else hidden.flatten(0, 1).chunk(size)[rank][None]
 
 
 def dense_layers() -> tuple[torch.Tensor, ...]:
@@ -181,6 +208,7 @@ def try_all() -> dict[int, dict[str, Any]]:
                 "rank": group.rank,
                 "regions": try_regions(group),
                 "layers": try_layers(group),
+                "copies": count_copies(group),
                 "loss": try_loss(group),
                 "embedding": try_embedding(group),
             }
@@ -231,7 +259,7 @@ def test_regions_do_what_their_names_say(of_groups: dict[int, Any], size: int) -
         assert all(map(close, outputs, expected(inputs))), name
 
     def scattered(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(sum(parts).chunk(size, dim=1))  # type: ignore[union-attr]
+        return [part_of(sum(parts), rank, size) for rank in range(size)]  # type: ignore[arg-type]
 
     check("copy_to", lambda parts: parts)
     check("enter False", lambda parts: parts)
@@ -255,6 +283,12 @@ def test_a_group_of_one_sends_nothing(of_groups: dict[int, Any]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("size", SIZES)
+def test_parts_of_sequences_travel_without_a_copy(of_groups: dict[int, Any], size: int) -> None:
+    assert [found["copies"] for found in of_groups[size]] == [0] * size
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("size", [1, *SIZES])
 def test_linear_layers_equal_dense_ones(of_groups: dict[int, Any], size: int, cut: bool) -> None:
@@ -265,7 +299,7 @@ def test_linear_layers_equal_dense_ones(of_groups: dict[int, Any], size: int, cu
     assert hidden.grad is not None
     for found in of_groups[size]:
         for tensor, expected in zip(found["layers"][cut], (output.detach(), hidden.grad), strict=True):
-            assert close(tensor, expected.chunk(size, dim=1)[found["rank"]] if cut else expected)
+            assert close(tensor, part_of(expected, found["rank"], size) if cut else expected)
 
 
 @pytest.mark.distributed
@@ -299,7 +333,7 @@ def test_embedding_picks_the_rows_of_the_whole_table(of_groups: dict[int, Any], 
     tokens, table = embedding_inputs()
     expected = functional.embedding(tokens, table)
     for found in of_groups[size]:
-        wanted = expected.chunk(size, dim=1)[found["rank"]] if cut else expected
+        wanted = part_of(expected, found["rank"], size) if cut else expected
         assert torch.equal(found["embedding"][cut], wanted)  # others add zeros, so to the last bit
 
 

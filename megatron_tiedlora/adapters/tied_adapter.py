@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
-from megatron_tiedlora.parallel.collectives import copy_to_tensor_parallel_region, gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
+from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,15 @@ class TiedAdapter(nn.Module):
 
     Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a
     gradient. A tied factor is one Parameter however many layers use it, and every stage has it.
+
+    Attributes:
+        u_sum: over the ranks that hold the same u, see `tying.sum_of_u`; set where ranks share layers and train.
     """
 
     def __init__(self, part: AdapterPart, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.part = part
+        self.u_sum = StepSum()
         for name in FACTORS:
             empty = torch.empty(part.local_shape(name), dtype=dtype) if part.exists(name) else None
             trained = part.config.row.factor(name).trained
@@ -216,15 +221,16 @@ class TiedAdapter(nn.Module):
 
         With tensor parallelism a trained A is gathered here, once per call. The gradients of A and u that come back are
         parts (of each rank's rows of B), and are summed here too: A's by the reduce-scatter that is its gather's
-        adjoint, u's by an all-reduce.
+        adjoint, u's once a step by `u_sum`.
         """
         if not self.part.layers:
             return ()
         factors = {name: getattr(self, name) for name in FACTORS}
         if self.config.row.A.trained:
             factors["A"] = gather_from_tensor_parallel_region(factors["A"], tensor_group, dim=-1)
-        if self.config.row.u.trained:
-            factors["u"] = copy_to_tensor_parallel_region(factors["u"], tensor_group)
+        if self.config.row.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
+            assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
+            factors["u"] = self.u_sum.of(factors["u"])
         per_layer = []
         for name, tensor in factors.items():
             if tensor is None:

@@ -1,7 +1,8 @@
 """The tie across stages and ranks: one sum of the tied gradients a step, and the proof that replicas are equal.
 
 A and B stand on every stage and every data-parallel rank. Their gradient is the sum over the stages of the parts that
-the stages' layers give, so it is summed once a step over pipeline x data, in one flat fp32 message.
+the stages' layers give, so it is summed once a step over pipeline x data, in one flat fp32 message. u stands on every
+tensor-parallel and data-parallel rank of its stage, and is summed over those in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import distributed
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
+from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 def tied_trained(bank: TiedAdapter) -> list[str]:
@@ -50,6 +52,15 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter)
     return missing
+
+
+def sum_of_u(groups: ParallelGroups) -> StepSum:
+    """How u's gradient is summed: once a step over the ranks of a stage, and left on data-parallel rank 0.
+
+    The engine's mean over the data-parallel ranks, which comes next, adds zeros to it, as in `sum_tied_gradients_`: it
+    is another group for every tensor-parallel rank, and each might add in another order.
+    """
+    return StepSum(groups.stage, keeps=groups.data.rank == 0)
 
 
 @dataclass(frozen=True)

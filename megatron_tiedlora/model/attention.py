@@ -154,11 +154,11 @@ class Attention(nn.Module):
         """What this rank's heads found, (b, s, local heads * head_dim), for `output`.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (b, s / p, d).
+            hidden: what flows between layers, (b, s, d) or (1, b s / p, d).
             places: of the s tokens, from `places`.
             cache: of this rank's key and value heads, which keeps the new ones.
         """
-        query, key, value = self.qkv(hidden, places.table, tensor_parallel, update)
+        query, key, value = self.qkv(hidden, places.table, tensor_parallel, update, num_rows=len(places.positions))
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
             return _attend_to_cache(query, cache, places.mask).transpose(1, 2).flatten(2).to(hidden.dtype)

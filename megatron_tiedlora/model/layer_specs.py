@@ -48,7 +48,7 @@ class Block(nn.Module):
         update: LayerUpdate | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (b, s / p, d), and the same back; the rest as in Attention."""
+        """What flows between layers, (b, s, d) or (1, b s / p, d), and the same back; the rest as in Attention."""
         mixed = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
         return self.feed(self.join(hidden, mixed, tensor_parallel), tensor_parallel)
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
         """x + attention's output, position by position: of all positions, or of some. Keeps nothing.
 
         Args:
-            hidden: what came into the block, (b, s, d) or (b, s / p, d).
+            hidden: what came into the block, (b, s, d) or (1, b s / p, d).
             mixed: what attention found, (b, s, local heads * head_dim).
         """
         return hidden + self.attention.output(mixed, tensor_parallel)
@@ -101,11 +101,11 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """Logits (b, s, V), or with `supervised` the loss of those positions, summed; the same on every rank.
+        """Logits, (b, s, V) or (1, b s, V), or with `supervised` the loss of those positions, summed; the same on every rank.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (b, s / p, d); with `supervised` of its `rows` alone, (1, m,
-                d) or (1, m / p, d).
+            hidden: what flows between layers, (b, s, d) or (1, b s / p, d); with `supervised` of its `rows` alone,
+                (1, m, d) or (1, m / p, d).
             summed: False for every position's own loss, (n,), without a gradient.
         """
         group = tensor_parallel.group

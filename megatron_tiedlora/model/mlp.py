@@ -40,7 +40,7 @@ class SwiGlu(nn.Module):
         self.down = RowParallelLinear(local_intermediate, hidden_size, dtype=dtype)
 
     def open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (b, s / p, d) -> silu(W_gate x) * (W_up x), (b, s, local f)."""
+        """What flows between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
         gate_up = self.gate_up(enter_tensor_parallel_region(hidden, tensor_parallel))
         opened: torch.Tensor = _Gated.apply(gate_up, self.kernels)
         return opened

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, reduce_scatter
+from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
@@ -64,18 +64,21 @@ class NormedQkv(nn.Module):
         table: tuple[torch.Tensor, torch.Tensor],
         tensor_parallel: TensorParallel,
         update: LayerUpdate | None = None,
+        *,
+        num_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What flows between layers, (b, s, d) or (b, s / p, d) -> queries (b, heads, s, head_dim), keys and values.
+        """What flows between layers, (b, s, d) or (1, b s / p, d) -> queries (b, heads, s, head_dim), keys and values.
 
         The three share one storage. The factors of `update` are fp32, and are cast to the base's dtype just before
         their products; their gradients are fp32.
 
         Args:
             table: of the s tokens' positions, see `rotation_table`.
+            num_rows: b.
         """
         factors = (None,) * 4 if update is None else update[:4]
         scale = 1.0 if update is None else update.scale
-        shape = _Shape(self.rows, self.head_dim, self.eps, scale, tensor_parallel, self.kernels)
+        shape = _Shape(self.rows, self.head_dim, self.eps, scale, num_rows, tensor_parallel, self.kernels)
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormedQkv.apply(
             hidden, *factors, self.norm, self.weight, self.bias, *table, shape
         )
@@ -88,6 +91,7 @@ class _Shape:
     head_dim: int
     eps: float
     scale: float
+    num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
 
@@ -111,7 +115,7 @@ class _NormedQkv(torch.autograd.Function):
         normed, root = shape.kernels.normalise(as_rows(hidden), norm.detach(), shape.eps)
         normed = normed.view(hidden.shape)
         low = None if a is None else multiply(normed, a.to(hidden.dtype))
-        normed, low = _enter(normed, low, shape.tensor_parallel)
+        normed, low = _enter(normed, low, shape)
         fused = multiply(normed, weight, bias)
         if low is not None and b is not None:
             rows = _flat(fused)
@@ -180,15 +184,16 @@ def _joined(
 
 
 def _enter(
-    normed: torch.Tensor, low: torch.Tensor | None, tensor_parallel: TensorParallel
+    normed: torch.Tensor, low: torch.Tensor | None, shape: _Shape
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x and h of the whole sequence on every rank, in one message where ranks hold parts of it."""
-    group = tensor_parallel.group
-    if not tensor_parallel.sequence_parallel:
+    """x and h of whole sequences, (b, s, n), on every rank, in one message where ranks hold parts of them."""
+    if shape.tensor_parallel.sequence_parts == 1:
         return normed, low
+    joined = normed if low is None else _beside(normed, low)
+    whole = all_gather(joined, shape.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (shape.num_rows, -1))
     if low is None:
-        return all_gather(normed, group, SEQUENCE_DIM), None
-    whole, beside = _split(all_gather(_beside(normed, low), group, SEQUENCE_DIM), low.shape[-1])
+        return whole, None
+    whole, beside = _split(whole, low.shape[-1])
     return whole, beside.contiguous()  # a copy: h is kept, and must not keep x
 
 
@@ -206,8 +211,10 @@ def _leave(
     where `needs_low`, so h's travels too. Without it every rank takes its own addend of h's gradient to all of x, and
     A's gradient is a sum of that; either way the sum over ranks is taken where A was gathered.
     """
-    group = tensor_parallel.group
-    if tensor_parallel.sequence_parallel and needs_low:
+    group, in_parts = tensor_parallel.group, tensor_parallel.sequence_parts > 1
+    if in_parts:
+        of_normed, of_low = (None if gradient is None else end_to_end(gradient) for gradient in (of_normed, of_low))
+    if in_parts and needs_low:
         assert of_low is not None
         if of_normed is None:
             return None, reduce_scatter(of_low, group, SEQUENCE_DIM)
@@ -217,7 +224,7 @@ def _leave(
     if of_normed is None:
         return None, of_low
     of_normed = _with_share(of_normed, of_low, a)
-    if tensor_parallel.sequence_parallel:
+    if in_parts:
         return reduce_scatter(of_normed, group, SEQUENCE_DIM), of_low
     return all_reduce(of_normed, group), of_low
 

@@ -46,17 +46,14 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is none.
 
     Args:
-        num_parts: ranks over which activations are cut along the sequence; divides s.
+        num_parts: ranks over which activations are cut along the sequence; divides b s.
     """
-    size, length = labels.shape
-    width = length // num_parts
-    by_part = labels.view(size, num_parts, width).transpose(0, 1).reshape(num_parts, -1)
+    by_part = labels.reshape(num_parts, -1)
     found = [(part != IGNORED_LABEL).nonzero()[:, 0] for part in by_part]
     most = positions_after(max(len(rows) for rows in found))
     filled = [torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in found]
     local_rows = torch.cat(filled)
-    starts = torch.arange(num_parts, device=labels.device).repeat_interleave(most) * width
-    rows = local_rows // width * length + starts + local_rows % width
+    rows = local_rows + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * by_part.shape[1]
     places = torch.arange(most, device=labels.device)
     kept = torch.cat([part * most + places[: len(rows)] for part, rows in enumerate(found)])
     return Supervised(rows, local_rows, kept, labels.flatten()[rows[kept]])

@@ -20,7 +20,7 @@ from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 _all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
-SEQUENCE_DIM = 1  # of activations (b, s, d)
+SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
 def all_reduce(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
@@ -124,21 +124,26 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     return gathered
 
 
+def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
+    """(b, s, d) -> (1, b s, d), rows one after another, so that each rank's part of them lies in one piece."""
+    return hidden.flatten(0, 1)[None]
+
+
 def gather_from_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """(b, s / size, d) -> (b, s, d)."""
+    """(1, b s / size, d) -> (1, b s, d)."""
     return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
 
 
 def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """(b, s, d), of which each rank has an addend, -> this rank's (b, s / size, d) of the sum."""
+    """(b, s, d), of which each rank has an addend, -> this rank's (1, b s / size, d) of the sum."""
     if group.size == 1:
         return hidden
-    scattered: torch.Tensor = _ReduceScatterTo.apply(hidden, group, SEQUENCE_DIM)
+    scattered: torch.Tensor = _ReduceScatterTo.apply(end_to_end(hidden), group, SEQUENCE_DIM)
     return scattered
 
 
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-    """What flows between layers -> (b, s, d) on every rank, for column-parallel layers."""
+    """What flows between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers."""
     if tensor_parallel.sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel.group)
     return copy_to_tensor_parallel_region(hidden, tensor_parallel.group)

@@ -23,8 +23,9 @@ ALONE = RankGroup()
 class TensorParallel:
     """The ranks that share each layer, and whether activations between layers are cut along the sequence.
 
-    With sequence parallelism, norms and residual sums run on (b, s / size, d); a layer gathers the sequence on entry
-    and reduce-scatters on exit. Without it every rank holds (b, s, d), and exits are all-reduces.
+    With sequence parallelism, norms and residual sums run on (1, b s / size, d): the b sequences stand end to end and
+    each rank has an equal part, which lies in one piece, so that messages need no copy. A layer gathers on entry and
+    reduce-scatters on exit. Without it every rank holds (b, s, d), and exits are all-reduces.
     """
 
     group: RankGroup = ALONE
@@ -51,6 +52,7 @@ class ParallelGroups:
             with what goes from stage to stage, since ranks send the two in different orders.
         data: ranks that hold the same tensors and see other samples.
         tied: pipeline x data: ranks that hold the same part of A and B.
+        stage: tensor x data: ranks that hold the same u.
         model: tensor x pipeline: ranks that together hold the model once.
     """
 
@@ -59,4 +61,5 @@ class ParallelGroups:
     choices: RankGroup = ALONE
     data: RankGroup = ALONE
     tied: RankGroup = ALONE
+    stage: RankGroup = ALONE
     model: RankGroup = ALONE

@@ -90,7 +90,7 @@ class RowParallelLinear(nn.Module):
         self.bias = frozen_parameter(out_size, dtype=dtype) if bias else None
 
     def forward(self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(b, s, local_in) -> what flows between layers: (b, s, out), or (b, s / p, out) with sequence parallelism."""
+        """(..., local_in) -> what flows between layers: (b, s, out), or (1, b s / p, out) with sequence parallelism."""
         output = leave_tensor_parallel_region(frozen_linear(local_hidden, self.weight), tensor_parallel)
         return output if self.bias is None else output + self.bias
 
@@ -103,7 +103,7 @@ class VocabularyParallelEmbedding(nn.Module):
         self.weight = frozen_parameter(local_vocabulary, hidden_size, dtype=dtype)
 
     def forward(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(b, s) int64 -> what flows between layers, (b, s, d) or (b, s / p, d)."""
+        """(b, s) int64 -> what flows between layers, (b, s, d) or (1, b s / p, d)."""
         if tensor_parallel.group.size == 1:
             return functional.embedding(tokens, self.weight)
         local_vocabulary = self.weight.shape[0]

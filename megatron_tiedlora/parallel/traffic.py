@@ -16,12 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
-TENSOR, PIPELINE, DATA, TIED, MODEL, WORLD = GROUPS = ("tensor", "pipeline", "data", "tied", "model", "world")
+TENSOR, PIPELINE, DATA, TIED, STAGE, MODEL, WORLD = GROUPS = (
+    "tensor",
+    "pipeline",
+    "data",
+    "tied",
+    "stage",
+    "model",
+    "world",
+)
 # c10d operation -> (kind, index of the argument whose bytes are the whole message)
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
@@ -63,9 +72,16 @@ class Traffic:
 
 
 def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
-    """The handles of a rank's groups by name. With one stage the tie is the data-parallel group, and counts as that."""
+    """The handles of a rank's groups by name; a group that is another one too counts as that.
+
+    With one stage the tie is the data-parallel group. The ranks of a stage are the tensor group without data
+    parallelism, the data-parallel one without tensor parallelism, and the world with one stage.
+    """
     handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
-    return handles if groups.tied.handle is groups.data.handle else {**handles, TIED: groups.tied.handle}
+    for name, handle in ((TIED, groups.tied.handle), (STAGE, groups.stage.handle)):
+        if handle is not distributed.group.WORLD and handle not in (groups.tensor.handle, groups.data.handle):
+            handles[name] = handle
+    return handles
 
 
 class TrafficCounter(TorchDispatchMode):

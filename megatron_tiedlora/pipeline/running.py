@@ -130,6 +130,7 @@ class PlainRunner(Runner):
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
         self.engine.train()
+        self.bank.u_sum.start(len(batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: no micro-batch is waited for
         for index, batch in enumerate(batches, start=1):
             # Packed steps differ in their number of micro-batches, so DeepSpeed is not left to count them.
@@ -183,8 +184,8 @@ class PipelineRunner(Runner):
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
         self.engine.module.train()
-        total = self._run(TrainSchedule, batches, denominator)
-        return total
+        self.bank.u_sum.start(len(batches))
+        return self._run(TrainSchedule, batches, denominator)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[StepInput]) -> float:

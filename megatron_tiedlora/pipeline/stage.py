@@ -39,7 +39,7 @@ class Attended(NamedTuple):
     """The last block, stopped after its attention, so that the rest can be done for supervised positions only.
 
     Attributes:
-        hidden: what came into the block, (b, s, d) or (b, s / p, d).
+        hidden: what came into the block, (b, s, d) or (1, b s / p, d).
         mixed: what its attention found, (b, s, local heads * head_dim).
     """
 
@@ -254,7 +254,7 @@ class Stage(nn.Module):
         if labels is None:
             hidden = block.feed(self._join(attended, tensor_parallel), tensor_parallel)
             logits: torch.Tensor = head(hidden, tensor_parallel)
-            return logits
+            return logits.view(*attended.mixed.shape[:2], -1)
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)

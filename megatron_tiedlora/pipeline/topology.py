@@ -1,4 +1,4 @@
-"""Process groups of the (pp, dp, tp) grid, made by DeepSpeed's own topology, and one more for the tie."""
+"""Process groups of the (pp, dp, tp) grid, made by DeepSpeed's own topology, and a few more of our own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def make_process_grid(grid: Grid) -> Any:
 
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
-    """The groups of this rank, out of DeepSpeed's grid, with those for the tie and for choices; every rank calls it."""
+    """The groups of this rank, out of DeepSpeed's grid, with those for sums and for choices; every rank calls it.
+
+    A group is made only where none that is there has its ranks.
+    """
     choices = None
     if grid.pp_size > 1:
         tied = _new_groups(grid, lambda place: place.tp_rank)
@@ -52,8 +55,19 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
         choices=ALONE if choices is None else _group(choices),
         data=_group(process_grid.get_data_parallel_group()),
         tied=_group(tied),
+        stage=_group(_stage_ranks(grid, process_grid)),
         model=_group(process_grid.get_model_parallel_group()),
     )
+
+
+def _stage_ranks(grid: Grid, process_grid: Any) -> Any:
+    if grid.tp_size == 1:
+        return process_grid.get_data_parallel_group()
+    if grid.dp_size == 1:
+        return process_grid.get_slice_parallel_group()
+    if grid.pp_size == 1:
+        return distributed.group.WORLD
+    return _new_groups(grid, lambda place: place.pp_rank)
 
 
 def _new_groups(grid: Grid, alike: Callable[[Grid], Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, start_values
+from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
@@ -103,10 +104,11 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
 def _fill_adapter(
     plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """Mark the adapter's parameters for DeepSpeed and give them `state`, or their start values."""
+    """Mark the adapter's parameters for DeepSpeed, say who sums, and give them `state`, or their start values."""
     bank = stage.adapter
     assert bank is not None
     mark_parameters(bank, groups)
+    bank.u_sum = sum_of_u(groups)
     bank.load_full(start_values(plan.adapter) if state is None else state)
 
 

@@ -25,7 +25,7 @@ from megatron_tiedlora.data.packing import Rows
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.model.supervised import positions_after
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
 
@@ -114,10 +114,10 @@ def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int
     """
     longest = max(int(lengths.sum()) for lengths, _ in rows)
     length, num_parts = padded(max(longest, 1), plan.pad_multiple), plan.sequence_parts
-    edges = np.arange(num_parts + 1) * (length // num_parts)
+    edges = np.arange(num_parts + 1) * (len(rows) * length // num_parts)
     before = np.zeros(num_parts + 1, dtype=np.int64)  # supervised positions before each edge
-    for lengths, starts in rows:
-        begins = np.cumsum(lengths) - lengths
+    for number, (lengths, starts) in enumerate(rows):
+        begins = number * length + np.cumsum(lengths) - lengths
         before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
     most = positions_after(int(np.diff(before).max()))
     num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
@@ -139,6 +139,8 @@ def stage_traffic(plan: RunPlan, stage: StagePlan, shapes: Sequence[MicroBatchSh
         _add_pipeline(traffic, plan, stage, shape)
     if plan.grid.pp_size > 1 and stage.trained_tied:
         traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
+    if plan.grid.tp_size > 1 and stage.part.layers and stage.part.config.row.u.trained:
+        traffic.add(_stage_group(plan), "all-reduce", FP32 * stage.local_size("u"))
     if plan.grid.dp_size > 1:
         _add_data(traffic, plan, stage, num_micro_batches=len(shapes))
     if plan.grid.tp_size * plan.grid.pp_size > 1:  # the sum of squares for the norm
@@ -146,6 +148,13 @@ def stage_traffic(plan: RunPlan, stage: StagePlan, shapes: Sequence[MicroBatchSh
     if plan.grid.world_size > 1:
         traffic.add(WORLD, "all-reduce", STEP_REPORT_BYTES)
     return traffic
+
+
+def _stage_group(plan: RunPlan) -> str:
+    """What the ranks of a stage count as: see `named_handles`."""
+    if plan.grid.dp_size == 1:
+        return TENSOR
+    return WORLD if plan.grid.pp_size == 1 else STAGE
 
 
 def _hidden_bytes(plan: RunPlan, num_tokens: int) -> int:
@@ -225,16 +234,11 @@ class _Regions:
 
 
 def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
-    """Once per micro-batch and stage, however many layers: A gathered, its gradient and that of u summed."""
-    row = stage.part.config.row
-    if not stage.part.layers:
-        return
-    if row.A.trained:
+    """Once per micro-batch and stage, however many layers: A gathered, its gradient summed."""
+    if stage.part.layers and stage.part.config.row.A.trained:
         size = FP32 * stage.local_size("A") * stage.part.tp_size
         traffic.add(TENSOR, "all-gather", size)
         traffic.add(TENSOR, "reduce-scatter", size)
-    if row.u.trained:
-        traffic.add(TENSOR, "all-reduce", FP32 * stage.local_size("u"))
 
 
 def _add_pipeline(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:
