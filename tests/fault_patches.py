@@ -222,14 +222,19 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
                 runner.engine.step()
         return total if runner.counts_loss else 0.0
 
-    def inputs(runner: Any, batches: Any, denominator: float) -> Iterator[Any]:
-        for batch in batches:
-            divisor = torch.tensor(denominator if denominator == 1.0 else divisor_of(batch, runner, batches))
-            places = [batch.positions] if batch.documents is None else [batch.positions, batch.documents]
-            yield (batch.tokens, torch.stack(places)), (*runner._supervised(batch), divisor)
+    run, labels = module.PipelineRunner._run, module.PipelineRunner._labels
+
+    def noted(runner: Any, schedule: Any, batches: Any, denominator: float) -> float:
+        runner.batches = batches
+        return run(runner, schedule, batches, denominator)
+
+    def divided(runner: Any, batch: Any) -> Any:
+        *supervised, denominator = labels(runner, batch)
+        return *supervised, denominator if denominator == 1.0 else divisor_of(batch, runner, runner.batches)
 
     patch.setattr(module.PlainRunner, "accumulate", accumulate)
-    patch.setattr(module.PipelineRunner, "_inputs", inputs)
+    patch.setattr(module.PipelineRunner, "_run", noted)
+    patch.setattr(module.PipelineRunner, "_labels", divided)
 
 
 # Copies and gradients, for the run's own checks -------------------------------------------------------------------

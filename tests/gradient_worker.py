@@ -253,7 +253,7 @@ class _Walk:
         if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
             loss = self.stage(batch.input_ids, _places(batch)[0], batch.labels) / num_supervised
         else:
-            output = self.stage.run(inputs, _places(batch))
+            output = self.stage.run(inputs, *_places(batch))
             if not self._is_last:
                 distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
                 gradient = torch.empty_like(output)
@@ -267,7 +267,7 @@ class _Walk:
     @torch.no_grad()
     def logits(self, batch: OracleBatch) -> torch.Tensor | None:
         """(b, s, V) on the last stage."""
-        output = self.stage.run(self._inputs(batch), _places(batch))
+        output = self.stage.run(self._inputs(batch), *_places(batch))
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
             return None

@@ -229,8 +229,8 @@ def test_what_the_engine_keeps_beside_autograd(
         plan = found.plan(rank)
         stage = plan_stages(plan)[plan.grid.pp_rank]
         each = engine_bytes_in_flight(plan, stage, tokens=tokens)
-        # Positions that came in and, but for the last stage, those that go on; tokens; and labels, see Supervised.
-        integers = 8 * tokens * (1 if stage.is_last else 3 if stage.is_first else 2)
+        # Positions; on the first stage, tokens; and labels, see Supervised.
+        integers = 8 * tokens * (2 if stage.is_first else 1)
         labels = 4 * 8 * ROWS * SUPERVISED * stage.is_last
         for held in traced.held:
             assert held.floats == len(held.in_flight) * each, (rank, held)

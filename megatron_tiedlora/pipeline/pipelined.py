@@ -1,7 +1,7 @@
 """The flat list as DeepSpeed pipeline stages: our partition, our layers, its 1F1B schedule.
 
-A micro-batch enters as ((tokens, places), (supervised positions, denominator)); hidden states and places travel from
-stage to stage, and the last stage's loss is the summed loss of its supervised tokens divided by the denominator.
+Every stage takes (tokens or hidden states, positions, documents where rows hold several); hidden states travel from
+stage to stage, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PipelinedModel(PipelineModule):
         self._stages = stages
         self._build_stage = build_stage
         with quiet():
-            # Lengths differ between micro-batches, so shapes travel with every message.
+            # Lengths differ between micro-batches, so no buffer is for the next one too.
             super().__init__(layers=list(specs), topology=topology, loss_fn=self._loss, dynamic_shape=True)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -47,12 +47,10 @@ class PipelinedModel(PipelineModule):
         """Called by the base class once its process groups are there."""
         self.stage = self._build_stage(self._grid, self._layer_specs[self._local_start : self._local_stop])
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        """(tokens or hidden, places) -> (hidden, places), or on the last stage what the loss goes on with."""
-        hidden, places = inputs
-        output = self.stage.run(hidden, places)
-        return output if self.stage.head is not None else (output, places)
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
+        """(tokens or hidden, positions, documents if any) -> hidden; on the last stage what the loss goes on with."""
+        return self.stage.run(*inputs)
 
-    def _loss(self, attended: Attended, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
         *supervised, denominator = labels
         return self.stage.run_head(attended, Supervised(*supervised)) / denominator

@@ -8,7 +8,7 @@ mean over the supervised tokens of the global batch, whatever the split.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,7 +108,13 @@ class Runner:
 
     def _supervised(self, batch: StepInput) -> Supervised:
         """The batch's supervised positions, found on the host, for the last layers of this rank's stage."""
-        return find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
+        found = find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
+        return Supervised(*map(self._on_device, found))
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # out of other memory a copy waits
 
 
 class PlainRunner(Runner):
@@ -116,16 +122,11 @@ class PlainRunner(Runner):
 
     def forward(self, batch: StepInput) -> torch.Tensor:
         """Summed loss of a micro-batch, a scalar."""
-        supervised = Supervised(*map(self._on_device, self._supervised(batch)))
+        supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         # Documents stay on the host, where their bounds are found.
         loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
         return loss
-
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)  # out of other memory a copy waits
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
@@ -158,7 +159,9 @@ class PipelineRunner(Runner):
     """Several stages: DeepSpeed's PipelineEngine, its 1F1B schedule with our tied sum.
 
     The schedule's optimizer step is put off to `take_step`, so that all ranks can agree on the loss before weights
-    move. The engine looks its instructions up in a map, and that is where they are replaced.
+    move. Every rank of a pipeline has the micro-batches, so hidden states are all that goes from stage to stage, and
+    nobody waits for a shape: the engine would send shapes ahead and read them (0.19.8). The engine looks its
+    instructions up in a map, and that is where they are replaced.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -167,6 +170,9 @@ class PipelineRunner(Runner):
 
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
+            schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
+            schedule.RecvActivation: lambda _engine, buffer_id: self._receive(buffer_id),
+            schedule.SendActivation: lambda _engine, buffer_id: self._send(buffer_id),
             schedule.ReduceTiedGrads: lambda _engine: self._sum_tied_gradients(),
             schedule.OptimizerStep: lambda _engine: None,
         }
@@ -198,17 +204,41 @@ class PipelineRunner(Runner):
     def _run(self, schedule: Any, batches: Sequence[StepInput], denominator: float) -> float:
         self.engine.total_loss = None
         self.engine._compute_loss = True
-        self.engine.set_dataiterator(self._inputs(batches, denominator))
+        self._to_load, self._to_receive, self._denominator = iter(batches), iter(batches), denominator
         self.engine._exec_schedule(
             schedule(micro_batches=len(batches), stages=self.groups.pipeline.size, stage_id=self.groups.pipeline.rank)
         )
         return float(self.engine.total_loss) * denominator if self.counts_loss else 0.0
 
-    def _inputs(self, batches: Sequence[StepInput], denominator: float) -> Iterator[Any]:
-        divisor = torch.tensor(denominator, dtype=torch.float32)
-        for batch in batches:
-            places = [batch.positions] if batch.documents is None else [batch.positions, batch.documents]
-            yield (batch.tokens, torch.stack(places)), (*self._supervised(batch), divisor)
+    def _load(self, buffer_id: int) -> None:
+        """What the first and the last stage take of the next micro-batch beside hidden states."""
+        batch = next(self._to_load)
+        if self.stage.embedding is not None:
+            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._places(batch))
+        if self.stage.head is not None:
+            self.engine.pipe_buffers["labels"][buffer_id] = self._labels(batch)
+
+    def _labels(self, batch: StepInput) -> tuple[Any, ...]:
+        return *self._supervised(batch), self._denominator
+
+    def _places(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
+        """Positions, and documents where rows hold several; these stay on the host, where their bounds are found."""
+        positions = self._on_device(batch.positions)
+        return (positions,) if batch.documents is None else (positions, batch.documents)
+
+    def _receive(self, buffer_id: int) -> None:
+        """The next micro-batch's hidden states, of a shape that follows from its tokens'."""
+        from deepspeed.runtime.pipe import p2p
+
+        batch = next(self._to_receive)
+        hidden = self.stage.empty_hidden(*batch.tokens.shape)
+        p2p.recv(hidden, self.engine.prev_stage)
+        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._places(batch))
+
+    def _send(self, buffer_id: int) -> None:
+        from deepspeed.runtime.pipe import p2p
+
+        p2p.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)
 
     def _step(self) -> None:
         self.engine._exec_optimizer_step()

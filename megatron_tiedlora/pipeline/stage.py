@@ -138,21 +138,30 @@ class Stage(nn.Module):
         joined = self._join(reached, tensor_parallel, rows, rows)
         return self._head()(self._last_block().feed(joined, tensor_parallel), tensor_parallel).transpose(0, 1)
 
-    def run(self, inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor | Attended:
+    def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
+        """Memory for what flows between layers of so many rows of tokens, on this rank."""
+        norm: torch.Tensor = self.layers[str(self.blocks[0])].attention.qkv.norm  # type: ignore[union-attr, assignment]
+        parts = self.tensor_parallel.sequence_parts
+        shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
+        return norm.new_empty(*shape, len(norm))
+
+    def run(
+        self, inputs: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor | Attended:
         """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
 
         Args:
-            places: (1, b, s) int64 positions, or (2, b, s) positions and document ids.
+            positions: (b, s) int64.
+            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
 
         Returns:
             what flows between layers; where the stage has the head, what `run_head` goes on with.
         """
-        documents = places[1] if places.shape[0] > 1 else None
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
-        output = self.run_blocks(hidden, places[0], self.tensor_parallel, documents=documents)
+        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents)
         sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
         if self.embedding is None and not self.needs_input_gradient:
             sources.append(inputs)

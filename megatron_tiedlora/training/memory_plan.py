@@ -129,13 +129,14 @@ def engine_bytes_in_flight(plan: RunPlan, stage: StagePlan, *, tokens: int) -> f
 
 
 def engine_bytes_once(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
-    """What the engine keeps however many micro-batches are in flight: the buffer that messages arrive in.
+    """What the engine keeps however many micro-batches are in flight: the buffer that gradients arrive in.
 
-    On the last stage also what its head was given of the micro-batch before.
+    On the last stage, which gets none, what its head was given of the micro-batch before.
     """
     hidden = _hidden_bytes(plan, tokens)
-    before = stage.is_last and plan.batches.accumulation_steps > 1
-    return hidden + (hidden + _mixed_bytes(plan, tokens) if before else 0.0)
+    if not stage.is_last:
+        return hidden
+    return hidden + _mixed_bytes(plan, tokens) if plan.batches.accumulation_steps > 1 else 0.0
 
 
 def _engine_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:

@@ -29,14 +29,13 @@ from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TEN
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
 
-FP32, FP64, INT64 = 4, 8, 8  # bytes
+FP32, FP64 = 4, 8  # bytes
 
 # What training/loop.py sums over all ranks: loss, seconds, whether to save, failures of logs, missing gradients, and
 # stopping (two).
 STEP_REPORT_BYTES = 7 * FP64
 # What it sums after each micro-batch but the last of a step that follows a long one, with one stage.
 STOP_REPORT_BYTES = 2 * FP64
-META_BYTES = 256 * 4  # DeepSpeed sends shapes ahead of a pipeline's activations: 256 int32 (TENSOR_META_SIZE)
 ZERO_0_BUCKET = 500_000_000  # numbers (MEMORY_OPT_ALLREDUCE_SIZE)
 
 # Settings of the ZeRO section whose messages are known, with the values that are.
@@ -71,14 +70,12 @@ class MicroBatchShape:
 
     Attributes:
         num_after: positions that what comes after the last attention computes; see `Supervised`.
-        packed: whether the numbers of samples travel with the positions.
     """
 
     num_rows: int
     length: int
     num_supervised: int
     num_after: int
-    packed: bool
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +118,7 @@ def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int
         before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
     most = positions_after(int(np.diff(before).max()))
     num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
-    return MicroBatchShape(len(rows), length, num_supervised, num_parts * most, plan.settings.packing)
+    return MicroBatchShape(len(rows), length, num_supervised, num_parts * most)
 
 
 def step_traffic(plan: RunPlan, shapes: Sequence[MicroBatchShape]) -> Traffic:
@@ -242,13 +239,9 @@ def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
 
 
 def _add_pipeline(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:
-    """Forward, shapes, hidden states and positions; backward, one gradient (of zeros where none is needed)."""
+    """Forward, hidden states; backward, their gradient (zeros where none is needed)."""
     hidden = _hidden_bytes(plan, shape.num_tokens) // plan.sequence_parts
-    if not stage.is_last:
-        for size in (META_BYTES, hidden, INT64 * shape.num_tokens * (2 if shape.packed else 1)):
-            traffic.add(PIPELINE, "send", size)
-    if not stage.is_first:
-        traffic.add(PIPELINE, "send", hidden)
+    traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
 
 
 def _norm_bytes(zero_stage: int) -> int:
