@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         meter = start_meter(plan, device)
         end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
         if is_main:
-            show(*session.headline(plan, data, folder, checkpoint, built, chosen))
+            show(*session.headline(plan, data, folder, checkpoint, built, chosen, device))
         if checkpoint is None:
             finish.record_score(trainer, "before", finish.score(trainer))
         end.reason = trainer.run()

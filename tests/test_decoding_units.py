@@ -43,6 +43,21 @@ def test_attention_to_a_cache(
     assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("filled", [6, 7, 8, 9])
+def test_rows_of_a_mask_begin_at_multiples_of_8(filled: int) -> None:
+    """Else CUDA's kernel copies it in every layer."""
+    sizes = {"local_heads": 6, "local_kv_heads": 2, "head_dim": 8}
+    layer = Attention(48, **sizes, rope=RopeConfig(), norm_eps=1e-6, bias=False, dtype=torch.bfloat16, kernels=EAGER)
+    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=torch.bfloat16))
+    cache.filled = filled
+    positions = torch.tensor([[filled], [2], [4]])
+    mask = layer.places(positions, torch.bfloat16, cache=cache).mask
+    assert mask is not None and mask.shape == (6, 3, filled + 1)
+    assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    seen = torch.arange(filled + 1) <= positions
+    assert torch.equal(mask == 0, seen[:, None, None].expand(3, 2, 3, -1).reshape(mask.shape))
+
+
 def test_parts_of_a_batch_are_even_and_none_is_empty() -> None:
     assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"]
     assert split_evenly("ab", 3) == ["a", "b"]

@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
-from megatron_tiedlora.model.documents import Documents, attend_within, causal_attention, find_documents
+from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
+from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import NormedQkv
 from megatron_tiedlora.model.rope import RopeConfig, rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
-from megatron_tiedlora.parallel.layers import RowParallelLinear
+from megatron_tiedlora.parallel.layers import RowParallelLinear, padded
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Places:
         positions: (b, s) int64.
         table: cos and sin of their rotation, see `rotation_table`.
         blocks: on a CPU, which tokens see each other.
-        documents: elsewhere, where rows hold several; with neither, token t of a row sees tokens 0 to t.
+        documents: elsewhere, the documents that rows hold; a token sees those of its own up to itself.
+        attend: what computes attention within them.
         mask: where the keys are a cache's, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys) in
             the cache's dtype.
     """
@@ -71,6 +73,7 @@ class Places:
     table: tuple[torch.Tensor, torch.Tensor]
     blocks: tuple[Block, ...] = ()
     documents: Documents | None = None
+    attend: Attend | None = None
     mask: torch.Tensor | None = None
 
 
@@ -89,9 +92,11 @@ class Attention(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         kernels: Kernels,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.kernels = kernels
+        self.deterministic = deterministic
         self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
         self.head_dim = head_dim
         self.rope = rope
@@ -126,21 +131,25 @@ class Attention(nn.Module):
         places = Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype))
         if cache is not None and cache.filled:
             return replace(places, mask=self._cache_mask(positions, cache))
-        if positions.device.type == "cpu":
-            size = block_size(*self.local_rows[:2])
-            return replace(places, blocks=find_blocks(documents, positions.shape[1], size=size))
-        if documents is not None:
-            found = find_documents(documents, positions.device, dtype=dtype, head_dim=self.head_dim)
-            return replace(places, documents=found)
-        return places
+        device, (num_rows, length) = positions.device, positions.shape
+        if device.type == "cpu":
+            return replace(places, blocks=find_blocks(documents, length, size=block_size(*self.local_rows[:2])))
+        found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
+        return replace(places, documents=found, attend=self.route(device, dtype).attend)
+
+    def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
+        """What computes attention of tokens that are all in the call, on `device` and in the dtype of activations."""
+        return choose_attention(device, dtype, self.head_dim, deterministic=self.deterministic)
 
     def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         batch, length = positions.shape
         kv_heads, group = cache.keys.shape[1], self.local_rows[0] // self.local_rows[1]
-        keys = torch.arange(cache.filled + length, device=positions.device)
-        hidden = keys > positions[:, :, None]  # (b, s, keys)
+        num_keys = cache.filled + length
+        keys = torch.arange(padded(num_keys), device=positions.device)
+        hidden = keys > positions[:, :, None]  # (b, s, padded keys)
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        return added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
+        rows = added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
+        return rows[..., :num_keys]  # rows begin at multiples of 8, else CUDA's kernel copies the mask in every layer
 
     def attend(
         self,
@@ -166,9 +175,8 @@ class Attention(nn.Module):
             cache.update(key, value, places.positions)
         if places.blocks:
             return attend_by_blocks(query, key, value, places.blocks, self.kernels)
-        if places.documents is not None:
-            return attend_within(query, key, value, places.documents)
-        return causal_attention(query, key, value).transpose(1, 2).flatten(2)
+        assert places.documents is not None and places.attend is not None, "places without blocks have documents"
+        return attend_within(query, key, value, places.documents, places.attend)
 
 
 def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
@@ -176,7 +184,8 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 
     The query heads of one key-value head stand as tokens of one head: they share its keys, so that no key is copied
     for them. In fp32 (so always on a CPU) two plain products take two thirds of the time of PyTorch's fused kernel,
-    which is made for long queries; in bf16 that one keeps the scores in fp32.
+    which is made for long queries; in bf16 that one keeps the scores in fp32. (Not cuDNN's, which makes a plan for each
+    number of keys: `prepare_environment` puts it last.)
     """
     assert mask is not None, "a cache's places have a mask"
     batch, heads, length, head_dim = query.shape

@@ -143,11 +143,13 @@ def layer_specs(
     tp_size: int = 1,
     kernels: Kernels = EAGER,
     recomputes_gate: bool = False,
+    deterministic: bool = False,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block;
+    `deterministic`: see `choose_attention`.
     """
     d, local_vocabulary = config.hidden_size, -(-config.vocab_size // tp_size)
 
@@ -165,6 +167,7 @@ def layer_specs(
             bias=config.attention_bias,
             dtype=dtype,
             kernels=kernels,
+            deterministic=deterministic,
         )
         mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
         return Block(attention=attention, mlp_norm=norm(), mlp=mlp, recomputes_gate=recomputes_gate)

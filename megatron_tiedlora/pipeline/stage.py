@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
-from megatron_tiedlora.model.attention import KeyValueCache
+from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.early_backward import run_with_early_backward
@@ -88,6 +88,13 @@ class Stage(nn.Module):
             weight = head.norm.weight
             rows = -(-head.vocab_size // self.tensor_parallel.group.size)
             head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+
+    @property
+    def attention(self) -> Attention:
+        """Of the first block; those of the others differ from it in their weights alone."""
+        block: Any = self.layers[str(self.blocks[0])]
+        attention: Attention = block.attention
+        return attention
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -199,9 +206,8 @@ class Stage(nn.Module):
             updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
         """
         updates = self.read_adapter() if updates is None else updates
-        attention: Any = self.layers[str(self.blocks[0])].attention
         cache = caches[0] if caches else None
-        places = attention.places(positions, hidden.dtype, documents=documents, cache=cache)
+        places = self.attention.places(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             stops = self.head is not None and index == self.blocks[-1]

@@ -211,6 +211,7 @@ def headline(
     checkpoint: Checkpoint | None,
     built: BuiltModel,
     chosen: ChosenKernels,
+    device: torch.device,
 ) -> list[str]:
     """What a run is, in a few lines, before its progress bar."""
     settings, batches, grid = plan.settings, plan.batches, plan.grid
@@ -233,6 +234,7 @@ def headline(
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
     lines.append(f"kernels    {chosen.description}")
+    lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
     notes = [] if checkpoint is None else [*checkpoint.notes, *built.notes]
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
     return [*lines, *(f"note       {note}" for note in notes)]
