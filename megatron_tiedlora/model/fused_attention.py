@@ -207,7 +207,7 @@ def _torch_efficient(
     mixed: torch.Tensor = torch.ops.aten._efficient_attention_forward(
         *one_row, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
     )[0]
-    return mixed[0]
+    return mixed.squeeze(0)
 
 
 def _obedient(attend: Attend) -> Callable[[bool], Attend]:
