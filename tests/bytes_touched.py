@@ -61,8 +61,7 @@ class BytesTouched(TorchDispatchMode):
             with _disable_current_modes():
                 result = kernel(*arguments)
             given = result if isinstance(result, tuple) else (result,)
-            changed = arguments[0] if name == "rotate_" else None
-            self.found[name] += sum(map(_num_bytes, (*arguments, *given, changed)))
+            self.found[name] += sum(map(_num_bytes, (*arguments, *given)))
             return result
 
         return counted
@@ -136,7 +135,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)
         ]
-    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if bank is None else bank()
+    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if bank is None else bank(dtype=torch.bfloat16)
     trained = [] if bank is None else [parameter for parameter in bank.parameters() if parameter.requires_grad]
     with counter:
         outputs = [
@@ -144,8 +143,8 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
             for hidden, update in zip(inputs, updates, strict=True)
             for head in layer(hidden, table, TensorParallel(), update, num_rows=len(hidden))
         ]
-        # Attention gives gradients of its own storage for each of the three.
-        gradients = [torch.empty(head.shape, dtype=head.dtype, device="meta") for head in outputs]
+        # Attention gives gradients of their own storage for each of the three, on a GPU by tokens.
+        gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]
         torch.autograd.grad(outputs, [*inputs, *trained], gradients)
     return counter.found
 

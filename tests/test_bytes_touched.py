@@ -141,7 +141,9 @@ def test_kernels_count_as_one_operation() -> None:
     row, weight, root = 2 * tokens * d, 2 * d, 4 * tokens
     assert found["normalise"] == 2 * row + weight + root
     assert found["norm_gradient"] == 3 * row + weight + root
-    # there and back, of queries and keys, read and written, with cos and sin
-    assert found["rotate_"] == 2 * (2 * 2 * tokens * o * 2 // 3 + 2 * 2 * tokens * shape.head_dim // 2)
+    # all heads read and written, with cos and sin
+    rotation = 2 * 2 * tokens * o + 2 * 2 * tokens * shape.head_dim // 2
+    assert found["rotate"] == found["rotate_gradient"] == rotation
+    assert sum(found.values()) == found["mm"] + 2 * rotation + 5 * row + 2 * (weight + root), "and nothing else"
     assert found["apply_norm"] == 0
     assert layer_bytes(shape, "tl6", 8)["apply_norm"] == 2 * row + weight + root

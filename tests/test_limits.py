@@ -175,22 +175,26 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(model(*batch()), parameters, create_graph=True)
 
 
-def test_tied_gradients_are_summed_in_one_buffer_that_one_node_returns() -> None:
-    """A's and B's gradients come out of the layers as one fp32 sum a micro-batch, which hooks see once."""
-    config = model_config(2)
+def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32() -> None:
+    """The layers' gradients of A and F leave them in fp32, over a base in bf16, and become A's, B's, u's and v's in one
+    node for each of the two; hooks see one gradient a micro-batch."""
+    config = model_config(3)
     model = build(config, adapter_config(config, "tl6"))
     bank: Any = model.adapter
-    seen: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+    seen: dict[str, list[torch.Tensor]] = {"A": [], "B": [], "u": [], "v": []}
     for name, gradients in seen.items():
         getattr(bank, name).register_hook(gradients.append)
     updates = model.read_adapter()
-    buffers: dict[str, list[int]] = {"a": [], "b": []}
-    for name, addresses in buffers.items():
-        shared = {id(getattr(update, name)) for update in updates.values()}
-        assert len(shared) == 1, "one tensor for all layers"
-        node: Any = getattr(updates[1], name).grad_fn
-        node.register_prehook(lambda gradients, addresses=addresses: addresses.append(gradients[0].data_ptr()))
+    shapes: dict[str, list[torch.Size]] = {"of_a": [], "of_f": []}
+    for name, found in shapes.items():
+        tensors = [getattr(update, name) for update in updates.values()]
+        assert all(tensor.untyped_storage().nbytes() == 4 for tensor in tensors), "no memory"
+        node: Any = tensors[0].grad_fn
+        assert all(tensor.grad_fn is node for tensor in tensors), "one node for all layers"
+        dtypes = {torch.float32}
+        node.register_prehook(lambda given, found=found: found.extend(g.shape for g in given if {g.dtype} == dtypes))
+    assert {update.a.dtype for update in updates.values()} == {torch.bfloat16}
     model(*batch()[:2], batch()[2], updates=updates).backward()
-    for name, gradients in seen.items():
-        assert len(gradients) == 1 and gradients[0].dtype == torch.float32
-        assert len(buffers[name.lower()]) == 1
+    o, r, d = config.qkv_rows[0] + 2 * config.qkv_rows[1], bank.config.rank, config.hidden_size
+    assert shapes == {"of_a": [torch.Size((r, d))] * 3, "of_f": [torch.Size((o, r))] * 3}
+    assert all(len(gradients) == 1 and gradients[0].dtype == torch.float32 for gradients in seen.values())

@@ -131,7 +131,7 @@ def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
 def _count_saved_bytes(stage: Any, plan: Any) -> float:
     length, index = 256, stage.blocks[-1]
     parts = plan.grid.tp_size if plan.sequence_parallel else 1
-    updates = dict(zip(stage.adapter.part.layers, stage.adapter(stage.tensor_parallel.group), strict=True))
+    updates = stage.read_adapter()
     hidden = torch.randn(1, length // parts, plan.source.config.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]
     places = block.attention.places(torch.arange(length)[None], plan.dtype)  # kept once for all layers

@@ -1,20 +1,21 @@
 """The trained tensors of a run: one bank with A, B, u, v for all adapted layers of a rank's stage.
 
-Owns shapes, cuts, start values and delta_weight(). Leaves z = W x + (alpha / r) diag(v) B diag(u) A x and its gradients
-to model/qkv, files to checkpoint/, the tie between stages to tying.
+Owns shapes, cuts, start values, delta_weight(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u). Leaves
+z = W x + F A x and the gradients of A and F to model/qkv, files to checkpoint/, the tie between stages to tying.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
@@ -169,21 +170,61 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
 
 
 class LayerUpdate(NamedTuple):
-    """One layer's factors on one rank, fp32: a (r, d), b (local_o, r), u (r), v (local_o); u or v is None where it is
-    frozen at one. `scale` is alpha / r."""
+    """One adapted layer's update F A x as its matmuls take it, on one rank: made once for all layers and calls.
+
+    Attributes:
+        a: A, (r, d), in the base's dtype; no gradient.
+        f: F = (alpha / r) diag(v) B diag(u), (local_o, r), in the base's dtype; no gradient.
+        of_a: takes A's gradient in A's place: (r, d), of the adapter's dtype, without numbers. None where A is frozen.
+        of_f: the same for F. None where B, u and v are frozen.
+    """
 
     a: torch.Tensor
-    b: torch.Tensor
-    u: torch.Tensor | None
-    v: torch.Tensor | None
-    scale: float
+    f: torch.Tensor
+    of_a: torch.Tensor | None
+    of_f: torch.Tensor | None
 
 
-def folded_factors(update: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_i = diag(u) A, (r, d), and B_i = scale diag(v) B, (o, r), in the factors' own dtype."""
-    a = update.a if update.u is None else update.u[:, None] * update.a
-    b = update.b if update.v is None else update.v[:, None] * update.b
-    return a, b if update.scale == 1.0 else b * update.scale
+def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """scale diag(v) B diag(u), (o, r), or (n, o, r) where one of b, u (n, r) and v (n, o) is per layer."""
+    rows = b if v is None else v[..., None] * b
+    scaled = rows if u is None else rows * u[..., None, :]
+    return scaled if scale == 1.0 else scaled * scale
+
+
+class _StandIns(torch.autograd.Function):
+    """For each layer what takes the gradient of its F = scale diag(v) B diag(u): F's shape, the adapter's dtype.
+
+    autograd casts a gradient to the dtype of the tensor that it is of, and F is in the base's: fp32 gradients need a
+    tensor of fp32, which nobody reads. With the gradients G of F, for all layers at once,
+
+        dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, num_layers: int
+    ) -> tuple[torch.Tensor, ...]:
+        # Detached: under ZeRO-3 the Parameter is emptied when the bank's call returns.
+        ctx.save_for_backward(*(None if tensor is None else tensor.detach() for tensor in (b, u, v)))
+        ctx.scale = scale
+        return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        b, u, v = ctx.saved_tensors
+        needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
+        of_f = torch.stack(gradients)
+        of_b = of_u = of_v = None
+        if needs_b:
+            of_b = _fold(of_f, u, v, ctx.scale)
+            of_b = of_b if b.ndim == of_b.ndim else of_b.sum(0)  # tied: one for all layers
+        if needs_u:
+            of_u = (_fold(of_f, None, v, ctx.scale) * b).sum(-2)
+        if needs_v:
+            of_v = (_fold(of_f, u, None, ctx.scale) * b).sum(-1)
+        return of_b, of_u, of_v, None, None
 
 
 class TiedAdapter(nn.Module):
@@ -216,31 +257,39 @@ class TiedAdapter(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.cut(name, values[name]))
 
-    def forward(self, tensor_group: RankGroup = ALONE) -> tuple[LayerUpdate, ...]:
-        """The factors of each adapted layer of the stage: A (r, d) and u (r) whole, B and v this rank's rows.
+    def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
+        """The update of each adapted layer of the stage: A whole, this rank's rows of F.
 
         With tensor parallelism a trained A is gathered here, once per call. The gradients of A and u that come back are
         parts (of each rank's rows of B), and are summed here too: A's by the reduce-scatter that is its gather's
         adjoint, u's once a step by `u_sum`.
+
+        Args:
+            dtype: of the base.
         """
-        if not self.part.layers:
+        num_layers, scale = len(self.part.layers), self.config.scale
+        if not num_layers:
             return ()
-        factors = {name: getattr(self, name) for name in FACTORS}
+        a, b, u, v = (getattr(self, name) for name in FACTORS)
         if self.config.row.A.trained:
-            factors["A"] = gather_from_tensor_parallel_region(factors["A"], tensor_group, dim=-1)
+            a = gather_from_tensor_parallel_region(a, tensor_group, dim=-1)
         if self.config.row.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
-            factors["u"] = self.u_sum.of(factors["u"])
-        per_layer = []
-        for name, tensor in factors.items():
-            if tensor is None:
-                per_layer.append((None,) * len(self.part.layers))
-            elif self.config.row.factor(name).tied:
-                # A view and not the Parameter: under ZeRO-3 the Parameter is emptied when this call returns.
-                per_layer.append((tensor.view_as(tensor),) * len(self.part.layers))
-            else:
-                per_layer.append(tensor.unbind(0))
-        return tuple(LayerUpdate(a, b, u, v, self.config.scale) for a, b, u, v in zip(*per_layer, strict=True))
+            u = self.u_sum.of(u)
+        with torch.no_grad():
+            f = _fold(b, u, v, scale)
+            narrow = [tensor.detach().to(dtype).expand(num_layers, -1, -1).unbind(0) for tensor in (a, f)]
+        wide = [_stand_ins(num_layers, *factors) for factors in ((a, None, None, 1.0), (b, u, v, scale))]
+        return tuple(map(LayerUpdate, *narrow, *wide))
+
+
+def _stand_ins(
+    num_layers: int, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor | None, ...]:
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (b, u, v)):
+        return (None,) * num_layers
+    stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(b, u, v, scale, num_layers)
+    return stand_ins
 
 
 def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
@@ -260,4 +309,4 @@ def lora_factors(
     """The layer's update as a plain LoRA pair: diag(u) A, (r, d), and (alpha / r) diag(v) B, (o, r)."""
     index = config.layers.index(layer)
     a, b, u, v = (state[name] if config.row.factor(name).tied else state[name][index] for name in FACTORS)
-    return folded_factors(LayerUpdate(a, b, u, v, config.scale))
+    return u[:, None] * a, _fold(b, None, v, config.scale)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, folded_factors
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -49,7 +48,8 @@ class Decoder:
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self._updates = _folded(stage, self.dtype)
+        with torch.no_grad():
+            self._updates = stage.read_adapter()
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
@@ -139,13 +139,3 @@ class Chosen:
         if self.tokens is None:
             self.tokens = self.decoder._receive_choice(self.batch)
         return self.tokens
-
-
-@torch.no_grad()
-def _folded(stage: Stage, dtype: torch.dtype) -> dict[int, LayerUpdate]:
-    """diag(u) A and (alpha / r) diag(v) B of every adapted layer in the base's dtype."""
-    folded = {}
-    for layer, update in stage.read_adapter().items():
-        a, b = folded_factors(update)
-        folded[layer] = LayerUpdate(a.to(dtype, copy=True), b.to(dtype, copy=True), None, None, 1.0)
-    return folded

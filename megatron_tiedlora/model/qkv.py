@@ -1,14 +1,14 @@
 """Norm, fused QKV projection with the tied update, and rotation: one step of the model, with one backward pass.
 
-    [Q | K | V] = rotated(W x + c + s diag(v) B diag(u) A x)        x = norm(hidden), s = alpha / r
+    [Q | K | V] = rotated(W x + c + F A x)        x = norm(hidden), F = (alpha / r) diag(v) B diag(u)
 
-With dy the gradient of the sum, h = A x, the factor F = s diag(v) B diag(u) and g = dy F, the backward pass is
+With dy the gradient of the sum, h = A x and g = dy F, the backward pass is
 
-    dx = dy W + g A        dA = g^T x        dB = s diag(v) G diag(u)
-    G = dy^T h             dv = row sums of s G B diag(u)        du = column sums of s diag(v) G B
+    dx = dy W + g A        dA = g^T x        dF = dy^T h
 
-so it keeps the norm's input, one number a token for the norm, and h, r numbers a token, and makes no product of
-tokens x o. x is computed again. A frozen factor has no gradient, and what only that would need is not computed.
+so it keeps the norm's input, one number a token for the norm, and h, r numbers a token, and makes no matmul that gives
+tokens x o. x is computed again. A frozen factor has no gradient, and what only that would need is not computed. A and F
+come from the adapter's bank, which makes of dF the gradients of B, u and v for all layers at once.
 
 Under sequence parallelism h is computed from each rank's part of the sequence and travels beside x, and g beside dx, in
 the messages that the projection has anyway.
@@ -27,7 +27,7 @@ from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import frozen_parameter, multiply, padded
+from megatron_tiedlora.parallel.layers import frozen_parameter, multiply, padded, wide_product
 
 
 class NormedQkv(nn.Module):
@@ -69,18 +69,16 @@ class NormedQkv(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What flows between layers, (b, s, d) or (1, b s / p, d) -> queries (b, heads, s, head_dim), keys and values.
 
-        The three share one storage. The factors of `update` are fp32, and are cast to the base's dtype just before
-        their products; their gradients are fp32.
+        The three share one storage.
 
         Args:
             table: of the s tokens' positions, see `rotation_table`.
             num_rows: b.
         """
-        factors = (None,) * 4 if update is None else update[:4]
-        scale = 1.0 if update is None else update.scale
-        shape = _Shape(self.rows, self.head_dim, self.eps, scale, num_rows, tensor_parallel, self.kernels)
+        a, f, of_a, of_f = (None,) * 4 if update is None else update
+        shape = _Shape(self.rows, self.head_dim, self.eps, num_rows, tensor_parallel, self.kernels)
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormedQkv.apply(
-            hidden, *factors, self.norm, self.weight, self.bias, *table, shape
+            hidden, of_a, of_f, a, f, self.norm, self.weight, self.bias, *table, shape
         )
         return heads
 
@@ -90,10 +88,15 @@ class _Shape:
     rows: tuple[int, int, int]
     head_dim: int
     eps: float
-    scale: float
     num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Of queries, keys and values."""
+        query, key, value = (size // self.head_dim for size in self.rows)
+        return query, key, value
 
 
 class _NormedQkv(torch.autograd.Function):
@@ -101,10 +104,10 @@ class _NormedQkv(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
+        of_a: torch.Tensor | None,
+        of_f: torch.Tensor | None,
         a: torch.Tensor | None,
-        b: torch.Tensor | None,
-        u: torch.Tensor | None,
-        v: torch.Tensor | None,
+        f: torch.Tensor | None,
         norm: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -114,51 +117,50 @@ class _NormedQkv(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         normed, root = shape.kernels.normalise(as_rows(hidden), norm.detach(), shape.eps)
         normed = normed.view(hidden.shape)
-        low = None if a is None else multiply(normed, a.to(hidden.dtype))
+        low = None if a is None else multiply(normed, a)
         normed, low = _enter(normed, low, shape)
         fused = multiply(normed, weight, bias)
-        if low is not None and b is not None:
+        if low is not None and f is not None:
             rows = _flat(fused)
-            torch.addmm(rows, _flat(low), _factor(b, u, v, shape.scale).to(rows.dtype).t(), out=rows)
-        heads = fused.unflatten(-1, (-1, shape.head_dim))
-        num_query, num_key, num_value = (size // shape.head_dim for size in shape.rows)
-        shape.kernels.rotate_(heads[:, :, : num_query + num_key].flatten(0, 1).detach(), cos, sin)
-        needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]
+            torch.addmm(rows, _flat(low), f.t(), out=rows)
+        num_query, num_key, num_value = shape.heads
+        rotated = shape.kernels.rotate(
+            fused.view(-1, sum(shape.heads), shape.head_dim).detach(), cos, sin, num_query + num_key
+        )
+        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         ctx.shape = shape
+        ctx.wide = next((tensor.dtype for tensor in (of_a, of_f) if tensor is not None), None)
         ctx.save_for_backward(
             *((hidden, root) if needs_hidden or needs_a else (None, None)),
-            low if needs_b or needs_u or needs_v else None,
-            *(a, b, u, v, norm, weight, cos, sin),
+            low if needs_f else None,
+            *(a, f, norm, weight, cos, sin),
         )
-        query, key, value = heads.transpose(1, 2).split((num_query, num_key, num_value), dim=1)
+        heads = rotated.view(*fused.shape[:-1], -1, shape.head_dim).transpose(1, 2)
+        query, key, value = heads.split((num_query, num_key, num_value), dim=1)
         return query, key, value
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, low, a, b, u, v, norm, weight, cos, sin = ctx.saved_tensors
-        needs_hidden, needs_a, needs_b, needs_u, needs_v = ctx.needs_input_grad[:5]
+        hidden, root, low, a, f, norm, weight, cos, sin = ctx.saved_tensors
+        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         shape: _Shape = ctx.shape
-        of_fused = _joined(gradients, shape, cos, sin)
+        of_fused = _of_fused(gradients, shape, cos, sin)
         rows = _flat(of_fused)
-        of_a = of_b = of_u = of_v = of_low = of_hidden = None
-        if needs_b or needs_u or needs_v:
-            product = (rows.t() @ _flat(low)).to(b.dtype)
-            of_b = _factor(product, u, v, shape.scale) if needs_b else None
-            of_u = (_factor(product, None, v, shape.scale) * b).sum(0) if needs_u else None
-            of_v = (_factor(product, u, None, shape.scale) * b).sum(1) if needs_v else None
-        if b is not None and (needs_hidden or needs_a):
-            of_low = (rows @ _factor(b, u, v, shape.scale).to(rows.dtype)).view(*of_fused.shape[:-1], -1)
+        of_a = of_low = of_hidden = None
+        of_f = wide_product(rows.t(), _flat(low), ctx.wide) if needs_f else None
+        if f is not None and (needs_hidden or needs_a):
+            of_low = (rows @ f).view(*of_fused.shape[:-1], -1)
         of_normed = (rows @ weight).view(*of_fused.shape[:-1], -1) if needs_hidden else None
         of_normed, of_low = _leave(of_normed, of_low, a, shape.tensor_parallel, needs_low=needs_a)
         if needs_a:
             assert of_low is not None
             normed = shape.kernels.apply_norm(as_rows(hidden), norm.detach(), root)
-            of_a = (_flat(of_low).t() @ normed).to(a.dtype)
+            of_a = wide_product(_flat(of_low).t(), normed, ctx.wide)
         if of_normed is not None:
             found = shape.kernels.norm_gradient(as_rows(of_normed), as_rows(hidden), norm.detach(), root)
             of_hidden = found.view(hidden.shape)
-        return of_hidden, of_a, of_b, of_u, of_v, *(None,) * 6
+        return of_hidden, of_a, of_f, *(None,) * 8
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,21 +168,14 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _factor(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """scale diag(v) B diag(u), (o, r): as large as B, so that nothing as long as the tokens is scaled."""
-    rows = b if v is None else v[:, None] * b
-    scaled = rows if u is None else rows * u
-    return scaled if scale == 1.0 else scaled * scale
-
-
-def _joined(
+def _of_fused(
     gradients: tuple[torch.Tensor, ...], shape: _Shape, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of the fused product, (b, s, o), from those of the rotated heads (b, heads, s, head_dim)."""
-    heads = torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)
-    num_rotated = (shape.rows[0] + shape.rows[1]) // shape.head_dim
-    shape.kernels.rotate_(heads[:, :, :num_rotated].flatten(0, 1).detach(), cos, -sin)
-    return heads.flatten(2)
+    """The gradient of the fused projection, (b, s, o), from those of the rotated heads (b, heads, s, head_dim)."""
+    # Kernels for GPUs give them by tokens, where this copies nothing.
+    parts = (gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients)
+    batch, _, length, _ = gradients[0].shape
+    return shape.kernels.rotate_gradient(*parts, cos, sin).view(batch, length, -1)
 
 
 def _enter(
@@ -220,22 +215,20 @@ def _leave(
             return None, reduce_scatter(of_low, group, SEQUENCE_DIM)
         size = of_low.shape[-1]
         of_normed, of_low = _split(reduce_scatter(_beside(of_normed, of_low), group, SEQUENCE_DIM), size)
-        return _with_share(of_normed, of_low, a), of_low
+        return _add_share_(of_normed, of_low, a), of_low
     if of_normed is None:
         return None, of_low
-    of_normed = _with_share(of_normed, of_low, a)
+    of_normed = _add_share_(of_normed, of_low, a)
     if in_parts:
         return reduce_scatter(of_normed, group, SEQUENCE_DIM), of_low
     return all_reduce(of_normed, group), of_low
 
 
-def _with_share(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
-    """of_normed + of_low A."""
-    if of_low is None or a is None:
-        return of_normed
-    shape = of_normed.shape
-    rows = torch.addmm(of_normed.reshape(-1, shape[-1]), of_low.reshape(-1, of_low.shape[-1]), a.to(of_normed.dtype))
-    return rows.view(shape)
+def _add_share_(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
+    """of_normed + of_low A, in its place."""
+    if of_low is not None and a is not None:
+        of_normed.view(-1, of_normed.shape[-1]).addmm_(of_low.reshape(-1, of_low.shape[-1]), a)
+    return of_normed
 
 
 def _beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,24 @@
-"""The parts of the model that go number by number or row by row, as pure functions that can be compiled.
+"""The elementwise and row-wise parts of the model, as pure functions that can be compiled.
 
-What a layer does between its products costs memory traffic, not arithmetic: run operation by operation, each of these
+What a layer does between its matmuls costs memory traffic, not arithmetic: run operation by operation, each of these
 reads and writes its tensors several times; compiled, once. `Kernels` are handed to the layers when they are built, as
-they stand here or compiled; the code is the same.
+they stand here or compiled; the code is the same. Uncompiled on a GPU they go over some rows at a time (`by_rows`), as
+their fp32 temporaries would else be several times as large as their results.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+# Numbers of a kernel's widest argument that it goes over at one time, uncompiled on a GPU: in fp32 64 MiB.
+NUMBERS_AT_ONCE = 2**24
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,23 +63,36 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
     return functional.silu(opening) * up
 
 
-def gate_gradient_(gradient: torch.Tensor, gate_up: torch.Tensor, found: torch.Tensor) -> None:
-    """The gradient of [g | u], (T, 2 f), from that of `gate`, (T, f), into `found`, like `gate_up`.
+def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """The gradient of [g | u], (T, 2 f), from that of `gate`, (T, f).
 
     With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s; inside in max(fp32, input dtype).
     """
     opening, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
     wide, chance = upcast(gradient), torch.sigmoid(opening)
-    found.copy_(torch.cat((wide * up * chance * (1 + opening * (1 - chance)), wide * opening * chance), dim=-1))
+    of_opening = (wide * up * chance * (1 + opening * (1 - chance))).to(gate_up.dtype)
+    return torch.cat((of_opening, (wide * opening * chance).to(gate_up.dtype)), dim=-1)
 
 
-def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate heads (T, n, head_dim) in place, (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the halves of each.
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
+    """Heads (T, n, head_dim), the first `num_rotated` of them rotated; a new tensor.
 
-    cos and sin (T, 1, head_dim / 2); with -sin, back.
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the halves of each; cos and sin (T, 1, head_dim / 2).
     """
+    return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
+
+
+def rotate_gradient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of what `rotate` got, (T, n, head_dim), from those of its queries, keys and values (T, heads,
+    head_dim), of which values are not rotated."""
+    return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
+
+
+def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = heads.chunk(2, dim=-1)
-    heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def open_scores_(
@@ -131,14 +150,15 @@ def open_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of this module that layers call, each as it stands or compiled."""
+    """The functions of this module that layers call, each as it stands, by rows, or compiled."""
 
     normalise: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = normalise
     apply_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = apply_norm
     norm_gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = norm_gradient
     gate: Callable[[torch.Tensor], torch.Tensor] = gate
-    gate_gradient_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = gate_gradient_
-    rotate_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = rotate_
+    gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
+    rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
     open_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
         open_scores_
     )
@@ -146,14 +166,79 @@ class Kernels:
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums
     open_logits_: Callable[[torch.Tensor, torch.Tensor], None] = open_logits_
 
-    def compiled(self) -> Kernels:
-        """The same by torch.compile, one graph for all sizes. Each compiles when it is first called."""
-        return Kernels(**{field.name: _compiled(getattr(self, field.name)) for field in fields(self)})
+    def by_rows(self) -> Kernels:
+        """The same, uncompiled, with bounded temporaries on a GPU."""
+        return self._of_rows(_in_parts)
+
+    def compiled(self, *, static_widths: bool = False) -> Kernels:
+        """The same by torch.compile. Each compiles when it is first called.
+
+        Args:
+            static_widths: False for one graph for all sizes. True for graphs in which every size is a constant but the
+                number of rows where they are first called with `marked` ones: a GPU then reads and writes 16 bytes at
+                once and divides by no size (1.5 to 2.5 times as fast by estimate), and another width compiles anew.
+        """
+        dynamic = None if static_widths else True
+        names = [field.name for field in fields(self)]
+        return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
+
+    def marked(self) -> Kernels:
+        """The same, which tell torch.compile that the number of rows will change: for first calls."""
+        return self._of_rows(_marking)
+
+    def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
+        # The two that are left out are for blocks of a CPU's attention, whose first dimension is not rows.
+        names = [field.name for field in fields(self) if field.name not in ("open_scores_", "score_gradient_")]
+        return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(Kernels(), name))) for name in names})
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
-    return compiled
+def _has_rows(function: Callable[..., Any]) -> list[bool]:
+    """Of each argument of a kernel, whether its first dimension is the rows."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.annotation == "torch.Tensor" and p.name != "weight" for p in parameters]
 
 
-EAGER = Kernels()
+def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
+    @wraps(kernel)
+    def in_parts(*arguments: Any) -> Any:
+        return run_in_parts(kernel, arguments, has_rows) if arguments[0].is_cuda else kernel(*arguments)
+
+    return in_parts
+
+
+def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
+    """`kernel(*arguments)`, some rows at a time; the numbers are the same.
+
+    Rows are as many as have NUMBERS_AT_ONCE numbers in the widest argument.
+    """
+    wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
+    num_rows, width = len(wide[0]), max(tensor[:1].numel() for tensor in wide)
+    size = max(NUMBERS_AT_ONCE // max(width, 1), 1)
+    if num_rows <= size:
+        return kernel(*arguments)
+    results: list[torch.Tensor] | None = None
+    for start in range(0, num_rows, size):
+        part = slice(start, start + size)
+        found = kernel(*(a[part] if mine else a for a, mine in zip(arguments, has_rows, strict=True)))
+        if found is None:  # it works in place
+            continue
+        found = found if isinstance(found, tuple) else (found,)
+        results = results or [tensor.new_empty((num_rows, *tensor.shape[1:])) for tensor in found]
+        for result, tensor in zip(results, found, strict=True):
+            result[part] = tensor
+    if results is None:
+        return None
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
+    def marking(*arguments: Any) -> Any:
+        for argument, mine in zip(arguments, has_rows, strict=True):
+            if mine:
+                torch._dynamo.mark_dynamic(argument, 0)
+        return kernel(*arguments)
+
+    return marking
+
+
+EAGER = Kernels().by_rows()

@@ -20,6 +20,7 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 # Rows of products, and columns that travel beside others, are filled up to multiples of this: fast kernels want rows of
 # 16-bit numbers to start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
+_LEAVES_WIDE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
@@ -53,6 +54,17 @@ def multiply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     rows = hidden.reshape(-1, hidden.shape[-1])
     product = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
     return product.view(*hidden.shape[:-1], weight.shape[0])
+
+
+def wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right, of matrices, in a dtype as wide as theirs or wider.
+
+    The sum leaves the matmul unrounded where torch can do that (16 bits to fp32 on CUDA, from 2.8 on); else it is
+    rounded to their dtype first.
+    """
+    if left.is_cuda and left.dtype != dtype and _LEAVES_WIDE:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 def frozen_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -139,5 +139,7 @@ def token_losses(
     num_rows = len(rows)
     rows, labels = _filled_up(rows, labels)
     parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
-    losses = [_losses(multiply(part, weight), target, first_id, group, kernels).losses for part, target in parts]
+    losses = [
+        _losses(multiply(part, weight).detach(), target, first_id, group, kernels).losses for part, target in parts
+    ]
     return torch.cat(losses)[:num_rows]

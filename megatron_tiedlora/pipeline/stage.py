@@ -180,10 +180,12 @@ class Stage(nn.Module):
         return joined
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
-        """The factors of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
+        """The update of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
         if self.adapter is None:
             return {}
-        return dict(zip(self.adapter.part.layers, self.adapter(self.tensor_parallel.group), strict=True))
+        dtype = next(self.layers.parameters()).dtype
+        updates = self.adapter(self.tensor_parallel.group, dtype=dtype)
+        return dict(zip(self.adapter.part.layers, updates, strict=True))
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """(b, s) int64 -> what flows between layers."""

@@ -1,9 +1,13 @@
 """Whether a run's kernels are compiled, and compiling them before its first step, where it shows and can fail.
 
-torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds. The
-kernels meet a small model here, whose sizes differ from each other, so that one graph serves all sizes from 2 on. What
-is of another form is compiled when it comes: one token at a time, in an answer that is generated alone, and on a CPU
+torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds.
+
+On a CPU one graph serves all sizes from 2 on, and the kernels meet a small model here, whose sizes differ from each
+other. What is of another form is compiled when it comes: one token at a time, in an answer that is generated alone, and
 rows of more than 4,096 tokens.
+
+On a GPU every size is a constant but the number of tokens, and the kernels meet two layers of the run's own widths, with
+as many tokens as let Triton tell a faster variant from a slower one; then one token, as in an answer.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,9 +66,9 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         print("compiling the kernels ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     kernels, failure = EAGER, None
-    # One rank of each host before the others: it fills the cache that they then read.
-    for turn in (True, False):
-        if (local_rank() == 0) == turn:
+    # On a CPU one rank of each host before the others: it fills the cache that they then read. GPUs have one each.
+    for turn in (True, False) if device.type == "cpu" else (None,):
+        if turn is None or (local_rank() == 0) == turn:
             try:
                 kernels = compiled_kernels(
                     plan.source.config, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size
@@ -108,8 +113,9 @@ def compiled_kernels(
             raise UserError(f"{name} is 1")
     try:
         _keep_cache_private()
-        kernels = EAGER.compiled()
-        _warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
+        kernels = Kernels().compiled(static_widths=device.type != "cpu")
+        warm_up = _warm_up_all_sizes if device.type == "cpu" else warm_up_widths
+        warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
     except UserError:
         raise
     except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
@@ -131,7 +137,7 @@ def _keep_cache_private() -> None:
         os.environ[_CACHE_VARIABLE] = str(folder)
 
 
-def _warm_up(
+def _warm_up_all_sizes(
     kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
     """Call every kernel, forwards and backwards, in each of the forms that training has.
@@ -139,8 +145,6 @@ def _warm_up(
     A rank's part of the vocabulary and the width between layers are the run's, as a compiler goes over long rows in
     another way than over short ones. The rest is small.
     """
-    from torch._inductor import config as inductor
-
     small = replace(
         config,
         vocab_size=-(-config.vocab_size // tp_size),
@@ -151,17 +155,58 @@ def _warm_up(
         head_dim=24,
         tied_embeddings=True,
     )
+    num_rows, length = 3, 152
+    _call_all(kernels, small, num_rows, length, dtype=dtype, device=device, documents=[None, torch.arange(length) // 40])
+
+
+def warm_up_widths(
+    kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int
+) -> None:
+    """Call every kernel, forwards and backwards, with a rank's own widths: with rows of which there will be another
+    number, and forwards with one row."""
+    widths = replace(
+        config,
+        vocab_size=-(-config.vocab_size // tp_size),
+        intermediate_size=config.intermediate_size // tp_size,
+        num_layers=2,
+        num_heads=config.num_heads // tp_size,
+        num_kv_heads=config.num_kv_heads // tp_size,
+        tied_embeddings=True,
+    )
+    size = {"dtype": dtype, "device": device}
+    _call_all(kernels.marked(), widths, 3, 696, **size)
+    with torch.no_grad():
+        _call_all(kernels, widths, 1, 1, **size)
+
+
+def _call_all(
+    kernels: Kernels,
+    config: LlamaConfig,
+    num_rows: int,
+    length: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    documents: Sequence[torch.Tensor | None] = (None,),
+) -> None:
+    """What `config` describes on zeros, of `num_rows` x `length` tokens, with each of `documents`; backwards where
+    gradients are on, else as far as logits."""
+    from torch._inductor import config as inductor
+
     adapter = make_adapter_config(
-        "tl6", rank=4, layers=(1, 2), hidden_size=small.hidden_size, qkv_rows=small.qkv_rows, seed=0
+        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
     )
     with device:
-        stage = Stage(layer_specs(small, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
+        stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
-    num_rows, length = 3, 152
-    ids = torch.arange(length).expand(num_rows, length)
-    tokens, positions = ids.to(device) % small.vocab_size, ids.to(device)
+    ids = torch.arange(length, device=device).expand(num_rows, length)
+    tokens = ids % config.vocab_size
     # On this thread alone, backwards too: the patch is a thread's own, and else processes stay that wait for more.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
-        for documents in (None, ids // 40):
-            stage(tokens, positions, tokens, documents=documents).backward()
+        for found in documents:
+            packed = None if found is None else found.expand(num_rows, length)
+            if torch.is_grad_enabled():
+                stage(tokens, ids, tokens, documents=packed).backward()
+            else:
+                stage(tokens, ids, documents=packed)
