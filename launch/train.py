@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.errors import show
+from megatron_tiedlora.pipeline.determinism import make_deterministic
 from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 from megatron_tiedlora.pipeline.process_group import join_process_group
 from megatron_tiedlora.training.ending import reported_end
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv)
     prepare_environment()
+    if settings.deterministic:
+        make_deterministic()
     rank, world_size = rank_and_world_size()
     is_main = rank == 0
     if settings.dry_run:

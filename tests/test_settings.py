@@ -21,8 +21,8 @@ from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAU
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
-    "run": "config ds_config output_dir seed resume dry_run world_size timeout_minutes keep_checkpoints take_over"
-    " base_differs",
+    "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
+    " keep_checkpoints take_over base_differs",
     "model": "model tokenizer dtype max_length",
     "adapter": "method rank alpha layers init_std_a init_std_b",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
@@ -83,7 +83,7 @@ def test_paper_defaults_outside_the_demo() -> None:
         settings.save_interval,
     )
     assert found == (8, 1e-4, 50, 0.01, 2000, 256, 30, 10, 30)
-    assert (settings.packing, settings.micro_batch_size, settings.max_length) == (True, 1, 4096)
+    assert (settings.packing, settings.micro_batch_size, settings.max_length) == (True, None, 4096)
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:

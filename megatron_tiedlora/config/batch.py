@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_tiedlora.config.errors import UserError
 
-DEFAULT_LARGEST_MICRO_BATCH = 4
+DEMO_ROWS = 4
+GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching the kernels of a layer takes longer than running them
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,31 @@ class BatchPlan:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
 
-def plan_batches(global_batch_size: int, micro_batch_size: int | None, data_parallel: int) -> BatchPlan:
+def default_rows(*, max_length: int, packing: bool, demo: bool, on_gpu: bool) -> int:
+    """Rows of a micro-batch, at most, where --micro_batch_size is not given.
+
+    Packed on a GPU as many as `GPU_MICRO_BATCH_TOKENS` hold; else 1, and 4 for the demo.
+    """
+    if on_gpu and packing:
+        return max(1, GPU_MICRO_BATCH_TOKENS // max_length)
+    return DEMO_ROWS if demo else 1
+
+
+def plan_batches(
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    data_parallel: int,
+    *,
+    most_rows: int = DEMO_ROWS,
+    least_steps: int = 1,
+) -> BatchPlan:
     """Cut `global_batch_size` samples over `data_parallel` ranks.
 
     Args:
-        micro_batch_size: rows per forward pass, or None for the largest divisor of a rank's share up to 4.
+        micro_batch_size: rows per forward pass, or None for the largest divisor of a rank's share up to `most_rows`
+            that leaves `least_steps` accumulation steps, if any does.
+        most_rows: see `default_rows`.
+        least_steps: accumulation steps that the default leaves where the share is large enough.
 
     Raises:
         UserError: the numbers do not divide; names all three and the nearest global batches that do.
@@ -46,5 +67,6 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, data_para
         )
     if micro_batch_size is None:
         share = global_batch_size // data_parallel
-        micro_batch_size = max(m for m in range(1, DEFAULT_LARGEST_MICRO_BATCH + 1) if share % m == 0)
+        largest = max(1, min(most_rows, share // least_steps))
+        micro_batch_size = max(rows for rows in range(1, largest + 1) if share % rows == 0)
     return BatchPlan(global_batch_size, micro_batch_size, data_parallel)

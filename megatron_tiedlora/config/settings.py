@@ -47,7 +47,6 @@ DEMO_DEFAULTS: dict[str, Any] = {
 }
 PAPER_DEFAULTS: dict[str, Any] = {
     "global_batch_size": 256,
-    "micro_batch_size": 1,
     "max_steps": 2000,
     "learning_rate": 1e-4,
     "warmup_steps": 50,
@@ -90,6 +89,12 @@ class Settings(CommandSettings):
         "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
     )
     world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
+    plan_for: Literal["cpu", "gpu"] | None = optional_field(
+        "run", "with --dry_run: what the ranks run on (default: what this machine has)"
+    )
+    deterministic: bool = setting_field(
+        "run", "on GPUs: the same numbers in every run of one layout, bit for bit; slower (on CPUs they always are)", False
+    )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
     )
@@ -167,7 +172,8 @@ class Settings(CommandSettings):
     global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
     micro_batch_size: int | None = optional_field(
         "optimisation",
-        "rows per forward pass on a rank, at most [1; demo: the largest divisor of its share up to 4]",
+        "rows per forward pass on a rank, at most [1; demo: the largest divisor of its share up to 4; with --packing on"
+        " a GPU: of up to 8,192 tokens together]",
         ge=1,
     )
     max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
@@ -248,6 +254,8 @@ class Settings(CommandSettings):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
+        if self.plan_for is not None and not self.dry_run:
+            raise ValueError("--plan_for only goes with --dry_run; a run takes the GPUs that it sees")
         for name in ("take_over", "base_differs"):
             if getattr(self, name) and self.resume == "none":
                 raise ValueError(f"--{name} only goes with --resume; a new run takes a folder and a base of its own")

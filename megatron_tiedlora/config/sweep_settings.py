@@ -46,6 +46,7 @@ DECIDED_BY_SWEEP = {
     "layers": "the sweep adapts all layers, and one at a time with --single_layers",
     "resume": "the sweep always goes on where its runs were cut off",
     "world_size": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
+    "plan_for": "a sweep's dry run lists runs alone",
 }
 
 

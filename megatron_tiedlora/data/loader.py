@@ -26,14 +26,17 @@ from megatron_tiedlora.pipeline.running import StepInput
 
 # Shapes that repeat are kinder to memory and kernels.
 BASE_MULTIPLE = 8
+# On a GPU the allocator keeps blocks of the sizes it was asked for. 150 micro-batches of 4 x 128 to 2,048 tokens at 7B
+# reserve far more than they allocate where lengths are multiples of 8 (docs/performance.md).
+GPU_MULTIPLE = 128
 
 
-def pad_multiple(sequence_parts: int = 1) -> int:
+def pad_multiple(sequence_parts: int = 1, *, on_gpu: bool = False) -> int:
     """What lengths are padded to a multiple of, so that sequence parallelism can cut them into equal parts.
 
-    8, whatever the layout, for 1, 2, 4 and 8 parts; else the least common multiple. Padding changes no loss.
+    8, or 128 on GPUs, for 1, 2, 4 and 8 parts; else the least common multiple. Padding changes no loss.
     """
-    return math.lcm(BASE_MULTIPLE, sequence_parts)
+    return math.lcm(GPU_MULTIPLE if on_gpu else BASE_MULTIPLE, sequence_parts)
 
 
 @dataclass(frozen=True)

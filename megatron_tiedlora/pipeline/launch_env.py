@@ -211,3 +211,8 @@ def local_rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
+
+
+def uses_gpu() -> bool:
+    """Whether ranks of this host run on GPUs: torch sees one, and DS_ACCELERATOR does not say otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"

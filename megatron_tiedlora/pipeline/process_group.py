@@ -23,7 +23,7 @@ from torch import distributed
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.parallel.agreement import first_message, gather_on_rank_0
 from megatron_tiedlora.parallel.lifeline import is_lost_exchange
-from megatron_tiedlora.pipeline.launch_env import local_rank
+from megatron_tiedlora.pipeline.launch_env import local_rank, uses_gpu
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own, from 2.30 on
@@ -31,7 +31,7 @@ _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own, from 2.30 on
 
 def choose_device() -> torch.device:
     """This rank's GPU, or the CPU. Raises UserError where the host has fewer GPUs than ranks."""
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+    if not uses_gpu():
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), local_rank()
     if count == 1:  # `srun --gpus-per-task=1` and containers show each rank its own GPU alone

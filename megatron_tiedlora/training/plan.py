@@ -12,7 +12,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.batch import BatchPlan, plan_batches
+from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.config.errors import UserError
@@ -20,6 +20,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import BatchShape, pad_multiple
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.pipeline.launch_env import uses_gpu
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
 from megatron_tiedlora.pipeline.running import inputs_to_fill
 from megatron_tiedlora.training.layout import check_layout
@@ -35,6 +36,8 @@ LAYOUT_SETTINGS = frozenset(
         "base_differs",
         "dry_run",
         "world_size",
+        "plan_for",
+        "deterministic",
         "timeout_minutes",
         "tensor_parallel",
         "pipeline_parallel",
@@ -61,7 +64,10 @@ LAYOUT_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its settings with what follows from them, the model and the number of ranks."""
+    """A checked run: its settings with what follows from them, the model and the number of ranks.
+
+    `on_gpu`: whether its ranks run on GPUs, where rows are padded further, and memory goes to more than tensors.
+    """
 
     settings: Settings
     source: ModelSource
@@ -70,6 +76,7 @@ class RunPlan:
     engine: EngineConfig
     adapter: AdapterConfig
     stages: Stages
+    on_gpu: bool
 
     @property
     def sequence_parallel(self) -> bool:
@@ -79,7 +86,7 @@ class RunPlan:
     @property
     def pad_multiple(self) -> int:
         """What lengths are padded to a multiple of."""
-        return pad_multiple(self.sequence_parts)
+        return pad_multiple(self.sequence_parts, on_gpu=self.on_gpu)
 
     @property
     def sequence_parts(self) -> int:
@@ -104,7 +111,9 @@ class RunPlan:
         if not self.settings.packing:
             return f"one a row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
         rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
-        return f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}, {ranks}"
+        chosen = self.on_gpu and self.settings.micro_batch_size is None
+        why = f" (for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU; else give --micro_batch_size)" if chosen else ""
+        return f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}{why}, {ranks}"
 
     @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:
@@ -170,7 +179,16 @@ def plan_run(
             f" {' or '.join(metrics)}"
         )
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
-    batches = plan_batches(settings.global_batch_size, settings.micro_batch_size, grid.dp_size)
+    on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
+    batches = plan_batches(
+        settings.global_batch_size,
+        settings.micro_batch_size,
+        grid.dp_size,
+        most_rows=default_rows(
+            max_length=settings.max_length, packing=settings.packing, demo=settings.task == "demo", on_gpu=on_gpu
+        ),
+        least_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+    )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # A refusal must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
@@ -199,7 +217,7 @@ def plan_run(
     if weights and source is None:
         found = find_model(settings.model)
     costs = layer_costs(config, length=settings.max_length, first_adapted=layers[0])
-    return RunPlan(settings, found, grid, batches, engine, adapter, partition(costs, grid.pp_size))
+    return RunPlan(settings, found, grid, batches, engine, adapter, partition(costs, grid.pp_size), on_gpu)
 
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
