@@ -60,7 +60,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     wish = plan.settings.compile
     if wish == "false":
         return ChosenKernels(EAGER, "not compiled")
-    if wish == "auto" and not _pays(plan):
+    if wish == "auto" and not pays(plan):
         return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
     if plan.grid.rank == 0:
         print("compiling the kernels ...", file=sys.stderr, flush=True)
@@ -93,7 +93,8 @@ def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds
     return ChosenKernels(EAGER, f"not compiled: {failure}")
 
 
-def _pays(plan: RunPlan) -> bool:
+def pays(plan: RunPlan) -> bool:
+    """Whether the run is long enough to gain by compiled kernels."""
     settings, config, grid = plan.settings, plan.source.config, plan.grid
     tokens = settings.max_steps * settings.global_batch_size * settings.max_length / grid.dp_size
     widths = config.num_layers * (config.hidden_size + config.intermediate_size) / (grid.tp_size * grid.pp_size)

@@ -117,6 +117,7 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
             "optimizer": memory.optimizer,
             "activations": memory.activations,
             **({"engine": memory.engine} if plan.grid.pp_size > 1 else {}),
+            **({"CUDA, NCCL": memory.libraries} if plan.on_gpu else {}),
             "sum": memory.total,
         }
         cells.append([*map(readable, sizes.values()), str(micro_batches_in_flight(plan, stage))])

@@ -1,7 +1,8 @@
 """Bytes that a rank of each stage needs, by what they are for: arithmetic on shapes.
 
 Activations are in_flight x tokens x blocks with a backward pass x bytes that a block keeps for each token, less for the
-last block, and what one of them holds for a moment. What DeepSpeed's pipeline engine keeps beside is counted apart.
+last block, and what one of them holds for a moment. What DeepSpeed's pipeline engine keeps beside is counted apart, and
+so is what a GPU's libraries take without PyTorch's knowledge.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ from dataclasses import astuple, dataclass
 import torch
 
 from megatron_tiedlora.evaluation.decoder import cache_dtype
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.training.compiling import pays
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan
 
 FP32 = 4
+# Rows that a kernel which is not compiled takes at once on a GPU.
+ROWS_AT_ONCE = 4096
+# Estimates. NCCL's is by what users report: 0.3 to 0.7 GB on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
+CONTEXT_BYTES = 0.5e9
+COMMUNICATOR_BYTES = 0.5e9
+# cuBLAS's on an H100, for the thread that runs forward and the one that runs backward: 32 MiB each.
+WORKSPACE_BYTES = 2 * 2.0**25
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each rank of a stage."""
+    """Bytes on each rank of a stage; `libraries` is what PyTorch does not allocate."""
 
     base: float
     adapter: float
@@ -27,11 +37,17 @@ class StageMemory:
     optimizer: float
     activations: float
     engine: float
+    libraries: float
 
     @property
     def total(self) -> float:
         """All together."""
         return sum(astuple(self))
+
+    @property
+    def allocated(self) -> float:
+        """What PyTorch's allocator gives out at the peak of a step."""
+        return self.total - self.libraries
 
 
 def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory:
@@ -50,7 +66,18 @@ def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory
         optimizer=(2 if zero_stage == 0 else 3) * FP32 * trained / (dp_size if zero_stage >= 1 else 1),
         activations=_activation_bytes(plan, stage, tokens=tokens),
         engine=_engine_bytes(plan, stage, tokens=tokens),
+        libraries=CONTEXT_BYTES + COMMUNICATOR_BYTES * num_communicators(plan, stage) if plan.on_gpu else 0.0,
     )
+
+
+def num_communicators(plan: RunPlan, stage: StagePlan) -> int:
+    """NCCL communicators of a rank: one for each group of more than one rank, and for each neighbour in the pipeline."""
+    grid = plan.grid
+    tensor, pipeline, data = (size > 1 for size in (grid.tp_size, grid.pp_size, grid.dp_size))
+    groups = [tensor, data, tensor or pipeline, tensor and data]  # the model's; of u, over tensor x data
+    if pipeline:  # the pipeline's, that for choices and the tied tensors'
+        groups += [True] * 3 + [not stage.is_first, not stage.is_last]
+    return sum(groups)
 
 
 def base_bytes(plan: RunPlan, stage: StagePlan) -> int:
@@ -97,21 +124,74 @@ def _bytes_after_attention(plan: RunPlan) -> float:
 
 
 def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
-    kept = kept_bytes(plan, stage, tokens=tokens)
-    blocks = len(stage.backward_blocks)
-    recomputes = plan.settings.recompute == "full"
-    again = 0.0  # of the one block that is computed again at a time, or of what the last one does at once
-    if blocks and recomputes:
+    """At the worst moment: the last block's MLP and the head, or the backward pass of a block before it."""
+    if not stage.backward_blocks:
+        return 0.0
+    in_flight = micro_batches_in_flight(plan, stage) * kept_bytes(plan, stage, tokens=tokens)
+    moment = _backward_bytes(plan, tokens)
+    if stage.is_last:
+        moment = max(moment - _last_block_bytes(plan, tokens), _head_bytes(plan, stage, tokens))
+    return in_flight + moment + (WORKSPACE_BYTES if plan.on_gpu else 0.0)
+
+
+def _backward_bytes(plan: RunPlan, tokens: int) -> float:
+    """Of a block's backward pass as it reaches the MLP, beside what is kept: what is computed again, and gradients.
+
+    Attention's needs less: up to seven numbers a query's, its workspace in fp32 included, but gate and up are free then.
+    """
+    again = 0.0
+    if plan.settings.recompute == "full":
         again = tokens * saved_bytes_per_token(plan)
-    elif blocks and plan.settings.recompute == "selective":
+    elif plan.settings.recompute == "selective":
         again = tokens * _gate_bytes_per_token(plan)
-    if blocks and stage.is_last:  # inputs of two norms, gate and up; the last norm's result, its rows, their gradient
-        norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
-        head = 3.0 * tokens * plan.source.config.hidden_size * plan.dtype.itemsize
-        if recomputes and plan.grid.pp_size == 1:  # else it is the engine's
-            head += _mixed_bytes(plan, tokens)
-        again = max(again, norms + tokens * _gate_bytes_per_token(plan) + head)
-    return micro_batches_in_flight(plan, stage) * kept + again
+    return again + _gate_gradient_bytes(plan, tokens) + _gathered_bytes(plan, tokens)
+
+
+def _gate_gradient_bytes(plan: RunPlan, tokens: int) -> float:
+    """Gradients of gate, up and their product, and what the kernel holds beside them where it is not compiled."""
+    return 1.5 * tokens * _gate_bytes_per_token(plan) + eager_temporary_bytes(plan, tokens)
+
+
+def eager_temporary_bytes(plan: RunPlan, tokens: int) -> float:
+    """The most that a kernel which is not compiled holds: fp32 numbers of the MLP's width for the rows it takes at once.
+
+    Eight a column, or five where nothing has to be made fp32 (`gate_gradient_`).
+    """
+    settings = plan.settings
+    if settings.compile == "true" or (settings.compile == "auto" and pays(plan)):
+        return 0.0
+    rows = min(tokens, ROWS_AT_ONCE) if plan.on_gpu else tokens
+    numbers = 8 if plan.dtype.itemsize < FP32 else 5
+    return rows * numbers * FP32 * plan.source.config.intermediate_size / plan.grid.tp_size
+
+
+def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
+    """From the last attention to the loss and back at once: inputs of two norms, gate and up, then logits or gradients.
+
+    The input of the last block's QKV is counted with what is kept.
+    """
+    config = plan.source.config
+    norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
+    wide = tokens * config.hidden_size * plan.dtype.itemsize
+    logits = min(tokens, HEAD_ROWS) * config.vocab_size / plan.grid.tp_size
+    at_loss = 3 * wide + logits * (plan.dtype.itemsize + (0 if plan.settings.compile == "true" else FP32))
+    at_gate = _gate_gradient_bytes(plan, tokens) + _gathered_bytes(plan, tokens)
+    mixed = 0.0
+    if plan.settings.recompute == "full" and plan.grid.pp_size == 1:  # else it is the engine's
+        mixed = _mixed_bytes(plan, tokens)
+    return norms + tokens * _gate_bytes_per_token(plan) + max(at_loss, at_gate) + mixed
+
+
+def _gathered_bytes(plan: RunPlan, tokens: int) -> float:
+    """Of a gradient between layers, whole again where sequences are cut."""
+    return tokens * plan.source.config.hidden_size * plan.dtype.itemsize if plan.sequence_parts > 1 else 0.0
+
+
+def _last_block_bytes(plan: RunPlan, tokens: int) -> float:
+    """What the last block of the model has kept, and gives back before another's backward pass begins."""
+    if plan.settings.recompute == "full":
+        return _hidden_bytes(plan, tokens)
+    return tokens * (saved_bytes_per_token(plan) - _bytes_after_attention(plan))
 
 
 def engine_bytes_in_flight(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
