@@ -123,6 +123,7 @@ def _build_stage(
         tp_size=grid.tp_size,
         kernels=kernels,
         recomputes_gate=plan.settings.recompute == "selective",
+        deterministic=plan.settings.deterministic,
     )
     bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
