@@ -12,7 +12,8 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import nullgpu  # the stand-in's own module
@@ -25,14 +26,15 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
-from megatron_tiedlora.pipeline.launch_env import join_process_group, prepare_environment
+from megatron_tiedlora.pipeline.launch_env import prepare_environment
+from megatron_tiedlora.pipeline.process_group import join_process_group
 
 WARM_UP = 3  # steps
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to measure of which layout. Lengths are of samples, drawn evenly between the two."""
+    """What to measure of which layout. Lengths: each step's samples have one, drawn evenly between the two."""
 
     measure: str = "steps"
     world_size: int = 1
@@ -67,18 +69,18 @@ def main(order: Order) -> dict[str, Any]:
     if order.measure == "join":
         return {"device": str(device), "bound": str(_bound_device()), **_counts()}
     _believe_all_numbers()
-    plan, trainer, loader = _trainer(order, device)
+    plan, trainer, steps = _trainer(order, device)
     start = _counts()
     for _ in range(WARM_UP):
-        trainer.take_step(next(loader))
+        trainer.take_step(next(steps))
     if order.measure == "compile":
-        return _compiling(order, trainer, loader)
+        return _compiling(order, trainer, steps)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     found = []
     largest = 0
     for _ in range(order.steps):
-        step: TrainingStep = next(loader)
+        step = next(steps)
         largest = max(largest, *(batch.labels.numel() for batch in step.micro_batches))
         nullgpu.reset()
         trainer.take_step(step)
@@ -126,15 +128,7 @@ def _trainer(order: Order, device: torch.device) -> Any:
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
     built = build_random_model(plan, device, kernels=chosen.kernels)
     trainer = rehearsing_trainer(plan, built, start_engine(plan, built, device, None), device)
-    loader = TrainingLoader(
-        _samples(order, plan.source.config.vocab_size),
-        plan.batch_shape,
-        seed=0,
-        dp_rank=0,
-        pad_id=0,
-        pad_multiple=plan.pad_multiple,
-    )
-    return plan, trainer, loader
+    return plan, trainer, _steps(order, plan)
 
 
 def _global_batch(order: Order) -> int:
@@ -155,33 +149,37 @@ def _source(order: Order) -> Any:
     return replace(source, config=replace(source.config, num_layers=order.num_layers))
 
 
-def _samples(order: Order, vocab_size: int) -> TokenDataset:
-    """Samples of random tokens, half of each supervised; so many that a step's need not be alike."""
-    draw, count = np.random.default_rng(0), 40 * _global_batch(order)
-    lengths = draw.integers(order.lengths[0], order.lengths[1] + 1, count)
-    return TokenDataset(
-        tokens=draw.integers(3, vocab_size, int(lengths.sum())).astype(np.int32),
-        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        prompt_lengths=(lengths // 2).astype(np.int32),
-        truncated_prompts=0,
-    )
+def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
+    """Steps whose samples are all of one length, which is another one in each."""
+    draw, count = np.random.default_rng(0), _global_batch(order)
+    while True:
+        length = int(draw.integers(order.lengths[0], order.lengths[1] + 1))
+        samples = TokenDataset(
+            tokens=draw.integers(3, plan.source.config.vocab_size, count * length).astype(np.int32),
+            offsets=np.arange(count + 1, dtype=np.int64) * length,
+            prompt_lengths=np.full(count, length // 2, np.int32),
+            truncated_prompts=0,
+        )
+        yield next(
+            TrainingLoader(samples, plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=plan.pad_multiple)
+        )
 
 
-def _planned(plan: Any, tokens: int) -> dict[str, float]:
+def _planned(plan: Any, tokens: int) -> float:
     from megatron_tiedlora.training.memory_plan import stage_memory
     from megatron_tiedlora.training.stage_plan import plan_stages
 
-    return asdict(stage_memory(plan, plan_stages(plan)[0], tokens=tokens))
+    return stage_memory(plan, plan_stages(plan)[0], tokens=tokens).allocated
 
 
-def _compiling(order: Order, trainer: Any, loader: Any) -> dict[str, Any]:
+def _compiling(order: Order, trainer: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
     """Graphs that are compiled in steps of other lengths, after those of the first steps."""
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]
     lengths = set()
     for _ in range(order.steps):
-        step = next(loader)
+        step = next(steps)
         lengths |= {batch.labels.shape[1] for batch in step.micro_batches}
         trainer.take_step(step)
     return {"lengths": sorted(lengths), "graphs": before, "more": counters["stats"]["unique_graphs"] - before}
