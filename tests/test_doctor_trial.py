@@ -137,7 +137,7 @@ def test_the_sum_that_ranks_expect() -> None:
     """What is wrong in one place of one rank's part must show."""
     ranks, device = [4, 6, 7], torch.device("cpu")
     order = RankOrder(first_rank=0, slots=1, backend="gloo", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
-    parts = [RankTrial(order, rank, 0)._pattern(4096, ranks, device) for rank in ranks]
+    parts = [RankTrial(order, rank)._pattern(4096, ranks, device) for rank in ranks]
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
     assert len({tuple(part[:9].tolist()) for part, _ in parts}) == 3

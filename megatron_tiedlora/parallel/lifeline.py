@@ -330,6 +330,16 @@ def lost_exchange_line(error: BaseException) -> str:
     return f"an exchange with a peer failed ({said.partition('. This is')[0]})"
 
 
+def gpu_failure_line(error: BaseException) -> str:
+    """What CUDA says of a GPU that failed or is full, in one line without its advice; "" for an error of another kind.
+
+    NCCL's errors say it too where the GPU failed earlier, and the exchange is the first to see it.
+    """
+    words = r"(CUDA error: .*|Cuda failure .*|CUDA out of memory(?:.*?is free[.]|.*))"
+    found = re.search(words, str(error))
+    return found[1] if found else ""
+
+
 def _own_address() -> str:
     """Where this host's name leads, which is where gloo listens; '' if nowhere."""
     try:

@@ -82,6 +82,14 @@ def gpu_name(device: torch.device) -> str:
     return f"GPU-{uuid}" if uuid.strip("0-") else name
 
 
+def own_gpu() -> str:
+    """This process's GPU in words, for an error that it met; "" where it has none."""
+    if not torch.cuda.is_initialized():
+        return ""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return f"{device} ({gpu_name(device)})"
+
+
 def _shared_gpus(places: Sequence[tuple[str, str]]) -> str | None:
     """What is wrong with (host, GPU) of each rank, in one line; None where each has its own, or all are on CPUs.
 

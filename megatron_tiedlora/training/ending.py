@@ -31,12 +31,13 @@ from megatron_tiedlora.parallel.lifeline import (
     Lifeline,
     Loss,
     connect,
+    gpu_failure_line,
     is_lost_exchange,
     lost_exchange_line,
     place_line,
 )
 from megatron_tiedlora.pipeline.launch_env import first_to_fail
-from megatron_tiedlora.pipeline.process_group import leave_process_group
+from megatron_tiedlora.pipeline.process_group import leave_process_group, own_gpu
 from megatron_tiedlora.training.rank_log import RankLog
 from megatron_tiedlora.training.run_folder import RunFolder, State
 from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
@@ -62,6 +63,7 @@ class End:
         status: the exit status of a run that did not raise.
         owner: of the folder that rank 0 writes to, once it is chosen.
         release: gives back the folder that rank 0 writes to.
+        gpu: of this rank, in words.
     """
 
     rank: int
@@ -76,6 +78,7 @@ class End:
     lifeline: Lifeline | None = None
     owner: Owner | None = None
     release: Callable[[], None] | None = None
+    gpu: str = ""
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
     _reserve: ExitStack = field(default_factory=ExitStack)
@@ -87,6 +90,7 @@ class End:
 
     def watch_peers(self, timeout_minutes: float) -> None:
         """From here on a rank that falls silent ends the run on every host; all ranks take part."""
+        self.gpu = own_gpu()  # now: a GPU that has failed answers nothing
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             silence = min(SILENCE_SECONDS, limit.total_seconds())
@@ -177,6 +181,8 @@ class End:
         lost = self.lifeline is not None and is_lost_exchange(error)
         if self.lifeline is not None and lost:
             own = self.lifeline.with_names(lost_exchange_line(error))
+        if said := gpu_failure_line(error):
+            own = f"{self.gpu}: {said}" if self.gpu else said
         here = place_line(self.rank, socket.gethostname(), self.step, own)
         writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
         if self.lifeline is None:

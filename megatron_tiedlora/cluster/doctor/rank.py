@@ -32,8 +32,8 @@ _MOST_TURNS, _WANTED_SECONDS = 20, 0.5
 class Trial:
     """A rank's part of the trial."""
 
-    def __init__(self, order: RankOrder, rank: int, local_rank: int) -> None:
-        self._order, self._rank, self._local_rank = order, rank, local_rank
+    def __init__(self, order: RankOrder, rank: int) -> None:
+        self._order, self._rank = order, rank
 
     def say(self, event: Any, **more: Any) -> None:
         """One line for the doctor."""
@@ -46,27 +46,23 @@ class Trial:
         import torch
         from torch import distributed
 
-        timeout = timedelta(seconds=self._order.timeout)
-        device = torch.device("cpu")
-        if self._order.backend == "nccl":
-            device = torch.device("cuda", self._local_rank)
-            torch.cuda.set_device(device)
+        from megatron_tiedlora.parallel.agreement import max_over_ranks
+        from megatron_tiedlora.pipeline.process_group import choose_device, meet
+
+        timeout, backend = timedelta(seconds=self._order.timeout), self._order.backend
         self.say("started")
-        distributed.init_process_group(self._order.backend, timeout=timeout)
+        device = torch.device("cpu") if backend == "gloo" else choose_device()
+        meet(device, timeout)
         found = distributed.get_world_size()
         if found != self._order.num_ranks:
             raise RuntimeError(f"{found} ranks have met, not {self._order.num_ranks}")
-        self._world = torch.zeros(1, device=device)
-        distributed.all_reduce(self._world)  # by now every rank is there
-        self._synchronize(device)
         self.say("joined")
         for kind, groups in group_members(self._order).items():
-            handles = [distributed.new_group(ranks, timeout=timeout) for ranks in groups]
+            handles = [distributed.new_group(ranks, timeout=timeout, backend=backend) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
-        distributed.all_reduce(self._world)
-        self._synchronize(device)
+        max_over_ranks([0.0])  # all have measured
         self.say("done")
         distributed.destroy_process_group()
 
@@ -103,11 +99,10 @@ class Trial:
 
     def _agreed_turns(self, seconds: float) -> int:
         """How often to measure: by the slowest rank, the same on all."""
-        from torch import distributed
+        from megatron_tiedlora.parallel.agreement import max_over_ranks
 
-        self._world.fill_(seconds)
-        distributed.all_reduce(self._world, op=distributed.ReduceOp.MAX)
-        return max(1, min(_MOST_TURNS, int(_WANTED_SECONDS / max(self._world.item(), 1e-9))))
+        (longest,) = max_over_ranks([seconds])
+        return max(1, min(_MOST_TURNS, int(_WANTED_SECONDS / max(longest, 1e-9))))
 
     def _synchronize(self, device: torch.device) -> None:
         if device.type == "cuda":
@@ -120,7 +115,7 @@ def main() -> int:
     """Run the trial; a failure is said in a line and by the exit status."""
     order = RankOrder.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
-    trial = Trial(order, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
+    trial = Trial(order, int(os.environ["RANK"]))
     try:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks do not come together
