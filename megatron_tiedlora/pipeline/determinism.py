@@ -26,7 +26,7 @@ VARIABLES = {
 def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let every operation of this process be deterministic, or raise; call before CUDA starts.
 
-    Attention goes by `torch.are_deterministic_algorithms_enabled()`.
+    PyTorch's own kernels for attention obey, flash_attn's are told when they are chosen (`choose_attention`).
 
     Raises:
         UserError: the environment says otherwise, by name and value.

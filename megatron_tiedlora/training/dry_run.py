@@ -10,13 +10,16 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.families.llama import num_base_parameters
-from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
 from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
 from megatron_tiedlora.training.memory_plan import (
+    COMMUNICATOR_BYTES,
+    CONTEXT_BYTES,
     decoding_cache_bytes,
+    eager_temporary_bytes,
     micro_batches_in_flight,
+    num_communicators,
     saved_bytes_per_token,
     stage_memory,
 )
@@ -124,12 +127,34 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
     header = (*sizes, "in flight")
     return [
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
-        f" up to {rows} x {length} tokens",
+        f" up to {rows} x {length} tokens, on {'GPUs' if plan.on_gpu else 'CPUs'}",
         *_stage_table(header, cells),
         f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less, as"
-        f" its MLP has its backward pass at once; logits of {HEAD_ROWS:,} rows and buffers come on top)",
+        " its MLP has its backward pass at once)",
+        *_kernels_line(plan, tokens=rows * length),
         *_engine_line(plan),
+        *_libraries_line(plan, stages),
         *_decoding(plan, data),
+    ]
+
+
+def _kernels_line(plan: RunPlan, *, tokens: int) -> list[str]:
+    """What the activations count for kernels that are not compiled, where any are."""
+    size = eager_temporary_bytes(plan, tokens)
+    if not size:
+        return ["  (activations with compiled kernels; --compile false shows those of a node without a compiler)"]
+    return [f"  (of the activations {readable(size)} are for a moment in kernels that are not compiled)"]
+
+
+def _libraries_line(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
+    """What the table's column of a GPU's libraries is."""
+    if not plan.on_gpu:
+        return []
+    counts = sorted({num_communicators(plan, stage) for stage in stages})
+    return [
+        f"  (CUDA, NCCL: estimates of what PyTorch does not allocate, {readable(CONTEXT_BYTES)} of context and"
+        f" {readable(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
+        " communicators)"
     ]
 
 

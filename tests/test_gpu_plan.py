@@ -1,0 +1,168 @@
+"""What a plan for GPUs has of its own, and --deterministic; all of it on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_files import assert_same_run
+from run_helpers import Base, run, write_base
+
+from megatron_tiedlora.config.batch import default_rows, plan_batches
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.data.loader import pad_multiple
+from megatron_tiedlora.pipeline.determinism import VARIABLES, make_deterministic
+from megatron_tiedlora.training import dry_run, memory_plan, plan
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.stage_plan import plan_stages
+
+
+def planned(*flags: str, ranks: int = 1, model: str = "llama2-7b") -> RunPlan:
+    """The plan of a dry run of a preset."""
+    settings = parse_settings([f"--model={model}", "--dry_run", *flags])
+    return plan_run(settings, rank=0, world_size=ranks, weights=False)
+
+
+# For GPUs or for CPUs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "here", "on_gpu"), [
+    ((), False, False), ((), True, True), (("--plan_for=gpu",), False, True), (("--plan_for=cpu",), True, False),
+])  # fmt: skip
+def test_a_plan_is_for_what_is_here_or_for_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], here: bool, on_gpu: bool
+) -> None:
+    monkeypatch.setattr(plan, "uses_gpu", lambda: here)
+    found = planned(*flags)
+    assert found.on_gpu == on_gpu
+    assert found.pad_multiple == (128 if on_gpu else 8)
+    assert found.batches.micro_batch_size == (2 if on_gpu else 1)
+
+
+def test_only_a_dry_run_plans_for_another_machine() -> None:
+    with pytest.raises(UserError, match="--plan_for only goes with --dry_run"):
+        parse_settings(["--plan_for=gpu"])
+
+
+@pytest.mark.parametrize(("parts", "on_cpu", "on_gpu"), [(1, 8, 128), (8, 8, 128), (3, 24, 384), (6, 24, 384)])
+def test_lengths_divide_into_parts(parts: int, on_cpu: int, on_gpu: int) -> None:
+    assert (pad_multiple(parts), pad_multiple(parts, on_gpu=True)) == (on_cpu, on_gpu)
+
+
+# Micro-batches of 8,192 packed tokens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "rows", "steps"),
+    [
+        ((), 1, 2, 128),
+        (("--max_length=512",), 1, 16, 16),
+        (("--max_length=3000",), 1, 2, 128),
+        (("--max_length=512", "--global_batch_size=24"), 1, 12, 2),  # the largest divisor of a rank's share
+        ((), 256, 1, 1),  # where the global batch has no more samples
+        (("--packing=false",), 1, 1, 256),
+        (("--micro_batch_size=4",), 1, 4, 64),  # what a user says wins
+        (("--pipeline_parallel=2", "--ds_config=zero1.json"), 2, 2, 128),
+        (("--pipeline_parallel=2", "--ds_config=zero1.json"), 64, 1, 8),  # a pipeline stays as full as it can be
+        (("--max_length=512", "--pipeline_parallel=2", "--ds_config=zero1.json"), 32, 2, 8),
+    ],
+)
+def test_micro_batches_on_gpus(flags: tuple[str, ...], ranks: int, rows: int, steps: int) -> None:
+    batches = planned("--plan_for=gpu", *flags, ranks=ranks).batches
+    assert (batches.micro_batch_size, batches.accumulation_steps) == (rows, steps)
+
+
+def test_what_was_chosen_is_told() -> None:
+    why = "up to 2 rows (for 8,192 tokens on a GPU; else give --micro_batch_size), 1 data-parallel"
+    assert why in planned("--plan_for=gpu").cut
+    for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
+        assert "on a GPU" not in planned(*flags).cut
+    text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"]))
+    assert why in text and "micro-batches of up to 2 x 4096 tokens, on GPUs" in text
+
+
+def test_defaults_on_cpus_are_as_they_were() -> None:
+    assert planned("--plan_for=cpu").batches.micro_batch_size == 1
+    assert default_rows(max_length=512, packing=True, demo=True, on_gpu=False) == 4
+    assert plan_batches(24, None, 1).micro_batch_size == 4
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recompute", "rows", "length", "compiled", "eager"),
+    [  # GB that PyTorch's allocator gave out in a step of llama2-7b, torch 2.11, counted without a GPU
+        ("full", 8, 4096, 27.10, 28.55),
+        ("selective", 4, 4096, 41.34, 42.79),
+        ("none", 2, 2048, 26.09, 27.53),
+        ("none", 4, 2048, 38.63, 40.07),
+    ],
+)
+def test_planned_memory_is_what_a_step_allocates(
+    recompute: str, rows: int, length: int, compiled: float, eager: float
+) -> None:
+    for compile_, measured in (("true", compiled), ("false", eager)):
+        found = planned("--plan_for=gpu", f"--recompute={recompute}", f"--compile={compile_}", "--ds_config=zero1.json")
+        (stage,) = plan_stages(found)
+        memory = memory_plan.stage_memory(found, stage, tokens=rows * length)
+        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.02)
+        assert memory.total - memory.allocated == memory_plan.CONTEXT_BYTES  # one rank sends nothing
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "counts"),
+    [(1, 1, 1, [0]), (1, 1, 4, [1]), (8, 1, 1, [2]), (1, 4, 1, [5, 6, 6, 5]), (8, 2, 32, [8, 8]), (2, 1, 2, [4])],
+)
+def test_communicators(tp: int, pp: int, dp: int, counts: list[int]) -> None:
+    layout = (f"--tensor_parallel={tp}", f"--pipeline_parallel={pp}", "--ds_config=zero1.json")
+    on_gpu, on_cpu = (planned(f"--plan_for={kind}", *layout, ranks=tp * pp * dp) for kind in ("gpu", "cpu"))
+    stages = plan_stages(on_gpu)
+    assert [memory_plan.num_communicators(on_gpu, stage) for stage in stages] == counts
+    for stage, count in zip(stages, counts, strict=True):
+        found = memory_plan.stage_memory(on_gpu, stage, tokens=4096).libraries
+        assert found == memory_plan.CONTEXT_BYTES + count * memory_plan.COMMUNICATOR_BYTES
+        assert memory_plan.stage_memory(on_cpu, stage, tokens=4096).libraries == 0
+
+
+# --deterministic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_as_before() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_what_deterministic_sets(torch_as_before: Any) -> None:
+    environment: dict[str, str] = {}
+    make_deterministic(environment)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert environment == {name: values[0] for name, values in VARIABLES.items()}
+    make_deterministic({"CUBLAS_WORKSPACE_CONFIG": ":16:8"})  # a user's own that does as well
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CUBLAS_WORKSPACE_CONFIG", ":0:0"), ("NCCL_NVLS_ENABLE", "2"), ("NCCL_COLLNET_ENABLE", "1")]
+)
+def test_an_environment_that_says_otherwise(name: str, value: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_deterministic({name: value})
+    assert all(part in str(caught.value) for part in ("--deterministic", name, repr(value), VARIABLES[name][0]))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.distributed
+def test_deterministic_twice_gives_equal_files(tmp_path: Path) -> None:
+    base: Base = write_base(tmp_path / "base")
+    folders = [tmp_path / name for name in ("one", "two", "without")]
+    for folder in folders:
+        run(base, folder, ranks=2, max_steps=4, deterministic=folder.name != "without")
+    assert_same_run(folders[1], folders[0])
+    assert_same_run(folders[2], folders[0])  # on a CPU the setting changes nothing
+    assert "deterministic: true" in (folders[0] / "run.yaml").read_text()
