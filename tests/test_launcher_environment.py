@@ -33,6 +33,7 @@ TRAVELS = {
     "LD_LIBRARY_PATH": "/usr/lib:/opt/lib",
     "PATH": "/venv/bin:/usr/bin",
     "PYTHONPATH": "/src",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
     "XDG_CACHE_HOME": "/data/xdg",
 }
 STAYS = {"HOME": "/root", "SHELL": "/bin/zsh", "EDITOR": "vi", "MASTER_ADDR": "x", "CUDA_VISIBLE_DEVICES": "0"}

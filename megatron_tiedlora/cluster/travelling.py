@@ -18,8 +18,8 @@ from megatron_tiedlora.config.text_files import read_small_text
 
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",
-    "MEGATRON_TIEDLORA_", "MKL_", "MPI4PY_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON", "RCCL_", "ROCR_",
-    "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "UCC_", "UCX_",
+    "MEGATRON_TIEDLORA_", "MKL_", "MPI4PY_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "RCCL_",
+    "ROCR_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "UCC_", "UCX_",
 )  # fmt: skip
 NAMES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "XDG_CACHE_HOME")
 # Of this start alone: what the launchers set themselves on each host, or read here.
