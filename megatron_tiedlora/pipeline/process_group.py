@@ -155,7 +155,7 @@ def _discover_ranks() -> None:
     """Ask MPI for what the environment does not say, as DeepSpeed does where it makes the group itself."""
     from deepspeed.comm import comm
 
-    if all(name in os.environ for name in _RANK_VARIABLES):
+    if distributed.is_initialized() or all(name in os.environ for name in _RANK_VARIABLES):
         return
     if comm.in_aml() and not comm.in_dlts():
         comm.patch_aml_env_for_torch_nccl_backend(verbose=False)
