@@ -219,6 +219,7 @@ def test_shipped_configs() -> None:
         assert [*found, config.values["gradient_accumulation_steps"]] == [8, 2, 2]
         assert config.values["gradient_clipping"] == 0.5
         assert "auto" not in json.dumps(config.values)
+        assert config.values["timers"] == {"throughput": {"enabled": False}}
     assert stages == {f"zero{stage}.json": stage for stage in range(4)} | {"zero2_offload.json": 2}
 
 
@@ -227,6 +228,13 @@ def test_auto_is_accepted_everywhere(tmp_path: Path) -> None:
     config = load_json(tmp_path, {"steps_per_print": "auto", "gradient_clipping": "auto", "zero_optimization": zero})
     assert config.zero_stage == 0
     assert config.values["zero_optimization"] == {} and "steps_per_print" not in config.values
+
+
+def test_the_engines_timer_is_off_unless_asked_for(tmp_path: Path) -> None:
+    assert load_json(tmp_path, {}).values["timers"] == {"throughput": {"enabled": False}}
+    assert load_json(tmp_path, {"timers": {"other": 1}}).values["timers"]["throughput"] == {"enabled": False}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert load_json(tmp_path, {"timers": asked}).values["timers"] == asked
 
 
 def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 from traffic_worker import Case, Counted
 
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, MODEL, PIPELINE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.traffic_plan import estimated_groups
 
@@ -84,13 +84,21 @@ def check_growth(found: Mapping[Layout, Ran]) -> None:
     rows = {(layout, stage): traffic for layout, stage, traffic in weak_scaling(found)}
     for ((tp, pp, dp), stage), traffic in rows.items():
         alone = rows[(tp, pp, 1), stage]
-        for group in (TENSOR, PIPELINE, TIED, MODEL):
+        for group in (PIPELINE, TIED, MODEL):
             assert traffic.of_group(group) == alone.of_group(group), (tp, pp, dp)
+        # The sum of u, over the ranks of a stage: without data parallelism the tensor group, with one stage the world.
+        u_sums = int(tp > 1)
+        apart = {STAGE: u_sums * (dp > 1 and pp > 1), WORLD: u_sums * (dp > 1 and pp == 1)}
+        assert traffic.of_group(TENSOR)[0] == alone.of_group(TENSOR)[0] - sum(apart.values()), (tp, pp, dp)
+        if tp > 1:
+            both = [sum(found.of_group(group)[1] for group in (TENSOR, STAGE, WORLD)) for found in (traffic, alone)]
+            assert both[0] == both[1], (tp, pp, dp)
         assert traffic.of_group(DATA)[0] == (3 if dp > 1 else 0), "gradients, what was stepped, the norm"
         if dp > 1:
             two = rows[(tp, pp, 2), stage].of_group(DATA)[1]
             assert two <= traffic.of_group(DATA)[1] < two + 4 * 2 * dp
-        assert traffic.of_group(WORLD)[0] == (tp * pp * dp > 1)
+        assert traffic.of_group(WORLD)[0] == (tp * pp * dp > 1) + apart[WORLD]
+        assert traffic.of_group(STAGE)[0] == apart[STAGE]
         assert traffic.of_group(TIED)[0] == (pp > 1)
 
 
