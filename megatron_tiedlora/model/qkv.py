@@ -227,7 +227,8 @@ def _leave(
 def _add_share_(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
     """of_normed + of_low A, in its place."""
     if of_low is not None and a is not None:
-        of_normed.view(-1, of_normed.shape[-1]).addmm_(of_low.reshape(-1, of_low.shape[-1]), a)
+        rows = of_normed.view(-1, of_normed.shape[-1])
+        torch.addmm(rows, of_low.reshape(-1, of_low.shape[-1]), a, out=rows)
     return of_normed
 
 

@@ -189,7 +189,8 @@ class Kernels:
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
         # The two that are left out are for blocks of a CPU's attention, whose first dimension is not rows.
         names = [field.name for field in fields(self) if field.name not in ("open_scores_", "score_gradient_")]
-        return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(Kernels(), name))) for name in names})
+        plain = Kernels()
+        return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(plain, name))) for name in names})
 
 
 def _has_rows(function: Callable[..., Any]) -> list[bool]:

@@ -6,8 +6,8 @@ On a CPU one graph serves all sizes from 2 on, and the kernels meet a small mode
 other. What is of another form is compiled when it comes: one token at a time, in an answer that is generated alone, and
 rows of more than 4,096 tokens.
 
-On a GPU every size is a constant but the number of tokens, and the kernels meet two layers of the run's own widths, with
-as many tokens as let Triton tell a faster variant from a slower one; then one token, as in an answer.
+On a GPU every size is a constant but the number of tokens, and the kernels meet two layers of the run's own widths.
+They get enough tokens for Triton to time its variants on, and then one token, as in an answer that is generated.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.own_folders import make_private_folder
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.launch_env import local_rank
@@ -157,7 +158,8 @@ def _warm_up_all_sizes(
         tied_embeddings=True,
     )
     num_rows, length = 3, 152
-    _call_all(kernels, small, num_rows, length, dtype=dtype, device=device, documents=[None, torch.arange(length) // 40])
+    documents = (None, torch.arange(length) // 40)
+    _call_all(kernels, small, num_rows, length, dtype=dtype, device=device, documents=documents)
 
 
 def warm_up_widths(
@@ -201,13 +203,14 @@ def _call_all(
         stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
-    ids = torch.arange(length, device=device).expand(num_rows, length)
-    tokens = ids % config.vocab_size
+    ids = torch.arange(length).expand(num_rows, length)
+    labels = Supervised(*(tensor.to(device) for tensor in find_supervised(ids % config.vocab_size)))
+    tokens, positions = (ids % config.vocab_size).to(device), ids.to(device)
     # On this thread alone, backwards too: the patch is a thread's own, and else processes stay that wait for more.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for found in documents:
             packed = None if found is None else found.expand(num_rows, length)
             if torch.is_grad_enabled():
-                stage(tokens, ids, tokens, documents=packed).backward()
+                stage(tokens, positions, labels, documents=packed).backward()
             else:
-                stage(tokens, ids, documents=packed)
+                stage(tokens, positions, documents=packed)
