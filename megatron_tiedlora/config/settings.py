@@ -93,7 +93,7 @@ class Settings(CommandSettings):
         "run", "with --dry_run: what the ranks run on (default: what this machine has)"
     )
     deterministic: bool = setting_field(
-        "run", "on GPUs: the same numbers in every run of one layout, bit for bit; slower (on CPUs they always are)", False
+        "run", "the same numbers in every run of one layout, bit for bit, on GPUs too, where it is slower", False
     )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES

@@ -1,8 +1,8 @@
 """--deterministic: what makes PyTorch, cuBLAS and NCCL give the same numbers in every run of one layout on GPUs.
 
-Some CUDA kernels add in the order in which their threads arrive, above all in the backward pass of attention. cuBLAS may
-split a product in another way when streams share its workspace. NCCL's sums inside switches (NVLS, CollNet) promise no
-order. On a CPU with gloo there is nothing of this kind: a run gives the same numbers without the setting.
+Some CUDA kernels add in the order in which their threads arrive, above all in the backward pass of attention. cuBLAS
+may split a matmul in another way when streams share its workspace. NCCL's sums inside switches (NVLS, CollNet) promise
+no order. On a CPU with gloo there is nothing of this kind: a run gives the same numbers without the setting.
 """
 
 from __future__ import annotations

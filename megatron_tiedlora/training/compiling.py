@@ -61,7 +61,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     wish = plan.settings.compile
     if wish == "false":
         return ChosenKernels(EAGER, "not compiled")
-    if wish == "auto" and not pays(plan):
+    if not compiles(plan):
         return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
     if plan.grid.rank == 0:
         print("compiling the kernels ...", file=sys.stderr, flush=True)
@@ -94,9 +94,11 @@ def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds
     return ChosenKernels(EAGER, f"not compiled: {failure}")
 
 
-def pays(plan: RunPlan) -> bool:
-    """Whether the run is long enough to gain by compiled kernels."""
+def compiles(plan: RunPlan) -> bool:
+    """Whether the run's kernels are compiled where they can be: as --compile says, for `auto` where the run is long."""
     settings, config, grid = plan.settings, plan.source.config, plan.grid
+    if settings.compile != "auto":
+        return settings.compile == "true"
     tokens = settings.max_steps * settings.global_batch_size * settings.max_length / grid.dp_size
     widths = config.num_layers * (config.hidden_size + config.intermediate_size) / (grid.tp_size * grid.pp_size)
     return tokens * widths >= LEAST_WORK

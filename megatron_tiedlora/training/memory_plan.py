@@ -13,13 +13,12 @@ import torch
 
 from megatron_tiedlora.evaluation.decoder import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.training.compiling import pays
+from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.training.compiling import compiles
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan
 
 FP32 = 4
-# Rows that a kernel which is not compiled takes at once on a GPU.
-ROWS_AT_ONCE = 4096
 # Estimates. NCCL's is by what users report: 0.3 to 0.7 GB on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
 CONTEXT_BYTES = 0.5e9
 COMMUNICATOR_BYTES = 0.5e9
@@ -71,7 +70,7 @@ def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory
 
 
 def num_communicators(plan: RunPlan, stage: StagePlan) -> int:
-    """NCCL communicators of a rank: one for each group of more than one rank, and for each neighbour in the pipeline."""
+    """NCCL communicators of a rank: one for each group of more than one rank and each neighbour in the pipeline."""
     grid = plan.grid
     tensor, pipeline, data = (size > 1 for size in (grid.tp_size, grid.pp_size, grid.dp_size))
     groups = [tensor, data, tensor or pipeline, tensor and data]  # the model's; of u, over tensor x data
@@ -137,7 +136,7 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
 def _backward_bytes(plan: RunPlan, tokens: int) -> float:
     """Of a block's backward pass as it reaches the MLP, beside what is kept: what is computed again, and gradients.
 
-    Attention's needs less: up to seven numbers a query's, its workspace in fp32 included, but gate and up are free then.
+    Attention's needs less: up to seven numbers a query's, workspace included, but gate and up are free by then.
     """
     again = 0.0
     if plan.settings.recompute == "full":
@@ -153,16 +152,20 @@ def _gate_gradient_bytes(plan: RunPlan, tokens: int) -> float:
 
 
 def eager_temporary_bytes(plan: RunPlan, tokens: int) -> float:
-    """The most that a kernel which is not compiled holds: fp32 numbers of the MLP's width for the rows it takes at once.
+    """The most that a kernel which is not compiled holds beside its arguments and its result.
 
-    Eight a column, or five where nothing has to be made fp32 (`gate_gradient_`).
+    That is `gate_gradient`: for each pair of a gate and an up that it takes at once eight fp32 numbers, or five where
+    nothing has to be made fp32.
     """
-    settings = plan.settings
-    if settings.compile == "true" or (settings.compile == "auto" and pays(plan)):
+    numbers = 2 * tokens * plan.source.config.intermediate_size / plan.grid.tp_size
+    return _at_once(plan, numbers) / 2 * FP32 * (8 if plan.dtype.itemsize < FP32 else 5)
+
+
+def _at_once(plan: RunPlan, numbers: float) -> float:
+    """Of the numbers of a kernel's widest argument, those that it goes over at one time where it is not compiled."""
+    if compiles(plan):
         return 0.0
-    rows = min(tokens, ROWS_AT_ONCE) if plan.on_gpu else tokens
-    numbers = 8 if plan.dtype.itemsize < FP32 else 5
-    return rows * numbers * FP32 * plan.source.config.intermediate_size / plan.grid.tp_size
+    return min(numbers, NUMBERS_AT_ONCE) if plan.on_gpu else numbers
 
 
 def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
@@ -174,7 +177,7 @@ def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
     norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
     wide = tokens * config.hidden_size * plan.dtype.itemsize
     logits = min(tokens, HEAD_ROWS) * config.vocab_size / plan.grid.tp_size
-    at_loss = 3 * wide + logits * (plan.dtype.itemsize + (0 if plan.settings.compile == "true" else FP32))
+    at_loss = 3 * wide + logits * plan.dtype.itemsize + _at_once(plan, logits) * FP32
     at_gate = _gate_gradient_bytes(plan, tokens) + _gathered_bytes(plan, tokens)
     mixed = 0.0
     if plan.settings.recompute == "full" and plan.grid.pp_size == 1:  # else it is the engine's
