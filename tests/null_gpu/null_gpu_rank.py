@@ -62,6 +62,7 @@ def main(order: Order) -> dict[str, Any]:
     place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": 29555}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"  # the stand-in has no virtual memory
     prepare_environment()
     _meet_nobody(order.world_size)
     nullgpu.reset()
@@ -197,6 +198,9 @@ def _meet_nobody(world_size: int) -> None:
     """Let rank 0 of any world begin alone: NCCL is the stand-in's, what goes over CPUs stays as it is."""
     if world_size == 1:
         return
+    from megatron_tiedlora.pipeline import process_group
+
+    process_group.gather_on_rank_0 = lambda value, **_: [value]  # type: ignore[assignment]
     begin, new_group = distributed.init_process_group, distributed.new_group
 
     def faked(backend: str | None) -> str | None:
