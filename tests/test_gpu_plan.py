@@ -109,7 +109,7 @@ def test_planned_memory_is_what_a_step_allocates(
         found = planned("--plan_for=gpu", f"--recompute={recompute}", f"--compile={compile_}", "--ds_config=zero1.json")
         (stage,) = plan_stages(found)
         memory = memory_plan.stage_memory(found, stage, tokens=rows * length)
-        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.02)
+        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.012)
         assert memory.total - memory.allocated == memory_plan.CONTEXT_BYTES  # one rank sends nothing
 
 
