@@ -70,7 +70,7 @@ def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
     d, k, f = config.hidden_size, config.qkv_rows[1], config.intermediate_size
     scalars = 4 * (2 + config.num_heads)
     formula = 2 * (4 * d + 2 * k + 2 * f + RANK) + scalars
-    factors = 2 * RANK * (sum(config.qkv_rows) + (d if method == "lora" else 0))  # F, and A where each layer has its own
+    factors = 2 * RANK * (sum(config.qkv_rows) + (d if method == "lora" else 0))  # F, and A where it is not tied
     assert kept[1] - kept[0] == pytest.approx(ROWS * LENGTH * formula + factors, rel=0.01)
 
 
