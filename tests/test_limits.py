@@ -57,7 +57,7 @@ def batch(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("method", ["tl6", "lora", "vera"])
 def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
-    """4 d + 2 k + 2 f + r numbers a token and layer, norm scalars and attention's log-sum-exp: layers 2 to 3 of 4."""
+    """4 d + 2 k + 2 f + r numbers a token and layer, norm scalars, attention's log-sum-exp: layers 2 to 3 of 4."""
     config = model_config(HEADS[heads])
     kept = []
     for layers in (3, 4):  # one layer more

@@ -101,7 +101,7 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """Logits, (b, s, V) or (1, b s, V), or with `supervised` the summed loss of those positions; alike on every rank.
+        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of those positions. Alike on every rank.
 
         Args:
             hidden: what flows between layers, (b, s, d) or (1, b s / p, d); with `supervised` of its `rows` alone,

@@ -39,5 +39,6 @@ def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> No
                 f" it to {' or '.join(values)}"
             )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no value is read before it is written
+    # No value is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

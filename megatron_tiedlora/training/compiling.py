@@ -178,10 +178,9 @@ def warm_up_widths(
         num_kv_heads=config.num_kv_heads // tp_size,
         tied_embeddings=True,
     )
-    size = {"dtype": dtype, "device": device}
-    _call_all(kernels.marked(), widths, 3, 696, **size)
+    _call_all(kernels.marked(), widths, 3, 696, dtype=dtype, device=device)
     with torch.no_grad():
-        _call_all(kernels, widths, 1, 1, **size)
+        _call_all(kernels, widths, 1, 1, dtype=dtype, device=device)
 
 
 def _call_all(
