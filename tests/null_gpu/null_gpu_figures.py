@@ -167,7 +167,7 @@ FIGURES = [
         0,
     ),
     Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
-    Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 120),
+    Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
     *(
         Figure(

@@ -8,6 +8,7 @@ whatever is asked, and peers are never there: gloo is replaced by torch's fake b
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import os
@@ -62,7 +63,8 @@ def main(order: Order) -> dict[str, Any]:
     place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": 29555}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"  # the stand-in has no virtual memory
+    if not hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemCreate"):  # a stand-in without virtual memory
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
     prepare_environment()
     _meet_nobody(order.world_size)
     nullgpu.reset()
