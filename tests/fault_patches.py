@@ -276,12 +276,12 @@ def change_copy(
 def no_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int] | None = None, since: int = 1) -> None:
     """The gradient of a tensor (of some layers) does not arrive, from training step `since` on."""
     step = _current_step(patch)
-    _change_update(patch, tensor, layers, lambda factor: factor.detach() if step() >= since else factor)
+    _change_factor(patch, tensor, layers, lambda factor: factor.detach() if step() >= since else factor)
 
 
 def zero_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int] | None = None) -> None:
     """The gradient of a tensor (of some layers) is zero in every entry."""
-    _change_update(patch, tensor, layers, lambda factor: factor.detach() + 0.0 * factor)
+    _change_factor(patch, tensor, layers, lambda factor: factor.detach() + 0.0 * factor)
 
 
 def one_gradient(
@@ -301,7 +301,7 @@ def one_gradient(
             factor.register_hook(replaced)
         return factor
 
-    _change_update(patch, tensor, layers, change)
+    _change_factor(patch, tensor, layers, change)
 
 
 def _current_step(patch: pytest.MonkeyPatch) -> Callable[[], int]:
@@ -317,21 +317,29 @@ def _current_step(patch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: current[0]
 
 
-def _change_update(
+def _change_factor(
     patch: pytest.MonkeyPatch,
     tensor: str,
     layers: Sequence[int] | None,
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Pass a factor of some layers (all: None) through `change` on its way out of the bank."""
+    """Pass a factor of some layers (all: None) through `change` where the bank reads it; a tied one on their stages."""
     adapter = importlib.import_module(ADAPTER).TiedAdapter
-    forward, field = adapter.forward, tensor.lower()
+    forward = adapter.forward
 
-    def changed(bank: Any, *positional: Any) -> Any:
-        updates = forward(bank, *positional)
-        return tuple(
-            update._replace(**{field: change(getattr(update, field))}) if layers is None or layer in layers else update
-            for layer, update in zip(bank.part.layers, updates, strict=True)
-        )
+    def changed(bank: Any, *positional: Any, **keywords: Any) -> Any:
+        parameter = getattr(bank, tensor)
+        mine = [layers is None or layer in layers for layer in bank.part.layers]
+        if parameter is None or not any(mine):
+            return forward(bank, *positional, **keywords)
+        if bank.config.row.factor(tensor).tied:
+            factor = change(parameter)
+        else:
+            factor = torch.stack([change(row) if chosen else row for row, chosen in zip(parameter, mine, strict=True)])
+        bank._parameters[tensor] = factor
+        try:
+            return forward(bank, *positional, **keywords)
+        finally:
+            bank._parameters[tensor] = parameter
 
     patch.setattr(adapter, "forward", changed)

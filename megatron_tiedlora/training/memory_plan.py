@@ -109,9 +109,24 @@ def kept_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, after: int | Non
     after = tokens if after is None else after
     blocks, recomputes = len(stage.backward_blocks), plan.settings.recompute == "full"
     kept = blocks * (_hidden_bytes(plan, tokens) if recomputes else tokens * saved_bytes_per_token(plan))
+    kept += 0 if recomputes else _factor_bytes(plan, stage)
     if stage.is_last and blocks:  # see Stage.run_head
         kept += _hidden_bytes(plan, after) - (0.0 if recomputes else tokens * _bytes_after_attention(plan))
     return kept
+
+
+def _factor_bytes(plan: RunPlan, stage: StagePlan) -> int:
+    """Of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which a micro-batch's layers share."""
+    part, row = stage.part, plan.adapter.row
+    if not part.layers:
+        return 0
+    num_layers, is_copy = len(part.layers), plan.dtype.itemsize != FP32
+    scaled = any(part.exists(name) for name in "uv")
+    of_f = part.local_shape("B")[-2] * plan.adapter.rank * (num_layers if scaled or not row.B.tied else 1)
+    of_a = plan.adapter.rank * plan.adapter.hidden_size * (1 if row.A.tied else num_layers)
+    held = of_f if is_copy or scaled or plan.adapter.scale != 1.0 else 0  # else F is B itself
+    held += of_a if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
+    return held * plan.dtype.itemsize
 
 
 def _bytes_after_attention(plan: RunPlan) -> float:
@@ -126,7 +141,10 @@ def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
     """At the worst moment: the last block's MLP and the head, or the backward pass of a block before it."""
     if not stage.backward_blocks:
         return 0.0
-    in_flight = micro_batches_in_flight(plan, stage) * kept_bytes(plan, stage, tokens=tokens)
+    kept = kept_bytes(plan, stage, tokens=tokens)
+    if plan.settings.recompute == "full":  # held as arguments of what is computed again
+        kept += _factor_bytes(plan, stage)
+    in_flight = micro_batches_in_flight(plan, stage) * kept
     moment = _backward_bytes(plan, tokens)
     if stage.is_last:
         moment = max(moment - _last_block_bytes(plan, tokens), _head_bytes(plan, stage, tokens))
