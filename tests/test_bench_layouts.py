@@ -145,7 +145,7 @@ def test_every_rank_refuses_in_one_line(folder: Path, tmp_path: Path, flags: tup
 )
 def test_bad_input_is_one_line(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as error:
-        bench_step._resolve(bench_step.parser().parse_known_names(flags))
+        bench_step.resolve(bench_step.parser().parse_known_names(flags))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -173,15 +173,15 @@ def plan_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
     from tools import bench_layout
 
     options = bench_step.parser().parse_known_names([f"--model={folder / 'model'}", *flags])
-    bench_step._resolve(options)
+    bench_step.resolve(options)
     return bench_layout.make_plan(options, rank=0, world_size=1)
 
 
 def test_what_stays_without_an_engine() -> None:
     options = bench_step.parser().parse_known_names(["--local_rank=0", "--task=gsm8k"])
-    bench_step._resolve(options)
+    bench_step.resolve(options)
     assert not options.layout and options.packing == "true"
-    bench_step._resolve(several := bench_step.parser().parse_known_names([]), 2)
+    bench_step.resolve(several := bench_step.parser().parse_known_names([]), 2)
     assert several.layout and several.micro_batches == 1
 
 

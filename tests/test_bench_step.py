@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, *more: str) -> Namespace:
     """The command's options, resolved."""
     found: Namespace = bench_step.parser().parse_known_names([f"--model={folder / 'model'}", "--dtype=fp32", *more])
-    bench_step._resolve(found)
+    bench_step.resolve(found)
     return found
 
 
@@ -146,7 +146,7 @@ def test_random_weights_are_made_where_and_as_they_are_used(monkeypatch: pytest.
     chosen = bench_step.parser().parse_known_names(
         ["--model=llama2-7b", "--num_layers=1", "--rows=1", "--length=16", "--against=peft", "--compile=false"]
     )
-    bench_step._resolve(chosen)
+    bench_step.resolve(chosen)
     for side in (make() for make in bench_contestants.contestants(chosen).values()):
         frozen = {name: p for name, p in side.model.named_parameters() if not p.requires_grad}
         assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}

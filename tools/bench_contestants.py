@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, start_values
+from megatron_tiedlora.adapters.tied_adapter import (
+    AdapterConfig,
+    AdapterPart,
+    TiedAdapter,
+    make_adapter_config,
+    start_values,
+)
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -25,10 +31,15 @@ from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
-from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, stage_weight_rules
+from megatron_tiedlora.model.families.llama import (
+    LlamaConfig,
+    llama_config_from_hf,
+    read_hf_config,
+    stage_weight_rules,
+)
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.supervised import find_supervised
-from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
@@ -121,26 +132,20 @@ def _batches(options: Namespace, vocab_size: int, *, packed: bool) -> list[Micro
 
 
 def _made_up(options: Namespace, vocab_size: int, num_rows: int) -> TokenDataset:
-    """Random tokens, the last `labels` of each row with a label."""
+    """Random tokens, the last `labels` of each of a row's documents with a label."""
     draw = np.random.default_rng(0)
+    num_samples, length = num_rows * options.documents, options.length // options.documents
     return TokenDataset(
-        tokens=draw.integers(3, vocab_size, num_rows * options.length).astype(np.int32),
-        offsets=np.arange(num_rows + 1, dtype=np.int64) * options.length,
-        prompt_lengths=np.full(num_rows, options.length - options.labels, np.int32),
+        tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
+        offsets=np.arange(num_samples + 1, dtype=np.int64) * length,
+        prompt_lengths=np.full(num_samples, length - options.labels, np.int32),
         truncated_prompts=0,
     )
 
 
 def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
     dtype, device, source = DTYPES[options.dtype], _device(), find_source(options)
-    config, kernels = source.config, chosen.kernels
-    if source.folder is None:
-        with device:
-            stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
-        rules = stage_weight_rules(config, has_embedding=True)
-        draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
-    else:
-        stage = load_model(source, None, dtype=dtype, device=device, kernels=kernels)
+    config = source.config
     adapter = make_adapter_config(
         options.method,
         rank=options.rank,
@@ -149,11 +154,12 @@ def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
         qkv_rows=config.qkv_rows,
         seed=0,
     )
-    stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
-    stage.adapter.load_full(start_values(adapter))
-    stage.recompute = options.recompute
-    for index in stage.blocks:
-        stage.layers[str(index)].recomputes_gate = options.recompute == "selective"
+    if source.folder is None:
+        stage = random_stage(config, adapter, dtype=dtype, device=device, kernels=chosen.kernels)
+    else:
+        stage = load_model(source, None, dtype=dtype, device=device, kernels=chosen.kernels)
+        give_adapter(stage, adapter, device)
+    recompute(stage, options.recompute)
     stage.train()
     batches = _batches(options, config.vocab_size, packed=options.task is not None)
     supervised = sum(batch.num_supervised for batch in batches)
@@ -173,6 +179,31 @@ def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
         return loss / supervised
 
     return _side(stage, batches, forward, device, flops, chosen.description)
+
+
+def random_stage(
+    config: LlamaConfig, adapter: AdapterConfig, *, dtype: torch.dtype, device: torch.device, kernels: Kernels = EAGER
+) -> Stage:
+    """The whole model with random weights, drawn in place, and the adapter at its start."""
+    with device:
+        stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
+    rules = stage_weight_rules(config, has_embedding=True)
+    draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
+    give_adapter(stage, adapter, device)
+    return stage
+
+
+def give_adapter(stage: Stage, adapter: AdapterConfig, device: torch.device) -> None:
+    """Put an adapter at its start beside the whole model."""
+    stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
+    stage.adapter.load_full(start_values(adapter))
+
+
+def recompute(stage: Stage, how: str) -> None:
+    """Let the stage recompute `none`, `selective` or `full` from its next call on."""
+    stage.recompute = how
+    for index in stage.blocks:
+        stage.layers[str(index)].recomputes_gate = how == "selective"
 
 
 def our_kernels(options: Namespace) -> ChosenKernels:

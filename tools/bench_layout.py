@@ -10,6 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
 from megatron_tiedlora.model.families.llama import stage_weight_rules
 from megatron_tiedlora.model.supervised import find_supervised
@@ -55,8 +57,27 @@ MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that settings take
 
 
-def make_plan(options: Namespace, *, rank: int, world_size: int) -> RunPlan:
+@dataclass(frozen=True)
+class Started:
+    """One rank of a run whose steps are handed in.
+
+    Attributes:
+        dataset: what `loader` takes its samples from.
+        kernels: how they came to be, in a few words.
+    """
+
+    plan: RunPlan
+    dataset: TokenDataset
+    trainer: Trainer
+    loader: TrainingLoader
+    kernels: str
+
+
+def make_plan(options: Namespace, *, rank: int, world_size: int, **changes: Any) -> RunPlan:
     """The plan of a training run that would take the step which the options describe.
+
+    Args:
+        changes: of settings that the options do not have.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -79,12 +100,13 @@ def make_plan(options: Namespace, *, rank: int, world_size: int) -> RunPlan:
             # Of one process without an engine only the kept bytes are asked for, which no limit to a run concerns.
             "max_length": max(options.length, LEAST_LENGTH),
             "micro_batch_size": options.rows,
-            "global_batch_size": unit * options.micro_batches if options.task is None else options.samples,
+            "global_batch_size": made_up_samples(options, grid) if options.task is None else options.samples,
             "learning_rate": LEARNING_RATE,
             "max_steps": MAX_STEPS,
             "warmup_steps": 0,
             "replica_check_steps": 0,
             "seed": 0,
+            **changes,
         }
     )
     return plan_run(settings, rank=rank, world_size=world_size, source=source)
@@ -121,10 +143,34 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
         UserError: the first thing that does not fit, before anything starts; or `publish`'s. On every rank.
         RunStopped: the launcher has died.
     """
-    plan = make_plan(options, rank=rank, world_size=world_size)
-    num_samples = plan.batches.global_batch_size
-    dataset, pad_id = read_samples(options, plan.source.config.vocab_size, num_rows=num_samples)
-    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=world_size)
+    started = start(make_plan(options, rank=rank, world_size=world_size), options)
+    plan, trainer, loader, device = started.plan, started.trainer, started.loader, started.trainer.device
+    held = restart_peak(device)
+    seconds, step = _time_steps(trainer, loader, options.repeats)
+    peak = None if held is None else peak_memory_bytes(device)
+    shapes = planned_shapes(plan, started.dataset, consumed_samples=loader.consumed_samples)
+    mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
+    ranks = gather_on_rank_0(mine, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
+    described = {**_describe(plan, device), "kernels": started.kernels}
+    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}))
+
+
+def made_up_samples(options: Namespace, grid: Grid) -> int:
+    """Of a step, on all ranks together."""
+    rows: int = options.rows * options.micro_batches * grid.dp_size
+    return rows * int(options.documents)
+
+
+def start(plan: RunPlan, options: Namespace) -> Started:
+    """Meet the other ranks and build what takes the plan's steps; all ranks call it together.
+
+    Raises:
+        UserError: data or ranks that are not there, or kernels that cannot be compiled.
+    """
+    dataset, pad_id = read_samples(
+        options, plan.source.config.vocab_size, num_rows=plan.batches.global_batch_size // options.documents
+    )
+    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
     build = build_random_model if plan.source.folder is None else _build_read
     built = build(plan, device, kernels=chosen.kernels)
@@ -137,14 +183,7 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
         pad_id=pad_id,
         pad_multiple=plan.pad_multiple,
     )
-    held = restart_peak(device)
-    seconds, step = _time_steps(trainer, loader, options.repeats)
-    peak = None if held is None else peak_memory_bytes(device)
-    shapes = planned_shapes(plan, dataset, consumed_samples=loader.consumed_samples)
-    mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
-    ranks = gather_on_rank_0(mine, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
-    described = {**_describe(plan, device), "kernels": chosen.description}
-    decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}))
+    return Started(plan, dataset, trainer, loader, chosen.description)
 
 
 def _rank_figures(

@@ -90,7 +90,7 @@ def _step(options: Namespace, flag: str = "", name: str = "", value: Any = None)
         UserError: no token of its rows has a label.
     """
     changed = {name: value} if name else {}
-    step = Namespace(**{**vars(options), "task": None, "against": None, "recompute": "none", **changed})
+    step = Namespace(**{**vars(options), "task": None, "against": None, "recompute": "none", "documents": 1, **changed})
     step.labels = labels_of_row(step.length, step.supervised, flags={name: flag})
     return step
 

@@ -72,6 +72,7 @@ def parser() -> CommandParser:
     described.add_argument(
         "--supervised", type=float, metavar="X", help="share of its tokens with a label, at the end [0.5]"
     )
+    described.add_argument("--documents", type=int, metavar="N", help="of each made-up row, as equal samples [1]")
     described.add_argument("--task", metavar="T", help="take real samples of this task instead")
     described.add_argument("--train_file", metavar="FILE", help="its rows [the task's own]")
     described.add_argument("--samples", type=int, metavar="N", help="of the task, in one step [32]")
@@ -98,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     prepare_environment()
     rank, world_size = rank_and_world_size()
-    _resolve(options, world_size)
+    resolve(options, world_size)
     # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from bench_report import layout_table, sides_table
 
@@ -184,7 +185,7 @@ def measure_sides(options: Namespace) -> dict[str, Any]:
     }
 
 
-def _resolve(options: Namespace, world_size: int = 1) -> None:
+def resolve(options: Namespace, world_size: int = 1) -> None:
     """Fill in defaults and say whether it is a `layout`; raises UserError for what does not fit or would be ignored."""
     real = options.task is not None
     given = [f"--{name} {getattr(options, name)}" for name in LAYOUT_DEFAULTS if getattr(options, name) is not None]
@@ -194,6 +195,7 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
         raise UserError(f"--against {options.against} is for one process without an engine, so not with {what}")
     needs = {
         "supervised": (not real, "tokens that are made up, so not with --task"),
+        "documents": (not real and options.against is None, "tokens that are made up, so not with --task or --against"),
         "samples": (real, "--task"),
         "train_file": (real, "--task"),
         "padded_rows": (real and options.against == "peft", "--task and --against peft"),
@@ -203,18 +205,19 @@ def _resolve(options: Namespace, world_size: int = 1) -> None:
     for name, (fits, what) in needs.items():
         if getattr(options, name) is not None and not fits:
             raise UserError(f"--{name} {getattr(options, name)} goes with {what}")
-    defaults = {"supervised": 0.5, "samples": 32, "padded_rows": 8, **LAYOUT_DEFAULTS}
+    options.layout = options.layout or options.documents is not None
+    defaults = {"supervised": 0.5, "documents": 1, "samples": 32, "padded_rows": 8, **LAYOUT_DEFAULTS}
     if (options.pipeline_parallel or 1) > 1:
         defaults["micro_batches"] = 2 * options.pipeline_parallel
-    if real:
+    if real or options.documents is not None:
         defaults["packing"] = "true"
     for name, value in defaults.items():
         setattr(options, name, value if getattr(options, name) is None else getattr(options, name))
     sizes = ("rank", "rows", "length", "samples", "padded_rows", "repeats")
-    for name in (*sizes, "tensor_parallel", "pipeline_parallel", "micro_batches"):
+    for name in (*sizes, "documents", "tensor_parallel", "pipeline_parallel", "micro_batches"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} is less than 1")
-    options.labels = labels_of_row(options.length, options.supervised)
+    options.labels = labels_of_row(options.length // options.documents, options.supervised)
     drawn = options.model in PRESETS or options.random_weights
     if options.num_layers is not None and (not drawn or options.num_layers < 1):
         raise UserError(

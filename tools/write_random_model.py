@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,15 +43,18 @@ def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:
         yield list(group)
 
 
-def write_random_model(preset: str, output: Path, *, seed: int) -> None:
-    """Write config, shards and index of `preset` into `output`.
+def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
+    """Write config, shards and index of a model into `output`.
+
+    Args:
+        values: of its config.json.
+        name: what to call it.
 
     Raises:
         UserError: `output` exists, or the disk is too small for it.
     """
     refuse_existing(output, flag=f"--output {output}")
-    values = PRESETS[preset]
-    config = llama_config_from_hf(values, source=preset)
+    config = llama_config_from_hf(values, source=name)
     needed = num_base_parameters(config) * BYTES
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(place).free) < needed:
@@ -58,12 +62,12 @@ def write_random_model(preset: str, output: Path, *, seed: int) -> None:
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = list(shards(weight_rules(config)))
-        for number, rules in enumerate(tqdm(parts, desc=preset, unit="shard"), start=1):
+        for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {
-                name: draw(name, shape, seed=seed)
+                hf_name: draw(hf_name, shape, seed=seed)
                 for rule in rules
-                for name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+                for hf_name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
@@ -79,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", required=True, type=path_value, help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
     arguments = parser.parse_known_names(argv)
-    write_random_model(arguments.model, arguments.output, seed=arguments.seed)
+    write_random_model(PRESETS[arguments.model], arguments.output, name=arguments.model, seed=arguments.seed)
     show(f"{arguments.output}: random weights in the shape of {arguments.model}")
     return 0
 

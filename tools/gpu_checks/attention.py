@@ -1,0 +1,165 @@
+"""Part attention: every route against plain attention in fp64, forwards and backwards; its time; its first call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from gpu_checks.package import CHOSEN, Route, attention_routes, compute_dtype, takes_documents
+from gpu_checks.records import CheckOptions, Report
+
+from megatron_tiedlora.training.throughput import timed
+
+# Relative errors (2-norms) that roundings explain; a mask that is off by one token gives 0.3 and more.
+BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+WRONG_FIX = (
+    "this kernel gives wrong numbers here: do not train with it; take another version of torch or flash_attn, and run"
+    " `pytest -m gpu` for details"
+)
+SLOW_FIX = (
+    "a plan is built for every new shape, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
+)
+NEW_SHAPE_SECONDS = 5e-3  # that a first call may cost more than a second one
+TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
+DOCUMENT_LENGTH = 200  # of the timed packed row
+
+
+class Case(NamedTuple):
+    """Sizes of one comparison."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+CASES = (Case("MHA", 4, 4, 128), Case("GQA", 8, 2, 128), Case("MHA d64", 4, 4, 64), Case("GQA d80", 4, 2, 80))
+LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part."""
+    device = torch.device(options.device)
+    dtypes = (torch.bfloat16, torch.float32) if options.on_gpu else (torch.float32,)
+    for dtype in dtypes:
+        for case in CASES:
+            for name, route in attention_routes(device, dtype, case.head_dim).items():
+                for lengths in ((sum(LENGTHS),), LENGTHS):
+                    compare(report, name, route, case, lengths, device=device, dtype=dtype)
+    if options.on_gpu:
+        for name, route in attention_routes(device, compute_dtype(device), TIMED[-1]).items():
+            _time(report, name, route, device)
+
+
+def compare(
+    report: Report,
+    name: str,
+    route: Route,
+    case: Case,
+    lengths: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Hold output and gradients of one route against fp64, two rows of documents of `lengths`."""
+    packed = len(lengths) > 1
+    if packed and not takes_documents(name):
+        return
+    label = f"{name}, {case.name}, {'packed' if packed else 'causal'}, {str(dtype).removeprefix('torch.')}"
+    with report.attempt(label):
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+        heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
+        weight = torch.randn(2, ids.shape[1], case.heads * case.head_dim, device=device, dtype=dtype)
+        try:
+            found = results(route, heads, ids if packed else None, weight)
+        except RuntimeError as error:
+            if name == CHOSEN or "No available kernel" not in str(error):
+                raise
+            report.skip(label, "PyTorch has no such kernel for these shapes")
+            return
+        wide = [tensor.detach().double().requires_grad_() for tensor in heads]
+        expected = results(plain_attention, wide, ids, weight.double())
+        errors = {what: relative(got, want) for what, got, want in zip(("out", "dq", "dk", "dv"), found, expected)}
+        worst = max(errors, key=lambda what: errors[what] if errors[what] == errors[what] else float("inf"))
+        report.at_most(label, errors[worst], BOUNDS[dtype], why=f"the largest is of {worst}", fix=WRONG_FIX)
+
+
+def random_heads(case: Case, length: int, *, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries, keys and values of two rows, with gradients."""
+    draw = torch.Generator(device).manual_seed(length)
+    return [
+        torch.randn(2, heads, length, case.head_dim, generator=draw, device=device, dtype=dtype).requires_grad_()
+        for heads in (case.heads, case.kv_heads, case.kv_heads)
+    ]
+
+
+def results(
+    route: Route, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
+) -> list[torch.Tensor]:
+    """Output and gradients of the three for the loss sum(output * weight)."""
+    query, key, value = heads
+    output = route(query, key, value, ids)
+    return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention within documents, written out; a `Route`."""
+    assert ids is not None
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    places = torch.arange(length)
+    sees = (ids[:, :, None] == ids[:, None, :]) & (places[:, None] >= places)
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def _time(report: Report, name: str, route: Route, device: torch.device) -> None:
+    """Milliseconds forwards and backwards at a 7B layer's size, and what a shape costs that was not seen before."""
+    size, heads, length, head_dim = TIMED
+    packed = torch.arange(length)[None] // DOCUMENT_LENGTH
+
+    def call(length: int, ids: torch.Tensor | None) -> float:
+        draw = [
+            torch.randn(size, heads, length, head_dim, device=device, dtype=torch.bfloat16).requires_grad_()
+            for _ in range(3)
+        ]
+        weight = torch.randn(size, length, heads * head_dim, device=device, dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+        return timed(lambda: results(route, draw, ids, weight), device)
+
+    for ids in (None, packed) if takes_documents(name) else (None,):
+        label = f"{name}, {'documents of 200' if ids is not None else 'causal'}, 32 heads of 128, 4,096 tokens"
+        with report.attempt(label):
+            try:
+                taken = min(call(length, ids) for _ in range(5))
+            except RuntimeError as error:
+                if name == CHOSEN or "No available kernel" not in str(error):
+                    raise
+                report.skip(label, "PyTorch has no such kernel for these shapes")
+                return
+            report.tell(label, 1e3 * taken, "ms", why="forwards and backwards")
+    label = f"{name}, first call on a new length"
+    with report.attempt(label):
+        started, first, again = time.perf_counter(), [], []
+        for number in range(6):
+            new = 1000 + 24 * number
+            first.append(call(new, None))
+            again.append(call(new, None))
+            if time.perf_counter() - started > 3:
+                break
+        cost = sorted(a - b for a, b in zip(first, again))[len(first) // 2]
+        otherwise = "warn" if name == CHOSEN else "info"
+        report.at_most(
+            label, 1e3 * cost, 1e3 * NEW_SHAPE_SECONDS, unit="ms", fix=SLOW_FIX if name == CHOSEN else "",
+            otherwise=otherwise, why="more than the second call; the median of several lengths",
+        )

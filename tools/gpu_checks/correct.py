@@ -1,0 +1,227 @@
+"""Part correct: losses and gradients of the model against plain PyTorch in fp64, in all the forms that training has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from bench_contestants import random_stage, recompute
+from gpu_checks.attention import relative
+from gpu_checks.package import kernels_for, small_config
+from gpu_checks.records import CheckOptions, Report
+from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
+from gpu_checks.zero_stages import check_zero_stages
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.pipeline.stage import Stage
+
+# fp32 against fp64, relative; with TF32, or with a term left out, it is far more.
+LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+# In bf16 both make roundings of the same kind, in another order: the package's error may be this multiple of plain
+# PyTorch's, which is measured, and so much more.
+MULTIPLE, BEYOND = 2.0, 2e-3
+RANK = 8
+SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: an update that is felt, and does not drown the base
+LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
+WRONG_FIX = (
+    "the model computes something else here: look at part attention first, then give --compile false; if the error"
+    " stays, this torch or driver is not to be trained with"
+)
+
+
+class Answer(NamedTuple):
+    """A loss and the gradients of the trained factors."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+class Judge:
+    """One model with an adapter, and what plain PyTorch says of it."""
+
+    def __init__(self, config: LlamaConfig, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.config = device, config
+        self.adapter = adapter_of(config, method)
+        self.stage = random_stage(config, self.adapter, dtype=dtype, device=device)
+        unsettle(self.stage)
+        self.documents = random_documents(config.vocab_size, device)
+        self.expected = self.plain(torch.float64)
+
+    def plain(self, dtype: torch.dtype) -> Answer:
+        """Plain PyTorch's answer in this dtype, from the stage's own weights."""
+        bank = self.stage.adapter
+        assert bank is not None
+        trained = [name for name in FACTORS if self.adapter.row.factor(name).trained]
+        weights = {name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name}
+        factors = {name: factor.detach().to(max(dtype, torch.float32, key=_bits)) for name, factor in bank.named_parameters()}
+        flat = [document for row in self.documents for document in row]
+        return Answer(*loss_and_gradients(shape_of(self.config, self.adapter), weights, factors, trained, flat))
+
+    def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Answer:
+        """The package's answer, with rows packed or one document a row."""
+        stage, bank = self.stage, self.stage.adapter
+        assert bank is not None
+        give_kernels(stage, kernels)
+        recompute(stage, how)
+        tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
+        stage.zero_grad()
+        loss = stage(tokens, positions, labels, documents=ids)
+        loss.backward()
+        gradients = {name: factor.grad.clone() for name, factor in bank.named_parameters() if factor.grad is not None}
+        return Answer(float(loss.detach()), gradients)
+
+    def errors(self, answer: Answer) -> dict[str, float]:
+        """Relative errors of loss and gradients; a gradient that is not there counts as infinitely wrong."""
+        errors = {"loss": abs(answer.loss - self.expected.loss) / abs(self.expected.loss)}
+        for name, expected in self.expected.gradients.items():
+            found = answer.gradients.get(name)
+            errors[f"d{name}"] = math.inf if found is None else relative(found, expected.double())
+        return errors
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part."""
+    device = torch.device(options.device)
+    small = small_config()
+    for method in METHOD_NAMES:
+        with report.attempt(f"fp32, {method}"):
+            judge = Judge(small, method, dtype=torch.float32, device=device)
+            compare_fp32(report, f"fp32, {method}", judge)
+    forms(report, "small", small, device, all_forms=True)
+    if options.on_gpu:
+        wide = replace(llama_config_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
+        forms(report, f"two layers of {options.model}", wide, device, all_forms=False)
+    check_zero_stages(report, options)
+
+
+def compare_fp32(report: Report, name: str, judge: Judge) -> None:
+    """Loss and gradients of packed rows in fp32 within what roundings explain."""
+    errors = judge.errors(judge.package())
+    report.at_most(f"{name}: loss", errors.pop("loss"), LOSS_BOUND, fix=WRONG_FIX)
+    worst = worst_of(errors)
+    report.at_most(f"{name}: gradients", errors[worst], GRADIENT_BOUND, why=f"the largest is {worst}'s", fix=WRONG_FIX)
+
+
+def forms(report: Report, name: str, config: LlamaConfig, device: torch.device, *, all_forms: bool) -> None:
+    """bf16: packed or not, eager or compiled, with each recompute, beside plain PyTorch in bf16."""
+    with report.attempt(f"bf16, {name}"):
+        judge = Judge(config, "tl6", dtype=torch.bfloat16, device=device)
+        plain = judge.errors(judge.plain(torch.bfloat16))
+        report.tell(f"bf16, {name}: plain PyTorch's error", max(plain.values()), why=_words(plain))
+        kinds = {"eager": EAGER}
+        if device.type == "cuda":  # a CPU takes minutes, and its compiler is not what is asked about
+            with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
+                kinds["compiled"] = kernels_for(config, dtype=torch.bfloat16, device=device)
+        for kind, kernels in kinds.items():
+            for packed in (True, False) if all_forms else (True,):
+                for how in ("none", "selective", "full"):
+                    label = f"bf16, {name}, {kind}, {'packed' if packed else 'one a row'}, recompute {how}"
+                    with report.attempt(label):
+                        compare_bf16(report, label, judge, plain, judge.package(packed=packed, how=how, kernels=kernels))
+
+
+def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Answer) -> None:
+    """The package's errors beside plain PyTorch's in bf16: the largest share of what each may be."""
+    errors = judge.errors(answer)
+    shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}
+    report.at_most(label, shares[worst_of(shares)], 1.0, unit="of the bound", why=_words(errors), fix=WRONG_FIX)
+
+
+def worst_of(errors: dict[str, float]) -> str:
+    """The name with the largest error, one that is no number first."""
+    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+
+
+def _words(errors: dict[str, float]) -> str:
+    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def adapter_of(config: LlamaConfig, method: str) -> AdapterConfig:
+    """An adapter of all layers, whose alpha is not its rank."""
+    return make_adapter_config(
+        method,
+        rank=RANK,
+        alpha=1.5 * RANK,
+        layers=tuple(range(1, config.num_layers + 1)),
+        hidden_size=config.hidden_size,
+        qkv_rows=config.qkv_rows,
+        seed=0,
+    )
+
+
+def shape_of(config: LlamaConfig, adapter: AdapterConfig) -> Shape:
+    """What the reference needs to know."""
+    return Shape(
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.norm_eps,
+        config.rope.theta,
+        adapter.scale,
+    )
+
+
+def unsettle(stage: Stage) -> None:
+    """Move norms off one and the adapter off its start, so that nothing that is left out stays unseen."""
+    draw = torch.Generator().manual_seed(1)
+    bank = stage.adapter
+    assert bank is not None
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw).to(parameter))
+        for name, factor in bank.named_parameters():
+            drawn = torch.randn(factor.shape, generator=draw)
+            factor.copy_(drawn * SCALES[name] if name in SCALES else 1 + 0.3 * drawn)
+
+
+def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
+    """Rows of documents with random tokens; the first third of each has no labels, nor has its last token."""
+    draw, rows = torch.Generator().manual_seed(2), []
+    for lengths in LENGTHS:
+        row = []
+        for length in lengths:
+            tokens = torch.randint(3, vocab_size, (length,), generator=draw)
+            labels = torch.cat((tokens[1:], torch.tensor([-100])))
+            labels[: length // 3] = -100
+            row.append(Document(tokens.to(device), labels.to(device)))
+        rows.append(row)
+    return rows
+
+
+def rows_of(
+    documents: Sequence[Sequence[Document]], *, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, positions, labels and, packed, document ids on the host, each (b, s); one a row is padded on the right."""
+    rows = documents if packed else [[document] for row in documents for document in row]
+    longest = max(sum(len(document.tokens) for document in row) for row in rows)
+    device = rows[0][0].tokens.device
+    tokens, labels = (torch.full((len(rows), longest), fill, device=device) for fill in (0, -100))
+    positions, ids = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        start = 0
+        for place, document in enumerate(row):
+            part = slice(start, start + len(document.tokens))
+            tokens[number, part], labels[number, part] = document
+            positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), place
+            start = part.stop
+    return tokens, positions.to(device), labels, ids if packed else None
+
+
+def give_kernels(stage: Stage, kernels: Kernels) -> None:
+    """Let every layer go through these kernels."""
+    for module in stage.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels  # type: ignore[assignment]

@@ -1,0 +1,100 @@
+"""Part decode: greedy decoding with a cache gives the tokens that the whole model gives, and its time a token."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import torch
+from bench_contestants import random_stage
+from gpu_checks.correct import adapter_of, shape_of, unsettle
+from gpu_checks.package import compute_dtype, small_config
+from gpu_checks.records import CheckOptions, Report
+from gpu_checks.reference import document_logits
+from gpu_checks.running import layers_that_fit, release
+
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.pipeline.stage import Stage
+
+LENGTHS = (3, 17, 40, 41)  # of the prompts whose tokens are compared
+NEW_TOKENS = 24
+BATCHES, PROMPT, TIMED_TOKENS = (1, 16), 128, 32
+MOST_REPEATED = 1.5  # time of a first answer per that of a second of the same lengths
+TOKENS_FIX = "decoding is wrong here, so scores are: look at part attention, and give --dtype fp32 to see if it stays"
+PLAN_FIX = "a plan is built for every length of the cache, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part; on a CPU the tokens alone."""
+    device = torch.device(options.device)
+    for kv_heads in (4, 2):
+        label = f"fp32, {'MHA' if kv_heads == 4 else 'GQA'}: tokens as without a cache"
+        with report.attempt(label):
+            _compare(report, label, small_config(kv_heads=kv_heads), device)
+    if options.on_gpu:
+        with report.attempt(f"{options.model}: decoding"):
+            _time(report, options, device)
+
+
+def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """Random prompts."""
+    draw = random.Random(3)
+    return [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def answers(stage: Stage, config: LlamaConfig, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """By the package; no token ends an answer."""
+    decoder = Decoder(stage.eval(), ParallelGroups(), config)
+    return generate(decoder, prompts, end_ids=(), max_new_tokens=num_tokens)
+
+
+def _compare(report: Report, label: str, config: LlamaConfig, device: torch.device) -> None:
+    """Each token must be the reference's first choice after what was decoded before it, in fp64 and without a cache."""
+    adapter = adapter_of(config, "tl6")
+    stage = random_stage(config, adapter, dtype=torch.float32, device=device)
+    unsettle(stage)
+    prompts = prompts_of(LENGTHS, config.vocab_size)
+    rows = answers(stage, config, prompts, NEW_TOKENS)
+    named = {name: tensor.detach().double() for name, tensor in stage.named_parameters()}
+    weights = {name: tensor for name, tensor in named.items() if name.startswith("layers")}
+    factors = {name.removeprefix("adapter."): tensor for name, tensor in named.items() if name.startswith("adapter")}
+    equal = 0
+    for prompt, row in zip(prompts, rows, strict=True):
+        tokens = torch.tensor(prompt + row, device=device)
+        chosen = document_logits(shape_of(config, adapter), weights, factors, tokens)[len(prompt) - 1 : -1].argmax(-1)
+        equal += int((chosen.cpu() == torch.tensor(row)).sum())
+    share = equal / (len(prompts) * NEW_TOKENS)
+    # Two logits may lie within fp32's roundings of each other.
+    report.at_least(label, share, 0.98, fix=TOKENS_FIX)
+
+
+def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
+    layers = layers_that_fit(options.model, "--rows=1", "--length=4096", "--supervised=1")
+    values = {**PRESETS[options.model], "num_hidden_layers": layers}
+    config = llama_config_from_hf(values, source=options.model)
+    stage = random_stage(config, adapter_of(config, "tl6"), dtype=compute_dtype(device), device=device)
+    base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
+    report.tell("weights", base / 1e9, "GB", why=f"{layers} layers of {options.model}; each token reads them once")
+    for batch in BATCHES:
+        prompts = prompts_of([PROMPT] * batch, config.vocab_size)
+        first, again = (_seconds(stage, config, prompts) for _ in range(2))
+        report.tell(f"batch {batch}: a token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included")
+        report.tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
+        report.at_most(
+            f"batch {batch}: first answer per second one", first / again, MOST_REPEATED, fix=PLAN_FIX, otherwise="warn"
+        )
+    del stage
+    release()
+
+
+def _seconds(stage: Stage, config: LlamaConfig, prompts: list[list[int]]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    answers(stage, config, prompts, TIMED_TOKENS)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began

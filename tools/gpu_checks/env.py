@@ -1,0 +1,183 @@
+"""Part env: what is installed, what the package will use of it and why, and the device's two ceilings."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
+from gpu_checks.records import CheckOptions, Report
+
+from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
+
+OLDEST_TORCH = (2, 6)
+PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")
+# Variables that change what runs or how a failure shows, by their first letters.
+VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
+SIZE, COPIED = 8192, 2**30  # of the product, and bytes of the copy
+GOOD_SHARE = 0.6  # of a data sheet's matmul FLOP/s
+INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
+
+
+def why_no_gpu() -> str | None:
+    """Why torch sees no GPU, in one line; None where it sees one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; {INSTALL_FIX}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty; unset it"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        said = str(error).strip().splitlines()[0]
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {said}"
+    return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; look at nvidia-smi"
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part; without a GPU what is installed alone."""
+    _software(report)
+    missing = why_no_gpu() if options.on_gpu else None
+    if missing is not None:
+        report.add("GPU", "fail", why=missing, fix="see the line above; docs/gpu.md says what a GPU machine needs")
+        return
+    device = torch.device(options.device)
+    if options.on_gpu:
+        _hardware(report)
+    _choices(report, device)
+    if options.on_gpu:
+        with report.attempt("ceilings"):
+            _ceilings(report, device)
+
+
+def _software(report: Report) -> None:
+    report.tell("python", platform.python_version(), why=platform.platform())
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    report.expect(
+        "torch", found >= OLDEST_TORCH, torch.__version__, expected=">= 2.6", fix=f"upgrade torch; {INSTALL_FIX}"
+    )
+    report.tell("CUDA of torch", torch.version.cuda or "none")
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    report.tell("cuDNN", _dotted(cudnn) if cudnn else "none")
+    report.tell("NCCL of torch", nccl_version() or "none")
+    for name in PACKAGES:
+        report.tell(name, package_version(name) or "not installed")
+    for name in sorted(os.environ):
+        if name.startswith(VARIABLES):
+            report.tell(f"${name}", os.environ[name][:200])
+
+
+def package_version(name: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def nccl_version() -> str | None:
+    """Of the NCCL that torch is built with; `loaded_nccl` may be another, preloaded one."""
+    try:
+        return ".".join(map(str, torch.cuda.nccl.version()))
+    except (AttributeError, RuntimeError):  # a build without NCCL
+        return None
+
+
+def _dotted(number: int) -> str:
+    """91900 -> 9.19.0, as cuDNN has counted since 9.0."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def _hardware(report: Report) -> None:
+    driver = _nvidia_smi("driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total")
+    report.tell("driver", driver or "not told", why="driver, power limit, SM clock, MIG, ECC errors; by nvidia-smi")
+    for index in range(torch.cuda.device_count()):
+        with report.attempt(f"GPU {index}"):
+            values = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            report.expect(
+                f"GPU {index}",
+                (values.major, values.minor) >= (8, 0),
+                f"{values.name}, sm_{values.major}{values.minor}, {total / 2**30:.0f} GiB",
+                expected=">= sm_80",
+                otherwise="warn",
+                fix="GPUs before Ampere have no fast bf16; give --dtype fp32, and expect a slow run",
+            )
+            report.at_least(
+                f"GPU {index}: free memory",
+                free / total,
+                0.9,
+                otherwise="warn",
+                fix="end what else uses the GPU (nvidia-smi); figures below are of a shared GPU",
+            )
+
+
+def _nvidia_smi(fields: str) -> str:
+    """What nvidia-smi says of the first GPU, '' where it does not."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _choices(report: Report, device: torch.device) -> None:
+    """What the package takes for attention and kernels on this device."""
+    dtype = compute_dtype(device)
+    for head_dim in (64, 128):
+        for packed in (False, True):
+            name = f"attention, heads of {head_dim}, {'packed' if packed else 'one sample a row'}"
+            with report.attempt(name):
+                chosen, why = attention_choice(device, dtype, head_dim, packed=packed)
+                report.tell(name, chosen, why=why)
+    if device.type == "cpu":
+        report.skip("compiled kernels", "a CPU's compiler is not what is asked about")
+        return
+    with report.attempt("compiled kernels"):
+        failure = compiler_failure(device)
+        report.expect(
+            "compiled kernels",
+            failure is None,
+            "compiled" if failure is None else "not compiled",
+            expected="compiled",
+            otherwise="warn",
+            why=failure or "",
+            fix=_compiler_fix(),
+        )
+
+
+def _compiler_fix() -> str:
+    """What Triton needs to build its launcher: a C compiler and Python's headers."""
+    lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        lacking.append("Python's headers (python3-dev)")
+    what = " and ".join(lacking) or "what the reason names"
+    return f"install {what}; without it kernels are not compiled, and a step takes about a third longer"
+
+
+def _ceilings(report: Report, device: torch.device) -> None:
+    """A large product and a large copy, of random numbers: zeros take less power and are faster."""
+    rate = product_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=device, repeats=10)
+    listed = listed_peak(torch.cuda.get_device_name(device))
+    fix = "look at nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
+    if listed is None:
+        report.tell("matmul ceiling, bf16", rate / 1e12, "TFLOP/s", why="no data sheet is known for this device")
+    else:
+        report.at_least(
+            "matmul ceiling, bf16", rate / 1e12, GOOD_SHARE * listed / 1e12, unit="TFLOP/s", fix=fix, otherwise="warn"
+        )
+    source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    report.tell("copy ceiling", 2 * COPIED / seconds / 1e12, "TB/s", why="read and written together")

@@ -1,0 +1,130 @@
+"""Part host: what a micro-batch asks of the host: launches, waits, and below how many tokens the GPU waits for it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from bench_layout import Started
+from gpu_checks.records import CheckOptions, Report
+from gpu_checks.running import layers_that_fit, release, started, step_options
+
+from megatron_tiedlora.data.loader import TrainingStep
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+REPEATS = 5
+MOST_LAYERS = 8
+BOUND = 1.1  # the GPU waits where a micro-batch takes up to this multiple of what the shortest takes
+SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report the lines named here"
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part; needs a GPU."""
+    if not options.on_gpu:
+        report.skip("launches and waits", "there is no GPU to wait for")
+        return
+    for compiles, name in (("true", "compiled"), ("false", "eager")):
+        with report.attempt(name):
+            flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", "--micro_batches=2")
+            layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
+            taken = {}
+            for length in LENGTHS:
+                flags = ("--rows=1", f"--length={length}", "--supervised=1", "--micro_batches=2")
+                named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
+                with started(step_options(options.model, *named)) as run:
+                    for _ in range(2):
+                        run.trainer.take_step(next(run.loader))
+                    if length == LENGTHS[-1]:
+                        _counts(report, name, run, layers)
+                    taken[length] = median(_seconds(run) for _ in range(REPEATS))
+            _knee(report, name, taken, layers)
+        release()
+
+
+def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
+    """The forward and backward passes of a step, and nothing else of it."""
+    inputs = [batch.model_input for batch in step.micro_batches]
+    return lambda: run.trainer.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
+
+
+def _seconds(run: Started) -> float:
+    """Of one micro-batch in a step of several, to the end on the GPU."""
+    step = next(run.loader)
+    work = micro_batches(run, step)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    taken = (time.perf_counter() - began) / len(step.micro_batches)
+    run.trainer.runner.engine.step()  # gradients are used up, as DeepSpeed expects
+    return taken
+
+
+def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> None:
+    """The host's own time, and from how many tokens on the GPU is the slower one."""
+    floor = min(taken.values())
+    for length, seconds in taken.items():
+        report.tell(f"{name}: micro-batch of {length:,} tokens", 1e3 * seconds, "ms", why=f"{layers} layers")
+    report.tell(f"{name}: host, at least", 1e3 * floor / layers, "ms a layer and micro-batch")
+    bound = [length for length, seconds in taken.items() if seconds <= BOUND * floor]
+    report.tell(
+        f"{name}: the GPU waits for the host up to",
+        max(bound),
+        "tokens a micro-batch",
+        why="give micro-batches of more tokens (--packing, --max_length, --micro_batch_size)",
+    )
+
+
+def _counts(report: Report, name: str, run: Started, layers: int) -> None:
+    """Launches and waits of the micro-batches of one step."""
+    step = next(run.loader)
+    work, number = micro_batches(run, step), len(step.micro_batches)
+    with waits() as seen:
+        work()
+    run.trainer.runner.engine.step()
+    # One wait is the step's own: its loss is read when all micro-batches are done.
+    inside = sum(seen.values()) - 1
+    report.at_most(
+        f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
+    )
+    launches = _launches(micro_batches(run, next(run.loader)))
+    run.trainer.runner.engine.step()
+    if launches:
+        report.tell(f"{name}: launches a layer and micro-batch", launches / number / layers, why="with head and embedding")
+    else:
+        report.skip(f"{name}: launches", "torch's profiler has seen no launch; CUPTI may not be allowed here")
+
+
+@contextmanager
+def waits() -> Iterator[Counter[str]]:
+    """Where the block waits for the GPU, by line, as torch tells it."""
+    seen: Counter[str] = Counter()
+
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        if "synchroniz" in str(message):
+            seen["/".join(filename.split("/")[-2:]) + f":{lineno}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _launches(work: Callable[[], Any]) -> int:
+    """Kernel launches of the block, as torch's profiler sees them; 0 where it sees none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum("LaunchKernel" in event.name for event in profiler.events() or ())

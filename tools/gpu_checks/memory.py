@@ -1,0 +1,95 @@
+"""Part memory: what steps allocate beside what the dry run plans, and what rows of many lengths reserve."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from bench_layout import Started
+from gpu_checks.package import planned_bytes
+from gpu_checks.records import CheckOptions, Report
+from gpu_checks.running import layers_that_fit, release, started, step_options
+
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+
+GB = 1e9
+# Of planned: a run that needs more was called fine by the dry run, one that needs less was refused for nothing.
+CLOSE, TOO_MUCH = 0.07, 1.15
+RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more where less is kept
+LENGTH, MOST_LAYERS = 4096, 8
+NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
+MOST_RESERVED = 1.3  # of what is allocated
+PLAN_FIX = "the dry run's figures are wrong for this GPU: leave that much memory free, and report this table"
+FRAGMENTS_FIX = (
+    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of launch/train.py), and see that nothing"
+    " overrides it"
+)
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part; needs a GPU, whose allocator it is about."""
+    if not options.on_gpu:
+        report.skip("memory", "a CPU's memory is told by tools/bench_step.py")
+        return
+    for compiles in ("true", "false"):
+        for how, rows in RECOMPUTES.items():
+            label = f"{rows} x {LENGTH} tokens, recompute {how}, {'compiled' if compiles == 'true' else 'eager'}"
+            with report.attempt(label):
+                flags = (f"--rows={rows}", f"--length={LENGTH}", f"--recompute={how}", f"--compile={compiles}")
+                _beside_plan(report, label, options.model, flags)
+            release()
+    label = f"{NUM_STEPS} micro-batches of {ROWS} x {SHORTEST} to 2,048 tokens"
+    with report.attempt(label):
+        _fragments(report, label, options.model)
+
+
+def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...]) -> None:
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags, "--supervised=1"))
+    with started(step_options(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            run.trainer.take_step(next(run.loader))
+        planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+    why = f"{layers} layers; {planned / GB:.2f} GB planned, {allocated / GB:.2f} allocated, {reserved / GB:.2f} reserved"
+    ratio = allocated / planned
+    report.expect(
+        f"{label}: allocated per planned",
+        abs(ratio - 1) <= CLOSE,
+        ratio,
+        expected=f"within {CLOSE:.0%} of 1",
+        otherwise="fail" if ratio > TOO_MUCH else "warn",
+        why=why,
+        fix=PLAN_FIX,
+    )
+
+
+def _fragments(report: Report, label: str, model: str) -> None:
+    flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
+    with started(step_options(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
+        torch.cuda.reset_peak_memory_stats()
+        for step in _uneven_steps(run):
+            run.trainer.take_step(step)
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
+    report.at_most(
+        f"{label}: reserved per allocated", reserved / allocated, MOST_RESERVED, why=why, fix=FRAGMENTS_FIX,
+        otherwise="warn",
+    )
+
+
+def _uneven_steps(run: Started) -> list[TrainingStep]:
+    """Steps of one micro-batch each, whose rows have random lengths."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS)
+    dataset = TokenDataset(
+        tokens=draw.integers(3, run.plan.source.config.vocab_size, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        prompt_lengths=np.ones(len(lengths), np.int32),
+        truncated_prompts=0,
+    )
+    loader = TrainingLoader(
+        dataset, run.plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=run.plan.pad_multiple
+    )
+    return [next(loader) for _ in range(NUM_STEPS)]

@@ -1,0 +1,122 @@
+"""One rank of part ranks:  python rank.py ORDER    (records.RankOrder as JSON; ranks and master from the environment)
+
+Takes the steps of each case one after another and leaves losses and the adapter in the order's folder, from rank 0; an
+order without an end takes steps until it is killed, or a peer is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
+
+from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.pipeline.launch_env import leave_process_group, prepare_environment, rank_and_world_size
+
+
+class Losses:
+    """In place of a run's log: the loss of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Keep the loss of a row of metrics.jsonl."""
+        self.values.append(float(row["loss"]))
+
+
+def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
+    """bench_step.py's options of a case: the same samples at every layout."""
+    from gpu_checks.running import step_options
+
+    rows = order.samples // (world_size // (case.tp * case.pp))
+    return step_options(
+        order.model,
+        f"--dtype={case.dtype}",
+        f"--tensor_parallel={case.tp}",
+        f"--pipeline_parallel={case.pp}",
+        f"--sequence_parallel={str(case.sp).lower()}",
+        f"--ds_config=zero{case.zero}.json",
+        "--rows=2",
+        f"--micro_batches={rows // 2}",
+        f"--length={order.length}",
+        "--compile=false",
+        world_size=world_size,
+    )
+
+
+def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: Path) -> None:
+    """Take the steps; rank 0 writes what came of them."""
+    import bench_layout
+    from safetensors.torch import save_file
+
+    options = options_of(case, order, world_size)
+    changes = {"learning_rate": order.learning_rate, "replica_check_steps": order.steps, "timeout_minutes": 1.0}
+    plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, **changes)
+    run = bench_layout.start(plan, options)
+    losses = Losses()
+    run.trainer.log = losses if rank == 0 else None
+    for _ in range(order.steps):
+        run.trainer.take_step(next(run.loader))
+    state = run.trainer.full_adapter_state()
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
+        (folder / RESULT).write_text(json.dumps({"losses": losses.values}))
+    run.trainer.runner.engine.destroy()
+
+
+def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
+    """Take steps of the first case under the eyes of all ranks, as launch/train.py does, until one is gone."""
+    import bench_layout
+
+    from megatron_tiedlora.training.ending import reported_end
+    from megatron_tiedlora.training.stopping import StopWatch
+
+    with reported_end(rank, world_size, StopWatch()) as end:
+        options = options_of(order.cases[0], order, world_size)
+        plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, timeout_minutes=1.0)
+        run = bench_layout.start(plan, options)
+        end.watch_peers(1.0)
+        end.trainer = run.trainer
+        for number in range(1_000_000):
+            run.trainer.take_step(next(run.loader))
+            if number == order.steps:
+                Path(order.folder, f"{STEPPING}{rank}").touch()
+    return end.status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the order; returns the exit status."""
+    order = RankOrder.from_json(argv[0])
+    if order.device == "cpu":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    if order.endless:
+        return run_endless(order, rank, world_size)
+    for number, case in enumerate(order.cases):
+        folder = Path(order.folder, f"{world_size}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run_case(case, order, rank, world_size, folder)
+        except UserError as error:  # raised on every rank, so that all go on to the next case
+            (folder / f"error{rank}").write_text(str(error))
+        except Exception:
+            (folder / f"error{rank}").write_text(traceback.format_exc())
+            traceback.print_exc()
+            os._exit(1)  # at once: peers may wait for this rank, and then so would the end of the group
+    leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""What the ranks of part ranks are told, and how they are started and ended on this host."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_tiedlora.pipeline.launch_env import free_port
+
+SCRIPT = Path(__file__).resolve().parent / "rank.py"
+ADAPTER, RESULT, STEPPING = "adapter.safetensors", "result.json", "stepping"
+_POLL_SECONDS, _GRACE_SECONDS = 0.1, 5.0
+
+
+class Case(NamedTuple):
+    """A layout, an engine and a dtype of the base; data parallel is what is left of the world."""
+
+    tp: int = 1
+    pp: int = 1
+    zero: int = 1
+    dtype: str = "fp32"
+    sp: bool = True
+
+    def named(self, world_size: int) -> str:
+        """In a few words."""
+        words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
+        return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
+
+
+@dataclass(frozen=True)
+class RankOrder:
+    """What all ranks of a start do.
+
+    Attributes:
+        folder: for what they compute.
+        logs: folder for what they print.
+        model: a folder with a small model.
+        samples: of a step, on all ranks together.
+        endless: take steps of the first case until a rank is gone; each leaves a file once `steps` are done.
+    """
+
+    cases: tuple[Case, ...]
+    folder: str
+    logs: str
+    model: str
+    device: str
+    steps: int = 3
+    samples: int = 16
+    length: int = 64
+    learning_rate: float = 1e-3
+    endless: bool = False
+
+    def to_json(self) -> str:
+        """As the command line takes it."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> RankOrder:
+        """The order that `to_json` wrote."""
+        values = json.loads(text)
+        return RankOrder(**{**values, "cases": tuple(Case(*case) for case in values["cases"])})
+
+
+class Rank(NamedTuple):
+    """A started rank and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """So far."""
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterator[list[Rank]]:
+    """Ranks of this host that run inside the block; what is left of them afterwards is killed."""
+    port, ranks = str(free_port("127.0.0.1")), []
+    try:
+        for rank in range(world_size):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                **{name: str(value) for name, value in place.items()},
+                **variables,
+            }
+            kind = "killed" if order.endless else "layouts"
+            log = Path(order.logs, f"ranks-{kind}-{rank}-of-{world_size}.log")
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, str(SCRIPT), order.to_json()],
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                )
+            ranks.append(Rank(process, log))
+        yield ranks
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGKILL)
+            rank.process.wait()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float) -> bool:
+    """Whether it has happened within this time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def wait_for_ranks(ranks: Sequence[Rank], seconds: float) -> bool:
+    """Whether all have ended well; once one has failed, the others get a few seconds to say why."""
+
+    def all_ended() -> bool:
+        return all(rank.process.poll() is not None for rank in ranks)
+
+    def over() -> bool:
+        return all_ended() or any(rank.process.poll() for rank in ranks)
+
+    wait_for(over, seconds)
+    if not all_ended() and any(rank.process.poll() for rank in ranks):
+        wait_for(all_ended, _GRACE_SECONDS)
+    return all(rank.process.poll() == 0 for rank in ranks)

@@ -1,0 +1,213 @@
+"""Part ranks: several ranks on this host: every layout that fits against one rank, the network, and a killed rank."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder, started_ranks, wait_for, wait_for_ranks
+from gpu_checks.records import CheckOptions, Report
+from safetensors.torch import load_file
+from write_random_model import write_random_model
+
+from megatron_tiedlora.config.presets import PRESETS
+
+SIZES = (1, 2, 4, 8)
+# A model that eight ranks can share in either way, whose vocabulary none of these numbers divides.
+SHAPE: dict[str, Any] = {
+    **PRESETS["llama2-7b"],
+    "vocab_size": 1003,
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+# Relative: of losses, and of the adapter's change, in which elements of hardly a gradient may go either way.
+LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-2}
+CHANGE_BOUND = 2e-2
+SHARING = (2, 30)  # NCCL from this version on lets several ranks share a GPU
+SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
+TOLD_SECONDS = 45.0  # after a rank's death, of which 30 are docs/clusters.md's
+DOCTOR_SECONDS = 60.0
+DIFFERS_FIX = (
+    "ranks compute something else together: run `python launch/doctor.py`, and this part again with NCCL_DEBUG=INFO and"
+    " with NCCL_P2P_DISABLE=1; where that mends it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
+)
+FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO tells more"
+SILENT_FIX = "see docs/clusters.md on peers that fall silent, and the ranks' output in the report's folder"
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part."""
+    world_size, variables, reason = _possible(options)
+    if world_size == 1:
+        report.skip("several ranks", reason)
+        return
+    report.tell("ranks", world_size, why=reason)
+    with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as folder:
+        with report.attempt("a small model", fix="see that the temporary folder can be written (TMPDIR)"):
+            write_random_model(SHAPE, Path(folder, "model"), name="a small model", seed=0)
+        order = RankOrder((), folder, options.folder, str(Path(folder, "model")), options.device)
+        limit = options.seconds / 3  # for one rank, for all layouts, and for the ranks of which one is killed
+        check_layouts(report, order, world_size, variables, limit=limit)
+        check_death(report, order, world_size, variables, limit=limit)
+    if options.on_gpu and torch.cuda.device_count() > 1:
+        _doctor(report, torch.cuda.device_count())
+
+
+def _possible(options: CheckOptions) -> tuple[int, dict[str, str], str]:
+    """(how many ranks can be started here, variables that they need, why so many)."""
+    if not options.on_gpu:
+        return 2, {}, "two on a CPU, over gloo"
+    count = torch.cuda.device_count()
+    if count > 1:
+        usable = max(size for size in SIZES if size <= count)
+        return usable, {}, f"one for each of {count} GPUs" if usable == count else f"of {count} GPUs"
+    found = loaded_nccl()
+    text = ".".join(map(str, found)) if found else "unknown"
+    if found < SHARING:
+        wanted = ".".join(map(str, SHARING))
+        return 1, {}, f"one GPU, which NCCL lets several ranks share from {wanted} on; this is {text}"
+    return 2, {SHARING_VARIABLE: "1"}, f"two on one GPU, by {SHARING_VARIABLE}=1 of NCCL {text}"
+
+
+def loaded_nccl() -> tuple[int, ...]:
+    """The version of the NCCL in this process, a preloaded one included; () where none tells it."""
+    torch.cuda.is_available()  # torch has loaded its libraries
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
+    for name in (None, *sorted(paths)):
+        number = ctypes.c_int()
+        try:
+            ctypes.CDLL(name).ncclGetVersion(ctypes.byref(number))
+        except (AttributeError, OSError):
+            continue
+        return number.value // 10000, number.value // 100 % 100, number.value % 100
+    return ()
+
+
+def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
+    """Every layout that fits, and at one of them the other engines, whole sequences and, on a GPU, bf16."""
+    pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
+    layouts = [Case(tp, pp) for tp, pp in pairs]
+    engines = [Case(zero=zero) for zero in (0, 2, 3)]
+    narrow = [Case(tp=tp, dtype="bf16") for tp in (world_size, world_size // 2)] if device == "cuda" else []
+    return tuple(dict.fromkeys([*layouts, *engines, Case(tp=world_size, sp=False), *narrow]))
+
+
+def check_layouts(
+    report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
+) -> None:
+    """Losses and adapter of each layout against those of one rank; the ranks compare their copies bit by bit."""
+    cases = cases_of(world_size, order.device)
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    alone = tuple(Case(dtype=dtype) for dtype in dtypes)
+    for size, some in ((1, alone), (world_size, cases)):
+        with started_ranks(replace(order, cases=some), size, **variables) as ranks:
+            if not wait_for_ranks(ranks, limit):
+                first = next((rank for rank in ranks if rank.process.poll()), ranks[0])
+                report.add(f"{size} ranks", "fail", why=last_error(first.output), fix=FAILED_FIX)
+    for number, case in enumerate(cases):
+        label = case.named(world_size)
+        expected = Path(order.folder, f"1-{dtypes.index(case.dtype)}")
+        with report.attempt(label, fix=FAILED_FIX):
+            compare(report, label, case, Path(order.folder, f"{world_size}-{number}"), expected, order)
+
+
+def compare(report: Report, label: str, case: Case, found: Path, expected: Path, order: RankOrder) -> None:
+    """Hold what one case left against what one rank did."""
+    for folder in (expected, found):
+        if not (folder / RESULT).exists():
+            said = sorted(file.read_text().strip().splitlines()[-1] for file in folder.glob("error*"))
+            report.add(label, "fail", why=said[0] if said else "it did not come to its end", fix=FAILED_FIX)
+            return
+    losses, one = (json.loads((folder / RESULT).read_text())["losses"] for folder in (found, expected))
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, one, strict=True))
+    report.at_most(f"{label}: losses", worst, LOSS_BOUNDS[case.dtype], why="beside one rank, relative", fix=DIFFERS_FIX)
+    if case.dtype != "fp32":
+        return
+    adapter, alone = load_file(found / ADAPTER), load_file(expected / ADAPTER)
+    # The norm of what AdamW changes is about steps x rate x sqrt(numbers), whatever the gradient.
+    change = order.steps * order.learning_rate
+    errors = {
+        name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
+        for name, tensor in alone.items()
+    }
+    name = max(errors, key=lambda factor: errors[factor])
+    report.at_most(
+        f"{label}: adapter", errors[name], CHANGE_BOUND, why=f"{name}, beside one rank, per change", fix=DIFFERS_FIX
+    )
+
+
+def check_death(
+    report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
+) -> None:
+    """Kill the last rank in the midst of training: the others must end in time and name it."""
+    label, victim = "a killed rank", world_size - 1
+    endless = replace(order, cases=(Case(tp=2),), endless=True)
+    with report.attempt(label, fix=FAILED_FIX), started_ranks(endless, world_size, **variables) as ranks:
+        ready = wait_for(
+            lambda: all(Path(order.folder, f"{STEPPING}{rank}").exists() for rank in range(world_size))
+            or any(rank.process.poll() is not None for rank in ranks),
+            limit,
+        )
+        if not ready or any(rank.process.poll() is not None for rank in ranks):
+            failed = next((rank for rank in ranks if rank.process.poll() is not None), ranks[0])
+            report.add(label, "fail", why=last_error(failed.output), fix=FAILED_FIX)
+            return
+        began = time.monotonic()
+        ranks[victim].process.kill()
+        others = [rank for number, rank in enumerate(ranks) if number != victim]
+        ended = wait_for(lambda: all(rank.process.poll() is not None for rank in others), TOLD_SECONDS + 15)
+        seconds = time.monotonic() - began
+        report.expect(
+            f"{label}: the others end",
+            ended and seconds <= TOLD_SECONDS and all(rank.process.returncode for rank in others),
+            seconds,
+            unit="s",
+            expected=f"<= {TOLD_SECONDS:.0f}, with a failure",
+            fix=SILENT_FIX,
+        )
+        said = next((line for rank in others if (line := naming_line(rank.output, victim))), None)
+        report.expect(
+            f"{label}: they name it", said is not None, said or "no", expected=f"rank {victim}", fix=SILENT_FIX
+        )
+
+
+def naming_line(output: str, victim: int) -> str | None:
+    """The line in which a rank says that the victim is gone."""
+    lines = output.splitlines()
+    return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
+
+
+def last_error(output: str) -> str:
+    """The last line of a rank's output that names an error, else its last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
+    return (named or lines or ["nothing was printed"])[-1][:600]
+
+
+def _doctor(report: Report, count: int) -> None:
+    """The doctor's all-reduces over all GPUs of this host."""
+    script = Path(__file__).resolve().parents[2] / "launch" / "doctor.py"
+    with report.attempt("the doctor's all-reduces", fix="run `python launch/doctor.py` by hand"):
+        command = [sys.executable, str(script), "--json=-", f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_SECONDS)
+        found = json.loads(done.stdout)
+        for problem in found["findings"]:
+            status = "fail" if problem["level"] == "error" else "warn"
+            report.add(f"the doctor: {problem['code']}", status, why=problem["message"], fix=problem["fix"])
+        for group in found["groups"]:
+            name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
+            report.expect(f"{name}: sums", group["correct"], "right", expected="right", fix=DIFFERS_FIX)
+            report.tell(name, group["bus_bytes_per_second"] / 1e9, "GB/s", why="of 64 MB; what a link carries")
+            report.tell(f"{name}, 4 kB", 1e6 * group["latency_seconds"], "us")

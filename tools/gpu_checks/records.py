@@ -1,0 +1,155 @@
+"""What the checks find: records with a status, a reason and what to do, kept in a file as they come."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_tiedlora.config.errors import UserError, one_line
+
+Status = Literal["pass", "warn", "fail", "skip", "info"]
+Value = float | str | None
+MEMORY_FIX = "end what else uses the GPU (nvidia-smi), or give a smaller --model"
+ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report the line with the versions of the part env"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        value: what was found; None where nothing was.
+        expected: what it was held against, in words.
+        seconds: since the finding before.
+        why: what the value means, or why there is none.
+        fix: what to do, of one that is no pass.
+    """
+
+    part: str
+    name: str
+    status: Status
+    value: Value = None
+    unit: str = ""
+    expected: str = ""
+    seconds: float = 0.0
+    why: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How the parts are to be run.
+
+    Attributes:
+        device: "cuda" or "cpu"; on a CPU the logic of the parts is tried, and nothing about a GPU.
+        model: the preset whose widths are measured.
+        seconds: that a part may take.
+        folder: for what a part leaves beside its findings.
+    """
+
+    device: str = "cuda"
+    model: str = "llama2-7b"
+    seconds: float = 60.0
+    folder: str = "."
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is examined."""
+        return self.device == "cuda"
+
+
+class PartOver(Exception):
+    """Nothing more can be found out in this process."""
+
+
+@dataclass
+class Report:
+    """The findings of one part.
+
+    Attributes:
+        file: gets each as a line of JSON at once, so that what was found stays when the process dies; None: no file.
+        is_alive: raises where the device can compute nothing more; called after an error.
+    """
+
+    part: str
+    file: Path | None = None
+    is_alive: Callable[[], object] = lambda: None
+    checks: list[Check] = field(default_factory=list)
+    _last: float = field(default_factory=time.monotonic)
+
+    def add(self, name: str, status: Status, value: Value = None, **more: Any) -> None:
+        """Keep one finding; `more` as in `Check`."""
+        now = time.monotonic()
+        check = Check(self.part, name, status, value, seconds=round(now - self._last, 2), **more)
+        self._last = now
+        self.checks.append(check)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(check)) + "\n")
+
+    def tell(self, name: str, value: Value, unit: str = "", *, why: str = "") -> None:
+        """A figure that nothing is expected of."""
+        self.add(name, "info", value, unit=unit, why=why)
+
+    def skip(self, name: str, why: str) -> None:
+        """What cannot be found out here, and why."""
+        self.add(name, "skip", why=one_line(why))
+
+    def expect(
+        self, name: str, good: bool, value: Value, *, expected: str, fix: str, otherwise: Status = "fail", **more: Any
+    ) -> None:
+        """A pass where `good`, else `otherwise` with what to do."""
+        self.add(name, "pass" if good else otherwise, value, expected=expected, fix="" if good else fix, **more)
+
+    def at_most(self, name: str, value: float, limit: float, *, unit: str = "", fix: str, **more: Any) -> None:
+        """A pass where `value` is a number up to `limit`."""
+        self.expect(name, value <= limit, value, expected=f"<= {limit:.3g}", unit=unit, fix=fix, **more)
+
+    def at_least(self, name: str, value: float, limit: float, *, unit: str = "", fix: str, **more: Any) -> None:
+        """A pass where `value` is a number from `limit` on."""
+        self.expect(name, value >= limit, value, expected=f">= {limit:.3g}", unit=unit, fix=fix, **more)
+
+    @contextmanager
+    def attempt(self, name: str, *, fix: str = ERROR_FIX) -> Iterator[None]:
+        """Let an error in the block be a failure of `name`, in one line, after which the part goes on.
+
+        Raises:
+            PartOver: the error has broken the device for this process.
+        """
+        try:
+            yield
+        except PartOver:
+            raise
+        except Exception as error:
+            self.add(name, "fail", why=error_line(error), fix=MEMORY_FIX if _is_out_of_memory(error) else fix)
+            try:
+                self.is_alive()
+            except Exception as broken:
+                raise PartOver(f"the device is lost to this process after {name}: {error_line(broken)}") from broken
+
+
+def error_line(error: BaseException) -> str:
+    """An error in one line: its type, unless it is a user's, and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else "no reason given"
+    return one_line(said if isinstance(error, UserError) else f"{type(error).__name__}: {said}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def read_checks(file: Path) -> list[Check]:
+    """What a part has left in its file; a line that its end has cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(Check(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found

@@ -1,0 +1,121 @@
+"""The model and its adapter in plain PyTorch, one document at a time, in any dtype: what the package is held against.
+
+Nothing of it is the package's but names of weights. Norms, softmax and loss are in max(fp32, dtype), angles in fp32, as
+in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+Tensors = Mapping[str, torch.Tensor]
+FACTORS = "ABuv"
+
+
+class Document(NamedTuple):
+    """Tokens and labels (the next token or -100) of one document, each (s,) int64."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+class Shape(NamedTuple):
+    """Of the model and its adapter; `scale` is alpha / r."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    scale: float
+
+
+def loss_and_gradients(
+    shape: Shape, weights: Tensors, factors: Tensors, trained: Sequence[str], documents: Sequence[Document]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The summed loss of all documents, and the gradients of the trained factors.
+
+    Args:
+        weights: by the package's names, in the dtype to compute in.
+        factors: A, B, u, v that exist, tied ones or stacked over layers.
+    """
+    leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
+    total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
+    for document in documents:
+        loss = document_loss(shape, weights, leaves, document)
+        found = torch.autograd.grad(loss, [leaves[name] for name in trained])
+        for name, gradient in zip(trained, found, strict=True):
+            gradients[name] += gradient
+        total += float(loss.detach())
+    return total, gradients
+
+
+def document_loss(shape: Shape, weights: Tensors, factors: Tensors, document: Document) -> torch.Tensor:
+    """Cross entropy of one document, summed over its labels."""
+    logits = document_logits(shape, weights, factors, document.tokens)
+    return functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
+
+
+def document_logits(shape: Shape, weights: Tensors, factors: Tensors, tokens: torch.Tensor) -> torch.Tensor:
+    """Of each token, (s, V), in max(fp32, dtype)."""
+    hidden = weights["layers.0.weight"][tokens]
+    for layer in range(1, shape.num_layers + 1):
+        own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
+        hidden = hidden + _attention(shape, own, _of_layer(factors, layer), hidden)
+        normed = _norm(hidden, own["mlp_norm.weight"], shape.norm_eps)
+        gate, up = (normed @ own["mlp.gate_up.weight"].t()).chunk(2, dim=-1)
+        hidden = hidden + (functional.silu(gate) * up) @ own["mlp.down.weight"].t()
+    head = f"layers.{shape.num_layers + 1}"
+    normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.norm_eps)
+    return _wide(normed @ weights[f"{head}.weight"].t())
+
+
+def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
+    """A (r, d), B (o, r), u (r), v (o) of one layer; u and v only where they exist."""
+    dims = {"A": 2, "B": 2, "u": 1, "v": 1}
+    return {name: tensor if tensor.ndim == dims[name] else tensor[layer - 1] for name, tensor in factors.items()}
+
+
+def _attention(shape: Shape, weights: Tensors, factors: Tensors, hidden: torch.Tensor) -> torch.Tensor:
+    normed = _norm(hidden, weights["attention.qkv.norm"], shape.norm_eps)
+    cast = {name: tensor.to(hidden.dtype) for name, tensor in factors.items()}
+    low = normed @ cast["A"].t()
+    low = low * cast["u"] if "u" in cast else low
+    update = low @ cast["B"].t()
+    update = update * cast["v"] if "v" in cast else update
+    fused = normed @ weights["attention.qkv.weight"].t() + shape.scale * update
+    length, width = hidden.shape[0], shape.head_dim
+    rows = (shape.num_heads * width, shape.num_kv_heads * width, shape.num_kv_heads * width)
+    query, key, value = (part.view(length, -1, width).transpose(0, 1) for part in fused.split(rows, dim=-1))
+    query, key = (_rotate(part, shape.rope_theta) for part in (query, key))
+    groups = shape.num_heads // shape.num_kv_heads
+    key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
+    scores = _wide(query @ key.transpose(1, 2)) / width**0.5
+    hides = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+    weights_of_keys = scores.masked_fill(hides, float("-inf")).softmax(-1).to(hidden.dtype)
+    mixed = (weights_of_keys @ value).transpose(0, 1).reshape(length, -1)
+    return mixed @ weights["attention.output.weight"].t()
+
+
+def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary embedding of (heads, s, head_dim), over the halves of each head."""
+    half = heads.shape[-1] // 2
+    exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
+    angles = torch.arange(heads.shape[1], device=heads.device, dtype=torch.float32)[:, None] / theta**exponents
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    first, second = heads[..., :half], heads[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = _wide(hidden)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

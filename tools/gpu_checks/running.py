@@ -1,0 +1,84 @@
+"""Runs whose steps are handed in, as tools/bench_step.py makes them, for several parts."""
+
+from __future__ import annotations
+
+import gc
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import bench_layout
+import bench_step
+import torch
+from gpu_checks.package import planned_bytes
+
+from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.training.plan import RunPlan
+
+
+def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
+    """The options of bench_step.py as its command line gives them."""
+    options = bench_step.parser().parse_known_names([f"--model={model}", *flags])
+    bench_step.resolve(options, world_size)
+    options.layout = True
+    return options
+
+
+def write_shape(folder: Path, config: LlamaConfig) -> str:
+    """Write a config.json of these sizes for --random_weights; returns the folder as --model takes it."""
+    values = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": asdict(config.rope)["theta"],
+    }
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
+
+
+def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
+    """How many layers of a preset fit into this share of the free memory of the GPU, by the dry run's plan.
+
+    Raises:
+        UserError: none does.
+    """
+    free = share * torch.cuda.mem_get_info()[0]
+    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
+        plan = bench_layout.make_plan(step_options(model, *flags, f"--num_layers={layers}"), rank=0, world_size=1)
+        if planned_bytes(plan) <= free:
+            return layers
+    raise UserError(f"--model {model}: not one layer fits into {free / 1e9:.1f} GB; give a smaller one")
+
+
+@contextmanager
+def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started]:
+    """One rank's run inside the block; what it holds is free afterwards. `changes` of settings as in `make_plan`."""
+    plan: RunPlan = bench_layout.make_plan(options, rank=0, world_size=1, **changes)
+    run = bench_layout.start(plan, options)
+    try:
+        yield run
+    finally:
+        run.trainer.runner.engine.destroy()
+        del run
+        release()
+
+
+def release() -> None:
+    """Give back what nothing holds any more, and start counting peaks again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

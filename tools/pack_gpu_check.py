@@ -1,0 +1,138 @@
+"""Pack tools/check_gpu.py with all that it needs beside Python, torch and numpy into one folder, for a bare machine.
+
+    python tools/pack_gpu_check.py --output build/check_gpu     then, there:  python3 check_gpu/run.py
+
+The folder has wheels (this project's, DeepSpeed's built without nvcc, and a few small packages), the tools and run.py,
+which unpacks the wheels beside itself and starts the check; nothing is installed and nothing read from a network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_tiedlora.checkpoint.atomic import new_folder
+from megatron_tiedlora.checkpoint.output_folder import refuse_existing
+from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
+from megatron_tiedlora.config.errors import UserError, show
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST = 20_000_000  # bytes of the folder
+# Imported by what the check runs, as pip knows them; torch brings the rest. Versions are those installed here.
+PACKAGES = (
+    "hjson",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "typing-extensions",
+    "safetensors",
+    "PyYAML",
+    "psutil",
+    "msgpack",
+    "einops",
+    "tqdm",
+    "packaging",
+    "filelock",
+    "py-cpuinfo",
+)
+TOOLS = ("check_gpu.py", "bench_*.py", "write_random_model.py")
+PYTHONS = "3.11,3.12,3.13"
+# Wheels name the oldest glibc that they run with.
+GLIBCS = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34")
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    described = CommandParser(prog="pack_gpu_check.py", description=__doc__)
+    described.add_argument("--output", required=True, type=path_value, metavar="DIR", help="a new folder")
+    described.add_argument("--pythons", default=PYTHONS, metavar="V,V", help=f"of the machines [{PYTHONS}]")
+    described.add_argument(
+        "--machine", default="x86_64", choices=("x86_64", "aarch64"), help="their processor [x86_64]"
+    )
+    return described
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pack and say how large it is; returns the exit status."""
+    options = parser().parse_known_names(argv)
+    pythons = [python.strip() for python in options.pythons.split(",") if python.strip()]
+    refuse_existing(options.output, flag=f"--output {options.output}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(options.output) as folder:
+        wheels = folder / "wheels"
+        wheels.mkdir()
+        _build_wheels(wheels)
+        for python in pythons:
+            _download(wheels, python, options)
+        _copy_tools(folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if size > LARGEST:
+            raise UserError(f"--pythons {options.pythons}: {size / 1e6:.1f} MB, of at most 20; give fewer")
+    show(f"{options.output}: {size / 1e6:.1f} MB; on the machine: python3 {options.output.name}/run.py")
+    return 0
+
+
+def _build_wheels(wheels: Path) -> None:
+    """This project's and DeepSpeed's, which is published as source alone; no operator of it is built."""
+    environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    for what in (str(ROOT), _pinned("deepspeed")):
+        _pip("wheel", "--no-deps", "-w", str(wheels), what, environment=environment)
+
+
+def _download(wheels: Path, python: str, options: Namespace) -> None:
+    """The small packages for one version of Python; wheels for any are there once."""
+    platforms = [f"--platform=manylinux_{glibc}_{options.machine}" for glibc in GLIBCS]
+    named = [f"--platform=manylinux2014_{options.machine}", f"--platform=manylinux1_{options.machine}"]
+    _pip(
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        f"--python-version={python}",
+        "--implementation=cp",
+        *platforms,
+        *named,
+        "-d",
+        str(wheels),
+        *map(_pinned, PACKAGES),
+    )
+
+
+def _pinned(name: str) -> str:
+    """A package in the version that is installed here. Raises UserError where it is not."""
+    try:
+        return f"{name}=={version(name)}"
+    except PackageNotFoundError:
+        raise UserError(f"{name} is not installed here, so its version to pack is not known; install it") from None
+
+
+def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
+    """Run pip. Raises UserError with the last line of what it says."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"pip {arguments[0]} failed: {lines[-1] if lines else 'it says nothing'}")
+
+
+def _copy_tools(folder: Path) -> None:
+    (folder / "tools").mkdir()
+    for pattern in TOOLS:
+        for file in (ROOT / "tools").glob(pattern):
+            shutil.copy(file, folder / "tools")
+    leave = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tools" / "gpu_checks", folder / "tools" / "gpu_checks", ignore=leave)
+    shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")
+    (folder / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "doctor.py", folder / "launch")
+    shutil.move(folder / "tools" / "gpu_checks" / "run_offline.py", folder / "run.py")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
