@@ -15,12 +15,12 @@ from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 
 _POLL_SECONDS, _LAST_SECONDS = 0.2, 10.0
 _LAST_WORDS = 2000  # characters of a part's output that may stand in a finding
-HANG_FIX = "run this part alone with a larger --minutes; where it hangs again, look at its output in the report's folder"
+HANG_FIX = (
+    "run this part alone with a larger --minutes; where it hangs again, look at its output in the report's folder"
+)
 
 
-def run_part(
-    part: str, options: CheckOptions, *, command: Sequence[str], hear: Callable[[Check], None]
-) -> list[Check]:
+def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: Callable[[Check], None]) -> list[Check]:
     """Run a part to its end or its time limit; returns its findings, the last of them a failure where it had no end.
 
     Args:

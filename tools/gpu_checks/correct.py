@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from bench_contestants import random_stage, recompute
-from gpu_checks.attention import relative
+
+from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import kernels_for, small_config
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
-
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
@@ -59,8 +59,12 @@ class Judge:
         bank = self.stage.adapter
         assert bank is not None
         trained = [name for name in FACTORS if self.adapter.row.factor(name).trained]
-        weights = {name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name}
-        factors = {name: factor.detach().to(max(dtype, torch.float32, key=_bits)) for name, factor in bank.named_parameters()}
+        weights = {
+            name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name
+        }
+        factors = {
+            name: factor.detach().to(max(dtype, torch.float32, key=_bits)) for name, factor in bank.named_parameters()
+        }
         flat = [document for row in self.documents for document in row]
         return Answer(*loss_and_gradients(shape_of(self.config, self.adapter), weights, factors, trained, flat))
 
@@ -82,7 +86,7 @@ class Judge:
         errors = {"loss": abs(answer.loss - self.expected.loss) / abs(self.expected.loss)}
         for name, expected in self.expected.gradients.items():
             found = answer.gradients.get(name)
-            errors[f"d{name}"] = math.inf if found is None else relative(found, expected.double())
+            errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
         return errors
 
 
@@ -128,7 +132,9 @@ def forms(report: Report, name: str, config: LlamaConfig, device: torch.device, 
                 for how in ("none", "selective", "full"):
                     label = f"bf16, {name}, {kind}, {'packed' if packed else 'one a row'}, recompute {how}"
                     with report.attempt(label):
-                        compare_bf16(report, label, judge, plain, judge.package(packed=packed, how=how, kernels=kernels))
+                        compare_bf16(
+                            report, label, judge, plain, judge.package(packed=packed, how=how, kernels=kernels)
+                        )
 
 
 def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Answer) -> None:
@@ -136,11 +142,6 @@ def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, floa
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}
     report.at_most(label, shares[worst_of(shares)], 1.0, unit="of the bound", why=_words(errors), fix=WRONG_FIX)
-
-
-def worst_of(errors: dict[str, float]) -> str:
-    """The name with the largest error, one that is no number first."""
-    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
 
 
 def _words(errors: dict[str, float]) -> str:
@@ -204,7 +205,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 def rows_of(
     documents: Sequence[Sequence[Document]], *, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Tokens, positions, labels and, packed, document ids on the host, each (b, s); one a row is padded on the right."""
+    """Tokens, positions, labels and, packed, document ids on the host, each (b, s); single ones are padded."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
 from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
-
 from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
 
 OLDEST_TORCH = (2, 6)
@@ -96,7 +96,9 @@ def _dotted(number: int) -> str:
 
 
 def _hardware(report: Report) -> None:
-    driver = _nvidia_smi("driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total")
+    driver = _nvidia_smi(
+        "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
+    )
     report.tell("driver", driver or "not told", why="driver, power limit, SM clock, MIG, ECC errors; by nvidia-smi")
     for index in range(torch.cuda.device_count()):
         with report.attempt(f"GPU {index}"):

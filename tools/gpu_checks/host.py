@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from bench_layout import Started
+
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, release, started, step_options
-
 from megatron_tiedlora.data.loader import TrainingStep
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -96,7 +96,9 @@ def _counts(report: Report, name: str, run: Started, layers: int) -> None:
     launches = _launches(micro_batches(run, next(run.loader)))
     run.trainer.runner.engine.step()
     if launches:
-        report.tell(f"{name}: launches a layer and micro-batch", launches / number / layers, why="with head and embedding")
+        report.tell(
+            f"{name}: launches a layer and micro-batch", launches / number / layers, why="with head and embedding"
+        )
     else:
         report.skip(f"{name}: launches", "torch's profiler has seen no launch; CUPTI may not be allowed here")
 

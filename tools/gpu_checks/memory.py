@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from bench_layout import Started
+
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, release, started, step_options
-
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 
@@ -51,7 +51,9 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
             run.trainer.take_step(next(run.loader))
         planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
-    why = f"{layers} layers; {planned / GB:.2f} GB planned, {allocated / GB:.2f} allocated, {reserved / GB:.2f} reserved"
+    why = (
+        f"{layers} layers; {planned / GB:.2f} GB planned, {allocated / GB:.2f} allocated, {reserved / GB:.2f} reserved"
+    )
     ratio = allocated / planned
     report.expect(
         f"{label}: allocated per planned",
@@ -74,7 +76,11 @@ def _fragments(report: Report, label: str, model: str) -> None:
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
     report.at_most(
-        f"{label}: reserved per allocated", reserved / allocated, MOST_RESERVED, why=why, fix=FRAGMENTS_FIX,
+        f"{label}: reserved per allocated",
+        reserved / allocated,
+        MOST_RESERVED,
+        why=why,
+        fix=FRAGMENTS_FIX,
         otherwise="warn",
     )
 

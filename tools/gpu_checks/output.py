@@ -40,7 +40,7 @@ def check_lines(check: Check) -> list[str]:
     why = "" if check.status == "pass" else check.why  # which the files have
     notes = [why, f"-> {check.fix}" if check.fix else ""]
     for note in notes:
-        lines += textwrap.wrap(note, _WIDTH, initial_indent=" " * 7, subsequent_indent=" " * 7)
+        lines += textwrap.wrap(note, _WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 9)
     return lines
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
-from megatron_tiedlora.model.documents import attend_within, causal_attention, find_documents, find_varlen
+from megatron_tiedlora.model.documents import attend_within, causal_attention, find_documents
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import compiled_kernels
@@ -23,10 +23,10 @@ from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import plan_stages
 
 Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on the
-host or None, to (b, s, heads * head_dim)."""
+"""From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
+the host or None, to (b, s, heads * head_dim)."""
 
-CHOSEN = "chosen by the package"
+CHOSEN, BY_DOCUMENT = "chosen by the package", "document by document"
 _BACKENDS = {
     "PyTorch flash": SDPBackend.FLASH_ATTENTION,
     "PyTorch cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -58,9 +58,7 @@ def small_config(
     return llama_config_from_hf(values, source="small")
 
 
-def attention_choice(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool
-) -> tuple[str, str]:
+def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool) -> tuple[str, str]:
     """What attention goes through on the device, and why."""
     if device.type == "cpu":
         return "blocks of queries", "a CPU"
@@ -78,10 +76,15 @@ def attention_choice(
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:
     """By name, every way that attention can go on the device; the first is the package's choice."""
     routes: dict[str, Route] = {CHOSEN: _chosen_on_cpu if device.type == "cpu" else _chosen_on_gpu}
-    routes["document by document"] = _by_document
+    routes[BY_DOCUMENT] = _by_document
     if device.type == "cuda":
         routes |= {name: _by_backend(backend) for name, backend in _BACKENDS.items()}
     return routes
+
+
+def is_taken(name: str) -> bool:
+    """Whether the package may take a route."""
+    return name in (CHOSEN, BY_DOCUMENT)
 
 
 def takes_documents(name: str) -> bool:
@@ -105,9 +108,7 @@ def _chosen_on_gpu(
     return attend_within(query, key, value, found)
 
 
-def _by_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
-) -> torch.Tensor:
+def _by_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     if ids is None:
         ids = torch.zeros(query.shape[0], query.shape[2], dtype=torch.int64)
     found = find_documents(ids, query.device, dtype=query.dtype, head_dim=query.shape[-1])
@@ -115,9 +116,7 @@ def _by_document(
 
 
 def _by_backend(backend: SDPBackend) -> Route:
-    def route(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         assert ids is None
         with sdpa_kernel(backend):
             return causal_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder, started_ranks, wait_for, wait_for_ranks
-from gpu_checks.records import CheckOptions, Report
 from safetensors.torch import load_file
 from write_random_model import write_random_model
 
+from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder, started_ranks, wait_for, wait_for_ranks
+from gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.config.presets import PRESETS
 
 SIZES = (1, 2, 4, 8)
@@ -148,16 +148,16 @@ def compare(report: Report, label: str, case: Case, found: Path, expected: Path,
     )
 
 
-def check_death(
-    report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
-) -> None:
+def check_death(report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float) -> None:
     """Kill the last rank in the midst of training: the others must end in time and name it."""
     label, victim = "a killed rank", world_size - 1
     endless = replace(order, cases=(Case(tp=2),), endless=True)
     with report.attempt(label, fix=FAILED_FIX), started_ranks(endless, world_size, **variables) as ranks:
         ready = wait_for(
-            lambda: all(Path(order.folder, f"{STEPPING}{rank}").exists() for rank in range(world_size))
-            or any(rank.process.poll() is not None for rank in ranks),
+            lambda: (
+                all(Path(order.folder, f"{STEPPING}{rank}").exists() for rank in range(world_size))
+                or any(rank.process.poll() is not None for rank in ranks)
+            ),
             limit,
         )
         if not ready or any(rank.process.poll() is not None for rank in ranks):
@@ -200,7 +200,12 @@ def _doctor(report: Report, count: int) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
     script = Path(__file__).resolve().parents[2] / "launch" / "doctor.py"
     with report.attempt("the doctor's all-reduces", fix="run `python launch/doctor.py` by hand"):
-        command = [sys.executable, str(script), "--json=-", f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}"]
+        command = [
+            sys.executable,
+            str(script),
+            "--json=-",
+            f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_SECONDS)
         found = json.loads(done.stdout)
         for problem in found["findings"]:

@@ -14,8 +14,8 @@ from typing import Any
 import bench_layout
 import bench_step
 import torch
-from gpu_checks.package import planned_bytes
 
+from gpu_checks.package import planned_bytes
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import LlamaConfig

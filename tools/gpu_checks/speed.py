@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 import bench_layout
+
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, release, step_options
 
@@ -82,8 +83,6 @@ def _compare(report: Report, reports: dict[str, dict[str, Any]]) -> None:
     for name in reports:
         ratio = per_token[name] / per_token[first]
         if name == "20 documents a row":
-            report.at_most(
-                f"{name}: time a token per {first}", ratio, MOST_PACKED, fix=PACKED_FIX, otherwise="warn"
-            )
+            report.at_most(f"{name}: time a token per {first}", ratio, MOST_PACKED, fix=PACKED_FIX, otherwise="warn")
         elif name != first:
             report.tell(f"{name}: time a token per {first}", ratio)

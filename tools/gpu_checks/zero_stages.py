@@ -1,4 +1,4 @@
-"""For part correct: steps of DeepSpeed's engine at every ZeRO stage against torch's AdamW on plain gradients in fp64."""
+"""For part correct: steps of the engine at every ZeRO stage against torch's AdamW on plain gradients in fp64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from bench_layout import Started
+
 from gpu_checks.attention import relative
 from gpu_checks.package import small_config
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
 from gpu_checks.running import started, step_options, write_shape
-
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.pipeline.engine import all_open
 
