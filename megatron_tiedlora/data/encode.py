@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.tokenizer import library_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1000  # samples given to the tokenizer at once: enough for its threads, often enough for the bar
 

@@ -16,14 +16,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.config.errors import UserError, shown
 from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
@@ -96,6 +97,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     The class is written as PreTrainedTokenizerFast: both versions take it as "read tokenizer.json as it
     stands". Special tokens that are named anyway are left out of the extra ones, whose list form version 4 refuses.
     """
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer.save_pretrained(str(folder))
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
@@ -133,6 +136,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     for pattern in (*_HUB_FILES, "additional_chat_templates/*"):
         for file in folder.glob(pattern):
             _check_size(file)
@@ -156,6 +161,7 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
     """Convert a SentencePiece model; `config_folder` holds a tokenizer_config.json with special tokens and template."""
     import sentencepiece
+    from transformers import PreTrainedTokenizerFast
 
     with library_errors(path, "is not a SentencePiece model"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -187,6 +193,8 @@ def download_tokenizer(hub_id: str) -> Path:
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
     """Call `load` and try what it gives; whatever goes wrong inside the library becomes one line naming `place`."""
+    from transformers import PreTrainedTokenizerBase
+
     with library_errors(place, "cannot be read as a tokenizer"):
         tokenizer = load()
         _try_out(tokenizer)

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
@@ -24,6 +24,9 @@ from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
 from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0
 from megatron_tiedlora.parallel.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

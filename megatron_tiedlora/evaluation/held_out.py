@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.splits import read_split
@@ -12,6 +11,9 @@ from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.evaluation.plan import EvaluationPlan
 from megatron_tiedlora.parallel.agreement import num_differing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

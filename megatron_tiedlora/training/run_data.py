@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt
 from megatron_tiedlora.config.settings import Settings
@@ -21,6 +21,9 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TRAINED_ON: tuple[Split, ...] = ("train", "validation")
 _DRAW_STREAM = 2**32 + 1  # beside the one that carves validation rows; epochs use those from 0 up
