@@ -22,13 +22,15 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo test lint clean
+.PHONY: help train demo test lint check-gpu check-gpu-offline clean
 
 help:  ## show this list
 	@echo "make train    make .venv, prepare the demo model, fine-tune it (tl6) and export the adapter"
 	@echo "make test     run the whole test suite"
 	@echo "make lint     ruff and mypy"
 	@echo "make demo     prepare the demo model only"
+	@echo "make check-gpu          what this machine's GPUs can do, in 8 minutes (docs/gpu.md); ARGS as for tools/check_gpu.py"
+	@echo "make check-gpu-offline  pack that into build/check_gpu, for a machine with Python, torch and numpy alone"
 	@echo "make clean    remove .venv and caches; runs and the demo model stay"
 	@echo
 	@echo "make train ARGS='--max_steps 20 --output_dir runs/short'   settings of launch/train.py"
@@ -67,6 +69,13 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check-gpu: $(VENV)/.installed-demo
+	PATH="$(BIN):$$PATH" $(BIN)/python tools/check_gpu.py $(ARGS)
+
+check-gpu-offline: $(VENV)/.installed-demo
+	rm -rf build/check_gpu
+	$(BIN)/python tools/pack_gpu_check.py --output build/check_gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

@@ -100,7 +100,12 @@ def _run(parts: Sequence[str], shared: CheckOptions, minutes: float, about: dict
         deadline += scale * SHARES[part]
         options = replace(shared, seconds=deadline - time.monotonic())
         command = python_command(CHILD, part, json.dumps(asdict(options)))
-        checks += run_part(part, options, command=command, hear=lambda check: show(*check_lines(check)))
+        told: list[str] = []
+
+        def hear(check: Check, told: list[str] = told) -> None:
+            show(*check_lines(check, told))
+
+        checks += run_part(part, options, command=command, hear=hear)
         (folder / "report.json").write_text(json.dumps(to_json(checks, about), indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text("\n".join(to_markdown(checks, about)) + "\n", encoding="utf-8")
     return checks

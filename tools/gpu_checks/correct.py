@@ -83,7 +83,8 @@ class Judge:
 
     def errors(self, answer: Answer) -> dict[str, float]:
         """Relative errors of loss and gradients; a gradient that is not there counts as infinitely wrong."""
-        errors = {"loss": abs(answer.loss - self.expected.loss) / abs(self.expected.loss)}
+        losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
+        errors = {"loss": relative(*losses)}
         for name, expected in self.expected.gradients.items():
             found = answer.gradients.get(name)
             errors[f"d{name}"] = math.inf if found is None else relative(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench_layout import Started
@@ -29,7 +31,7 @@ def check(report: Report, options: CheckOptions) -> None:
     if not options.on_gpu:
         report.skip("launches and waits", "there is no GPU to wait for")
         return
-    for compiles, name in (("true", "compiled"), ("false", "eager")):
+    for compiles, name in (("auto", "compiled"), ("false", "eager")):
         with report.attempt(name):
             flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", "--micro_batches=2")
             layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
@@ -105,14 +107,20 @@ def _counts(report: Report, name: str, run: Started, layers: int) -> None:
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Where the block waits for the GPU, by line, as torch tells it."""
+    """Where the block waits for the GPU, by line: copies and reads by torch's warning, which leaves out `synchronize`."""
     seen: Counter[str] = Counter()
+    real = torch.cuda.synchronize
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        if "synchroniz" in str(message):
-            seen["/".join(filename.split("/")[-2:]) + f":{lineno}"] += 1
+        if "called a synchronizing" in str(message):
+            seen[_place(filename, lineno)] += 1
 
-    with warnings.catch_warnings():
+    def synchronize(*arguments: Any) -> None:
+        caller = sys._getframe(1)
+        seen[_place(caller.f_code.co_filename, caller.f_lineno)] += 1
+        real(*arguments)
+
+    with warnings.catch_warnings(), patch("torch.cuda.synchronize", synchronize):
         warnings.simplefilter("always")
         warnings.showwarning = show
         torch.cuda.set_sync_debug_mode("warn")
@@ -120,6 +128,10 @@ def waits() -> Iterator[Counter[str]]:
             yield seen
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def _place(file: str, line: int) -> str:
+    return f"{'/'.join(file.split('/')[-2:])}:{line}"
 
 
 def _launches(work: Callable[[], Any]) -> int:

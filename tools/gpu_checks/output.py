@@ -32,14 +32,16 @@ def shown_value(value: Value, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
-def check_lines(check: Check) -> list[str]:
-    """One finding for the screen: name, status, value, and below it what to do."""
+def check_lines(check: Check, told: list[str]) -> list[str]:
+    """One finding for the screen: name, status, value, and below it what to do, where that is not in `told` yet."""
     held = f"  ({check.expected})" if check.expected else ""
     status = "" if check.status == "info" else check.status.upper()
     lines = [f"  {status:<4} {check.name:<58} {shown_value(check.value, check.unit)}{held}".rstrip()]
     why = "" if check.status == "pass" else check.why  # which the files have
-    notes = [why, f"-> {check.fix}" if check.fix else ""]
-    for note in notes:
+    is_new = bool(check.fix) and check.fix not in told
+    if is_new:
+        told.append(check.fix)
+    for note in (why, f"-> {check.fix}" if is_new else ""):
         lines += textwrap.wrap(note, _WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 9)
     return lines
 

@@ -33,8 +33,8 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 8,
 }
 # Relative: of losses, and of the adapter's change, in which elements of hardly a gradient may go either way.
-LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-2}
-CHANGE_BOUND = 2e-2
+LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+CHANGE_BOUND = 5e-3
 SHARING = (2, 30)  # NCCL from this version on lets several ranks share a GPU
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 TOLD_SECONDS = 45.0  # after a rank's death, of which 30 are docs/clusters.md's

@@ -47,7 +47,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def measured(model: str, layers: int, *flags: str) -> dict[str, Any]:
     """bench_step.py's report of one form."""
-    base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=true", "--repeats=5")
+    base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
     found: list[dict[str, Any]] = []
     options = step_options(model, f"--num_layers={layers}", *base, *flags)
     bench_layout.measure(options, rank=0, world_size=1, publish=found.append)
