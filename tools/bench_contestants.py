@@ -203,7 +203,8 @@ def recompute(stage: Stage, how: str) -> None:
     """Let the stage recompute `none`, `selective` or `full` from its next call on."""
     stage.recompute = how
     for index in stage.blocks:
-        stage.layers[str(index)].recomputes_gate = how == "selective"
+        block: Any = stage.layers[str(index)]
+        block.recomputes_gate = how == "selective"
 
 
 def our_kernels(options: Namespace) -> ChosenKernels:

@@ -67,7 +67,8 @@ def _control(report: Report, device: torch.device) -> None:
         heads = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
         shifted = ids.clone()
         shifted[:, 0] = 1
-        found, expected = (plain_attention(*heads, which) for which in (shifted, ids))
+        query, key, value = heads
+        found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
         report.at_least(label, relative(found, expected), LEAST_SEEN, fix=ERROR_FIX, why="the relative error it makes")
 
 

@@ -107,7 +107,7 @@ def _counts(report: Report, name: str, run: Started, layers: int) -> None:
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Where the block waits for the GPU, by line: copies and reads by torch's warning, which leaves out `synchronize`."""
+    """Where the block waits for the GPU, by line: by torch's warning, and by `synchronize`, which it leaves out."""
     seen: Counter[str] = Counter()
     real = torch.cuda.synchronize
 
@@ -120,9 +120,12 @@ def waits() -> Iterator[Counter[str]]:
         seen[_place(caller.f_code.co_filename, caller.f_lineno)] += 1
         real(*arguments)
 
-    with warnings.catch_warnings(), patch("torch.cuda.synchronize", synchronize):
+    with (
+        warnings.catch_warnings(),
+        patch("warnings.showwarning", show),
+        patch("torch.cuda.synchronize", synchronize),
+    ):
         warnings.simplefilter("always")
-        warnings.showwarning = show
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield seen

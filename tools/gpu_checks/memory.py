@@ -31,9 +31,9 @@ def check(report: Report, options: CheckOptions) -> None:
     if not options.on_gpu:
         report.skip("memory", "a CPU's memory is told by tools/bench_step.py")
         return
-    for compiles in ("auto", "false"):
+    for compiles, kernels in (("auto", "compiled"), ("false", "eager")):
         for how, rows in RECOMPUTES.items():
-            label = f"{rows} x {LENGTH} tokens, recompute {how}, {'compiled' if compiles == 'auto' else 'eager'}"
+            label = f"{rows} x {LENGTH} tokens, recompute {how}, {kernels}"
             with report.attempt(label):
                 flags = (f"--rows={rows}", f"--length={LENGTH}", f"--recompute={how}", f"--compile={compiles}")
                 _beside_plan(report, label, options.model, flags)

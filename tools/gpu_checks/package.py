@@ -69,7 +69,8 @@ def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int, *,
             return "one document after another", "no kernel for documents of different lengths fits (docs/gpu.md)"
         return kernel.__name__.removeprefix("by_"), "the first kernel for documents of different lengths that fits"
     heads = [torch.empty(1, 8, 256, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    number = torch._fused_sdp_choice(*heads, None, 0.0, True)
+    choose: Any = torch._fused_sdp_choice  # typed wrongly by torch
+    number = choose(*heads, None, 0.0, True)
     return f"PyTorch {SDPBackend(number).name.lower()}", "the first of PyTorch's that takes these shapes"
 
 
@@ -155,4 +156,4 @@ def gathered(value: Any, device: torch.device, *, kind: Any) -> list[Any] | None
 def planned_bytes(plan: RunPlan) -> float:
     """What the dry run plans for this rank's tensors: what torch's allocator is to hold at most."""
     stage = plan_stages(plan)[plan.grid.pp_rank]
-    return stage_memory(plan, stage, tokens=plan.settings.micro_batch_size * plan.settings.max_length).total
+    return stage_memory(plan, stage, tokens=plan.batches.micro_batch_size * plan.settings.max_length).total

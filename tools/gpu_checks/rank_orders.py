@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -109,10 +108,10 @@ def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterat
             ranks.append(Rank(process, log))
         yield ranks
     finally:
-        for rank in ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGKILL)
-            rank.process.wait()
+        for started in ranks:
+            if started.process.poll() is None:
+                started.process.kill()
+            started.process.wait()
 
 
 def wait_for(happened: Callable[[], bool], seconds: float) -> bool:
