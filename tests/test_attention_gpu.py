@@ -10,7 +10,7 @@ from attention_oracle import attended, heads
 
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import (
-    _CANDIDATES,
+    CANDIDATES,
     Attend,
     _try,
     attend_within,
@@ -34,7 +34,7 @@ def ids(packed: bool) -> torch.Tensor:
 def routes(dtype: torch.dtype, head_dim: int, *, deterministic: bool = False) -> Iterator[tuple[str, Attend]]:
     """What runs here; a candidate that should and does not is an error, one that is not installed is not."""
     device = torch.device("cuda")
-    for candidate in _CANDIDATES:
+    for candidate in CANDIDATES:
         obstacle = candidate.obstacle(torch.cuda.get_device_capability(), dtype, head_dim)
         print(f"{candidate.name} {obstacle or 'is tried'}")
         if obstacle is None:

@@ -18,13 +18,13 @@ from attention_oracle import IDS, attended, heads
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
-from megatron_tiedlora.model.fused_attention import _CANDIDATES, attend_within, choose_attention, one_by_one
+from megatron_tiedlora.model.fused_attention import CANDIDATES, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.model.rope import RopeConfig
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
-FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in _CANDIDATES)
+FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
 LOOP = "PyTorch's attention, one document after another"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
 
@@ -165,7 +165,7 @@ def test_what_is_chosen(
     install(monkeypatch, *installed)
     route = choose(GPU, dtype, head_dim)
     assert route.name == name and str(route) == f"{name} ({route.reason})"
-    before = [candidate.name for candidate in _CANDIDATES]
+    before = [candidate.name for candidate in CANDIDATES]
     for other in before[: before.index(name) if name in before else len(before)]:
         assert other in route.reason, "what comes before it is passed over for a reason"
 
@@ -233,7 +233,7 @@ def test_every_route_is_attention(
     """Values and gradients are those of the definition, in fp64; heads of 12 are padded to 16."""
     install(monkeypatch, "flash_attn_interface", "flash_attn", as_tuple="early" in route)
     stand_in_for_operators(monkeypatch)
-    makers = {candidate.name: candidate.make for candidate in _CANDIDATES}
+    makers = {candidate.name: candidate.make for candidate in CANDIDATES}
     attend = one_by_one if route == LOOP else makers[route.removesuffix(", an early one")](False)
     parts = heads(torch.float64, counts=counts, head_dim=head_dim)
     ids = IDS if packed else torch.zeros_like(IDS)

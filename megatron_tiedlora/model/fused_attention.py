@@ -69,7 +69,7 @@ def choose_attention(
     if device.type == "cpu":
         return AttentionRoute("blocks of queries", "a CPU", None)
     passed_over: list[str] = []
-    for candidate in _CANDIDATES if device.type == "cuda" else ():
+    for candidate in CANDIDATES if device.type == "cuda" else ():
         obstacle = candidate.obstacle(torch.cuda.get_device_capability(device), dtype, head_dim)
         if obstacle is None:
             try:
@@ -129,7 +129,7 @@ def one_by_one(
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A fused kernel, and where it runs.
 
     Attributes:
@@ -216,8 +216,8 @@ def _obedient(attend: Attend) -> Callable[[bool], Attend]:
 
 
 _AMPERE = dict.fromkeys(HALF, (8, 0))
-_CANDIDATES = (
-    _Candidate(
+CANDIDATES = (
+    Candidate(
         "FlashAttention 3",
         partial(_from_library, "flash_attn_interface"),
         dict.fromkeys(HALF, (9, 0)),
@@ -225,9 +225,9 @@ _CANDIDATES = (
         most=256,
         module="flash_attn_interface",
     ),
-    _Candidate("flash_attn", partial(_from_library, "flash_attn"), _AMPERE, most=256, module="flash_attn"),
-    _Candidate("PyTorch's flash kernel", _obedient(_torch_flash), _AMPERE, most=256),
-    _Candidate(
+    Candidate("flash_attn", partial(_from_library, "flash_attn"), _AMPERE, most=256, module="flash_attn"),
+    Candidate("PyTorch's flash kernel", _obedient(_torch_flash), _AMPERE, most=256),
+    Candidate(
         "PyTorch's memory-efficient kernel",
         _obedient(_torch_efficient),
         {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)},

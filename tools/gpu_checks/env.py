@@ -21,6 +21,7 @@ PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers",
 # Variables that change what runs or how a failure shows, by their first letters.
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
 SIZE, COPIED = 8192, 2**30  # of the product, and bytes of the copy
+HEAD_DIM = 128
 GOOD_SHARE = 0.6  # of a data sheet's matmul FLOP/s
 INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 
@@ -137,12 +138,11 @@ def _nvidia_smi(fields: str) -> str:
 def _choices(report: Report, device: torch.device) -> None:
     """What the package takes for attention and kernels on this device."""
     dtype = compute_dtype(device)
-    for head_dim in (64, 128):
-        for packed in (False, True):
-            name = f"attention, heads of {head_dim}, {'packed' if packed else 'one sample a row'}"
-            with report.attempt(name):
-                chosen, why = attention_choice(device, dtype, head_dim, packed=packed)
-                report.tell(name, chosen, why=why)
+    for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
+        name = f"attention in {str(dtype).removeprefix('torch.')}"
+        with report.attempt(name):
+            chosen, why = attention_choice(device, dtype, HEAD_DIM)
+            report.tell(name, chosen, why=why)
     if device.type == "cpu":
         report.skip("compiled kernels", "a CPU's compiler is not what is asked about")
         return

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place
 
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.pipeline.launch_env import leave_process_group, prepare_environment, rank_and_world_size
+from megatron_tiedlora.pipeline.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.pipeline.process_group import leave_process_group
 
 
 class Losses:
