@@ -23,6 +23,9 @@ VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_T
 SIZE, COPIED = 8192, 2**30  # of the product, and bytes of the copy
 HEAD_DIM = 128
 GOOD_SHARE = 0.6  # of a data sheet's matmul FLOP/s
+ATTENTION_FIX = (
+    "packed rows will be slow: mend what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
+)
 INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 
 
@@ -141,8 +144,8 @@ def _choices(report: Report, device: torch.device) -> None:
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         name = f"attention in {str(dtype).removeprefix('torch.')}"
         with report.attempt(name):
-            chosen, why = attention_choice(device, dtype, HEAD_DIM)
-            report.tell(name, chosen, why=why)
+            chosen, why, is_fused = attention_choice(device, dtype, HEAD_DIM)
+            report.expect(name, is_fused, chosen, expected="one call", why=why, fix=ATTENTION_FIX, otherwise="warn")
     if device.type == "cpu":
         report.skip("compiled kernels", "a CPU's compiler is not what is asked about")
         return

@@ -62,10 +62,10 @@ def small_config(
     return llama_config_from_hf(values, source="small")
 
 
-def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """What attention goes through on the device, packed or not, and why."""
+def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str, bool]:
+    """What attention goes through on the device, packed or not, why, and whether that is one call for all documents."""
     route = choose_attention(device, dtype, head_dim)
-    return route.name, route.reason
+    return route.name, route.reason, route.attend is not one_by_one
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from bench_layout import Started
 
-from gpu_checks.attention import relative
+from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import small_config
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
@@ -45,7 +45,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
                         run.trainer.take_step(step)
                     after = adapter_values(run)
                 errors = {name: relative(after[name] - before[name], expected[name]) for name in expected}
-                worst = max(errors, key=lambda name: errors[name])
+                worst = worst_of(errors)
                 report.at_most(label, errors[worst], BOUND, why=f"of the change of {worst}, relative", fix=FIX)
 
 
