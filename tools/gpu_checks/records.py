@@ -15,6 +15,7 @@ from megatron_tiedlora.config.errors import UserError, one_line
 Status = Literal["pass", "warn", "fail", "skip", "info"]
 Value = float | str | None
 MEMORY_FIX = "end what else uses the GPU (nvidia-smi), or give a smaller --model"
+_LONGEST = 300  # characters of an error
 ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report the line with the versions of the part env"
 
 
@@ -136,7 +137,7 @@ class Report:
 def error_line(error: BaseException) -> str:
     """An error in one line: its type, unless it is a user's, and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else "no reason given"
+    said = lines[0][:_LONGEST] if lines else "no reason given"
     return one_line(said if isinstance(error, UserError) else f"{type(error).__name__}: {said}")
 
 
