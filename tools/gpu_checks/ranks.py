@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from write_random_model import write_random_model
 
-from gpu_checks.attention import worst_of
+from gpu_checks.attention import relative, worst_of
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder, started_ranks, wait_for, wait_for_ranks
 from gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.config.presets import PRESETS
@@ -132,7 +132,8 @@ def compare(report: Report, label: str, case: Case, found: Path, expected: Path,
             report.add(label, "fail", why=said[0] if said else "it did not come to its end", fix=FAILED_FIX)
             return
     losses, one = (json.loads((folder / RESULT).read_text())["losses"] for folder in (found, expected))
-    apart = {str(step): abs(a - b) / abs(b) for step, (a, b) in enumerate(zip(losses, one, strict=True), start=1)}
+    steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
+    apart = {str(number): relative(*values) for number, values in enumerate(steps, start=1)}
     report.at_most(
         f"{label}: losses",
         apart[worst_of(apart)],
@@ -220,6 +221,7 @@ def _doctor(report: Report, count: int) -> None:
             report.add(f"the doctor: {problem['code']}", status, why=problem["message"], fix=problem["fix"])
         for group in found["groups"]:
             name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
-            report.expect(f"{name}: sums", group["correct"], "right", expected="right", fix=DIFFERS_FIX)
+            sums = "right" if group["correct"] else "wrong"
+            report.expect(f"{name}: sums", group["correct"], sums, expected="right", fix=DIFFERS_FIX)
             report.tell(name, group["bus_bytes_per_second"] / 1e9, "GB/s", why="of 64 MB; what a link carries")
             report.tell(f"{name}, 4 kB", 1e6 * group["latency_seconds"], "us")
