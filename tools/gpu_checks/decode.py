@@ -25,7 +25,7 @@ LENGTHS = (3, 17, 40, 41)  # of the prompts whose tokens are compared
 NEW_TOKENS = 24
 BATCHES, PROMPT, TIMED_TOKENS = (1, 16), 128, 32
 MOST_REPEATED = 1.5  # time of a first answer per that of a second of the same lengths
-TOKENS_FIX = "decoding is wrong here, so scores are: look at part attention, and give --dtype fp32 to see if it stays"
+TOKENS_FIX = "decoding is wrong here, so scores are: look at part attention, and report the versions of part env"
 PLAN_FIX = "a plan is built for every length of the cache, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
 
 
