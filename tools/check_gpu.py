@@ -37,9 +37,9 @@ from megatron_tiedlora.config.presets import PRESETS
 
 # Parts with the seconds that each may take of 8 minutes; what one leaves is the next one's.
 SHARES = {
-    "env": 40,
-    "attention": 60,
-    "correct": 90,
+    "env": 50,
+    "attention": 45,
+    "correct": 95,
     "speed": 95,
     "memory": 60,
     "host": 40,

@@ -12,13 +12,15 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from bench_layout import Started
 
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, started, step_options
-from megatron_tiedlora.data.loader import TrainingStep
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
+from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 
+MICRO_BATCHES = 2  # of a step
 LENGTHS = (256, 512, 1024, 2048, 4096)
 REPEATS = 5
 MOST_LAYERS = 8
@@ -31,20 +33,19 @@ def check(report: Report, options: CheckOptions) -> None:
     if not options.on_gpu:
         report.skip("launches and waits", "there is no GPU to wait for")
         return
+    flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
     for compiles, name in (("auto", "compiled"), ("false", "eager")):
         with report.attempt(name):
-            flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", "--micro_batches=2")
             layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
-            taken = {}
-            for length in LENGTHS:
-                flags = ("--rows=1", f"--length={length}", "--supervised=1", "--micro_batches=2")
-                named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
-                with started(step_options(options.model, *named)) as run:
-                    for _ in range(2):
-                        run.trainer.take_step(next(run.loader))
-                    if length == LENGTHS[-1]:
-                        _counts(report, name, run, layers)
-                    taken[length] = median(_seconds(run) for _ in range(REPEATS))
+            named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
+            with started(step_options(options.model, *named)) as run:
+                loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
+                for loader in (*loaders.values(), *loaders.values()):
+                    run.trainer.take_step(next(loader))
+                _counts(report, name, run, loaders[LENGTHS[-1]], layers)
+                taken = {
+                    length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()
+                }
             _knee(report, name, taken, layers)
         release()
 
@@ -55,9 +56,9 @@ def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     return lambda: run.trainer.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 
-def _seconds(run: Started) -> float:
+def _seconds(run: Started, loader: TrainingLoader) -> float:
     """Of one micro-batch in a step of several, to the end on the GPU."""
-    step = next(run.loader)
+    step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -83,9 +84,9 @@ def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> No
     )
 
 
-def _counts(report: Report, name: str, run: Started, layers: int) -> None:
+def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, layers: int) -> None:
     """Launches and waits of the micro-batches of one step."""
-    step = next(run.loader)
+    step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
         work()
@@ -95,7 +96,7 @@ def _counts(report: Report, name: str, run: Started, layers: int) -> None:
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
     )
-    launches = _launches(micro_batches(run, next(run.loader)))
+    launches = _launches(micro_batches(run, next(loader)))
     run.trainer.runner.engine.step()
     if launches:
         report.tell(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from bench_layout import Started
 
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, started, step_options
-from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
 
 GB = 1e9
 # Of planned: a run that needs more was called fine by the dry run, one that needs less was refused for nothing.
@@ -71,8 +68,10 @@ def _fragments(report: Report, label: str, model: str) -> None:
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
     with started(step_options(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
         torch.cuda.reset_peak_memory_stats()
-        for step in _uneven_steps(run):
-            run.trainer.take_step(step)
+        draw = np.random.default_rng(0)
+        loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
+        for _ in range(NUM_STEPS):
+            run.trainer.take_step(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
     report.at_most(
@@ -83,19 +82,3 @@ def _fragments(report: Report, label: str, model: str) -> None:
         fix=FRAGMENTS_FIX,
         otherwise="warn",
     )
-
-
-def _uneven_steps(run: Started) -> list[TrainingStep]:
-    """Steps of one micro-batch each, whose rows have random lengths."""
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS)
-    dataset = TokenDataset(
-        tokens=draw.integers(3, run.plan.source.config.vocab_size, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        prompt_lengths=np.ones(len(lengths), np.int32),
-        truncated_prompts=0,
-    )
-    loader = TrainingLoader(
-        dataset, run.plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=run.plan.pad_multiple
-    )
-    return [next(loader) for _ in range(NUM_STEPS)]

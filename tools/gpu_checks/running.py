@@ -13,11 +13,15 @@ from typing import Any
 
 import bench_layout
 import bench_step
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpu_checks.package import planned_bytes
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import TrainingLoader
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -74,6 +78,20 @@ def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started
         run.trainer.runner.engine.destroy()
         del run
         release()
+
+
+def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> TrainingLoader:
+    """Steps of the run's shape, over random samples of these lengths."""
+    draw = np.random.default_rng(0)
+    dataset = TokenDataset(
+        tokens=draw.integers(3, run.plan.source.config.vocab_size, int(lengths.sum())).astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        prompt_lengths=np.ones(len(lengths), np.int32),
+        truncated_prompts=0,
+    )
+    return TrainingLoader(
+        dataset, run.plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=run.plan.pad_multiple
+    )
 
 
 def release() -> None:
