@@ -1,4 +1,4 @@
-"""tools/check_gpu.py on a CPU: its comparisons see what is wrong, its parts end in time, and no GPU is told in a line."""
+"""tools/check_gpu.py on a CPU: its comparisons see what is wrong, its parts end in time; no GPU is told in one line."""
 
 from __future__ import annotations
 
