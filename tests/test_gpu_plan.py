@@ -52,6 +52,24 @@ def test_lengths_divide_into_parts(parts: int, on_cpu: int, on_gpu: int) -> None
     assert (pad_multiple(parts), pad_multiple(parts, on_gpu=True)) == (on_cpu, on_gpu)
 
 
+def test_a_plan_for_gpus_plans_their_caches_and_kernels() -> None:
+    """In bf16 a CPU decodes in fp32; in fp32 a GPU's kernel keeps keys and values of every query head that shares them."""
+    caches = [
+        memory_plan.decoding_cache_bytes(planned(f"--plan_for={what}", "--dtype=bf16"), longest_prompt=100)
+        for what in ("cpu", "gpu")
+    ]
+    assert caches[0] == 2 * caches[1]
+    kept = {
+        (what, dtype): memory_plan.saved_bytes_per_token(
+            planned(f"--plan_for={what}", f"--dtype={dtype}", model="llama2-70b")
+        )
+        for what in ("cpu", "gpu")
+        for dtype in ("bf16", "fp32")
+    }
+    assert kept["gpu", "bf16"] == kept["cpu", "bf16"]
+    assert kept["gpu", "fp32"] - kept["cpu", "fp32"] == 2 * 64 * 128 * 4
+
+
 # Micro-batches of 8,192 packed tokens ---------------------------------------------------------------------------------
 
 
@@ -78,6 +96,8 @@ def test_micro_batches_on_gpus(flags: tuple[str, ...], ranks: int, rows: int, st
 def test_what_was_chosen_is_told() -> None:
     why = "up to 2 rows (for 8,192 tokens on a GPU; else give --micro_batch_size), 1 data-parallel"
     assert why in planned("--plan_for=gpu").cut
+    short = "one row (for 8,192 tokens on a GPU more are needed, but a rank's 127 samples allow no more"
+    assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).cut
     for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
         assert "on a GPU" not in planned(*flags).cut
     text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"]))

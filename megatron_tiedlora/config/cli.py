@@ -81,7 +81,8 @@ def path_value(given: str) -> Path:
 
 def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
     """(metavar, choices) of a field's type."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)  # of a Literal it is the second
+    options = typing.get_args(annotation) if is_union else (annotation,)
     kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is Literal:
         return "", typing.get_args(kind)

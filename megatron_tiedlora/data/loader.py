@@ -26,8 +26,8 @@ from megatron_tiedlora.pipeline.running import StepInput
 
 # Shapes that repeat are kinder to memory and kernels.
 BASE_MULTIPLE = 8
-# On a GPU the allocator keeps blocks of the sizes it was asked for. 150 micro-batches of 4 x 128 to 2,048 tokens at 7B
-# reserve far more than they allocate where lengths are multiples of 8 (docs/performance.md).
+# On a GPU the allocator keeps blocks of the sizes it was asked for. With fewer sizes it keeps less where expandable
+# segments are off (docs/performance.md).
 GPU_MULTIPLE = 128
 
 

@@ -76,6 +76,8 @@ def choose_attention(
                 attend = candidate.make(deterministic)
                 _try(attend, device, dtype, head_dim)
                 return AttentionRoute(candidate.name, "; ".join(passed_over) or "the first choice", attend)
+            except torch.OutOfMemoryError:  # no fault of the kernel's
+                raise
             except Exception as error:  # whatever a library of another build brings about: a run can do without it
                 obstacle = f"does not run here: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         passed_over.append(f"{candidate.name} {obstacle}")
@@ -244,3 +246,5 @@ def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int
             for num_heads in (2, 1, 1)
         )
         attend(query, key, value, documents, 1.0).sum().backward()
+    if query.is_cuda:
+        torch.cuda.synchronize(device)  # a kernel that is not for this GPU may say so late

@@ -85,9 +85,9 @@ def base_bytes(plan: RunPlan, stage: StagePlan) -> int:
 
 
 def decoding_cache_bytes(plan: RunPlan, *, longest_prompt: int) -> float:
-    """Keys and values of a decoded batch on the rank with most blocks, on the device that is here."""
+    """Keys and values of a decoded batch on the rank with most blocks."""
     config, batch = plan.source.config, plan.settings.eval_batch_size
-    dtype = cache_dtype(plan.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = cache_dtype(plan.dtype, torch.device("cuda" if plan.on_gpu else "cpu"))
     blocks = max(sum(1 <= layer <= config.num_layers for layer in stage) for stage in plan.stages)
     # A pipeline has a part of the batch on each stage, so every rank holds the caches of the whole batch.
     per_token = 2 * blocks * config.num_kv_heads // plan.grid.tp_size * config.head_dim * dtype.itemsize
@@ -268,6 +268,8 @@ def saved_bytes_per_token(plan: RunPlan) -> float:
     selective = plan.settings.recompute == "selective"
     between = (2 * config.hidden_size * plan.dtype.itemsize + (1 if selective else 2) * FP32) / plan.sequence_parts
     inside = sum(config.qkv_rows) + config.qkv_rows[0]
+    if plan.on_gpu and plan.dtype == torch.float32 and config.num_kv_heads < config.num_heads:
+        inside += 2 * config.qkv_rows[0]  # the memory-efficient kernel gets keys and values for every head
     low = plan.adapter.rank if any(row.factor(name).trained for name in "Buv") else 0
     gate = 0.0 if selective else _gate_bytes_per_token(plan)
     return between + (inside / tp_size + low) * plan.dtype.itemsize + gate + config.num_heads / tp_size * FP32

@@ -111,9 +111,18 @@ class RunPlan:
         if not self.settings.packing:
             return f"one a row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
         rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
-        chosen = self.on_gpu and self.settings.micro_batch_size is None
-        why = f" (for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU; else give --micro_batch_size)" if chosen else ""
-        return f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}{why}, {ranks}"
+        packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
+        if self.on_gpu and self.settings.micro_batch_size is None:
+            packed += f" ({self._why_rows()})"
+        return f"{packed}, {ranks}"
+
+    def _why_rows(self) -> str:
+        """Why packed micro-batches on a GPU have so many rows where --micro_batch_size does not say it."""
+        wanted = f"for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU"
+        if self.batches.micro_batch_size >= GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
+            return f"{wanted}; else give --micro_batch_size"
+        share = self.batches.global_batch_size // self.batches.data_parallel
+        return f"{wanted} more are needed, but a rank's {share} samples allow no more; see --global_batch_size"
 
     @property
     def stage_layers(self) -> tuple[tuple[int, ...], ...]:

@@ -159,7 +159,7 @@ def is_wide(ptx: str) -> bool:
 
 FIGURES = [
     Figure("rank of LOCAL_RANK 3 that sees one GPU: starts", _starts_with_one_visible, 1, 1),
-    Figure("NCCL communicators of a rank of 512 (tensor 8, pipeline 2, data 32)", _communicators_at_512, 12),
+    Figure("NCCL communicators of a rank of 512 (tensor 8, pipeline 2, data 32)", _communicators_at_512, 12, 1),
     Figure("waits a micro-batch, one stage", lambda: _per_micro_batch(waits, num_layers=2), 0),
     Figure(
         "waits a micro-batch, first of two stages",
