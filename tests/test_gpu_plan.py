@@ -53,7 +53,7 @@ def test_lengths_divide_into_parts(parts: int, on_cpu: int, on_gpu: int) -> None
 
 
 def test_a_plan_for_gpus_plans_their_caches_and_kernels() -> None:
-    """In bf16 a CPU decodes in fp32; in fp32 a GPU's kernel keeps keys and values of every query head that shares them."""
+    """In bf16 a CPU decodes in fp32; in fp32 a GPU's kernel keeps keys and values for every query head."""
     caches = [
         memory_plan.decoding_cache_bytes(planned(f"--plan_for={what}", "--dtype=bf16"), longest_prompt=100)
         for what in ("cpu", "gpu")

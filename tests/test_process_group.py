@@ -139,6 +139,11 @@ def test_the_same_gpu_name_on_two_hosts_is_two_gpus(bare: pytest.MonkeyPatch) ->
     assert "ranks 0, 1 on host a share" in str(process_group._shared_gpus([("a", "0"), ("a", "0")]))
 
 
+def test_one_gpu_seen_from_two_containers_is_one_gpu() -> None:
+    places = [("a", "GPU-1"), ("b", "GPU-1"), ("b", "GPU-2")]
+    assert "ranks 0, 1 on host a and b share one GPU, GPU-1" in str(process_group._shared_gpus(places))
+
+
 # The group ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from megatron_tiedlora.parallel.lifeline import is_lost_exchange
 from megatron_tiedlora.pipeline.launch_env import local_rank, uses_gpu
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNIQUE = ("GPU-", "MIG-")  # begin names that no other GPU anywhere has
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own, from 2.30 on
 
 
@@ -96,11 +97,12 @@ def _shared_gpus(places: Sequence[tuple[str, str]]) -> str | None:
     NCCL would end the first exchange with "Duplicate GPU detected", or hang.
     """
     ranks: dict[tuple[str, str], list[int]] = {}
-    for rank, place in enumerate(places):
-        ranks.setdefault(place, []).append(rank)
+    for rank, (host, gpu) in enumerate(places):  # two containers of a host may call it by two names
+        ranks.setdefault(("", gpu) if gpu.startswith(_UNIQUE) else (host, gpu), []).append(rank)
     if not any(gpu for _, gpu in places):
         return None
-    for (host, gpu), there in ranks.items():
+    for (_, gpu), there in ranks.items():
+        host = " and ".join(dict.fromkeys(places[rank][0] for rank in there))
         named = f"{'ranks' if len(there) > 1 else 'rank'} {', '.join(map(str, there[:8]))} on host {host}"
         if not gpu:
             return f"{named}: no GPU, but other ranks have one; see what `nvidia-smi` says there, or leave the host out"
