@@ -33,7 +33,7 @@ def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: 
     file.unlink(missing_ok=True)
     told: list[Check] = []
 
-    def listen() -> None:
+    def read_on() -> None:
         for check in read_checks(file)[len(told) :]:
             told.append(check)
             hear(check)
@@ -50,11 +50,11 @@ def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: 
         try:
             while process.poll() is None and time.monotonic() - started < options.seconds:
                 time.sleep(_POLL_SECONDS)
-                listen()
+                read_on()
             hangs = process.poll() is None
         finally:
             _end_session(process)
-    listen()
+    read_on()
     seconds = round(time.monotonic() - started, 1)
     if hangs:
         limit = Check(part, "time limit", "fail", seconds, "s", f"<= {options.seconds:.0f}", seconds, fix=HANG_FIX)
