@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from null_gpu_figures import FIGURES, Figure, is_wide
+from null_gpu_figures import FIGURES, Figure, divides, is_wide
 
 WIDE = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
 
@@ -19,14 +19,14 @@ def test_a_figure_of_the_gpu_path(figure: Figure) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ptx", "wide"),
+    ("ptx", "wide", "divided"),
     [
-        (WIDE, True),
-        ("ld.global.L1::evict_last.v4.b32 { %r1 }, [ %rd1 ];", True),
-        ("ld.global.b16 { %rs1 }, [ %rd1 ];", False),
-        (f"{WIDE}\nrem.s32 %r3, %r1, %r2;", False),
-        (f"{WIDE}\ndiv.full.f32 %f3, %f1, %f2;", True),
+        (WIDE, True, False),
+        ("ld.global.L1::evict_last.v4.b32 { %r1 }, [ %rd1 ];", True, False),
+        ("ld.global.b16 { %rs1 }, [ %rd1 ];", False, False),
+        (f"{WIDE}\nrem.s32 %r3, %r1, %r2;", True, True),
+        (f"{WIDE}\ndiv.full.f32 %f3, %f1, %f2;", True, False),
     ],
 )
-def test_what_counts_as_a_wide_kernel(ptx: str, wide: bool) -> None:
-    assert is_wide(ptx) == wide
+def test_what_counts_as_wide_and_as_a_division(ptx: str, wide: bool, divided: bool) -> None:
+    assert (is_wide(ptx), divides(ptx)) == (wide, divided)
