@@ -11,9 +11,9 @@ import torch
 from bench_contestants import random_stage, recompute
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import kernels_for, small_config
+from gpu_checks.package import kernels_for, shape_of, small_config
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
+from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.config.presets import PRESETS
@@ -159,19 +159,6 @@ def adapter_of(config: LlamaConfig, method: str) -> AdapterConfig:
         hidden_size=config.hidden_size,
         qkv_rows=config.qkv_rows,
         seed=0,
-    )
-
-
-def shape_of(config: LlamaConfig, adapter: AdapterConfig) -> Shape:
-    """What the reference needs to know."""
-    return Shape(
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.norm_eps,
-        config.rope.theta,
-        adapter.scale,
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from bench_contestants import random_stage
 
-from gpu_checks.correct import adapter_of, shape_of, unsettle
-from gpu_checks.package import compute_dtype, small_config
+from gpu_checks.correct import adapter_of, unsettle
+from gpu_checks.package import compute_dtype, shape_of, small_config
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release

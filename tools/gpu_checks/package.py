@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_checks.reference import Shape
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import find_documents, whole_rows
@@ -147,3 +149,16 @@ def planned_bytes(plan: RunPlan) -> float:
     """What the dry run plans for this rank's tensors: what torch's allocator is to hold at most."""
     stage = plan_stages(plan)[plan.grid.pp_rank]
     return stage_memory(plan, stage, tokens=plan.batches.micro_batch_size * plan.settings.max_length).allocated
+
+
+def shape_of(config: LlamaConfig, adapter: AdapterConfig) -> Shape:
+    """What the reference needs to know."""
+    return Shape(
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.norm_eps,
+        config.rope.theta,
+        adapter.scale,
+    )

@@ -9,9 +9,9 @@ import torch
 from bench_layout import Started
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import small_config
+from gpu_checks.package import shape_of, small_config
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import FACTORS, Document, Shape, loss_and_gradients
+from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.running import started, step_options, write_shape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.pipeline.engine import all_open
@@ -59,15 +59,7 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
     """The change of each trained factor by torch's AdamW on the reference's gradients, in fp64."""
     settings, adapter, config = run.plan.settings, run.plan.adapter, run.plan.source.config
-    shape = Shape(
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.norm_eps,
-        config.rope.theta,
-        adapter.scale,
-    )
+    shape = shape_of(config, adapter)
     layers = run.trainer.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}
     trained = [name for name in FACTORS if adapter.row.factor(name).trained]
