@@ -116,8 +116,10 @@ class Head(nn.Module):
         first_id = group.rank * self.weight.shape[0]
         weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
         losses = sum_token_losses if summed else token_losses
+        rows = hidden[0].index_select(0, supervised.kept)
+        del hidden  # as large as its gradient, which is made next
         return losses(
-            hidden[0].index_select(0, supervised.kept),
+            rows,
             weight,
             supervised.targets,
             first_id=first_id,

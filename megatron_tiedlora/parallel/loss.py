@@ -71,13 +71,17 @@ class _SumTokenLosses(torch.autograd.Function):
                 _subtract_labels_(local_logits, found)
                 torch.mm(local_logits, weight, out=gradient[part])
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
+        ctx.rows_at_once = rows_at_once
         return loss
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_rows,) = ctx.saved_tensors
-        return (upcast(of_rows) * gradient).to(of_rows.dtype), *(None,) * 6
+        scaled = torch.empty_like(of_rows)
+        for rows, result in zip(of_rows.split(ctx.rows_at_once), scaled.split(ctx.rows_at_once), strict=True):
+            result.copy_(upcast(rows) * gradient)
+        return scaled, *(None,) * 6
 
 
 def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,16 +110,19 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
     if data is not None and not plan.settings.packing:
         longest = int(data.train.lengths.max())
     rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
+    documents, longest = rows, length
+    if data is not None and plan.settings.packing:
+        documents, longest = _most_documents(plan, data), int(data.train.lengths.max())
     cells = []
     for stage in stages:
-        memory = stage_memory(plan, stage, tokens=rows * length)
+        memory = stage_memory(plan, stage, tokens=rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
             "activations": memory.activations,
-            **({"engine": memory.engine} if plan.grid.pp_size > 1 else {}),
+            **({"engine": memory.engine} if plan.grid.pp_size > 1 or memory.engine else {}),
             **({"CUDA, NCCL": memory.libraries} if plan.on_gpu else {}),
             "sum": memory.total,
         }
@@ -136,6 +139,12 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
         *_libraries_line(plan, stages),
         *_decoding(plan, data),
     ]
+
+
+def _most_documents(plan: RunPlan, data: RunData) -> int:
+    """In a micro-batch of the first step: its samples and, a row each, padding."""
+    step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
+    return max(sum(map(len, rows)) + len(rows) for rows in step.micro_batches)
 
 
 def _kernels_line(plan: RunPlan, *, tokens: int) -> list[str]:
@@ -159,7 +168,12 @@ def _libraries_line(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _engine_line(plan: RunPlan) -> list[str]:
-    """What the table's column of the pipeline engine is."""
+    """What the table's column of the engine is."""
+    if plan.engine.zero_stage == 3 and plan.grid.dp_size > 1:
+        return [
+            "  (engine: base weights that ZeRO-3 has gathered at one time, more where --ds_config says a larger"
+            " stage3_max_live_parameters)"
+        ]
     if plan.grid.pp_size == 1:
         return []
     size = 2 * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts

@@ -1,8 +1,8 @@
 """Bytes that a rank of each stage needs, by what they are for: arithmetic on shapes.
 
 Activations are in_flight x tokens x blocks with a backward pass x bytes that a block keeps for each token, less for the
-last block, and what one of them holds for a moment. What DeepSpeed's pipeline engine keeps beside is counted apart, and
-so is what a GPU's libraries take without PyTorch's knowledge.
+last block, and what one of them holds for a moment. What DeepSpeed's engines keep beside is counted apart (hidden states
+of a pipeline, gathered weights of ZeRO-3), and so is what a GPU's libraries take without PyTorch's knowledge.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from megatron_tiedlora.evaluation.decoder import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.training.compiling import compiles
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan
@@ -24,6 +25,7 @@ CONTEXT_BYTES = 0.5e9
 COMMUNICATOR_BYTES = 0.5e9
 # cuBLAS's on an H100, for the thread that runs forward and the one that runs backward: 32 MiB each.
 WORKSPACE_BYTES = 2 * 2.0**25
+MULTIPROCESSORS = 132  # of an H100, by which flash attention's deterministic backward pass divides its work
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ class StageMemory:
         return self.total - self.libraries
 
 
-def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory:
+def stage_memory(
+    plan: RunPlan, stage: StagePlan, *, tokens: int, documents: int = 1, longest: int | None = None
+) -> StageMemory:
     """What a rank of `stage` needs.
 
     Args:
         tokens: of its largest micro-batch, padding included.
+        documents: in that micro-batch, and `longest`: tokens of the longest one (None: all).
     """
+    attention = AttentionMemory(plan, tokens=tokens, documents=documents, longest=longest or tokens)
     zero_stage, dp_size = plan.engine.zero_stage, plan.grid.dp_size
     trained = sum(stage.trained)
     return StageMemory(
@@ -63,7 +69,7 @@ def stage_memory(plan: RunPlan, stage: StagePlan, *, tokens: int) -> StageMemory
         gradients=FP32 * trained / (dp_size if zero_stage >= 2 else 1),
         # Two moments; from ZeRO-1 on also a copy of the values that is stepped.
         optimizer=(2 if zero_stage == 0 else 3) * FP32 * trained / (dp_size if zero_stage >= 1 else 1),
-        activations=_activation_bytes(plan, stage, tokens=tokens),
+        activations=_activation_bytes(plan, stage, tokens=tokens, attention=attention),
         engine=_engine_bytes(plan, stage, tokens=tokens),
         libraries=CONTEXT_BYTES + COMMUNICATOR_BYTES * num_communicators(plan, stage) if plan.on_gpu else 0.0,
     )
@@ -129,6 +135,38 @@ def _factor_bytes(plan: RunPlan, stage: StagePlan) -> int:
     return held * plan.dtype.itemsize
 
 
+class AttentionMemory:
+    """What attention's kernel on a GPU needs beside its arguments and result, by how many documents there are.
+
+    It is counted for PyTorch's own kernels, of which flash_attn's needs the same: flash in 16 bits, the memory-efficient
+    one in fp32. A CPU goes by blocks of queries, whose scores are small.
+
+    Attributes:
+        kept: of a block from its forward to its backward pass, beside one fp32 number a token and head.
+        backward: at the worst moment of its backward pass: gradients of its arguments and result, and workspace.
+    """
+
+    def __init__(self, plan: RunPlan, *, tokens: int, documents: int, longest: int) -> None:
+        config, tp_size, itemsize = plan.source.config, plan.grid.tp_size, plan.dtype.itemsize
+        heads, query = config.num_heads // tp_size, config.qkv_rows[0] // tp_size
+        gradients = tokens * (sum(config.qkv_rows) // tp_size + query) * itemsize
+        self.kept, workspace = 0, 0
+        grouped = config.num_kv_heads < config.num_heads
+        if plan.on_gpu and plan.dtype == torch.float32:
+            square = documents * padded(longest, 32)  # it sees a batch of rows that are as long as the longest document
+            self.kept = FP32 * heads * max(square - tokens, 0)
+            workspace = FP32 * query * max(square, tokens) + 2 * FP32 * query * tokens * grouped
+        elif plan.on_gpu:
+            # An fp32 gradient of the queries, of documents that are padded by up to 128; each of `copies` of it gets
+            # a part of the keys where sums must have one order; and gradients of keys and values for every query head.
+            rows, copies = tokens + 128 * documents, 1
+            if plan.settings.deterministic:
+                copies = -(-MULTIPROCESSORS // (documents * heads))
+            workspace = FP32 * heads * rows * (copies * padded(config.head_dim, 32) + 1)
+            workspace += 2 * query * tokens * itemsize * grouped
+        self.backward = float(gradients + workspace)
+
+
 def _bytes_after_attention(plan: RunPlan) -> float:
     """Of `saved_bytes_per_token`, what a block keeps of a token after its attention: the second norm's, gate and up."""
     norm = plan.source.config.hidden_size * plan.dtype.itemsize
@@ -137,25 +175,28 @@ def _bytes_after_attention(plan: RunPlan) -> float:
     return (norm + FP32) / plan.sequence_parts + _gate_bytes_per_token(plan)
 
 
-def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
+def _activation_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, attention: AttentionMemory) -> float:
     """At the worst moment: the last block's MLP and the head, or the backward pass of a block before it."""
     if not stage.backward_blocks:
         return 0.0
+    recomputes = plan.settings.recompute == "full"
     kept = kept_bytes(plan, stage, tokens=tokens)
-    if plan.settings.recompute == "full":  # held as arguments of what is computed again
-        kept += _factor_bytes(plan, stage)
+    # Under full recomputation, the factors are held as arguments of what is computed again.
+    kept += _factor_bytes(plan, stage) if recomputes else len(stage.backward_blocks) * attention.kept
     in_flight = micro_batches_in_flight(plan, stage) * kept
-    moment = _backward_bytes(plan, tokens)
+    after_attention = tokens * _bytes_after_attention(plan)  # free again as attention's backward pass begins
+    in_attention = attention.backward
+    if recomputes:
+        in_attention += attention.kept + tokens * saved_bytes_per_token(plan) - after_attention
+    moment = max(_mlp_backward_bytes(plan, tokens), in_attention - (0.0 if recomputes else after_attention))
     if stage.is_last:
-        moment = max(moment - _last_block_bytes(plan, tokens), _head_bytes(plan, stage, tokens))
+        at_end = max(_head_bytes(plan, stage, tokens), in_attention)
+        moment = max(moment - _last_block_bytes(plan, tokens), at_end)
     return in_flight + moment + (WORKSPACE_BYTES if plan.on_gpu else 0.0)
 
 
-def _backward_bytes(plan: RunPlan, tokens: int) -> float:
-    """Of a block's backward pass as it reaches the MLP, beside what is kept: what is computed again, and gradients.
-
-    Attention's needs less: up to seven numbers a query's, workspace included, but gate and up are free by then.
-    """
+def _mlp_backward_bytes(plan: RunPlan, tokens: int) -> float:
+    """Of a block's backward pass as it reaches the MLP, beside what is kept: what is computed again, and gradients."""
     again = 0.0
     if plan.settings.recompute == "full":
         again = tokens * saved_bytes_per_token(plan)
@@ -240,9 +281,17 @@ def engine_bytes_once(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
     return hidden + _mixed_bytes(plan, tokens) if plan.batches.accumulation_steps > 1 else 0.0
 
 
+def gathered_bytes(plan: RunPlan, stage: StagePlan) -> float:
+    """Of the base weights that ZeRO-3 has gathered at one time: it stops once they are more than a setting (0.19.8)."""
+    if plan.engine.zero_stage < 3 or plan.grid.dp_size == 1:
+        return 0.0
+    most = int(plan.engine.values["zero_optimization"].get("stage3_max_live_parameters", 1_000_000_000))
+    return min(sum(stage.local_base), most + max(stage.local_base)) * float(plan.dtype.itemsize)
+
+
 def _engine_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
     if plan.grid.pp_size == 1:
-        return 0.0
+        return gathered_bytes(plan, stage)
     in_flight = micro_batches_in_flight(plan, stage) * engine_bytes_in_flight(plan, stage, tokens=tokens)
     return in_flight + engine_bytes_once(plan, stage, tokens=tokens)
 

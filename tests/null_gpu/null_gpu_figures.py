@@ -25,8 +25,19 @@ RANK = Path(__file__).with_name("null_gpu_rank.py")
 ROOT = Path(__file__).parents[2]
 RECOMPUTES = ("none", "selective", "full")
 SEVENTY = {"model": "llama2-70b", "num_layers": 8, "tensor_parallel": 8, "zero": "zero1.json"}
+TWO_STAGES = {**SEVENTY, "pipeline_parallel": 2, "world_size": 16}
 # Whose memory the plan is held to: rows and length for each --recompute, so that an 80 GB card is about half full.
 SHAPES = {"none": (2, 2048), "selective": (4, 4096), "full": (8, 4096)}
+
+FOUR = {**SEVENTY, "num_layers": 4, "world_size": 8, "lengths": [4096, 4096]}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "4 layers of 7B, documents of 16 tokens": {"num_layers": 4, "packing": True, "lengths": [16, 16]},
+    "the same in fp32": {"num_layers": 4, "packing": True, "lengths": [16, 16], "dtype": "fp32"},
+    "4 layers of 70B, tensor 8": FOUR,
+    "8 layers of 70B, tensor 8, first of two stages": {**TWO_STAGES, "lengths": [4096, 4096]},
+    "4 layers of 7B, data 8, ZeRO-2": {"num_layers": 4, "world_size": 8, "zero": "zero2.json"},
+    "4 layers of 7B, data 8, ZeRO-3": {"num_layers": 4, "world_size": 8, "zero": "zero3.json"},
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,11 @@ def waits(counts: Mapping[str, int]) -> int:
     return sum(number for name, number in counts.items() if blocking.match(name))
 
 
+def messages(counts: Mapping[str, int]) -> int:
+    """NCCL's collectives, sends and receives."""
+    return sum(number for name, number in counts.items() if re.match("nccl(?!:|Group)", name))
+
+
 def communicators(*counts: Mapping[str, int]) -> int:
     """NCCL communicators that were made."""
     return sum(number for each in counts for name, number in each.items() if re.match("nccl:(init|split)", name))
@@ -105,9 +121,15 @@ def _starts_with_one_visible() -> float:
     return 1.0
 
 
-def _communicators_at_512() -> float:
-    found = run_rank(world_size=512, pipeline_parallel=2, steps=1, **SEVENTY)
+def _communicators_at_512(**order: Any) -> float:
+    found = run_rank(world_size=512, steps=1, **order)
     return communicators(found["start"], *found["steps"])
+
+
+def _messages_of_a_step() -> float:
+    """Those of a step without a micro-batch."""
+    few = min(map(messages, run_rank(micro_batches=2, **TWO_STAGES)["steps"]))
+    return few - 2 * _per_micro_batch(messages, **TWO_STAGES)
 
 
 def _packed_against_unpacked() -> float:
@@ -122,10 +144,14 @@ def _reserved_to_allocated(compile: str) -> float:
     return found["reserved"] / found["allocated"]
 
 
-def _planned_to_allocated(recompute: str, compile: str) -> float:
-    rows, length = SHAPES[recompute]
-    found = run_rank(rows=rows, lengths=[length, length], recompute=recompute, compile=compile, steps=2)
+def _planned_to_allocated(**order: Any) -> float:
+    found = run_rank(prompts=0, steps=2, **order)
     return found["planned"] / found["allocated"]
+
+
+def _shape(recompute: str) -> dict[str, Any]:
+    rows, length = SHAPES[recompute]
+    return {"recompute": recompute, "rows": rows, "lengths": [length, length]}
 
 
 def _compiled_again() -> float:
@@ -167,13 +193,22 @@ def divides(ptx: str) -> bool:
 
 FIGURES = [
     Figure("rank of LOCAL_RANK 3 that sees one GPU: starts", _starts_with_one_visible, 1, 1),
-    Figure("NCCL communicators of a rank of 512 (tensor 8, pipeline 2, data 32)", _communicators_at_512, 12, 1),
-    Figure("waits a micro-batch, one stage", lambda: _per_micro_batch(waits, num_layers=2), 0),
     Figure(
-        "waits a micro-batch, first of two stages",
-        lambda: _per_micro_batch(waits, world_size=16, pipeline_parallel=2, **SEVENTY),
-        0,
+        "NCCL communicators of a rank of 512 (tensor 8, pipeline 2, data 32)",
+        lambda: _communicators_at_512(pipeline_parallel=2, **SEVENTY),
+        12,
+        1,
     ),
+    Figure("NCCL communicators of a rank of 512 (data 512)", lambda: _communicators_at_512(num_layers=2), 1, 1),
+    Figure(
+        "NCCL messages a micro-batch, 4 layers on the first of two stages, tensor 8",
+        lambda: _per_micro_batch(messages, **TWO_STAGES),
+        4 * 8 + 5,
+        4 * 8,
+    ),
+    Figure("NCCL messages a step beside those", _messages_of_a_step, 6, 1),
+    Figure("waits a micro-batch, one stage", lambda: _per_micro_batch(waits, num_layers=2), 0),
+    Figure("waits a micro-batch, first of two stages", lambda: _per_micro_batch(waits, **TWO_STAGES), 0),
     Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
@@ -190,13 +225,23 @@ FIGURES = [
     *(
         Figure(
             f"planned to allocated bytes, 7B, recompute {recompute}, {word}",
-            lambda recompute=recompute, compile=compile: _planned_to_allocated(recompute, compile),  # type: ignore[misc]
+            lambda order=_shape(recompute), compile=compile: _planned_to_allocated(compile=compile, **order),  # type: ignore[misc]
             1.07,
             0.93,
             2,
         )
         for recompute in RECOMPUTES
         for compile, word in (("false", "not compiled"), ("true", "compiled"))
+    ),
+    *(
+        Figure(
+            f"planned to allocated bytes, {name}",
+            lambda order=order: _planned_to_allocated(compile="true", **order),  # type: ignore[misc]
+            1.07,
+            0.93,
+            2,
+        )
+        for name, order in LAYOUTS.items()
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
     Figure("compiled kernels without 128-bit accesses, or with divisions", _narrow_kernels, 0),
@@ -212,7 +257,7 @@ def main() -> int:
             continue
         try:
             value = figure.measure()
-            text, good = f"{value:.{max(figure.digits, 0)}f}", figure.least <= value <= figure.most
+            text, good = f"{value:.{figure.digits}f}", figure.least <= value <= figure.most
         except (RuntimeError, AssertionError) as error:
             text, good = f"fails ({str(error).strip().splitlines()[-1][:120]})", False
         outside += not good

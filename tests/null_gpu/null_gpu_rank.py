@@ -12,6 +12,7 @@ import ctypes
 import inspect
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.pipeline.launch_env import prepare_environment
 from megatron_tiedlora.pipeline.process_group import join_process_group
 
@@ -53,6 +55,7 @@ class Order:
     lengths: tuple[int, int] = (2048, 2048)
     max_length: int = 4096
     packing: bool = False
+    prompts: float = 0.5  # share of a sample's tokens that are not supervised
     micro_batches: int = 2
     steps: int = 3
     dtype: str = "bf16"
@@ -60,7 +63,7 @@ class Order:
 
 def main(order: Order) -> dict[str, Any]:
     """Join, build, take steps; returns the figures."""
-    place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": 29555}
+    place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": _free_port()}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
     if not hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemCreate"):  # a stand-in without virtual memory
@@ -81,10 +84,14 @@ def main(order: Order) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     found = []
-    largest = 0
+    largest, documents, longest = 0, 0, 0
     for _ in range(order.steps):
         step = next(steps)
-        largest = max(largest, *(batch.labels.numel() for batch in step.micro_batches))
+        for batch in step.micro_batches:
+            rows, length = batch.labels.shape
+            within = find_documents(batch.documents, device) if order.packing else whole_rows(rows, length, device)
+            largest, documents = max(largest, rows * length), max(documents, len(within.bounds) - 1)
+            longest = max(longest, within.longest)
         nullgpu.reset()
         trainer.take_step(step)
         found.append(_counts())
@@ -95,8 +102,14 @@ def main(order: Order) -> dict[str, Any]:
         "held": held,
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
-        "planned": _planned(plan, largest),
+        "planned": _planned(plan, tokens=largest, documents=documents, longest=longest),
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def _trainer(order: Order, device: torch.device) -> Any:
@@ -160,7 +173,7 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
         samples = TokenDataset(
             tokens=draw.integers(3, plan.source.config.vocab_size, count * length).astype(np.int32),
             offsets=np.arange(count + 1, dtype=np.int64) * length,
-            prompt_lengths=np.full(count, length // 2, np.int32),
+            prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
             truncated_prompts=0,
         )
         yield next(
@@ -168,11 +181,11 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
         )
 
 
-def _planned(plan: Any, tokens: int) -> float:
+def _planned(plan: Any, **largest: int) -> float:
     from megatron_tiedlora.training.memory_plan import stage_memory
     from megatron_tiedlora.training.stage_plan import plan_stages
 
-    return stage_memory(plan, plan_stages(plan)[0], tokens=tokens).allocated
+    return stage_memory(plan, plan_stages(plan)[0], **largest).allocated
 
 
 def _compiling(order: Order, trainer: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
@@ -228,6 +241,8 @@ def _believe_all_numbers() -> None:
 
     StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
     StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
+    # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.
+    torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
     take_step = Runner.take_step
 
     def finite(self: Runner) -> float:
