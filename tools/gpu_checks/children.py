@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,8 +16,13 @@ from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 
 _POLL_SECONDS, _LAST_SECONDS = 0.2, 10.0
 _LAST_WORDS = 2000  # characters of a part's output that may stand in a finding
+_PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 HANG_FIX = (
     "run this part alone with a larger --minutes; where it hangs again, look at its output in the report's folder"
+)
+STUCK_FIX = (
+    "the driver holds this process, which cannot be killed: look at `dmesg` for lines with Xid; the GPU needs a reset,"
+    " or the host a restart"
 )
 
 
@@ -53,13 +59,14 @@ def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: 
                 read_on()
             hangs = process.poll() is None
         finally:
-            _end_session(process)
+            is_gone = _end_session(process)
     read_on()
     seconds = round(time.monotonic() - started, 1)
     if hangs:
-        limit = Check(part, "time limit", "fail", seconds, "s", f"<= {options.seconds:.0f}", seconds, fix=HANG_FIX)
-        told.append(limit)
-    elif process.returncode:
+        fix = HANG_FIX if is_gone else STUCK_FIX
+        expected, why = f"<= {options.seconds:.0f}", f"its last line: {_last_line(log)}"
+        told.append(Check(part, "time limit", "fail", seconds, "s", expected, seconds, why, fix))
+    elif process.returncode or not told:
         why = f"{_status_words(process.returncode)}; its last line: {_last_line(log)}"
         told.append(Check(part, "the part's process", "fail", seconds=seconds, why=why, fix=ERROR_FIX))
     else:
@@ -73,18 +80,28 @@ def python_command(script: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(script), *arguments]
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it has started, politely at first where it still runs."""
+def end_with_parent() -> None:
+    """Let this process be killed when its parent dies, however that comes about: a GPU must not stay held."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> bool:
+    """End the process and all that it has started, politely at first where it still runs; whether it is gone."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(_LAST_SECONDS)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # not while it is inside a driver that does not come back
+        process.wait(_LAST_SECONDS)
+    return process.poll() is not None
 
 
-def _status_words(status: int) -> str:
+def _status_words(status: int | None) -> str:
+    if not status:
+        return "ended without a finding"
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
 
+from gpu_checks.children import end_with_parent
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.pipeline.launch_env import prepare_environment, rank_and_world_size
@@ -96,6 +97,7 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run the order; returns the exit status."""
+    end_with_parent()
     order = RankOrder.from_json(argv[0])
     if order.device == "cpu":
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
