@@ -14,18 +14,21 @@
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
 Each part runs in a process of its own with a time limit. --output gets report.json, report.md and the output of each
-part. Exit status: 0 nothing failed, 1 something failed, and the table says what to do, 2 no GPU (env alone is told).
+part. Exit status: 0 nothing failed, 1 something failed, and the table says what to do, 2 no GPU (env alone runs) or a
+wrong flag, 130 or 143 stopped by Ctrl-C or a signal, which ends what the parts have started too.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpu_checks.children import python_command, run_part
 from gpu_checks.output import check_lines, summary_line, to_json, to_markdown
@@ -38,14 +41,15 @@ from megatron_tiedlora.config.presets import PRESETS
 # Parts with the seconds that each may take of 8 minutes; what one leaves is the next one's.
 SHARES = {
     "env": 50,
-    "attention": 45,
-    "correct": 95,
+    "attention": 35,
+    "correct": 85,
     "speed": 95,
-    "memory": 60,
-    "host": 40,
-    "decode": 35,
-    "ranks": 60,
+    "memory": 50,
+    "host": 35,
+    "decode": 30,
+    "ranks": 100,
 }
+RANKS_OF_SEVERAL = 340  # seconds of part ranks on several GPUs, where all parts then take 12 minutes
 NO_GPU_STATUS = 2
 CHILD = Path(__file__).resolve().parent / "gpu_checks" / "child.py"
 
@@ -54,7 +58,9 @@ def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="check_gpu.py", description=__doc__)
     described.add_argument("--parts", default=",".join(SHARES), metavar="P,P", help="what to check, in order [all]")
-    described.add_argument("--minutes", default=8.0, type=float, metavar="X", help="for all parts together [8]")
+    described.add_argument(
+        "--minutes", type=float, metavar="X", help="for the given parts together [8; on several GPUs 12]"
+    )
     described.add_argument(
         "--model", default="llama2-7b", choices=sorted(PRESETS), help="whose widths are measured; as many layers as fit"
     )
@@ -71,18 +77,27 @@ def main(argv: Sequence[str]) -> int:
     """Check and report; returns the exit status."""
     options = parser().parse_known_names(argv)
     parts = _parts(options.parts)
-    if not options.minutes > 0:
+    if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes}: give more than 0")
-    options.output.mkdir(parents=True, exist_ok=True)
-    missing = None
+    _make_folder(options.output)
+    missing, num_gpus = None, 0
     if options.device == "cuda":
-        from gpu_checks.env import why_no_gpu
+        from gpu_checks.env import count_gpus, why_no_gpu
 
-        missing = why_no_gpu()
+        missing, num_gpus = why_no_gpu(), count_gpus()
         parts = parts if missing is None else ["env"]
-    about = {"model": options.model, "device": options.device, "minutes": options.minutes, "parts": ",".join(parts)}
+    limits = part_limits(parts, options.minutes, num_gpus=num_gpus)
+    about = {
+        "model": options.model,
+        "device": options.device,
+        "GPUs": num_gpus,
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "minutes": round(sum(limits.values()) / 60, 1),
+        "parts": ",".join(parts),
+    }
     shared = CheckOptions(options.device, options.model, folder=str(options.output.absolute()))
-    checks = _run(parts, shared, options.minutes, about)
+    checks = _run(limits, shared, about)
     show("", f"{summary_line(checks)}; {options.output}/report.md and report.json")
     if missing is not None:
         show(f"no GPU, so env alone: {missing}", file=sys.stderr)
@@ -90,14 +105,35 @@ def main(argv: Sequence[str]) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def _run(parts: Sequence[str], shared: CheckOptions, minutes: float, about: dict[str, Any]) -> list[Check]:
+def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
+    """Seconds that each part may take: of `minutes` for all of `parts`, or of what all parts of the command have."""
+    shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
+    seconds = sum(shares.values()) if minutes is None else 60 * minutes
+    given = sum(shares[part] for part in parts)
+    return {part: seconds * shares[part] / given for part in parts}
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises UserError where it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text("{}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror or error}; give a folder that can be written") from None
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """End by an exception, so that the part that runs is ended first."""
+    sys.exit(128 + number)
+
+
+def _run(limits: Mapping[str, float], shared: CheckOptions, about: dict[str, Any]) -> list[Check]:
     """All findings; the files are written after each part."""
     checks: list[Check] = []
-    folder = Path(shared.folder)
-    scale, deadline = 60 * minutes / sum(SHARES.values()), time.monotonic()
-    for part in parts:
+    folder, deadline = Path(shared.folder), time.monotonic()
+    for part, seconds in limits.items():
         show(part)
-        deadline += scale * SHARES[part]
+        deadline += seconds
         options = replace(shared, seconds=deadline - time.monotonic())
         command = python_command(CHILD, part, json.dumps(asdict(options)))
         told: list[str] = []
@@ -121,4 +157,7 @@ def _parts(given: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
     run_command(main, sys.argv[1:])

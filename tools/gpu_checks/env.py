@@ -14,6 +14,7 @@ import torch
 
 from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.pipeline.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
 
 OLDEST_TORCH = (2, 6)
@@ -22,17 +23,20 @@ PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers",
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
 SIZE, COPIED = 8192, 2**30  # of the product, and bytes of the copy
 HEAD_DIM = 128
-GOOD_SHARE = 0.6  # of a data sheet's matmul FLOP/s
+# Of a data sheet's matmul FLOP/s, and TB/s of a copy: what is faster than any device has computed nothing.
+GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40.0
 ATTENTION_FIX = (
     "packed rows will be slow: mend what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
 )
+NOTHING_FIX = "no device is that fast: it has computed nothing, so look at the driver; times below mean nothing"
 INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 
 
 def why_no_gpu() -> str | None:
     """Why torch sees no GPU, in one line; None where it sees one."""
     if torch.cuda.is_available():
-        return None
+        accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
+        return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; {INSTALL_FIX}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -43,6 +47,11 @@ def why_no_gpu() -> str | None:
         said = str(error).strip().splitlines()[0]
         return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {said}"
     return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; look at nvidia-smi"
+
+
+def count_gpus() -> int:
+    """How many torch sees; this process does not use them."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def check(report: Report, options: CheckOptions) -> None:
@@ -73,6 +82,16 @@ def _software(report: Report) -> None:
     report.tell("NCCL of torch", nccl_version() or "none")
     for name in PACKAGES:
         report.tell(name, package_version(name) or "not installed")
+    precision = torch.get_float32_matmul_precision()
+    report.expect(
+        "fp32 matmuls",
+        precision == "highest",
+        precision,
+        expected="highest",
+        otherwise="warn",
+        why="" if precision == "highest" else "runs with --dtype fp32 would round to TF32; the other parts do not",
+        fix="unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set",
+    )
     for name in sorted(os.environ):
         if name.startswith(VARIABLES):
             report.tell(f"${name}", os.environ[name][:200])
@@ -126,11 +145,11 @@ def _hardware(report: Report) -> None:
 
 
 def _nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of the first GPU, '' where it does not."""
+    """What nvidia-smi says of torch's first GPU, '' where it does not."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
-    command = [program, f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu_name(torch.device('cuda', 0))}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -172,17 +191,23 @@ def _compiler_fix() -> str:
 
 
 def _ceilings(report: Report, device: torch.device) -> None:
-    """A large product and a large copy, of random numbers: zeros take less power and are faster."""
+    """A large matmul and a large copy, of random numbers: zeros take less power and are faster."""
     rate = product_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=device, repeats=10)
-    listed = listed_peak(torch.cuda.get_device_name(device))
-    fix = "look at nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
-    if listed is None:
-        report.tell("matmul ceiling, bf16", rate / 1e12, "TFLOP/s", why="no data sheet is known for this device")
-    else:
-        report.at_least(
-            "matmul ceiling, bf16", rate / 1e12, GOOD_SHARE * listed / 1e12, unit="TFLOP/s", fix=fix, otherwise="warn"
-        )
+    _matmul_ceiling(report, rate, listed_peak(torch.cuda.get_device_name(device)))
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(10))
-    report.tell("copy ceiling", 2 * COPIED / seconds / 1e12, "TB/s", why="read and written together")
+    copied, why = 2 * COPIED / seconds / 1e12, "read and written together"
+    report.at_most("copy ceiling", copied, MOST_COPIED, unit="TB/s", why=why, fix=NOTHING_FIX)
+
+
+def _matmul_ceiling(report: Report, rate: float, listed: float | None) -> None:
+    """Beside the data sheet's, where one is known."""
+    name, unit = "matmul ceiling, bf16", "TFLOP/s"
+    fix = "look at nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
+    if listed is None:
+        report.tell(name, rate / 1e12, unit, why="no data sheet is known for this device")
+    elif rate > MOST_SHARE * listed:
+        report.at_most(name, rate / 1e12, MOST_SHARE * listed / 1e12, unit=unit, fix=NOTHING_FIX)
+    else:
+        report.at_least(name, rate / 1e12, GOOD_SHARE * listed / 1e12, unit=unit, fix=fix, otherwise="warn")

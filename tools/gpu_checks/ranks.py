@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,21 @@ from safetensors.torch import load_file
 from write_random_model import write_random_model
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder, started_ranks, wait_for, wait_for_ranks
+from gpu_checks.rank_orders import (
+    ADAPTER,
+    RESULT,
+    STEPPING,
+    Case,
+    Rank,
+    RankOrder,
+    started_ranks,
+    wait_for,
+    wait_for_ranks,
+)
 from gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.pipeline.launch_env import free_port
 
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in either way, whose vocabulary none of these numbers divides.
@@ -39,7 +52,10 @@ CHANGE_BOUND = 5e-3
 SHARING = (2, 30)  # NCCL from this version on lets several ranks share a GPU
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 TOLD_SECONDS = 45.0  # after a rank's death, of which 30 are docs/clusters.md's
-DOCTOR_SECONDS = 60.0
+# By what share of the part's time one rank must have ended, then all layouts, and then the ranks of which one is killed
+# be at work.
+ALONE, LAYOUTS, WORKING = 0.2, 0.6, 0.7
+DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much for all, and a few for its own start
 DIFFERS_FIX = (
     "ranks compute something else together: run `python launch/doctor.py`, and this part again with NCCL_DEBUG=INFO and"
     " with NCCL_P2P_DISABLE=1; where that mends it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
@@ -50,6 +66,7 @@ SILENT_FIX = "see docs/clusters.md on peers that fall silent, and the ranks' out
 
 def check(report: Report, options: CheckOptions) -> None:
     """All of the part."""
+    began = time.monotonic()
     world_size, variables, reason = _possible(options)
     if world_size == 1:
         report.skip("several ranks", reason)
@@ -59,9 +76,13 @@ def check(report: Report, options: CheckOptions) -> None:
         with report.attempt("a small model", fix="see that the temporary folder can be written (TMPDIR)"):
             write_random_model(SHAPE, Path(folder, "model"), name="a small model", seed=0)
         order = RankOrder((), folder, options.folder, str(Path(folder, "model")), options.device)
-        limit = options.seconds / 3  # for one rank, for all layouts, and for the ranks of which one is killed
-        check_layouts(report, order, world_size, variables, limit=limit)
-        check_death(report, order, world_size, variables, limit=limit)
+
+        def left(share: float) -> float:
+            """Seconds until that share of the part's time is over."""
+            return began + share * options.seconds - time.monotonic()
+
+        check_layouts(report, order, world_size, variables, left=left)
+        check_death(report, order, world_size, variables, limit=left(WORKING))
     if options.on_gpu and torch.cuda.device_count() > 1:
         _doctor(report, torch.cuda.device_count())
 
@@ -106,17 +127,30 @@ def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
 
 
 def check_layouts(
-    report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
+    report: Report,
+    order: RankOrder,
+    world_size: int,
+    variables: dict[str, str],
+    *,
+    left: Callable[[float], float],
 ) -> None:
-    """Losses and adapter of each layout against those of one rank; the ranks compare their copies bit by bit."""
+    """Losses and adapter of each layout against those of one rank; the ranks compare their copies bit by bit.
+
+    Args:
+        left: seconds until a share of the part's time is over.
+    """
     cases = cases_of(world_size, order.device)
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     alone = tuple(Case(dtype=dtype) for dtype in dtypes)
-    for size, some in ((1, alone), (world_size, cases)):
-        with started_ranks(replace(order, cases=some), size, **variables) as ranks:
+    for size, some, share in ((1, alone, ALONE), (world_size, cases, LAYOUTS)):
+        name = "one rank" if size == 1 else f"{size} ranks"
+        with (
+            report.attempt(name, fix=FAILED_FIX),
+            started_ranks(replace(order, cases=some), size, **variables) as ranks,
+        ):
+            limit = left(share)
             if not wait_for_ranks(ranks, limit):
-                first = next((rank for rank in ranks if rank.process.poll()), ranks[0])
-                report.add(f"{size} ranks", "fail", why=last_error(first.output), fix=FAILED_FIX)
+                report.add(name, "fail", why=why_not_ended(ranks, limit), fix=FAILED_FIX)
     for number, case in enumerate(cases):
         label = case.named(world_size)
         expected = Path(order.folder, f"1-{dtypes.index(case.dtype)}")
@@ -169,8 +203,7 @@ def check_death(report: Report, order: RankOrder, world_size: int, variables: di
             limit,
         )
         if not ready or any(rank.process.poll() is not None for rank in ranks):
-            failed = next((rank for rank in ranks if rank.process.poll() is not None), ranks[0])
-            report.add(label, "fail", why=last_error(failed.output), fix=FAILED_FIX)
+            report.add(label, "fail", why=why_not_ended(ranks, limit), fix=FAILED_FIX)
             return
         began = time.monotonic()
         ranks[victim].process.kill()
@@ -197,6 +230,15 @@ def naming_line(output: str, victim: int) -> str | None:
     return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
 
 
+def why_not_ended(ranks: Sequence[Rank], limit: float) -> str:
+    """What the first rank that failed said last; where none has, how long they were waited for."""
+    failed = next((rank for rank in ranks if rank.process.poll()), None)
+    if failed is not None:
+        return last_error(failed.output)
+    slow = next((number for number, rank in enumerate(ranks) if rank.process.poll() is None), 0)
+    return f"not there after {limit:.0f} s; the last line of rank {slow}: {last_error(ranks[slow].output)}"
+
+
 def last_error(output: str) -> str:
     """The last line of a rank's output that names an error, else its last one."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -213,8 +255,12 @@ def _doctor(report: Report, count: int) -> None:
             str(script),
             "--json=-",
             f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
+            f"--master_port={free_port()}",
+            f"--timeout_seconds={DOCTOR_SECONDS:.0f}",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 20)
+        if not done.stdout.strip():
+            raise UserError(last_error(done.stderr))
         found = json.loads(done.stdout)
         for problem in found["findings"]:
             status = "fail" if problem["level"] == "error" else "warn"
