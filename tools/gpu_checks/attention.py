@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_checks.package import Route, attention_routes, compute_dtype, is_taken, takes_documents
+from gpu_checks.package import (
+    Route,
+    attention_obstacles,
+    attention_routes,
+    compute_dtype,
+    is_taken,
+    takes_documents,
+)
 from gpu_checks.records import ERROR_FIX, CheckOptions, Report, error_line
 from megatron_tiedlora.training.throughput import timed
 
@@ -50,6 +57,8 @@ def check(report: Report, options: CheckOptions) -> None:
     _control(report, device)
     dtypes = (torch.bfloat16, torch.float32) if options.on_gpu else (torch.float32,)
     for dtype in dtypes:
+        for name, obstacle in attention_obstacles(device, dtype, TIMED[-1]).items():
+            report.skip(f"{name}, {str(dtype).removeprefix('torch.')}", f"it {obstacle}")
         for case in CASES:
             for name, route in attention_routes(device, dtype, case.head_dim).items():
                 for lengths in ((sum(LENGTHS),), LENGTHS):

@@ -12,6 +12,7 @@ from typing import Any
 from gpu_checks.records import Check, Value
 
 _WIDTH = 118
+_NAMED = 3  # findings before each piece of advice
 _COLUMNS = ("part", "check", "status", "value", "expected")
 
 
@@ -68,10 +69,19 @@ def to_markdown(checks: Sequence[Check], about: Mapping[str, Any]) -> list[str]:
     for check in checks:
         cells = [check.part, check.name, check.status, shown_value(check.value, check.unit), check.expected]
         lines.append(f"| {' | '.join(map(_cell, [*cells, f'{check.seconds:.1f}', check.why]))} |")
-    wrong = [check for check in checks if check.fix]
+    wrong: dict[str, list[str]] = {}
+    for check in checks:
+        if check.fix:
+            wrong.setdefault(check.fix, []).append(f"{check.part}: {check.name}")
     if wrong:
-        lines += ["", "## What to do", "", *(f"- **{check.part}: {check.name}**: {check.fix}" for check in wrong)]
+        lines += ["", "## What to do", "", *(f"- {_named(names)}: {fix}" for fix, names in wrong.items())]
     return lines
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first findings that one piece of advice is about, and how many there are besides."""
+    more = len(names) - _NAMED
+    return ", ".join(f"**{name}**" for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell(text: str) -> str:

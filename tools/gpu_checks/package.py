@@ -28,6 +28,7 @@ from megatron_tiedlora.model.fused_attention import (
     one_by_one,
 )
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.pipeline.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.memory_plan import stage_memory
 from megatron_tiedlora.training.plan import RunPlan
@@ -71,18 +72,24 @@ def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:
-    """By name, every way that attention can go on the device; the first is the package's choice.
-
-    A route that does not run here raises when it is called.
-    """
+    """By name, every way that attention can go on the device; the first is the package's choice."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
     routes = {CHOSEN: _within(chosen.attend), ONE_BY_ONE: _within(one_by_one)}
     for candidate in CANDIDATES:
-        if candidate.name != chosen.name:
-            routes[candidate.name] = _of_candidate(candidate, device, dtype, head_dim)
+        if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
+            routes[candidate.name] = _of_candidate(candidate)
     return {**routes, CUDNN: _by_cudnn}
+
+
+def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """By name, the kernels that cannot run on the device, and why, in words that follow `it`."""
+    if device.type == "cpu":
+        return {}
+    capability = torch.cuda.get_device_capability(device)
+    found = {candidate.name: candidate.obstacle(capability, dtype, head_dim) for candidate in CANDIDATES}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
 def is_taken(name: str) -> bool:
@@ -109,16 +116,13 @@ def _within(attend: Attend) -> Route:
     return route
 
 
-def _of_candidate(candidate: Candidate, device: torch.device, dtype: torch.dtype, head_dim: int) -> Route:
-    """A kernel that the package passes over here, or never comes to."""
-    obstacle = candidate.obstacle(torch.cuda.get_device_capability(device), dtype, head_dim)
-    if obstacle is None:
-        return _within(candidate.make(False))
+def _of_candidate(candidate: Candidate) -> Route:
+    """A kernel that the package does not come to here, or whose library fails, which shows when it is called."""
 
-    def raises(*_: Any) -> torch.Tensor:
-        raise UserError(f"it {obstacle}")
+    def route(*heads: Any) -> torch.Tensor:
+        return _within(candidate.make(False))(*heads)
 
-    return raises
+    return route
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -129,6 +133,11 @@ def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: 
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
     return mixed.transpose(1, 2).flatten(2)
+
+
+def training_device() -> torch.device:
+    """The device as a run has it: with a process group of one rank, and PyTorch's settings for matmuls."""
+    return join_process_group(1.0, expected_ranks=1)
 
 
 def kernels_for(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> Kernels:
