@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import check_gpu
+import psutil
 import pytest
 import torch
-from gpu_checks import attention, children, correct, host, output, records
-from gpu_checks.package import CHOSEN, attention_routes, small_config
+from gpu_checks import attention, child, children, correct, env, host, output, records
+from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_config
 from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from run_helpers import ENVIRONMENT
+
+from megatron_tiedlora.pipeline import launch_env
 
 TOOL = Path(check_gpu.__file__)
 CPU = torch.device("cpu")
@@ -72,6 +76,8 @@ def test_the_files_hold_every_finding_and_what_to_do() -> None:
     assert json.loads(json.dumps(found, allow_nan=False))["checks"][1]["value"] == "nan"
     page = "\n".join(output.to_markdown(checks, {"model": "m"}))
     assert "| a | good\\|bad | pass | 0.5 ms |" in page and "- **a: no number**: mend it" in page
+    many = [Check("a", f"number {number}", "warn", fix="mend it") for number in range(5)]
+    assert "**a: number 2** and 2 more: mend it" in output.to_markdown(many, {})[-1]
     told: list[str] = []
     assert "-> mend it" in output.check_lines(checks[1], told)[-1]
     assert "-> mend it" not in "\n".join(output.check_lines(checks[1], told)), "not twice in a row"
@@ -114,6 +120,69 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
         time.sleep(0.05)
 
 
+def test_a_part_that_finds_nothing_is_a_failure(tmp_path: Path) -> None:
+    (end,) = run("print('nothing to do')", tmp_path)
+    assert (end.status, end.why) == ("fail", "ended without a finding; its last line: nothing to do")
+
+
+def test_a_part_that_cannot_be_killed_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process inside a driver that does not come back: here the signals do not reach it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Deaf(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            started.append(self)
+
+        def terminate(self) -> None:
+            pass
+
+    monkeypatch.setattr(children.subprocess, "Popen", Deaf)
+    monkeypatch.setattr(children.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(children, "_LAST_SECONDS", 0.2)
+    try:
+        (end,) = run("print('here', flush=True); import time; time.sleep(100)", tmp_path, seconds=2.0)
+    finally:
+        started[0].kill()
+        started[0].wait()
+    assert end.name == "time limit" and end.fix == children.STUCK_FIX and "its last line: here" in end.why
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) -> None:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TOOL.parents[1])}
+    words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "correct.jsonl").exists():
+            assert time.monotonic() < deadline and command.poll() is None
+            time.sleep(0.05)
+        (part,) = psutil.Process(command.pid).children()
+        command.send_signal(number)
+        assert command.wait(30) == status
+    deadline = time.monotonic() + 10
+    while _runs(part.pid):
+        assert time.monotonic() < deadline, "the part holds the device"
+        time.sleep(0.05)
+
+
+def test_a_part_is_a_world_of_one_whatever_is_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    around = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "pod-0",
+        "SLURM_JOB_NODELIST": "n[1-4]",
+        "TORCHELASTIC_MAX_RESTARTS": "2",
+        launch_env.EXPECTED_RANKS: "8",
+        "HOME": "/root",
+    }
+    monkeypatch.setattr(os, "environ", around)
+    child._be_alone()
+    assert launch_env.rank_and_world_size() == (0, 1)
+    assert around["MASTER_ADDR"] == "127.0.0.1" and around["HOME"] == "/root"
+    assert not any(name.startswith(("SLURM", "TORCHELASTIC")) for name in around)
+
+
 def _runs(pid: int) -> bool:
     state = Path(f"/proc/{pid}/stat")
     return state.exists() and state.read_text().split(")")[1].split()[0] != "Z"
@@ -135,10 +204,21 @@ def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
     assert "| env | torch | pass |" in (tmp_path / "report.md").read_text()
 
 
+def test_a_gpu_that_ranks_would_not_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert "DS_ACCELERATOR is cpu" in (env.why_no_gpu() or "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert env.why_no_gpu() is None
+
+
 @pytest.mark.parametrize(("flags", "said"), [(["--parts=speed,fast"], "fast"), (["--minutes=0"], "more than 0")])
-def test_wrong_flags_are_refused(flags: list[str], said: str, tmp_path: Path) -> None:
+def test_wrong_flags_are_rejected(flags: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(check_gpu.UserError, match=said):
         check_gpu.main([f"--output={tmp_path}", *flags])
+    (tmp_path / "file").touch()
+    with pytest.raises(check_gpu.UserError, match="give a folder"):
+        check_gpu.main([f"--output={tmp_path / 'file'}"])
 
 
 @pytest.mark.parametrize(("status", "expected"), [("fail", 1), ("warn", 0), ("skip", 0)])
@@ -157,10 +237,21 @@ def test_a_failure_decides_the_exit_status(
 
 
 def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
-    assert sum(check_gpu.SHARES.values()) <= 480
+    assert sum(check_gpu.part_limits(list(check_gpu.SHARES), None, num_gpus=1).values()) == 480
+    assert sum(check_gpu.part_limits(list(check_gpu.SHARES), None, num_gpus=8).values()) == 720
+    assert check_gpu.part_limits(["ranks"], None, num_gpus=1) == {"ranks": 480}
+    some = check_gpu.part_limits(["env", "ranks"], 3.0, num_gpus=0)
+    assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
     for part in check_gpu.SHARES:
         assert (TOOL.parent / "gpu_checks" / f"{part}.py").exists()
         assert f"\n    {part} " in (check_gpu.__doc__ or "")
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.5, "warn"), (0.7, "pass"), (1.05, "pass"), (60.0, "fail")])
+def test_a_device_that_is_too_fast_has_computed_nothing(share: float, status: str) -> None:
+    report = Report("env")
+    env._matmul_ceiling(report, share * 989e12, 989e12)
+    assert [check.status for check in report.checks] == [status]
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -210,6 +301,13 @@ def test_a_kernel_that_is_not_taken_may_fail() -> None:
         assert [check.status for check in report.checks] == [status]
 
 
+def test_kernels_that_are_not_here_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    found = attention_obstacles(torch.device("cuda"), torch.float32, 128)
+    assert found["PyTorch's flash kernel"] == "has no float32"
+    assert "PyTorch's memory-efficient kernel" not in found
+
+
 # The model ------------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +341,16 @@ def test_what_is_left_out_is_seen(judge: correct.Judge, monkeypatch: pytest.Monk
     correct.compare_bf16(report, "bf16", judge, dict.fromkeys(["loss", "dA", "dB", "du", "dv"], 0.05), wrong)
     assert report.checks[0].status == "fail"
     assert judge.errors(correct.Answer(answer.loss, {}))["dA"] == float("inf")
+
+
+def test_a_wrong_plain_pytorch_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bf16 itself is wrong the package is as wrong, and within twice of it."""
+    monkeypatch.setattr(correct.Judge, "errors", lambda *_: {"loss": 0.0, "dA": 1.0})
+    report = Report("correct")
+    correct.forms(report, "small", small_config(vocab=321), CPU, all_forms=False)
+    plain, *others = report.checks
+    assert plain.status == "fail" and plain.fix == correct.PLAIN_FIX
+    assert [check.status for check in others] == ["pass"] * 3
 
 
 def test_waits_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,8 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
     with rank_orders.started_ranks(RankOrder((), str(tmp_path), str(tmp_path), "m", "cpu"), 2) as started:
         assert not rank_orders.wait_for_ranks(started, 30)
         assert started[0].process.returncode == 3 and "here" in started[0].output
+        assert ranks.why_not_ended(started, 30) == "here"
+        assert ranks.why_not_ended(started[1:], 30).startswith("not there after 30 s; the last line of rank 0: ")
     assert started[1].process.returncode == -9
 
 
