@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import bench_layout
 import check_gpu
@@ -61,6 +64,34 @@ def test_ranks_that_compute_something_else_are_seen(tmp_path: Path) -> None:
     report = Report("ranks")
     ranks.compare(report, "x", Case(), tmp_path / "refused", one, order)
     assert [(check.status, check.why) for check in report.checks] == [("fail", "UserError: it does not fit")]
+
+
+def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[int, RankOrder]] = []
+    limits: list[float] = []
+
+    @contextmanager
+    def started_ranks(order: RankOrder, world_size: int, **_: str) -> Iterator[list[rank_orders.Rank]]:
+        starts.append((world_size, order))
+        yield []
+
+    def wait_for_ranks(_: Any, limit: float) -> bool:
+        limits.append(limit)
+        return True
+
+    monkeypatch.setattr(ranks, "started_ranks", started_ranks)
+    monkeypatch.setattr(ranks, "wait_for_ranks", wait_for_ranks)
+    order = RankOrder((), str(tmp_path), str(tmp_path), "m", "cuda")
+    report = Report("ranks")
+    ranks.check_layouts(report, order, 8, {}, left=lambda share: 100 * share)
+    (size, alone), *others = starts
+    assert size == 1 and [case.dtype for case in alone.cases] == ["fp32", "bf16"]
+    done = {some.first + number: case for _, some in others for number, case in enumerate(some.cases)}
+    assert [done[number] for number in range(len(done))] == list(ranks.cases_of(8, "cuda"))
+    assert limits == pytest.approx([25, 75 / 3, 75 / 2, 75])
+    assert {check.why for check in report.checks} == {"it did not come to its end"}, "nothing was left, nothing passes"
 
 
 def test_the_line_that_names_the_dead_rank() -> None:

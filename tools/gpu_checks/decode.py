@@ -23,10 +23,13 @@ from megatron_tiedlora.pipeline.stage import Stage
 
 LENGTHS = (3, 17, 40, 41)  # of the prompts whose tokens are compared
 NEW_TOKENS = 24
-BATCHES, PROMPT, TIMED_TOKENS = (1, 16), 128, 32
+BATCHES, PROMPTS, WARM_UP, TIMED_TOKENS = (1, 16), (128, 200), 64, 32
 MOST_REPEATED = 1.5  # time of a first answer per that of a second of the same lengths
 TOKENS_FIX = "decoding is wrong here, so scores are: look at part attention, and report the versions of part env"
-PLAN_FIX = "a plan is built for every length of the cache, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1"
+PLAN_FIX = (
+    "a plan is built for every length of the cache, as cuDNN does: see in part env that TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    " is 1, which the package sets where it is not set"
+)
 
 
 def check(report: Report, options: CheckOptions) -> None:
@@ -82,13 +85,20 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
     report.tell("weights", base / 1e9, "GB", why=f"{layers} layers of {options.model}; each token reads them once")
     for batch in BATCHES:
         # First with other lengths: a kernel's own first call is not what a new length costs.
-        answers(stage, config, prompts_of([PROMPT // 2] * batch, config.vocab_size), TIMED_TOKENS // 2)
-        prompts = prompts_of([PROMPT] * batch, config.vocab_size)
-        first, again = (_seconds(stage, config, prompts) for _ in range(2))
+        answers(stage, config, prompts_of([WARM_UP] * batch, config.vocab_size), TIMED_TOKENS)
+        ratios = []
+        for length in PROMPTS:
+            prompts = prompts_of([length] * batch, config.vocab_size)
+            first, again = (_seconds(stage, config, prompts) for _ in range(2))
+            ratios.append(first / again)
         report.tell(f"batch {batch}: a token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included")
         report.tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         report.at_most(
-            f"batch {batch}: first answer per second one", first / again, MOST_REPEATED, fix=PLAN_FIX, otherwise="warn"
+            f"batch {batch}: first answer per second one",
+            min(ratios),  # a plan costs at every length, what else the host does does not
+            MOST_REPEATED,
+            fix=PLAN_FIX,
+            otherwise="warn",
         )
     del stage
     release()

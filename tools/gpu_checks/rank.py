@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     rank, world_size = rank_and_world_size()
     if order.endless:
         return run_endless(order, rank, world_size)
-    for number, case in enumerate(order.cases):
+    for number, case in enumerate(order.cases, start=order.first):
         folder = Path(order.folder, f"{world_size}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -43,6 +43,7 @@ class RankOrder:
         folder: for what they compute.
         logs: folder for what they print.
         model: a folder with a small model.
+        first: number of the first case, by which the folders of all are named.
         samples: of a step, on all ranks together.
         endless: take steps of the first case until a rank is gone; each leaves a file once `steps` are done.
     """
@@ -52,6 +53,7 @@ class RankOrder:
     logs: str
     model: str
     device: str
+    first: int = 0
     steps: int = 3
     samples: int = 16
     length: int = 64
@@ -95,7 +97,7 @@ def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterat
                 **{name: str(value) for name, value in place.items()},
                 **variables,
             }
-            kind = "killed" if order.endless else "layouts"
+            kind = "killed" if order.endless else f"layouts-{order.first}"
             log = Path(order.logs, f"ranks-{kind}-{rank}-of-{world_size}.log")
             with log.open("wb") as output:
                 process = subprocess.Popen(
