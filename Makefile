@@ -29,7 +29,7 @@ help:  ## show this list
 	@echo "make test     run the whole test suite"
 	@echo "make lint     ruff and mypy"
 	@echo "make demo     prepare the demo model only"
-	@echo "make check-gpu          what this machine's GPUs can do, in 8 minutes (docs/gpu.md); ARGS as for tools/check_gpu.py"
+	@echo "make check-gpu          what this machine's GPUs can do (docs/gpu.md), in 8 minutes, 12 on several; ARGS as for tools/check_gpu.py"
 	@echo "make check-gpu-offline  pack that into build/check_gpu, for a machine with Python, torch and numpy alone"
 	@echo "make clean    remove .venv and caches; runs and the demo model stay"
 	@echo

@@ -9,8 +9,8 @@
     correct    losses and gradients of the model against plain PyTorch in fp64, packed, compiled, recomputed; ZeRO 0-3
     speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
     memory     allocated and reserved memory beside what --dry_run plans; rows of many lengths
-    host       launches and waits of a micro-batch, and below how many tokens the GPU waits for Python
-    decode     greedy decoding: the same tokens as without a cache, milliseconds a token
+    host       launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
+    decode     greedy decoding: the same tokens as without a cache, milliseconds per token
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
 Each part runs in a process of its own with a time limit. --output gets report.json, report.md and the output of each

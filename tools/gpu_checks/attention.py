@@ -124,7 +124,7 @@ def worst_of(errors: Mapping[str, float]) -> str:
 
 @contextmanager
 def optional(report: Report, name: str, label: str) -> Iterator[None]:
-    """A kernel that the package does not take may lack these shapes, or fail: that is told, and is no failure."""
+    """A kernel that the package does not take may lack these shapes, or fail: that is reported as skipped."""
     try:
         yield
     except Exception as error:
@@ -159,8 +159,8 @@ def plain_attention(
     assert ids is not None
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    places = torch.arange(length)
-    sees = (ids[:, :, None] == ids[:, None, :]) & (places[:, None] >= places)
+    positions = torch.arange(length)
+    sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)

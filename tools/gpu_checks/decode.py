@@ -1,4 +1,4 @@
-"""Part decode: greedy decoding with a cache gives the tokens that the whole model gives, and its time a token."""
+"""Part decode: greedy decoding with a cache gives the tokens that the whole model gives, and its time per token."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
             prompts = prompts_of([length] * batch, config.vocab_size)
             first, again = (_seconds(stage, config, prompts) for _ in range(2))
             ratios.append(first / again)
-        report.tell(f"batch {batch}: a token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included")
+        report.tell(
+            f"batch {batch}: time per token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included"
+        )
         report.tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         report.at_most(
             f"batch {batch}: first answer per second one",

@@ -21,7 +21,7 @@ OLDEST_TORCH = (2, 6)
 PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")
 # Variables that change what runs or how a failure shows, by their first letters.
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
-SIZE, COPIED = 8192, 2**30  # of the product, and bytes of the copy
+SIZE, COPIED = 8192, 2**30  # of the matmul, and bytes of the copy
 HEAD_DIM = 128
 # Of a data sheet's matmul FLOP/s, and TB/s of a copy: what is faster than any device has computed nothing.
 GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40.0

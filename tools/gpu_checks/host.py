@@ -1,4 +1,4 @@
-"""Part host: what a micro-batch asks of the host: launches, waits, and below how many tokens the GPU waits for it."""
+"""Part host: launches and waits per micro-batch, and up to how many tokens the GPU waits for the host."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> No
     floor = min(taken.values())
     for length, seconds in taken.items():
         report.tell(f"{name}: micro-batch of {length:,} tokens", 1e3 * seconds, "ms", why=f"{layers} layers")
-    report.tell(f"{name}: host, at least", 1e3 * floor / layers, "ms a layer and micro-batch")
+    report.tell(f"{name}: host, at least", 1e3 * floor / layers, "ms per layer and micro-batch")
     bound = [length for length, seconds in taken.items() if seconds <= BOUND * floor]
     report.tell(
         f"{name}: the GPU waits for the host up to",
         max(bound),
-        "tokens a micro-batch",
+        "tokens per micro-batch",
         why="give micro-batches of more tokens (--packing, --max_length, --micro_batch_size)",
     )
 
@@ -100,7 +100,7 @@ def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, lay
     run.trainer.runner.engine.step()
     if launches:
         report.tell(
-            f"{name}: launches a layer and micro-batch", launches / number / layers, why="with head and embedding"
+            f"{name}: launches per layer and micro-batch", launches / number / layers, why="with head and embedding"
         )
     else:
         report.skip(f"{name}: launches", "torch's profiler has seen no launch; CUPTI may not be allowed here")

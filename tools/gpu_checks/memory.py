@@ -10,7 +10,7 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
 
 GB = 1e9
-# Of planned: a run that needs more was called fine by the dry run, one that needs less was refused for nothing.
+# Relative to the plan: the dry run accepts a run that needs more, and rejects one that needs less for nothing.
 CLOSE, TOO_MUCH = 0.07, 1.15
 RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more where less is kept
 LENGTH, MOST_LAYERS = 4096, 8

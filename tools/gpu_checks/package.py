@@ -129,10 +129,10 @@ def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: 
     """What PyTorch itself would take on Hopper, for comparison; the package keeps it out."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        mixed = functional.scaled_dot_product_attention(
+        output = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
-    return mixed.transpose(1, 2).flatten(2)
+    return output.transpose(1, 2).flatten(2)
 
 
 def training_device() -> torch.device:

@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             run_case(case, order, rank, world_size, folder)
-        except UserError as error:  # raised on every rank, so that all go on to the next case
+        except UserError as error:  # raised on every rank, so that all continue with the next case
             (folder / f"error{rank}").write_text(str(error))
         except Exception:
             (folder / f"error{rank}").write_text(traceback.format_exc())

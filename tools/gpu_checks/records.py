@@ -117,7 +117,7 @@ class Report:
 
     @contextmanager
     def attempt(self, name: str, *, fix: str = ERROR_FIX) -> Iterator[None]:
-        """Let an error in the block be a failure of `name`, in one line, after which the part goes on.
+        """Let an error in the block be a failure of `name`, in one line, after which the part continues.
 
         Raises:
             PartOver: the error has broken the device for this process.

@@ -84,9 +84,9 @@ def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
 def _attention(shape: Shape, weights: Tensors, factors: Tensors, hidden: torch.Tensor) -> torch.Tensor:
     normed = _norm(hidden, weights["attention.qkv.norm"], shape.norm_eps)
     cast = {name: tensor.to(hidden.dtype) for name, tensor in factors.items()}
-    low = normed @ cast["A"].t()
-    low = low * cast["u"] if "u" in cast else low
-    update = low @ cast["B"].t()
+    ax = normed @ cast["A"].t()
+    ax = ax * cast["u"] if "u" in cast else ax
+    update = ax @ cast["B"].t()
     update = update * cast["v"] if "v" in cast else update
     fused = normed @ weights["attention.qkv.weight"].t() + shape.scale * update
     length, width = hidden.shape[0], shape.head_dim
@@ -98,8 +98,8 @@ def _attention(shape: Shape, weights: Tensors, factors: Tensors, hidden: torch.T
     scores = _wide(query @ key.transpose(1, 2)) / width**0.5
     hides = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
     weights_of_keys = scores.masked_fill(hides, float("-inf")).softmax(-1).to(hidden.dtype)
-    mixed = (weights_of_keys @ value).transpose(0, 1).reshape(length, -1)
-    return mixed @ weights["attention.output.weight"].t()
+    output = (weights_of_keys @ value).transpose(0, 1).reshape(length, -1)
+    return output @ weights["attention.output.weight"].t()
 
 
 def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:

@@ -68,14 +68,14 @@ def tell(report: Report, name: str, figures: dict[str, Any]) -> None:
     total = sum(spent.values())
     if total:
         shares = ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken)
-        report.tell(f"{name}: the GPU's time", 1e3 * total / figures["micro_batches"], "ms a micro-batch", why=shares)
+        report.tell(f"{name}: the GPU's time", 1e3 * total / figures["micro_batches"], "ms per micro-batch", why=shares)
         report.tell(f"{name}: GPU at work", total / seconds, why="its kernels' time per time of a step; 1 is all of it")
     else:
         report.skip(f"{name}: the GPU's time", "torch's profiler has seen no kernel; CUPTI may not be allowed here")
 
 
 def _compare(report: Report, reports: dict[str, dict[str, Any]]) -> None:
-    """Forms beside the first, by seconds a token."""
+    """Forms beside the first, by seconds per token."""
     first = next(iter(FORMS))
     if first not in reports:
         return
@@ -83,6 +83,8 @@ def _compare(report: Report, reports: dict[str, dict[str, Any]]) -> None:
     for name in reports:
         ratio = per_token[name] / per_token[first]
         if name == "20 documents a row":
-            report.at_most(f"{name}: time a token per {first}", ratio, MOST_PACKED, fix=PACKED_FIX, otherwise="warn")
+            report.at_most(
+                f"{name}: time per token, relative to {first}", ratio, MOST_PACKED, fix=PACKED_FIX, otherwise="warn"
+            )
         elif name != first:
-            report.tell(f"{name}: time a token per {first}", ratio)
+            report.tell(f"{name}: time per token, relative to {first}", ratio)
