@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from run_files import assert_same_run
 from run_helpers import Base, run, write_base
 
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.errors import UserError
@@ -115,7 +117,7 @@ def test_defaults_on_cpus_are_as_they_were() -> None:
 
 @pytest.mark.parametrize(
     ("recompute", "rows", "length", "compiled", "eager"),
-    [  # GB that PyTorch's allocator gave out in a step of llama2-7b, torch 2.11, counted without a GPU
+    [  # GB that PyTorch's allocator gave out in a step, torch 2.11: `python tests/null_gpu/null_gpu_figures.py planned`
         ("full", 8, 4096, 27.10, 27.38),
         ("selective", 4, 4096, 41.34, 41.61),
         ("none", 2, 2048, 26.09, 26.36),
@@ -131,6 +133,64 @@ def test_planned_memory_is_what_a_step_allocates(
         memory = memory_plan.stage_memory(found, stage, tokens=rows * length)
         assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.012)
         assert memory.total - memory.allocated == memory_plan.CONTEXT_BYTES  # one rank sends nothing
+
+
+def blocks_of_7b(num_blocks: int, *flags: str, ranks: int = 1) -> RunPlan:
+    """The plan of a shorter llama2-7b, compiled, on GPUs."""
+    settings = parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu", "--compile=true", *flags])
+    found = find_model("llama2-7b")
+    source = replace(found, config=replace(found.config, num_layers=num_blocks))
+    return plan_run(settings, rank=0, world_size=ranks, source=source)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "flags", "documents", "measured"),
+    [  # GB, as above; micro-batches of 4,096 tokens
+        (8, ("--recompute=none",), 1, 7.20),
+        (8, ("--recompute=none",), 128, 7.19),
+        (8, ("--recompute=none",), 256, 7.463),
+        (8, ("--recompute=full",), 256, 5.022),
+        (8, ("--recompute=selective",), 256, 6.200),
+        (4, ("--dtype=fp32",), 256, 7.968),
+    ],
+)
+def test_planned_memory_of_many_documents(
+    num_blocks: int, flags: tuple[str, ...], documents: int, measured: float
+) -> None:
+    """Attention's workspace is what a step needs most of from documents of about 20 tokens on."""
+    found = blocks_of_7b(num_blocks, "--ds_config=zero1.json", *flags)
+    (stage,) = plan_stages(found)
+    memory = memory_plan.stage_memory(found, stage, tokens=4096, documents=documents, longest=4096 // documents)
+    assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.016)
+
+
+def test_attention_in_fp32_keeps_rows_as_long_as_the_longest_document() -> None:
+    found = blocks_of_7b(2, "--dtype=fp32")
+    even, uneven = (
+        memory_plan.AttentionMemory(found, tokens=4096, documents=64, longest=longest) for longest in (64, 2048)
+    )
+    assert even.kept == 0 and uneven.kept == 4 * 32 * (64 * 2048 - 4096)
+    assert uneven.backward - even.backward == 4 * 4096 * (64 * 2048 - 4096)
+
+
+def test_sums_in_one_order_take_more_workspace() -> None:
+    """A copy of the fp32 gradient of the queries for each part of the keys: 132 multiprocessors over 32 heads."""
+    plain, ordered = (
+        memory_plan.AttentionMemory(blocks_of_7b(2, *flags), tokens=4096, documents=1, longest=4096).backward
+        for flags in ((), ("--deterministic",))
+    )
+    assert ordered - plain == 4 * 4 * 32 * (4096 + 128) * 128
+
+
+def test_weights_that_zero_3_gathers_are_planned() -> None:
+    """GB, as above: 4 blocks are gathered whole, of 12 a thousand million numbers and a weight."""
+    for num_blocks, measured in ((4, 3.420), (12, 5.328)):
+        found = blocks_of_7b(num_blocks, "--ds_config=zero3.json", ranks=8)
+        (stage,) = plan_stages(found)
+        memory = memory_plan.stage_memory(found, stage, tokens=2048)
+        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.03)
+    alone = blocks_of_7b(4, "--ds_config=zero3.json")
+    assert memory_plan.gathered_bytes(alone, plan_stages(alone)[0]) == 0  # measured: 3.137, planned 3.148
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Bytes that a rank of each stage needs, by what they are for: arithmetic on shapes.
 
 Activations are in_flight x tokens x blocks with a backward pass x bytes that a block keeps for each token, less for the
-last block, and what one of them holds for a moment. What DeepSpeed's engines keep beside is counted apart (hidden states
-of a pipeline, gathered weights of ZeRO-3), and so is what a GPU's libraries take without PyTorch's knowledge.
+last block, and what one of them holds for a moment. What DeepSpeed's engines keep beside is counted apart (hidden
+states of a pipeline, gathered weights of ZeRO-3), and so is what a GPU's libraries take without PyTorch's knowledge.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def _factor_bytes(plan: RunPlan, stage: StagePlan) -> int:
 class AttentionMemory:
     """What attention's kernel on a GPU needs beside its arguments and result, by how many documents there are.
 
-    It is counted for PyTorch's own kernels, of which flash_attn's needs the same: flash in 16 bits, the memory-efficient
-    one in fp32. A CPU goes by blocks of queries, whose scores are small.
+    Counted for PyTorch's own kernels (2.11): flash in 16 bits, and flash_attn's is alike; the memory-efficient one in
+    fp32. A CPU goes by blocks of queries, whose scores are small.
 
     Attributes:
         kept: of a block from its forward to its backward pass, beside one fp32 number a token and head.

@@ -23,11 +23,14 @@ from typing import Any
 
 RANK = Path(__file__).with_name("null_gpu_rank.py")
 ROOT = Path(__file__).parents[2]
-RECOMPUTES = ("none", "selective", "full")
 SEVENTY = {"model": "llama2-70b", "num_layers": 8, "tensor_parallel": 8, "zero": "zero1.json"}
 TWO_STAGES = {**SEVENTY, "pipeline_parallel": 2, "world_size": 16}
-# Whose memory the plan is held to: rows and length for each --recompute, so that an 80 GB card is about half full.
-SHAPES = {"none": (2, 2048), "selective": (4, 4096), "full": (8, 4096)}
+# Whose memory the plan is held to, for each --recompute: an 80 GB card is about half full.
+SHAPES: dict[str, dict[str, Any]] = {
+    "none": {"recompute": "none", "rows": 2, "lengths": [2048, 2048]},
+    "selective": {"recompute": "selective", "rows": 4, "lengths": [4096, 4096]},
+    "full": {"recompute": "full", "rows": 8, "lengths": [4096, 4096]},
+}
 
 FOUR = {**SEVENTY, "num_layers": 4, "world_size": 8, "lengths": [4096, 4096]}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -149,14 +152,9 @@ def _planned_to_allocated(**order: Any) -> float:
     return found["planned"] / found["allocated"]
 
 
-def _shape(recompute: str) -> dict[str, Any]:
-    rows, length = SHAPES[recompute]
-    return {"recompute": recompute, "rows": rows, "lengths": [length, length]}
-
-
 def _compiled_again() -> float:
     again = 0
-    for recompute in RECOMPUTES:
+    for recompute in SHAPES:
         found = run_rank(
             measure="compile", num_layers=2, compile="true", recompute=recompute, rows=2, lengths=[100, 2000], steps=12
         )
@@ -225,12 +223,12 @@ FIGURES = [
     *(
         Figure(
             f"planned to allocated bytes, 7B, recompute {recompute}, {word}",
-            lambda order=_shape(recompute), compile=compile: _planned_to_allocated(compile=compile, **order),  # type: ignore[misc]
+            lambda order=order, compile=compile: _planned_to_allocated(compile=compile, **order),  # type: ignore[misc]
             1.07,
             0.93,
             2,
         )
-        for recompute in RECOMPUTES
+        for recompute, order in SHAPES.items()
         for compile, word in (("false", "not compiled"), ("true", "compiled"))
     ),
     *(
