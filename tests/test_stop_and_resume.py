@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from functools import partial
@@ -9,7 +10,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_files import assert_same_run, checkpoint_names, files_of, has_step, losses, metrics, run_settings, status
+import yaml
+from run_files import (
+    assert_same_run,
+    checkpoint_names,
+    edit_json,
+    files_of,
+    has_step,
+    losses,
+    metrics,
+    run_settings,
+    status,
+)
 from run_helpers import (
     Base,
     deepspeed_command,
@@ -118,6 +130,33 @@ def test_resume_of_a_run_with_one_sample_a_row(base: Base, tmp_path: Path, two_r
         assert found == pytest.approx(expected, rel=1e-5)
     ended = run(base, folder, ranks=2, resume="auto")
     assert f"{folder}, resumed from step 10\n" in ended.outputs[0]
+
+
+LATER_SETTINGS = {"plan_for", "deterministic"}
+LIKE_A_LATER_SETTING = {"init_std_a"}  # one that a resumed run must not change
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_resume_of_an_earlier_version_s_checkpoint(
+    base: Base, tmp_path: Path, two_ranks: tuple[Path, Path], deterministic: bool
+) -> None:
+    """Neither the checkpoint nor run.yaml names a setting that came later: this start's value holds, and is saved."""
+    whole, stopped = two_ranks
+    folder, later = copy_run(stopped, tmp_path / "run"), LATER_SETTINGS | LIKE_A_LATER_SETTING
+    for file in folder.glob("checkpoints/step_*/trainer_state.json"):
+        settings = json.loads(file.read_text())["settings"]
+        assert later <= set(settings)
+        edit_json(file, settings={name: value for name, value in settings.items() if name not in later})
+    settings = run_settings(folder)
+    assert later <= set(settings)
+    earlier = tmp_path / "run.yaml"
+    earlier.write_text(yaml.safe_dump({name: value for name, value in settings.items() if name not in later}))
+    shutil.copyfile(earlier, folder / "run.yaml")
+    run(base, folder, ranks=2, resume="auto", config=earlier, deterministic=deterministic or None)
+    assert_same_run(folder, whole)
+    saved = json.loads((folder / "checkpoints" / "step_10" / "trainer_state.json").read_text())["settings"]
+    expected = {**run_settings(whole), "deterministic": deterministic}
+    assert {name: saved[name] for name in later} == {name: expected[name] for name in later}
 
 
 # Signals ----------------------------------------------------------------------------------------------------------
