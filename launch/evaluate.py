@@ -78,7 +78,8 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         progress=is_main,
     )
     if is_main:
-        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut))
+        attention = stage.attention.route(device, plan.dtype)
+        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.config),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from native_files import with_adapter, write_native
 from run_helpers import write_rows
@@ -19,10 +20,12 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.evaluation.held_out import read_held_out
 from megatron_tiedlora.evaluation.plan import plan_evaluation
+from megatron_tiedlora.model.fused_attention import choose_attention
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.run_data import prepare_data
 
 NUM_ROWS = 7
+ROUTE = choose_attention(torch.device("cpu"), torch.float32, 8)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(mod
     assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
     num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
     assert 0 < num_cut == scored.num_cut < NUM_ROWS
-    assert f"{num_cut} of them without their middle" in plan.headline(NUM_ROWS, scored.num_cut)[1]
+    lines = plan.headline(NUM_ROWS, scored.num_cut, ROUTE)
+    assert f"{num_cut} of them without their middle" in lines[1]
+    assert lines[-1] == "attention  blocks of queries (a CPU)"
 
     demo = validate_settings({"model": str(models.base), "task": "demo"}, EvaluateSettings)
     plan = plan_evaluation(demo, rank=0, world_size=1)
@@ -99,7 +104,7 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
     }.items():
         plan = plan_evaluation(validate_settings({**rows, **chosen}, EvaluateSettings), rank=0, world_size=1)
         notes[name] = plan.notes
-        assert sum(line.startswith("note") for line in plan.headline(1, 0)) == len(plan.notes)
+        assert sum(line.startswith("note") for line in plan.headline(1, 0, ROUTE)) == len(plan.notes)
     assert notes["same"] == notes["given"] == notes["peft_same"] == ()
     assert "--prompt_template Q: {prompt}" in notes["template"][0] and len(notes["template"]) == 1
     assert "someone/other" in notes["peft"][0] and len(notes["peft"]) == 1

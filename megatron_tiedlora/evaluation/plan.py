@@ -23,6 +23,7 @@ from megatron_tiedlora.config.paths import last_name, user_path
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
+from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.pipeline.layout import check_model_layout
 from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
@@ -70,8 +71,14 @@ class EvaluationPlan:
         model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
-    def headline(self, num_samples: int, num_cut: int) -> list[str]:
-        """What is evaluated, in a few lines, before its progress bar; `num_cut` prompts do not fit whole."""
+    def headline(self, num_samples: int, num_cut: int, attention: AttentionRoute) -> list[str]:
+        """What is evaluated, in a few lines, before its progress bar.
+
+        Args:
+            num_samples: that are decoded.
+            num_cut: of them have prompts that do not fit whole.
+            attention: what computes the attention of prompts.
+        """
         settings, grid = self.settings, self.grid
         adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
@@ -81,6 +88,7 @@ class EvaluationPlan:
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
+            f"attention  {attention}",
             *(f"note       {note}" for note in self.notes),
         ]
 
