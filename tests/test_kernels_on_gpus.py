@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from test_kernels import HOST, assert_same_numbers, loss_and_gradients, model_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -129,6 +131,43 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     assert seen.count("compiles") == 1
     assert (seen.index("meets") < seen.index("compiles")) == waits
     assert seen.count("meets") == (1 if device == "cuda" else 2)
+
+
+class _Operators(TorchDispatchMode):
+    """Which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("of_matrices", "of_product"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_sums_leave_a_matmul_wide_where_torch_can(
+    device: str, of_matrices: torch.dtype, of_product: torch.dtype
+) -> None:
+    """torch.mm takes an out_dtype on CUDA alone, and there no other pair than 16 bits and fp32."""
+    with FakeTensorMode():  # tensors on a GPU that need none
+        left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))
+        with _Operators() as called:
+            product = wide_product(left, right, of_product)
+    can = device == "cuda" and of_matrices.itemsize == 2 and of_product == torch.float32
+    assert ("aten.mm.dtype" in called.names) == (can and "dtype" in torch.ops.aten.mm.overloads())
+    assert (product.dtype, product.shape) == (of_product, (8, 24))
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 # Rows of products, and columns that travel beside others, are filled up to multiples of this: fast kernels want rows of
 # 16-bit numbers to start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
+_HALF = (torch.bfloat16, torch.float16)
 _LEAVES_WIDE = "dtype" in torch.ops.aten.mm.overloads()
 
 
@@ -57,12 +58,12 @@ def multiply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right, of matrices, in a dtype as wide as theirs or wider.
+    """left @ right, of matrices of one dtype, in `dtype`, which is as wide as theirs or wider.
 
-    The sum leaves the matmul unrounded where torch can do that (16 bits to fp32 on CUDA, from 2.8 on); else it is
-    rounded to their dtype first.
+    The sum leaves the matmul unrounded where torch can do that: from 16 bits to fp32, on CUDA, from torch 2.8 on. Any
+    other pair of dtypes is rounded to the matrices' own first.
     """
-    if left.is_cuda and left.dtype != dtype and _LEAVES_WIDE:
+    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32 and _LEAVES_WIDE:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import RankGroup
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
 from megatron_tiedlora.parallel.layers import multiply, padded
 
 IGNORED_LABEL = -100
@@ -63,7 +63,7 @@ class _SumTokenLosses(torch.autograd.Function):
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
-            local_logits = torch.mm(rows[part], weight.t(), out=logits[: len(rows[part])]).detach()
+            local_logits = as_rows(torch.mm(rows[part], weight.t(), out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], first_id, group, kernels)
             loss += found.losses[: max(num_rows - start, 0)].sum()
             if gradient is not None:
@@ -144,6 +144,6 @@ def token_losses(
     rows, labels = _filled_up(rows, labels)
     parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
     losses = [
-        _losses(multiply(part, weight).detach(), target, first_id, group, kernels).losses for part, target in parts
+        _losses(as_rows(multiply(part, weight)), target, first_id, group, kernels).losses for part, target in parts
     ]
     return torch.cat(losses)[:num_rows]
