@@ -31,7 +31,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Decoder:
     """Calls of one stage with caches; alike on every rank of a tensor-parallel group and of a pipeline.
 
-    The adapter is read and folded once, when the decoder is made: make a new one when its values have changed.
+    The adapter is read and folded once, when the decoder is made: make a new one when its values have changed. Until
+    then F is a copy, but A may be the parameter's own memory (in fp32, where nothing is cast or gathered), so after an
+    optimizer step the two would not belong together.
     """
 
     def __init__(

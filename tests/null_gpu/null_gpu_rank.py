@@ -158,8 +158,8 @@ def _source(order: Order) -> Any:
 
     from megatron_tiedlora.checkpoint.sources import find_model
 
+    assert order.model in PRESETS, f"{order.model} is no preset, and weights are drawn at random"
     source = find_model(order.model)
-    assert order.model in PRESETS
     if order.num_layers is None:
         return source
     return replace(source, config=replace(source.config, num_layers=order.num_layers))
