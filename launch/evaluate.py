@@ -62,7 +62,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         end.hold(outputs[0].release)
         return outputs[0].partial, outputs[0].lock.owner.start
 
-    # Refuses a folder that is not free before work is done for it.
+    # Rejects a folder that is not free before work is done for it.
     end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(

@@ -186,7 +186,7 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32() -> None:
     for name, gradients in seen.items():
         getattr(bank, name).register_hook(gradients.append)
     updates = model.read_adapter()
-    shapes: dict[str, list[tuple[torch.Size, torch.dtype]]] = {"of_a": [], "of_f": []}
+    shapes: dict[str, list[tuple[torch.Size, torch.dtype]]] = {"grad_a": [], "grad_f": []}
     for name, found in shapes.items():
         tensors = [getattr(update, name) for update in updates.values()]
         assert all(tensor.untyped_storage().nbytes() == 4 for tensor in tensors), "no memory"
@@ -196,6 +196,6 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32() -> None:
     assert {update.a.dtype for update in updates.values()} == {torch.bfloat16}
     model(*batch()[:2], batch()[2], updates=updates).backward()
     o, r, d = config.qkv_rows[0] + 2 * config.qkv_rows[1], bank.config.rank, config.hidden_size
-    wide = {"of_a": torch.Size((r, d)), "of_f": torch.Size((o, r))}
+    wide = {"grad_a": torch.Size((r, d)), "grad_f": torch.Size((o, r))}
     assert shapes == {name: [(shape, torch.float32)] * config.num_layers for name, shape in wide.items()}
     assert all(len(gradients) == 1 and gradients[0].dtype == torch.float32 for gradients in seen.values())

@@ -175,14 +175,14 @@ class LayerUpdate(NamedTuple):
     Attributes:
         a: A, (r, d), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local_o, r), in the base's dtype; no gradient.
-        of_a: takes A's gradient in A's place: (r, d), of the adapter's dtype, without numbers. None where A is frozen.
-        of_f: the same for F. None where B, u and v are frozen.
+        grad_a: takes A's gradient in A's place: (r, d), in the adapter's dtype, without values. None where A is frozen.
+        grad_f: the same for F. None where B, u and v are frozen.
     """
 
     a: torch.Tensor
     f: torch.Tensor
-    of_a: torch.Tensor | None
-    of_f: torch.Tensor | None
+    grad_a: torch.Tensor | None
+    grad_f: torch.Tensor | None
 
 
 def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -215,16 +215,16 @@ class _StandIns(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         b, u, v = ctx.saved_tensors
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
-        of_f = torch.stack(gradients)
-        of_b = of_u = of_v = None
+        grad_f = torch.stack(gradients)
+        grad_b = grad_u = grad_v = None
         if needs_b:
-            of_b = _fold(of_f, u, v, ctx.scale)
-            of_b = of_b if b.ndim == of_b.ndim else of_b.sum(0)  # tied: one for all layers
+            grad_b = _fold(grad_f, u, v, ctx.scale)
+            grad_b = grad_b if b.ndim == grad_b.ndim else grad_b.sum(0)  # tied: one for all layers
         if needs_u:
-            of_u = (_fold(of_f, None, v, ctx.scale) * b).sum(-2)
+            grad_u = (_fold(grad_f, None, v, ctx.scale) * b).sum(-2)
         if needs_v:
-            of_v = (_fold(of_f, u, None, ctx.scale) * b).sum(-1)
-        return of_b, of_u, of_v, None, None
+            grad_v = (_fold(grad_f, u, None, ctx.scale) * b).sum(-1)
+        return grad_b, grad_u, grad_v, None, None
 
 
 class TiedAdapter(nn.Module):

@@ -1,6 +1,6 @@
 """Safetensors files of known content: names, shapes and sizes are checked before a tensor is read.
 
-What does not belong there is refused by the header alone, so that a small file that stands for a huge one costs
+What does not belong there is rejected by the header alone, so that a small file that stands for a huge one costs
 nothing.
 """
 

@@ -62,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; an unknown flag is refused with the nearest known one."""
+        """Parse `argv`; an unknown flag is rejected with the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]

@@ -86,7 +86,7 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
     """Node names of a Slurm list such as `gpu[01-03,7],login`, by `scontrol`, which alone knows all of its forms.
 
     Raises:
-        UserError: there is no `scontrol`, or it refuses the list.
+        UserError: there is no `scontrol`, or it rejects the list.
     """
     if re.fullmatch(r"\w[\w.-]*(,\w[\w.-]*)*", nodelist):  # plain names, as in small allocations: nothing to ask for
         return tuple(nodelist.split(","))

@@ -172,7 +172,7 @@ class SweepCommand:
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     """The sweep's settings and the runs', from the command line, over the file of --config, over what the folder's
-    sweep was started with, so that its name alone goes on with it.
+    sweep was started with, so that its name alone resumes it.
 
     Raises:
         UserError: anything unknown, out of range or decided by the sweep, in one line.

@@ -43,7 +43,7 @@ class ChatTemplate:
         """The prompt of a conversation whose next turn is the assistant's.
 
         Raises:
-            UserError: the template refuses the turns or fails; it takes more than a second of a processor or 256 MiB;
+            UserError: the template rejects the turns or fails; it takes more than a second of a processor or 256 MiB;
                 its text is longer than 100,000 characters and ten times the conversation's.
         """
         longest = _OWN_CHARACTERS + _RATIO * sum(len(text) for turn in turns for text in turn.values())

@@ -1,7 +1,7 @@
 """A limit of memory for what a stranger's file makes libraries do.
 
 It is the kernel's, so that it also holds inside of a library's own code. It is for the time before ranks meet: memory
-is counted for the whole process, and another thread that asked for much meanwhile would be refused too.
+is counted for the whole process, and another thread that asked for much meanwhile would be rejected too.
 """
 
 from __future__ import annotations

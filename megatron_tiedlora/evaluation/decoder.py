@@ -130,7 +130,7 @@ class Decoder:
 
 @dataclass
 class Chosen:
-    """The tokens that a part of the batch goes on with, as they come from the last stage."""
+    """The next tokens of a part of the batch, as they come from the last stage."""
 
     decoder: Decoder
     tokens: torch.Tensor | None

@@ -193,10 +193,10 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
     folded = query.to(keys.dtype).reshape(keys.shape[0], -1, head_dim)
     if keys.dtype == torch.float32:
         scores = torch.baddbmm(mask, folded, keys.transpose(1, 2), alpha=head_dim**-0.5)
-        mixed = torch.bmm(scores.softmax(dim=-1), values)
+        output = torch.bmm(scores.softmax(dim=-1), values)
     else:
-        mixed = functional.scaled_dot_product_attention(
+        output = functional.scaled_dot_product_attention(
             folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None]
         )
-    return mixed.reshape(batch, heads, length, head_dim)  # a copy where a kernel's result lies by tokens, as CUDA's
+    return output.reshape(batch, heads, length, head_dim)  # a copy where a kernel's result lies by tokens, as CUDA's
 

@@ -78,8 +78,8 @@ def attend_by_blocks(
     Returns:
         (b, s, heads * head_dim).
     """
-    mixed: torch.Tensor = _BlockAttention.apply(query, key, value, blocks, kernels)
-    return mixed.flatten(2)
+    output: torch.Tensor = _BlockAttention.apply(query, key, value, blocks, kernels)
+    return output.flatten(2)
 
 
 class _Operands:
@@ -137,7 +137,7 @@ class _BlockAttention(torch.autograd.Function):
         size, num_heads, length, head_dim = query.shape
         operands = _Operands(query.detach(), key.detach(), blocks)
         values = value.detach().reshape(operands.keys.shape)
-        mixed = query.new_empty(size, length, num_heads, head_dim)
+        output = query.new_empty(size, length, num_heads, head_dim)
         log_sums = upcast(query.new_empty(size, num_heads, length, 1))
         memory = operands.memory(query.dtype)
         for block in blocks:
@@ -147,34 +147,34 @@ class _BlockAttention(torch.autograd.Function):
             part = slice(block.start, block.stop)
             lines = (size, num_heads, block.stop - block.start, -1)
             log_sums[:, :, part] = sums.view(lines)
-            mixed[:, part] = (opened.view(lines) / total.view(lines)).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, mixed, log_sums)
+            output[:, part] = (opened.view(lines) / total.view(lines)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.blocks, ctx.kernels = blocks, kernels
-        return mixed
+        return output
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mixed, log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
+        query, key, value, output, log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
         operands = _Operands(query, key, ctx.blocks)
         keys, values = operands.keys, value.reshape(operands.keys.shape)
         of_mixed = gradient.transpose(1, 2)
-        shares = (upcast(gradient) * upcast(mixed)).sum(-1, keepdim=True).transpose(1, 2)
-        of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        of_key, of_value = (torch.zeros_like(keys, dtype=log_sums.dtype) for _ in range(2))
+        shares = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True).transpose(1, 2)
+        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grad_key, grad_value = (torch.zeros_like(keys, dtype=log_sums.dtype) for _ in range(2))
         memories = [operands.memory(query.dtype) for _ in range(2)]
         for block in ctx.blocks:
             part, seen = slice(block.start, block.stop), slice(block.first, block.stop)
             queries, gradients = (operands.fold(heads, block, query.dtype) for heads in (query, of_mixed))
-            weights, of_scores = (operands.of_block(memory, block) for memory in memories)
-            torch.bmm(gradients, values[:, seen].transpose(1, 2), out=of_scores)
-            of_rows = (log_sums[:, :, part], shares[:, :, part], of_scores, weights)
+            weights, grad_scores = (operands.of_block(memory, block) for memory in memories)
+            torch.bmm(gradients, values[:, seen].transpose(1, 2), out=grad_scores)
+            row_wise = (log_sums[:, :, part], shares[:, :, part], grad_scores, weights)
             scores = _lines(operands.scores(block), block)
-            ctx.kernels.score_gradient_(scores, block.mask, *(_lines(tensor, block) for tensor in of_rows))
-            of_value[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
-            of_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), queries)
+            ctx.kernels.score_gradient_(scores, block.mask, *(_lines(tensor, block) for tensor in row_wise))
+            grad_value[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
+            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
             product = torch.empty_like(queries)
-            torch.baddbmm(product, of_scores, keys[:, seen], beta=0, alpha=operands.scale, out=product)
-            of_query[:, :, part] = product.view(*query.shape[:2], -1, query.shape[-1])
-        of_key *= operands.scale
-        return of_query, *(heads.to(key.dtype).view(key.shape) for heads in (of_key, of_value)), None, None
+            torch.baddbmm(product, grad_scores, keys[:, seen], beta=0, alpha=operands.scale, out=product)
+            grad_query[:, :, part] = product.view(*query.shape[:2], -1, query.shape[-1])
+        grad_key *= operands.scale
+        return grad_query, *(heads.to(key.dtype).view(key.shape) for heads in (grad_key, grad_value)), None, None

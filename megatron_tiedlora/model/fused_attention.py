@@ -104,8 +104,8 @@ def attend_within(
         rows = heads.transpose(1, 2).flatten(0, 1)
         return functional.pad(rows, (0, missing)) if missing else rows
 
-    mixed = attend(by_tokens(query), by_tokens(key), by_tokens(value), documents, head_dim**-0.5)
-    return (mixed[..., :head_dim] if missing else mixed).reshape(size, length, -1)
+    output = attend(by_tokens(query), by_tokens(key), by_tokens(value), documents, head_dim**-0.5)
+    return (output[..., :head_dim] if missing else output).reshape(size, length, -1)
 
 
 def one_by_one(
@@ -116,10 +116,10 @@ def one_by_one(
 
     def within(length: int, *rows: torch.Tensor) -> torch.Tensor:
         query, key, value = (heads.unflatten(0, (-1, length)).transpose(1, 2) for heads in rows)
-        mixed = functional.scaled_dot_product_attention(
+        output = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
         )
-        return mixed.transpose(1, 2).flatten(0, 1)
+        return output.transpose(1, 2).flatten(0, 1)
 
     if (len(documents.bounds) - 1) * documents.longest == len(query):
         return within(documents.longest, query, key, value)
@@ -182,8 +182,8 @@ def _from_library(module: str, deterministic: bool) -> Attend:
             causal=True,
             **further,
         )
-        mixed: torch.Tensor = found[0] if isinstance(found, tuple) else found  # early versions of 3 add log sums
-        return mixed
+        output: torch.Tensor = found[0] if isinstance(found, tuple) else found  # early versions of 3 add log sums
+        return output
 
     return attend
 
@@ -192,10 +192,10 @@ def _torch_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
 ) -> torch.Tensor:
     offsets, longest = documents.offsets, documents.longest
-    mixed: torch.Tensor = torch.ops.aten._flash_attention_forward(
+    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
         query, key, value, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
     )[0]
-    return mixed
+    return output
 
 
 def _torch_efficient(
@@ -206,10 +206,10 @@ def _torch_efficient(
     if group > 1:
         key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
     one_row = (heads[None] for heads in (query, key, value))
-    mixed: torch.Tensor = torch.ops.aten._efficient_attention_forward(
+    output: torch.Tensor = torch.ops.aten._efficient_attention_forward(
         *one_row, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
     )[0]
-    return mixed.squeeze(0)
+    return output.squeeze(0)
 
 
 def _obedient(attend: Attend) -> Callable[[bool], Attend]:

@@ -49,17 +49,19 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """What flows between layers, (b, s, d) or (1, b s / p, d), and the same back; the rest as in Attention."""
-        mixed = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
-        return self.feed(self.join(hidden, mixed, tensor_parallel), tensor_parallel)
+        attention_output = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
+        return self.feed(self.join(hidden, attention_output, tensor_parallel), tensor_parallel)
 
-    def join(self, hidden: torch.Tensor, mixed: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def join(
+        self, hidden: torch.Tensor, attention_output: torch.Tensor, tensor_parallel: TensorParallel
+    ) -> torch.Tensor:
         """x + attention's output, position by position: of all positions, or of some. Keeps nothing.
 
         Args:
             hidden: what came into the block, (b, s, d) or (1, b s / p, d).
-            mixed: what attention found, (b, s, local heads * head_dim).
+            attention_output: (b, s, local heads * head_dim).
         """
-        return hidden + self.attention.output(mixed, tensor_parallel)
+        return hidden + self.attention.output(attention_output, tensor_parallel)
 
     def feed(self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True) -> torch.Tensor:
         """x + mlp(norm(x)) of what `join` gives, the same shape.

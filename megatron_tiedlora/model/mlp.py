@@ -41,10 +41,10 @@ class SwiGlu(nn.Module):
     def open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """What flows between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
         gate_up = self.gate_up(enter_tensor_parallel_region(hidden, tensor_parallel))
-        opened: torch.Tensor = _Gated.apply(gate_up, self.kernels)
-        return opened
+        gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
+        return gated
 
-    def close(self, opened: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def close(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """What `open` gives -> what flows between layers."""
-        output: torch.Tensor = self.down(opened, tensor_parallel)
+        output: torch.Tensor = self.down(gated, tensor_parallel)
         return output

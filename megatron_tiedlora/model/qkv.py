@@ -75,10 +75,10 @@ class NormedQkv(nn.Module):
             table: of the s tokens' positions, see `rotation_table`.
             num_rows: b.
         """
-        a, f, of_a, of_f = (None,) * 4 if update is None else update
+        a, f, grad_a, grad_f = (None,) * 4 if update is None else update
         shape = _Shape(self.rows, self.head_dim, self.eps, num_rows, tensor_parallel, self.kernels)
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormedQkv.apply(
-            hidden, of_a, of_f, a, f, self.norm, self.weight, self.bias, *table, shape
+            hidden, grad_a, grad_f, a, f, self.norm, self.weight, self.bias, *table, shape
         )
         return heads
 
@@ -104,8 +104,8 @@ class _NormedQkv(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        of_a: torch.Tensor | None,
-        of_f: torch.Tensor | None,
+        grad_a: torch.Tensor | None,
+        grad_f: torch.Tensor | None,
         a: torch.Tensor | None,
         f: torch.Tensor | None,
         norm: torch.Tensor,
@@ -117,22 +117,22 @@ class _NormedQkv(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         normed, root = shape.kernels.normalise(as_rows(hidden), norm.detach(), shape.eps)
         normed = normed.view(hidden.shape)
-        low = None if a is None else multiply(normed, a)
-        normed, low = _enter(normed, low, shape)
+        ax = None if a is None else multiply(normed, a)
+        normed, ax = _enter(normed, ax, shape)
         fused = multiply(normed, weight, bias)
-        if low is not None and f is not None:
+        if ax is not None and f is not None:
             rows = _flat(fused)
-            torch.addmm(rows, _flat(low), f.t(), out=rows)
+            torch.addmm(rows, _flat(ax), f.t(), out=rows)
         num_query, num_key, num_value = shape.heads
         rotated = shape.kernels.rotate(
             fused.view(-1, sum(shape.heads), shape.head_dim).detach(), cos, sin, num_query + num_key
         )
         needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         ctx.shape = shape
-        ctx.wide = next((tensor.dtype for tensor in (of_a, of_f) if tensor is not None), None)
+        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
         ctx.save_for_backward(
             *((hidden, root) if needs_hidden or needs_a else (None, None)),
-            low if needs_f else None,
+            ax if needs_f else None,
             *(a, f, norm, weight, cos, sin),
         )
         heads = rotated.view(*fused.shape[:-1], -1, shape.head_dim).transpose(1, 2)
@@ -142,25 +142,25 @@ class _NormedQkv(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, low, a, f, norm, weight, cos, sin = ctx.saved_tensors
+        hidden, root, ax, a, f, norm, weight, cos, sin = ctx.saved_tensors
         needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         shape: _Shape = ctx.shape
-        of_fused = _of_fused(gradients, shape, cos, sin)
-        rows = _flat(of_fused)
-        of_a = of_low = of_hidden = None
-        of_f = wide_product(rows.t(), _flat(low), ctx.wide) if needs_f else None
+        grad_fused = _grad_fused(gradients, shape, cos, sin)
+        rows = _flat(grad_fused)
+        grad_a = grad_ax = grad_hidden = None
+        grad_f = wide_product(rows.t(), _flat(ax), ctx.wide) if needs_f else None
         if f is not None and (needs_hidden or needs_a):
-            of_low = (rows @ f).view(*of_fused.shape[:-1], -1)
-        of_normed = (rows @ weight).view(*of_fused.shape[:-1], -1) if needs_hidden else None
-        of_normed, of_low = _leave(of_normed, of_low, a, shape.tensor_parallel, needs_low=needs_a)
+            grad_ax = (rows @ f).view(*grad_fused.shape[:-1], -1)
+        grad_normed = (rows @ weight).view(*grad_fused.shape[:-1], -1) if needs_hidden else None
+        grad_normed, grad_ax = _leave(grad_normed, grad_ax, a, shape.tensor_parallel, needs_ax=needs_a)
         if needs_a:
-            assert of_low is not None
+            assert grad_ax is not None
             normed = shape.kernels.apply_norm(as_rows(hidden), norm.detach(), root)
-            of_a = wide_product(_flat(of_low).t(), normed, ctx.wide)
-        if of_normed is not None:
-            found = shape.kernels.norm_gradient(as_rows(of_normed), as_rows(hidden), norm.detach(), root)
-            of_hidden = found.view(hidden.shape)
-        return of_hidden, of_a, of_f, *(None,) * 8
+            grad_a = wide_product(_flat(grad_ax).t(), normed, ctx.wide)
+        if grad_normed is not None:
+            found = shape.kernels.norm_gradient(as_rows(grad_normed), as_rows(hidden), norm.detach(), root)
+            grad_hidden = found.view(hidden.shape)
+        return grad_hidden, grad_a, grad_f, *(None,) * 8
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _of_fused(
+def _grad_fused(
     gradients: tuple[torch.Tensor, ...], shape: _Shape, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """The gradient of the fused projection, (b, s, o), from those of the rotated heads (b, heads, s, head_dim)."""
@@ -179,57 +179,57 @@ def _of_fused(
 
 
 def _enter(
-    normed: torch.Tensor, low: torch.Tensor | None, shape: _Shape
+    normed: torch.Tensor, ax: torch.Tensor | None, shape: _Shape
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x and h of whole sequences, (b, s, n), on every rank, in one message where ranks hold parts of them."""
     if shape.tensor_parallel.sequence_parts == 1:
-        return normed, low
-    joined = normed if low is None else _beside(normed, low)
+        return normed, ax
+    joined = normed if ax is None else _beside(normed, ax)
     whole = all_gather(joined, shape.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (shape.num_rows, -1))
-    if low is None:
+    if ax is None:
         return whole, None
-    whole, beside = _split(whole, low.shape[-1])
+    whole, beside = _split(whole, ax.shape[-1])
     return whole, beside.contiguous()  # a copy: h is kept, and must not keep x
 
 
 def _leave(
-    of_normed: torch.Tensor | None,
-    of_low: torch.Tensor | None,
+    grad_normed: torch.Tensor | None,
+    grad_ax: torch.Tensor | None,
     a: torch.Tensor | None,
     tensor_parallel: TensorParallel,
     *,
-    needs_low: bool,
+    needs_ax: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x and h, each the sum over the ranks' rows of W and B, with h's share in that of x.
 
     Under sequence parallelism they come back as this rank's part of the sequence: A's gradient there is of its own x,
-    where `needs_low`, so h's travels too. Without it every rank takes its own addend of h's gradient to all of x, and
+    where `needs_ax`, so h's travels too. Without it every rank takes its own addend of h's gradient to all of x, and
     A's gradient is a sum of that; either way the sum over ranks is taken where A was gathered.
     """
     group, in_parts = tensor_parallel.group, tensor_parallel.sequence_parts > 1
     if in_parts:
-        of_normed, of_low = (None if gradient is None else end_to_end(gradient) for gradient in (of_normed, of_low))
-    if in_parts and needs_low:
-        assert of_low is not None
-        if of_normed is None:
-            return None, reduce_scatter(of_low, group, SEQUENCE_DIM)
-        size = of_low.shape[-1]
-        of_normed, of_low = _split(reduce_scatter(_beside(of_normed, of_low), group, SEQUENCE_DIM), size)
-        return _add_share_(of_normed, of_low, a), of_low
-    if of_normed is None:
-        return None, of_low
-    of_normed = _add_share_(of_normed, of_low, a)
+        grad_normed, grad_ax = (None if part is None else end_to_end(part) for part in (grad_normed, grad_ax))
+    if in_parts and needs_ax:
+        assert grad_ax is not None
+        if grad_normed is None:
+            return None, reduce_scatter(grad_ax, group, SEQUENCE_DIM)
+        size = grad_ax.shape[-1]
+        grad_normed, grad_ax = _split(reduce_scatter(_beside(grad_normed, grad_ax), group, SEQUENCE_DIM), size)
+        return _add_share_(grad_normed, grad_ax, a), grad_ax
+    if grad_normed is None:
+        return None, grad_ax
+    grad_normed = _add_share_(grad_normed, grad_ax, a)
     if in_parts:
-        return reduce_scatter(of_normed, group, SEQUENCE_DIM), of_low
-    return all_reduce(of_normed, group), of_low
+        return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
+    return all_reduce(grad_normed, group), grad_ax
 
 
-def _add_share_(of_normed: torch.Tensor, of_low: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
-    """of_normed + of_low A, in its place."""
-    if of_low is not None and a is not None:
-        rows = of_normed.view(-1, of_normed.shape[-1])
-        torch.addmm(rows, of_low.reshape(-1, of_low.shape[-1]), a, out=rows)
-    return of_normed
+def _add_share_(grad_normed: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
+    """grad_normed + grad_ax A, in its place."""
+    if grad_ax is not None and a is not None:
+        rows = grad_normed.view(-1, grad_normed.shape[-1])
+        torch.addmm(rows, grad_ax.reshape(-1, grad_ax.shape[-1]), a, out=rows)
+    return grad_normed
 
 
 def _beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:

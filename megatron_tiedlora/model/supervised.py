@@ -16,9 +16,9 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 class Supervised(NamedTuple):
     """The supervised positions of labels (b, s), n of them.
 
-    With activations cut along the sequence each of the p ranks goes on with positions of its own part, and all with
-    equally many, m / p, as messages of equal parts need, and a multiple of `SIZE_MULTIPLE`; what a part has too few of
-    is filled up with positions that are computed for nothing. Each part has at least one.
+    With activations cut along the sequence each of the p ranks computes positions of its own part. All compute equally
+    many, m / p, as messages of equal parts need, and a multiple of `SIZE_MULTIPLE`; what a part has too few of is
+    filled up with positions that are computed for nothing. Each part has at least one.
 
     Attributes:
         rows: (m,) int64, positions in (b s), part by part.

@@ -59,8 +59,8 @@ def norm_gradient(
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, (T, f), from [gate | up], (T, 2 f)."""
-    opening, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(opening) * up
+    gates, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gates) * up
 
 
 def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -68,10 +68,10 @@ def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor
 
     With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s; inside in max(fp32, input dtype).
     """
-    opening, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
-    wide, chance = upcast(gradient), torch.sigmoid(opening)
-    of_opening = (wide * up * chance * (1 + opening * (1 - chance))).to(gate_up.dtype)
-    return torch.cat((of_opening, (wide * opening * chance).to(gate_up.dtype)), dim=-1)
+    gates, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
+    wide, sigmoid = upcast(gradient), torch.sigmoid(gates)
+    grad_gates = (wide * up * sigmoid * (1 + gates * (1 - sigmoid))).to(gate_up.dtype)
+    return torch.cat((grad_gates, (wide * gates * sigmoid).to(gate_up.dtype)), dim=-1)
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
@@ -121,21 +121,21 @@ def score_gradient_(
     mask: torch.Tensor,
     log_sums: torch.Tensor,
     shares: torch.Tensor,
-    of_weights: torch.Tensor,
+    grad_weights: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (of_weights - shares), its gradient, in place.
+    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (grad_weights - shares), its gradient, in place.
 
     Args:
         scores, mask: as in `open_scores_`.
         log_sums: (c, n, m, 1), its first result.
-        shares: (c, n, m, 1), sum over keys of p * of_weights.
-        of_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
-        weights: as `of_weights`.
+        shares: (c, n, m, 1), sum over keys of p * grad_weights.
+        grad_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
+        weights: as `grad_weights`.
     """
-    chance = (scores + mask - log_sums).exp()
-    weights.copy_(chance)
-    of_weights.copy_(chance * (upcast(of_weights) - shares))
+    probability = (scores + mask - log_sums).exp()
+    weights.copy_(probability)
+    grad_weights.copy_(probability * (upcast(grad_weights) - shares))
 
 
 def row_log_sums(logits: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,12 @@ IGNORED_LABEL = -100
 
 
 class _Found(NamedTuple):
-    """Of rows (n,): losses, logsumexp over all ids, each label's place among the rank's ids, whether it is one of them,
-    and the label's logit where it is."""
+    """Of rows (n,): losses, logsumexp over all ids, each label's column among the rank's logits, whether it has one,
+    and the label's logit where it has."""
 
     losses: torch.Tensor
     total: torch.Tensor
-    places: torch.Tensor
+    columns: torch.Tensor
     own: torch.Tensor
     picked: torch.Tensor
 
@@ -39,9 +39,9 @@ def _losses(
     index = index.masked_fill(~own, 0)
     picked = upcast(local_logits.gather(1, index[:, None])[:, 0]).masked_fill(~own, 0.0)
     numbers = torch.stack((kernels.row_log_sums(local_logits), picked))[None]
-    of_ranks = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
-    total = of_ranks[:, 0].logsumexp(dim=0)
-    return _Found(total - of_ranks[:, 1].sum(dim=0), total, index, own, picked)
+    by_rank = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
+    total = by_rank[:, 0].logsumexp(dim=0)
+    return _Found(total - by_rank[:, 1].sum(dim=0), total, index, own, picked)
 
 
 class _SumTokenLosses(torch.autograd.Function):
@@ -77,9 +77,9 @@ class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (of_rows,) = ctx.saved_tensors
-        scaled = torch.empty_like(of_rows)
-        for rows, result in zip(of_rows.split(ctx.rows_at_once), scaled.split(ctx.rows_at_once), strict=True):
+        (grad_rows,) = ctx.saved_tensors
+        scaled = torch.empty_like(grad_rows)
+        for rows, result in zip(grad_rows.split(ctx.rows_at_once), scaled.split(ctx.rows_at_once), strict=True):
             result.copy_(upcast(rows) * gradient)
         return scaled, *(None,) * 6
 
@@ -92,11 +92,11 @@ def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, 
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
-def _subtract_labels_(chances: torch.Tensor, found: _Found) -> None:
-    """Take 1 from the chance of each label of this rank's; worked out anew, since it may be rounded as it stands."""
-    index = (torch.arange(len(chances), device=chances.device), found.places)
-    missing = torch.expm1(found.picked - found.total).to(chances.dtype)
-    chances.index_put_(index, torch.where(found.own, missing, chances[index]))  # scatter_ goes over all
+def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
+    """Take 1 from the probability of each label of this rank's, computed again, since what is there may be rounded."""
+    index = (torch.arange(len(probabilities), device=probabilities.device), found.columns)
+    missing = torch.expm1(found.picked - found.total).to(probabilities.dtype)
+    probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))  # scatter_ goes over all
 
 
 def sum_token_losses(

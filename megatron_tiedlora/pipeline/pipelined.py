@@ -48,7 +48,7 @@ class PipelinedModel(PipelineModule):
         self.stage = self._build_stage(self._grid, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
-        """(tokens or hidden, positions, documents if any) -> hidden; on the last stage what the loss goes on with."""
+        """(tokens or hidden, positions, documents if any) -> hidden; on the last stage the input of the loss."""
         return self.stage.run(*inputs)
 
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:

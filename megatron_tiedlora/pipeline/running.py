@@ -214,14 +214,14 @@ class PipelineRunner(Runner):
         """What the first and the last stage take of the next micro-batch beside hidden states."""
         batch = next(self._to_load)
         if self.stage.embedding is not None:
-            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._places(batch))
+            self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
         if self.stage.head is not None:
             self.engine.pipe_buffers["labels"][buffer_id] = self._labels(batch)
 
     def _labels(self, batch: StepInput) -> tuple[Any, ...]:
         return *self._supervised(batch), self._denominator
 
-    def _places(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
+    def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
         """Positions, and documents where rows hold several; these stay on the host, where their bounds are found."""
         positions = self._on_device(batch.positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
@@ -233,7 +233,7 @@ class PipelineRunner(Runner):
         batch = next(self._to_receive)
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         p2p.recv(hidden, self.engine.prev_stage)
-        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._places(batch))
+        self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._position_ids(batch))
 
     def _send(self, buffer_id: int) -> None:
         from deepspeed.runtime.pipe import p2p

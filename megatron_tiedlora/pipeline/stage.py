@@ -40,11 +40,11 @@ class Attended(NamedTuple):
 
     Attributes:
         hidden: what came into the block, (b, s, d) or (1, b s / p, d).
-        mixed: what its attention found, (b, s, local heads * head_dim).
+        attention_output: (b, s, local heads * head_dim).
     """
 
     hidden: torch.Tensor
-    mixed: torch.Tensor
+    attention_output: torch.Tensor
 
 
 class Stage(nn.Module):
@@ -162,7 +162,7 @@ class Stage(nn.Module):
             documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
 
         Returns:
-            what flows between layers; where the stage has the head, what `run_head` goes on with.
+            what flows between layers; where the stage has the head, what `run_head` takes.
         """
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
@@ -244,13 +244,13 @@ class Stage(nn.Module):
         """The last block up to its MLP, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
 
         Args:
-            local_rows: what this rank goes on with of `rows`, in the (b s) or (b s / p) of what flows between layers.
+            local_rows: those of `rows` that this rank computes, in the (b s) or (b s / p) of what flows between layers.
         """
-        hidden, mixed = attended
+        hidden, attention_output = attended
         if rows is not None and local_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
-            mixed = mixed.flatten(0, 1).index_select(0, rows)[None]
-        joined: torch.Tensor = self._last_block().join(hidden, mixed, tensor_parallel)
+            attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
+        joined: torch.Tensor = self._last_block().join(hidden, attention_output, tensor_parallel)
         return joined
 
     def run_head(
@@ -271,7 +271,7 @@ class Stage(nn.Module):
         if labels is None:
             hidden = block.feed(self._join(attended, tensor_parallel), tensor_parallel)
             logits: torch.Tensor = head(hidden, tensor_parallel)
-            return logits.view(*attended.mixed.shape[:2], -1)
+            return logits.view(*attended.attention_output.shape[:2], -1)
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)

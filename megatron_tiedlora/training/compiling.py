@@ -53,7 +53,7 @@ class ChosenKernels:
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     """What --compile asks for, compiled on every rank or on none; all ranks take part.
 
-    `auto` compiles where the run is long enough to gain by it, and goes on without where it cannot be done.
+    `auto` compiles where the run is long enough to gain by it, and continues without where it cannot be done.
 
     Raises:
         UserError: with --compile true, on every rank, where a rank cannot compile.

@@ -128,10 +128,10 @@ def _factor_bytes(plan: RunPlan, stage: StagePlan) -> int:
         return 0
     num_layers, is_copy = len(part.layers), plan.dtype.itemsize != FP32
     scaled = any(part.exists(name) for name in "uv")
-    of_f = part.local_shape("B")[-2] * plan.adapter.rank * (num_layers if scaled or not row.B.tied else 1)
-    of_a = plan.adapter.rank * plan.adapter.hidden_size * (1 if row.A.tied else num_layers)
-    held = of_f if is_copy or scaled or plan.adapter.scale != 1.0 else 0  # else F is B itself
-    held += of_a if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
+    f_numbers = part.local_shape("B")[-2] * plan.adapter.rank * (num_layers if scaled or not row.B.tied else 1)
+    a_numbers = plan.adapter.rank * plan.adapter.hidden_size * (1 if row.A.tied else num_layers)
+    held = f_numbers if is_copy or scaled or plan.adapter.scale != 1.0 else 0  # else F is B itself
+    held += a_numbers if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
     return held * plan.dtype.itemsize
 
 
@@ -238,10 +238,10 @@ def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
     logits = min(tokens, HEAD_ROWS) * config.vocab_size / plan.grid.tp_size
     at_loss = 3 * wide + logits * plan.dtype.itemsize + _at_once(plan, logits) * FP32
     at_gate = _gate_gradient_bytes(plan, tokens) + _gathered_bytes(plan, tokens)
-    mixed = 0.0
+    attention_output = 0.0
     if plan.settings.recompute == "full" and plan.grid.pp_size == 1:  # else it is the engine's
-        mixed = _mixed_bytes(plan, tokens)
-    return norms + tokens * _gate_bytes_per_token(plan) + max(at_loss, at_gate) + mixed
+        attention_output = _attention_output_bytes(plan, tokens)
+    return norms + tokens * _gate_bytes_per_token(plan) + max(at_loss, at_gate) + attention_output
 
 
 def _gathered_bytes(plan: RunPlan, tokens: int) -> float:
@@ -267,7 +267,7 @@ def engine_bytes_in_flight(plan: RunPlan, stage: StagePlan, *, tokens: int) -> f
     kept = 0.0 if stage.is_first else hidden
     if not stage.is_last:
         return kept + hidden
-    return kept + (_mixed_bytes(plan, tokens) if plan.settings.recompute == "full" else 0.0)
+    return kept + (_attention_output_bytes(plan, tokens) if plan.settings.recompute == "full" else 0.0)
 
 
 def engine_bytes_once(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
@@ -278,7 +278,7 @@ def engine_bytes_once(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
     hidden = _hidden_bytes(plan, tokens)
     if not stage.is_last:
         return hidden
-    return hidden + _mixed_bytes(plan, tokens) if plan.batches.accumulation_steps > 1 else 0.0
+    return hidden + _attention_output_bytes(plan, tokens) if plan.batches.accumulation_steps > 1 else 0.0
 
 
 def gathered_bytes(plan: RunPlan, stage: StagePlan) -> float:
@@ -301,7 +301,7 @@ def _hidden_bytes(plan: RunPlan, tokens: int) -> float:
     return tokens * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts
 
 
-def _mixed_bytes(plan: RunPlan, tokens: int) -> float:
+def _attention_output_bytes(plan: RunPlan, tokens: int) -> float:
     """Of attention's result, on one rank."""
     return tokens * plan.source.config.qkv_rows[0] * plan.dtype.itemsize / plan.grid.tp_size
 

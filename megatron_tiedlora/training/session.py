@@ -164,7 +164,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
     """Make `checkpoint` the last one of the run folder, before training goes on from it; on rank 0.
 
     Out of another folder it is copied first, with the best checkpoint and the logs. Then `latest` names it, so that a
-    later start goes on with this run, and adapter/ is the best one: a kill between two saves may have left an older.
+    later start resumes this run, and adapter/ is the best one: a kill between two saves may have left an older.
 
     Raises:
         UserError: the folder cannot be written, or what is copied into it is broken.
