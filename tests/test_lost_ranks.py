@@ -55,6 +55,9 @@ def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
     shown = ended.errors[1 - rank]
     assert shown.count("error: ") == 1 and f"error: {status(folder)['reason']}\n" in shown
     assert "Traceback" not in shown
+    row, reason = ((folder / name).stat().st_mtime for name in ("metrics.jsonl", "run_status.json"))
+    print(f"\nrank {rank} was killed: its peer wrote the reason {reason - row:.1f} s after the last row")
+    assert reason - row < 15  # SILENCE_SECONDS is for links that are cut
 
 
 @pytest.mark.parametrize("rank", [0, 1])
