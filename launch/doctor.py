@@ -13,13 +13,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_tiedlora.checkpoint.atomic import write_text
+from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.errors import UserError, show
-from megatron_tiedlora.config.paths import user_path
 
 
 def main(argv: Sequence[str]) -> int:

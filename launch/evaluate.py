@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import parse_settings, run_command
-from megatron_tiedlora.config.errors import show
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.pipeline.process_group import join_process_group
-from megatron_tiedlora.training.ending import End, reported_end
-from megatron_tiedlora.training.stopping import StopWatch
+from megatron_tiedlora.runtime.ending import End, reported_end
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopWatch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
     # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
     # from here on.
+    from megatron_tiedlora.base.output_folder import NewOutput
+    from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import load_model
-    from megatron_tiedlora.checkpoint.output_folder import NewOutput
-    from megatron_tiedlora.checkpoint.ownership import Owner
+    from megatron_tiedlora.engine.topology import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
@@ -47,7 +48,6 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.evaluation.results import score_table, take_output, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
-    from megatron_tiedlora.pipeline.topology import make_groups, make_process_grid
 
     is_main = rank == 0
     plan = plan_evaluation(settings, rank=rank, world_size=world_size)
@@ -101,4 +101,4 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:], speaks=first_to_fail)
+    run_command(main, sys.argv[1:], reports=first_to_fail)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import parse_settings, run_command
-from megatron_tiedlora.config.errors import show
-from megatron_tiedlora.pipeline.determinism import make_deterministic
-from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.pipeline.process_group import join_process_group
-from megatron_tiedlora.training.ending import reported_end
-from megatron_tiedlora.training.stopping import StopWatch
+from megatron_tiedlora.runtime.determinism import make_deterministic
+from megatron_tiedlora.runtime.ending import reported_end
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopWatch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
         end.enter(folder)
         end.first_step = start.step
         meter = start_meter(plan, device)
-        end.trainer = trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
+        trainer = Trainer(plan, data, runner, built.base, folder, device, stop, log, meter, start)
+        end.finished_step = lambda: trainer.progress.step
         if is_main:
             show(*session.headline(plan, data, folder, checkpoint, built, chosen, device))
         if checkpoint is None:
@@ -78,4 +79,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:], speaks=first_to_fail)
+    run_command(main, sys.argv[1:], reports=first_to_fail)

@@ -17,10 +17,10 @@ from typing import Any
 
 from fault_patches import apply_faults
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.pipeline.launch_env import prepare_environment, rank_and_world_size
-from megatron_tiedlora.pipeline.process_group import join_process_group, leave_process_group
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
 
 
 def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:
@@ -33,13 +33,13 @@ def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:
 def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
     from safetensors.torch import load_file, save_file
 
+    from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
+    from megatron_tiedlora.runtime.stopping import StopWatch
     from megatron_tiedlora.training import build, session
     from megatron_tiedlora.training.loop import Trainer
     from megatron_tiedlora.training.optimizer import make_optimizer
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
-    from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
-    from megatron_tiedlora.training.stopping import StopWatch
     from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)

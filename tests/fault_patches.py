@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-RUNNING = "megatron_tiedlora.pipeline.running"
+RUNNING = "megatron_tiedlora.engine.runner"
 BUILD = "megatron_tiedlora.training.build"
-ENGINE = "megatron_tiedlora.pipeline.engine"
+ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
 QKV = "megatron_tiedlora.model.qkv"
 CHECKS = "megatron_tiedlora.training.checks"

@@ -111,6 +111,6 @@ def join_as_launched(folder: str) -> torch.device:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ["MEGATRON_TIEDLORA_CACHE"] = f"{folder}/cache"
-    from megatron_tiedlora.pipeline.process_group import join_process_group
+    from megatron_tiedlora.runtime.process_group import join_process_group
 
     return join_process_group(2.0, expected_ranks=world_size)  # finds the group that is there

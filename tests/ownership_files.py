@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.ownership import OWNER_FILE, FolderLock, take_folder
+from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, take_folder
 
 HINT = "wait for its end"
 
@@ -25,7 +25,7 @@ def names(folder: Path) -> set[str]:
 def leave_dead(folder: Path) -> str:
     """A process takes the folder and is killed; returns its token."""
     code = (
-        "import os, sys, pathlib; from megatron_tiedlora.checkpoint.ownership import take_folder;"
+        "import os, sys, pathlib; from megatron_tiedlora.base.ownership import take_folder;"
         "take_folder(pathlib.Path(sys.argv[1]), hint=''); os.kill(os.getpid(), 9)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)

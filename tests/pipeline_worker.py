@@ -113,7 +113,7 @@ def _trace(case: Case, device: torch.device) -> Traced:
 
 
 def _batches(case: Case, vocab_size: int) -> list[Any]:
-    from megatron_tiedlora.pipeline.running import StepInput
+    from megatron_tiedlora.engine.runner import StepInput
 
     generator = torch.Generator().manual_seed(7)
     found = []

@@ -44,7 +44,7 @@ def long_steps() -> None:
 def watched_steps() -> None:
     """`long_steps`, and a rank that is silent for 5 s counts as lost."""
     long_steps()
-    ending: Any = importlib.import_module("megatron_tiedlora.training.ending")
+    ending: Any = importlib.import_module("megatron_tiedlora.runtime.ending")
     ending.SILENCE_SECONDS = 5.0
 
 
@@ -111,7 +111,7 @@ def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
 
 def poison(step: int, what: str) -> None:
     """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
-    module: Any = importlib.import_module("megatron_tiedlora.pipeline.running")
+    module: Any = importlib.import_module("megatron_tiedlora.engine.runner")
     forward = module.PlainRunner.forward
     steps = [0]
 

@@ -19,9 +19,9 @@ from safetensors.torch import save
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel import agreement
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_message, gather_on_rank_0, num_differing

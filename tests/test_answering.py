@@ -13,7 +13,7 @@ from forked_ranks import run_on_ranks
 from test_generate import build
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tasks import get_task

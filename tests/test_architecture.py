@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
+    "base",
     "config",
     "parallel",
     "adapters",
     "model",
-    "pipeline",
+    "runtime",
+    "engine",
     "data",
     "checkpoint",
     "convert",
@@ -24,13 +26,13 @@ ORDER = (
 )
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {
-    "config/engine_json.py",  # DeepSpeed's own schema of the ZeRO section
-    "pipeline/process_group.py",
-    "pipeline/topology.py",  # DeepSpeed's topology and process groups
-    "pipeline/pipelined.py",  # its PipelineModule
-    "pipeline/running.py",  # its schedules
-    "pipeline/engine.py",
-    "pipeline/engine_state.py",
+    "engine/engine_json.py",  # DeepSpeed's own schema of the ZeRO section
+    "runtime/process_group.py",
+    "engine/topology.py",  # DeepSpeed's topology and process groups
+    "engine/pipelined.py",  # its PipelineModule
+    "engine/runner.py",  # its schedules
+    "engine/engine.py",
+    "engine/optimizer_state.py",
 }
 
 

@@ -14,8 +14,10 @@ import torch
 from native_files import moments_of, with_adapter, write_native
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.checkpoint import atomic, resume
-from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base import atomic
+from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Progress,
@@ -24,7 +26,6 @@ from megatron_tiedlora.checkpoint.resume import (
     named_checkpoint,
     save_checkpoint,
 )
-from megatron_tiedlora.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -116,7 +117,8 @@ KILLER = """
 import os, shutil, sys
 from pathlib import Path
 import torch
-from megatron_tiedlora.checkpoint import atomic, native_adapter, resume
+from megatron_tiedlora.base import atomic
+from megatron_tiedlora.checkpoint import native_adapter, resume
 from native_files import moments_of
 
 torch.set_num_threads(1)
@@ -226,7 +228,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from megatron_tiedlora.checkpoint.atomic import write_text
+from megatron_tiedlora.base.atomic import write_text
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.cli import run_command

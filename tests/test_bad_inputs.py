@@ -237,7 +237,7 @@ def test_empty_data(copy: Base) -> None:
 def test_no_supervised_token() -> None:
     import numpy as np
 
-    from megatron_tiedlora.config.errors import UserError
+    from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.data.encode import TokenDataset, check_supervised
 
     tokens = np.arange(6, dtype=np.int32)

@@ -19,10 +19,10 @@ from run_preludes import kill_at_step
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash

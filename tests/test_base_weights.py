@@ -16,10 +16,10 @@ from oracle import OracleConfig, load_weights, oracle_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 
 ROOT = Path(__file__).resolve().parents[1]

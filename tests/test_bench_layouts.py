@@ -15,7 +15,7 @@ from run_helpers import ENVIRONMENT, Ended, free_port, run_ranks, start_command
 from run_preludes import tools_on_path
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
 from tools import bench_step
 from tools.bench_kernels import CLASSES, kernel_class, kernel_seconds

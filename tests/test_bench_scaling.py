@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"

@@ -17,7 +17,7 @@ from engine_runs import write_uneven_data
 from run_helpers import ENVIRONMENT, Ended, start_command
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from tools import bench_contestants, bench_step
 

@@ -21,7 +21,7 @@ from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, sm
 from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from run_helpers import ENVIRONMENT
 
-from megatron_tiedlora.pipeline import launch_env
+from megatron_tiedlora.runtime import launch_env
 
 TOOL = Path(check_gpu.__file__)
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from run_files import assert_same_run, checkpoint_names, losses, status
 from run_helpers import Base, run, run_ranks, write_base
 from test_layouts import METHODS
 
+from megatron_tiedlora.engine import runner as running
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.pipeline import running
 
 pytestmark = pytest.mark.distributed
 

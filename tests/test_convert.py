@@ -15,11 +15,11 @@ from oracle import OracleAdapter, OracleConfig, delta_weights, load_weights, mer
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer

@@ -16,9 +16,9 @@ from oracle import load_weights
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export

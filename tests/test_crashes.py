@@ -105,7 +105,7 @@ def _killed_at_point(point: str) -> None:
 
 def test_a_save_killed_anywhere_leaves_the_last_one_whole(tmp_path: Path) -> None:
     """SIGKILL before every single look at a file within a save: `latest` names a whole checkpoint each time."""
-    from megatron_tiedlora.checkpoint.atomic import remove_leftovers
+    from megatron_tiedlora.base.atomic import remove_leftovers
     from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint, named_checkpoint
 
     save_a_checkpoint(tmp_path / "first", 2)

@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache
 from megatron_tiedlora.data.cache import cache_key, tokenise_once
 from megatron_tiedlora.data.encode import (

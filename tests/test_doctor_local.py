@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from run_helpers import ENVIRONMENT, ROOT
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.examine import find_hosts
 from megatron_tiedlora.cluster.doctor.probe import (
     address_towards,
@@ -25,9 +26,8 @@ from megatron_tiedlora.cluster.doctor.probe import (
     source_hash,
 )
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host
-from megatron_tiedlora.pipeline.launch_env import free_port
+from megatron_tiedlora.runtime.launch_env import free_port
 
 DOCTOR = ROOT / "launch" / "doctor.py"
 

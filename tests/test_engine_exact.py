@@ -20,7 +20,7 @@ from oracle import OracleConfig
 from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.config.engine_json import find_engine_json
+from megatron_tiedlora.engine.engine_json import find_engine_json
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 STEPS, FEWER = 20, 8

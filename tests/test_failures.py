@@ -127,4 +127,4 @@ def test_a_signal_while_a_rank_says_why_it_fails(base: Base, tmp_path: Path) -> 
 
 def _fail_and_be_stopped() -> None:
     poison(3, "loss")
-    kill_at_call("megatron_tiedlora.training.ending", "End._record_failure", number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.runtime.ending", "End._record_failure", number=signal.SIGTERM)

@@ -19,9 +19,9 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, generate, similar_lengths
 from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.pipeline.partition import layer_costs, partition
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},

@@ -11,12 +11,12 @@ import torch
 from run_files import assert_same_run
 from run_helpers import Base, run, write_base
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import pad_multiple
-from megatron_tiedlora.pipeline.determinism import VARIABLES, make_deterministic
+from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
 from megatron_tiedlora.training import dry_run, memory_plan, plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.stage_plan import plan_stages

@@ -18,7 +18,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.model.stage import Stage
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 SHAPES: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
 from megatron_tiedlora.convert.merge import merge_adapter

@@ -14,11 +14,11 @@ from run_files import losses
 from run_helpers import Base, run, write_base
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 HOST = torch.device("cpu")

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, run_in_parts
 from megatron_tiedlora.parallel.layers import wide_product
-from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training import compiling
 
 ROWS = 50

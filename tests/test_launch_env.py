@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.pipeline import launch_env
-from megatron_tiedlora.pipeline.launch_env import (
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.runtime import launch_env
+from megatron_tiedlora.runtime.launch_env import (
     first_to_fail,
     local_rank,
     prepare_environment,

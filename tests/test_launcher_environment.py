@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.travelling import (
     is_secret,
     read_user_file,
@@ -13,7 +14,6 @@ from megatron_tiedlora.cluster.travelling import (
     why_left,
     without_bad_exports,
 )
-from megatron_tiedlora.config.errors import UserError
 
 TRAVELS = {
     "NCCL_DEBUG": "INFO",

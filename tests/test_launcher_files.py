@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megatron_tiedlora.cluster.travelling import is_secret
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.examine import find_hosts
 from megatron_tiedlora.cluster.routes import plan_start
 from megatron_tiedlora.cluster.start import check_layout, choose_hosts, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 ALLOCATION = {
     "SLURM_JOB_ID": "7",

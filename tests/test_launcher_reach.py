@@ -210,8 +210,8 @@ def test_a_host_that_does_not_answer_is_named_with_the_reason(tmp_path: Path) ->
 def test_a_start_on_hosts_that_cannot_be_reached_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ssh: None
 ) -> None:
+    from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.cluster.start import launch
-    from megatron_tiedlora.config.errors import UserError
 
     write_program(tmp_path / "bin", "mpirun", "#!/bin/sh\ntouch started\n")
     monkeypatch.chdir(tmp_path)

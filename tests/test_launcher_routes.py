@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from launcher_jobs import given, hosts_here, make_job, start, write_program
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.travelling import pdsh_word
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host
 
 NASTY = (

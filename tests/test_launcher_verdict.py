@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tiedlora.cluster import verdict
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(30)
 

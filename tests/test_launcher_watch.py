@@ -19,11 +19,11 @@ import psutil
 import pytest
 from launcher_jobs import write_program
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster import start as beginning
 from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.start import launch
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(60)
 

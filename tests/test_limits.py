@@ -12,9 +12,9 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, 
 from megatron_tiedlora.model.blocks import find_blocks
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.flops_plan import step_flops
 from tools.bench_contestants import saved_by_autograd, storage_bytes
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from run_helpers import ROOT
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.cluster.start import launch
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import last_name
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder, run_name
 from megatron_tiedlora.study.sweep import sweep
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder, run_name
 
 
 def command(path: str) -> Callable[[Sequence[str]], Any]:

@@ -28,7 +28,7 @@ from run_helpers import (
 )
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps
 
-from megatron_tiedlora.training.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopWatch
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def short_silence(seconds: float = 3.0) -> None:
-    from megatron_tiedlora.training import ending
+    from megatron_tiedlora.runtime import ending
 
     ending.SILENCE_SECONDS = seconds
 
@@ -182,7 +182,7 @@ def slow_export(file: Path) -> None:
         assert file.exists(), "rank 0 still works"
 
     before_call("megatron_tiedlora.training.finish", "export", export)
-    before_call("megatron_tiedlora.training.ending", "leave_process_group", leave)
+    before_call("megatron_tiedlora.runtime.ending", "leave_process_group", leave)
 
 
 def test_nobody_leaves_before_rank_0_has_exported(base: Base, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_rank_that_ends_is_deaf_to_more_signals() -> None:
     """Also while Python ends: srun tells the others to stop as soon as one has, and gives their death as its status."""
     code = (
         "import os, signal\n"
-        "from megatron_tiedlora.training.stopping import StopWatch\n"
+        "from megatron_tiedlora.runtime.stopping import StopWatch\n"
         "stop = StopWatch()\nstop.install()\nstop.stopped(signal.SIGUSR1, 'SIGUSR1')\n"
         "class Last:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"

@@ -18,17 +18,17 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     start_values,
 )
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model import layer_specs as layer_specs_module
 from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, num_base_parameters
 from megatron_tiedlora.model.layer_specs import Block
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import loss as loss_module
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
-from megatron_tiedlora.pipeline.stage import Stage
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},

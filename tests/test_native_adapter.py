@@ -18,10 +18,10 @@ from tiny_models import random_adapter, write_tiny_model
 import megatron_tiedlora
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.parallel.grid import Grid
 

@@ -109,7 +109,7 @@ def another_machine() -> None:
     """This process runs under another kernel, whose locks are not seen where others run."""
     import fcntl
 
-    from megatron_tiedlora.checkpoint import ownership
+    from megatron_tiedlora.base import ownership
 
     ownership._machine = lambda: "another"  # type: ignore[assignment]
     fcntl.flock = lambda *_: None  # type: ignore[assignment]
@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_elsewhere_is_taken_after_a_while(base: Base, whol
 
 
 def all_of_another_machine_later() -> None:
-    from megatron_tiedlora.checkpoint import ownership
+    from megatron_tiedlora.base import ownership
 
     another_machine()
     ownership.STALE_SECONDS = 0.0
@@ -141,7 +141,7 @@ def test_a_start_that_fails_before_it_writes_leaves_nothing(base: Base, tmp_path
 
 
 def _fail(*_: Any) -> None:
-    from megatron_tiedlora.config.errors import UserError
+    from megatron_tiedlora.base.errors import UserError
 
     raise UserError("no such luck")
 
@@ -208,14 +208,14 @@ def die_as_rank_0_in_build() -> None:
 # removed, as the best adapter is replaced, between two steps, in the export, and as the status is written.
 MOMENTS = {
     "before its settings": ("megatron_tiedlora.training.session", "write_run_settings", 1),
-    "before its log": ("megatron_tiedlora.training.rank_log", "RankLog.kept", 1),
+    "before its log": ("megatron_tiedlora.runtime.rank_log", "RankLog.kept", 1),
     "before latest": (RESUME, "write_text", 2),
     "in a save": (RESUME, "save_file", 3),
     "before a removal": (RESUME, "discard", 1),
     "before the adapter": ("megatron_tiedlora.training.loop", "save_adapter", 3),
     "between steps": ("megatron_tiedlora.training.loop", "Trainer._train_step", 6),
     "in the export": ("megatron_tiedlora.convert.export_peft", "save_file", 1),
-    "before the status": ("megatron_tiedlora.training.ending", "End.record", 1),
+    "before the status": ("megatron_tiedlora.runtime.ending", "End.record", 1),
 }
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from ownership_files import leave_dead, names, take
 
-from megatron_tiedlora.checkpoint.atomic import discard, new_folder, remove_leftovers, write_text
-from megatron_tiedlora.checkpoint.output_folder import new_output, take_output, take_output_folder
-from megatron_tiedlora.checkpoint.ownership import OWNER_FILE, FolderLock, FolderTaken, OwnerLost
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.atomic import discard, new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.output_folder import new_output, take_output, take_output_folder
+from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, FolderTaken, OwnerLost
 
 # What a former owner can change -------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_one_that_was_stopped_behind_its_check_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, swaps: bool
 ) -> None:
     if not swaps:
-        monkeypatch.setattr("megatron_tiedlora.checkpoint.atomic._exchange", lambda one, other: False)
+        monkeypatch.setattr("megatron_tiedlora.base.atomic._exchange", lambda one, other: False)
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("old")

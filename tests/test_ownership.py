@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from ownership_files import HINT, grow_old, leave_dead, names, take
 
-from megatron_tiedlora.checkpoint import ownership
-from megatron_tiedlora.checkpoint.atomic import remove_leftovers
-from megatron_tiedlora.checkpoint.ownership import (
+from megatron_tiedlora.base import ownership
+from megatron_tiedlora.base.atomic import remove_leftovers
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import (
     OWNER_FILE,
     STALE_SECONDS,
     FolderTaken,
     OwnerLost,
 )
-from megatron_tiedlora.config.errors import UserError
 
 # Who gets it --------------------------------------------------------------------------------------------------------
 

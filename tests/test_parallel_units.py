@@ -12,7 +12,8 @@ from forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.engine.topology import make_topology
 from megatron_tiedlora.parallel import collectives
 from megatron_tiedlora.parallel.early_backward import run_with_early_backward
 from megatron_tiedlora.parallel.grid import Grid
@@ -21,7 +22,6 @@ from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelL
 from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.traffic import TrafficCounter
-from megatron_tiedlora.pipeline.topology import make_topology
 
 SIZES = (2, 3, 4)
 RANKS = 4

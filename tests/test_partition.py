@@ -10,7 +10,7 @@ from all_cuts import all_cuts, cost_key
 
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
-from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 
 
 def check_is_a_cut(stages: Stages, num_layers: int, num_stages: int) -> None:

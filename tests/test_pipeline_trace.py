@@ -22,7 +22,7 @@ from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.pipeline.partition import layer_costs
+from megatron_tiedlora.model.partition import layer_costs
 from megatron_tiedlora.training.memory_plan import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.stage_plan import plan_stages

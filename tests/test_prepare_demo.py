@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import demo
 
 ROOT = Path(__file__).resolve().parents[1]

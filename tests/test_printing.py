@@ -16,16 +16,16 @@ from run_helpers import ROOT, run_ranks, write_base, write_rows
 from study_files import write_score, write_study
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Layout, Report
 from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.config.errors import printable, show
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
+from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.jobs import Job, run_jobs
 from megatron_tiedlora.study.scores import read_study
 from megatron_tiedlora.study.text import table2_markdown
-from megatron_tiedlora.training.rank_log import RankLog
 
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
 FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
@@ -51,7 +51,7 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 # Functions whose prints hold no text of others, or hold one that is escaped already.
 PRINT = {
-    ("megatron_tiedlora/config/errors.py", "show"),
+    ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
     ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
     ("megatron_tiedlora/training/finish.py", "export"),  # format_comparisons

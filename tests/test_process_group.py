@@ -16,13 +16,13 @@ import torch
 from forked_ranks import run_on_ranks
 from torch import distributed
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.parallel.lifeline import gpu_failure_line
-from megatron_tiedlora.pipeline import process_group
-from megatron_tiedlora.pipeline.launch_env import prepare_environment
-from megatron_tiedlora.pipeline.process_group import choose_device, gpu_name, group_backend
-from megatron_tiedlora.training.ending import End
-from megatron_tiedlora.training.stopping import StopWatch
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.runtime import process_group
+from megatron_tiedlora.runtime.ending import End
+from megatron_tiedlora.runtime.heartbeat import gpu_failure_line
+from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.process_group import choose_device, gpu_name, group_backend
+from megatron_tiedlora.runtime.stopping import StopWatch
 
 CUDA_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -188,8 +188,8 @@ def test_what_cuda_says_is_one_line(text: str, said: str) -> None:
 def test_a_run_that_a_gpu_ends_names_rank_host_and_gpu(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megatron_tiedlora.training.ending.socket", SimpleNamespace(gethostname=lambda: "gpu7"))
-    monkeypatch.setattr("megatron_tiedlora.training.ending.first_to_fail", lambda: True)
+    monkeypatch.setattr("megatron_tiedlora.runtime.ending.socket", SimpleNamespace(gethostname=lambda: "gpu7"))
+    monkeypatch.setattr("megatron_tiedlora.runtime.ending.first_to_fail", lambda: True)
     stop = StopWatch(launchers=[])
     monkeypatch.setattr(stop, "ignore", lambda: None)
     end = End(3, 4, stop, gpu=f"cuda:1 (GPU-{UUID})")

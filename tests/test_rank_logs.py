@@ -15,7 +15,7 @@ from run_files import status
 from run_helpers import ROOT, Base, run, run_ranks, write_base
 from run_preludes import before_call, kill_at_step
 
-from megatron_tiedlora.training.rank_log import _Tee
+from megatron_tiedlora.runtime.rank_log import _Tee
 
 LOOP = "megatron_tiedlora.training.loop"
 
@@ -42,7 +42,7 @@ def test_of_a_bar_the_log_keeps_its_last_state() -> None:
 SAY = """
 import sys
 from pathlib import Path
-from megatron_tiedlora.training.rank_log import RankLog
+from megatron_tiedlora.runtime.rank_log import RankLog
 
 log = RankLog()
 with log.kept(Path(sys.argv[1]), int(sys.argv[2])):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from task_files import HUB_ROWS, refusal, write_rows
 
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.private_folders import make_own_folder, make_private_folder
 from megatron_tiedlora.config.cli import keep_from_others
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.own_folders import make_own_folder, make_private_folder
 from megatron_tiedlora.data.splits import load_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.uns
 SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "rpc",
                  "send_object_list", "recv_object_list", "_object_to_tensor", "_tensor_to_object"}  # fmt: skip
 # Probes of a port, which never listen and are closed at once.
-BINDERS = {("megatron_tiedlora/pipeline/launch_env.py", "free_port"),
+BINDERS = {("megatron_tiedlora/runtime/launch_env.py", "free_port"),
            ("megatron_tiedlora/cluster/doctor/probe.py", "_can_listen")}  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_nothing_that_a_command_makes_can_be_written_by_others(tmp_path: Path) -
     script = (
         "import os, subprocess, sys; from pathlib import Path; os.umask(0)\n"
         "from megatron_tiedlora.config.cli import run_command\n"
-        "from megatron_tiedlora.checkpoint.atomic import new_folder, write_text\n"
+        "from megatron_tiedlora.base.atomic import new_folder, write_text\n"
         "def main(argv):\n"
         "    with new_folder(Path('made')) as folder: (folder / 'file').write_text('x')\n"
         "    write_text(Path('text'), 'x'); Path('plain').write_text('x'); Path('a/b').mkdir(parents=True)\n"

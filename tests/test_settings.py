@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from run_helpers import TRAIN  # also names the accelerator before DeepSpeed is imported
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
+from megatron_tiedlora.engine.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {

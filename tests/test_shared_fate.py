@@ -39,8 +39,8 @@ def other_data_on_rank_1(part: str) -> None:
 
 def broken_log(step: int) -> None:
     """metrics.jsonl cannot be written from training step `step` on."""
-    module: Any = importlib.import_module("megatron_tiedlora.training.run_folder")
-    errors: Any = importlib.import_module("megatron_tiedlora.config.errors")
+    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
+    errors: Any = importlib.import_module("megatron_tiedlora.base.errors")
     write = module.MetricsLog.write
 
     def failing(log: Any, row: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def test_a_log_that_cannot_be_written_ends_all_ranks_in_order(base: Base, tmp_pa
 
 def full_disk_at(file: Path, split: str, step: int) -> None:
     """There is room for a part of one row of metrics.jsonl; for what is said of it there is room again."""
-    module: Any = importlib.import_module("megatron_tiedlora.training.run_folder")
+    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
     write = module.MetricsLog.write
 
     def limited(log: Any, row: dict[str, Any]) -> None:

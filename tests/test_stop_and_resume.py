@@ -181,8 +181,8 @@ def test_the_first_signal_counts(base: Base, tmp_path: Path) -> None:
 def _interrupt_then_terminate() -> None:
     kill_at_step(3, signal.SIGINT)
     kill_at_call(LOOP, "save_checkpoint", call=2, number=signal.SIGTERM)
-    kill_at_call("megatron_tiedlora.training.ending", "exit_status", number=signal.SIGTERM)
-    kill_at_call("megatron_tiedlora.training.ending", "End.record", number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.runtime.ending", "exit_status", number=signal.SIGTERM)
+    kill_at_call("megatron_tiedlora.runtime.ending", "End.record", number=signal.SIGTERM)
 
 
 def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from run_helpers import ROOT
 from sweep_runs import LAUNCH, study_arguments, write_study_base
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.engine_json import load_engine_config
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.engine.engine_json import load_engine_config
 
 
 def refused(path: Path, zero: Any = None, **sections: Any) -> str:

@@ -15,7 +15,7 @@ from run_helpers import ENVIRONMENT, ROOT
 from megatron_tiedlora.cluster.reach import JobHosts
 from megatron_tiedlora.cluster.routes import plan_start
 from megatron_tiedlora.config.hosts import Host
-from megatron_tiedlora.pipeline.launch_env import free_port
+from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]

@@ -20,12 +20,12 @@ from run_helpers import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import sample_hash
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.examples import Example
@@ -33,7 +33,7 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import METRICS
 from megatron_tiedlora.model.families.llama import weight_rules
-from megatron_tiedlora.training.run_folder import read_metrics
+from megatron_tiedlora.runtime.run_folder import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_verifying_hands_peft_no_pattern_that_is_not_read_here(model: Path, tmp_
 def test_a_matplotlibrc_of_the_current_folder_decides_nothing(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
-    code = "from megatron_tiedlora.training.run_folder import *; plot_losses(Path('metrics.jsonl'), Path('loss.png'))"
+    code = "from megatron_tiedlora.runtime.run_folder import *; plot_losses(Path('metrics.jsonl'), Path('loss.png'))"
     environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code],

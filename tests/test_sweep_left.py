@@ -19,14 +19,14 @@ import pytest
 from run_helpers import Base
 from sweep_runs import study_arguments, write_study_base
 
-from megatron_tiedlora.checkpoint.ownership import take_folder
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
-from megatron_tiedlora.training.run_folder import take_run_folder
 
 
 @pytest.fixture(scope="module")

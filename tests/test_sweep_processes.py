@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
 from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (

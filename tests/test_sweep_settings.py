@@ -13,7 +13,7 @@ from run_helpers import Base, write_base
 from study_files import write_study
 from sweep_runs import study_arguments
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.evaluation.plan import DEMO_SCORED_SAMPLES as EVALUATE_LIMIT
 from megatron_tiedlora.study.grid import Point, make_grid

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from study_files import SCORED, write_run, write_score, write_scored, write_study
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import llama_config_from_hf
 from megatron_tiedlora.study import paper, sweep

@@ -28,7 +28,7 @@ from megatron_tiedlora.parallel.traffic import (
     named_handles,
 )
 from megatron_tiedlora.training import traffic_plan
-from megatron_tiedlora.training.dry_run import dry_run_report, readable
+from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
 from megatron_tiedlora.training.memory_plan import base_bytes, saved_bytes_per_token
 from megatron_tiedlora.training.run_data import prepare_data
 from megatron_tiedlora.training.stage_plan import plan_stages
@@ -196,12 +196,12 @@ def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
         stage = plan.grid.pp_rank
-        assert memory[stage]["base weights"] == readable(counted.base_bytes)
+        assert memory[stage]["base weights"] == bytes_in_words(counted.base_bytes)
         if plan.grid.dp_rank == 0:
             traffic = step_traffic(plan, planned_shapes(plan, prepare_data(plan, progress=False).train))
             expected = {group: traffic.of_group(group) for group in GROUPS}
             cells = {column.replace("all ranks", WORLD): cell for column, cell in messages[stage].items()}
-            assert cells == {group: f"{n:,} / {readable(size)}" for group, (n, size) in expected.items() if n}
+            assert cells == {group: f"{n:,} / {bytes_in_words(size)}" for group, (n, size) in expected.items() if n}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from run_helpers import Base, run, write_base
 from run_preludes import kill_at_step, scripted_validation
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
@@ -29,7 +30,6 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron_tiedlora.config.errors import UserError
 
 ADAPTER, CONFIG, STATE, PROGRESS = (
     *("adapter_model.safetensors", "adapter_config.json"),

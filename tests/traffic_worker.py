@@ -122,7 +122,7 @@ def _patched(case: Case) -> Iterator[None]:
 
 def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
     """The stage's last block on a sequence of 256 tokens, with the adapter where it has one."""
-    from megatron_tiedlora.pipeline.engine import all_open
+    from megatron_tiedlora.engine.engine import all_open
 
     with all_open(stage, plan.engine):
         return _count_saved_bytes(stage, plan)

@@ -22,10 +22,10 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     start_values,
 )
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
@@ -38,9 +38,9 @@ from megatron_tiedlora.model.families.llama import (
     stage_weight_rules,
 )
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.stage import Stage
 from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.throughput import peak_memory_bytes, product_rate, resident_bytes

@@ -40,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
 
-    from megatron_tiedlora.checkpoint.atomic import write_json
+    from megatron_tiedlora.base.atomic import write_json
+    from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
     from megatron_tiedlora.checkpoint.sources import find_model
-    from megatron_tiedlora.config.errors import UserError
     from megatron_tiedlora.data.encode import encode_prompts
     from megatron_tiedlora.data.splits import load_split
     from megatron_tiedlora.data.tokenizer import load_tokenizer

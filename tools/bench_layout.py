@@ -29,17 +29,17 @@ from bench_kernels import CLASSES, kernel_seconds
 from bench_report import compare_traffic, describe_setup
 from tqdm import tqdm
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
+from megatron_tiedlora.engine.runner import PipelineRunner, Runner
 from megatron_tiedlora.model.families.llama import stage_weight_rules
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import Traffic
-from megatron_tiedlora.pipeline.process_group import join_process_group
-from megatron_tiedlora.pipeline.running import PipelineRunner, Runner
+from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels

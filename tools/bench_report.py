@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.versions import installed_versions
+from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
-from megatron_tiedlora.training.throughput import readable
 
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -146,8 +146,8 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{'stage':<7}{'messages to':<13}{'counted in a step':>24}{'as --dry_run predicts':>26}"]
     for stage, (member, *_) in _by_stage(report["ranks"]).items():
         for group, found in member["traffic"].items():
-            counted = f"{found['messages']:,} / {readable(found['bytes'])}"
-            predicted = f"{found['predicted_messages']:,} / {readable(found['predicted_bytes'])}"
+            counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
+            predicted = f"{found['predicted_messages']:,} / {bytes_in_words(found['predicted_bytes'])}"
             name = "all ranks" if group == WORLD else group
             mark = "~" if found["estimated"] else ""
             lines.append(f"{stage:<7}{name:<13}{counted:>24}{mark + predicted:>26}   {found['verdict']}")

@@ -31,12 +31,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
-from megatron_tiedlora.pipeline.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.pipeline.process_group import leave_process_group
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.process_group import leave_process_group
 
 BOOLEANS = ("true", "false")
 # Flags that make the step one of a layout, and what they stand for where others are given.
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from bench_layout import measure
 
-    from megatron_tiedlora.training.stopping import RunStopped, exit_status
+    from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
 
     try:
         measure(
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _publish(options: Namespace, report: dict[str, Any], lines: Sequence[str]) -> None:
     """Print the table and write --json. Raises UserError where it cannot be written."""
-    from megatron_tiedlora.checkpoint.atomic import write_json
+    from megatron_tiedlora.base.atomic import write_json
 
     print("\n".join(lines), flush=True)
     if options.json is not None:
@@ -278,4 +278,4 @@ def memory_of(options: Namespace, name: str, what: str) -> int | None:
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:], speaks=first_to_fail)
+    run_command(main, sys.argv[1:], reports=first_to_fail)

@@ -34,8 +34,8 @@ from gpu_checks.children import python_command, run_part
 from gpu_checks.output import check_lines, summary_line, to_json, to_markdown
 from gpu_checks.records import Check, CheckOptions
 
+from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
-from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.presets import PRESETS
 
 # Parts with the seconds that each may take of 8 minutes; what one leaves is the next one's.

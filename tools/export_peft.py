@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import CommandParser, run_command
-from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """Export; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
-    from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.base.output_folder import new_output, refuse_existing
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
     from megatron_tiedlora.convert.inputs import open_inputs
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import CommandParser, run_command
-from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     import torch
 
-    from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.base.output_folder import new_output, refuse_existing
     from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 

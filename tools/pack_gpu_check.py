@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_tiedlora.checkpoint.atomic import new_folder
-from megatron_tiedlora.checkpoint.output_folder import refuse_existing
+from megatron_tiedlora.base.atomic import new_folder
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.output_folder import refuse_existing
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
-from megatron_tiedlora.config.errors import UserError, show
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder

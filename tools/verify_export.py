@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
-from megatron_tiedlora.config.errors import show
 
 EXAMPLE = """\
 example:

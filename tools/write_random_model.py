@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tiedlora.checkpoint.atomic import new_folder, write_json
+from megatron_tiedlora.base.atomic import new_folder, write_json
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.output_folder import refuse_existing
 from megatron_tiedlora.checkpoint.base_weights import draw_
-from megatron_tiedlora.checkpoint.output_folder import refuse_existing
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
-from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed

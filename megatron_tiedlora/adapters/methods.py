@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.fields import nearest_name
 from megatron_tiedlora.config.settings import METHOD_NAMES
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.text_files import read_small_text
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it

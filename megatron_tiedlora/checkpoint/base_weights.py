@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.model.families.llama import WeightRule
 from megatron_tiedlora.parallel.random_streams import stream_seed
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 
 FILES_FIELD = "sha256"  # {file name: SHA-256 of its bytes}
 SEAL_FIELD = "config_sha256"  # of the JSON's content without this field

@@ -14,11 +14,11 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.partition import Stages
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.partition import Stages
-from megatron_tiedlora.pipeline.stage import Stage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

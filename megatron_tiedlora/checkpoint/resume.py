@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.checkpoint.atomic import (
+from megatron_tiedlora.base.atomic import (
     Guard,
     discard,
     new_folder,
@@ -26,6 +26,9 @@ from megatron_tiedlora.checkpoint.atomic import (
     write_json,
     write_text,
 )
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import Count, Real, read_fields, read_json_object
+from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_file, check_seal, sealed
 from megatron_tiedlora.checkpoint.native_adapter import (
@@ -36,11 +39,8 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import Count, Real, read_fields, read_json_object
-from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.engine.optimizer_state import MOMENTS
 from megatron_tiedlora.parallel.messages import SentTensor
-from megatron_tiedlora.pipeline.engine_state import MOMENTS
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"

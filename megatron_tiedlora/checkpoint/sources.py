@@ -7,8 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.demo import demo_model_path
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
@@ -79,5 +80,4 @@ def _find_folder(name: str, *, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])]))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {name}: no such folder, and the hub did not give it ({reason})") from None
+        raise UserError(f"--model {name}: no such folder, and the hub did not give it ({first_line(error)})") from None

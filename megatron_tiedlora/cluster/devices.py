@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 
 def visible_gpus() -> tuple[str, ...]:

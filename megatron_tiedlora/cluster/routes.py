@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.leftovers import RUN_ID
 from megatron_tiedlora.cluster.remote import CONNECT_SECONDS, SSH_SETTINGS, Route, Way
 from megatron_tiedlora.cluster.travelling import (
@@ -30,9 +31,8 @@ from megatron_tiedlora.cluster.travelling import (
     travelling,
     without_bad_exports,
 )
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, num_ranks
-from megatron_tiedlora.pipeline.launch_env import EXPECTED_RANKS
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 
 # On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (by pkill). So this shell, which
 # gets the signal when we die, kills it, pdsh and ssh instead; ranks stop when the session of their sshd is over.

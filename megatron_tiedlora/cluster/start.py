@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.reach import JobHosts
 from megatron_tiedlora.cluster.remote import Route
@@ -21,12 +22,11 @@ from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.cluster.watch import Times, Watch, say, start_all
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.errors import UserError, show
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
 _PROGRAMS = {"pdsh": ("pdsh", "pgrep"), "openmpi": ("mpirun", "pgrep"), "mpirun": ("mpirun",), "srun": ("srun",)}

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.text_files import read_small_text
 
 PREFIXES = (
     "ACCELERATE_", "CUBLAS_", "CUDA_", "CUDNN_", "DS_", "FI_", "GLOO_", "HF_", "HSA_", "HIP_", "KMP_", "MASTER_",

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError, one_line
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.base.errors import UserError, one_line
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
 LATE_SECONDS = 3.0  # for a status that was written on another host to be seen here

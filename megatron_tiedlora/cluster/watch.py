@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.reach import Answers, JobHosts, describe
 from megatron_tiedlora.cluster.routes import StartPlan
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError, show
 
 POLL_SECONDS = 0.1
 LINGER_SECONDS = 15.0  # for a launcher to notice that no rank is left

@@ -1,1 +1,1 @@
-"""Settings (typed, frozen), presets of model shapes, cross-checks and the engine's JSON."""
+"""Settings of every command (typed, frozen), the command line, presets of model shapes, and arithmetic on batches."""

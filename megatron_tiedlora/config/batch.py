@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 DEMO_ROWS = 4
 GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching the kernels of a layer takes longer than running them

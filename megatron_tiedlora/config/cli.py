@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
@@ -27,9 +29,7 @@ from megatron_tiedlora.config.fields import (
     nearest_name,
     validate_settings,
 )
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.yaml_files import read_yaml_mapping
 
 # What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
@@ -175,7 +175,7 @@ def keep_from_others() -> None:
 
 
 def run_command(
-    main: Callable[[Sequence[str]], int], argv: Sequence[str], *, speaks: Callable[[], bool] = lambda: True
+    main: Callable[[Sequence[str]], int], argv: Sequence[str], *, reports: Callable[[], bool] = lambda: True
 ) -> NoReturn:
     """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
 
@@ -198,7 +198,7 @@ def run_command(
             raise
         status = 128 + signal.SIGPIPE
     except UserError as error:
-        if speaks():
+        if reports():
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 # What the demo decodes unless told otherwise: enough to see a change, short enough for two CPU cores.
 DEMO_SCORED_SAMPLES = 24

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from megatron_tiedlora.config.errors import UserError, as_given, shown
+from megatron_tiedlora.base.errors import UserError, as_given, shown
 
 _BOUND = 2**53  # of a number that is a setting: a float holds every whole one below it
 _LONGEST_NAME = 200

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from megatron_tiedlora.config.errors import as_given
+from megatron_tiedlora.base.errors import as_given
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
@@ -19,7 +20,6 @@ from megatron_tiedlora.config.fields import (
     setting_field,
     validate_settings,
 )
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 from pydantic import create_model, field_validator, model_validator
 
+from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml
-from megatron_tiedlora.config.errors import UserError, as_given
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     nearest_name,
@@ -24,7 +25,6 @@ from megatron_tiedlora.config.fields import (
     shell_words,
     validate_settings,
 )
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import METHOD_NAMES, Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)

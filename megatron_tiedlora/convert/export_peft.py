@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
-from megatron_tiedlora.checkpoint.atomic import write_json
+from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
 
 # What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.

@@ -17,14 +17,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
-from megatron_tiedlora.config.errors import UserError, as_given, shown
-from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.module_names import name_matcher

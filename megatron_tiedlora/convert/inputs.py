@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, BaseIdentity, base_differences, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.model.families.llama import WeightRule, weight_rules
 
 EXPORT_RECORD = "tiedlora_export.json"  # in a PEFT folder: which adapter it was made from, for which base

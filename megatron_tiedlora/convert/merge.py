@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
-from megatron_tiedlora.checkpoint.atomic import write_json
+from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.output_folder import new_output, refuse_existing
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.output_folder import new_output, refuse_existing
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.inputs import adapted_projections, check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 
 _LONGEST_PATTERN = 1000
 _PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\\d)[*+]?")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 # What transformers reads a tokenizer from, templates of chats among it, whose texts it writes again.

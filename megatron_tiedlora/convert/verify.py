@@ -18,16 +18,17 @@ import torch
 from tqdm import tqdm
 
 from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.config.errors import UserError, printable
-from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
-from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.model.stage import Stage
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
 
@@ -210,8 +211,7 @@ def _transformers_logits(
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many kinds; each means that their users cannot load it either
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{folder}: does not load in transformers ({reason})") from error
+            raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
     logits: torch.Tensor = model(tokens).logits
     return logits
 

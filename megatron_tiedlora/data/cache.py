@@ -18,8 +18,8 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.own_folders import make_own_folder
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.private_folders import make_own_folder
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.examples import Example
 

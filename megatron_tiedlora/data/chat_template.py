@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from megatron_tiedlora.config.errors import UserError, one_line
+from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
 
 # Templates take milliseconds (the first, which loads Jinja, some tenths of a second) and a few times the text; they add

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 
 CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 DEFAULT_SIZES = {"train": 2400, "validation": 48, "test": 48}

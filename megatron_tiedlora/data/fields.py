@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 # A match starts at the start of its white space alone, as looking from each blank of a long row is quadratic.
 _LINE_BREAK = re.compile(r"(?<!\s)\s*[\r\n]\s*")

@@ -21,8 +21,8 @@ import torch
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
+from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.pipeline.running import StepInput
 
 # Shapes that repeat are kinder to memory and kernels.
 BASE_MULTIPLE = 8

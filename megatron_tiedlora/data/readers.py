@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data.limits import limited
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -85,7 +86,7 @@ def read_hub_rows(
         else:
             data = datasets.load_dataset(hub_id, config_name, split=split)
     except Exception as error:  # the library raises many unrelated kinds, network errors among them
-        message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({_first_line(error)})"
+        message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
         raise UserError(f"{message}; give a local file or another hub id") from error
     if not len(data):
         raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
@@ -108,7 +109,7 @@ def read_lines(name: str | Path) -> list[str]:
                 raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 lines.append(_decode(raw.removesuffix(b"\n"), f"{path}:{number}").removesuffix("\r"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     if not any(line.strip() for line in lines):
         raise UserError(f"{path}: holds no lines; give a file with at least one")
     return lines
@@ -149,7 +150,7 @@ def _read_file(path: Path, *, limit: int | None) -> list[Row]:
     except MemoryError:
         raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     raise UserError(f"{path}: unknown suffix {suffix!r}; data files are {', '.join(SUFFIXES)}")
 
 
@@ -216,7 +217,7 @@ def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
     except MemoryError:  # what is there by then is given back before another try is made
         pass
     except Exception as error:  # a broken file shows as anything from OSError to a text that is not UTF-8
-        reason = f"not a readable parquet file ({_first_line(error)})"
+        reason = f"not a readable parquet file ({first_line(error)})"
     raise UserError(f"{path}: {reason}")
 
 
@@ -239,7 +240,7 @@ def _parse_json(raw: bytes, source: str) -> Any:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{source}: broken JSON: {error.msg} at {place}") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{source}: broken JSON: {_first_line(error)}") from error
+        raise UserError(f"{source}: broken JSON: {first_line(error)}") from error
 
 
 def _decode(raw: bytes, source: str) -> str:
@@ -258,8 +259,3 @@ def _object(value: Any, source: str) -> dict[str, Any]:
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def library_errors(place: str | Path, what: str) -> Iterator[None]:
     except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise _refusal(str(place), f"{what} ({_first_line(error)})") from error
+        raise _refusal(str(place), f"{what} ({first_line(error)})") from error
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
@@ -188,7 +189,7 @@ def download_tokenizer(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub client raises many unrelated kinds, network errors among them
-        raise _refusal(hub_id, f"is no local folder and cannot be taken from the hub ({_first_line(error)})") from error
+        raise _refusal(hub_id, f"is no local folder and cannot be taken from the hub ({first_line(error)})") from error
 
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
@@ -223,8 +224,3 @@ def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
 
 def _refusal(place: str, reason: str) -> UserError:
     return UserError(f"{place}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

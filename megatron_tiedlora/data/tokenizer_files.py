@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import user_path
-from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.text_files import read_small_text
 
 LARGEST_TOKENIZER = 2**27  # bytes of a file, which libraries read whole; large vocabularies take 20 to 35 MB
 # The first of these that a folder has is what its ids come from; see `tokenizer.load_tokenizer`.

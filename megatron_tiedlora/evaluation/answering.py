@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.task import Task

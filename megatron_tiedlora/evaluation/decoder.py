@@ -16,8 +16,8 @@ from torch import distributed
 
 from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.pipeline.stage import Stage
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
 from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import last_name, user_path
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
+from megatron_tiedlora.model.layout import check_model_layout
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.pipeline.layout import check_model_layout
-from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.atomic import write_json, write_text
-from megatron_tiedlora.checkpoint.output_folder import NewOutput, take_output_folder
-from megatron_tiedlora.config.versions import installed_versions
+from megatron_tiedlora.base.atomic import write_json, write_text
+from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
+from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import find_metric
 from megatron_tiedlora.evaluation.plan import EvaluationPlan

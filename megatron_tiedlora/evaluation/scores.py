@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import Metric, find_metric
 

@@ -27,6 +27,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.model.documents import Documents
 from megatron_tiedlora.parallel.layers import padded
 
@@ -79,7 +80,7 @@ def choose_attention(
             except torch.OutOfMemoryError:  # no fault of the kernel's
                 raise
             except Exception as error:  # whatever a library of another build brings about: a run can do without it
-                obstacle = f"does not run here: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                obstacle = f"does not run here: {type(error).__name__}: {first_line(error)}"
         passed_over.append(f"{candidate.name} {obstacle}")
     reason = "; ".join(passed_over) or f"fused kernels are for CUDA, not for {device.type}"
     return AttentionRoute("PyTorch's attention, one document after another", reason, one_by_one)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 
 _LARGEST = 1e30  # of a number here, so that fp32 holds it
 

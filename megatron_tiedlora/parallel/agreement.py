@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.parallel.messages import LARGEST_MESSAGE, LARGEST_TEXT, packed, unpacked, unreadable
 
 Value = TypeVar("Value")

@@ -19,8 +19,8 @@ from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInf
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import first_problem
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import first_problem
 
 LARGEST_TEXT = 1 << 30  # bytes of JSON
 LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that a node's memory holds

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.checkpoint.atomic import Guard, unguarded
+from megatron_tiedlora.base.atomic import Guard, unguarded
 from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore
 from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
-from megatron_tiedlora.training.run_folder import plain_figures, save_figure
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that differ also for eyes that tell red and green apart badly, and marks that differ too.

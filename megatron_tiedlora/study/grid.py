@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import Size
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Size
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import printable
 from megatron_tiedlora.study.processes import Child, Command, Start
 
 POLL_SECONDS = 0.1

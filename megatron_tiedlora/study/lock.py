@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tiedlora.checkpoint.ownership import FolderLock, take_folder
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.study.record import RUNS, SCORES
 
 _FOLDER_FLAG = "--output_dir"

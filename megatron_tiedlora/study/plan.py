@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.checkpoint.atomic import discard
+from megatron_tiedlora.base.atomic import discard
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.cluster.devices import visible_gpus
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
 from megatron_tiedlora.study.jobs import Job
 from megatron_tiedlora.study.processes import Command, launcher_slots, with_port
@@ -38,7 +39,6 @@ from megatron_tiedlora.study.record import (
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
 from megatron_tiedlora.training.plan import plan_run
-from megatron_tiedlora.training.run_folder import RunFolder, metrics_row
 
 # Training settings that the test set is decoded with as well.
 _SHARED_WITH_EVALUATE = (

@@ -20,12 +20,12 @@ from typing import IO, Any, Literal, Protocol
 
 import psutil
 
-from megatron_tiedlora.checkpoint.atomic import make_way_for_log
+from megatron_tiedlora.base.atomic import make_way_for_log
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.travelling import read_user_file
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import names_port
-from megatron_tiedlora.pipeline.launch_env import free_port
-from megatron_tiedlora.training.stopping import alive
+from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.runtime.stopping import alive
 
 LOG_MARK = "$ "  # before the command, at every start that a log tells of
 LOOK_SECONDS = 5.0  # between looks at what a launcher has started, for the case that it dies

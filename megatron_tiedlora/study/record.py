@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
-from megatron_tiedlora.checkpoint.output_folder import refuse_links
-from megatron_tiedlora.checkpoint.ownership import Owner, is_of_owner
+from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.base.output_folder import refuse_links
+from megatron_tiedlora.base.ownership import Owner, is_of_owner
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import Text, read_fields, read_json_object
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import (
     DECIDED_BY_SWEEP,
     SWEEP_FILE,

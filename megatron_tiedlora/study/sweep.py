@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_tiedlora.checkpoint.atomic import Guard, unguarded, write_text
+from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.config.errors import UserError, show
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs

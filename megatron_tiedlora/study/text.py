@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_tiedlora.config.errors import printable
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.study.grid import rate_text
 from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study

@@ -11,27 +11,27 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, start_values
 from megatron_tiedlora.adapters.tying import sum_of_u
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
-from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
-from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.engine import (
+from megatron_tiedlora.engine.engine import (
     base_construction,
     initialize_engine,
     mark_parameters,
     parameter_access,
     trained_parameters,
 )
-from megatron_tiedlora.pipeline.engine_state import MOMENTS, write_moments
-from megatron_tiedlora.pipeline.running import Runner, make_runner
-from megatron_tiedlora.pipeline.stage import Stage
-from megatron_tiedlora.pipeline.topology import make_groups, make_process_grid, make_topology
+from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
+from megatron_tiedlora.engine.runner import Runner, make_runner
+from megatron_tiedlora.engine.topology import make_groups, make_process_grid, make_topology
+from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -138,7 +138,7 @@ def _build_stage(
             stage = stage_of(groups, specs)
         return stage, stage, groups, process_grid
 
-    from megatron_tiedlora.pipeline.pipelined import PipelinedModel
+    from megatron_tiedlora.engine.pipelined import PipelinedModel
 
     made: list[ParallelGroups] = []  # inside the PipelineModule's constructor, which makes the process grid
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.engine.engine import all_open
+from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import first_message, max_over_ranks
-from megatron_tiedlora.pipeline.engine import all_open
-from megatron_tiedlora.pipeline.running import Runner
 
 # With v = 0 or B = 0 at the start the partner's gradient is zero at the first step, so it must show by the second.
 GUARDED_STEPS = 2

@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.own_folders import make_private_folder
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.private_folders import make_private_folder
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.launch_env import local_rank
-from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.runtime.launch_env import local_rank
 from megatron_tiedlora.training.plan import RunPlan
 
 # Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles

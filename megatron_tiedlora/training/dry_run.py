@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
-from megatron_tiedlora.config.errors import printable
+from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
@@ -26,7 +27,6 @@ from megatron_tiedlora.training.memory_plan import (
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
-from megatron_tiedlora.training.throughput import readable
 from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,
@@ -94,7 +94,7 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
                 " + ".join(names),
                 f"{stage.cost_share:.1%}",
                 _ranges(stage.part.layers) or "none",
-                readable(stage.full_base * plan.dtype.itemsize),
+                bytes_in_words(stage.full_base * plan.dtype.itemsize),
             ]
         )
     return [
@@ -126,7 +126,7 @@ def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) ->
             **({"CUDA, NCCL": memory.libraries} if plan.on_gpu else {}),
             "sum": memory.total,
         }
-        cells.append([*map(readable, sizes.values()), str(micro_batches_in_flight(plan, stage))])
+        cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(plan, stage))])
     header = (*sizes, "in flight")
     return [
         f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
@@ -152,7 +152,7 @@ def _kernels_line(plan: RunPlan, *, tokens: int) -> list[str]:
     size = eager_temporary_bytes(plan, tokens)
     if not size:
         return ["  (activations with compiled kernels; --compile false shows those of a node without a compiler)"]
-    return [f"  (of the activations {readable(size)} are for a moment in kernels that are not compiled)"]
+    return [f"  (of the activations {bytes_in_words(size)} are for a moment in kernels that are not compiled)"]
 
 
 def _libraries_line(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
@@ -161,8 +161,8 @@ def _libraries_line(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
         return []
     counts = sorted({num_communicators(plan, stage) for stage in stages})
     return [
-        f"  (CUDA, NCCL: estimates of what PyTorch does not allocate, {readable(CONTEXT_BYTES)} of context and"
-        f" {readable(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
+        f"  (CUDA, NCCL: estimates of what PyTorch does not allocate, {bytes_in_words(CONTEXT_BYTES)} of context and"
+        f" {bytes_in_words(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
         " communicators)"
     ]
 
@@ -191,8 +191,8 @@ def _decoding(plan: RunPlan, data: RunData | None) -> list[str]:
     longest = max(len(prompt) for part in sets for prompt in part.prompts)
     size = decoding_cache_bytes(plan, longest_prompt=longest)
     return [
-        f"  decoding: up to {readable(size)} of keys and values for {plan.settings.eval_batch_size} prompts of up to"
-        f" {longest} tokens with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
+        f"  decoding: up to {bytes_in_words(size)} of keys and values for {plan.settings.eval_batch_size} prompts of up"
+        f" to {longest} tokens with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
     ]
 
 
@@ -211,7 +211,7 @@ def _messages(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) 
     rows = []
     for found, guessed in zip(traffic, estimated, strict=True):
         counts = {group: found.of_group(group) for group in groups}
-        rows.append([f"{'~' * (g in guessed)}{n:,} / {readable(size)}" for g, (n, size) in counts.items()])
+        rows.append([f"{'~' * (g in guessed)}{n:,} / {bytes_in_words(size)}" for g, (n, size) in counts.items()])
     lines += _stage_table(tuple("all ranks" if group == WORLD else group for group in groups), rows)
     lines.append("  (of whole tensors; a step after the first ones, whose checks send a little more)")
     if any(estimated):

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.checkpoint.atomic import discard, write_json
+from megatron_tiedlora.base.atomic import discard, write_json
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
-from megatron_tiedlora.pipeline.engine import all_open
+from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.training.loop import Trainer
-from megatron_tiedlora.training.run_folder import RunFolder, plot_losses, read_metrics
-from megatron_tiedlora.training.throughput import peak_memory_bytes, readable
+from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 SAMPLES = "samples_sha256"  # beside each score in scores.json
 
@@ -115,7 +116,7 @@ def speed_lines(trainer: Trainer) -> list[str]:
         f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
         f" supervised; MFU {mean['mfu']:.1%} of {shown}"
         f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
-        f"memory      {readable(peak_memory_bytes(trainer.device))} at the peak, rank 0",
+        f"memory      {bytes_in_words(peak_memory_bytes(trainer.device))} at the peak, rank 0",
     ]
 
 
@@ -181,4 +182,4 @@ def next_steps(trainer: Trainer) -> list[str]:
 
 def _size(folder: RunFolder) -> str:
     size = sum(file.stat().st_size for file in folder.adapter.iterdir())
-    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    return bytes_in_words(size)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.model.layout import check_model_layout
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.pipeline.layout import check_model_layout
 
 
 def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config: str) -> None:

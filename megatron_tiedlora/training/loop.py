@@ -12,25 +12,25 @@ import torch
 from tqdm import tqdm
 
 from megatron_tiedlora.adapters.gathering import gather_full, gather_state
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.engine.engine import all_open, trained_parameters
+from megatron_tiedlora.engine.optimizer_state import read_moments
+from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
-from megatron_tiedlora.pipeline.engine import all_open, trained_parameters
-from megatron_tiedlora.pipeline.engine_state import read_moments
-from megatron_tiedlora.pipeline.running import Runner
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
+from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch
 from megatron_tiedlora.training.checks import RunFailed, StepChecks
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder
-from megatron_tiedlora.training.stopping import RunStopped, StopWatch
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 from megatron_tiedlora.training.validation import validation_loss
 

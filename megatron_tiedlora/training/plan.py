@@ -10,21 +10,21 @@ import torch
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
-from megatron_tiedlora.config.engine_json import EngineConfig, load_engine_config
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import BatchShape, pad_multiple
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
+from megatron_tiedlora.engine.runner import inputs_to_fill
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.pipeline.launch_env import uses_gpu
-from megatron_tiedlora.pipeline.partition import Stages, layer_costs, partition
-from megatron_tiedlora.pipeline.running import inputs_to_fill
+from megatron_tiedlora.runtime.launch_env import uses_gpu
+from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.training.layout import check_layout
-from megatron_tiedlora.training.run_folder import run_name
 
 # Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
 LAYOUT_SETTINGS = frozenset(

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.pipeline.running import Runner
+from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.build import BuiltModel
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.run_folder import RunFolder
-from megatron_tiedlora.training.stopping import StopWatch
 from megatron_tiedlora.training.throughput import Meter, Peak
 
 

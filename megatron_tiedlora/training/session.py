@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.checkpoint.atomic import remove_leftovers, write_json
+from megatron_tiedlora.base.atomic import remove_leftovers, write_json
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.ownership import Owner
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
-from megatron_tiedlora.checkpoint.ownership import Owner
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
     Progress,
@@ -20,23 +24,19 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     move_latest,
 )
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import user_path
-from megatron_tiedlora.config.versions import installed_versions
 from megatron_tiedlora.model.families.llama import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
-from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
-from megatron_tiedlora.training.compiling import ChosenKernels
-from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
-from megatron_tiedlora.training.run_data import RunData
-from megatron_tiedlora.training.run_folder import (
+from megatron_tiedlora.runtime.run_folder import (
     MetricsLog,
     RunFolder,
     read_metrics,
     take_run_folder,
     write_metrics,
 )
+from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
+from megatron_tiedlora.training.compiling import ChosenKernels
+from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
+from megatron_tiedlora.training.run_data import RunData
 
 
 def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:

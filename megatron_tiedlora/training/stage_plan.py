@@ -13,7 +13,7 @@ import torch
 from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.model.families.llama import LlamaConfig, WeightRule, stage_weight_rules
-from megatron_tiedlora.pipeline.partition import layer_costs
+from megatron_tiedlora.model.partition import layer_costs
 from megatron_tiedlora.training.plan import RunPlan
 
 

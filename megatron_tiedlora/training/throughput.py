@@ -201,11 +201,3 @@ def resident_bytes(name: str) -> int | None:
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)
     return None if found is None else int(found) * 1024
-
-
-def readable(size: float) -> str:
-    """A number of bytes with a unit."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size:,.0f} B"

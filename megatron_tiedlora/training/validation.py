@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import evaluation_batches, num_evaluation_batches
+from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.pipeline.running import Runner
 
 
 def validation_loss(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from valid import check_adapter, write_run
 
-from megatron_tiedlora.checkpoint.atomic import remove_leftovers
+from megatron_tiedlora.base.atomic import remove_leftovers
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
@@ -26,12 +27,11 @@ from megatron_tiedlora.checkpoint.resume import (
     save_checkpoint,
 )
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.model.families.llama import weight_rules
-from megatron_tiedlora.training.rank_log import RankLog
-from megatron_tiedlora.training.run_folder import RunFolder, choose_run_folder
+from megatron_tiedlora.runtime.rank_log import RankLog
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.training.session import adopt_checkpoint
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json"

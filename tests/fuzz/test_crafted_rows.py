@@ -11,7 +11,7 @@ import pytest
 from fuzzing import outcome
 from tiny_models import write_tiny_tokenizer
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer

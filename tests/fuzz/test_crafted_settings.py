@@ -11,17 +11,17 @@ import pytest
 from fuzzing import outcome
 from study_files import write_run, write_study
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.engine_json import load_engine_config
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.engine.engine_json import load_engine_config
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder
 from megatron_tiedlora.study.record import StudyFolder, check_folder
 from megatron_tiedlora.study.scores import RunEnd, read_run
-from megatron_tiedlora.training.run_folder import MetricsLog, RunFolder, choose_run_folder
 
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
 

@@ -14,6 +14,7 @@ from run_files import edit_tensors
 from tiny_models import write_tiny_model
 from valid import check_adapter, check_checkpoint, write_run
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,
@@ -22,8 +23,7 @@ from megatron_tiedlora.checkpoint.resume import (
     find_newest_checkpoint,
     load_checkpoint,
 )
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.session import adopt_checkpoint
 
 METHODS = ("tl6", "tl5", "tl4", "lora", "vera")

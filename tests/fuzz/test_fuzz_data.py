@@ -11,7 +11,7 @@ from fuzzing import MAPPED, Draw, cases, explore, outcome
 from task_files import HUB_ROWS, write_rows
 from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.cache import tokenise_once
 from megatron_tiedlora.data.encode import encode_examples
 from megatron_tiedlora.data.examples import Example

@@ -10,16 +10,16 @@ from damage import broken_file, broken_json, changed_fields, damaged
 from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.leftovers import read_report
 from megatron_tiedlora.cluster.travelling import read_user_file, travelling
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
+from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.study.plan import last_row
 from megatron_tiedlora.study.record import StudyFolder, last_lines, read_base
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.text import table2_markdown, table3_markdown
-from megatron_tiedlora.training.run_folder import RunFolder, read_metrics
 
 WHOLE = b"# the cluster\nnode1 slots=8\n\n10.0.0.2\tslots=4  # small\nnode-3.local slots=16\n"
 PARTS = ("node1", " slots=", "2", "\n")  # of a line

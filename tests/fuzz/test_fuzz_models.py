@@ -13,10 +13,10 @@ from fuzzing import MAPPED, Draw, cases, explore, outcome
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.model.families.llama import num_base_parameters, weight_rules

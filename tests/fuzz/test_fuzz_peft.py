@@ -18,9 +18,9 @@ from tiny_models import tiny_model, write_tiny_model
 from valid import check_adapter
 
 from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
 

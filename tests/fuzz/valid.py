@@ -19,7 +19,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, de
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.training.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder
 
 LARGEST_ALPHA = 1e7  # an imported adapter of several A has as many times the alpha
 LARGEST_WIDTH = 1e3  # of start values

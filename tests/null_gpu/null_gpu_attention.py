@@ -22,7 +22,7 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.documents import Documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, attend_within, choose_attention
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.pipeline.stage import Stage
+from megatron_tiedlora.model.stage import Stage
 
 GPU = torch.device("cuda")
 TOKENS = 4096

@@ -29,8 +29,8 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.model.documents import find_documents, whole_rows
-from megatron_tiedlora.pipeline.launch_env import prepare_environment
-from megatron_tiedlora.pipeline.process_group import join_process_group
+from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.process_group import join_process_group
 
 WARM_UP = 3  # steps
 
@@ -213,7 +213,7 @@ def _meet_nobody(world_size: int) -> None:
     """Let rank 0 of any world begin alone: NCCL is the stand-in's, what goes over CPUs stays as it is."""
     if world_size == 1:
         return
-    from megatron_tiedlora.pipeline import process_group
+    from megatron_tiedlora.runtime import process_group
 
     process_group.gather_on_rank_0 = lambda value, **_: [value]  # type: ignore[assignment]
     begin, new_group = distributed.init_process_group, distributed.new_group
@@ -235,7 +235,7 @@ def _meet_nobody(world_size: int) -> None:
 
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
-    from megatron_tiedlora.pipeline.running import Runner
+    from megatron_tiedlora.engine.runner import Runner
     from megatron_tiedlora.training import loop
     from megatron_tiedlora.training.checks import StepChecks
 

@@ -51,7 +51,7 @@ def _be_alone() -> None:
     for name in list(os.environ):
         if name.startswith(_LAUNCHERS):
             del os.environ[name]
-    from megatron_tiedlora.pipeline.launch_env import free_port, prepare_environment
+    from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
 
     port = str(free_port("127.0.0.1"))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

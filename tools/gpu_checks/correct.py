@@ -19,8 +19,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.stage import Stage
 
 # fp32 against fp64, relative; with TF32, or with a term left out, it is far more.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4

@@ -18,8 +18,8 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.pipeline.stage import Stage
 
 LENGTHS = (3, 17, 40, 41)  # of the prompts whose tokens are compared
 NEW_TOKENS = 24

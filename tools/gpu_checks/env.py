@@ -14,7 +14,7 @@ import torch
 
 from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.pipeline.process_group import gpu_name
+from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
 
 OLDEST_TORCH = (2, 6)

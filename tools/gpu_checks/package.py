@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_checks.reference import Shape
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
@@ -28,7 +28,7 @@ from megatron_tiedlora.model.fused_attention import (
     one_by_one,
 )
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.pipeline.process_group import join_process_group
+from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.memory_plan import stage_memory
 from megatron_tiedlora.training.plan import RunPlan

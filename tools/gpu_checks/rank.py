@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place
 
 from gpu_checks.children import end_with_parent
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.pipeline.launch_env import prepare_environment, rank_and_world_size
-from megatron_tiedlora.pipeline.process_group import leave_process_group
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.process_group import leave_process_group
 
 
 class Losses:
@@ -79,15 +79,15 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
     """Take steps of the first case under the eyes of all ranks, as launch/train.py does, until one is gone."""
     import bench_layout
 
-    from megatron_tiedlora.training.ending import reported_end
-    from megatron_tiedlora.training.stopping import StopWatch
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.stopping import StopWatch
 
     with reported_end(rank, world_size, StopWatch()) as end:
         options = options_of(order.cases[0], order, world_size)
         plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, timeout_minutes=1.0)
         run = bench_layout.start(plan, options)
         end.watch_peers(1.0)
-        end.trainer = run.trainer
+        end.finished_step = lambda: run.trainer.progress.step
         for number in range(1_000_000):
             run.trainer.take_step(next(run.loader))
             if number == order.steps:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_tiedlora.pipeline.launch_env import free_port
+from megatron_tiedlora.runtime.launch_env import free_port
 
 SCRIPT = Path(__file__).resolve().parent / "rank.py"
 ADAPTER, RESULT, STEPPING = "adapter.safetensors", "result.json", "stepping"

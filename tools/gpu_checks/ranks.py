@@ -31,9 +31,9 @@ from gpu_checks.rank_orders import (
     wait_for_ranks,
 )
 from gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.pipeline.launch_env import free_port
+from megatron_tiedlora.runtime.launch_env import free_port
 
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in either way, whose vocabulary none of these numbers divides.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.config.errors import UserError, one_line
+from megatron_tiedlora.base.errors import UserError, one_line
 
 Status = Literal["pass", "warn", "fail", "skip", "info"]
 Value = float | str | None

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_checks.package import planned_bytes
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader

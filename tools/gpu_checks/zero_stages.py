@@ -14,7 +14,7 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.running import started, step_options, write_shape
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.pipeline.engine import all_open
+from megatron_tiedlora.engine.engine import all_open
 
 STEPS = 3
 RATE = 1e-2

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor import compare, compare_places
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
 from megatron_tiedlora.cluster.doctor.job_files import absolute_path, job_files
@@ -17,7 +18,6 @@ from megatron_tiedlora.cluster.doctor.wording import count_text
 from megatron_tiedlora.cluster.remote import Route, Way
 from megatron_tiedlora.cluster.travelling import read_user_file, travelling
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.errors import UserError
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.parallel.grid import Grid
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.records import HubRepo
-from megatron_tiedlora.config.paths import user_path
 from megatron_tiedlora.data.demo import demo_model_path
 from megatron_tiedlora.data.readers import is_rows_file, looks_like_path
 

@@ -26,6 +26,8 @@ from pathlib import Path
 import psutil
 
 import megatron_tiedlora
+from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.job_files import cached_model, is_read_of_a_model
 from megatron_tiedlora.cluster.doctor.records import (
     UNREADABLE,
@@ -37,7 +39,6 @@ from megatron_tiedlora.cluster.doctor.records import (
     Probe,
     Question,
 )
-from megatron_tiedlora.config.versions import installed_versions
 
 PROBE_MARK, CLOCK_MARK, CLOCK_QUESTION = "doctor-probe ", "doctor-clock ", "clock"
 LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
@@ -106,7 +107,7 @@ def _examine_torch() -> tuple[str | None, str | None, str | None, list[Gpu]]:
             gpus.append(Gpu(name=torch.cuda.get_device_name(index), total_bytes=total, free_bytes=free))
         return None, torch.version.cuda, nccl, gpus
     except Exception as error:  # a missing library, a driver that is too old: whatever it is, the report tells it
-        return (str(error).strip().splitlines() or [type(error).__name__])[0], None, None, []
+        return first_line(error), None, None, []
 
 
 def _names_in(folder: str) -> list[str]:

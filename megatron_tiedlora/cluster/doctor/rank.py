@@ -16,6 +16,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.layouts import group_members
 from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, RankOrder
 
@@ -47,7 +48,7 @@ class Trial:
         from torch import distributed
 
         from megatron_tiedlora.parallel.agreement import max_over_ranks
-        from megatron_tiedlora.pipeline.process_group import choose_device, meet
+        from megatron_tiedlora.runtime.process_group import choose_device, meet
 
         timeout, backend = timedelta(seconds=self._order.timeout), self._order.backend
         self.say("started")
@@ -119,7 +120,7 @@ def main() -> int:
     try:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks do not come together
-        trial.say("failed", reason=(str(error).strip().splitlines() or [type(error).__name__])[0][:500])
+        trial.say("failed", reason=first_line(error)[:500])
         sys.stdout.flush()
         os._exit(1)  # without waiting for threads of a group that is broken
     return 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
+from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
 from megatron_tiedlora.cluster.doctor.compare_places import interface_in_use
 from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
 from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, size_text, time_text
-from megatron_tiedlora.config.errors import printable
 
 ODD_MARK = "*"
 _OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat_template import ChatTemplate
 from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text, required_texts, without
 from megatron_tiedlora.data.task import Parts, Task

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.fields import one_line, required_text, without
 from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
 from megatron_tiedlora.data.task import HubSource, Parts, Task

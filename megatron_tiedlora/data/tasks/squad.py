@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.fields import required_text, required_texts, without
 from megatron_tiedlora.data.readers import Row
 from megatron_tiedlora.data.task import HubSource, Parts, Task

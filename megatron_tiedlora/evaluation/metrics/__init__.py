@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.evaluation.metrics.bleu import BLEU_METRIC
 from megatron_tiedlora.evaluation.metrics.choices import ACCURACY, ACCURACY_LOGLIKELIHOOD
 from megatron_tiedlora.evaluation.metrics.exact import EXACT_MATCH, GSM8K, SQUAD, SQUAD_F1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics.exact import token_f1
 from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed

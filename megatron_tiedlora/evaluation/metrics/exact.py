@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed

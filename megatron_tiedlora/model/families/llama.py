@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.json_files import read_json_object
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.model.rope import RopeConfig
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.text_files import LARGEST_TEXT, read_small_text
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.text_files import LARGEST_TEXT, read_small_text
 
 # Kinds of fields of `read_fields`: nothing is converted, and a number is finite.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]

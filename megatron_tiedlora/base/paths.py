@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes that Linux takes
 _LONGEST_PART = 80  # bytes of a name that a longer one is made of

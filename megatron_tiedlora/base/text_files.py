@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 LARGEST_TEXT = 2**24  # bytes; the index of the largest models has a tenth of that
 

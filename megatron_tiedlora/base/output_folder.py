@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.checkpoint.atomic import new_folder, remove_leftovers
-from megatron_tiedlora.checkpoint.ownership import FolderLock, FolderTaken, take_folder
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import user_path
+from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
+from megatron_tiedlora.base.paths import user_path
 
 
 def check_place(path: Path, *, given: str) -> None:

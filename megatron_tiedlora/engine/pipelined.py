@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from deepspeed.pipe import PipelineModule
 
+from megatron_tiedlora.engine.topology import quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
+from megatron_tiedlora.model.partition import Stages
+from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.model.supervised import Supervised
-from megatron_tiedlora.pipeline.partition import Stages
-from megatron_tiedlora.pipeline.stage import Attended, Stage
-from megatron_tiedlora.pipeline.topology import quiet
 
 BuildStage = Callable[[Any, Sequence[LayerSpec]], Stage]
 

@@ -17,7 +17,7 @@ import psutil
 
 from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.pipeline.launch_env import deepspeed_runner
+from megatron_tiedlora.runtime.launch_env import deepspeed_runner
 
 # Slurm sends the last one some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_tiedlora.checkpoint.atomic import Guard, make_way_for_log, new_file, unguarded
-from megatron_tiedlora.config.errors import UserError, show
+from megatron_tiedlora.base.atomic import Guard, make_way_for_log, new_file, unguarded
+from megatron_tiedlora.base.errors import UserError, show
 
 LOGS_FOLDER = "logs"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.hosts import in_slurm_step, num_ranks, read_hostfile, slurm_hosts
-from megatron_tiedlora.config.paths import user_path
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks whoever started the job meant to start
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

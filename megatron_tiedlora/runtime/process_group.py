@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.parallel.agreement import first_message, gather_on_rank_0
-from megatron_tiedlora.parallel.lifeline import is_lost_exchange
-from megatron_tiedlora.pipeline.launch_env import local_rank, uses_gpu
+from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
+from megatron_tiedlora.runtime.launch_env import local_rank, uses_gpu
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _UNIQUE = ("GPU-", "MIG-")  # begin names that no other GPU anywhere has

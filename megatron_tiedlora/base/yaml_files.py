@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from megatron_tiedlora.config.errors import UserError, shown
-from megatron_tiedlora.config.text_files import read_small_text
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.text_files import read_small_text
+from megatron_tiedlora.base.wording import first_line
 
 _LARGEST = 2**18  # bytes of a file of settings; PyYAML takes seconds for a megabyte
 
@@ -47,7 +48,7 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{file}{where}: not valid YAML ({problem})") from None
     except RecursionError:
         raise UserError(f"{file}: not valid YAML (nested too deeply)") from None

@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
-from megatron_tiedlora.config.engine_json import EngineConfig
+from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 

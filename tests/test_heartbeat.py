@@ -13,26 +13,26 @@ import pytest
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from megatron_tiedlora.parallel.lifeline import Lifeline, Loss, connect, is_lost_exchange, lost_exchange_line
+from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure, connect, is_lost_exchange, lost_exchange_line
 
 BEAT, SILENCE = 0.1, 2.0
 HOST = socket.gethostname()
 
 
 class Ranks:
-    """Lifelines of some ranks in one process, each with a connection of its own, and what they were told."""
+    """Heartbeats of some ranks in one process, each with a connection of its own, and what they were told."""
 
     def __init__(self, size: int, *, steps: int = 7) -> None:
         self.master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.losses: list[list[Loss]] = [[] for _ in range(size)]
+        self.failures: list[list[PeerFailure]] = [[] for _ in range(size)]
         self.lines = [
-            Lifeline(
+            Heartbeat(
                 PrefixStore("t", self._client()),
                 rank,
                 size,
                 step=lambda: steps,
-                on_loss=self.losses[rank].append,
-                speaks_for_host=lambda: True,
+                on_failure=self.failures[rank].append,
+                reports_for_host=lambda: True,
                 silence_seconds=SILENCE,
                 beat_seconds=BEAT,
             )
@@ -87,29 +87,29 @@ def test_nobody_is_lost_while_all_beat_or_leave(three: Ranks) -> None:
     time.sleep(1.5 * SILENCE)
     three.lines[0].leave()
     time.sleep(1.5 * SILENCE)
-    assert three.losses == [[], [], []]
+    assert three.failures == [[], [], []]
 
 
 @pytest.mark.parametrize("dead", [1, 2])
 def test_a_silent_rank_is_named_to_all_and_one_says_so(three: Ranks, dead: int) -> None:
     three.kill(dead)
     left = [rank for rank in range(3) if rank != dead]
-    seconds = wait_until(lambda: all(three.losses[rank] for rank in left))
+    seconds = wait_until(lambda: all(three.failures[rank] for rank in left))
     assert SILENCE - 3 * BEAT < seconds < 4 * SILENCE
     for rank in left:
-        (loss,) = three.losses[rank]
-        assert loss.reason.startswith(f"rank {dead} on {HOST} fell silent after step 7")
-        assert loss.speaks == (rank == 0)
-    assert not three.losses[dead]
+        (failure,) = three.failures[rank]
+        assert failure.reason.startswith(f"rank {dead} on {HOST} fell silent after step 7")
+        assert failure.reports == (rank == 0)
+    assert not three.failures[dead]
 
 
 def test_rank_0_silent_while_the_store_lives(three: Ranks) -> None:
     """As under torchrun, whose agent serves the store."""
     three.kill(0)
-    wait_until(lambda: bool(three.losses[1] and three.losses[2]))
+    wait_until(lambda: bool(three.failures[1] and three.failures[2]))
     for rank in (1, 2):
-        (loss,) = three.losses[rank]
-        assert loss.reason.startswith(f"rank 0 on {HOST} fell silent") and loss.speaks == (rank == 1)
+        (failure,) = three.failures[rank]
+        assert failure.reason.startswith(f"rank 0 on {HOST} fell silent") and failure.reports == (rank == 1)
 
 
 def test_the_store_gone(three: Ranks) -> None:
@@ -118,10 +118,10 @@ def test_the_store_gone(three: Ranks) -> None:
     del three.master
     for line in three.lines[1:]:
         line.store = Gone()  # type: ignore[assignment]
-    wait_until(lambda: bool(three.losses[1] and three.losses[2]))
-    assert all(f"says rank {rank} on" in three.losses[rank][0].reason for rank in (1, 2))
-    loss = three.lines[1].explain("closed by peer")
-    assert loss.reason.startswith(f"rank 0 on {HOST} fell silent") and loss.speaks
+    wait_until(lambda: bool(three.failures[1] and three.failures[2]))
+    assert all(f"says rank {rank} on" in three.failures[rank][0].reason for rank in (1, 2))
+    failure = three.lines[1].explain("closed by peer")
+    assert failure.reason.startswith(f"rank 0 on {HOST} fell silent") and failure.reports
 
 
 class Gone:
@@ -136,24 +136,25 @@ class Gone:
 
 def test_the_first_failure_is_everybodys_reason(three: Ranks) -> None:
     first = three.lines[2].failed("ValueError: bad")
-    assert first == Loss(f"rank 2 on {HOST}, after step 7: ValueError: bad", True)
-    assert three.lines[1].failed("KeyError: other") == Loss(first.reason, False)
-    assert three.lines[0].explain("closed by peer") == Loss(first.reason, False)
+    assert first == PeerFailure(f"rank 2 on {HOST}, after step 7: ValueError: bad", True)
+    assert three.lines[1].failed("KeyError: other") == PeerFailure(first.reason, False)
+    assert three.lines[0].explain("closed by peer") == PeerFailure(first.reason, False)
 
 
 def test_explain_names_who_is_gone_within_a_few_beats(three: Ranks) -> None:
     three.kill(1)
     time.sleep(2 * BEAT)
     started = time.monotonic()
-    losses = together([lambda: three.lines[0].explain("closed"), lambda: three.lines[2].explain("closed")])
+    failures = together([lambda: three.lines[0].explain("closed"), lambda: three.lines[2].explain("closed")])
     assert time.monotonic() - started < SILENCE, "before silence alone would tell"
-    assert all(isinstance(loss, Loss) and f"rank 1 on {HOST} fell silent" in loss.reason for loss in losses)
-    assert sorted(loss.speaks for loss in losses if isinstance(loss, Loss)) == [False, True]
+    found = [failure for failure in failures if isinstance(failure, PeerFailure)]
+    assert len(found) == 2 and all(f"rank 1 on {HOST} fell silent" in failure.reason for failure in found)
+    assert sorted(failure.reports for failure in found) == [False, True]
 
 
 def test_explain_without_a_culprit_gives_the_symptom(three: Ranks) -> None:
-    loss = three.lines[1].explain("timed out")
-    assert loss == Loss(f"rank 1 on {HOST}, after step 7: timed out", True)
+    failure = three.lines[1].explain("timed out")
+    assert failure == PeerFailure(f"rank 1 on {HOST}, after step 7: timed out", True)
 
 
 def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three: Ranks) -> None:
@@ -162,8 +163,8 @@ def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three
     three.lines[2].part()
     three.lines[0].explain("closed by peer")
     three.lines[0].part()
-    wait_until(lambda: bool(three.losses[1]))
-    assert three.losses[1] == [Loss(f"rank 2 on {HOST}, after step 7: ValueError: bad", False)]
+    wait_until(lambda: bool(three.failures[1]))
+    assert three.failures[1] == [PeerFailure(f"rank 2 on {HOST}, after step 7: ValueError: bad", False)]
 
 
 def test_rank_0_parts_last(three: Ranks) -> None:
@@ -194,7 +195,7 @@ def test_at_a_good_end_all_leave_when_rank_0_does(three: Ranks) -> None:
         order.append(rank)
 
     together([partial(end, rank) for rank in range(3)])
-    assert order[:3] == [0, 0, -1] and order[-1] == 0 and three.losses == [[], [], []]
+    assert order[:3] == [0, 0, -1] and order[-1] == 0 and three.failures == [[], [], []]
 
 
 def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
@@ -281,7 +282,7 @@ def test_a_foreign_value_ends_no_thread(three: Ranks, key: str) -> None:
             _await_beats(store, each.rank)
         assert all(thread.is_alive() for each in three.lines for thread in each._threads), value[:20]
         assert not any(each._lost or each._reason for each in three.lines), value[:20]
-    assert three.losses == [[], [], []]
+    assert three.failures == [[], [], []]
 
 
 def _await_beats(store: Store, rank: int) -> None:
@@ -297,10 +298,10 @@ def test_a_foreign_reason_is_none(three: Ranks, value: str | bytes) -> None:
     """Who fails gives the reason all the same, and one of them shows it."""
     three.lines[2].store.set("reason", value)  # type: ignore[arg-type]
     three.lines[2].store.get("reason")  # what is set is there only once something has come back
-    losses = together([partial(each.failed, f"ValueError: of {each.rank}") for each in three.lines])
-    reasons = {loss.reason for loss in losses if isinstance(loss, Loss)}
+    failures = together([partial(each.failed, f"ValueError: of {each.rank}") for each in three.lines])
+    reasons = {failure.reason for failure in failures if isinstance(failure, PeerFailure)}
     assert len(reasons) == 1 and "ValueError: of" in reasons.pop()
-    assert sorted(loss.speaks for loss in losses if isinstance(loss, Loss)) == [False, False, True]
+    assert sorted(failure.reports for failure in failures if isinstance(failure, PeerFailure)) == [False, False, True]
 
 
 def test_a_foreign_value_hides_no_silent_rank(three: Ranks) -> None:
@@ -315,19 +316,20 @@ def test_a_foreign_value_hides_no_silent_rank(three: Ranks) -> None:
     writer.start()
     try:
         three.kill(1)
-        wait_until(lambda: bool(three.losses[0]))
+        wait_until(lambda: bool(three.failures[0]))
     finally:
         stop.set()
         writer.join()
-    assert three.losses[0][0].reason.startswith(f"rank 1 on {HOST} fell silent")
+    assert three.failures[0][0].reason.startswith(f"rank 1 on {HOST} fell silent")
 
 
 def test_what_a_stranger_says_is_shown_as_one_line(three: Ranks) -> None:
     """A reason that could be a rank's counts; what it holds is escaped, and cut where it is long."""
     three.lines[0].store.set("reason", b"1 \x1b[2J\nerror: \xff" + b"x" * 10**6)  # type: ignore[arg-type]
-    loss = three.lines[0].failed("ValueError: bad")
-    assert loss.reason.startswith("\\x1b[2J\\nerror: \ufffdxxx") and loss.reason.isprintable() and not loss.speaks
-    assert len(loss.reason) < 1300
+    failure = three.lines[0].failed("ValueError: bad")
+    assert failure.reason.startswith("\\x1b[2J\\nerror: \ufffdxxx") and failure.reason.isprintable()
+    assert not failure.reports
+    assert len(failure.reason) < 1300
 
 
 @pytest.mark.parametrize("value", ["alone", b"\xff\xfe", "", " ", "h" * LONG, "a\nb 1.2.3.4 5"])
@@ -336,7 +338,7 @@ def test_hosts_that_are_no_hosts(value: str | bytes) -> None:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = PrefixStore("t", master)
     store.set("host/1", value)  # type: ignore[arg-type]
-    line = Lifeline(store, 0, 2, step=lambda: 7, on_loss=lambda loss: None, speaks_for_host=lambda: True)
+    line = Heartbeat(store, 0, 2, step=lambda: 7, on_failure=lambda failure: None, reports_for_host=lambda: True)
     line.start()
     line.leave()
     said = line._gone_line([1])

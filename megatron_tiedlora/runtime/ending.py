@@ -18,32 +18,28 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch.distributed import DistError, DistNetworkError
 
-from megatron_tiedlora.checkpoint.atomic import unguarded
-from megatron_tiedlora.checkpoint.ownership import Owner
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.atomic import unguarded
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
-from megatron_tiedlora.parallel.lifeline import (
+from megatron_tiedlora.runtime.heartbeat import (
     SILENCE_SECONDS,
-    Lifeline,
-    Loss,
+    Heartbeat,
+    PeerFailure,
     connect,
     gpu_failure_line,
     is_lost_exchange,
     lost_exchange_line,
     place_line,
 )
-from megatron_tiedlora.pipeline.launch_env import first_to_fail
-from megatron_tiedlora.pipeline.process_group import leave_process_group, own_gpu
-from megatron_tiedlora.training.rank_log import RankLog
-from megatron_tiedlora.training.run_folder import RunFolder, State
-from megatron_tiedlora.training.stopping import RunStopped, StopWatch, exit_status
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.training.loop import Trainer  # imports DeepSpeed, for which signals need not wait
+from megatron_tiedlora.runtime.launch_env import first_to_fail
+from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
+from megatron_tiedlora.runtime.rank_log import RankLog
+from megatron_tiedlora.runtime.run_folder import RunFolder, State
+from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch, exit_status
 
 FAILED_STATUS, REFUSED_STATUS = 1, 2
 _RESERVED_BYTES = 1 << 16
@@ -56,7 +52,7 @@ class End:
     Attributes:
         folder: the run folder, once this run has written its settings there and if this rank sees it; until then it is
             left as it is.
-        trainer: once there is one; knows the step.
+        finished_step: gives the number of the last finished step.
         first_step: the last step of earlier starts.
         unsaved: what to say where a signal came and nothing was saved.
         reason: of a good end.
@@ -70,12 +66,12 @@ class End:
     world_size: int
     stop: StopWatch
     folder: RunFolder | None = None
-    trainer: Trainer | None = None
+    finished_step: Callable[[], int] = lambda: 0
     first_step: int = 0
     unsaved: str = "before the first step"
     reason: str = ""
     status: int = 0
-    lifeline: Lifeline | None = None
+    heartbeat: Heartbeat | None = None
     owner: Owner | None = None
     release: Callable[[], None] | None = None
     gpu: str = ""
@@ -86,7 +82,7 @@ class End:
     @property
     def step(self) -> int:
         """The last finished step."""
-        return self.trainer.progress.step if self.trainer is not None else 0
+        return self.finished_step()
 
     def watch_peers(self, timeout_minutes: float) -> None:
         """From here on a rank that falls silent ends the run on every host; all ranks take part."""
@@ -94,13 +90,13 @@ class End:
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             silence = min(SILENCE_SECONDS, limit.total_seconds())
-            self.lifeline = Lifeline(
+            self.heartbeat = Heartbeat(
                 connect(limit=limit),
                 self.rank,
                 self.world_size,
                 step=lambda: self.step,
-                on_loss=self._lost,
-                speaks_for_host=first_to_fail,
+                on_failure=self._lost,
+                reports_for_host=first_to_fail,
                 silence_seconds=silence,
             ).start()
 
@@ -150,23 +146,23 @@ class End:
             self.record("stopped", reason)
             saved = f"saved at step {self.step}; go on with --resume auto" if self.step else self.unsaved
             self.log.say(f"stopped by {stop}, {saved}")
-        if self.lifeline is not None:
-            self.lifeline.failed(f"stopped by {stop}")  # for peers that wait for this one, where it was told alone
+        if self.heartbeat is not None:
+            self.heartbeat.failed(f"stopped by {stop}")  # for peers that wait for this one, where it was told alone
         self.leave()
         self.stop.end_agent()
 
     def leave(self) -> None:
         """A good end, or one that all agreed on; rank 0 leaves first, since it has written what there is to write."""
-        if self.lifeline is None:
+        if self.heartbeat is None:
             return
         if self.status:  # a launcher may end all as soon as one has
-            self.lifeline.await_main()
-            self.lifeline.leave()
-            self.lifeline.await_others()
+            self.heartbeat.await_main()
+            self.heartbeat.leave()
+            self.heartbeat.await_others()
             return
         with self.stop.deferred():  # whether the run is stopped now is for rank 0 to say
             try:
-                self.lifeline.leave_after_main()
+                self.heartbeat.leave_after_main()
             except DistNetworkError:  # rank 0 was killed
                 raise
             except DistError:
@@ -178,34 +174,34 @@ class End:
         self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
         text = str(error) or type(error).__name__
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        lost = self.lifeline is not None and is_lost_exchange(error)
-        if self.lifeline is not None and lost:
-            own = self.lifeline.with_names(lost_exchange_line(error))
+        lost = self.heartbeat is not None and is_lost_exchange(error)
+        if self.heartbeat is not None and lost:
+            own = self.heartbeat.with_names(lost_exchange_line(error))
         if said := gpu_failure_line(error):
             own = f"{self.gpu}: {said}" if self.gpu else said
         here = place_line(self.rank, socket.gethostname(), self.step, own)
         writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
-        if self.lifeline is None:
-            loss = Loss(here, first_to_fail())
+        if self.heartbeat is None:
+            failure = PeerFailure(here, first_to_fail())
         else:
             tells = not lost and not (isinstance(error, UserError) and error.of_peer)
-            loss = self.lifeline.failed(own) if tells else self.lifeline.explain(own)
+            failure = self.heartbeat.failed(own) if tells else self.heartbeat.explain(own)
         if writes:
-            self._record_failure(loss.reason, again=True)
+            self._record_failure(failure.reason, again=True)
         details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if lost or not loss.speaks:  # a peer's end, of which this rank's traceback says nothing
+        if lost or not failure.reports:  # a peer's end, of which this rank's traceback says nothing
             self.log.note(details)
             details = ""
-        self._show(loss, f"{details}error: {text if isinstance(error, UserError) else loss.reason}")
-        if self.lifeline is not None:
-            self.lifeline.part()
+        self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
+        if self.heartbeat is not None:
+            self.heartbeat.part()
         self._leave_folder()
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
-    def _lost(self, loss: Loss) -> None:
-        """In the lifeline's thread: the main one waits for a peer that is gone, and cannot be woken."""
-        self._record_failure(loss.reason, again=self.rank == 0)
-        self._show(loss, f"error: {loss.reason}")
+    def _lost(self, failure: PeerFailure) -> None:
+        """In the heartbeat's thread: the main one waits for a peer that is gone, and cannot be woken."""
+        self._record_failure(failure.reason, again=self.rank == 0)
+        self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
@@ -213,12 +209,12 @@ class End:
     def _leave_folder(self) -> None:
         """Rank 0 gives the folder back; where it is gone the others give it up, in case that it is only silent."""
         self.give_back()
-        if self.rank and self.owner is not None and self.lifeline is not None and self.lifeline.main_lost:
+        if self.rank and self.owner is not None and self.heartbeat is not None and self.heartbeat.main_lost:
             self.owner.give_up()
 
-    def _show(self, loss: Loss, text: str) -> None:
-        """On the screen where this rank speaks for all, else in its log alone."""
-        if loss.speaks:
+    def _show(self, failure: PeerFailure, text: str) -> None:
+        """On the screen where this rank reports for all, else in its log alone."""
+        if failure.reports:
             self.log.say(text)
         else:
             self.log.note(text)

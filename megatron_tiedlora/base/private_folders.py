@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 
 
 def make_own_folder(path: Path, *, mode: int = 0o755) -> None:

@@ -16,11 +16,11 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import sum_tied_gradients_
-from megatron_tiedlora.config.engine_json import EngineConfig
+from megatron_tiedlora.engine.engine import clip_gradients_
+from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.pipeline.engine import clip_gradients_
-from megatron_tiedlora.pipeline.stage import Stage
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
 

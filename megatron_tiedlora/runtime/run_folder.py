@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_tiedlora.checkpoint.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
-from megatron_tiedlora.checkpoint.output_folder import check_place, refuse_links
-from megatron_tiedlora.checkpoint.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.paths import last_name, user_path
+from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.output_folder import check_place, refuse_links
+from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
+from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.training.rank_log import LOGS_FOLDER
+from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows

@@ -24,7 +24,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
 
-from megatron_tiedlora.config.errors import one_line
+from megatron_tiedlora.base.errors import one_line
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
@@ -34,16 +34,16 @@ _LOST, _REASON = "lost", "reason"  # keys that rank 0 makes
 
 
 @dataclass(frozen=True)
-class Loss:
+class PeerFailure:
     """Why a run ends that a rank did not end.
 
     Attributes:
         reason: one line, with rank, host and last step.
-        speaks: whether this rank is the one that found out, and shows it.
+        reports: whether this rank is the one that found out, and shows it.
     """
 
     reason: str
-    speaks: bool
+    reports: bool
 
 
 def connect(*, limit: timedelta) -> Store:
@@ -54,17 +54,17 @@ def connect(*, limit: timedelta) -> Store:
     """
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(master, port, is_master=False, timeout=limit, wait_for_workers=False)
-    return PrefixStore("lifeline", store)
+    return PrefixStore("heartbeat", store)
 
 
 @dataclass
-class Lifeline:
+class Heartbeat:
     """One rank's end of it: `start` once the process group is there, `leave` at a good end.
 
     Attributes:
         step: the last finished step of this rank.
-        on_loss: called once, in a thread, where ranks or the store are lost and this rank does not end by itself.
-        speaks_for_host: whether this rank shows what no other host can be told of; called at most once.
+        on_failure: called once, in a thread, where ranks or the store are lost and this rank does not end by itself.
+        reports_for_host: whether this rank shows what no other host can be told of; called at most once.
         silence_seconds: after which a rank that does not beat counts as lost.
     """
 
@@ -72,8 +72,8 @@ class Lifeline:
     rank: int
     world_size: int
     step: Callable[[], int]
-    on_loss: Callable[[Loss], None]
-    speaks_for_host: Callable[[], bool]
+    on_failure: Callable[[PeerFailure], None]
+    reports_for_host: Callable[[], bool]
     silence_seconds: float = SILENCE_SECONDS
     beat_seconds: float = BEAT_SECONDS
     _hosts: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class Lifeline:
     _main_left: bool = False
     _main_gone: bool = False
 
-    def start(self) -> Lifeline:
+    def start(self) -> Heartbeat:
         """Exchange host names and begin to beat; all ranks take part."""
         if self.rank == 0:
             self.store.set(_LOST, "[]")
@@ -97,7 +97,7 @@ class Lifeline:
         told = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
         self._hosts, self._addresses = zip(*map(_place, told), strict=True)
         self._threads = tuple(
-            threading.Thread(target=target, name=f"lifeline{target.__name__}", daemon=True)
+            threading.Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True)
             for target in (self._beat_on, self._watch)
         )
         for thread in self._threads:
@@ -163,12 +163,12 @@ class Lifeline:
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 10)
 
-    def failed(self, reason: str) -> Loss:
+    def failed(self, reason: str) -> PeerFailure:
         """Tell all ranks why this one fails; where another has said so already, that reason holds."""
         self._ends = True
         return self._tell(place_line(self.rank, self._host(self.rank), self.step(), reason))
 
-    def explain(self, symptom: str) -> Loss:
+    def explain(self, symptom: str) -> PeerFailure:
         """Why an exchange with peers failed: what one of them has told, or who beats no more, or else the symptom.
 
         Waits a few beats for it.
@@ -207,7 +207,7 @@ class Lifeline:
                     return
                 time.sleep(self.beat_seconds / 10)
 
-    def _tell(self, line: str) -> Loss:
+    def _tell(self, line: str) -> PeerFailure:
         """Give `line` as the reason for all, unless there is one."""
         line = one_line(line)
         mine = f"{self.rank} {line}"
@@ -217,8 +217,8 @@ class Lifeline:
                 said = self.store.compare_set(_REASON, said, mine)  # type: ignore[arg-type]  # takes bytes too
         except RuntimeError:  # the store is gone, and rank 0 with it
             self._main_gone = True
-            return Loss(self._reason, False) if self._reason else Loss(line, self.speaks_for_host())
-        return Loss(self._line(said) or line, said == mine.encode())
+            return PeerFailure(self._reason, False) if self._reason else PeerFailure(line, self.reports_for_host())
+        return PeerFailure(self._line(said) or line, said == mine.encode())
 
     def _line(self, said: bytes) -> str:
         """The reason that a rank has given (`_tell`); "" where none has."""
@@ -239,13 +239,13 @@ class Lifeline:
         why = "killed, out of memory, or the host or its link is down"
         return f"{named}{more} fell silent after step {self.step()} ({why})"
 
-    def _store_gone(self) -> Loss:
+    def _store_gone(self) -> PeerFailure:
         """The store went away with rank 0: for the reason that was given before, or nobody knows why."""
         self._main_gone = True
         if self._reason:
-            return Loss(self._reason, False)
+            return PeerFailure(self._reason, False)
         line = f"{self._gone_line([0])}, says rank {self.rank} on {self._host(self.rank)}"
-        return Loss(line, self.speaks_for_host())
+        return PeerFailure(line, self.reports_for_host())
 
     # In threads -------------------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class Lifeline:
         )
 
     def _watch(self) -> None:
-        """Call `on_loss` where the run fails elsewhere and the main thread does not end by itself."""
+        """Call `on_failure` where the run fails elsewhere and the main thread does not end by itself."""
         told = 0
         while not self._over.wait(self.beat_seconds) and not self._main_left:
             self._unanswered += 1
@@ -298,10 +298,10 @@ class Lifeline:
                 return
             # Nothing is asked of the store here: over a link that is cut it would not return.
             if self._reason or no_answer:
-                self.on_loss(self._store_gone())
+                self.on_failure(self._store_gone())
             else:
                 first_left = min(set(range(self.world_size)) - self._lost)
-                self.on_loss(Loss(self._gone_line(self._lost), self.rank == first_left))
+                self.on_failure(PeerFailure(self._gone_line(self._lost), self.rank == first_left))
             return
 
 
@@ -354,7 +354,7 @@ def _text(said: bytes) -> str:
 
 
 def _place(said: bytes) -> tuple[str, str]:
-    """Name and address of a host, as its rank has told them (`Lifeline.start`)."""
+    """Name and address of a host, as its rank has told them (`Heartbeat.start`)."""
     host, _, address = one_line(_text(said)).partition(" ")
     return host, address
 

@@ -26,9 +26,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_tiedlora.checkpoint.atomic import TEMPORARY_PREFIX
-from megatron_tiedlora.config.errors import UserError
-from megatron_tiedlora.config.json_files import Count, Text, read_fields, read_json_object
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id

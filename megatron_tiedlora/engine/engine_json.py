@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.batch import BatchPlan
-from megatron_tiedlora.config.errors import UserError, as_given, shown
 from megatron_tiedlora.config.fields import nearest_name
-from megatron_tiedlora.config.json_files import read_json_object
-from megatron_tiedlora.config.paths import user_path
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 
 import torch
 
-from megatron_tiedlora.config.errors import UserError, shown
+from megatron_tiedlora.base.errors import UserError, shown
 
 # By variable, what makes sums deterministic; the first value is the default.
 VARIABLES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.config.errors import UserError
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.parallel.grid import Grid
 

@@ -1,1 +1,0 @@
-"""The flat list as something an engine can run: a plain sequence, and deepspeed.initialize."""
