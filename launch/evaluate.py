@@ -82,7 +82,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut, attention))
     with stop.deferred():
         answers = answer_all(
-            Decoder(stage, groups, plan.source.config),
+            Decoder(stage, groups, plan.source.shape),
             held_out.scored,
             tokenizer=held_out.tokenizer,
             grid=plan.grid,

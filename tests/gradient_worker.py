@@ -20,12 +20,13 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.families.llama import LlamaConfig, stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
@@ -53,9 +54,9 @@ class Case:
         return self.recompute == "none" or self.method in ("lora", "tl6")
 
     @cached_property
-    def config(self) -> LlamaConfig:
+    def shape(self) -> ModelShape:
         """Shape of the model."""
-        return find_model(str(self.folder)).config
+        return find_model(str(self.folder)).shape
 
     @cached_property
     def adapter(self) -> OracleAdapter:
@@ -73,21 +74,21 @@ class Case:
     @cached_property
     def adapter_config(self) -> AdapterConfig:
         """The same adapter as the package describes it."""
-        config = self.config
+        shape = self.shape
         return make_adapter_config(
             self.method,
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            hidden_size=config.hidden_size,
-            qkv_rows=config.qkv_rows,
+            hidden_size=shape.hidden_size,
+            qkv_rows=shape.heads.rows,
             seed=0,
         )
 
     @cached_property
     def samples(self) -> list[OracleBatch]:
         """A global batch of samples whose lengths and numbers of supervised tokens differ."""
-        return random_batches(1, samples_per_step=6, vocab_size=self.config.vocab_size, seed=18)[0]
+        return random_batches(1, samples_per_step=6, vocab_size=self.shape.vocab_size, seed=18)[0]
 
     @cached_property
     def micro_batches(self) -> list[OracleBatch]:
@@ -108,7 +109,7 @@ class Case:
     def stages(self) -> Stages:
         """Which layers of the flat list stand in which stage."""
         first = self.adapter.layers[0]
-        return partition(layer_costs(self.config, length=24, first_adapted=first), self.layout[1])
+        return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
 
     def part(self, grid: Grid) -> AdapterPart:
         """What a rank holds of the adapter."""
@@ -172,7 +173,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     bank.load_full(case.adapter.tensors)
     bank.u_sum = sum_of_u(groups)
     specs = layer_specs(
-        case.config, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
+        case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
@@ -184,17 +185,17 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
         for name, parameter in stage.named_parameters():
             if name.startswith("layers."):
                 parameter.fill_(float("nan"))
-    with BaseWeights(case.folder, weight_rules(case.config)) as weights:
-        fill_stage(stage, weights, case.config, grid)
+    with BaseWeights(case.folder, weight_rules(case.shape)) as weights:
+        fill_stage(stage, weights, case.shape, grid)
     return stage
 
 
-def fill_stage(stage: Stage, weights: BaseWeights, config: LlamaConfig, grid: Grid) -> None:
+def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
     """Read a rank's slices of the base into its stage."""
     load_base_weights(
         weights,
         dict(stage.named_parameters()),
-        stage_weight_rules(config, has_embedding=stage.embedding is not None),
+        stage_weight_rules(shape, has_embedding=stage.embedding is not None),
         access=lambda parameter: nullcontext(parameter),
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
@@ -286,7 +287,7 @@ class _Walk:
         parts = self.grid.tp_size if self.case.sequence_parallel else 1
         size, length = batch.input_ids.shape
         shape = (1, size * length // parts) if self.case.sequence_parallel else (size, length)
-        hidden = torch.empty(*shape, self.case.config.hidden_size, dtype=DTYPE)
+        hidden = torch.empty(*shape, self.case.shape.hidden_size, dtype=DTYPE)
         distributed.recv(hidden, src=self._rank_of(self.grid.pp_rank - 1))
         return hidden.requires_grad_()
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.model.families.llama import weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 
 def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter:
@@ -27,11 +27,11 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
         rank=adapter.rank,
         alpha=adapter.alpha,
         layers=adapter.layers,
-        hidden_size=source.config.hidden_size,
-        qkv_rows=source.config.qkv_rows,
+        hidden_size=source.shape.hidden_size,
+        qkv_rows=source.shape.heads.rows,
         seed=5,
     )
-    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
+    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
         base = identify_base(source, weights, "fp32")
     return NativeAdapter(config, base, adapter.tensors)
 

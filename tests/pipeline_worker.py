@@ -91,7 +91,7 @@ def _trace(case: Case, device: torch.device) -> Traced:
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     built = build.build_model(plan, device, None)
     runner = build.start_engine(plan, built, device, None)
-    batches = _batches(case, plan.source.config.vocab_size)
+    batches = _batches(case, plan.source.shape.vocab_size)
     traced = Traced(parts=list(runner.engine.module.parts))
     passes = dict(runner.engine._INSTRUCTION_MAP)  # without what is wrapped below
     denominator = float(case.rows * case.supervised * case.num_micro_batches)

@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
-from megatron_tiedlora.model.families.llama import weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 NORM = "model.norm.weight"
 HELD_BIT, DROPPED_BIT = 1 << 16, 1  # of an fp32 number: the last one that bf16 holds, and the last one
@@ -101,13 +101,13 @@ CHANGES = {
 
 def identity(folder: Path) -> Any:
     source = find_model(str(folder))
-    with BaseWeights(folder, weight_rules(source.config)) as weights:
+    with BaseWeights(folder, weight_rules(source.shape)) as weights:
         return identify_base(source, weights, "fp32")
 
 
 def test_every_tensor_counts(base: Base, tmp_path: Path) -> None:
     """Each by its first and its last number, and by the places between."""
-    config = find_model(str(base.model)).config
+    config = find_model(str(base.model)).shape
     original = identity(base.model).sample
     seen = set()
     for name in load_file(base.model / "model.safetensors"):
@@ -123,7 +123,7 @@ def test_what_is_sampled_of_a_large_tensor(base: Base, tmp_path: Path) -> None:
     folder = write_tiny_model(
         tmp_path / "model", hidden_size=128, intermediate_size=352, vocab_size=1024, tokenizer=False
     )
-    rules = weight_rules(find_model(str(folder)).config)
+    rules = weight_rules(find_model(str(folder)).shape)
     name = "model.embed_tokens.weight"
     count = 1024 * 128
     edit_tensors(folder / "model.safetensors", lambda t: t.update({name: torch.arange(count).view(1024, 128).float()}))
@@ -384,7 +384,7 @@ def test_a_head_that_is_tied_by_name_alone_is_refused(tmp_path: Path) -> None:
     """transformers ties nothing where the files hold another head; so the config has to say it."""
     folder = write_tiny_model(tmp_path / "model", tied=True)
     source = find_model(str(folder))
-    rules = weight_rules(source.config)
+    rules = weight_rules(source.shape)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": embedding.clone()}))
     with BaseWeights(folder, rules):

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model.safetensors.index.json"
@@ -45,7 +45,7 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
 def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
     """Norms are one; of a product's weights it is the full width that counts, and a copied embedding is a copy."""
     source = find_model(str(tiny(tmp_path, tied=True)))
-    rules = stage_weight_rules(source.config, has_embedding=False)
+    rules = stage_weight_rules(source.shape, has_embedding=False)
     tp_size, parameters = 2, {}
     for rule in rules:
         local = torch.full(rule.spec.local_shape(rule.shape, tp_size), float("nan"))
@@ -78,7 +78,7 @@ def test_every_parameter_is_the_stored_tensor_cast_once(
     source, weights = find_model(str(folder)), load_weights(folder)
     assert weights[NORM].dtype == stored
     parameters = dict(load_model(source, None, dtype=target).named_parameters())
-    rules = weight_rules(source.config)
+    rules = weight_rules(source.shape)
     assert parameters.keys() == {rule.name for rule in rules}
     for rule in rules:
         expected = torch.cat([weights[name] for name in rule.hf_names]).to(target)
@@ -89,7 +89,7 @@ def test_every_parameter_is_the_stored_tensor_cast_once(
 def test_bytes_read_are_the_stored_bytes(tmp_path: Path) -> None:
     folder = tiny(tmp_path, dtype=torch.bfloat16)
     source = find_model(str(folder))
-    rules = weight_rules(source.config)
+    rules = weight_rules(source.shape)
     with BaseWeights(folder, rules) as weights:
         for rule in rules:
             weights.fill(rule, torch.empty(rule.shape))
@@ -103,7 +103,7 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int) -> None
     """What ranks read joins to the whole; cut tensors are read once over all ranks, the others once by each."""
     folder = tiny(tmp_path)
     source = find_model(str(folder))
-    rules, whole = weight_rules(source.config), load_weights(folder)
+    rules, whole = weight_rules(source.shape), load_weights(folder)
     for rule in rules:
         parts = []
         with BaseWeights(folder, rules) as weights:
@@ -343,7 +343,7 @@ def test_reading_takes_the_memory_of_the_model_and_one_tensor(tmp_path: Path, st
     (large / "config.json").write_text(json.dumps(config))
     source = find_model(str(large))
     shapes = {
-        n: s for rule in weight_rules(source.config) for n, s in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+        n: s for rule in weight_rules(source.shape) for n, s in zip(rule.hf_names, rule.hf_shapes(), strict=True)
     }
     save_file({name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()}, large / "model.safetensors")
     largest = max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize

@@ -279,7 +279,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
     plan = plan_run(make_settings({**settings, "recompute": recompute}), rank=0, world_size=1)
     length = 256
-    specs = layer_specs(plan.source.config, dtype=plan.dtype, recomputes_gate=recompute == "selective")
+    specs = layer_specs(plan.source.shape, dtype=plan.dtype, recomputes_gate=recompute == "selective")
     block = specs[1].build()
     bank = TiedAdapter(plan.part)
     bank.load_full(start_values(plan.adapter))
@@ -293,7 +293,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hidden = torch.randn(1, length, plan.source.config.hidden_size, requires_grad=True)
+    hidden = torch.randn(1, length, plan.source.shape.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = block(hidden, places, TensorParallel(), update=update)
     counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
@@ -313,7 +313,7 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
     settings = base.settings(test_file=base.validation, eval_batch_size=5, max_new_tokens=11, dtype="bf16")
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
-    decoder = Decoder(load_model(plan.source, None, dtype=torch.bfloat16), ParallelGroups(), plan.source.config)
+    decoder = Decoder(load_model(plan.source, None, dtype=torch.bfloat16), ParallelGroups(), plan.source.shape)
     caches = decoder.new_caches(5, 30 + 11)
     found = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
     assert found == decoding_cache_bytes(plan, longest_prompt=30) > 0

@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "gqa_tied_llama3": {"tied": True, "llama3_rope": True, "head_dim": 16},
     "mha": {"num_kv_heads": 4, "attention_bias": True},
+    "qwen2": {"family": "qwen2"},
     "mha_tied": {"num_kv_heads": 4, "tied": True, "vocab_size": 321},
 }
 LAYOUTS = ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1), (1, 1, 3))  # data, tensor, pipeline
@@ -46,11 +47,11 @@ def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: boo
     source = find_model(str(folder))
     adapter = native_adapter(source, random_adapter("tl6", OracleConfig.from_folder(folder), alpha=6))
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
-    stages = partition(layer_costs(source.config, length=32, first_adapted=1), grid.pp_size)
+    stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(
         source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged
     )
-    return Decoder(stage, groups, source.config, calls_together=calls_together)
+    return Decoder(stage, groups, source.shape, calls_together=calls_together)
 
 
 class Reference:
@@ -234,7 +235,7 @@ def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, tokenizer=False)
     source, batch = find_model(str(folder)), prompts(seed=6, count=9)
     model = load_model(source, None, dtype=torch.bfloat16)
-    decoded = decode(Decoder(model, ParallelGroups(), source.config), batch, new=8)
+    decoded = decode(Decoder(model, ParallelGroups(), source.shape), batch, new=8)
     for prompt, row in zip(batch, decoded, strict=True):
         ids = torch.tensor([prompt + row])
         logits = model(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].float()

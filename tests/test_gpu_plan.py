@@ -139,7 +139,7 @@ def blocks_of_7b(num_blocks: int, *flags: str, ranks: int = 1) -> RunPlan:
     """The plan of a shorter llama2-7b, compiled, on GPUs."""
     settings = parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu", "--compile=true", *flags])
     found = find_model("llama2-7b")
-    source = replace(found, config=replace(found.config, num_layers=num_blocks))
+    source = replace(found, shape=replace(found.shape, num_layers=num_blocks))
     return plan_run(settings, rank=0, world_size=ranks, source=source)
 
 

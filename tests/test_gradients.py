@@ -16,9 +16,9 @@ from tiny_models import random_adapter, random_batches, write_tiny_model
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import weight_rules
 
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,15 +38,15 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
         rank=4,
         alpha=6.0,
         layers=tuple(oracle.layers),
-        hidden_size=source.config.hidden_size,
-        qkv_rows=source.config.qkv_rows,
+        hidden_size=source.shape.hidden_size,
+        qkv_rows=source.shape.heads.rows,
         seed=0,
     )
     bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     bank.load_full(oracle.tensors)
-    specs = layer_specs(source.config, dtype=torch.float64, recomputes_gate=recompute == "selective")
+    specs = layer_specs(source.shape, dtype=torch.float64, recomputes_gate=recompute == "selective")
     model = Stage(specs, bank, recompute=recompute)
-    with BaseWeights(folder, weight_rules(source.config)) as weights:
+    with BaseWeights(folder, weight_rules(source.shape)) as weights:
         load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
     return model, oracle
 

@@ -15,7 +15,8 @@ from run_helpers import Base, run, write_base
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -25,9 +26,9 @@ HOST = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-def model_config() -> LlamaConfig:
+def model_config() -> ModelShape:
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 250, "num_attention_heads": 6}
-    return llama_config_from_hf(
+    return shape_from_hf(
         {"model_type": "llama", "vocab_size": 5000, "num_key_value_heads": 2, "num_hidden_layers": 2, **sizes}
     )
 
@@ -44,7 +45,7 @@ def loss_and_gradients(
     """Of a model with random weights, each a number of bf16, and an adapter that is not zero."""
     config = model_config()
     adapter = make_adapter_config(
-        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
+        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.heads.rows, seed=0
     )
     specs = layer_specs(config, dtype=dtype, kernels=kernels, recomputes_gate=recompute == "selective")
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)

@@ -106,7 +106,7 @@ def test_an_answer_is_generated_without_compiling(static: Kernels, batch: int) -
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     like = torch.empty(0)
-    caches = [KeyValueCache.empty(batch, config.num_kv_heads, 9, config.head_dim, like) for _ in range(2)]
+    caches = [KeyValueCache.empty(batch, config.heads.num_kv, 9, config.heads.dim, like) for _ in range(2)]
     tokens = positions = torch.arange(6).expand(batch, 6)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         stage(tokens, positions, caches=caches)
@@ -120,7 +120,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     plan: Any = SimpleNamespace(
         settings=SimpleNamespace(compile="true"),
         grid=SimpleNamespace(rank=rank, tp_size=1),
-        source=SimpleNamespace(config=None),
+        source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
     )
     monkeypatch.setattr(compiling, "local_rank", lambda: rank)

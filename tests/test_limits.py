@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.blocks import find_blocks
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
@@ -25,22 +26,22 @@ ROWS, LENGTH = 2, 128
 METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
 
-def model_config(kv_heads: int) -> LlamaConfig:
+def model_config(kv_heads: int) -> ModelShape:
     values = {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": kv_heads, **SIZES}
-    return llama_config_from_hf(values)
+    return shape_from_hf(values)
 
 
-def adapter_config(config: LlamaConfig, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
+def adapter_config(shape: ModelShape, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
     return make_adapter_config(
-        method, rank=RANK, layers=layers, hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
+        method, rank=RANK, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=0
     )
 
 
-def build(config: LlamaConfig, adapter: AdapterConfig, dtype: torch.dtype = torch.bfloat16) -> Stage:
+def build(shape: ModelShape, adapter: AdapterConfig, dtype: torch.dtype = torch.bfloat16) -> Stage:
     """The model with random weights and an adapter that is not zero."""
     generator = torch.Generator().manual_seed(1)
     bank = TiedAdapter(AdapterPart.whole(adapter))
-    stage = Stage(layer_specs(config, dtype=dtype), bank)
+    stage = Stage(layer_specs(shape, dtype=dtype), bank)
     for parameter in stage.parameters():
         parameter.data.normal_(0.0, 0.05, generator=generator)
     return stage
@@ -61,21 +62,21 @@ def test_a_layer_keeps_the_formula_and_no_more(method: str, heads: str) -> None:
     config = model_config(HEADS[heads])
     kept = []
     for layers in (3, 4):  # one layer more
-        shorter = llama_config_from_hf({**_values(config), "num_hidden_layers": layers})
+        shorter = shape_from_hf({**_values(config), "num_hidden_layers": layers})
         model = build(shorter, adapter_config(shorter, method, tuple(range(1, layers + 1))))
         with saved_by_autograd(model) as saved:
             loss = model(*batch())
         assert loss.requires_grad
         kept.append(storage_bytes(saved))
-    d, k, f = config.hidden_size, config.qkv_rows[1], config.intermediate_size
-    scalars = 4 * (2 + config.num_heads)
+    d, k, f = config.hidden_size, config.heads.rows[1], config.intermediate_size
+    scalars = 4 * (2 + config.heads.num)
     formula = 2 * (4 * d + 2 * k + 2 * f + RANK) + scalars
-    factors = 2 * RANK * (sum(config.qkv_rows) + (d if method == "lora" else 0))  # F, and A where it is not tied
+    factors = 2 * RANK * (sum(config.heads.rows) + (d if method == "lora" else 0))  # F, and A where it is not tied
     assert kept[1] - kept[0] == pytest.approx(ROWS * LENGTH * formula + factors, rel=0.01)
 
 
-def _values(config: LlamaConfig) -> dict[str, Any]:
-    return {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": config.num_kv_heads, **SIZES}
+def _values(shape: ModelShape) -> dict[str, Any]:
+    return {"model_type": "llama", "vocab_size": 4096, "num_key_value_heads": shape.heads.num_kv, **SIZES}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +86,7 @@ def test_nothing_as_large_as_logits_or_an_adapters_product_is_kept(method: str) 
     model, inputs = build(config, adapter_config(config, method)), batch()
     with saved_by_autograd(model) as saved:
         model(*inputs)
-    o = sum(config.qkv_rows)
+    o = sum(config.heads.rows)
     sizes = [tensor.untyped_storage().nbytes() // 2 for tensor in saved.values()]
     assert all(size < int((inputs[2] != -100).sum()) * config.vocab_size for size in sizes)
     assert sizes.count(ROWS * LENGTH * o) == config.num_layers
@@ -136,29 +137,29 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
     blocks = find_blocks(None, LENGTH, size=64)
     pairs = ROWS * sum((block.stop - block.start) * (block.stop - block.first) for block in blocks)
     passes = 2 * len(config_layers(config)) + 5 * sum(layer >= layers[0] for layer in config_layers(config))
-    assert attention == passes * 2 * pairs * config.qkv_rows[0]
+    assert attention == passes * 2 * pairs * config.heads.rows[0]
 
 
-def config_layers(config: LlamaConfig) -> range:
-    return range(1, config.num_layers + 1)
+def config_layers(shape: ModelShape) -> range:
+    return range(1, shape.num_layers + 1)
 
 
 def test_the_formula_is_the_known_one() -> None:
     """Where all is supervised and trained: 4 P + 3 A + 6 r (d + o) L a token, less the first layer's input gradient."""
     from megatron_tiedlora.config.presets import PRESETS
 
-    config = llama_config_from_hf(PRESETS["llama2-7b"])
-    layers, s, r = config.num_layers, 4096, 8
+    shape = shape_from_hf(PRESETS["llama2-7b"])
+    layers, s, r = shape.num_layers, 4096, 8
     adapter = make_adapter_config(
         "tl6",
         rank=r,
         layers=tuple(range(1, layers + 1)),
-        hidden_size=config.hidden_size,
-        qkv_rows=config.qkv_rows,
+        hidden_size=shape.hidden_size,
+        qkv_rows=shape.heads.rows,
         seed=0,
     )
     flops = step_flops(
-        config, adapter, num_tokens=s, squared_lengths=s * s, num_after=s, num_supervised=s
+        shape, adapter, num_tokens=s, squared_lengths=s * s, num_after=s, num_supervised=s
     )
     d, f, k, o, vocabulary = 4096, 11008, 4096, 12288, 32000
     weights = layers * (2 * d * d + 2 * d * k + 3 * d * f) + vocabulary * d
@@ -195,7 +196,7 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32() -> None:
         node.register_prehook(lambda given, found=found: found.extend((g.shape, g.dtype) for g in given))
     assert {update.a.dtype for update in updates.values()} == {torch.bfloat16}
     model(*batch()[:2], batch()[2], updates=updates).backward()
-    o, r, d = config.qkv_rows[0] + 2 * config.qkv_rows[1], bank.config.rank, config.hidden_size
+    o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], bank.config.rank, config.hidden_size
     wide = {"grad_a": torch.Size((r, d)), "grad_f": torch.Size((o, r))}
     assert shapes == {name: [(shape, torch.float32)] * config.num_layers for name, shape in wide.items()}
     assert all(len(gradients) == 1 and gradients[0].dtype == torch.float32 for gradients in seen.values())

@@ -24,9 +24,10 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model import layer_specs as layer_specs_module
 from megatron_tiedlora.model.attention import Attention
-from megatron_tiedlora.model.families.llama import llama_config_from_hf, num_base_parameters
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import Block
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel import loss as loss_module
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
@@ -37,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 12},
     "tied": {"tied": True},
     "bias": {"attention_bias": True},
+    "qwen2": {"family": "qwen2", "tied": True},
     "llama3": {"llama3_rope": True, "rope_theta": 500.0, "head_dim": 16},
     "five_layers": {"rope_theta": 500000.0, "num_layers": 5},
     "all": {"num_layers": 5, "head_dim": 16, "tied": True, "attention_bias": True, "llama3_rope": True},
@@ -80,12 +82,12 @@ def test_rope_settings_are_read_in_both_of_transformers_spellings() -> None:
     new = tiny_config(llama3_rope=True, rope_theta=500.0).to_dict()
     old = {**new, "rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}}
     del old["rope_parameters"]
-    assert llama_config_from_hf(old) == llama_config_from_hf(new)
-    assert llama_config_from_hf(new).rope.factor == 8.0 and llama_config_from_hf(new).rope.theta == 500.0
+    assert shape_from_hf(old) == shape_from_hf(new)
+    assert shape_from_hf(new).heads.rope.factor == 8.0 and shape_from_hf(new).heads.rope.theta == 500.0
     plain = {**old, "rope_scaling": None}
-    assert llama_config_from_hf(plain).rope.factor is None
+    assert shape_from_hf(plain).heads.rope.factor is None
     both = {**old, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    assert llama_config_from_hf(both).rope == llama_config_from_hf(old).rope  # as transformers reads them
+    assert shape_from_hf(both).heads.rope == shape_from_hf(old).heads.rope  # as transformers reads them
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,9 @@ def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (
     """The tiny model with an adapter in the middle of training: no tensor is zero."""
     source = find_model(str(folder))
     model = load_model(source, None, dtype=torch.float32)
+    shape = source.shape
     config = make_adapter_config(
-        method, rank=4, layers=layers, hidden_size=source.config.hidden_size, qkv_rows=source.config.qkv_rows, seed=1
+        method, rank=4, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=1
     )
     model.adapter = TiedAdapter(AdapterPart.whole(config))
     generator = torch.Generator().manual_seed(2)
@@ -226,14 +229,14 @@ def test_features_that_are_not_implemented_are_refused_by_name(case: str) -> Non
     if case == "missing":
         del values["vocab_size"]
     with pytest.raises(UserError) as error:
-        llama_config_from_hf(values, source="the/config.json")
+        shape_from_hf(values, source="the/config.json")
     assert message in str(error.value)
     assert "the/config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_features_that_are_switched_off_are_not_refused() -> None:
     off = {"sliding_window": None, "mlp_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
-    assert llama_config_from_hf(tiny_config().to_dict() | off).hidden_size == 32
+    assert shape_from_hf(tiny_config().to_dict() | off).hidden_size == 32
 
 
 # --------------------------------------------------------------------------------------------- shard declarations
@@ -291,13 +294,13 @@ COUNTS_70B = {
 
 
 def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = None) -> AdapterConfig:
-    shape = llama_config_from_hf(PRESETS[preset])
+    shape = shape_from_hf(PRESETS[preset])
     return make_adapter_config(
         method,
         rank=8,
         layers=layers or tuple(range(1, shape.num_layers + 1)),
         hidden_size=shape.hidden_size,
-        qkv_rows=shape.qkv_rows,
+        qkv_rows=shape.heads.rows,
         seed=0,
     )
 
@@ -322,7 +325,7 @@ def test_trained_counts_of_lora_on_one_layer() -> None:
 
 
 def test_base_parameters_of_the_presets() -> None:
-    counts = {name: num_base_parameters(llama_config_from_hf(values)) for name, values in PRESETS.items()}
+    counts = {name: num_base_parameters(shape_from_hf(values)) for name, values in PRESETS.items()}
     # as transformers counts LLaMA-2's own checkpoints
     assert counts == {"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192}
 

@@ -203,19 +203,19 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
         return count
     enter, leave = ("all-gather", "reduce-scatter") if case.sequence_parallel else ("", "all-reduce")
     enter_back, leave_back = ("reduce-scatter", "all-gather") if case.sequence_parallel else ("all-reduce", "")
-    config, first, stage = case.config, case.adapter.layers[0], case.stages[grid.pp_rank]
+    shape, first, stage = case.shape, case.adapter.layers[0], case.stages[grid.pp_rank]
     for batch in case.micro_batches[grid.dp_rank :: grid.dp_size]:
         for layer in stage:
             if layer == 0:
                 count[leave] += 1
-            elif layer <= config.num_layers:
+            elif layer <= shape.num_layers:
                 count[enter] += 2
                 count[leave] += 2
                 if layer >= first:
                     alone = case.sequence_parallel and "A" in case.adapter.trained
                     count[enter_back] += 1 if layer == first and not alone else 2
                     count[leave_back] += 2
-                    count[enter] += case.recompute == "selective" and layer < config.num_layers
+                    count[enter] += case.recompute == "selective" and layer < shape.num_layers
             else:
                 count[enter] += 1
                 count[enter_back] += 1
@@ -242,11 +242,11 @@ def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
         (layout, layers) for layout in ((1, 2, 1), (2, 2, 1)) for _, layers in SOME_LAYERS
     }
     for case in cases:
-        config, tp_size = case.config, case.layout[0]
-        assert config.num_kv_heads < config.num_heads and case.adapter.alpha != case.rank
-        assert config.num_layers % case.layout[1] or case.layout[1] in (1, 3)
+        shape, tp_size = case.shape, case.layout[0]
+        assert shape.heads.num_kv < shape.heads.num and case.adapter.alpha != case.rank
+        assert shape.num_layers % case.layout[1] or case.layout[1] in (1, 3)
         lengths = {batch.input_ids.shape[1] for batch in case.micro_batches}
         assert len(lengths) == 3 or case.packed, lengths
         if tp_size == 2 and not case.sequence_parallel:  # so with it, padding is needed in every micro-batch
             assert all(length % 2 for length in lengths) or case.packed, lengths
-    assert any(case.config.vocab_size % case.layout[0] for case in cases)
+    assert any(case.shape.vocab_size % case.layout[0] for case in cases)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from all_cuts import all_cuts, cost_key
 
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 
 
@@ -38,12 +39,12 @@ def test_the_most_even_whole_is_not_made_of_the_best_beginnings() -> None:
     assert partition([0.0, 1.0, 5.0, 2.0, 3.0, 5.0, 1.0, 0.0], 4) == (range(3), range(3, 4), range(4, 5), range(5, 8))
 
 
-def model(name: str, **changes: Any) -> LlamaConfig:
-    return llama_config_from_hf({**PRESETS[name], **changes})
+def model(name: str, **changes: Any) -> ModelShape:
+    return shape_from_hf({**PRESETS[name], **changes})
 
 
-def num_blocks(stages: Stages, config: LlamaConfig) -> list[int]:
-    return [sum(0 < index <= config.num_layers for index in stage) for stage in stages]
+def num_blocks(stages: Stages, shape: ModelShape) -> list[int]:
+    return [sum(0 < index <= shape.num_layers for index in stage) for stage in stages]
 
 
 def test_costs_are_multiplications_per_token() -> None:

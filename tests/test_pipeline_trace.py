@@ -211,7 +211,7 @@ def test_the_engine_cuts_where_the_dearest_stage_costs_least(
     """Of all contiguous cuts there are."""
     found, num_stages = ran[key], key[1]
     plan = found.plan(0)
-    costs = layer_costs(plan.source.config, length=LENGTH, first_adapted=plan.adapter.layers[0])
+    costs = layer_costs(plan.source.shape, length=LENGTH, first_adapted=plan.adapter.layers[0])
     for traced in found.traced:
         cut = [range(start, stop) for start, stop in pairwise(traced.parts)]
         best = min(cost_key(costs, other) for other in all_cuts(len(costs), num_stages))
@@ -239,7 +239,7 @@ def test_what_the_engine_keeps_beside_autograd(
         memory = stage_memory(plan, stage, tokens=tokens)
         assert max(held.floats + held.once for held in traced.held) == memory.engine, rank
     if key[0] == "plain":
-        d = found.plan(0).source.config.hidden_size
+        d = found.plan(0).source.shape.hidden_size
         expected = [2 * d if 0 < stage < key[1] - 1 else d for stage in range(key[1])]
         assert [traced.held[0].floats / 4 / tokens for traced in found.traced] == expected
 

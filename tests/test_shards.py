@@ -24,10 +24,10 @@ from megatron_tiedlora.adapters.tied_adapter import (
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.families.llama import weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
@@ -218,12 +218,12 @@ class Recorder(BaseWeights):
 def read_at(folder: Path, stages: Sequence[range], grid: Grid) -> tuple[Stage, Recorder]:
     """What the rank of `grid` builds and reads, the base's identity included."""
     source = find_model(str(folder))
-    specs = layer_specs(source.config, dtype=torch.float32, tp_size=grid.tp_size)
+    specs = layer_specs(source.shape, dtype=torch.float32, tp_size=grid.tp_size)
     group = RankGroup(None, grid.tp_rank, grid.tp_size)
     stage = Stage([specs[index] for index in stages[grid.pp_rank]], None, tensor_parallel=TensorParallel(group))
-    with Recorder(folder, weight_rules(source.config)) as weights:
+    with Recorder(folder, weight_rules(source.shape)) as weights:
         identify_base(source, weights, "fp32")
-        fill_stage(stage, weights, source.config, grid)
+        fill_stage(stage, weights, source.shape, grid)
     return stage, weights
 
 
@@ -234,7 +234,7 @@ def test_each_rank_reads_only_its_slices(tmp_path: Path, tied: bool) -> None:
     folder = write_tiny_model(
         tmp_path, tokenizer=False, num_layers=5, head_dim=6, vocab_size=321, attention_bias=True, tied=tied
     )
-    config, stored = find_model(str(folder)).config, load_file(folder / "model.safetensors")
+    config, stored = find_model(str(folder)).shape, load_file(folder / "model.safetensors")
     stages = partition(layer_costs(config, length=64, first_adapted=1), 2)
     times = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in stored.items()}
     total = 0

@@ -12,7 +12,7 @@ from study_files import SCORED, write_run, write_score, write_scored, write_stud
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.model.families.llama import llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, Shape, rate_text, single_layers
@@ -177,9 +177,9 @@ def test_gaps(tmp_path: Path) -> None:
 
 
 def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path) -> None:
-    config = llama_config_from_hf(PRESETS["llama2-7b"], source="x")
-    assert paper.paper_model("any/name", config) == "llama2-7b"
-    other = llama_config_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 31}, source="x")
+    shape = shape_from_hf(PRESETS["llama2-7b"], source="x")
+    assert paper.paper_model("any/name", shape) == "llama2-7b"
+    other = shape_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 31}, source="x")
     assert paper.paper_model("llama2-7b", other) is None
     assert paper.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
     assert paper.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"

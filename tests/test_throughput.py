@@ -17,9 +17,10 @@ from run_files import metrics
 from run_helpers import Base, Ended, run, write_base
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.order import sample_indices
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import (
     Meter,
@@ -67,9 +68,9 @@ SHAPE = {
 
 
 def make_meter(peak: float) -> Meter:
-    config: LlamaConfig = llama_config_from_hf({"model_type": "llama", **SHAPE})
+    config: ModelShape = shape_from_hf({"model_type": "llama", **SHAPE})
     adapter = make_adapter_config(
-        "tl6", rank=3, layers=(1, 2), hidden_size=8, qkv_rows=config.qkv_rows, seed=0
+        "tl6", rank=3, layers=(1, 2), hidden_size=8, qkv_rows=config.heads.rows, seed=0
     )
     return Meter(config, adapter, Peak(peak, "made up"))
 

@@ -108,7 +108,7 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
     adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
     tokenizer = load_tokenizer(base.model)
-    decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.config)
+    decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]
     prompts = [encode_prompt(tokenizer, row["prompt"], max_length=60).tolist() for row in rows]
     lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]

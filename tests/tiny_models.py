@@ -29,6 +29,7 @@ UNK_ID, BOS_ID, EOS_ID, NUM_TOKENIZER_TOKENS = 0, 1, 2, 259
 
 def tiny_config(
     *,
+    family: str = "llama",
     hidden_size: int = 32,
     intermediate_size: int = 48,
     num_layers: int = 3,
@@ -43,10 +44,11 @@ def tiny_config(
     max_positions: int = 256,
     norm_eps: float = 1e-5,
 ) -> Any:
-    """A transformers LlamaConfig. `num_kv_heads = num_heads` is plain multi-head attention."""
-    from transformers import LlamaConfig
+    """A transformers config of a family (a model type). `num_kv_heads = num_heads` is plain multi-head attention."""
+    from transformers import AutoConfig
 
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
@@ -55,7 +57,7 @@ def tiny_config(
         head_dim=head_dim or hidden_size // num_heads,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
-        attention_bias=attention_bias,
+        **({"attention_bias": attention_bias} if family == "llama" else {}),
         rope_parameters={"rope_theta": rope_theta} | (LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
         max_position_embeddings=max_positions,
         rms_norm_eps=norm_eps,
@@ -67,10 +69,10 @@ def tiny_config(
 
 
 def tiny_model(*, seed: int = 0, **shape: Any) -> Any:
-    """A transformers LlamaForCausalLM in fp32, in eval mode, with eager attention; `shape` as in `tiny_config`."""
-    from transformers import LlamaForCausalLM
+    """A transformers model in fp32, in eval mode, with eager attention; `shape` as in `tiny_config`."""
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM(tiny_config(**shape)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(**shape), attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -132,7 +132,7 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
     length, index = 256, stage.blocks[-1]
     parts = plan.grid.tp_size if plan.sequence_parallel else 1
     updates = stage.read_adapter()
-    hidden = torch.randn(1, length // parts, plan.source.config.hidden_size, dtype=plan.dtype, requires_grad=True)
+    hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]
     places = block.attention.places(torch.arange(length)[None], plan.dtype)  # kept once for all layers
     factors = (factor for factor in updates.get(index, ()) if isinstance(factor, torch.Tensor))

@@ -23,6 +23,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     start_values,
 )
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -31,15 +32,12 @@ from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import BatchShape, MicroBatch, collate, plan_global_batch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
-from megatron_tiedlora.model.families.llama import (
-    LlamaConfig,
-    llama_config_from_hf,
-    read_hf_config,
-    stage_weight_rules,
-)
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
@@ -145,26 +143,26 @@ def _made_up(options: Namespace, vocab_size: int, num_rows: int) -> TokenDataset
 
 def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
     dtype, device, source = DTYPES[options.dtype], _device(), find_source(options)
-    config = source.config
+    shape = source.shape
     adapter = make_adapter_config(
         options.method,
         rank=options.rank,
-        layers=tuple(range(1, config.num_layers + 1)),
-        hidden_size=config.hidden_size,
-        qkv_rows=config.qkv_rows,
+        layers=tuple(range(1, shape.num_layers + 1)),
+        hidden_size=shape.hidden_size,
+        qkv_rows=shape.heads.rows,
         seed=0,
     )
     if source.folder is None:
-        stage = random_stage(config, adapter, dtype=dtype, device=device, kernels=chosen.kernels)
+        stage = random_stage(shape, adapter, dtype=dtype, device=device, kernels=chosen.kernels)
     else:
         stage = load_model(source, None, dtype=dtype, device=device, kernels=chosen.kernels)
         give_adapter(stage, adapter, device)
     recompute(stage, options.recompute)
     stage.train()
-    batches = _batches(options, config.vocab_size, packed=options.task is not None)
+    batches = _batches(options, shape.vocab_size, packed=options.task is not None)
     supervised = sum(batch.num_supervised for batch in batches)
     flops = sample_flops(
-        config,
+        shape,
         adapter,
         num_tokens=sum(batch.num_tokens for batch in batches),
         squared_lengths=sum(batch.squared_lengths for batch in batches),
@@ -182,12 +180,12 @@ def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
 
 
 def random_stage(
-    config: LlamaConfig, adapter: AdapterConfig, *, dtype: torch.dtype, device: torch.device, kernels: Kernels = EAGER
+    shape: ModelShape, adapter: AdapterConfig, *, dtype: torch.dtype, device: torch.device, kernels: Kernels = EAGER
 ) -> Stage:
     """The whole model with random weights, drawn in place, and the adapter at its start."""
     with device:
-        stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), None)
-    rules = stage_weight_rules(config, has_embedding=True)
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), None)
+    rules = stage_weight_rules(shape, has_embedding=True)
     draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
     give_adapter(stage, adapter, device)
     return stage
@@ -213,7 +211,7 @@ def our_kernels(options: Namespace) -> ChosenKernels:
         return ChosenKernels(EAGER, "not compiled")
     started, kernels, failure = time.monotonic(), EAGER, None
     try:
-        kernels = compiled_kernels(find_source(options).config, dtype=DTYPES[options.dtype], device=_device())
+        kernels = compiled_kernels(find_source(options).shape, dtype=DTYPES[options.dtype], device=_device())
     except UserError as error:
         failure = str(error)
     return after_compiling(options.compile, kernels, failure, seconds=time.monotonic() - started)
@@ -290,7 +288,7 @@ def find_source(options: Namespace) -> ModelSource:
     shape = random_shape(options)
     if shape is None:
         return find_model(options.model)
-    return ModelSource(options.model, None, llama_config_from_hf(shape, source=options.model))
+    return ModelSource(options.model, None, shape_from_hf(shape, source=options.model))
 
 
 def check_positions(length: int, most: int, *, model: str, flag: str = "length") -> None:

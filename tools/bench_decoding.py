@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = load_split("demo", "test", files={}, seed=0, limit=options.batch_size)
     texts = [example.prompt for example in examples]
-    room = source.config.max_positions - options.new_tokens
+    room = source.shape.max_positions - options.new_tokens
     encoded, _ = encode_prompts(load_tokenizer(source.weights_folder()), texts, max_length=room)
     prompts = [ids.tolist() for ids in encoded]
-    decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.config)
+    decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(
         source.weights_folder(), dtype=dtype, trust_remote_code=False
     )

@@ -34,8 +34,8 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
 from megatron_tiedlora.engine.runner import PipelineRunner, Runner
-from megatron_tiedlora.model.families.llama import stage_weight_rules
 from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks, sum_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import Traffic
@@ -89,7 +89,7 @@ def make_plan(options: Namespace, *, rank: int, world_size: int, **changes: Any)
             f"--samples {options.samples} does not divide by --rows {options.rows} x {grid.dp_size} data-parallel ranks"
         )
     source = find_source(options)
-    check_positions(options.length, source.config.max_positions, model=options.model)
+    check_positions(options.length, source.shape.max_positions, model=options.model)
     if options.layout and options.length < LEAST_LENGTH:
         raise UserError(f"--length {options.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     same = ("model", "method", "rank", "dtype", "compile", "tensor_parallel", "pipeline_parallel", "sequence_parallel")
@@ -168,7 +168,7 @@ def start(plan: RunPlan, options: Namespace) -> Started:
         UserError: data or ranks that are not there, or kernels that cannot be compiled.
     """
     dataset, pad_id = read_samples(
-        options, plan.source.config.vocab_size, num_rows=plan.batches.global_batch_size // options.documents
+        options, plan.source.shape.vocab_size, num_rows=plan.batches.global_batch_size // options.documents
     )
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
@@ -241,7 +241,7 @@ def _largest_frozen(plan: RunPlan, runner: Runner) -> tuple[int, int]:
     """The shape of the largest base matrix of this rank, before ZeRO-3 cuts it over data-parallel ranks."""
     stage = runner.stage
     held = {name for name, _ in stage.named_parameters()}
-    rules = stage_weight_rules(plan.source.config, has_embedding=stage.embedding is not None)
+    rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
     shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
     rows, columns = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
     return rows, columns
@@ -315,7 +315,7 @@ def _step_figures(
 ) -> dict[str, Any]:
     """Of the step on all ranks together."""
     flops = sample_flops(
-        plan.source.config,
+        plan.source.shape,
         plan.adapter,
         num_tokens=step.num_tokens,
         squared_lengths=step.squared_lengths,

@@ -26,7 +26,8 @@ from megatron_tiedlora.base.output_folder import refuse_existing
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.model.families.llama import WeightRule, llama_config_from_hf, num_base_parameters, weight_rules
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.weights import WeightRule, num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 BYTES = torch.bfloat16.itemsize
@@ -44,24 +45,24 @@ def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config, shards and index of a model into `output`.
+    """Write model_shape, shards and index of a model into `output`.
 
     Args:
-        values: of its config.json.
+        values: of its model_shape.json.
         name: what to call it.
 
     Raises:
         UserError: `output` exists, or the disk is too small for it.
     """
     refuse_existing(output, flag=f"--output {output}")
-    config = llama_config_from_hf(values, source=name)
-    needed = num_base_parameters(config) * BYTES
+    model_shape = shape_from_hf(values, source=name)
+    needed = num_base_parameters(model_shape) * BYTES
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise UserError(f"--output {output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
     index: dict[str, str] = {}
     with new_folder(output) as folder:
-        parts = list(shards(weight_rules(config)))
+        parts = list(shards(weight_rules(model_shape)))
         for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {

@@ -21,6 +21,8 @@ from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.step_sum import StepSum
 
+TARGET = "attention.qkv"  # the linear of every block that is adapted
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

@@ -104,13 +104,13 @@ def identify_shape(
     tokenizer_hash: str | None = None,
 ) -> BaseIdentity:
     """The identity of a base model whose weights have a hash already."""
-    config = source.config
+    model_shape = source.shape
     shape = {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        "num_layers": model_shape.num_layers,
+        "hidden_size": model_shape.hidden_size,
+        "num_attention_heads": model_shape.heads.num,
+        "num_key_value_heads": model_shape.heads.num_kv,
+        "head_dim": model_shape.heads.dim,
     }
     return BaseIdentity(
         source.name, source.base_hash, weights_hash, shape, dtype, sample, tokenizer, tokenizer_hash

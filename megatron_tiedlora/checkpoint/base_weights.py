@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
-from megatron_tiedlora.model.families.llama import WeightRule
+from megatron_tiedlora.model.weights import WeightRule
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 _INDEX = "model.safetensors.index.json"
@@ -146,9 +146,9 @@ class BaseWeights:
         """Read the rank's part of one parameter into `target`, block by block, cast to its dtype and device."""
         dim = rule.spec.dim or 0
         offset = 0
-        for name, part in zip(rule.hf_names, rule.spec.block_slices(tp_rank, tp_size), strict=True):
-            size = part.stop - part.start
-            target.narrow(dim, offset, size).copy_(self.read(name, part, dim))
+        for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
+            size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
+            target.narrow(dim, offset, size).copy_(self.read(stored.name, slice(start, start + size), dim))
             offset += size
         target.narrow(dim, offset, target.shape[dim] - offset).zero_()  # padding
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import TARGET, AdapterPart, TiedAdapter, delta_weight
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -50,18 +50,18 @@ def load_model(
         UserError: weights that are missing or do not fit, or an adapter of another base.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
-    config = source.config
-    with BaseWeights(source.weights_folder(), weight_rules(config)) as weights:
+    shape = source.shape
+    with BaseWeights(source.weights_folder(), weight_rules(shape)) as weights:
         if adapter is not None and checks_base:
             found = identify_base(source, weights, adapter.base.dtype)
             adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")
-        layers = range(config.num_layers + 2) if stages is None else stages[grid.pp_rank]
+        layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         bank = None
         if adapter is not None and not merged:
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
             bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             bank.load_full(adapter.state)
-        specs = layer_specs(config, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
+        specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
         with torch.device(device):
             model = Stage(
                 specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)
@@ -69,7 +69,7 @@ def load_model(
         load_base_weights(
             weights,
             dict(model.named_parameters()),
-            stage_weight_rules(config, has_embedding=model.embedding is not None),
+            stage_weight_rules(shape, has_embedding=model.embedding is not None),
             access=lambda parameter: nullcontext(parameter),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
@@ -83,14 +83,13 @@ def load_model(
 @torch.no_grad()
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
     """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
-    rules = {rule.name: rule for rule in weights.rules}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[2:] != ["attention", "qkv", "weight"] or int(parts[1]) not in adapter.config.layers:
+    parameters = dict(model.named_parameters())
+    for rule in weights.rules:
+        if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in parameters:
             continue
-        rule = rules[name]
+        parameter = parameters[rule.name]
         wide = torch.empty_like(parameter, dtype=torch.float32)
         weights.fill(rule, wide, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        delta = delta_weight(adapter.config, adapter.state, int(parts[1]))
+        delta = delta_weight(adapter.config, adapter.state, rule.layer)
         wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
         parameter.copy_(wide)

@@ -6,13 +6,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.demo import demo_model_path
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf, read_hf_config
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.hf_config import read_hf_config
 
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
@@ -28,12 +31,33 @@ class ModelSource:
 
     name: str
     folder: Path | None
-    config: LlamaConfig
+    shape: ModelShape
 
     @property
     def base_hash(self) -> str:
-        """Hash of the config's fields that this code reads; equal for models of the same shape and computation."""
-        return hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+        """Hash of what the config says of the computation; equal for models of the same shape and computation.
+
+        Stored with every adapter and checkpoint, so it never changes: fields are named as they were at first, and one
+        that came later is hashed only where it differs from what all models had before.
+        """
+        shape, block = self.shape, self.shape.block
+        fields: dict[str, Any] = {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.heads.num,
+            "num_kv_heads": shape.heads.num_kv,
+            "head_dim": shape.heads.dim,
+            "norm_eps": shape.final_norm.eps,
+            "rope": asdict(shape.heads.rope),
+            "max_positions": shape.max_positions,
+            "tied_embeddings": shape.tied_embeddings,
+            "attention_bias": block.qkv.bias,
+        }
+        if block.output.bias != block.qkv.bias:
+            fields["output_bias"] = block.output.bias
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def weights_folder(self) -> Path:
         """The folder with weights and tokenizer. Raises UserError for a preset."""
@@ -52,10 +76,10 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
         UserError: nothing of that name, a config that is not readable, or a feature that is not implemented.
     """
     if name in PRESETS:
-        return ModelSource(name, None, llama_config_from_hf(PRESETS[name], source=name))
+        return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
     folder = _demo_folder() if name == "demo" else _find_folder(name, weights=weights)
-    config = llama_config_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
-    return ModelSource(name, folder, config)
+    shape = shape_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
+    return ModelSource(name, folder, shape)
 
 
 def _demo_folder() -> Path:

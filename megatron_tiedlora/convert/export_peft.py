@@ -35,7 +35,7 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
         a, b = lora_factors(adapter.config, adapter.state, layer)
         a = torch.nn.functional.pad(a, (0, 0, 0, pad))
         b = torch.nn.functional.pad(b, (0, pad))
-        for hf_name, rows in zip(rule.hf_names, b.split(rule.spec.blocks), strict=True):
+        for hf_name, rows in rule.by_stored_tensor(b).items():
             module = f"base_model.model.{hf_name.removesuffix('.weight')}"
             # safetensors refuses tensors that share storage, and q, k and v share A'
             tensors[f"{module}.lora_A.weight"] = a.clone()
@@ -59,14 +59,14 @@ def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> di
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "target_modules": [stored.module.rpartition(".")[2] for stored in source.shape.block.qkv.sources],
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
     }
-    if len(adapter.config.layers) < source.config.num_layers:
+    if len(adapter.config.layers) < source.shape.num_layers:
         config["layers_to_transform"] = [layer - 1 for layer in adapter.config.layers]
         config["layers_pattern"] = "layers"
     return config

@@ -20,6 +20,7 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
@@ -28,7 +29,7 @@ from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.module_names import name_matcher
-from megatron_tiedlora.model.families.llama import LlamaConfig, weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 _LARGEST_RANK = 2**20
 _PARTS = ("q_proj", "k_proj", "v_proj")
@@ -116,17 +117,17 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
     modules = _targets(file, content, source)
     pairs = _read_pairs(folder, modules, rank=rank, source=source)
     layers = tuple(sorted({layer for layer, _ in pairs}))
-    a, b = _joined(pairs, layers, rank=rank, config=source.config)
+    a, b = _joined(pairs, layers, rank=rank, shape=source.shape)
     config = make_adapter_config(
         "lora",
         rank=a.shape[1],
         alpha=scale * a.shape[1],
         layers=layers,
-        hidden_size=source.config.hidden_size,
-        qkv_rows=source.config.qkv_rows,
+        hidden_size=source.shape.hidden_size,
+        qkv_rows=source.shape.heads.rows,
         seed=0,
     )
-    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
+    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
         base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
     state = {"A": a, "B": b, "u": torch.ones(config.shape("u")), "v": torch.ones(config.shape("v"))}
     check_update(config, state, source=folder / WEIGHTS_FILE)
@@ -216,16 +217,16 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
         raise UserError(f"{file}: target_modules = {shown(targets)} cannot be read; a list of {', '.join(_PARTS)} can")
     if not (layers is None or type(layers) is int or isinstance(layers, list)):
         raise UserError(f"{file}: layers_to_transform = {shown(layers)} is neither a layer nor a list of layers")
-    chosen = [layers] if isinstance(layers, int) else layers or range(source.config.num_layers)
+    chosen = [layers] if isinstance(layers, int) else layers or range(source.shape.num_layers)
     for layer in chosen:
-        if type(layer) is not int or not 0 <= layer < source.config.num_layers:
+        if type(layer) is not int or not 0 <= layer < source.shape.num_layers:
             raise UserError(
                 f"{file}: layers_to_transform has {shown(layer)}, but {source.name} has layers 0 to"
-                f" {source.config.num_layers - 1}; give the adapter's own base with --model"
+                f" {source.shape.num_layers - 1}; give the adapter's own base with --model"
             )
     is_target = name_matcher(targets, what=f"{file}: target_modules")
     is_excluded = name_matcher(content.get("exclude_modules") or [], what=f"{file}: exclude_modules")
-    names = [f"model.layers.{layer}.self_attn.{part}" for layer in range(source.config.num_layers) for part in _PARTS]
+    names = [f"model.layers.{layer}.self_attn.{part}" for layer in range(source.shape.num_layers) for part in _PARTS]
     whole_names = frozenset(targets if isinstance(targets, list) else ())
     of_chosen = frozenset(chosen)
     found = {
@@ -253,22 +254,22 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    config, shapes = source.config, {}
+    model_shape, shapes = source.shape, {}
     for key, found in read_header(file).shapes.items():
         match = _KEY.fullmatch(key)
         if match is None:
             parts = ", ".join(_PARTS)
             raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {parts}, which alone can be read")
         layer, part, side = int(match[2]), match[3], match[4]
-        if layer >= config.num_layers:
+        if layer >= model_shape.num_layers:
             raise UserError(
-                f"{file}: {key} is of layer {layer}, but {source.name} has layers 0 to {config.num_layers - 1};"
+                f"{file}: {key} is of layer {layer}, but {source.name} has layers 0 to {model_shape.num_layers - 1};"
                 " give the adapter's own base with --model"
             )
         if match[1] not in modules:
             raise UserError(f"{file}: {key} is there, but {CONFIG_FILE} does not target its module")
-        rows = config.qkv_rows[_PARTS.index(part)]
-        shapes[key] = (rank, config.hidden_size) if side == "A" else (rows, rank)
+        rows = model_shape.heads.rows[_PARTS.index(part)]
+        shapes[key] = (rank, model_shape.hidden_size) if side == "A" else (rows, rank)
         if found != shapes[key]:
             raise UserError(
                 f"{file}: {key} has shape {shown(found)}, but r and {source.name} make it {shapes[key]}; give the"
@@ -290,7 +291,7 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
 
 
 def _joined(
-    pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, config: LlamaConfig
+    pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, shape: ModelShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The native A (n, R, d) and B (n, o, R): R is `rank` where each layer has one A, else `rank` for each projection
     that is adapted anywhere."""
@@ -298,9 +299,9 @@ def _joined(
     parts = [part for part in _PARTS if any(part in here for here in by_layer)]
     shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())
     full_rank = rank if shared else rank * len(parts)
-    starts = dict(zip(_PARTS, (0, config.qkv_rows[0], sum(config.qkv_rows[:2])), strict=True))
-    a = torch.zeros(len(layers), full_rank, config.hidden_size)
-    b = torch.zeros(len(layers), sum(config.qkv_rows), full_rank)
+    starts = dict(zip(_PARTS, (0, shape.heads.rows[0], sum(shape.heads.rows[:2])), strict=True))
+    a = torch.zeros(len(layers), full_rank, shape.hidden_size)
+    b = torch.zeros(len(layers), sum(shape.heads.rows), full_rank)
     for index, here in enumerate(by_layer):
         for part, pair in here.items():
             column = 0 if shared else rank * parts.index(part)

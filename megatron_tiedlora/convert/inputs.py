@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.adapters.tied_adapter import TARGET
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, BaseIdentity, base_differences, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.model.families.llama import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
 
 EXPORT_RECORD = "tiedlora_export.json"  # in a PEFT folder: which adapter it was made from, for which base
 
@@ -83,7 +84,7 @@ def check_base(
     Raises:
         UserError: they are another base's, and not `differs`; or they are missing, or not whole.
     """
-    with BaseWeights(source.weights_folder(), weight_rules(source.config)) as weights:
+    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
         found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
@@ -96,6 +97,6 @@ def check_base(
 
 
 def adapted_projections(source: ModelSource, adapter: NativeAdapter) -> dict[int, WeightRule]:
-    """The fused QKV rule of every adapted layer, by 1-based layer."""
-    rules = {rule.name: rule for rule in weight_rules(source.config)}
-    return {layer: rules[f"layers.{layer}.attention.qkv.weight"] for layer in adapter.config.layers}
+    """The adapted weight of every adapted layer, by 1-based layer."""
+    rules = {rule.layer: rule for rule in weight_rules(source.shape) if rule.linear == TARGET}
+    return {layer: rules[layer] for layer in adapter.config.layers}

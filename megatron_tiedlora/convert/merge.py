@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import adapted_projections, check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
-from megatron_tiedlora.model.families.llama import weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 INDEX_FILE = "model.safetensors.index.json"
 # What travels from the base beside its weights; anything else there is not the model's.
@@ -82,7 +82,7 @@ def merge_adapter(
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
     for note in base.notes:
         say(note)
-    wanted = {name for rule in weight_rules(source.config) for name in rule.hf_names}
+    wanted = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
     side_files(folder, sorted({file.name for file in files.values()}))  # no links out of the folder here either
     updates = _updates(source, adapter)
@@ -114,7 +114,7 @@ def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[tor
     factors = {}
     for layer, rule in adapted_projections(source, adapter).items():
         a, b = lora_factors(adapter.config, adapter.state, layer)
-        for name, rows in zip(rule.hf_names, b.split(rule.spec.blocks), strict=True):
+        for name, rows in rule.by_stored_tensor(b).items():
             factors[name] = (a, rows)
     return factors
 

@@ -27,8 +27,11 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
-from megatron_tiedlora.model.families.llama import llama_config_from_hf, read_hf_config, weight_rules
+from megatron_tiedlora.convert.inputs import adapted_projections
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import weight_rules
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
 
@@ -110,7 +113,7 @@ def verify_export(
     stored = {} if merged is None else _stored_types(source, merged)
     if peft is not None:
         _check_peft(peft, source)
-    tokens = probe_tokens(source.config.vocab_size)
+    tokens = probe_tokens(source.shape.vocab_size)
     count = 1 + (merged is not None) + (peft is not None)
     bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
     results, rounded = [], None
@@ -152,9 +155,9 @@ def format_comparisons(results: list[LogitComparison]) -> str:
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, which must be the base's in names and shapes."""
-    if llama_config_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.config:
+    if shape_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.shape:
         raise UserError(f"{merged / 'config.json'}: another model than {source.name}; give the base with --model")
-    rules = weight_rules(source.config)
+    rules = weight_rules(source.shape)
     with BaseWeights(merged, rules):  # checks names and shapes
         pass
     names, files = {name for rule in rules for name in rule.hf_names}, weight_map(merged)
@@ -171,9 +174,9 @@ def _fold_and_round(
 ) -> None:
     """Add the update to the fused weights and round every weight to what the merged folder stores."""
     parameters = dict(model.named_parameters())
-    for layer in adapter.config.layers:
-        parameters[f"layers.{layer}.attention.qkv.weight"].add_(delta_weight(adapter.config, adapter.state, layer))
-    for rule in weight_rules(source.config):
+    for layer, rule in adapted_projections(source, adapter).items():
+        parameters[rule.name].add_(delta_weight(adapter.config, adapter.state, layer))
+    for rule in weight_rules(source.shape):
         blocks = parameters[rule.name].split(rule.spec.blocks, dim=rule.spec.dim or 0)
         for name, block in zip(rule.hf_names, blocks, strict=True):
             block.copy_(block.to(stored[name]))

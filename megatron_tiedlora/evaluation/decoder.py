@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import KeyValueCache
-from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
@@ -37,7 +37,7 @@ class Decoder:
     """
 
     def __init__(
-        self, stage: Stage, groups: ParallelGroups, config: LlamaConfig, *, calls_together: bool = False
+        self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
         """Take a stage in evaluation mode.
 
@@ -46,7 +46,7 @@ class Decoder:
         """
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
-        self.config = config
+        self.shape = shape
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -67,9 +67,9 @@ class Decoder:
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty caches for the blocks of the stage, `capacity` tokens a sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
-        local_kv_heads = self.config.num_kv_heads // self.stage.tensor_parallel.group.size
+        local_kv_heads = self.shape.heads.num_kv // self.stage.tensor_parallel.group.size
         return [
-            KeyValueCache.empty(batch, local_kv_heads, capacity, self.config.head_dim, like) for _ in self.stage.blocks
+            KeyValueCache.empty(batch, local_kv_heads, capacity, self.shape.heads.dim, like) for _ in self.stage.blocks
         ]
 
     def forward(
@@ -88,7 +88,7 @@ class Decoder:
         """
         inputs = tokens
         if self.pipeline.rank > 0:
-            inputs = torch.empty(*tokens.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         output: torch.Tensor = self.stage(
             inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted, summed=False

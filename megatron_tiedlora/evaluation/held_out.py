@@ -32,7 +32,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
     """
     settings = plan.settings
     tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
-    check_vocabulary(tokenizer, plan.source.config.vocab_size)
+    check_vocabulary(tokenizer, plan.source.shape.vocab_size)
     examples = read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit)
     scored = encode_scored(
         examples,
@@ -40,7 +40,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
         tokenizer,
         longest_prompt=plan.longest_prompt,
         model_folder=plan.source.weights_folder(),
-        vocab_size=plan.source.config.vocab_size,
+        vocab_size=plan.source.shape.vocab_size,
     )
     return HeldOut(tokenizer, scored)
 

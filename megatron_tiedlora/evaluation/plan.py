@@ -98,7 +98,7 @@ class EvaluationPlan:
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
             "model": self.source.name,
-            "max_length": self.settings.max_length or self.source.config.max_positions,
+            "max_length": self.settings.max_length or self.source.shape.max_positions,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
         }
@@ -132,15 +132,15 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     """
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
-    config = source.config
-    check_model_layout(config, grid)
-    if (settings.max_length or 0) > config.max_positions:
+    model_shape = source.shape
+    check_model_layout(model_shape, grid)
+    if (settings.max_length or 0) > model_shape.max_positions:
         raise UserError(
-            f"--max_length {settings.max_length}: {source.name} was trained for {config.max_positions} positions; give"
-            " at most that"
+            f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"
+            " give at most that"
         )
-    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, config.max_positions, settings.task)
-    prompt = longest_prompt(settings.max_length, config.max_positions, max_new_tokens)
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, settings.task)
+    prompt = longest_prompt(settings.max_length, model_shape.max_positions, max_new_tokens)
     limit = settings.limit
     if limit is None and settings.task == "demo":
         limit = DEMO_SCORED_SAMPLES
@@ -154,7 +154,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         adapter=adapter,
         kind=kind,
         grid=grid,
-        stages=partition(layer_costs(config, length=prompt, first_adapted=None), grid.pp_size),
+        stages=partition(layer_costs(model_shape, length=prompt, first_adapted=None), grid.pp_size),
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
         limit=limit,

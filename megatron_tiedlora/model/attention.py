@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.base.shapes import RopeShape
 from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import NormedQkv
-from megatron_tiedlora.model.rope import RopeConfig, rotation_table
+from megatron_tiedlora.model.rope import rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.layers import RowParallelLinear, padded
@@ -87,9 +88,10 @@ class Attention(nn.Module):
         local_heads: int,
         local_kv_heads: int,
         head_dim: int,
-        rope: RopeConfig,
+        rope: RopeShape,
         norm_eps: float,
-        bias: bool,
+        qkv_bias: bool,
+        output_bias: bool,
         dtype: torch.dtype,
         kernels: Kernels,
         deterministic: bool = False,
@@ -105,11 +107,11 @@ class Attention(nn.Module):
             self.local_rows,
             head_dim=head_dim,
             eps=norm_eps,
-            bias=bias,
+            bias=qkv_bias,
             dtype=dtype,
             kernels=kernels,
         )
-        self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=bias)
+        self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=output_bias)
 
     def places(
         self,

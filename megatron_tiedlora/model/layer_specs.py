@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.base.shapes import ModelShape, NormShape
 from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
-from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
 from megatron_tiedlora.model.supervised import Supervised
@@ -141,7 +141,7 @@ class LayerSpec:
 
 
 def layer_specs(
-    config: LlamaConfig,
+    shape: ModelShape,
     *,
     dtype: torch.dtype,
     tp_size: int = 1,
@@ -155,33 +155,34 @@ def layer_specs(
     them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block;
     `deterministic`: see `choose_attention`.
     """
-    d, local_vocabulary = config.hidden_size, -(-config.vocab_size // tp_size)
+    d, local_vocabulary = shape.hidden_size, -(-shape.vocab_size // tp_size)
 
-    def norm() -> RmsNorm:
-        return RmsNorm(d, eps=config.norm_eps, dtype=dtype, kernels=kernels)
+    def norm(norm: NormShape) -> RmsNorm:
+        return RmsNorm(norm.size, eps=norm.eps, dtype=dtype, kernels=kernels)
 
     def block() -> nn.Module:
         attention = Attention(
             d,
-            local_heads=config.num_heads // tp_size,
-            local_kv_heads=config.num_kv_heads // tp_size,
-            head_dim=config.head_dim,
-            rope=config.rope,
-            norm_eps=config.norm_eps,
-            bias=config.attention_bias,
+            local_heads=shape.heads.num // tp_size,
+            local_kv_heads=shape.heads.num_kv // tp_size,
+            head_dim=shape.heads.dim,
+            rope=shape.heads.rope,
+            norm_eps=shape.block.attention_norm.eps,
+            qkv_bias=shape.block.qkv.bias,
+            output_bias=shape.block.output.bias,
             dtype=dtype,
             kernels=kernels,
             deterministic=deterministic,
         )
-        mlp = SwiGlu(d, config.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
-        return Block(attention=attention, mlp_norm=norm(), mlp=mlp, recomputes_gate=recomputes_gate)
+        mlp = SwiGlu(d, shape.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
+        return Block(attention=attention, mlp_norm=norm(shape.block.mlp_norm), mlp=mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
-        own = None if config.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)
-        return Head(norm(), own, vocab_size=config.vocab_size, kernels=kernels)
+        own = None if shape.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)
+        return Head(norm(shape.final_norm), own, vocab_size=shape.vocab_size, kernels=kernels)
 
     return (
         LayerSpec("embedding", 0, lambda: VocabularyParallelEmbedding(local_vocabulary, d, dtype=dtype)),
-        *(LayerSpec("block", index, block) for index in range(1, config.num_layers + 1)),
-        LayerSpec("head", config.num_layers + 1, head),
+        *(LayerSpec("block", index, block) for index in range(1, shape.num_layers + 1)),
+        LayerSpec("head", shape.num_layers + 1, head),
     )

@@ -9,28 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.base.shapes import ModelShape
 
 Stages = tuple[range, ...]
 
 
-def layer_costs(config: LlamaConfig, *, length: int, first_adapted: int | None) -> list[float]:
+def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
     """Multiplications per token of every layer of the flat list (embedding, blocks, head), each pass.
 
-    Block: P = d (h + 2k) + h d + 3 d f for the products (h, k: widths of queries and keys), A = s h for causal
-    attention over s tokens; forward P + A, and backward P + 2A from the first adapted layer (`first_adapted`, 1-based)
+    Block: P, the numbers in its matrices, for the products, A = s h for causal attention over s tokens (h: width of the
+    queries); forward P + A, and backward P + 2A from the first adapted layer (`first_adapted`, 1-based)
     on; None: nothing is trained, and nothing has a backward pass. Head: V d each way, as if every position were
     supervised. The embedding is a copy.
     """
-    query, key, value = config.qkv_rows
-    d = config.hidden_size
-    products = d * (query + key + value) + query * d + 3 * d * config.intermediate_size
-    attention = length * query
+    products = shape.block.num_weights
+    attention = length * shape.heads.rows[0]
     costs = [0.0]
-    for index in range(1, config.num_layers + 1):
+    for index in range(1, shape.num_layers + 1):
         backward = products + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
         costs.append(float(products + attention + backward))
-    costs.append(float((1 if first_adapted is None else 2) * config.vocab_size * d))
+    costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
     return costs
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
@@ -32,10 +33,10 @@ class PaperCell:
     params_percent: float
 
 
-def paper_model(name: str, config: LlamaConfig) -> str | None:
-    """Which of the paper's models a base is: LLaMA-2 7B by all sizes of its config, GPT-2B-001 by its name
+def paper_model(name: str, shape: ModelShape) -> str | None:
+    """Which of the paper's models a base is: LLaMA-2 7B by all sizes of its shape, GPT-2B-001 by its name
     without folders."""
-    if config == llama_config_from_hf(PRESETS["llama2-7b"], source="llama2-7b"):
+    if shape == shape_from_hf(PRESETS["llama2-7b"], source="llama2-7b"):
         return "llama2-7b"
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 

@@ -225,7 +225,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     files = {name: getattr(train, name) for name in ("train_file", "validation_file", "test_file")}
     base = describe_base(source, task=task.name, metric=task.metrics[0], files=files.values())
     check_goes_on(folder, command, base)
-    grid = make_grid(settings, source.config.num_layers)
+    grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):
         make_settings({**command.given, **run.settings})
     if task.hub is None and task.generate is None and files["test_file"] is None:

@@ -115,9 +115,9 @@ def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterabl
     Raises:
         UserError: a file that cannot be read.
     """
-    config = source.config
-    shape = Shape(config.num_layers, config.hidden_size, config.qkv_rows)
-    model = paper_model(source.name, config)
+    model_shape = source.shape
+    shape = Shape(model_shape.num_layers, model_shape.hidden_size, model_shape.heads.rows)
+    model = paper_model(source.name, model_shape)
     return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
 
 

@@ -26,9 +26,9 @@ from megatron_tiedlora.engine.engine import (
 from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
 from megatron_tiedlora.engine.runner import Runner, make_runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid, make_topology
-from megatron_tiedlora.model.families.llama import stage_weight_rules, weight_rules
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -64,8 +64,8 @@ def build_model(
     Raises:
         UserError: weights that are missing or do not fit, or a checkpoint of another base.
     """
-    config, grid = plan.source.config, plan.grid
-    with BaseWeights(plan.source.weights_folder(), weight_rules(config)) as weights:
+    shape, grid = plan.source.shape, plan.grid
+    with BaseWeights(plan.source.weights_folder(), weight_rules(shape)) as weights:
         base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
         _check_same_base(base)
         notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
@@ -74,7 +74,7 @@ def build_model(
         load_base_weights(
             weights,
             dict(stage.named_parameters()),
-            stage_weight_rules(config, has_embedding=stage.embedding is not None),
+            stage_weight_rules(shape, has_embedding=stage.embedding is not None),
             access=parameter_access(plan.engine),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
@@ -91,7 +91,7 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
     _fill_adapter(plan, stage, groups, None)
     draw_base_weights(
         dict(stage.named_parameters()),
-        stage_weight_rules(plan.source.config, has_embedding=stage.embedding is not None),
+        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
         access=parameter_access(plan.engine),
         tp_rank=plan.grid.tp_rank,
         seed=plan.settings.seed,
@@ -118,7 +118,7 @@ def _build_stage(
     """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
     specs = layer_specs(
-        plan.source.config,
+        plan.source.shape,
         dtype=plan.dtype,
         tp_size=grid.tp_size,
         kernels=kernels,
@@ -183,7 +183,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another base or adapter than the plan's; reads samples of the base."""
-    with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.config)) as weights:
+    with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.shape)) as weights:
         base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
     _check_resumed(plan, base, checkpoint)
 

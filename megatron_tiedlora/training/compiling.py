@@ -25,7 +25,7 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_private_folder
-from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
@@ -72,7 +72,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         if turn is None or (local_rank() == 0) == turn:
             try:
                 kernels = compiled_kernels(
-                    plan.source.config, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size
+                    plan.source.shape, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size
                 )
             except UserError as error:
                 failure = str(error)
@@ -96,16 +96,16 @@ def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds
 
 def compiles(plan: RunPlan) -> bool:
     """Whether the run's kernels are compiled where they can be: as --compile says, for `auto` where the run is long."""
-    settings, config, grid = plan.settings, plan.source.config, plan.grid
+    settings, shape, grid = plan.settings, plan.source.shape, plan.grid
     if settings.compile != "auto":
         return settings.compile == "true"
     tokens = settings.max_steps * settings.global_batch_size * settings.max_length / grid.dp_size
-    widths = config.num_layers * (config.hidden_size + config.intermediate_size) / (grid.tp_size * grid.pp_size)
+    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return tokens * widths >= LEAST_WORK
 
 
 def compiled_kernels(
-    config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1
+    shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1
 ) -> Kernels:
     """The kernels, compiled for all sizes of a model's layers in `dtype` on `device`, cut over `tp_size` ranks.
 
@@ -119,7 +119,7 @@ def compiled_kernels(
         _keep_cache_private()
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
         warm_up = _warm_up_all_sizes if device.type == "cpu" else warm_up_widths
-        warm_up(kernels, config, dtype=dtype, device=device, tp_size=tp_size)
+        warm_up(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
     except UserError:
         raise
     except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
@@ -142,22 +142,18 @@ def _keep_cache_private() -> None:
 
 
 def _warm_up_all_sizes(
-    kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int
+    kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
     """Call every kernel, forwards and backwards, in each of the forms that training has.
 
     A rank's part of the vocabulary and the width between layers are the run's, as a compiler goes over long rows in
     another way than over short ones. The rest is small.
     """
-    small = replace(
-        config,
-        vocab_size=-(-config.vocab_size // tp_size),
+    small = shape.resized(
+        vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=88,
         num_layers=2,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=24,
-        tied_embeddings=True,
+        heads=replace(shape.heads, num=6, num_kv=2, dim=24),
     )
     num_rows, length = 3, 152
     documents = (None, torch.arange(length) // 40)
@@ -165,18 +161,15 @@ def _warm_up_all_sizes(
 
 
 def warm_up_widths(
-    kernels: Kernels, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, tp_size: int
+    kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
     """Call every kernel, forwards and backwards, with a rank's own widths: with rows of which there will be another
     number, and forwards with one row."""
-    widths = replace(
-        config,
-        vocab_size=-(-config.vocab_size // tp_size),
-        intermediate_size=config.intermediate_size // tp_size,
+    widths = shape.resized(
+        vocab_size=-(-shape.vocab_size // tp_size),
+        intermediate_size=shape.intermediate_size // tp_size,
         num_layers=2,
-        num_heads=config.num_heads // tp_size,
-        num_kv_heads=config.num_kv_heads // tp_size,
-        tied_embeddings=True,
+        heads=replace(shape.heads, num=shape.heads.num // tp_size, num_kv=shape.heads.num_kv // tp_size),
     )
     _call_all(kernels.marked(), widths, 3, 696, dtype=dtype, device=device)
     with torch.no_grad():
@@ -185,7 +178,7 @@ def warm_up_widths(
 
 def _call_all(
     kernels: Kernels,
-    config: LlamaConfig,
+    shape: ModelShape,
     num_rows: int,
     length: int,
     *,
@@ -193,20 +186,20 @@ def _call_all(
     device: torch.device,
     documents: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
-    """What `config` describes on zeros, of `num_rows` x `length` tokens, with each of `documents`; backwards where
+    """What `shape` describes on zeros, of `num_rows` x `length` tokens, with each of `documents`; backwards where
     gradients are on, else as far as logits."""
     from torch._inductor import config as inductor
 
     adapter = make_adapter_config(
-        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, seed=0
+        "tl6", rank=4, layers=(1, 2), hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=0
     )
     with device:
-        stage = Stage(layer_specs(config, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)
-    labels = Supervised(*(tensor.to(device) for tensor in find_supervised(ids % config.vocab_size)))
-    tokens, positions = (ids % config.vocab_size).to(device), ids.to(device)
+    labels = Supervised(*(tensor.to(device) for tensor in find_supervised(ids % shape.vocab_size)))
+    tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
     # On this thread alone, backwards too: the patch is a thread's own, and else processes stay that wait for more.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for found in documents:

@@ -10,7 +10,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions, plan_global_batch
-from megatron_tiedlora.model.families.llama import num_base_parameters
+from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
 from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
@@ -61,7 +61,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
 
 
 def _parameters(plan: RunPlan) -> list[str]:
-    config, adapter = plan.source.config, plan.adapter
+    shape, adapter = plan.source.shape, plan.adapter
     lines = [f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers"]
     counts = adapter.num_trained()
     lines += [
@@ -79,12 +79,12 @@ def _parameters(plan: RunPlan) -> list[str]:
         )
         total = sum(same.num_trained().values())
         lines.append(f"  {f'{other} of the same rank':<25}{total:>15,}   ({sum(counts.values()) / total:.2%} of it)")
-    lines.append(f"  {'frozen base':<25}{num_base_parameters(config):>15,}")
+    lines.append(f"  {'frozen base':<25}{num_base_parameters(shape):>15,}")
     return lines
 
 
 def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
-    grid, config = plan.grid, plan.source.config
+    grid, shape = plan.grid, plan.source.shape
     cut = "" if grid.tp_size == 1 else ", sequences cut" if plan.sequence_parallel else ", sequences whole"
     rows = []
     for stage in stages:
@@ -99,7 +99,7 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
         )
     return [
         f"layout: {grid.world_size} ranks = tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} x data {grid.dp_size},"
-        f" {config.num_layers} layers",
+        f" {shape.num_layers} layers",
         *_stage_table(("layers", "work", "adapted", "base weights of the stage"), rows),
     ]
 
@@ -176,7 +176,7 @@ def _engine_line(plan: RunPlan) -> list[str]:
         ]
     if plan.grid.pp_size == 1:
         return []
-    size = 2 * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts
+    size = 2 * plan.source.shape.hidden_size * plan.dtype.itemsize / plan.sequence_parts
     return [
         "  (engine: what DeepSpeed's pipeline keeps of hidden states beside that, up to"
         f" {size / 1e3:,.1f} kB a token of each micro-batch in flight)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.base.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepFlops:
 
 
 def step_flops(
-    config: LlamaConfig,
+    shape: ModelShape,
     adapter: AdapterConfig,
     *,
     num_tokens: int,
@@ -45,22 +45,22 @@ def step_flops(
         num_after: positions that are computed after the last attention.
         num_supervised: positions that meet the vocabulary.
     """
-    d, o, query = config.hidden_size, adapter.out_size, config.qkv_rows[0]
-    first, num_layers = adapter.layers[0], config.num_layers
+    block, first, num_layers = shape.block, adapter.layers[0], shape.num_layers
+    qkv, query = block.qkv.num_weights, shape.heads.rows[0]
     products = attention = low_rank = 0
     for layer in range(1, num_layers + 1):
         after = num_after if layer == num_layers else num_tokens
-        rest = 2 * after * d * (query + 3 * config.intermediate_size)
-        products += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * d * o
+        rest = 2 * after * (block.num_weights - qkv)
+        products += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
         attention += (3 if layer >= first else 1) * 2 * squared_lengths * query
         if layer in adapter.layers:
             low_rank += 2 * num_tokens * adapter.rank * _widths(adapter, needs_input=layer > first)
-    head = 2 * 2 * num_supervised * d * config.vocab_size
+    head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(products, attention, low_rank, head)
 
 
 def sample_flops(
-    config: LlamaConfig, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
+    shape: ModelShape, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
 ) -> int:
     """What training on samples takes, however they are padded, packed or cut: positions of padding count for nothing.
 
@@ -68,7 +68,7 @@ def sample_flops(
         num_tokens, squared_lengths, num_supervised: sums over the samples, of lengths s, s^2 and supervised tokens.
     """
     return step_flops(
-        config,
+        shape,
         adapter,
         num_tokens=num_tokens,
         squared_lengths=squared_lengths,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.model.families.llama import LlamaConfig
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.layout import check_model_layout
 from megatron_tiedlora.parallel.grid import Grid
 
 
-def check_layout(config: LlamaConfig, grid: Grid, *, zero_stage: int, ds_config: str) -> None:
+def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int, ds_config: str) -> None:
     """Check that the model can be cut over the grid and that the ZeRO stage goes with it.
 
     Raises:
         UserError: the first thing that does not fit.
     """
-    check_model_layout(config, grid)
+    check_model_layout(shape, grid)
     if grid.pp_size > 1 and zero_stage > 1:
         raise UserError(
             f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {grid.pp_size} (stages"

@@ -258,7 +258,7 @@ class Trainer:
         runner, plan = self.runner, self.plan
         runner.engine.module.eval()
         decoder = Decoder(
-            runner.stage, runner.groups, plan.source.config, calls_together=plan.engine.zero_stage == 3
+            runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3
         )
         answers = answer_all(
             decoder,

@@ -92,11 +92,11 @@ def base_bytes(plan: RunPlan, stage: StagePlan) -> int:
 
 def decoding_cache_bytes(plan: RunPlan, *, longest_prompt: int) -> float:
     """Keys and values of a decoded batch on the rank with most blocks."""
-    config, batch = plan.source.config, plan.settings.eval_batch_size
+    shape, batch = plan.source.shape, plan.settings.eval_batch_size
     dtype = cache_dtype(plan.dtype, torch.device("cuda" if plan.on_gpu else "cpu"))
-    blocks = max(sum(1 <= layer <= config.num_layers for layer in stage) for stage in plan.stages)
+    blocks = max(sum(1 <= layer <= shape.num_layers for layer in stage) for stage in plan.stages)
     # A pipeline has a part of the batch on each stage, so every rank holds the caches of the whole batch.
-    per_token = 2 * blocks * config.num_kv_heads // plan.grid.tp_size * config.head_dim * dtype.itemsize
+    per_token = 2 * blocks * shape.heads.num_kv // plan.grid.tp_size * shape.heads.dim * dtype.itemsize
     return float(batch * (longest_prompt + plan.max_new_tokens) * per_token)
 
 
@@ -147,11 +147,11 @@ class AttentionMemory:
     """
 
     def __init__(self, plan: RunPlan, *, tokens: int, documents: int, longest: int) -> None:
-        config, tp_size, itemsize = plan.source.config, plan.grid.tp_size, plan.dtype.itemsize
-        heads, query = config.num_heads // tp_size, config.qkv_rows[0] // tp_size
-        gradients = tokens * (sum(config.qkv_rows) // tp_size + query) * itemsize
+        shape, tp_size, itemsize = plan.source.shape, plan.grid.tp_size, plan.dtype.itemsize
+        heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size
+        gradients = tokens * (sum(shape.heads.rows) // tp_size + query) * itemsize
         self.kept, workspace = 0, 0
-        grouped = config.num_kv_heads < config.num_heads
+        grouped = shape.heads.num_kv < shape.heads.num
         if plan.on_gpu and plan.dtype == torch.float32:
             square = documents * padded(longest, 32)  # it sees a batch of rows that are as long as the longest document
             self.kept = FP32 * heads * max(square - tokens, 0)
@@ -162,14 +162,14 @@ class AttentionMemory:
             rows, copies = tokens + 128 * documents, 1
             if plan.settings.deterministic:
                 copies = -(-MULTIPROCESSORS // (documents * heads))
-            workspace = FP32 * heads * rows * (copies * padded(config.head_dim, 32) + 1)
+            workspace = FP32 * heads * rows * (copies * padded(shape.heads.dim, 32) + 1)
             workspace += 2 * query * tokens * itemsize * grouped
         self.backward = float(gradients + workspace)
 
 
 def _bytes_after_attention(plan: RunPlan) -> float:
     """Of `saved_bytes_per_token`, what a block keeps of a token after its attention: the second norm's, gate and up."""
-    norm = plan.source.config.hidden_size * plan.dtype.itemsize
+    norm = plan.source.shape.hidden_size * plan.dtype.itemsize
     if plan.settings.recompute == "selective":
         return norm / plan.sequence_parts
     return (norm + FP32) / plan.sequence_parts + _gate_bytes_per_token(plan)
@@ -216,7 +216,7 @@ def eager_temporary_bytes(plan: RunPlan, tokens: int) -> float:
     That is `gate_gradient`: for each pair of a gate and an up that it takes at once eight fp32 numbers, or five where
     nothing has to be made fp32.
     """
-    numbers = 2 * tokens * plan.source.config.intermediate_size / plan.grid.tp_size
+    numbers = 2 * tokens * plan.source.shape.intermediate_size / plan.grid.tp_size
     return _at_once(plan, numbers) / 2 * FP32 * (8 if plan.dtype.itemsize < FP32 else 5)
 
 
@@ -232,10 +232,10 @@ def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
 
     The input of the last block's QKV is counted with what is kept.
     """
-    config = plan.source.config
+    shape = plan.source.shape
     norms = 2 * (_hidden_bytes(plan, tokens) + tokens * FP32 / plan.sequence_parts)
-    wide = tokens * config.hidden_size * plan.dtype.itemsize
-    logits = min(tokens, HEAD_ROWS) * config.vocab_size / plan.grid.tp_size
+    wide = tokens * shape.hidden_size * plan.dtype.itemsize
+    logits = min(tokens, HEAD_ROWS) * shape.vocab_size / plan.grid.tp_size
     at_loss = 3 * wide + logits * plan.dtype.itemsize + _at_once(plan, logits) * FP32
     at_gate = _gate_gradient_bytes(plan, tokens) + _gathered_bytes(plan, tokens)
     attention_output = 0.0
@@ -246,7 +246,7 @@ def _head_bytes(plan: RunPlan, stage: StagePlan, tokens: int) -> float:
 
 def _gathered_bytes(plan: RunPlan, tokens: int) -> float:
     """Of a gradient between layers, whole again where sequences are cut."""
-    return tokens * plan.source.config.hidden_size * plan.dtype.itemsize if plan.sequence_parts > 1 else 0.0
+    return tokens * plan.source.shape.hidden_size * plan.dtype.itemsize if plan.sequence_parts > 1 else 0.0
 
 
 def _last_block_bytes(plan: RunPlan, tokens: int) -> float:
@@ -298,12 +298,12 @@ def _engine_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int) -> float:
 
 def _hidden_bytes(plan: RunPlan, tokens: int) -> float:
     """Of what flows between layers, on one rank."""
-    return tokens * plan.source.config.hidden_size * plan.dtype.itemsize / plan.sequence_parts
+    return tokens * plan.source.shape.hidden_size * plan.dtype.itemsize / plan.sequence_parts
 
 
 def _attention_output_bytes(plan: RunPlan, tokens: int) -> float:
     """Of attention's result, on one rank."""
-    return tokens * plan.source.config.qkv_rows[0] * plan.dtype.itemsize / plan.grid.tp_size
+    return tokens * plan.source.shape.heads.rows[0] * plan.dtype.itemsize / plan.grid.tp_size
 
 
 def saved_bytes_per_token(plan: RunPlan) -> float:
@@ -313,17 +313,17 @@ def saved_bytes_per_token(plan: RunPlan) -> float:
     and up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head. Without gate,
     up and the second norm's number where these are computed again; of a block that is, as a whole, while it is there.
     """
-    config, tp_size, row = plan.source.config, plan.grid.tp_size, plan.adapter.row
+    shape, tp_size, row = plan.source.shape, plan.grid.tp_size, plan.adapter.row
     selective = plan.settings.recompute == "selective"
-    between = (2 * config.hidden_size * plan.dtype.itemsize + (1 if selective else 2) * FP32) / plan.sequence_parts
-    inside = sum(config.qkv_rows) + config.qkv_rows[0]
-    if plan.on_gpu and plan.dtype == torch.float32 and config.num_kv_heads < config.num_heads:
-        inside += 2 * config.qkv_rows[0]  # the memory-efficient kernel gets keys and values for every head
+    between = (2 * shape.hidden_size * plan.dtype.itemsize + (1 if selective else 2) * FP32) / plan.sequence_parts
+    inside = sum(shape.heads.rows) + shape.heads.rows[0]
+    if plan.on_gpu and plan.dtype == torch.float32 and shape.heads.num_kv < shape.heads.num:
+        inside += 2 * shape.heads.rows[0]  # the memory-efficient kernel gets keys and values for every head
     low = plan.adapter.rank if any(row.factor(name).trained for name in "Buv") else 0
     gate = 0.0 if selective else _gate_bytes_per_token(plan)
-    return between + (inside / tp_size + low) * plan.dtype.itemsize + gate + config.num_heads / tp_size * FP32
+    return between + (inside / tp_size + low) * plan.dtype.itemsize + gate + shape.heads.num / tp_size * FP32
 
 
 def _gate_bytes_per_token(plan: RunPlan) -> float:
     """Of gate and up, on one rank."""
-    return 2 * plan.source.config.intermediate_size / plan.grid.tp_size * plan.dtype.itemsize
+    return 2 * plan.source.shape.intermediate_size / plan.grid.tp_size * plan.dtype.itemsize

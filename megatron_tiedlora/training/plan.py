@@ -148,7 +148,7 @@ class RunPlan:
     def max_new_tokens(self) -> int:
         """Longest answer that is decoded."""
         return resolve_max_new_tokens(
-            self.settings.max_new_tokens, self.source.config.max_positions, self.settings.task
+            self.settings.max_new_tokens, self.source.shape.max_positions, self.settings.task
         )
 
     @property
@@ -201,15 +201,15 @@ def plan_run(
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # A refusal must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
-    config = found.config
-    resolve_max_new_tokens(settings.max_new_tokens, config.max_positions, settings.task)
-    check_layout(config, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
-    layers = settings.layers or tuple(range(1, config.num_layers + 1))
-    if layers[-1] > config.num_layers:
-        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {config.num_layers}")
-    if settings.max_length > config.max_positions:
+    shape = found.shape
+    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, settings.task)
+    check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
+    layers = settings.layers or tuple(range(1, shape.num_layers + 1))
+    if layers[-1] > shape.num_layers:
+        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}")
+    if settings.max_length > shape.max_positions:
         raise UserError(
-            f"--max_length {settings.max_length}: {settings.model} was trained for {config.max_positions} positions;"
+            f"--max_length {settings.max_length}: {settings.model} was trained for {shape.max_positions} positions;"
             f" give at most that"
         )
     adapter = make_adapter_config(
@@ -217,15 +217,15 @@ def plan_run(
         rank=settings.rank,
         alpha=settings.alpha,
         layers=layers,
-        hidden_size=config.hidden_size,
-        qkv_rows=config.qkv_rows,
+        hidden_size=shape.hidden_size,
+        qkv_rows=shape.heads.rows,
         seed=settings.seed,
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
     if weights and source is None:
         found = find_model(settings.model)
-    costs = layer_costs(config, length=settings.max_length, first_adapted=layers[0])
+    costs = layer_costs(shape, length=settings.max_length, first_adapted=layers[0])
     return RunPlan(settings, found, grid, batches, engine, adapter, partition(costs, grid.pp_size), on_gpu)
 
 

@@ -23,5 +23,5 @@ from megatron_tiedlora.training.throughput import Meter, Peak
 def rehearsing_trainer(plan: RunPlan, built: BuiltModel, runner: Runner, device: torch.device) -> Trainer:
     """A trainer for steps alone; it cannot `run`."""
     data: Any = None  # steps are handed in
-    meter = Meter(plan.source.config, plan.adapter, Peak(1.0, "not asked for"))
+    meter = Meter(plan.source.shape, plan.adapter, Peak(1.0, "not asked for"))
     return Trainer(plan, data, runner, built.base, RunFolder(Path(os.devnull)), device, StopWatch(), None, meter)

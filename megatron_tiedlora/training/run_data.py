@@ -70,7 +70,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     settings = plan.settings
     model_folder = plan.source.weights_folder()  # refuses a preset, which has none
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
-    check_vocabulary(tokenizer, plan.source.config.vocab_size)
+    check_vocabulary(tokenizer, plan.source.shape.vocab_size)
     train, validation = (read_split(settings, split, tokenizer=tokenizer) for split in _TRAINED_ON)
     train_set, validation_set = (
         tokenise_once(examples, tokenizer, max_length=settings.max_length, progress=progress)
@@ -107,8 +107,8 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         get_task(plan.settings.task),
         tokenizer,
         longest_prompt=longest_prompt(
-            plan.settings.max_length, plan.source.config.max_positions, plan.max_new_tokens
+            plan.settings.max_length, plan.source.shape.max_positions, plan.max_new_tokens
         ),
         model_folder=plan.source.weights_folder(),
-        vocab_size=plan.source.config.vocab_size,
+        vocab_size=plan.source.shape.vocab_size,
     )

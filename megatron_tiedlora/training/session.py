@@ -24,7 +24,7 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     move_latest,
 )
-from megatron_tiedlora.model.families.llama import num_base_parameters
+from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.runtime.run_folder import (
     MetricsLog,
@@ -217,8 +217,8 @@ def headline(
 ) -> list[str]:
     """What a run is, in a few lines, before its progress bar."""
     settings, batches, grid = plan.settings, plan.batches, plan.grid
-    trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.config)
-    layers = f"{len(plan.adapter.layers)} of {plan.source.config.num_layers} layers"
+    trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.shape)
+    layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {settings.dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",

@@ -12,8 +12,9 @@ import torch
 
 from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.model.families.llama import LlamaConfig, WeightRule, stage_weight_rules
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.partition import layer_costs
+from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
 from megatron_tiedlora.training.plan import RunPlan
 
 
@@ -78,20 +79,20 @@ class StagePlan:
         return torch.Size(self.part.local_shape(factor)).numel()
 
 
-def _rules_by_layer(config: LlamaConfig, *, has_embedding: bool) -> dict[int, list[WeightRule]]:
+def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> dict[int, list[WeightRule]]:
     """The name table of a stage by layer of the flat list."""
-    by_layer: dict[int, list[WeightRule]] = {layer: [] for layer in range(config.num_layers + 2)}
-    for rule in stage_weight_rules(config, has_embedding=has_embedding):
-        by_layer[int(rule.name.split(".")[1])].append(rule)  # layers.N.NAME
+    by_layer: dict[int, list[WeightRule]] = {layer: [] for layer in range(shape.num_layers + 2)}
+    for rule in stage_weight_rules(shape, has_embedding=has_embedding):
+        by_layer[rule.layer].append(rule)
     return by_layer
 
 
 def plan_stages(plan: RunPlan) -> tuple[StagePlan, ...]:
     """Every stage of the plan, in order."""
-    config, tp_size = plan.source.config, plan.grid.tp_size
+    shape, tp_size = plan.source.shape, plan.grid.tp_size
     first_adapted = plan.adapter.layers[0]
-    costs = layer_costs(config, length=plan.settings.max_length, first_adapted=first_adapted)
-    tables = {first: _rules_by_layer(config, has_embedding=first) for first in (True, False)}
+    costs = layer_costs(shape, length=plan.settings.max_length, first_adapted=first_adapted)
+    tables = {first: _rules_by_layer(shape, has_embedding=first) for first in (True, False)}
     stages = []
     for index, layers in enumerate(plan.stages):
         rules = [rule for layer in layers for rule in tables[0 in layers][layer]]
@@ -99,11 +100,11 @@ def plan_stages(plan: RunPlan) -> tuple[StagePlan, ...]:
             StagePlan(
                 index=index,
                 layers=layers,
-                blocks=tuple(layer for layer in layers if 1 <= layer <= config.num_layers),
+                blocks=tuple(layer for layer in layers if 1 <= layer <= shape.num_layers),
                 first_adapted=first_adapted,
                 part=AdapterPart(plan.adapter, plan.stage_layers[index], 0, tp_size),
                 local_base=tuple(torch.Size(rule.spec.local_shape(rule.shape, tp_size)).numel() for rule in rules),
-                full_base=sum(torch.Size(rule.shape).numel() for rule in rules),
+                full_base=sum(rule.num_elements for rule in rules),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
                 is_first=index == 0,
                 is_last=index == len(plan.stages) - 1,

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
-from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.plan import RunPlan
@@ -86,7 +86,7 @@ class Meter:
         steps: (first, last) of those that the mean is of; None before the second step.
     """
 
-    config: LlamaConfig
+    config: ModelShape
     adapter: AdapterConfig
     peak: Peak
     steps: tuple[int, int] | None = None
@@ -130,7 +130,7 @@ def start_meter(plan: RunPlan, device: torch.device) -> Meter:
     sum_over_ranks([0.0])  # start together
     mine = find_peak(device, plan.dtype)
     total = sum_over_ranks([mine.flops_per_second])[0]
-    return Meter(plan.source.config, plan.adapter, Peak(total, mine.source))
+    return Meter(plan.source.shape, plan.adapter, Peak(total, mine.source))
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:

@@ -155,7 +155,7 @@ def _stage_group(plan: RunPlan) -> str:
 
 
 def _hidden_bytes(plan: RunPlan, num_tokens: int) -> int:
-    return num_tokens * plan.source.config.hidden_size * plan.dtype.itemsize
+    return num_tokens * plan.source.shape.hidden_size * plan.dtype.itemsize
 
 
 def _add_layers(traffic: Traffic, plan: RunPlan, stage: StagePlan, shape: MicroBatchShape) -> None:

@@ -97,7 +97,7 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
     fresh(exported, folder)
     content = json.loads((folder / CONFIG).read_text())
     rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 3))
-    layers = sorted(draw.some(range(source.config.num_layers), draw.number(1, 3)))
+    layers = sorted(draw.some(range(source.shape.num_layers), draw.number(1, 3)))
     content |= {
         "r": rank,
         "lora_alpha": draw.pick([1, 6, 6.5]),
@@ -105,13 +105,13 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
         "target_modules": parts,
         "layers_to_transform": layers,
     }
-    generator, config = torch.Generator().manual_seed(draw.number(0, 2**31)), source.config
+    generator, model_shape = torch.Generator().manual_seed(draw.number(0, 2**31)), source.shape
     tensors = {}
     for layer in layers:
         for part in parts:
             name = f"base_model.model.model.layers.{layer}.self_attn.{part}.lora_"
-            rows = config.qkv_rows[PARTS.index(part)]
-            tensors[f"{name}A.weight"] = torch.randn(rank, config.hidden_size, generator=generator)
+            rows = model_shape.heads.rows[PARTS.index(part)]
+            tensors[f"{name}A.weight"] = torch.randn(rank, model_shape.hidden_size, generator=generator)
             tensors[f"{name}B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
     for name in draw.some(sorted(VALUES), draw.number(0, 2)):
         content[name] = strange_value(draw) if draw.chance(0.1) else draw.pick(VALUES[name])
@@ -148,7 +148,7 @@ def native_update(source: ModelSource, adapter: NativeAdapter) -> dict[str, torc
     found = {}
     for layer in adapter.config.layers:
         delta = delta_weight(adapter.config, adapter.state, layer)
-        for part, rows in zip(PARTS, delta.split(source.config.qkv_rows), strict=True):
+        for part, rows in zip(PARTS, delta.split(source.shape.heads.rows), strict=True):
             found[f"model.layers.{layer - 1}.self_attn.{part}.weight"] = rows
     return found
 

@@ -66,13 +66,13 @@ def _counted() -> int:
 
 
 def _stage(num_layers: int) -> Stage:
-    config = find_model("llama2-7b").config
+    config = find_model("llama2-7b").shape
     adapter = make_adapter_config(
         "tl6",
         rank=8,
         layers=range(1, num_layers + 1),
         hidden_size=config.hidden_size,
-        qkv_rows=config.qkv_rows,
+        qkv_rows=config.heads.rows,
         seed=0,
     )
     with GPU:
@@ -114,9 +114,9 @@ def _peak(function: Callable[..., torch.Tensor], num_heads: int, kv_heads: int, 
 
 
 def _decoding(*, contiguous: bool = False) -> int:
-    stage, config = _stage(4).eval(), find_model("llama2-7b").config
+    stage, config = _stage(4).eval(), find_model("llama2-7b").shape
     like = torch.empty(0, dtype=torch.bfloat16, device=GPU)
-    caches = [KeyValueCache.empty(4, config.num_kv_heads, 32, config.head_dim, like) for _ in range(4)]
+    caches = [KeyValueCache.empty(4, config.heads.num_kv, 32, config.heads.dim, like) for _ in range(4)]
     tokens = torch.zeros(4, 11, dtype=torch.int64, device=GPU)
     positions = torch.arange(11, device=GPU).expand(4, 11)
     make = Attention._cache_mask

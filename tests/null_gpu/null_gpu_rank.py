@@ -162,7 +162,7 @@ def _source(order: Order) -> Any:
     source = find_model(order.model)
     if order.num_layers is None:
         return source
-    return replace(source, config=replace(source.config, num_layers=order.num_layers))
+    return replace(source, shape=replace(source.shape, num_layers=order.num_layers))
 
 
 def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
@@ -171,7 +171,7 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
     while True:
         length = int(draw.integers(order.lengths[0], order.lengths[1] + 1))
         samples = TokenDataset(
-            tokens=draw.integers(3, plan.source.config.vocab_size, count * length).astype(np.int32),
+            tokens=draw.integers(3, plan.source.shape.vocab_size, count * length).astype(np.int32),
             offsets=np.arange(count + 1, dtype=np.int64) * length,
             prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
             truncated_prompts=0,

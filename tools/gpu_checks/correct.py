@@ -16,9 +16,10 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import METHOD_NAMES
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
@@ -51,12 +52,12 @@ class Answer(NamedTuple):
 class Judge:
     """One model with an adapter, and what plain PyTorch says of it."""
 
-    def __init__(self, config: LlamaConfig, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.device, self.config = device, config
-        self.adapter = adapter_of(config, method)
-        self.stage = random_stage(config, self.adapter, dtype=dtype, device=device)
+    def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.config = device, shape
+        self.adapter = adapter_of(shape, method)
+        self.stage = random_stage(shape, self.adapter, dtype=dtype, device=device)
         unsettle(self.stage)
-        self.documents = random_documents(config.vocab_size, device)
+        self.documents = random_documents(shape.vocab_size, device)
         self.expected = self.plain(torch.float64)
 
     def plain(self, dtype: torch.dtype) -> Answer:
@@ -110,7 +111,7 @@ def check(report: Report, options: CheckOptions) -> None:
             compare_fp32(report, f"fp32, {method}", judge)
     forms(report, "small", small, device, all_forms=True)
     if options.on_gpu:
-        wide = replace(llama_config_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
+        wide = replace(shape_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
         forms(report, f"two layers of {options.model}", wide, device, all_forms=False)
     check_zero_stages(report, options)
 
@@ -123,17 +124,17 @@ def compare_fp32(report: Report, name: str, judge: Judge) -> None:
     report.at_most(f"{name}: gradients", errors[worst], GRADIENT_BOUND, why=f"the largest is {worst}'s", fix=WRONG_FIX)
 
 
-def forms(report: Report, name: str, config: LlamaConfig, device: torch.device, *, all_forms: bool) -> None:
+def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *, all_forms: bool) -> None:
     """bf16: packed or not, eager or compiled, with each recompute, beside plain PyTorch in bf16."""
     with report.attempt(f"bf16, {name}"):
-        judge = Judge(config, "tl6", dtype=torch.bfloat16, device=device)
+        judge = Judge(shape, "tl6", dtype=torch.bfloat16, device=device)
         plain = judge.errors(judge.plain(torch.bfloat16))
         worst = plain[worst_of(plain)]
         report.at_most(f"bf16, {name}: plain PyTorch's error", worst, PLAIN_BOUND, why=_words(plain), fix=PLAIN_FIX)
         kinds = {"eager": EAGER}
         if device.type == "cuda":  # a CPU takes minutes, and its compiler is not what is asked about
             with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
-                kinds["compiled"] = kernels_for(config, dtype=torch.bfloat16, device=device)
+                kinds["compiled"] = kernels_for(shape, dtype=torch.bfloat16, device=device)
         for kind, kernels in kinds.items():
             for packed in (True, False) if all_forms else (True,):
                 for how in ("none", "selective", "full"):
@@ -155,15 +156,15 @@ def _words(errors: dict[str, float]) -> str:
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
-def adapter_of(config: LlamaConfig, method: str) -> AdapterConfig:
+def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
     """An adapter of all layers, whose alpha is not its rank."""
     return make_adapter_config(
         method,
         rank=RANK,
         alpha=1.5 * RANK,
-        layers=tuple(range(1, config.num_layers + 1)),
-        hidden_size=config.hidden_size,
-        qkv_rows=config.qkv_rows,
+        layers=tuple(range(1, shape.num_layers + 1)),
+        hidden_size=shape.hidden_size,
+        qkv_rows=shape.heads.rows,
         seed=0,
     )
 

@@ -14,10 +14,11 @@ from gpu_checks.package import compute_dtype, shape_of, small_config, training_d
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
@@ -50,26 +51,26 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
     return [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
 
 
-def answers(stage: Stage, config: LlamaConfig, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """By the package; no token ends an answer."""
-    decoder = Decoder(stage.eval(), ParallelGroups(), config)
+    decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, prompts, end_ids=(), max_new_tokens=num_tokens)
 
 
-def _compare(report: Report, label: str, config: LlamaConfig, device: torch.device) -> None:
+def _compare(report: Report, label: str, shape: ModelShape, device: torch.device) -> None:
     """Each token must be the reference's first choice after what was decoded before it, in fp64 and without a cache."""
-    adapter = adapter_of(config, "tl6")
-    stage = random_stage(config, adapter, dtype=torch.float32, device=device)
+    adapter = adapter_of(shape, "tl6")
+    stage = random_stage(shape, adapter, dtype=torch.float32, device=device)
     unsettle(stage)
-    prompts = prompts_of(LENGTHS, config.vocab_size)
-    rows = answers(stage, config, prompts, NEW_TOKENS)
+    prompts = prompts_of(LENGTHS, shape.vocab_size)
+    rows = answers(stage, shape, prompts, NEW_TOKENS)
     named = {name: tensor.detach().double() for name, tensor in stage.named_parameters()}
     weights = {name: tensor for name, tensor in named.items() if name.startswith("layers")}
     factors = {name.removeprefix("adapter."): tensor for name, tensor in named.items() if name.startswith("adapter")}
     equal = 0
     for prompt, row in zip(prompts, rows, strict=True):
         tokens = torch.tensor(prompt + row, device=device)
-        chosen = document_logits(shape_of(config, adapter), weights, factors, tokens)[len(prompt) - 1 : -1].argmax(-1)
+        chosen = document_logits(shape_of(shape, adapter), weights, factors, tokens)[len(prompt) - 1 : -1].argmax(-1)
         equal += int((chosen.cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
     # Two logits may lie within fp32's roundings of each other.
@@ -79,17 +80,17 @@ def _compare(report: Report, label: str, config: LlamaConfig, device: torch.devi
 def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
     layers = layers_that_fit(options.model, "--rows=1", "--length=4096", "--supervised=1")
     values = {**PRESETS[options.model], "num_hidden_layers": layers}
-    config = llama_config_from_hf(values, source=options.model)
-    stage = random_stage(config, adapter_of(config, "tl6"), dtype=compute_dtype(device), device=device)
+    shape = shape_from_hf(values, source=options.model)
+    stage = random_stage(shape, adapter_of(shape, "tl6"), dtype=compute_dtype(device), device=device)
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
     report.tell("weights", base / 1e9, "GB", why=f"{layers} layers of {options.model}; each token reads them once")
     for batch in BATCHES:
         # First with other lengths: a kernel's own first call is not what a new length costs.
-        answers(stage, config, prompts_of([WARM_UP] * batch, config.vocab_size), TIMED_TOKENS)
+        answers(stage, shape, prompts_of([WARM_UP] * batch, shape.vocab_size), TIMED_TOKENS)
         ratios = []
         for length in PROMPTS:
-            prompts = prompts_of([length] * batch, config.vocab_size)
-            first, again = (_seconds(stage, config, prompts) for _ in range(2))
+            prompts = prompts_of([length] * batch, shape.vocab_size)
+            first, again = (_seconds(stage, shape, prompts) for _ in range(2))
             ratios.append(first / again)
         report.tell(
             f"batch {batch}: time per token", 1e3 * again / TIMED_TOKENS, "ms", why="of all answers, prompts included"
@@ -106,9 +107,9 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
     release()
 
 
-def _seconds(stage: Stage, config: LlamaConfig, prompts: list[list[int]]) -> float:
+def _seconds(stage: Stage, shape: ModelShape, prompts: list[list[int]]) -> float:
     torch.cuda.synchronize()
     began = time.perf_counter()
-    answers(stage, config, prompts, TIMED_TOKENS)
+    answers(stage, shape, prompts, TIMED_TOKENS)
     torch.cuda.synchronize()
     return time.perf_counter() - began

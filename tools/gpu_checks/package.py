@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu_checks.reference import Shape
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import find_documents, whole_rows
-from megatron_tiedlora.model.families.llama import LlamaConfig, llama_config_from_hf
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import (
     CANDIDATES,
     Attend,
@@ -48,7 +49,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def small_config(
     *, hidden: int = 256, intermediate: int = 512, layers: int = 2, heads: int = 4, kv_heads: int = 2, vocab: int = 1000
-) -> LlamaConfig:
+) -> ModelShape:
     """A LLaMA of few numbers whose heads are of the sizes that kernels are made for."""
     values = {
         "model_type": "llama",
@@ -62,7 +63,7 @@ def small_config(
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
     }
-    return llama_config_from_hf(values, source="small")
+    return shape_from_hf(values, source="small")
 
 
 def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str, bool]:
@@ -140,9 +141,9 @@ def training_device() -> torch.device:
     return join_process_group(1.0, expected_ranks=1)
 
 
-def kernels_for(config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> Kernels:
+def kernels_for(shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> Kernels:
     """The compiled kernels. Raises UserError where they cannot be compiled."""
-    return compiled_kernels(config, dtype=dtype, device=device)
+    return compiled_kernels(shape, dtype=dtype, device=device)
 
 
 def compiler_failure(device: torch.device) -> str | None:
@@ -160,14 +161,14 @@ def planned_bytes(plan: RunPlan) -> float:
     return stage_memory(plan, stage, tokens=plan.batches.micro_batch_size * plan.settings.max_length).allocated
 
 
-def shape_of(config: LlamaConfig, adapter: AdapterConfig) -> Shape:
+def shape_of(shape: ModelShape, adapter: AdapterConfig) -> Shape:
     """What the reference needs to know."""
     return Shape(
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.norm_eps,
-        config.rope.theta,
+        shape.num_layers,
+        shape.heads.num,
+        shape.heads.num_kv,
+        shape.heads.dim,
+        shape.final_norm.eps,
+        shape.heads.rope.theta,
         adapter.scale,
     )

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from gpu_checks.package import planned_bytes
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader
-from megatron_tiedlora.model.families.llama import LlamaConfig
 from megatron_tiedlora.training.plan import RunPlan
 
 
@@ -34,20 +34,20 @@ def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
     return options
 
 
-def write_shape(folder: Path, config: LlamaConfig) -> str:
-    """Write a config.json of these sizes for --random_weights; returns the folder as --model takes it."""
+def write_shape(folder: Path, shape: ModelShape) -> str:
+    """Write a shape.json of these sizes for --random_weights; returns the folder as --model takes it."""
     values = {
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": asdict(config.rope)["theta"],
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.heads.num,
+        "num_key_value_heads": shape.heads.num_kv,
+        "head_dim": shape.heads.dim,
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.final_norm.eps,
+        "rope_theta": asdict(shape.heads.rope)["theta"],
     }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return str(folder)
@@ -84,7 +84,7 @@ def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> Training
     """Steps of the run's shape, over random samples of these lengths."""
     draw = np.random.default_rng(0)
     dataset = TokenDataset(
-        tokens=draw.integers(3, run.plan.source.config.vocab_size, int(lengths.sum())).astype(np.int32),
+        tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
         offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         prompt_lengths=np.ones(len(lengths), np.int32),
         truncated_prompts=0,

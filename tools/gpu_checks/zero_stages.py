@@ -58,8 +58,8 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
     """The change of each trained factor by torch's AdamW on the reference's gradients, in fp64."""
-    settings, adapter, config = run.plan.settings, run.plan.adapter, run.plan.source.config
-    shape = shape_of(config, adapter)
+    settings, adapter, model_shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
+    shape = shape_of(model_shape, adapter)
     layers = run.trainer.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}
     trained = [name for name in FACTORS if adapter.row.factor(name).trained]

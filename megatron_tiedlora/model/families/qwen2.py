@@ -1,0 +1,22 @@
+"""Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
+
+from __future__ import annotations
+
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.families import Family
+from megatron_tiedlora.model.gated_decoder import gated_decoder
+from megatron_tiedlora.model.hf_config import HfConfig
+
+
+def read(config: HfConfig) -> ModelShape:
+    """The shape of a `Qwen2ForCausalLM`. Raises UserError for what is not implemented."""
+    config.reject_unless("use_sliding_window", False)
+    for name in ("sliding_window", "max_window_layers"):  # mean nothing without it
+        config.get(name)
+    config.reject_unless("attention_dropout", 0)
+    config.reject_unless("quantization_config")
+    config.reject_other_layers()
+    return gated_decoder(config, qkv_bias=True, output_bias=False, max_positions=32768, num_kv_heads=32)
+
+
+FAMILY = Family("qwen2", read)

@@ -1,0 +1,131 @@
+"""The name table: every parameter of a base model, and the rows of Hugging Face tensors that it is made of.
+
+Derived from a `ModelShape`; loading, merging, exporting and comparing all read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
+from megatron_tiedlora.parallel.shard_spec import ShardSpec
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Rows `start` to `start + size - 1` of the Hugging Face tensor `name`, which has `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One parameter of the base.
+
+    Attributes:
+        name: of the parameter, "layers.INDEX.REST".
+        layer: its entry of the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
+        linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
+        shape: of the whole tensor.
+        spec: how it is sharded over tensor-parallel ranks.
+        parts: what is stacked along dimension 0, one for each of `spec.blocks` where these run along it.
+    """
+
+    name: str
+    layer: int
+    linear: str | None
+    shape: tuple[int, ...]
+    spec: ShardSpec
+    parts: tuple[StoredPart, ...]
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """Of the Hugging Face tensors that it is stored in, one for each part."""
+        return tuple(part.name for part in self.parts)
+
+    def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape that each of `hf_names` must have."""
+        return tuple(part.shape for part in self.parts)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the whole tensor."""
+        return math.prod(self.shape)
+
+    def by_stored_tensor(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows (out_size, ...) that are stacked as this weight is, by the stored tensor that they belong to.
+
+        A stored tensor that is fused gets them in its own order; those that belong to another weight are zeros.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for part, piece in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
+            if part.size == part.shape[0]:
+                found[part.name] = piece
+                continue
+            whole = found.setdefault(part.name, rows.new_zeros(part.shape[0], *rows.shape[1:]))
+            whole[part.start : part.start + part.size] = piece
+        return found
+
+
+def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
+    """The name table, in the order of the flat list of layers. With tied embeddings the head has no entry."""
+    found = list(_linear(shape.embedding, layer=0, stored=""))
+    for index in range(shape.num_layers):
+        stored = shape.block.source.format(index=index) + "."
+        for part in shape.block.parts:
+            found += _weights_of(part, layer=index + 1, stored=stored)
+    last = shape.num_layers + 1
+    found += _norm(shape.final_norm, layer=last, stored="")
+    if not shape.tied_embeddings:
+        found += _linear(shape.head, layer=last, stored="")
+    return tuple(found)
+
+
+def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
+    """The name table as a pipeline stage reads it: with tied embeddings, a head without the embedding has a copy."""
+    found = weight_rules(shape)
+    if shape.tied_embeddings and not has_embedding:
+        last = shape.num_layers + 1
+        found += (replace(found[0], name=f"layers.{last}.weight", layer=last),)
+    return found
+
+
+def num_base_parameters(shape: ModelShape) -> int:
+    """Parameters of the base model, a tied embedding counted once."""
+    return sum(weight.num_elements for weight in weight_rules(shape))
+
+
+def _weights_of(part: NormShape | LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
+    if isinstance(part, LinearShape):
+        return _linear(part, layer=layer, stored=stored)
+    return _norm(part, layer=layer, stored=stored)
+
+
+def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
+    part = StoredPart(f"{stored}{norm.source}.weight", (norm.size,), 0, norm.size)
+    yield WeightRule(f"layers.{layer}.{norm.name}", layer, None, (norm.size,), ShardSpec(None, (norm.size,)), (part,))
+
+
+def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
+    prefix = ".".join(filter(None, (f"layers.{layer}", linear.name)))
+    columns = linear.cut == "row"
+    spec = ShardSpec(1, (linear.in_size,)) if columns else ShardSpec(0, linear.blocks, linear.cut == "vocabulary")
+
+    def parts(kind: str, *width: int) -> tuple[StoredPart, ...]:
+        return tuple(
+            StoredPart(f"{stored}{source.module}.{kind}", (source.of or size, *width), source.start, size)
+            for source, size in zip(linear.sources, linear.blocks, strict=True)
+        )
+
+    shape = (linear.out_size, linear.in_size)
+    yield WeightRule(f"{prefix}.weight", layer, linear.name, shape, spec, parts("weight", linear.in_size))
+    if linear.bias:
+        spec = ShardSpec(None, linear.blocks) if columns else spec
+        yield WeightRule(f"{prefix}.bias", layer, None, (linear.out_size,), spec, parts("bias"))
