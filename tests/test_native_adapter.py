@@ -20,7 +20,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.parallel.grid import Grid
@@ -226,3 +226,20 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
         load_adapter(tmp_path / "adapter")
     assert message in str(error.value) and str(tmp_path / "adapter" / file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
+    """An adapter that was stored before its record had a class of its own reads, and is written again as it was."""
+    stored = Path(__file__).with_name("data") / "adapter_format_1"
+    adapter = load_adapter(stored)
+    assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
+    assert (adapter.config.method, adapter.config.layers, adapter.config.qkv_rows) == ("tl6", (1, 3), (32, 16, 16))
+    model = find_model(str(write_tiny_model(tmp_path / "model")))
+    assert adapter.base.config_hash == model.base_hash
+    save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
+    assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (stored / WEIGHTS_FILE).read_bytes()
+    before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (stored, tmp_path / "again"))
+    of_version = ("version", "config_sha256")  # the second is a hash of the first too
+    assert [item for item in before.items() if item[0] not in of_version] == [
+        item for item in after.items() if item[0] not in of_version
+    ]

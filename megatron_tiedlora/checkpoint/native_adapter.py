@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,29 +70,8 @@ def write_adapter_files(
 ) -> None:
     """Write the two files of the format into `folder`, which exists; see `save_adapter` for an atomic folder."""
     save_file({name: state[name].contiguous() for name in FACTORS}, folder / WEIGHTS_FILE)
-    known = {
-        "base_sample": base.sample,
-        "tokenizer": base.tokenizer,
-        "tokenizer_hash": base.tokenizer_hash,
-    }
-    content = {
-        "format_version": FORMAT_VERSION,
-        "method": config.method,
-        "rank": config.rank,
-        "alpha": config.alpha,
-        **base.shape,
-        "qkv_layout": "q|k|v",
-        "layers": list(config.layers),
-        "base_model": base.name,
-        "base_hash": base.config_hash,
-        "base_weights_hash": base.weights_hash,
-        **{name: value for name, value in known.items() if value is not None},
-        "seed": config.seed,
-        "init_std_a": config.init_std_a,
-        "init_std_b": config.init_std_b,
-        "dtype": base.dtype,
-        "version": __version__,
-    }
+    stored = StoredAdapter.of(config, base).fields()
+    content = {"format_version": FORMAT_VERSION, **stored, "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
 
 
@@ -109,12 +88,11 @@ def save_adapter(
         write_adapter_files(temporary, config, base, state)
 
 
-@dataclass(frozen=True)
-class _StoredConfig:
-    """The fields of adapter_config.json, but for format_version and version."""
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """The record in adapter_config.json, in its order: what an adapter is and which base it belongs to."""
 
     method: Text
-    qkv_layout: Text
     rank: Size
     alpha: Real
     num_layers: Size
@@ -122,20 +100,81 @@ class _StoredConfig:
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
+    qkv_layout: Text
     layers: list[Any]
     base_model: Text
     base_hash: Text
     base_weights_hash: Text
+    base_sample: Text | None = None
+    tokenizer: Text | None = None
+    tokenizer_hash: Text | None = None
     seed: Count
     init_std_a: Real
     init_std_b: Real
     dtype: Literal["bf16", "fp32"]
-    base_sample: Text | None = None
-    tokenizer: Text | None = None
-    tokenizer_hash: Text | None = None
+
+    @staticmethod
+    def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
+        """The record of an adapter."""
+        shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+        return StoredAdapter(
+            **{**base.shape, **shared, "layers": list(config.layers)},
+            qkv_layout=_LAYOUT,
+            base_model=base.name,
+            base_hash=base.config_hash,
+            base_weights_hash=base.weights_hash,
+            base_sample=base.sample,
+            tokenizer=base.tokenizer,
+            tokenizer_hash=base.tokenizer_hash,
+            dtype=base.dtype,  # type: ignore[arg-type]
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """As they are written: what is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What the adapter is."""
+        query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
+        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "qkv_rows": (query, kv, kv)})
+
+    @property
+    def base(self) -> BaseIdentity:
+        """Which base it belongs to."""
+        return BaseIdentity(
+            self.base_model,
+            self.base_hash,
+            self.base_weights_hash,
+            {name: getattr(self, name) for name in _SHAPE_FIELDS},
+            self.dtype,
+            sample=self.base_sample,
+            tokenizer=self.tokenizer,
+            tokenizer_hash=self.tokenizer_hash,
+        )
+
+    def check(self, file: Path) -> None:
+        """Raise UserError, naming `file`, for values that no adapter has."""
+        if not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
+            raise UserError(f"{file}: alpha = {self.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
+        for name in ("init_std_a", "init_std_b"):
+            if not 0 <= getattr(self, name) <= _LARGEST_STD:
+                raise UserError(f"{file}: {name} = {getattr(self, name):g} is no width of start values")
+        for name in ("base_model", "base_hash", "base_weights_hash", *_OPTIONAL):
+            if not (getattr(self, name) or "").isprintable():
+                raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
+        if self.method not in METHODS or self.qkv_layout != _LAYOUT:
+            raise UserError(f"{file}: method {self.method!r} with layout {self.qkv_layout!r} is unknown")
+        if not self.layers or any(type(layer) is not int or not 1 <= layer <= self.num_layers for layer in self.layers):
+            raise UserError(f"{file}: layers {shown(self.layers)} are not among 1 to {self.num_layers}")
+        if self.layers != sorted(set(self.layers)):
+            raise UserError(f"{file}: layers {shown(self.layers)} are not in ascending order")
 
 
+_SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
 _OPTIONAL = ("base_sample", "tokenizer", "tokenizer_hash")
+_LAYOUT = "q|k|v"
 
 
 def load_adapter(folder: Path) -> NativeAdapter:
@@ -183,47 +222,6 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, s
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{file}: format_version {shown(content.get('format_version'))} is not {FORMAT_VERSION}")
     sums = check_seal(file, content)
-    stored = read_fields(file, content, _StoredConfig, optional=_OPTIONAL)
-    _check_numbers(file, stored)
-    if stored.method not in METHODS or stored.qkv_layout != "q|k|v":
-        raise UserError(f"{file}: method {stored.method!r} with layout {stored.qkv_layout!r} is unknown")
-    layers, last = stored.layers, stored.num_layers
-    if not layers or any(type(layer) is not int or not 1 <= layer <= last for layer in layers):
-        raise UserError(f"{file}: layers {shown(layers)} are not among 1 to {last}")
-    if layers != sorted(set(layers)):
-        raise UserError(f"{file}: layers {shown(layers)} are not in ascending order")
-    kv_rows = stored.num_key_value_heads * stored.head_dim
-    config = AdapterConfig(
-        method=stored.method,
-        rank=stored.rank,
-        alpha=stored.alpha,
-        layers=tuple(layers),
-        hidden_size=stored.hidden_size,
-        qkv_rows=(stored.num_attention_heads * stored.head_dim, kv_rows, kv_rows),
-        seed=stored.seed,
-        init_std_a=stored.init_std_a,
-        init_std_b=stored.init_std_b,
-    )
-    shape = {name: getattr(stored, name) for name in _SHAPE_FIELDS}
-    base = BaseIdentity(
-        stored.base_model,
-        stored.base_hash,
-        stored.base_weights_hash,
-        shape,
-        stored.dtype,
-        sample=stored.base_sample,
-        tokenizer=stored.tokenizer,
-        tokenizer_hash=stored.tokenizer_hash,
-    )
-    return config, base, sums
-
-
-def _check_numbers(file: Path, stored: _StoredConfig) -> None:
-    if not SMALLEST_ALPHA <= stored.alpha <= LARGEST_ALPHA:
-        raise UserError(f"{file}: alpha = {stored.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
-    for name in ("init_std_a", "init_std_b"):
-        if not 0 <= getattr(stored, name) <= _LARGEST_STD:
-            raise UserError(f"{file}: {name} = {getattr(stored, name):g} is no width of start values")
-    for name in ("base_model", "base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash"):
-        if not (getattr(stored, name) or "").isprintable():
-            raise UserError(f"{file}: {name} = {shown(getattr(stored, name))} holds control characters")
+    stored = read_fields(file, content, StoredAdapter, optional=_OPTIONAL)
+    stored.check(file)
+    return stored.config, stored.base, sums
