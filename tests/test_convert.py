@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -24,7 +25,6 @@ from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 INDEX = "model.safetensors.index.json"
 
 # name: (model, sharded, adapted layers or all)

@@ -20,9 +20,9 @@ from oracle import OracleConfig
 from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
 
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.engine.engine_json import find_engine_json
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 STEPS, FEWER = 20, 8
 # Two exact fp32 runs drift by 2e-7 in the loss over 20 AdamW steps; adapters are compared by norms for the same reason.
 LOSS_TOLERANCE = 1e-6

@@ -14,13 +14,13 @@ from oracle_training import oracle_gradients
 from tiny_models import random_adapter, random_batches, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"num_layers": 5},
     "mha_tied": {"num_kv_heads": 4, "tied": True},

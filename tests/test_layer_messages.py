@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from traffic_runs import Ran, run_cases, write_inputs
 
-from megatron_tiedlora.adapters.methods import find_method
-from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.parallel.traffic import TENSOR, TIED, Traffic
 
 pytestmark = pytest.mark.distributed

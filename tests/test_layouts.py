@@ -24,6 +24,7 @@ from oracle import OracleConfig
 from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
 
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.run_data import prepare_data
@@ -31,7 +32,6 @@ from megatron_tiedlora.training.traffic_plan import planned_shapes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 STEPS, FEWER = 6, 4  # of all cases of a test, and of a part of them
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-5

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.blocks import find_blocks
 from megatron_tiedlora.model.families import shape_from_hf
@@ -23,7 +24,6 @@ RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}
 HEADS = {"mha": 6, "gqa": 2}
 ROWS, LENGTH = 2, 128
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
 
 def model_config(kv_heads: int) -> ModelShape:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
-from megatron_tiedlora.adapters.methods import METHODS
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -19,6 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     start_values,
 )
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS

@@ -18,11 +18,11 @@ from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from oracle_training import oracle_gradients
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.parallel.grid import Grid
 
 pytestmark = pytest.mark.distributed
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 # Sums of some thousand fp64 products in another order; 1e-13 is usual.
 TOLERANCE = 1e-10
 

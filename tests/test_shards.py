@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
-from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -21,6 +20,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     start_values,
 )
+from megatron_tiedlora.base.methods import FACTORS, METHODS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model

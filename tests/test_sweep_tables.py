@@ -11,6 +11,7 @@ import pytest
 from study_files import SCORED, write_run, write_score, write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
@@ -49,7 +50,6 @@ def paper_studies(folder: Path, model: str) -> list[Study]:
     return studies
 
 
-METHODS = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
 
 @pytest.mark.parametrize("model", ["llama2-7b", "gpt-2b-001"])

@@ -17,9 +17,9 @@ from typing import Any
 from bench_step import labels_of_row
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.config.cli import CommandParser, run_command
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.settings import METHOD_NAMES
 
 # Flag of the values, what of a step they set, and of which type they are.
 AXES = (

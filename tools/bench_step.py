@@ -32,9 +32,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
 

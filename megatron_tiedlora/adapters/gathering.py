@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.parallel.grid import Grid
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.methods import FACTORS, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.base.methods import FACTORS, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup

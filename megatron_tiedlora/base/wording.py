@@ -1,6 +1,11 @@
-"""Words for what several packages tell: a size, and what an error of another library says."""
+"""Words for what several packages tell: a size, what an error of another library says, and the nearest known name."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_LONGEST_NAME = 200
 
 
 def bytes_in_words(size: float) -> str:
@@ -15,3 +20,11 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
+    if len(name) > _LONGEST_NAME:
+        return ""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""

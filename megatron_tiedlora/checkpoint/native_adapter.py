@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
-from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
+from megatron_tiedlora.base.methods import FACTORS, METHODS
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors

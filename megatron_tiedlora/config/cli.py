@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, overload
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.fields import (
     AnySettings,
@@ -26,7 +27,6 @@ from megatron_tiedlora.config.fields import (
     field_choices,
     field_flags,
     field_group,
-    nearest_name,
     validate_settings,
 )
 from megatron_tiedlora.config.settings import Settings

@@ -6,11 +6,10 @@ Owns how fields are declared and how values become frozen settings; which settin
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -25,9 +24,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.wording import nearest_name
 
 _BOUND = 2**53  # of a number that is a setting: a float holds every whole one below it
-_LONGEST_NAME = 200
 LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; the clocks below us count milliseconds, some in 32 bits
 
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
@@ -152,14 +151,6 @@ def _is_system_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
-    if len(name) > _LONGEST_NAME:
-        return ""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:

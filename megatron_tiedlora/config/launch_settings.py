@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
-    nearest_name,
     optional_field,
     setting_field,
     shell_words,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.base.errors import as_given
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
@@ -24,7 +25,6 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.task_names import TASK_NAMES
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # beyond any scale that trains
-METHOD_NAMES = ("lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6")
 
 GROUPS = {
     "run": "where a run goes and how it starts",
@@ -110,9 +110,7 @@ class Settings(CommandSettings):
     )
     max_length: int = setting_field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
 
-    method: Literal["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"] = setting_field(
-        "adapter", "which of the paper's configurations", "tl6"
-    )
+    method: str = setting_field("adapter", "which of the paper's configurations", "tl6", choices=METHOD_NAMES)
     rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
     alpha: float = setting_field(
         "adapter", "the update is scaled by alpha / rank (default: the rank)", ge=SMALLEST_ALPHA, le=LARGEST_ALPHA

@@ -15,17 +15,18 @@ from typing import Any, ClassVar
 from pydantic import create_model, field_validator, model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml
 from megatron_tiedlora.config.fields import (
     CommandSettings,
-    nearest_name,
     optional_field,
     setting_field,
     shell_words,
     validate_settings,
 )
-from megatron_tiedlora.config.settings import METHOD_NAMES, Settings, make_settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)

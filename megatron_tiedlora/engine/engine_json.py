@@ -14,8 +14,8 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.batch import BatchPlan
-from megatron_tiedlora.config.fields import nearest_name
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

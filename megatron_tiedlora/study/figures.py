@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded
-from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.paper import table2_points
 from megatron_tiedlora.study.scores import Study, TestScore

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tiedlora.adapters.methods import find_method
-from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.study.grid import Point
 from megatron_tiedlora.study.paper import (
     BEST_RANK,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tiedlora.adapters.methods import FACTORS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
+from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.partition import layer_costs
 from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules

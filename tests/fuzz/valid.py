@@ -14,8 +14,8 @@ import torch
 from fuzzing import printable
 from native_files import moments_of
 
-from megatron_tiedlora.adapters.methods import FACTORS, METHODS
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.base.methods import FACTORS, METHODS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
 from megatron_tiedlora.config.fields import CommandSettings

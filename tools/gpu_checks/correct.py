@@ -16,9 +16,9 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.settings import METHOD_NAMES
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.fields import nearest_name
-from megatron_tiedlora.config.settings import METHOD_NAMES
+from megatron_tiedlora.base.wording import nearest_name
 
 Start = Literal["normal", "zero", "one"]
 FACTORS = ("A", "B", "u", "v")
@@ -72,7 +71,7 @@ METHODS: dict[str, Method] = {
         _row("tl6", "trained", "trained", "uv", "normal"),
     )
 }
-assert tuple(METHODS) == METHOD_NAMES, "settings and the method table list different methods"
+METHOD_NAMES = tuple(METHODS)
 
 
 def find_method(name: str) -> Method:
