@@ -21,7 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter, make_adapter_config
-from megatron_tiedlora.model.qkv import NormedQkv
+from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.model.qkv import RotatedHeads
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
@@ -120,16 +121,12 @@ def layer_bytes(shape: QkvShape, method: str | None, rank: int = 1) -> Counter[s
 def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers: int) -> Counter[str]:
     counter = BytesTouched()
     with torch.device("meta"):
-        layer = NormedQkv(
-            shape.hidden_size,
-            shape.rows,
-            head_dim=shape.head_dim,
-            eps=1e-5,
-            bias=False,
-            dtype=torch.bfloat16,
-            kernels=counter.watched(EAGER),
+        kernels = counter.watched(EAGER)
+        layer = NormedLinear(
+            shape.hidden_size, sum(shape.rows), eps=1e-5, bias=False, dtype=torch.bfloat16, kernels=kernels
         )
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
+        rotated = RotatedHeads(shape.rows, shape.head_dim, kernels, table)
         bank = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -141,7 +138,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         outputs = [
             head
             for hidden, update in zip(inputs, updates, strict=True)
-            for head in layer(hidden, table, TensorParallel(), update, num_rows=len(hidden))
+            for head in layer(hidden, rotated, TensorParallel(), update, num_rows=len(hidden))
         ]
         # Attention gives gradients of their own storage for each of the three, on a GPU by tokens.
         gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]

@@ -19,7 +19,7 @@ RUNNING = "megatron_tiedlora.engine.runner"
 BUILD = "megatron_tiedlora.training.build"
 ENGINE = "megatron_tiedlora.engine.engine"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
-QKV = "megatron_tiedlora.model.qkv"
+NORMED_LINEAR = "megatron_tiedlora.model.normed_linear"
 CHECKS = "megatron_tiedlora.training.checks"
 
 
@@ -116,7 +116,7 @@ def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
-    leave = importlib.import_module(QKV)._leave
+    leave = importlib.import_module(NORMED_LINEAR)._leave
 
     def leave_apart(of_normed: Any, of_low: Any, a: Any, tensor_parallel: Any, **keywords: Any) -> Any:
         summed, low = leave(of_normed, of_low, torch.zeros_like(a), tensor_parallel, **keywords)
@@ -125,7 +125,7 @@ def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
             summed = summed + parts[tensor_parallel.group.rank % len(parts)].view(summed.shape)
         return summed, low
 
-    patch.setattr(f"{QKV}._leave", leave_apart)
+    patch.setattr(f"{NORMED_LINEAR}._leave", leave_apart)
 
 
 # The norm ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The trained tensors of a run: one bank with A, B, u, v for all adapted layers of a rank's stage.
 
 Owns shapes, cuts, start values, delta_weight(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
-Leaves z = W x + F A x and the gradients of A and F to model/qkv, files to checkpoint/, the tie between stages to tying.
+Leaves z = W x + F A x and the gradients of A and F to low_rank, files to checkpoint/, the tie between stages to tying.
 """
 
 from __future__ import annotations

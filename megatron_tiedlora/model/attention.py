@@ -13,7 +13,8 @@ from megatron_tiedlora.base.shapes import RopeShape
 from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
-from megatron_tiedlora.model.qkv import NormedQkv
+from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.model.qkv import RotatedHeads
 from megatron_tiedlora.model.rope import rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -79,7 +80,7 @@ class Places:
 
 
 class Attention(nn.Module):
-    """z = W_o attention(Q, K, V); see NormedQkv for the three. `attend` and `output` are called one after the other."""
+    """z = W_o attention(Q, K, V), of which NormedLinear gives the three. `attend` is called first, then `output`."""
 
     def __init__(
         self,
@@ -102,14 +103,8 @@ class Attention(nn.Module):
         self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
         self.head_dim = head_dim
         self.rope = rope
-        self.qkv = NormedQkv(
-            hidden_size,
-            self.local_rows,
-            head_dim=head_dim,
-            eps=norm_eps,
-            bias=qkv_bias,
-            dtype=dtype,
-            kernels=kernels,
+        self.qkv = NormedLinear(
+            hidden_size, sum(self.local_rows), eps=norm_eps, bias=qkv_bias, dtype=dtype, kernels=kernels
         )
         self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=output_bias)
 
@@ -169,7 +164,8 @@ class Attention(nn.Module):
             places: of the s tokens, from `places`.
             cache: of this rank's key and value heads, which keeps the new ones.
         """
-        query, key, value = self.qkv(hidden, places.table, tensor_parallel, update, num_rows=len(places.positions))
+        rotated = RotatedHeads(self.local_rows, self.head_dim, self.kernels, places.table)
+        query, key, value = self.qkv(hidden, rotated, tensor_parallel, update, num_rows=len(places.positions))
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
             return _attend_to_cache(query, cache, places.mask).transpose(1, 2).flatten(2).to(hidden.dtype)

@@ -1,0 +1,196 @@
+"""Norm and column-parallel frozen linear with its low-rank update: one step of the model, with one backward pass.
+
+    y = epilogue(W x + c + F A x)        x = norm(hidden)
+
+It saves the norm's input, one number per token for the norm, and A x, r numbers per token, for the backward pass; x is
+computed again. A frozen factor has no gradient, and what only that would need is not computed. The algebra of the
+update is in `adapters/low_rank.py`; A and F come from the adapter's bank.
+
+Under sequence parallelism A x is computed from each rank's part of the sequence and travels beside x, and its gradient
+beside that of x, in the messages that the projection has anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from megatron_tiedlora.adapters import low_rank
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
+from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import Kernels, as_rows
+from megatron_tiedlora.parallel.layers import frozen_parameter, multiply
+
+
+class Epilogue(Protocol):
+    """What is done to the projection's result before anyone sees it, and its derivative. It saves nothing of its own.
+
+    Attributes:
+        tensors: what it needs in both passes; they are handed to both, and saved with what the projection saves.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+
+    def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From (b, s, local_out), which it may use up, to the step's results."""
+
+    def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """From the gradients of those results to that of the projection, (b, s, local_out)."""
+
+
+class NormedLinear(nn.Module):
+    """The step's weights on one rank: the norm's beside W and its bias."""
+
+    def __init__(
+        self, in_size: int, local_out: int, *, eps: float, bias: bool, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.kernels = kernels
+        self.norm = frozen_parameter(in_size, dtype=dtype)
+        self.weight = frozen_parameter(local_out, in_size, dtype=dtype)
+        self.bias = frozen_parameter(local_out, dtype=dtype) if bias else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        epilogue: Epilogue,
+        tensor_parallel: TensorParallel,
+        update: LayerUpdate | None = None,
+        *,
+        num_rows: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """What flows between layers, (b, s, d) or (1, b s / p, d), to what `epilogue` makes of (b, s, local_out).
+
+        Args:
+            num_rows: b.
+        """
+        a, f, grad_a, grad_f = (None,) * 4 if update is None else update
+        step = _Step(self.eps, num_rows, tensor_parallel, self.kernels, epilogue)
+        results: tuple[torch.Tensor, ...] = _NormedLinear.apply(
+            hidden, grad_a, grad_f, a, f, self.norm, self.weight, self.bias, step, *epilogue.tensors
+        )
+        return results
+
+
+@dataclass(frozen=True)
+class _Step:
+    eps: float
+    num_rows: int
+    tensor_parallel: TensorParallel
+    kernels: Kernels
+    epilogue: Epilogue
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        grad_a: torch.Tensor | None,
+        grad_f: torch.Tensor | None,
+        a: torch.Tensor | None,
+        f: torch.Tensor | None,
+        norm: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        step: _Step,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        normed, root = step.kernels.normalise(as_rows(hidden), norm.detach(), step.eps)
+        normed = normed.view(hidden.shape)
+        ax = None if a is None else low_rank.reduce_input(normed, a)
+        normed, ax = _enter(normed, ax, step)
+        projected = multiply(normed, weight, bias)
+        if ax is not None and f is not None:
+            low_rank.add_update_(_flat(projected), _flat(ax), f)
+        results = step.epilogue.forward(projected, *tensors)
+        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
+        ctx.step = step
+        ctx.num_tensors = len(tensors)
+        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
+        ctx.save_for_backward(
+            *((hidden, root) if needs_hidden or needs_a else (None, None)),
+            ax if needs_f else None,
+            *(a, f, norm, weight, *tensors),
+        )
+        return results
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, root, ax, a, f, norm, weight, *tensors = ctx.saved_tensors
+        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
+        step: _Step = ctx.step
+        grad_projected = step.epilogue.backward(gradients, *tensors)
+        rows = _flat(grad_projected)
+        grad_a = grad_ax = grad_hidden = None
+        grad_f = low_rank.gradient_of_f(rows, _flat(ax), ctx.wide) if needs_f else None
+        if f is not None and (needs_hidden or needs_a):
+            grad_ax = low_rank.gradient_of_ax(rows, f).view(*grad_projected.shape[:-1], -1)
+        grad_normed = (rows @ weight).view(*grad_projected.shape[:-1], -1) if needs_hidden else None
+        grad_normed, grad_ax = _leave(grad_normed, grad_ax, a, step.tensor_parallel, needs_ax=needs_a)
+        if needs_a:
+            assert grad_ax is not None
+            normed = step.kernels.apply_norm(as_rows(hidden), norm.detach(), root)
+            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, ctx.wide)
+        if grad_normed is not None:
+            found = step.kernels.norm_gradient(as_rows(grad_normed), as_rows(hidden), norm.detach(), root)
+            grad_hidden = found.view(hidden.shape)
+        return grad_hidden, grad_a, grad_f, *(None,) * (6 + ctx.num_tensors)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """(b, s, n) -> (b s, n), a view."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _enter(normed: torch.Tensor, ax: torch.Tensor | None, step: _Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x and A x of whole sequences, (b, s, n), on every rank, in one message where ranks hold parts of them."""
+    if step.tensor_parallel.sequence_parts == 1:
+        return normed, ax
+    joined = normed if ax is None else low_rank.beside(normed, ax)
+    whole = all_gather(joined, step.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (step.num_rows, -1))
+    if ax is None:
+        return whole, None
+    whole, narrow = low_rank.apart(whole, ax.shape[-1])
+    return whole, narrow.contiguous()  # a copy: A x is saved, and must not keep x
+
+
+def _leave(
+    grad_normed: torch.Tensor | None,
+    grad_ax: torch.Tensor | None,
+    a: torch.Tensor | None,
+    tensor_parallel: TensorParallel,
+    *,
+    needs_ax: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x and A x, summed over the ranks' rows of W and F; that of x has the update's share.
+
+    Under sequence parallelism they come back as this rank's part of the sequence: A's gradient there is of its own x,
+    where `needs_ax`, so the gradient of A x travels too. Without it every rank takes its own addend of that gradient to
+    all of x, and A's gradient is a sum of that; either way the sum over ranks is taken where A was gathered.
+    """
+    group, in_parts = tensor_parallel.group, tensor_parallel.sequence_parts > 1
+    if in_parts:
+        grad_normed, grad_ax = (None if part is None else end_to_end(part) for part in (grad_normed, grad_ax))
+    if in_parts and needs_ax:
+        assert grad_ax is not None
+        if grad_normed is None:
+            return None, reduce_scatter(grad_ax, group, SEQUENCE_DIM)
+        size = grad_ax.shape[-1]
+        joined = reduce_scatter(low_rank.beside(grad_normed, grad_ax), group, SEQUENCE_DIM)
+        grad_normed, grad_ax = low_rank.apart(joined, size)
+        return low_rank.add_share_(grad_normed, grad_ax, a), grad_ax
+    if grad_normed is None:
+        return None, grad_ax
+    grad_normed = low_rank.add_share_(grad_normed, grad_ax, a)
+    if in_parts:
+        return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
+    return all_reduce(grad_normed, group), grad_ax
