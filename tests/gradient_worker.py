@@ -261,7 +261,7 @@ class _Walk:
                 distributed.recv(gradient, src=self._rank_of(self.grid.pp_rank + 1))
                 output.backward(gradient)
                 return 0.0, self._send_back(inputs)
-            loss = self.stage.run_head(output, batch.labels) / num_supervised
+            loss = self.stage.tail.loss(output, batch.labels, self.stage.tensor_parallel) / num_supervised
         loss.backward()
         return float(loss.detach()), self._send_back(inputs)
 
@@ -272,7 +272,7 @@ class _Walk:
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
             return None
-        return self.stage.run_head(output, None)
+        return self.stage.tail.logits(output, self.stage.tensor_parallel)
 
     @property
     def _is_last(self) -> bool:

@@ -15,8 +15,9 @@ from deepspeed.pipe import PipelineModule
 from megatron_tiedlora.engine.topology import quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.partition import Stages
-from megatron_tiedlora.model.stage import Attended, Stage
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised
+from megatron_tiedlora.model.tail import Attended
 
 BuildStage = Callable[[Any, Sequence[LayerSpec]], Stage]
 
@@ -53,4 +54,4 @@ class PipelinedModel(PipelineModule):
 
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
         *supervised, denominator = labels
-        return self.stage.run_head(attended, Supervised(*supervised)) / denominator
+        return self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel) / denominator

@@ -7,7 +7,7 @@ for its input's gradient go on working. Leaves schedules and messages between st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.supervised import Supervised, find_supervised
-from megatron_tiedlora.parallel.early_backward import run_with_early_backward
+from megatron_tiedlora.model.supervised import Supervised
+from megatron_tiedlora.model.tail import Attended, SupervisedTail
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.layers import frozen_parameter
 
@@ -33,18 +33,6 @@ class _WithZeroGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
-
-
-class Attended(NamedTuple):
-    """The last block, stopped after its attention, so that the rest can be done for supervised positions only.
-
-    Attributes:
-        hidden: what came into the block, (b, s, d) or (1, b s / p, d).
-        attention_output: (b, s, local heads * head_dim).
-    """
-
-    hidden: torch.Tensor
-    attention_output: torch.Tensor
 
 
 class Stage(nn.Module):
@@ -88,6 +76,13 @@ class Stage(nn.Module):
             weight = head.norm.weight
             rows = -(-head.vocab_size // self.tensor_parallel.group.size)
             head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+
+    @property
+    def tail(self) -> SupervisedTail:
+        """What follows the last attention, on the stage that has the head."""
+        block: Any = self.layers[str(self.blocks[-1])]
+        head: Any = self.layers[str(self.head)]
+        return SupervisedTail(block, head)
 
     @property
     def attention(self) -> Attention:
@@ -137,13 +132,12 @@ class Stage(nn.Module):
         )
         if isinstance(reached, torch.Tensor):
             return reached
-        if wanted is None:
-            return self.run_head(reached, labels, tensor_parallel, summed=summed)
-        size, length = positions.shape
-        rows = torch.arange(size, device=wanted.device) * length + wanted
-        assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-        joined = self._join(reached, tensor_parallel, rows, rows)
-        return self._head()(self._last_block().feed(joined, tensor_parallel), tensor_parallel).transpose(0, 1)
+        if labels is None:
+            return self.tail.logits(reached, tensor_parallel, wanted=wanted)
+        if summed:
+            return self.tail.loss(reached, labels, tensor_parallel)
+        assert isinstance(labels, torch.Tensor), "labels by position"
+        return self.tail.position_losses(reached, labels, tensor_parallel)
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Memory for what flows between layers of so many rows of tokens, on this rank."""
@@ -162,7 +156,7 @@ class Stage(nn.Module):
             documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
 
         Returns:
-            what flows between layers; where the stage has the head, what `run_head` takes.
+            what flows between layers; where the stage has the head, what its `tail` takes.
         """
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
@@ -227,65 +221,3 @@ class Stage(nn.Module):
             result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, **keywords)
             return result
         return function(*arguments, **keywords)
-
-    def _head(self) -> Any:
-        return self.layers[str(self.head)]
-
-    def _last_block(self) -> Any:
-        return self.layers[str(self.blocks[-1])]
-
-    def _join(
-        self,
-        attended: Attended,
-        tensor_parallel: TensorParallel,
-        rows: torch.Tensor | None = None,
-        local_rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The last block up to its MLP, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
-
-        Args:
-            local_rows: those of `rows` that this rank computes, in the (b s) or (b s / p) of what flows between layers.
-        """
-        hidden, attention_output = attended
-        if rows is not None and local_rows is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
-            attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
-        joined: torch.Tensor = self._last_block().join(hidden, attention_output, tensor_parallel)
-        return joined
-
-    def run_head(
-        self,
-        attended: Attended,
-        labels: torch.Tensor | Supervised | None,
-        tensor_parallel: TensorParallel | None = None,
-        *,
-        summed: bool = True,
-    ) -> torch.Tensor:
-        """From the last block's attention to logits, or with labels to their loss; arguments as in `forward`.
-
-        What comes after attention is frozen, so the summed loss has its backward pass at once, as far as the last MLP,
-        and keeps d numbers a supervised position, whatever is recomputed.
-        """
-        tensor_parallel = tensor_parallel or self.tensor_parallel
-        block, head = self._last_block(), self._head()
-        if labels is None:
-            hidden = block.feed(self._join(attended, tensor_parallel), tensor_parallel)
-            logits: torch.Tensor = head(hidden, tensor_parallel)
-            return logits.view(*attended.attention_output.shape[:2], -1)
-        num_parts = tensor_parallel.sequence_parts
-        supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
-        local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
-        joined = self._join(attended, tensor_parallel, supervised.rows, local_rows)
-
-        def losses_of(joined: torch.Tensor) -> torch.Tensor:
-            hidden = block.feed(joined, tensor_parallel, recomputes=False)
-            losses: torch.Tensor = head(hidden, tensor_parallel, supervised, summed=summed)
-            return losses
-
-        if summed:
-            early = joined.requires_grad and torch.is_grad_enabled()
-            return run_with_early_backward(losses_of, joined) if early else losses_of(joined)
-        losses = losses_of(joined)
-        assert isinstance(labels, torch.Tensor)
-        spread = torch.zeros(labels.numel(), device=labels.device)
-        return spread.index_put_((supervised.rows[supervised.kept],), losses.float()).view(labels.shape)

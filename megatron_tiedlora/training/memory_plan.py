@@ -116,7 +116,7 @@ def kept_bytes(plan: RunPlan, stage: StagePlan, *, tokens: int, after: int | Non
     blocks, recomputes = len(stage.backward_blocks), plan.settings.recompute == "full"
     kept = blocks * (_hidden_bytes(plan, tokens) if recomputes else tokens * saved_bytes_per_token(plan))
     kept += 0 if recomputes else _factor_bytes(plan, stage)
-    if stage.is_last and blocks:  # see Stage.run_head
+    if stage.is_last and blocks:  # see SupervisedTail
         kept += _hidden_bytes(plan, after) - (0.0 if recomputes else tokens * _bytes_after_attention(plan))
     return kept
 
