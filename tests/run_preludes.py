@@ -91,6 +91,19 @@ def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.
     before_call(module, name, look)
 
 
+def kill_rank_at_call(rank: int, module: str, name: str, mark: Path, *, call: int) -> None:
+    """SIGKILL of one rank at a call of `module.name`, at the time that `mark` then has."""
+    if os.environ["RANK"] == str(rank):
+        calls = iter(range(1, call + 1))
+
+        def look(*_: Any) -> None:
+            if next(calls, None) == call:
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        before_call(module, name, look)
+
+
 def die_at_event(event: int, folder: Path) -> None:
     """SIGKILL before the `event`-th look at or change of a file in `folder` (open, mkdir, rename, remove ...)."""
     count = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -141,6 +142,26 @@ def test_the_sum_that_ranks_expect() -> None:
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
     assert len({tuple(part[:9].tolist()) for part, _ in parts}) == 3
+
+
+def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LOCAL_RANK 3 and one visible GPU, as `srun --gpus-per-task=1` gives it."""
+    for name in ("TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("megatron_tiedlora.runtime.process_group.uses_gpu", lambda: True)
+    met: list[tuple[torch.device, str | None]] = []
+
+    def meet(device: torch.device, _: object) -> None:
+        met.append((device, os.environ.get("TORCH_NCCL_RETHROW_CUDA_ERRORS")))
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr("megatron_tiedlora.runtime.process_group.meet", meet)
+    order = RankOrder(first_rank=0, slots=4, backend="nccl", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    with pytest.raises(ConnectionError):
+        RankTrial(order, 3).run()
+    assert met == [(torch.device("cuda", 0), "0")]
 
 
 def test_a_host_that_was_lost_explains_all_others() -> None:

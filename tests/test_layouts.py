@@ -164,6 +164,10 @@ def check(run: EngineRun, prepared: Prepared) -> None:
         for rank in range(layout.ranks):
             for factor in ("A", "B"):
                 assert torch.equal(run.local[rank][factor], run.local[rank % layout.tp][factor]), (rank, factor, name)
+    for rank in range(layout.ranks):  # u is whole on every rank of its stage
+        first = rank // (layout.tp * layout.dp) * layout.tp * layout.dp
+        if "u" in run.local[rank]:
+            assert torch.equal(run.local[rank]["u"], run.local[first]["u"]), (rank, "u", name)
 
 
 def micro_batches(settings: dict[str, Any], layout: Layout, folder: Path) -> list[int]:

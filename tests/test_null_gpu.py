@@ -24,6 +24,7 @@ def test_a_figure_of_the_gpu_path(figure: Figure) -> None:
         (WIDE, True, False),
         ("ld.global.L1::evict_last.v4.b32 { %r1 }, [ %rd1 ];", True, False),
         ("ld.global.b16 { %rs1 }, [ %rd1 ];", False, False),
+        ("ld.global.b16 { %rs1 }, [ %rd1 ];\nst.global.v4.b32 [ %rd1 ], { %r1 };", False, False),
         (f"{WIDE}\nrem.s32 %r3, %r1, %r2;", True, True),
         (f"{WIDE}\ndiv.full.f32 %f3, %f1, %f2;", True, False),
     ],

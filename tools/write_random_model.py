@@ -48,7 +48,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     """Write model_shape, shards and index of a model into `output`.
 
     Args:
-        values: of its model_shape.json.
+        values: of its config.json.
         name: what to call it.
 
     Raises:

@@ -93,7 +93,7 @@ class Settings(CommandSettings):
         "run", "with --dry_run: what the ranks run on (default: what this machine has)"
     )
     deterministic: bool = setting_field(
-        "run", "the same numbers in every run of one layout, bit for bit, on GPUs too, where it is slower", False
+        "run", "bit-identical runs of one layout on the same hosts and versions; costs time on GPUs", False
     )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES

@@ -44,7 +44,7 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
-        _prepare_cuda()
+        prepare_cuda()
     environment = os.environ
     if all(name in environment for name in _RANK_VARIABLES[:2]):
         return
@@ -61,7 +61,7 @@ def prepare_environment() -> None:
         environment.update(zip(_RANK_VARIABLES, values, strict=True))
 
 
-def _prepare_cuda() -> None:
+def prepare_cuda() -> None:
     """Defaults of CUDA's libraries that suit this training, where the user has set none."""
     environment = os.environ
     if "PYTORCH_ALLOC_CONF" not in environment:  # which comes first where a torch knows it

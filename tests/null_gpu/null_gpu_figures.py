@@ -3,7 +3,8 @@
     NULL_GPU=FOLDER python tests/null_gpu/null_gpu_figures.py [WORD ...]     a table of all of them, or of those whose
                                                                             names have one of the words
 
-FOLDER has a command `run` that starts another on a stand-in for the CUDA driver; Python must have PyTorch's CUDA build.
+FOLDER has a command `run` that starts another on a stand-in for the CUDA driver, with CUDA's virtual memory
+(cuMemCreate and what goes with it) for the figures of reserved bytes. Python must have PyTorch's CUDA build.
 `tests/test_null_gpu.py` holds each figure to its bound.
 """
 
@@ -33,11 +34,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 FOUR = {**SEVENTY, "num_layers": 4, "world_size": 8, "lengths": [4096, 4096]}
+LENGTHS: dict[str, Any] = {"rows": 4, "lengths": [128, 2048], "micro_batches": 1, "steps": 150}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "4 layers of 7B, documents of 16 tokens": {"num_layers": 4, "packing": True, "lengths": [16, 16]},
     "the same in fp32": {"num_layers": 4, "packing": True, "lengths": [16, 16], "dtype": "fp32"},
     "4 layers of 70B, tensor 8": FOUR,
     "8 layers of 70B, tensor 8, first of two stages": {**TWO_STAGES, "lengths": [4096, 4096]},
+    "4 layers of 7B, deterministic": {"num_layers": 4, "deterministic": True, "packing": True, "lengths": [512, 512]},
     "4 layers of 7B, data 8, ZeRO-2": {"num_layers": 4, "world_size": 8, "zero": "zero2.json"},
     "4 layers of 7B, data 8, ZeRO-3": {"num_layers": 4, "world_size": 8, "zero": "zero3.json"},
 }
@@ -142,9 +145,17 @@ def _packed_against_unpacked() -> float:
     return counts[0] / counts[1]
 
 
-def _reserved_to_allocated(compile: str) -> float:
-    found = run_rank(rows=4, lengths=[128, 2048], micro_batches=1, steps=150, compile=compile)
+def _reserved_to_allocated(**order: Any) -> float:
+    found = run_rank(**order)
+    assert found["segments"], "the stand-in needs CUDA's virtual memory (cuMemCreate)"
     return found["reserved"] / found["allocated"]
+
+
+def _launches_of_rows() -> float:
+    """How many more launches a layer has for 4 rows than for 1 under sequence parallelism."""
+    order = {**FOUR, "micro_batches": 2, "compile": "true"}
+    few, many = (run_rank(**order | {"rows": rows, "lengths": [1024, 1024]}) for rows in (1, 4))
+    return (launches(many["steps"][-1]) - launches(few["steps"][-1])) / 2 / 4
 
 
 def _planned_to_allocated(**order: Any) -> float:
@@ -180,8 +191,8 @@ def _narrow_kernels() -> float:
 
 
 def is_wide(ptx: str) -> bool:
-    """Whether a kernel moves tensors 128 bits at a time."""
-    return re.search(r"(ld|st)\.global\S*\.v4\.b32|(ld|st)\.global\S*\.v2\.b64", ptx) is not None
+    """Whether a kernel reads tensors 128 bits at a time."""
+    return re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx) is not None
 
 
 def divides(ptx: str) -> bool:
@@ -209,11 +220,12 @@ FIGURES = [
     Figure("waits a micro-batch, first of two stages", lambda: _per_micro_batch(waits, **TWO_STAGES), 0),
     Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
+    Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
     *(
         Figure(
             f"reserved to allocated bytes, 150 micro-batches of 4 x 128 to 2,048, {word}",
-            lambda compile=compile: _reserved_to_allocated(compile),  # type: ignore[misc]
+            lambda compile=compile: _reserved_to_allocated(compile=compile, **LENGTHS),  # type: ignore[misc]
             1.15,
             1.0,
             2,
@@ -237,6 +249,16 @@ FIGURES = [
             lambda order=order: _planned_to_allocated(compile="true", **order),  # type: ignore[misc]
             1.07,
             0.93,
+            2,
+        )
+        for name, order in LAYOUTS.items()
+    ),
+    *(
+        Figure(
+            f"reserved to allocated bytes, {name}",
+            lambda order=order: _reserved_to_allocated(compile="true", prompts=0, steps=2, **order),  # type: ignore[misc]
+            1.15,
+            1.0,
             2,
         )
         for name, order in LAYOUTS.items()

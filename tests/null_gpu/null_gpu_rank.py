@@ -29,6 +29,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.model.documents import find_documents, whole_rows
+from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group
 
@@ -59,6 +60,7 @@ class Order:
     micro_batches: int = 2
     steps: int = 3
     dtype: str = "bf16"
+    deterministic: bool = False
 
 
 def main(order: Order) -> dict[str, Any]:
@@ -66,8 +68,11 @@ def main(order: Order) -> dict[str, Any]:
     place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": _free_port()}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
-    if not hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemCreate"):  # a stand-in without virtual memory
+    segments = hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemCreate")
+    if not segments:  # a stand-in without virtual memory
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
+    if order.deterministic:
+        make_deterministic()
     prepare_environment()
     _meet_nobody(order.world_size)
     nullgpu.reset()
@@ -102,6 +107,7 @@ def main(order: Order) -> dict[str, Any]:
         "held": held,
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
+        "segments": segments,
         "planned": _planned(plan, tokens=largest, documents=documents, longest=longest),
     }
 
@@ -125,6 +131,7 @@ def _trainer(order: Order, device: torch.device) -> Any:
             "method": order.method,
             "rank": order.rank,
             "dtype": order.dtype,
+            "deterministic": order.deterministic,
             "compile": order.compile,
             "recompute": order.recompute,
             "tensor_parallel": order.tensor_parallel,

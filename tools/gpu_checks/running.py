@@ -35,7 +35,7 @@ def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
 
 
 def write_shape(folder: Path, shape: ModelShape) -> str:
-    """Write a shape.json of these sizes for --random_weights; returns the folder as --model takes it."""
+    """Write a config.json of these sizes for --random_weights; returns the folder as --model takes it."""
     values = {
         "model_type": "llama",
         "vocab_size": shape.vocab_size,

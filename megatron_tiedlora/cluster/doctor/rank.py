@@ -48,9 +48,12 @@ class Trial:
         from torch import distributed
 
         from megatron_tiedlora.parallel.agreement import max_over_ranks
+        from megatron_tiedlora.runtime.launch_env import prepare_cuda
         from megatron_tiedlora.runtime.process_group import choose_device, meet
 
         timeout, backend = timedelta(seconds=self._order.timeout), self._order.backend
+        if backend != "gloo":
+            prepare_cuda()  # as a run does, so that an error of a GPU can be said
         self.say("started")
         device = torch.device("cpu") if backend == "gloo" else choose_device()
         meet(device, timeout)
