@@ -58,11 +58,11 @@ class Reference:
     """transformers' model of the merged weights, and what it generates alone for each prompt."""
 
     def __init__(self, folder: Path, **shape: Any) -> None:
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.folder = write_tiny_model(folder, tokenizer=False, **shape)
         config = OracleConfig.from_folder(folder)
-        self.model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         merged = merged_weights(load_weights(folder), config, random_adapter("tl6", config, alpha=6))
         missing, unexpected = self.model.load_state_dict(merged, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
