@@ -7,6 +7,7 @@ gradients are checked, are not counted.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 
 UNCOUNTED_STEPS = 2  # as many as the gradient guard watches; replica checks are switched off by the settings
 
@@ -62,10 +63,11 @@ def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.data.tokenizer import padding_id
+    from megatron_tiedlora.runtime.stopping import StopWatch
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.rehearsal import rehearsing_trainer
     from megatron_tiedlora.training.run_data import prepare_data
+    from megatron_tiedlora.training.step import TrainStep
 
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
@@ -77,7 +79,8 @@ def _count(case: Case, device: torch.device) -> Counted:
         base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
-        trainer = rehearsing_trainer(plan, built, runner, device)
+        # On a busy machine the step before may have been a long one, after which ranks send a little more.
+        train_step = TrainStep(plan, runner, StopWatch(), long_seconds=math.inf)
         loader = TrainingLoader(
             data.train,
             plan.batch_shape,
@@ -87,12 +90,13 @@ def _count(case: Case, device: torch.device) -> Counted:
             pad_multiple=plan.pad_multiple,
         )
         for _ in range(UNCOUNTED_STEPS):
-            trainer.take_step(next(loader))
+            train_step.run(next(loader))
         step = next(loader)
-        traffic = trainer.count_step(step)
+        with TrafficCounter(named_handles(runner.groups)) as counter:
+            train_step.run(step)
     runner.engine.destroy()
     shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
-    return Counted(traffic, shapes, base_bytes, saved)
+    return Counted(counter.traffic, shapes, base_bytes, saved)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started
     try:
         yield run
     finally:
-        run.trainer.runner.engine.destroy()
+        run.runner.engine.destroy()
         del run
         release()
 
