@@ -21,82 +21,48 @@ from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.plan import RunPlan
 
-# After a step longer than this the ranks agree on stopping after every micro-batch, so that a signal is answered within
-# its grace time.
+# After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
 LONG_STEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class StepVotes:
-    """What a step sums over all ranks before weights move: an fp64 number for each attribute.
+    """What a step sums over all ranks before weights move, one fp64 number each."""
 
-    Attributes:
-        loss: summed over supervised tokens.
-        seconds: of the forward and backward passes.
-        save_due: whether rank 0 wants a checkpoint after this step.
-        failed: whether rank 0 has a failure to raise.
-        missing_gradients: how many ranks miss the gradient of a tied tensor.
-        stopping: how many ranks wish to stop.
-        signals: the sum of the signal numbers of these wishes.
-    """
-
-    loss: float
-    seconds: float
-    save_due: float
-    failed: float
-    missing_gradients: float
-    stopping: float
-    signals: float
-
-    def summed(self) -> StepVotes:
-        """The sums over all ranks, the same on each; all ranks call this together."""
-        return StepVotes(*sum_over_ranks(astuple(self)))
+    loss: float  # summed over supervised tokens
+    seconds: float  # of the forward and backward passes
+    save_due: float  # whether rank 0 wants a checkpoint after this step
+    failed: float  # whether rank 0 has a failure to raise
+    missing_gradients: float  # ranks that miss the gradient of a tied tensor
+    stopping: float  # ranks that wish to stop
+    signals: float  # sum of the signal numbers of these wishes
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step that all ranks have taken; equal on every rank but for `seconds`.
-
-    Attributes:
-        loss: mean over the supervised tokens of the global batch.
-        learning_rate: what the step was taken with.
-        grad_norm: before clipping.
-        seconds: from the first forward pass to the end of the checks.
-        votes: summed over all ranks.
-    """
+    """A step that all ranks have taken; equal on every rank but for `seconds`."""
 
     number: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
-    votes: StepVotes
+    loss: float  # mean over the supervised tokens of the global batch
+    learning_rate: float  # of this step
+    grad_norm: float  # before clipping
+    seconds: float  # from the first forward pass to the end of the checks
+    votes: StepVotes  # summed over all ranks
 
 
+@dataclass
 class TrainStep:
-    """The steps of one run, or of one start of it.
+    """The steps of one start of a run. `finished` is the number of the last one."""
 
-    Attributes:
-        finished: the number of the last finished step.
-        long_seconds: see LONG_STEP_SECONDS.
-    """
+    plan: RunPlan
+    runner: Runner
+    stop: StopWatch
+    finished: int = 0
+    long_seconds: float = LONG_STEP_SECONDS
+    _seconds: float = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        runner: Runner,
-        stop: StopWatch,
-        *,
-        finished: int = 0,
-        long_seconds: float = LONG_STEP_SECONDS,
-    ) -> None:
-        self.runner = runner
-        self.finished = finished
-        self.long_seconds = long_seconds
-        self.checks = StepChecks(runner, check_steps=plan.settings.replica_check_steps)
-        self._plan = plan
-        self._stop = stop
-        self._seconds = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
+    def __post_init__(self) -> None:
+        self.checks = StepChecks(self.runner, check_steps=self.plan.settings.replica_check_steps)
 
     def run(
         self,
@@ -108,26 +74,24 @@ class TrainStep:
     ) -> StepReport:
         """Take one step on this rank's micro-batches; all ranks call this together.
 
-        A wish to stop that comes during the step is in the votes of the report: the step is taken, and the caller stops
-        when it has kept what it needs.
+        A wish to stop that comes during the step is in the report's votes; the caller stops once it has kept the step.
 
         Args:
             save_due: asked after the backward passes.
             failure: what went wrong on rank 0 since the last step; raised before weights move.
             saved_step: the step of the last checkpoint, for messages.
 
-        Raises:
-            RunStopped: in a long step, between micro-batches; on every rank.
-            RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or copies of one
-                differ; on every rank. Weights have moved where it is the norm or the copies.
-            UserError: `failure` of rank 0; on every rank.
+        Raises on every rank:
+            RunStopped: between the micro-batches of a long step.
+            RunFailed: the loss or the gradient norm is not finite, or one of StepChecks fails.
+            UserError: `failure` of rank 0.
         """
-        number, started, grid = self.finished + 1, time.monotonic(), self._plan.grid
-        denominator = step.num_supervised / (self._plan.batches.accumulation_steps * grid.dp_size)
+        number, started, grid = self.finished + 1, time.monotonic(), self.plan.grid
+        denominator = step.num_supervised / (self.plan.batches.accumulation_steps * grid.dp_size)
         inputs = [batch.model_input for batch in step.micro_batches]
         loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
-        wish = self._stop.wish()
-        votes = StepVotes(
+        wish = self.stop.wish()
+        mine = StepVotes(
             loss=loss_sum,
             seconds=time.monotonic() - started,
             save_due=save_due(),
@@ -135,7 +99,8 @@ class TrainStep:
             missing_gradients=bool(self.runner.missing_gradients),
             stopping=wish > 0,
             signals=wish,
-        ).summed()
+        )
+        votes = StepVotes(*sum_over_ranks(astuple(mine)))
         if votes.failed:
             raise_on_every_rank(failure)
         loss, rate = votes.loss / step.num_supervised, self.runner.engine.get_lr()[0]
@@ -150,4 +115,4 @@ class TrainStep:
 
     def _between_micro_batches(self) -> None:
         if self._seconds > self.long_seconds:
-            self._stop.agree(True)
+            self.stop.agree(True)
