@@ -61,7 +61,6 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 
 def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.runtime.stopping import StopWatch
     from megatron_tiedlora.training import build
@@ -81,14 +80,7 @@ def _count(case: Case, device: torch.device) -> Counted:
         runner = build.start_engine(plan, built, device, None)
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
         train_step = TrainStep(plan, runner, StopWatch(), long_seconds=math.inf)
-        loader = TrainingLoader(
-            data.train,
-            plan.batch_shape,
-            seed=plan.settings.seed,
-            dp_rank=plan.grid.dp_rank,
-            pad_id=padding_id(data.tokenizer),
-            pad_multiple=plan.pad_multiple,
-        )
+        loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         for _ in range(UNCOUNTED_STEPS):
             train_step.run(next(loader))
         step = next(loader)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench_contestants import (
@@ -34,7 +34,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
-from megatron_tiedlora.engine.runner import PipelineRunner, Runner
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks
@@ -70,7 +70,6 @@ class Started:
     plan: RunPlan
     dataset: TokenDataset
     runner: Runner
-    stop: StopWatch
     train_step: TrainStep
     loader: TrainingLoader
     kernels: str
@@ -175,18 +174,13 @@ def start(plan: RunPlan, options: Namespace) -> Started:
     )
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
-    build = build_random_model if plan.source.folder is None else _build_read
-    built = build(plan, device, kernels=chosen.kernels)
-    runner, stop = start_engine(plan, built, device, None), StopWatch()
-    loader = TrainingLoader(
-        dataset,
-        plan.batch_shape,
-        seed=plan.settings.seed,
-        dp_rank=plan.grid.dp_rank,
-        pad_id=pad_id,
-        pad_multiple=plan.pad_multiple,
-    )
-    return Started(plan, dataset, runner, stop, TrainStep(plan, runner, stop), loader, chosen.description)
+    if plan.source.folder is None:
+        built = build_random_model(plan, device, kernels=chosen.kernels)
+    else:
+        built = build_model(plan, device, None, kernels=chosen.kernels)
+    runner = start_engine(plan, built, device, None)
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
 
 
 def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) -> dict[str, Any]:
@@ -196,7 +190,7 @@ def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) ->
         predicted: for the next step of the run's loader.
     """
     plan, runner, device = run.plan, run.runner, run.runner.device
-    run.stop.agree(True)  # start together: ranks that share a processor find their share of it
+    run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
     rate = matmul_peak(_largest_frozen(plan, runner), timed_step.micro_batches, plan.dtype, device)
     estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
@@ -224,16 +218,12 @@ def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) ->
     }
 
 
-def _build_read(plan: RunPlan, device: torch.device, *, kernels: Any) -> Any:
-    return build_model(plan, device, None, kernels=kernels)
-
-
 def _time_steps(run: Started, repeats: int) -> tuple[list[float], TrainingStep]:
     """Seconds of each step that counts, of the rank that takes longest, and the last of these steps."""
     seconds = []
     for turn in tqdm(range(GUARDED_STEPS + repeats), desc="steps", leave=False, disable=run.plan.grid.rank > 0):
         step = next(run.loader)
-        run.stop.agree(True)  # start together
+        run.train_step.stop.agree(True)  # start together
         taken = timed(lambda step=step: run.train_step.run(step), run.runner.device)  # type: ignore[misc]
         (longest,) = max_over_ranks([taken])
         if turn >= GUARDED_STEPS:
@@ -270,24 +260,16 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     return total
 
 
-@contextmanager
-def _forward_passes(runner: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def _forward_passes(runner: Runner, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
     """Let the forward pass of each micro-batch go through `wrap(pass)` inside the block."""
     if isinstance(runner, PipelineRunner):
         from deepspeed.runtime.pipe.schedule import ForwardPass
 
         instructions = runner.engine._INSTRUCTION_MAP
-        runner.engine._INSTRUCTION_MAP = {**instructions, ForwardPass: wrap(instructions[ForwardPass])}
-        try:
-            yield
-        finally:
-            runner.engine._INSTRUCTION_MAP = instructions
-        return
-    runner.forward = wrap(runner.forward)
-    try:
-        yield
-    finally:
-        del runner.forward  # the class's own is there again
+        wrapped = {**instructions, ForwardPass: wrap(instructions[ForwardPass])}
+        return patch.object(runner.engine, "_INSTRUCTION_MAP", wrapped)
+    assert isinstance(runner, PlainRunner)
+    return patch.object(runner, "forward", wrap(runner.forward))
 
 
 def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
@@ -44,7 +44,6 @@ class Trainer:
     runner: Runner
     base: BaseIdentity
     folder: RunFolder
-    device: torch.device
     stop: StopWatch
     log: MetricsLog | None  # rank 0's
     meter: Meter
@@ -72,15 +71,8 @@ class Trainer:
         """
         settings = self.plan.settings
         self._saved_step = self.progress.step if self.progress.step else None
-        loader = TrainingLoader(
-            self.data.train,
-            self.plan.batch_shape,
-            seed=settings.seed,
-            dp_rank=self.plan.grid.dp_rank,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.pad_multiple,
-            consumed_samples=self.progress.consumed_samples,
-        )
+        pad_id, consumed = padding_id(self.data.tokenizer), self.progress.consumed_samples
+        loader = self.plan.training_loader(self.data.train, pad_id=pad_id, consumed_samples=consumed)
         with self.stop.deferred(), self._bar() as bar:
             try:
                 if self.progress.step == 0:
@@ -109,14 +101,6 @@ class Trainer:
             disable=not self.is_main,
         )
 
-    def agree(self, done: bool) -> bool:
-        """Whether all ranks are done; raises RunStopped on every rank where any wishes to stop."""
-        return self.stop.agree(done)
-
-    def check_stop(self) -> None:
-        """Agree with all ranks on stopping; raises RunStopped on every rank where any wishes to."""
-        self.agree(True)
-
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
         """One optimizer step on this rank's micro-batches; raises RunStopped after it where any rank wishes to stop."""
         report = self._step.run(
@@ -129,10 +113,9 @@ class Trainer:
 
     def _report(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
         rates = self.meter.add(report.number, step, report.seconds)
+        speed = f"{rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
         bar.update(1)
-        bar.set_postfix_str(
-            f"loss {report.loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
-        )
+        bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}")
         self._write_log(
             {
                 "step": report.number,
@@ -142,7 +125,7 @@ class Trainer:
                 "grad_norm": report.grad_norm,
                 "supervised_tokens": step.num_supervised,
                 **rates,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": peak_memory_bytes(self.runner.device),
             }
         )
 
@@ -156,16 +139,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
-        return validation_loss(
-            self.runner,
-            self.data.validation,
-            grid=self.plan.grid,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.pad_multiple,
-            check_stop=self.check_stop,
-            progress=self.is_main,
-        )
+        return validation_loss(self.plan, self.runner, self.data, self.stop)
 
     def _evaluate_start(self, bar: Any) -> None:
         """Validation loss before the first step; for a method that starts off the base, how far the start moves it."""
@@ -208,22 +182,19 @@ class Trainer:
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
             batch_size=plan.settings.eval_batch_size,
-            agree=self.agree,
+            agree=self.stop.agree,
             progress=self.is_main,
         )
         names = scored.task.metrics
         return decided_by_rank_0(lambda: score_answers(names, answers or []), kind=dict[str, Score])
 
     def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
-        self._require_finite("validation loss", loss)
+        require_finite("validation loss", loss, step=self.progress.step, saved_step=self._saved_step)
         if self.log is not None:
             values = {name: score.value for name, score in scores.items()}
             self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
             shown = "".join(f", {name} {value:.2f} %" for name, value in values.items())
             bar.write(f"step {self.progress.step}: validation loss {loss:.4f}{shown}")
-
-    def _require_finite(self, what: str, value: float) -> None:
-        require_finite(what, value, step=self.progress.step, saved_step=self._saved_step)
 
     def _save_is_due(self) -> bool:
         minutes = self.plan.settings.save_interval_minutes
@@ -239,12 +210,10 @@ class Trainer:
             value = scores[settings.eval_metric].value if scores else loss
             best = self.progress.best_metric
             improved = best is None or (value > best if scores else value < best)
-            self.progress = (
-                replace(self.progress, best_metric=value, best_step=step, evaluations_since_best=0)
-                if improved
-                else replace(self.progress, evaluations_since_best=self.progress.evaluations_since_best + 1)
-            )
-            self.progress = replace(self.progress, evaluated_step=step)
+            since_best = 0 if improved else self.progress.evaluations_since_best + 1
+            self.progress = replace(self.progress, evaluated_step=step, evaluations_since_best=since_best)
+            if improved:
+                self.progress = replace(self.progress, best_metric=value, best_step=step)
         if improved or step % settings.save_interval == 0 or step == settings.max_steps or self._save_due:
             self.save(best=improved)
 
@@ -273,7 +242,7 @@ class Trainer:
         if self._log_failure is not None:  # no checkpoint without its rows: a resume continues after them
             raise self._log_failure
         if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            self._require_finite("adapter", math.nan)
+            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
         if new:
             save_checkpoint(
                 self.folder.checkpoints,

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes th
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group
@@ -177,9 +177,7 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
             prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
             truncated_prompts=0,
         )
-        yield next(
-            TrainingLoader(samples, plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=plan.pad_multiple)
-        )
+        yield next(plan.training_loader(samples, pad_id=0))
 
 
 def _planned(plan: Any, **largest: int) -> float:
