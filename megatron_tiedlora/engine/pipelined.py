@@ -36,7 +36,7 @@ class PipelinedModel(PipelineModule):
             build_stage: from this rank's process groups and its stage's specs to the stage.
         """
         self._stages = stages
-        self._place = grid
+        self._parallel_grid = grid
         self._build_stage = build_stage
         with quiet():
             # Lengths differ between micro-batches, so no buffer is for the next one too.
@@ -49,7 +49,7 @@ class PipelinedModel(PipelineModule):
 
     def _build(self) -> None:
         """Called by the base class once its process groups are there."""
-        self.groups = make_groups(self._place, self._grid)
+        self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
