@@ -28,12 +28,14 @@ class Case:
     Attributes:
         extra_message: put one more all-reduce into every block's forward pass.
         head_rows: in place of layer_specs.HEAD_ROWS.
+        long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
         early_stop: False to let recompute go on when all that the backward pass needs is there again.
     """
 
     settings: dict[str, Any]
     extra_message: bool = False
     head_rows: int | None = None
+    long_steps: bool = False
     early_stop: bool = True
 
 
@@ -79,7 +81,7 @@ def _count(case: Case, device: torch.device) -> Counted:
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
-        train_step = TrainStep(plan, runner, StopWatch(), long_seconds=math.inf)
+        train_step = TrainStep(plan, runner, StopWatch(), long_seconds=0.0 if case.long_steps else math.inf)
         loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         for _ in range(UNCOUNTED_STEPS):
             train_step.run(next(loader))

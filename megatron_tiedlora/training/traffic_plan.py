@@ -32,8 +32,8 @@ from megatron_tiedlora.training.step import StepVotes
 
 FP32, FP64 = 4, 8  # bytes
 
-# What ranks sum after each micro-batch but the last of a step that follows a long one, with one stage.
-STOP_REPORT_BYTES = 2 * FP64
+# What StopWatch.agree sums after each micro-batch but the last of a step that follows a long one, with one stage.
+STOP_REPORT_BYTES = 3 * FP64
 ZERO_0_BUCKET = 500_000_000  # numbers (MEMORY_OPT_ALLREDUCE_SIZE)
 
 # Settings of the ZeRO section whose messages are known, with the values that are.
