@@ -24,7 +24,13 @@ from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, NativeAdap
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel import agreement
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, first_message, gather_on_rank_0, num_differing
+from megatron_tiedlora.parallel.agreement import (
+    decided_by_rank_0,
+    first_message,
+    gather_on_rank_0,
+    num_differing,
+    raise_on_every_rank,
+)
 from megatron_tiedlora.parallel.messages import SentTensor, packed, unpacked
 from megatron_tiedlora.parallel.traffic import WORLD, Traffic, TrafficCounter
 
@@ -113,8 +119,17 @@ def _agree() -> dict[str, Any]:
         "first": first_message(f"{rank} {TEXT}" if rank else None),
         "empty": first_message("" if rank == 1 else None),
         "half a pair": first_message("\ud800"),
+        "raised": [_raised(None), _raised(UserError(f"of rank {rank}")), _raised(UserError("x") if rank else None)],
         "differing": (num_differing(TEXT), num_differing(f"{TEXT} {min(rank, 1)}")),
     }
+
+
+def _raised(failure: UserError | None) -> str | None:
+    try:
+        raise_on_every_rank(failure)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.distributed
@@ -127,6 +142,7 @@ def test_all_ranks_have_the_same(tmp_path: Path, ranks: int) -> None:
         assert here["nothing to say"] is None and here["first"] == f"1 {TEXT}", "the lowest rank that has one"
         assert here["empty"] == "" and here["half a pair"] == "\\ud800"
         assert here["differing"] == (0, ranks - 1)
+        assert here["raised"] == [None, "of rank 0", None], "rank 0's alone"
     assert all(here["gathered"] is None and here["large gathered"] == [] for here in found[1:])
     gathered = found[0]["gathered"]
     assert same(gathered, [{rank: (TEXT * rank, tuple(floats(rank)))} for rank in range(ranks)]), "in rank order"

@@ -60,7 +60,7 @@ def _stop_in_second_evaluation() -> None:
     def evaluate(trainer: loop.Trainer) -> float:
         if trainer.progress.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            trainer.check_stop()
+            trainer.stop.agree(True)
         return WORSE_AFTER_TWO.get(trainer.progress.step, 10.0)
 
     loop.Trainer.evaluate = evaluate  # type: ignore[method-assign, assignment]

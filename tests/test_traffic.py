@@ -33,6 +33,7 @@ from megatron_tiedlora.training.memory_plan import base_bytes, saved_bytes_per_t
 from megatron_tiedlora.training.run_data import prepare_data
 from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.traffic_plan import (
+    STOP_REPORT_BYTES,
     estimated_groups,
     planned_shapes,
     step_traffic,
@@ -73,6 +74,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp zero2, packed": {**PACKED, "ds_config": "zero2.json"},
         "pp, packed": {**PP, **PACKED},
         "tp, mutated": {**TP, "extra_message": True},
+        "tp, long steps": {**TP, "long_steps": True},
         "tp vera": {**TP, "method": "vera", "layers": (2, 3, 5)},
     },
     4: {
@@ -90,7 +92,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x dp, recompute": {**TP, **FULL, "ds_config": "zero0.json", "method": "tl5"},
     },
 }
-MUTATED, ESTIMATED = "tp, mutated", "dp zero3, base in parts"
+MUTATED, LONG, ESTIMATED = "tp, mutated", "tp, long steps", "dp zero3, base in parts"
 NAMES = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 
 
@@ -111,7 +113,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(("ranks", "name"), [item for item in NAMES if item[1] not in (MUTATED, ESTIMATED)])
+@pytest.mark.parametrize(("ranks", "name"), [item for item in NAMES if item[1] not in (MUTATED, LONG, ESTIMATED)])
 def test_prediction_is_what_is_counted(
     ran: Mapping[str, Ran], monkeypatch: pytest.MonkeyPatch, ranks: int, name: str
 ) -> None:
@@ -149,6 +151,16 @@ def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:
         predicted = found.predicted(rank)
         assert predicted != counted.traffic
         predicted.add(TENSOR, "all-reduce", 4, count=5 * len(counted.shapes))  # one fp32 number for each of 5 blocks
+        assert predicted == counted.traffic
+
+
+def test_what_long_steps_send_more(ran: Mapping[str, Ran]) -> None:
+    """The dry run says it in a line of its own: a sum over all ranks after each micro-batch but the last."""
+    found = ran[LONG]
+    for rank, counted in enumerate(found.counted):
+        predicted = found.predicted(rank)
+        assert predicted != counted.traffic
+        predicted.add(WORLD, "all-reduce", STOP_REPORT_BYTES, count=len(counted.shapes) - 1)
         assert predicted == counted.traffic
 
 

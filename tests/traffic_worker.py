@@ -7,6 +7,7 @@ gradients are checked, are not counted.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from forked_ranks import join_as_launched
 from torch import distributed
 
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 
 UNCOUNTED_STEPS = 2  # as many as the gradient guard watches; replica checks are switched off by the settings
 
@@ -27,12 +28,14 @@ class Case:
     Attributes:
         extra_message: put one more all-reduce into every block's forward pass.
         head_rows: in place of layer_specs.HEAD_ROWS.
+        long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
         early_stop: False to let recompute go on when all that the backward pass needs is there again.
     """
 
     settings: dict[str, Any]
     extra_message: bool = False
     head_rows: int | None = None
+    long_steps: bool = False
     early_stop: bool = True
 
 
@@ -60,12 +63,12 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 
 def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.data.tokenizer import padding_id
+    from megatron_tiedlora.runtime.stopping import StopWatch
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.rehearsal import rehearsing_trainer
     from megatron_tiedlora.training.run_data import prepare_data
+    from megatron_tiedlora.training.step import TrainStep
 
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
@@ -77,22 +80,17 @@ def _count(case: Case, device: torch.device) -> Counted:
         base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
-        trainer = rehearsing_trainer(plan, built, runner, device)
-        loader = TrainingLoader(
-            data.train,
-            plan.batch_shape,
-            seed=plan.settings.seed,
-            dp_rank=plan.grid.dp_rank,
-            pad_id=padding_id(data.tokenizer),
-            pad_multiple=plan.pad_multiple,
-        )
+        # On a busy machine the step before may have been a long one, after which ranks send a little more.
+        train_step = TrainStep(plan, runner, StopWatch(), long_seconds=0.0 if case.long_steps else math.inf)
+        loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         for _ in range(UNCOUNTED_STEPS):
-            trainer.take_step(next(loader))
+            train_step.run(next(loader))
         step = next(loader)
-        traffic = trainer.count_step(step)
+        with TrafficCounter(named_handles(runner.groups)) as counter:
+            train_step.run(step)
     runner.engine.destroy()
     shapes = [(*batch.labels.shape, batch.num_supervised) for batch in step.micro_batches]
-    return Counted(traffic, shapes, base_bytes, saved)
+    return Counted(counter.traffic, shapes, base_bytes, saved)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,19 @@
 """A layout for tools/bench_step.py: plan, build, engine and steps of a training run on every rank, and their figures.
 
-Steps are those of `training/loop.py`, on samples that are handed in. The first ones, in which gradients are checked,
+Steps are those of `training/step.py`, on samples that are handed in. The first ones, in which gradients are checked,
 are not counted. Then come the timed ones, one in which messages are counted, one in which saved bytes are, and on a GPU
 one under torch's profiler.
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bench_contestants import (
@@ -33,22 +34,22 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingLoader, TrainingStep
-from megatron_tiedlora.engine.runner import PipelineRunner, Runner
+from megatron_tiedlora.engine.runner import PipelineRunner, PlainRunner, Runner
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
-from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.memory_plan import kept_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.rehearsal import rehearsing_trainer
 from megatron_tiedlora.training.stage_plan import plan_stages
+from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
 from megatron_tiedlora.training.traffic_plan import estimated_groups, planned_shapes, step_traffic
 
@@ -68,7 +69,8 @@ class Started:
 
     plan: RunPlan
     dataset: TokenDataset
-    trainer: Trainer
+    runner: Runner
+    train_step: TrainStep
     loader: TrainingLoader
     kernels: str
 
@@ -144,12 +146,12 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
         RunStopped: the launcher has died.
     """
     started = start(make_plan(options, rank=rank, world_size=world_size), options)
-    plan, trainer, loader, device = started.plan, started.trainer, started.loader, started.trainer.device
+    plan, device = started.plan, started.runner.device
     held = restart_peak(device)
-    seconds, step = _time_steps(trainer, loader, options.repeats)
+    seconds, step = _time_steps(started, options.repeats)
     peak = None if held is None else peak_memory_bytes(device)
-    shapes = planned_shapes(plan, started.dataset, consumed_samples=loader.consumed_samples)
-    mine = {"held": held, "peak": peak, **_rank_figures(trainer, loader, step, step_traffic(plan, shapes))}
+    shapes = planned_shapes(plan, started.dataset, consumed_samples=started.loader.consumed_samples)
+    mine = {"held": held, "peak": peak, **_rank_figures(started, step, step_traffic(plan, shapes))}
     ranks = gather_on_rank_0(mine, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
     described = {**_describe(plan, device), "kernels": started.kernels}
     decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}))
@@ -172,36 +174,32 @@ def start(plan: RunPlan, options: Namespace) -> Started:
     )
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
-    build = build_random_model if plan.source.folder is None else _build_read
-    built = build(plan, device, kernels=chosen.kernels)
-    trainer = rehearsing_trainer(plan, built, start_engine(plan, built, device, None), device)
-    loader = TrainingLoader(
-        dataset,
-        plan.batch_shape,
-        seed=plan.settings.seed,
-        dp_rank=plan.grid.dp_rank,
-        pad_id=pad_id,
-        pad_multiple=plan.pad_multiple,
-    )
-    return Started(plan, dataset, trainer, loader, chosen.description)
+    if plan.source.folder is None:
+        built = build_random_model(plan, device, kernels=chosen.kernels)
+    else:
+        built = build_model(plan, device, None, kernels=chosen.kernels)
+    runner = start_engine(plan, built, device, None)
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
 
 
-def _rank_figures(
-    trainer: Trainer, loader: TrainingLoader, timed_step: TrainingStep, predicted: Traffic
-) -> dict[str, Any]:
+def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) -> dict[str, Any]:
     """Of this rank alone, after the timed steps; takes more of them.
 
     Args:
-        predicted: for the next step of `loader`.
+        predicted: for the next step of the run's loader.
     """
-    plan, device = trainer.plan, trainer.device
-    sum_over_ranks([0.0])  # start together: ranks that share a processor find their share of it
-    rate = matmul_peak(_largest_frozen(plan, trainer.runner), timed_step.micro_batches, plan.dtype, device)
+    plan, runner, device = run.plan, run.runner, run.runner.device
+    run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
+    rate = matmul_peak(_largest_frozen(plan, runner), timed_step.micro_batches, plan.dtype, device)
     estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
-    traffic = compare_traffic(trainer.count_step(next(loader)), predicted, estimated)
-    watched = next(loader)
+    run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
+    with TrafficCounter(named_handles(runner.groups)) as counter:
+        run.train_step.run(next(run.loader))
+    traffic = compare_traffic(counter.traffic, predicted, estimated)
+    watched = next(run.loader)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
-    saved = None if plan.engine.zero_stage == 3 else _saved_bytes(trainer, watched)
+    saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
     formula = saved_formula(plan, watched.micro_batches)
     on_gpu = device.type == "cuda"
     return {
@@ -216,21 +214,17 @@ def _rank_figures(
         "traffic": traffic,
         "as_predicted": all(found["estimated"] or found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: trainer.take_step(next(loader))) if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
     }
 
 
-def _build_read(plan: RunPlan, device: torch.device, *, kernels: Any) -> Any:
-    return build_model(plan, device, None, kernels=kernels)
-
-
-def _time_steps(trainer: Trainer, loader: TrainingLoader, repeats: int) -> tuple[list[float], TrainingStep]:
+def _time_steps(run: Started, repeats: int) -> tuple[list[float], TrainingStep]:
     """Seconds of each step that counts, of the rank that takes longest, and the last of these steps."""
     seconds = []
-    for turn in tqdm(range(GUARDED_STEPS + repeats), desc="steps", leave=False, disable=not trainer.is_main):
-        step = next(loader)
-        sum_over_ranks([0.0])  # start together
-        taken = timed(lambda step=step: trainer.take_step(step), trainer.device)  # type: ignore[misc]
+    for turn in tqdm(range(GUARDED_STEPS + repeats), desc="steps", leave=False, disable=run.plan.grid.rank > 0):
+        step = next(run.loader)
+        run.train_step.stop.agree(True)  # start together
+        taken = timed(lambda step=step: run.train_step.run(step), run.runner.device)  # type: ignore[misc]
         (longest,) = max_over_ranks([taken])
         if turn >= GUARDED_STEPS:
             seconds.append(longest)
@@ -247,43 +241,35 @@ def _largest_frozen(plan: RunPlan, runner: Runner) -> tuple[int, int]:
     return rows, columns
 
 
-def _saved_bytes(trainer: Trainer, step: TrainingStep) -> int:
+def _saved_bytes(run: Started, step: TrainingStep) -> int:
     """What autograd keeps of this rank's micro-batches together, in one more step."""
     total = 0
 
     def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             nonlocal total
-            with saved_by_autograd(trainer.runner.stage) as saved:
+            with saved_by_autograd(run.runner.stage) as saved:
                 result = forward(*arguments, **keywords)
             total += storage_bytes(saved)
             return result
 
         return call
 
-    with _forward_passes(trainer.runner, counted):
-        trainer.take_step(step)
+    with _forward_passes(run.runner, counted):
+        run.train_step.run(step)
     return total
 
 
-@contextmanager
-def _forward_passes(runner: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def _forward_passes(runner: Runner, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
     """Let the forward pass of each micro-batch go through `wrap(pass)` inside the block."""
     if isinstance(runner, PipelineRunner):
         from deepspeed.runtime.pipe.schedule import ForwardPass
 
         instructions = runner.engine._INSTRUCTION_MAP
-        runner.engine._INSTRUCTION_MAP = {**instructions, ForwardPass: wrap(instructions[ForwardPass])}
-        try:
-            yield
-        finally:
-            runner.engine._INSTRUCTION_MAP = instructions
-        return
-    runner.forward = wrap(runner.forward)
-    try:
-        yield
-    finally:
-        del runner.forward  # the class's own is there again
+        wrapped = {**instructions, ForwardPass: wrap(instructions[ForwardPass])}
+        return patch.object(runner.engine, "_INSTRUCTION_MAP", wrapped)
+    assert isinstance(runner, PlainRunner)
+    return patch.object(runner, "forward", wrap(runner.forward))
 
 
 def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:

@@ -12,32 +12,36 @@ from typing import Any
 import torch
 from deepspeed.pipe import PipelineModule
 
-from megatron_tiedlora.engine.topology import quiet
+from megatron_tiedlora.engine.topology import make_groups, make_topology, quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups
 
-BuildStage = Callable[[Any, Sequence[LayerSpec]], Stage]
+BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
 
 
 class PipelinedModel(PipelineModule):
     """This rank's stage of the list, as DeepSpeed's pipeline engine wants it."""
 
     stage: Stage
+    groups: ParallelGroups
 
-    def __init__(self, specs: Sequence[LayerSpec], stages: Stages, *, topology: Any, build_stage: BuildStage) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], stages: Stages, *, grid: Grid, build_stage: BuildStage) -> None:
         """Build this rank's part of `specs`.
 
         Args:
-            build_stage: from DeepSpeed's process grid and the stage's specs to the stage.
+            build_stage: from this rank's process groups and its stage's specs to the stage.
         """
         self._stages = stages
+        self._parallel_grid = grid
         self._build_stage = build_stage
         with quiet():
             # Lengths differ between micro-batches, so no buffer is for the next one too.
-            super().__init__(layers=list(specs), topology=topology, loss_fn=self._loss, dynamic_shape=True)
+            super().__init__(layers=list(specs), topology=make_topology(grid), loss_fn=self._loss, dynamic_shape=True)
 
     def _partition_layers(self, method: str = "") -> None:
         """Called by the base class; its own methods balance trained parameters, and ours balance work."""
@@ -46,7 +50,8 @@ class PipelinedModel(PipelineModule):
 
     def _build(self) -> None:
         """Called by the base class once its process groups are there."""
-        self.stage = self._build_stage(self._grid, self._layer_specs[self._local_start : self._local_stop])
+        self.groups = make_groups(self._parallel_grid, self._grid)
+        self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
         """(tokens or hidden, positions, documents if any) -> hidden; on the last stage the input of the loss."""

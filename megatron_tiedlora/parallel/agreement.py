@@ -122,6 +122,16 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
     return value
 
 
+def raise_on_every_rank(failure: UserError | None) -> None:
+    """Raise rank 0's `failure` on every rank, where it has one; all ranks call this together."""
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    decided_by_rank_0(tell)
+
+
 def _decide(decide: Callable[[], Value]) -> Value:
     """Decide on rank 0 and tell the others, the error where it is one."""
     failure: UserError | None = None

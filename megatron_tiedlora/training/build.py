@@ -25,7 +25,7 @@ from megatron_tiedlora.engine.engine import (
 )
 from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
 from megatron_tiedlora.engine.runner import Runner, make_runner
-from megatron_tiedlora.engine.topology import make_groups, make_process_grid, make_topology
+from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -140,15 +140,9 @@ def _build_stage(
 
     from megatron_tiedlora.engine.pipelined import PipelinedModel
 
-    made: list[ParallelGroups] = []  # inside the PipelineModule's constructor, which makes the process grid
-
-    def build(process_grid: Any, mine: Sequence[LayerSpec]) -> Stage:
-        made.append(make_groups(grid, process_grid))
-        return stage_of(made[0], mine)
-
     with device:
-        module = PipelinedModel(specs, plan.stages, topology=make_topology(grid), build_stage=build)
-    return module, module.stage, made[0], module.mpu()
+        module = PipelinedModel(specs, plan.stages, grid=grid, build_stage=stage_of)
+    return module, module.stage, module.groups, module.mpu()
 
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:

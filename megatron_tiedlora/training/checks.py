@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatch
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.engine import all_open
@@ -14,6 +16,15 @@ GUARDED_STEPS = 2
 
 class RunFailed(UserError):
     """Training cannot go on; the last good checkpoint stands."""
+
+
+def require_finite(what: str, value: float, *, step: int, saved_step: int | None) -> None:
+    """Raise RunFailed where a number of `step` is nan or inf; `saved_step` is that of the last checkpoint."""
+    if not math.isfinite(value):
+        last = f"checkpoint of step {saved_step} stands" if saved_step else "no checkpoint was written yet"
+        raise RunFailed(
+            f"the {what} is {value} at step {step}; {last}. Lower --learning_rate, or look at the samples of this step"
+        )
 
 
 class StepChecks:

@@ -13,7 +13,6 @@ from megatron_tiedlora.data.loader import num_positions, plan_global_batch
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
-from megatron_tiedlora.training.loop import LONG_STEP_SECONDS
 from megatron_tiedlora.training.memory_plan import (
     COMMUNICATOR_BYTES,
     CONTEXT_BYTES,
@@ -27,6 +26,7 @@ from megatron_tiedlora.training.memory_plan import (
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
+from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 from megatron_tiedlora.training.traffic_plan import (
     STOP_REPORT_BYTES,
     assumed_shapes,

@@ -37,7 +37,7 @@ def use_best_adapter(trainer: Trainer) -> None:
     with trainer.stop.deferred():
         with all_open(bank, trainer.plan.engine):
             bank.load_full(best.state)
-        trainer.check_stop()
+        trainer.stop.agree(True)
 
 
 def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> None:
@@ -116,7 +116,7 @@ def speed_lines(trainer: Trainer) -> list[str]:
         f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
         f" supervised; MFU {mean['mfu']:.1%} of {shown}"
         f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
-        f"memory      {bytes_in_words(peak_memory_bytes(trainer.device))} at the peak, rank 0",
+        f"memory      {bytes_in_words(peak_memory_bytes(trainer.runner.device))} at the peak, rank 0",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, early stopping, and stopping together."""
+"""The training loop: steps, with evaluations, checkpoints, early stopping and stopping together between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
@@ -24,18 +24,15 @@ from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch
-from megatron_tiedlora.training.checks import RunFailed, StepChecks
+from megatron_tiedlora.training.checks import require_finite
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
+from megatron_tiedlora.training.step import StepReport, TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 from megatron_tiedlora.training.validation import validation_loss
-
-# A step longer than this asks for stopping after every micro-batch, so that a signal is answered within its grace time.
-LONG_STEP_SECONDS = 10.0
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Trainer:
     runner: Runner
     base: BaseIdentity
     folder: RunFolder
-    device: torch.device
     stop: StopWatch
     log: MetricsLog | None  # rank 0's
     meter: Meter
@@ -56,10 +52,9 @@ class Trainer:
     _save_due: bool = False
     _log_failure: UserError | None = None
     _last_save: float = field(default_factory=time.monotonic)
-    _step_seconds: float = math.inf  # unknown yet, so the first step counts as a long one
 
     def __post_init__(self) -> None:
-        self._checks = StepChecks(self.runner, check_steps=self.plan.settings.replica_check_steps)
+        self._step = TrainStep(self.plan, self.runner, self.stop, finished=self.progress.step)
 
     @property
     def is_main(self) -> bool:
@@ -76,15 +71,8 @@ class Trainer:
         """
         settings = self.plan.settings
         self._saved_step = self.progress.step if self.progress.step else None
-        loader = TrainingLoader(
-            self.data.train,
-            self.plan.batch_shape,
-            seed=settings.seed,
-            dp_rank=self.plan.grid.dp_rank,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.pad_multiple,
-            consumed_samples=self.progress.consumed_samples,
-        )
+        pad_id, consumed = padding_id(self.data.tokenizer), self.progress.consumed_samples
+        loader = self.plan.training_loader(self.data.train, pad_id=pad_id, consumed_samples=consumed)
         with self.stop.deferred(), self._bar() as bar:
             try:
                 if self.progress.step == 0:
@@ -94,7 +82,7 @@ class Trainer:
                 while self.progress.step < settings.max_steps and not self._out_of_patience():
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
-                self._raise_log_failure(sum_over_ranks([float(self._log_failure is not None)])[0])
+                raise_on_every_rank(self._log_failure)
                 self.save()  # after early stopping the last evaluation may not have been followed by a checkpoint
                 return "early_stopping" if self._out_of_patience() else "max_steps"
             except RunStopped:
@@ -113,86 +101,31 @@ class Trainer:
             disable=not self.is_main,
         )
 
-    def agree(self, done: bool) -> bool:
-        """Whether all ranks are done; raises RunStopped on every rank where any wishes to stop."""
-        return self.stop.agree(done)
-
-    def check_stop(self) -> None:
-        """Agree with all ranks on stopping; raises RunStopped on every rank where any wishes to."""
-        self.agree(True)
-
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
-        """One optimizer step on this rank's micro-batches; all ranks agree on loss and stopping before weights move."""
-        started = time.monotonic()
-        batches, grid = self.plan.batches, self.plan.grid
-        denominator = step.num_supervised / (batches.accumulation_steps * grid.dp_size)
-        inputs = [batch.model_input for batch in step.micro_batches]
-        loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
-        wish = self.stop.wish()
-        missing = float(bool(self.runner.missing_gradients))
-        flags = [
-            float(self._save_is_due()),
-            float(self._log_failure is not None),
-            missing,
-            float(wish > 0),
-            float(wish),
-        ]
-        loss_sum, seconds, save_due, log_failures, ranks_missing, *wishes = sum_over_ranks(
-            [loss_sum, time.monotonic() - started, *flags]
+        """One optimizer step on this rank's micro-batches; raises RunStopped after it where any rank wishes to stop."""
+        report = self._step.run(
+            step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
         )
-        self._raise_log_failure(log_failures)
-        loss_value = loss_sum / step.num_supervised
-        number = self.progress.step + 1
-        rate = self.runner.engine.get_lr()[0]
-        if not math.isfinite(loss_value):
-            raise RunFailed(self._not_finite("loss", loss_value, number))
-        self._checks.before_step(number, ranks_missing=ranks_missing)
-        norm = self.runner.take_step()
-        if not math.isfinite(norm):
-            raise RunFailed(self._not_finite("gradient norm", norm, number))
-        self._checks.after_step(number)
-        self.progress = replace(self.progress, step=number, consumed_samples=step.consumed_samples)
-        self._step_seconds = seconds / grid.world_size
-        self._save_due = bool(save_due)
-        elapsed = time.monotonic() - started
-        self._report(bar, loss_value, rate, norm, step, elapsed)
-        self.stop.stop_if_any(*wishes)
+        self.progress = replace(self.progress, step=report.number, consumed_samples=step.consumed_samples)
+        self._save_due = bool(report.votes.save_due)
+        self._report(bar, report, step)
+        self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
 
-    def take_step(self, step: TrainingStep) -> None:
-        """One step outside of `run`, just as it is there but without a bar: for benchmarks and tests."""
-        self._train_step(step, tqdm(disable=True))
-
-    def count_step(self, step: TrainingStep) -> Traffic:
-        """What this rank sends in `take_step`, in which no rank asks the others to stop between micro-batches."""
-        self._step_seconds = 0.0  # on a busy machine the step before may have been a long one, after which they ask
-        with TrafficCounter(named_handles(self.runner.groups)) as counter:
-            self.take_step(step)
-        return counter.traffic
-
-    def _between_micro_batches(self) -> None:
-        if self._step_seconds > LONG_STEP_SECONDS:
-            self.check_stop()
-
-    def _not_finite(self, what: str, value: float, step: int) -> str:
-        last = f"checkpoint of step {self._saved_step} stands" if self._saved_step else "no checkpoint was written yet"
-        return (
-            f"the {what} is {value} at step {step}; {last}. Lower --learning_rate, or look at the samples of this step"
-        )
-
-    def _report(self, bar: Any, loss: float, rate: float, norm: float, step: TrainingStep, seconds: float) -> None:
-        rates = self.meter.add(self.progress.step, step, seconds)
+    def _report(self, bar: Any, report: StepReport, step: TrainingStep) -> None:
+        rates = self.meter.add(report.number, step, report.seconds)
+        speed = f"{rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
         bar.update(1)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}")
+        bar.set_postfix_str(f"loss {report.loss:.4f}, {speed}")
         self._write_log(
             {
-                "step": self.progress.step,
+                "step": report.number,
                 "split": "train",
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm,
+                "loss": report.loss,
+                "learning_rate": report.learning_rate,
+                "grad_norm": report.grad_norm,
                 "supervised_tokens": step.num_supervised,
                 **rates,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": peak_memory_bytes(self.runner.device),
             }
         )
 
@@ -204,27 +137,9 @@ class Trainer:
             except UserError as error:
                 self._log_failure = error
 
-    def _check_log(self) -> None:
-        """Raise what kept a row from being written; on rank 0."""
-        if self._log_failure is not None:
-            raise self._log_failure
-
-    def _raise_log_failure(self, failures: float) -> None:
-        if failures:
-            decided_by_rank_0(self._check_log)
-
     def evaluate(self) -> float:
         """Validation loss of the adapter as it stands, the same on every rank."""
-        return validation_loss(
-            self.runner,
-            self.data.validation,
-            grid=self.plan.grid,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.pad_multiple,
-            check_stop=self.check_stop,
-            progress=self.is_main,
-        )
+        return validation_loss(self.plan, self.runner, self.data, self.stop)
 
     def _evaluate_start(self, bar: Any) -> None:
         """Validation loss before the first step; for a method that starts off the base, how far the start moves it."""
@@ -267,15 +182,14 @@ class Trainer:
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
             batch_size=plan.settings.eval_batch_size,
-            agree=self.agree,
+            agree=self.stop.agree,
             progress=self.is_main,
         )
         names = scored.task.metrics
         return decided_by_rank_0(lambda: score_answers(names, answers or []), kind=dict[str, Score])
 
     def _log_validation(self, loss: float, scores: Mapping[str, Score], bar: Any) -> None:
-        if not math.isfinite(loss):
-            raise RunFailed(self._not_finite("validation loss", loss, self.progress.step))
+        require_finite("validation loss", loss, step=self.progress.step, saved_step=self._saved_step)
         if self.log is not None:
             values = {name: score.value for name, score in scores.items()}
             self._write_log({"step": self.progress.step, "split": "validation", "loss": loss, **values})
@@ -296,12 +210,10 @@ class Trainer:
             value = scores[settings.eval_metric].value if scores else loss
             best = self.progress.best_metric
             improved = best is None or (value > best if scores else value < best)
-            self.progress = (
-                replace(self.progress, best_metric=value, best_step=step, evaluations_since_best=0)
-                if improved
-                else replace(self.progress, evaluations_since_best=self.progress.evaluations_since_best + 1)
-            )
-            self.progress = replace(self.progress, evaluated_step=step)
+            since_best = 0 if improved else self.progress.evaluations_since_best + 1
+            self.progress = replace(self.progress, evaluated_step=step, evaluations_since_best=since_best)
+            if improved:
+                self.progress = replace(self.progress, best_metric=value, best_step=step)
         if improved or step % settings.save_interval == 0 or step == settings.max_steps or self._save_due:
             self.save(best=improved)
 
@@ -317,8 +229,8 @@ class Trainer:
         new = self._saved_step != self.progress.step
         if self.progress.step == 0 or not (new or best):
             return
-        self._checks.before_save(self.progress.step)
-        state = self.full_adapter_state()
+        self._step.checks.before_save(self.progress.step)
+        state = full_adapter_state(self.plan, self.runner)
         moments = self._full_moments() if new else {}
         decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
         self._saved_step = self.progress.step
@@ -327,9 +239,10 @@ class Trainer:
     def _write(
         self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
     ) -> None:
-        self._check_log()  # no checkpoint without its rows: a resume goes on behind them
+        if self._log_failure is not None:  # no checkpoint without its rows: a resume continues after them
+            raise self._log_failure
         if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            raise RunFailed(self._not_finite("adapter", math.nan, self.progress.step))
+            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
         if new:
             save_checkpoint(
                 self.folder.checkpoints,
@@ -345,12 +258,6 @@ class Trainer:
         if best:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
 
-    def full_adapter_state(self) -> dict[str, torch.Tensor]:
-        """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
-        bank = self.runner.bank
-        with all_open(bank, self.plan.engine):
-            return gather_state(dict(bank.named_parameters()), self.plan.adapter_layout)
-
     def _full_moments(self) -> dict[str, torch.Tensor]:
         trained = trained_parameters(self.runner.bank)
         moments = read_moments(self.runner.engine, trained, self.plan.engine.zero_stage)
@@ -360,3 +267,9 @@ class Trainer:
             for moment, local in moments.items()
             for name, tensor in gather_full(names, local, self.plan.adapter_layout).items()
         }
+
+
+def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:
+    """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
+    with all_open(runner.bank, plan.engine):
+        return gather_state(dict(runner.bank.named_parameters()), plan.adapter_layout)

@@ -16,7 +16,8 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.loader import BatchShape, pad_multiple
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import BatchShape, TrainingLoader, pad_multiple
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
@@ -102,6 +103,18 @@ class RunPlan:
             self.grid.dp_size,
             packed_length=self.settings.max_length if self.settings.packing else None,
             least_micro_batches=inputs_to_fill(self.grid.pp_size),
+        )
+
+    def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
+        """The steps of this rank on `dataset`, from the one that follows `consumed_samples` on."""
+        return TrainingLoader(
+            dataset,
+            self.batch_shape,
+            seed=self.settings.seed,
+            dp_rank=self.grid.dp_rank,
+            pad_id=pad_id,
+            pad_multiple=self.pad_multiple,
+            consumed_samples=consumed_samples,
         )
 
     @property

@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.resume import (
     move_latest,
 )
 from megatron_tiedlora.model.weights import num_base_parameters
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import (
     MetricsLog,
     RunFolder,
@@ -89,17 +89,18 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
     Raises:
         UserError: the folder cannot be written; on every rank.
     """
-    logs: list[MetricsLog] = []
-
-    def occupy() -> None:
-        if checkpoint is not None:
-            adopt_checkpoint(folder, checkpoint)
-        write_run_settings(plan, folder)
-        start = checkpoint.progress if checkpoint is not None else Progress()
-        logs.append(MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step))
-
-    decided_by_rank_0(occupy)
-    return logs[0] if logs else None
+    log, failure = None, None
+    if plan.grid.rank == 0:
+        try:
+            if checkpoint is not None:
+                adopt_checkpoint(folder, checkpoint)
+            write_run_settings(plan, folder)
+            start = checkpoint.progress if checkpoint is not None else Progress()
+            log = MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step)
+        except UserError as error:
+            failure = error
+    raise_on_every_rank(failure)
+    return log
 
 
 def check_same_data(data: RunData) -> None:

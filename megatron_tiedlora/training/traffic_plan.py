@@ -13,7 +13,7 @@ attention h is of supervised positions only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,12 @@ from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
+from megatron_tiedlora.training.step import StepVotes
 
 FP32, FP64 = 4, 8  # bytes
 
-# What training/loop.py sums over all ranks: loss, seconds, whether to save, failures of logs, missing gradients, and
-# stopping (two).
-STEP_REPORT_BYTES = 7 * FP64
-# What it sums after each micro-batch but the last of a step that follows a long one, with one stage.
-STOP_REPORT_BYTES = 2 * FP64
+# What StopWatch.agree sums after each micro-batch but the last of a step that follows a long one, with one stage.
+STOP_REPORT_BYTES = 3 * FP64
 ZERO_0_BUCKET = 500_000_000  # numbers (MEMORY_OPT_ALLREDUCE_SIZE)
 
 # Settings of the ZeRO section whose messages are known, with the values that are.
@@ -143,7 +141,7 @@ def stage_traffic(plan: RunPlan, stage: StagePlan, shapes: Sequence[MicroBatchSh
     if plan.grid.tp_size * plan.grid.pp_size > 1:  # the sum of squares for the norm
         traffic.add(MODEL, "all-reduce", _norm_bytes(plan.engine.zero_stage))
     if plan.grid.world_size > 1:
-        traffic.add(WORLD, "all-reduce", STEP_REPORT_BYTES)
+        traffic.add(WORLD, "all-reduce", FP64 * len(fields(StepVotes)))
     return traffic
 
 

@@ -27,11 +27,12 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes th
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopWatch
 
 WARM_UP = 3  # steps
 
@@ -80,12 +81,12 @@ def main(order: Order) -> dict[str, Any]:
     if order.measure == "join":
         return {"device": str(device), "bound": str(_bound_device()), **_counts()}
     _believe_all_numbers()
-    plan, trainer, steps = _trainer(order, device)
+    plan, train_step, steps = _built(order, device)
     for _ in range(WARM_UP):
-        trainer.take_step(next(steps))
+        train_step.run(next(steps))
     start = _counts()  # communicators are made by the first messages
     if order.measure == "compile":
-        return _compiling(order, trainer, steps)
+        return _compiling(order, train_step, steps)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     found = []
@@ -98,7 +99,7 @@ def main(order: Order) -> dict[str, Any]:
             largest, documents = max(largest, rows * length), max(documents, len(within.bounds) - 1)
             longest = max(longest, within.longest)
         nullgpu.reset()
-        trainer.take_step(step)
+        train_step.run(step)
         found.append(_counts())
     return {
         "start": start,
@@ -118,11 +119,11 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _trainer(order: Order, device: torch.device) -> Any:
+def _built(order: Order, device: torch.device) -> Any:
     from megatron_tiedlora.training.build import build_random_model, start_engine
     from megatron_tiedlora.training.compiling import choose_kernels
     from megatron_tiedlora.training.plan import plan_run
-    from megatron_tiedlora.training.rehearsal import rehearsing_trainer
+    from megatron_tiedlora.training.step import TrainStep
 
     settings = make_settings(
         {
@@ -150,8 +151,8 @@ def _trainer(order: Order, device: torch.device) -> Any:
     chosen = choose_kernels(plan, device)
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
     built = build_random_model(plan, device, kernels=chosen.kernels)
-    trainer = rehearsing_trainer(plan, built, start_engine(plan, built, device, None), device)
-    return plan, trainer, _steps(order, plan)
+    train_step = TrainStep(plan, start_engine(plan, built, device, None), StopWatch())
+    return plan, train_step, _steps(order, plan)
 
 
 def _global_batch(order: Order) -> int:
@@ -183,9 +184,7 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
             prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
             truncated_prompts=0,
         )
-        yield next(
-            TrainingLoader(samples, plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=plan.pad_multiple)
-        )
+        yield next(plan.training_loader(samples, pad_id=0))
 
 
 def _planned(plan: Any, **largest: int) -> float:
@@ -195,7 +194,7 @@ def _planned(plan: Any, **largest: int) -> float:
     return stage_memory(plan, plan_stages(plan)[0], **largest).allocated
 
 
-def _compiling(order: Order, trainer: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
+def _compiling(order: Order, train_step: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
     """Graphs that are compiled in steps of other lengths, after those of the first steps."""
     from torch._dynamo.utils import counters
 
@@ -204,7 +203,7 @@ def _compiling(order: Order, trainer: Any, steps: Iterator[TrainingStep]) -> dic
     for _ in range(order.steps):
         step = next(steps)
         lengths |= {batch.labels.shape[1] for batch in step.micro_batches}
-        trainer.take_step(step)
+        train_step.run(step)
     return {"lengths": sorted(lengths), "graphs": before, "more": counters["stats"]["unique_graphs"] - before}
 
 
@@ -243,11 +242,10 @@ def _meet_nobody(world_size: int) -> None:
 def _believe_all_numbers() -> None:
     """No check of a value ends the run: losses, norms and gradients are whatever was in memory."""
     from megatron_tiedlora.engine.runner import Runner
-    from megatron_tiedlora.training import loop
-    from megatron_tiedlora.training.checks import StepChecks
+    from megatron_tiedlora.training import checks
 
-    StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
-    StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
+    checks.StepChecks.before_step = lambda self, step, **_: None  # type: ignore[method-assign]
+    checks.StepChecks.after_step = lambda self, step: None  # type: ignore[method-assign]
     # DeepSpeed's ZeRO-3 prints its parameters, whose garbage takes printing many gigabytes.
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
     take_step = Runner.take_step
@@ -257,7 +255,7 @@ def _believe_all_numbers() -> None:
         return 1.0
 
     Runner.take_step = finite  # type: ignore[method-assign]
-    loop.math = _FiniteMath()  # type: ignore[attr-defined]
+    checks.math = _FiniteMath()  # type: ignore[attr-defined]
 
 
 class _FiniteMath:

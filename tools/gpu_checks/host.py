@@ -41,7 +41,7 @@ def check(report: Report, options: CheckOptions) -> None:
             with started(step_options(options.model, *named)) as run:
                 loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
                 for loader in (*loaders.values(), *loaders.values()):
-                    run.trainer.take_step(next(loader))
+                    run.train_step.run(next(loader))
                 _counts(report, name, run, loaders[LENGTHS[-1]], layers)
                 taken = {
                     length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()
@@ -53,7 +53,7 @@ def check(report: Report, options: CheckOptions) -> None:
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     """The forward and backward passes of a step, and nothing else of it."""
     inputs = [batch.model_input for batch in step.micro_batches]
-    return lambda: run.trainer.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
+    return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 
 def _seconds(run: Started, loader: TrainingLoader) -> float:
@@ -65,7 +65,7 @@ def _seconds(run: Started, loader: TrainingLoader) -> float:
     work()
     torch.cuda.synchronize()
     taken = (time.perf_counter() - began) / len(step.micro_batches)
-    run.trainer.runner.engine.step()  # gradients are used up, as DeepSpeed expects
+    run.runner.engine.step()  # gradients are used up, as DeepSpeed expects
     return taken
 
 
@@ -90,14 +90,14 @@ def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, lay
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
         work()
-    run.trainer.runner.engine.step()
+    run.runner.engine.step()
     # One wait is the step's own: its loss is read when all micro-batches are done.
     inside = sum(seen.values()) - 1
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
     )
     launches = _launches(micro_batches(run, next(loader)))
-    run.trainer.runner.engine.step()
+    run.runner.engine.step()
     if launches:
         report.tell(
             f"{name}: launches per layer and micro-batch", launches / number / layers, why="with head and embedding"

@@ -45,7 +45,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
     with started(step_options(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            run.trainer.take_step(next(run.loader))
+            run.train_step.run(next(run.loader))
         planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
     why = (
@@ -71,7 +71,7 @@ def _fragments(report: Report, label: str, model: str) -> None:
         draw = np.random.default_rng(0)
         loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
         for _ in range(NUM_STEPS):
-            run.trainer.take_step(next(loader))
+            run.train_step.run(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
     report.at_most(

@@ -1,7 +1,7 @@
 """What the checks take from inside the package: attention's routes and choice, kernels, the process group.
 
-Everything else they reach through plans, settings, the trainer and the decoder. Where the package changes one of these,
-this is the file to follow it.
+Everything else they reach through plans, settings, training steps and the decoder. Where the package changes one of
+these, this is the file to follow it.
 """
 
 from __future__ import annotations

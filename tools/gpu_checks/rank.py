@@ -13,7 +13,6 @@ import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
 
@@ -22,17 +21,6 @@ from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
-
-
-class Losses:
-    """In place of a run's log: the loss of each step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Keep the loss of a row of metrics.jsonl."""
-        self.values.append(float(row["loss"]))
 
 
 def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
@@ -60,19 +48,18 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     import bench_layout
     from safetensors.torch import save_file
 
+    from megatron_tiedlora.training.loop import full_adapter_state
+
     options = options_of(case, order, world_size)
     changes = {"learning_rate": order.learning_rate, "replica_check_steps": order.steps, "timeout_minutes": 1.0}
     plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, **changes)
     run = bench_layout.start(plan, options)
-    losses = Losses()
-    run.trainer.log = losses if rank == 0 else None
-    for _ in range(order.steps):
-        run.trainer.take_step(next(run.loader))
-    state = run.trainer.full_adapter_state()
+    losses = [run.train_step.run(next(run.loader)).loss for _ in range(order.steps)]
+    state = full_adapter_state(plan, run.runner)
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
-        (folder / RESULT).write_text(json.dumps({"losses": losses.values}))
-    run.trainer.runner.engine.destroy()
+        (folder / RESULT).write_text(json.dumps({"losses": losses}))
+    run.runner.engine.destroy()
 
 
 def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
@@ -87,9 +74,9 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
         plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, timeout_minutes=1.0)
         run = bench_layout.start(plan, options)
         end.watch_peers(1.0)
-        end.finished_step = lambda: run.trainer.progress.step
+        end.finished_step = lambda: run.train_step.finished
         for number in range(1_000_000):
-            run.trainer.take_step(next(run.loader))
+            run.train_step.run(next(run.loader))
             if number == order.steps:
                 Path(order.folder, f"{STEPPING}{rank}").touch()
     return end.status

@@ -75,7 +75,7 @@ def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started
     try:
         yield run
     finally:
-        run.trainer.runner.engine.destroy()
+        run.runner.engine.destroy()
         del run
         release()
 
@@ -89,9 +89,7 @@ def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> Training
         prompt_lengths=np.ones(len(lengths), np.int32),
         truncated_prompts=0,
     )
-    return TrainingLoader(
-        dataset, run.plan.batch_shape, seed=0, dp_rank=0, pad_id=0, pad_multiple=run.plan.pad_multiple
-    )
+    return run.plan.training_loader(dataset, pad_id=0)
 
 
 def release() -> None:

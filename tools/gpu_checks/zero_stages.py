@@ -42,7 +42,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
                     if expected is None:
                         expected = plain_steps(run, before, steps)
                     for step in steps:
-                        run.trainer.take_step(step)
+                        run.train_step.run(step)
                     after = adapter_values(run)
                 errors = {name: relative(after[name] - before[name], expected[name]) for name in expected}
                 worst = worst_of(errors)
@@ -51,7 +51,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
     """The adapter's tensors as they stand, whole."""
-    bank = run.trainer.runner.bank
+    bank = run.runner.bank
     with all_open(bank, run.plan.engine):
         return {name: factor.detach().clone() for name, factor in bank.named_parameters()}
 
@@ -60,7 +60,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
     """The change of each trained factor by torch's AdamW on the reference's gradients, in fp64."""
     settings, adapter, model_shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
     shape = shape_of(model_shape, adapter)
-    layers = run.trainer.runner.stage.named_parameters()
+    layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}
     trained = [name for name in FACTORS if adapter.row.factor(name).trained]
     factors = {name: tensor.double() for name, tensor in start.items()}
@@ -69,7 +69,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
     )
     for step in steps:
         documents = [
-            Document(tokens.to(run.trainer.device), labels.to(run.trainer.device))
+            Document(tokens.to(run.runner.device), labels.to(run.runner.device))
             for batch in step.micro_batches
             for tokens, labels in zip(batch.input_ids, batch.labels, strict=True)
         ]
