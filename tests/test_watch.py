@@ -79,8 +79,10 @@ LOOKS: dict[str, Row] = {
     "the run has ended": (known(), seen(NOW + 1.1, reported=True), asks(RUNNING, NOW + 1.1), told(**LOOK)),
     "no rank works": (known(idle_since=NOW), seen(NOW + 1.1), asks(RUNNING, NOW + 1.1), told(**LOOK)),
     "ranks are told again": (known(stop=SIGTERM), seen(NOW + 1.1), asks(RUNNING, NOW + 1.1), told(**STOP)),
+    "launchers have ended, not yet": (known(ENDED), ended(NOW + 1), {}, told()),
+    "launchers have ended": (known(ENDED), ended(NOW + 1.1), asks(ENDED, NOW + 1.1), told(**LOOK)),
     "a pause while all are ended": (known(KILLING, looks=1), seen(NOW - 0.5), {}, told()),
-    "after the pause": (known(KILLING, stop=SIGKILL), seen(NOW - 0.4), asks(KILLING, NOW - 0.4), told(**KILL)),
+    "after the pause": (known(KILLING, stop=SIGKILL), seen(NOW - 0.45), asks(KILLING, NOW - 0.45), told(**KILL)),
 }
 SIGNALS: dict[str, Row] = {
     "the first is passed on at once": (
@@ -88,6 +90,12 @@ SIGNALS: dict[str, Row] = {
         seen(signals=[SIGTERM]),
         {"passed_on": SIGTERM, "stop": SIGTERM, **asks(RUNNING)},
         told(PASSED_ON, **STOP),
+    ),
+    "the first of two": (
+        known(asked=RUNNING),
+        seen(signals=[SIGUSR1, SIGTERM]),
+        {"passed_on": SIGUSR1, "stop": SIGUSR1},
+        told(PASSED_ON.replace("SIGTERM", "SIGUSR1")),
     ),
     "it waits for the look that is under way": (
         known(asked=RUNNING),
@@ -137,6 +145,7 @@ LAUNCHERS: dict[str, Row] = {
         {"stage": ENDED, "looks": 2, **asks(ENDED)},
         told(**STOP),
     ),
+    "nothing is stopped after the end": (known(ENDED), ended(failed=("mpirun", 1)), {}, told()),
     "one has failed": (known(), failed(), {"failed_at": NOW}, told()),
     "others have time": (known(failed_at=NOW - 44.9), failed(), {}, told()),
     "others are stopped": (
@@ -318,6 +327,12 @@ LAST: dict[str, Row] = {
         ended(answers=NO_ANSWER),
         {"stage": OVER, "looks": 1, "asked": None, "unreached": SLOW},
         told(),
+    ),
+    "killed for the last time": (
+        answered(KILLING, looks=1, stop=SIGKILL, looked_at=NOW),
+        ended(answers=answers("rank")),
+        {"looks": 0, "asked": None},
+        told("killed on a: 7 (rank, python)"),
     ),
     "some cannot be killed": (
         answered(KILLING, looks=0, stop=SIGKILL),
