@@ -132,7 +132,7 @@ SIGNALS: dict[str, Row] = {
     "no time is left after the launchers' end": (
         known(ENDED, stop=SIGINT, deadline=AT_ONCE, asked=ENDED),
         ended(signals=[SIGINT, SIGINT]),
-        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3},
+        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, "looked_at": AT_ONCE},
         told(kill_launchers=True),
     ),
     "not heard while all are ended": (known(TERMINATING, asked=TERMINATING), ended(signals=[SIGINT]), {}, told()),

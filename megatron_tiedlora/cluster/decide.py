@@ -48,7 +48,7 @@ class State:
 
     stage: Stage = Stage.RUNNING
     asked: Stage | None = None  # the stage in which the look that is under way was begun
-    looked_at: float = AT_ONCE  # when the last look was begun
+    looked_at: float = AT_ONCE  # when the last look was begun; AT_ONCE: the next one is due
     passed_on: int = 0  # the first signal that this command was given
     stop: int = 0  # the signal of each look, 0 for none; until TERMINATING it goes to the ranks that have not had it
     worked: bool = False  # whether a rank has worked
@@ -106,10 +106,11 @@ def _interval(state: State, seen: Observation, times: Times) -> float:
 
 
 def _end_all(state: State, do: Actions, *, by_force: bool) -> State:
+    state = replace(state, looked_at=AT_ONCE, deadline=NEVER)
     if not by_force:
-        return replace(state, stage=Stage.TERMINATING, stop=signal.SIGTERM, deadline=NEVER)
+        return replace(state, stage=Stage.TERMINATING, stop=signal.SIGTERM)
     do.kill_launchers = True
-    return replace(state, stage=Stage.KILLING, stop=signal.SIGKILL, deadline=NEVER, looks=LAST_LOOKS)
+    return replace(state, stage=Stage.KILLING, stop=signal.SIGKILL, looks=LAST_LOOKS)
 
 
 def _signals(state: State, seen: Observation, do: Actions) -> State:
