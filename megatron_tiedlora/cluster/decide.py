@@ -90,7 +90,10 @@ def decide(state: State, seen: Observation, times: Times) -> tuple[State, Action
         state = _launchers(_signals(state, seen, do), seen, times, do)
     if seen.answers is not None:
         is_fresh, state = state.asked is state.stage, replace(state, asked=None, unreached=seen.answers.unreached)
-        state = _CONCLUSIONS[state.stage](state, seen, seen.answers, times, do) if is_fresh else state
+        if is_fresh:
+            state = _CONCLUSIONS[state.stage](state, seen, seen.answers, times, do)
+        else:  # begun in an earlier stage, it tells nothing of this one
+            state = replace(state, looked_at=AT_ONCE)
     news = (state.stage, state.stop, state.passed_on) != (before.stage, before.stop, before.passed_on)
     is_due = news or seen.now - state.looked_at > _interval(state, seen, times)
     if is_due and state.asked is None and state.stage is not Stage.OVER:
@@ -106,7 +109,7 @@ def _interval(state: State, seen: Observation, times: Times) -> float:
 
 
 def _end_all(state: State, do: Actions, *, by_force: bool) -> State:
-    state = replace(state, looked_at=AT_ONCE, deadline=NEVER)
+    state = replace(state, deadline=NEVER)
     if not by_force:
         return replace(state, stage=Stage.TERMINATING, stop=signal.SIGTERM)
     do.kill_launchers = True
