@@ -168,15 +168,15 @@ def test_a_host_under_several_names_is_told_once(spawn: Spawn, script: str, tmp_
     hosts = JobHosts(make_job(tmp_path / "job", run_id=RUN, script=script), dict(os.environ), limit=30)
     checked = hosts.check()
     assert not checked.unreached and checked.addresses.keys() == {"node1", "node2"}
-    assert [found.pid for _, found in hosts.look().found] == [rank.pid]
-    hosts.stop(signal.SIGTERM)
-    answers = hosts.stop(signal.SIGTERM)
+    assert [found.pid for _, found in hosts.ask().found] == [rank.pid]
+    hosts.ask(signal.SIGTERM)
+    answers = hosts.ask(signal.SIGTERM)
     wait_for(lambda: mark.read_text() == "up\n15\n")
     name = psutil.Process(rank.pid).name()
     assert answers.working and describe(answers) == [f"{socket.gethostname()}: {rank.pid} (rank, {name})"]
-    hosts.end(signal.SIGKILL)
+    hosts.ask(signal.SIGKILL, everything=True)
     rank.wait(10)
-    assert not hosts.look().found
+    assert not hosts.ask().found
 
 
 @pytest.mark.usefixtures("ssh")
@@ -185,8 +185,8 @@ def test_a_rank_on_another_host_is_told_once(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     write_program(tmp_path / "bin", "ssh", f"#!/bin/sh\necho \"$*\" >> {calls}\necho '{answer}'\n")
     hosts = JobHosts(make_job(tmp_path / "job", run_id=RUN, hosts=(Host("far", 1),)), dict(os.environ), limit=30)
-    for ask in (hosts.stop, hosts.stop, hosts.end):
-        assert [found.pid for _, found in ask(signal.SIGTERM).found] == [7]
+    for everything in (False, False, True):
+        assert [found.pid for _, found in hosts.ask(signal.SIGTERM, everything=everything).found] == [7]
     told, again, ended = (line.partition(" --signal ")[2] for line in calls.read_text().splitlines())
     assert (told, again, ended) == ("15 --to ranks", "15 --to ranks --but 7", "15 --to all")
 

@@ -20,8 +20,7 @@ import pytest
 from launcher_jobs import write_program
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster import start as beginning
-from megatron_tiedlora.cluster import watch
+from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -102,9 +101,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     private = tmp_path / "private"
     private.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(private))
-    monkeypatch.setattr(watch, "HELPER_SECONDS", 1.0)
-    monkeypatch.setattr(watch, "LINGER_SECONDS", 1.0)
-    monkeypatch.setattr(beginning, "SOON_SECONDS", 0.3)
 
     def run(
         rank: dict[str, Any],
@@ -112,6 +108,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         *,
         signals: tuple[int, ...] = (),
         grace: float = 20.0,
+        soon: float = 0.3,
         arguments: tuple[str, ...] = (),
         before: Callable[[Path], None] | None = None,
     ) -> Start:
@@ -123,7 +120,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         flags = ["--launcher=mpirun", "--num_gpus=1", "--look_seconds=0.5", f"--grace_seconds={grace}"]
         sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
         sender.start()
-        status = launch([*flags, f"--output_dir={folder}", *arguments], scripts=scripts)
+        times = Times(soon=soon, linger=1.0, helper=1.0)
+        status = launch([*flags, f"--output_dir={folder}", *arguments], scripts=scripts, times=times)
         sender.join(10)
         assert not list(private.iterdir())
         return Start(status, capfd.readouterr().err, folder)
@@ -257,9 +255,8 @@ def test_a_rank_that_does_not_listen_is_killed_when_the_grace_is_over(start: Lau
     assert time.monotonic() - begun < 20 and "killed on " in ended.said
 
 
-def test_a_killed_launcher_is_noticed(start: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_launcher_is_noticed(start: Launch) -> None:
     """The ranks are told at once, and not at the next look."""
-    monkeypatch.setattr(beginning, "SOON_SECONDS", 4.0)
 
     def kill() -> None:
         time.sleep(2.0)
@@ -269,7 +266,7 @@ def test_a_killed_launcher_is_noticed(start: Launch, monkeypatch: pytest.MonkeyP
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ended = start({"works": 4}, grace=60)
+    ended = start({"works": 4}, grace=60, soon=4.0)
     killer.join()
     assert "killed on" not in ended.said
     assert ended.status == 137 and ended.signals == [15]

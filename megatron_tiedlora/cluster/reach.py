@@ -57,29 +57,23 @@ class JobHosts:
         names = [] if self._job.reached == "local" else [host.name for host in self._job.hosts]
         return self._answers(self._run(dict.fromkeys(names, self._command())), {})
 
-    def look(self) -> Answers:
-        """What runs where."""
-        return self._ask()
+    def ask(self, number: int = 0, *, everything: bool = False) -> Answers:
+        """What runs where.
 
-    def stop(self, number: int) -> Answers:
-        """Signal the ranks (or torchrun's agents) that have not been told yet."""
-        return self._ask(number)
-
-    def end(self, number: int) -> Answers:
-        """Signal all that there is."""
-        return self._ask(number, everything=True)
-
-    def _ask(self, number: int | None = None, *, everything: bool = False) -> Answers:
+        Args:
+            number: a signal for what is found, 0 for none.
+            everything: send it to all processes, and not only to the ranks (or torchrun's agents) not told yet.
+        """
         here = find(self._job.run_id, script=self._job.script)
-        if number is not None:
+        if number:
             here = tell(here, number, everything=everything, but=() if everything else [*self._told.get("", ())])
         others = [name for name in self._others if name not in self._aliases]
         commands = {name: self._command(number, everything=everything, name=name) for name in others}
         return self._answers(self._run(commands), {"": here})
 
-    def _command(self, number: int | None = None, *, everything: bool = False, name: str = "") -> list[str]:
+    def _command(self, number: int = 0, *, everything: bool = False, name: str = "") -> list[str]:
         words = [self._job.python, "-P", "-m", MODULE, "--run_id", self._job.run_id, "--script", self._job.script]
-        if number is not None:
+        if number:
             words += ["--signal", str(int(number)), "--to", "all" if everything else "ranks"]
             if not everything and (told := self._told.get(name)):
                 words += ["--but", *map(str, sorted(told))]

@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.reach import JobHosts
 from megatron_tiedlora.cluster.remote import Route
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
-from megatron_tiedlora.cluster.watch import Times, Watch, say, start_all
+from megatron_tiedlora.cluster.watch import say, start_all, watch
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
@@ -30,15 +31,16 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, r
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
 _PROGRAMS = {"pdsh": ("pdsh", "pgrep"), "openmpi": ("mpirun", "pgrep"), "mpirun": ("mpirun",), "srun": ("srun",)}
-SOON_SECONDS = 2.0  # between looks when a job is about to end
-SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
+_SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
+_TIMES = Times()
 
 
-def launch(argv: Sequence[str], *, scripts: Path) -> int:
+def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     """Start a job, watch it to its end and report it; returns the exit status.
 
     Args:
         scripts: the folder of launch/train.py.
+        times: limits that no setting gives.
 
     Raises:
         UserError: before anything was started: settings, hosts, layout, batch or folder that do not fit.
@@ -57,12 +59,12 @@ def launch(argv: Sequence[str], *, scripts: Path) -> int:
             show(*(part for line in lines for part in line.split("\n")))
             return 0
         _check_programs(job)
-        return _run(job, settings, environment, folder)
+        return _run(job, settings, environment, folder, times)
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], folder: RunFolder) -> int:
+def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], folder: RunFolder, times: Times) -> int:
     with StopSignals(more=(signal.SIGUSR1,)) as signals:
         hosts = JobHosts(job, environment, limit=settings.host_seconds)
         if job.reached == "ssh":
@@ -78,13 +80,10 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
             return 128 + signals.received[0]
         where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
         say(f"{job.size} ranks on {where} by {job.launcher}, into {folder.path}")
-        by_slurm = job.reached == "srun"  # which looks after its steps by itself
-        times = Times(
-            look=float("inf") if by_slurm else settings.look_seconds,
-            grace=settings.grace_seconds,
-            soon=SRUN_SOON_SECONDS if by_slurm else SOON_SECONDS,
-        )
-        ended = Watch(start_all(plan, job.folder), hosts, signals, times, status.is_new).run()
+        times = replace(times, look=settings.look_seconds, grace=settings.grace_seconds)
+        if job.reached == "srun":  # Slurm looks after its steps by itself
+            times = replace(times, look=float("inf"), soon=_SRUN_SOON_SECONDS)
+        ended = watch(start_all(plan, job.folder), hosts, signals, times, status.is_new)
     verdict = judge(status, launcher=ended.name, launcher_status=ended.status, passed_on=ended.passed_on)
     say(verdict.line)
     return verdict.status
