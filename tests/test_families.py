@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import write_uneven_data
 from forked_ranks import groups_of, run_on_ranks
 from safetensors.torch import load_file, save_file
-from test_layouts import Layout, engine_json, prepare, run_and_check
+from test_layouts import Layout, prepare, run_and_check, settings_of
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
@@ -159,24 +158,7 @@ def test_qwen2_computes_what_transformers_does(tmp_path: Path, tp: int, pp: int)
 def test_qwen2_trains_as_the_oracle_does(tmp_path: Path) -> None:
     """Losses, clipped norms and adapters of four steps at (1, 1, 1), (2, 1, 1) and (1, 2, 1)."""
     model = write_tiny_model(tmp_path / "model", family="qwen2", num_layers=5, num_heads=8, num_kv_heads=4)
-    base = {
-        "model": str(model),
-        "train_file": str(write_uneven_data(tmp_path / "train.jsonl")),
-        "validation_file": str(write_uneven_data(tmp_path / "validation.jsonl", rows=4, seed=1)),
-        "ds_config": str(engine_json(tmp_path, 1)),
-        "dtype": "fp32",
-        "rank": 3,
-        "alpha": 6.0,
-        "seed": 11,
-        "max_length": 128,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "max_steps": 4,
-        "warmup_steps": 2,
-        "weight_decay": 0.01,
-        "gradient_clipping": 0.05,
-        "eval_interval": 1000,
-    }
+    base = {**settings_of(model, tmp_path), "max_steps": 4}
     oracles: dict[Any, Any] = {}
     alone, tensor, pipeline = (
         prepare(base, tmp_path, Layout(*sizes), oracles=oracles) for sizes in ((1, 1, 1), (2, 1, 1), (1, 2, 1))

@@ -76,15 +76,11 @@ def engine_json(folder: Path, stage: int, **zero: Any) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a tiny model whose 5 layers divide by neither 2 nor 4 stages; 8 heads on 4 key-value heads."""
-    folder = tmp_path_factory.mktemp("base")
-    model = write_tiny_model(folder / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
-    train = write_uneven_data(folder / "train.jsonl")
+def settings_of(model: Path, folder: Path) -> dict[str, Any]:
+    """Settings of a short run of `model` on uneven samples, with clipping active; the files are in `folder`."""
     return {
         "model": str(model),
-        "train_file": str(train),
+        "train_file": str(write_uneven_data(folder / "train.jsonl")),
         "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
         "ds_config": str(engine_json(folder, 1)),
         "dtype": "fp32",
@@ -101,6 +97,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "gradient_clipping": 0.05,
         "eval_interval": 1000,
     }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a tiny model whose 5 layers divide by neither 2 nor 4 stages; 8 heads on 4 key-value heads."""
+    folder = tmp_path_factory.mktemp("base")
+    model = write_tiny_model(folder / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
+    return settings_of(model, folder)
 
 
 @pytest.fixture
