@@ -111,14 +111,18 @@ def communicators(*counts: Mapping[str, int]) -> int:
 
 
 def _per_micro_batch(count: Callable[[Mapping[str, int]], int], **order: Any) -> float:
-    # The fewest of some steps: with garbage for numbers, what DeepSpeed does at a step's end differs.
-    few, many = (min(map(count, run_rank(micro_batches=number, **order)["steps"])) for number in (2, 6))
-    return (many - few) / 4
+    few, many = (_fewest(count, micro_batches=number, **order) for number in (2, 6))
+    return max(many - few, 0) / 4
 
 
 def _per_layer(**order: Any) -> float:
-    few, many = (run_rank(num_layers=number, micro_batches=2, **order) for number in (3, 5))
-    return (launches(many["steps"][-1]) - launches(few["steps"][-1])) / 2 / 2
+    few, many = (_fewest(launches, num_layers=number, micro_batches=2, **order) for number in (3, 5))
+    return (many - few) / 2 / 2
+
+
+def _fewest(count: Callable[[Mapping[str, int]], int], **order: Any) -> int:
+    """Of some steps: with garbage for numbers, what DeepSpeed does at a step's end differs from step to step."""
+    return min(map(count, run_rank(steps=12, **order)["steps"]))
 
 
 def _starts_with_one_visible() -> float:
@@ -134,7 +138,7 @@ def _communicators_at_512(**order: Any) -> float:
 
 def _messages_of_a_step() -> float:
     """Those of a step without a micro-batch."""
-    few = min(map(messages, run_rank(micro_batches=2, **TWO_STAGES)["steps"]))
+    few = _fewest(messages, micro_batches=2, **TWO_STAGES)
     return few - 2 * _per_micro_batch(messages, **TWO_STAGES)
 
 
@@ -153,9 +157,9 @@ def _reserved_to_allocated(**order: Any) -> float:
 
 def _launches_of_rows() -> float:
     """How many more launches a layer has for 4 rows than for 1 under sequence parallelism."""
-    order = {**FOUR, "micro_batches": 2, "compile": "true"}
-    few, many = (run_rank(**order | {"rows": rows, "lengths": [1024, 1024]}) for rows in (1, 4))
-    return (launches(many["steps"][-1]) - launches(few["steps"][-1])) / 2 / 4
+    order = {name: value for name, value in FOUR.items() if name != "num_layers"} | {"compile": "true"}
+    few, many = (_per_layer(**order | {"rows": rows, "lengths": [1024, 1024]}) for rows in (1, 4))
+    return many - few
 
 
 def _planned_to_allocated(**order: Any) -> float:
