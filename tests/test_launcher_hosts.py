@@ -94,7 +94,7 @@ def test_a_hostfile_that_may_never_end_is_not_waited_for(tmp_path: Path) -> None
 
 
 def test_the_home_of_a_user_who_is_not_there_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--hostfile '~nosuchuser/hosts': is no path"):
+    with pytest.raises(UserError, match="--hostfile '~nosuchuser/hosts': is not a path"):
         read_hostfile("~nosuchuser/hosts")
     monkeypatch.setenv("HOME", str(hostfile(tmp_path, "node1 slots=4\n").parent))
     assert read_hostfile("~/hosts") == (Host("node1", 4),)

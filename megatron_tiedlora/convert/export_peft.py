@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -96,7 +96,7 @@ def export_peft(
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs)
     for note in base.notes:
         say(note)

@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
-from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -74,7 +74,7 @@ def merge_adapter(
             folder.
     """
     folder = source.weights_folder()
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.

@@ -19,7 +19,7 @@ import yaml
 from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
-from megatron_tiedlora.base.output_folder import refuse_links
+from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -139,7 +139,7 @@ def check_folder(folder: StudyFolder) -> None:
     """Raise UserError where the folder holds anything but a study, or links in it, or is a file. A start that was cut
     off before it had written its settings does not count."""
     path = folder.path
-    refuse_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
+    reject_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
