@@ -61,7 +61,7 @@ _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}
     ('model: "\\ud800"\n', "--model '\\ud800'"),
     ("a" * 2**18 + ": 1\n", "is larger than 262,144 bytes"),
     ("? " + "x" * 5000 + "\n: 1\n", "unknown setting"),
-    ("max_steps: 0x" + "f" * 5000, "--max_steps a whole number"),
+    ("max_steps: 0x" + "f" * 5000, "--max_steps an integer"),
     ("max_steps: '" + "9" * 5000 + "'", "--max_steps 9999"),
     (b"\xff\xfer\0a\0n\0k\0:\0 \x008\0", "not UTF-8"),
 ])  # fmt: skip
