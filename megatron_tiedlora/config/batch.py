@@ -42,16 +42,16 @@ def plan_batches(
     micro_batch_size: int | None,
     data_parallel: int,
     *,
-    most_rows: int = DEMO_ROWS,
-    least_steps: int = 1,
+    max_rows: int = DEMO_ROWS,
+    min_steps: int = 1,
 ) -> BatchPlan:
     """Divide `global_batch_size` samples over `data_parallel` ranks.
 
     Args:
         micro_batch_size: rows per forward pass. None: the largest divisor of a rank's share that is at most
-            `most_rows` and leaves `least_steps` accumulation steps, if there is one.
-        most_rows: see `default_rows`.
-        least_steps: minimum accumulation steps with the default, if a rank's share is large enough.
+            `max_rows` and leaves `min_steps` accumulation steps, if there is one.
+        max_rows: see `default_rows`.
+        min_steps: minimum accumulation steps with the default, if a rank's share is large enough.
 
     Raises:
         UserError: the batch does not divide; names all three numbers and the nearest global batches that do.
@@ -67,6 +67,6 @@ def plan_batches(
         )
     if micro_batch_size is None:
         share = global_batch_size // data_parallel
-        largest = max(1, min(most_rows, share // least_steps))
+        largest = max(1, min(max_rows, share // min_steps))
         micro_batch_size = max(rows for rows in range(1, largest + 1) if share % rows == 0)
     return BatchPlan(global_batch_size, micro_batch_size, data_parallel)
