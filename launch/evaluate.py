@@ -79,7 +79,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut, attention))
+        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_truncated, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
