@@ -18,7 +18,7 @@ from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.evaluation.plan import DEMO_SCORED_SAMPLES as EVALUATE_LIMIT
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import occupy
+from megatron_tiedlora.study.record import write_record
 from megatron_tiedlora.study.sweep import sweep
 
 
@@ -77,7 +77,7 @@ def write_started(base: Base, folder: Path, *flags: str, file: Path | None = Non
     """The folder of a sweep that was started, and cut off before its first command."""
     plan = plan_sweep(parse_sweep([*study_arguments(base, file or base.validation, folder, **changes), *flags]))
     folder.mkdir()
-    occupy(plan.folder, plan.command, plan.base)
+    write_record(plan.folder, plan.command, plan.base)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> N
 
     def processes(*flags: str) -> tuple[Any, ...]:
         plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
-        occupy(plan.folder, plan.command, plan.base)
+        write_record(plan.folder, plan.command, plan.base)
         return plan.settings.launcher_args, plan.settings.gpus_per_run, plan.settings.runs_at_once
 
     assert processes() == ("--num_gpus 2", None, 3)
@@ -111,7 +111,7 @@ def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) 
     del old["file_sha256"]
     (folder / "base.json").write_text(json.dumps(old))
     plan = plan_sweep(parse_sweep(again))
-    occupy(plan.folder, plan.command, plan.base)
+    write_record(plan.folder, plan.command, plan.base)
     found = json.loads((folder / "base.json").read_text())["file_sha256"]
     assert found == {**known, str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
 
@@ -164,7 +164,7 @@ REFUSED = [
     ("--gpus_per_run=1 --runs_at_once=2", "remove --runs_at_once"),
     ("--runs_at_once=2 --launcher_args=--master_port=7", "--runs_at_once 2: the runs cannot share the --master_port"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
-    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs to give"),
+    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs; give"),
     ("--tables_from=a", "cannot be combined with --tables_from"),
 ]
 
