@@ -27,6 +27,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
@@ -194,9 +195,8 @@ def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid
     """Read a rank's slices of the base into its stage."""
     load_base_weights(
         weights,
-        dict(stage.named_parameters()),
+        frozen_weights(stage),
         stage_weight_rules(shape, has_embedding=stage.embedding is not None),
-        access=lambda parameter: nullcontext(parameter),
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"num_layers": 5},
@@ -47,7 +47,7 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
     specs = layer_specs(source.shape, dtype=torch.float64, recomputes_gate=recompute == "selective")
     model = Stage(specs, bank, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.shape)) as weights:
-        load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
+        load_base_weights(weights, frozen_weights(model))
     return model, oracle
 
 

@@ -19,8 +19,8 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.layers import frozen_parameter
 
 
 class _WithZeroGradients(torch.autograd.Function):
@@ -61,7 +61,7 @@ class Stage(nn.Module):
         self.blocks = [spec.index for spec in specs if spec.kind == "block"]
         self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
-        if self.head is not None and self.layers[self.head].weight is None:  # tied embeddings
+        if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
         self.adapter = adapter
         self.recompute = recompute
@@ -71,11 +71,12 @@ class Stage(nn.Module):
     def _give_head_its_weight(self) -> None:
         head: Any = self.layers[str(self.head)]
         if self.embedding is not None:
-            head.weight = self.layers[self.embedding].weight
+            embedding: Any = self.layers[self.embedding]
+            head.take_weight(embedding.frozen)
         else:
-            weight = head.norm.weight
+            norm = head.norm.weight
             rows = -(-head.vocab_size // self.tensor_parallel.group.size)
-            head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+            head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
 
     @property
     def tail(self) -> SupervisedTail:
