@@ -252,9 +252,9 @@ class _Walk:
         """(loss, gradient of what came from the stage before)."""
         inputs = self._inputs(batch)
         if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
-            loss = self.stage(batch.input_ids, _places(batch)[0], batch.labels) / num_supervised
+            loss = self.stage(batch.input_ids, _position_ids(batch), batch.labels) / num_supervised
         else:
-            output = self.stage.run(inputs, *_places(batch))
+            output = self.stage(inputs, _position_ids(batch), documents=batch.documents)
             if not self._is_last:
                 distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
                 gradient = torch.empty_like(output)
@@ -268,7 +268,7 @@ class _Walk:
     @torch.no_grad()
     def logits(self, batch: OracleBatch) -> torch.Tensor | None:
         """(b, s, V) on the last stage."""
-        output = self.stage.run(self._inputs(batch), *_places(batch))
+        output = self.stage(self._inputs(batch), _position_ids(batch), documents=batch.documents)
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
             return None
@@ -299,11 +299,11 @@ class _Walk:
         return inputs.grad
 
 
-def _places(batch: OracleBatch) -> torch.Tensor:
-    """(1, b, s) positions, or (2, b, s) positions and documents."""
+def _position_ids(batch: OracleBatch) -> torch.Tensor:
+    """(b, s)."""
     if batch.documents is None:
-        return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)[None]
-    return torch.stack((batch.positions, batch.documents))
+        return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    return batch.positions
 
 
 def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Tensor]:

@@ -124,7 +124,7 @@ def test_a_head_beside_a_tied_embedding_is_not_read(tmp_path: Path) -> None:
     embedding = "model.embed_tokens.weight"
     rewrite(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
     ids = torch.arange(3, 33)[None]
-    ours = load_model(find_model(str(folder)), None, dtype=torch.float32)(ids, torch.arange(30)[None])
+    ours = load_model(find_model(str(folder)), None, dtype=torch.float32).predict(ids, torch.arange(30)[None])
     theirs = oracle_logits(weights, OracleConfig.from_folder(folder), None, ids)
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 

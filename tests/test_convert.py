@@ -59,14 +59,14 @@ def tokens() -> torch.Tensor:
 @torch.no_grad()
 def native_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.Tensor:
     ids = tokens()
-    return load_model(source, adapter, dtype=torch.float32)(ids, torch.arange(32).expand_as(ids))
+    return load_model(source, adapter, dtype=torch.float32).predict(ids, torch.arange(32).expand_as(ids))
 
 
 @torch.no_grad()
 def transformers_logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens()).logits
+    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).predict(tokens()).logits
     return logits
 
 

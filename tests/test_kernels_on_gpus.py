@@ -109,8 +109,8 @@ def test_an_answer_is_generated_without_compiling(static: Kernels, batch: int) -
     caches = [KeyValueCache.empty(batch, config.heads.num_kv, 9, config.heads.dim, like) for _ in range(2)]
     tokens = positions = torch.arange(6).expand(batch, 6)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
-        stage(tokens, positions, caches=caches)
-        stage(tokens[:, :1], positions[:, :1] + 6, caches=caches)
+        stage.predict(tokens, positions, caches=caches)
+        stage.predict(tokens[:, :1], positions[:, :1] + 6, caches=caches)
 
 
 @pytest.mark.parametrize(("device", "rank", "waits"), [("cuda", 1, False), ("cpu", 1, True), ("cpu", 0, False)])

@@ -71,7 +71,7 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     model = load_model(find_model(str(folder)), None, dtype=torch.float32)
     # Theirs in fp64: in fp32 each side is up to 7e-6 off that, not to the same side.
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(tokens()).logits
-    ours = model(tokens(), positions(tokens()))
+    ours = model.predict(tokens(), positions(tokens()))
     assert theirs.std() > 1  # far from uniform, so that a fault shows
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -123,7 +123,7 @@ def test_loss_is_the_sum_over_supervised_tokens(folder: Path, share: float) -> N
     labels = some_labels(ids, share)
     assert 0 < (labels != -100).sum() <= ids.numel()
     loss = model(ids, positions(ids), labels)
-    log_p = model(ids, positions(ids)).log_softmax(-1)
+    log_p = model.predict(ids, positions(ids)).log_softmax(-1)
     picked = [-log_p[b, s, labels[b, s]] for b in range(2) for s in range(40) if labels[b, s] != -100]
     plain = torch.stack(picked).sum()
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
@@ -195,9 +195,9 @@ def test_layers_without_the_adapter_are_the_base(folder: Path) -> None:
         seen["out"].append(output.detach())
 
     model.layers["2"].register_forward_hook(look)
-    model(ids, positions(ids))
+    model.predict(ids, positions(ids))
     model.adapter = None
-    model(ids, positions(ids))
+    model.predict(ids, positions(ids))
     assert torch.equal(*seen["in"])
     assert not torch.allclose(*seen["out"], rtol=1e-2)
 
