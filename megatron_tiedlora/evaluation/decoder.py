@@ -84,14 +84,14 @@ class Decoder:
         """Call the stage on a part of the batch. Returns logits, or with labels the loss of each position, (b, s).
 
         Only the last stage returns them; the others send hidden states to the next stage and return None. Arguments
-        are as in `Stage.forward`, but every stage gets tokens, for their shape.
+        are as in `Stage.predict`, but every stage gets tokens, for their shape.
         """
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        output: torch.Tensor = self.stage(
-            inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted, summed=False
+        output = self.stage.predict(
+            inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted
         )
         if self.is_last:
             return output
