@@ -22,7 +22,7 @@ import psutil
 
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.travelling import read_user_file
+from megatron_tiedlora.cluster.forwarded_env import read_user_file
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.runtime.stopping import alive

@@ -42,7 +42,7 @@ def refused(path: Path, zero: Any = None, **sections: Any) -> str:
 def test_a_deepspeed_json_names_no_output_file(tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     said = refused(tmp_path, flops_profiler={"enabled": True, "output_file": str(notes)})
-    assert "engine.json: flops_profiler.output_file is" in said and "drop it" in said
+    assert "engine.json: flops_profiler.output_file is" in said and "remove it" in said
 
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
@@ -53,7 +53,7 @@ def test_a_deepspeed_json_names_no_output_file(tmp_path: Path) -> None:
 def test_a_deepspeed_json_names_no_folder_for_swapping(tmp_path: Path, section: str, offload: dict[str, str]) -> None:
     """DeepSpeed removes what is in it."""
     said = refused(tmp_path, {section: offload})
-    assert f"zero_optimization.{section} writes outside of the run" in said and '"device": "cpu"' in said
+    assert f"zero_optimization.{section} writes outside the run folder" in said and '"device": "cpu"' in said
 
 
 # A study's folder and settings -------------------------------------------------------------------------------------
