@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
 
 GROUPS = {
     "run": "where answers and scores go",
@@ -92,8 +92,8 @@ class EvaluateSettings(CommandSettings):
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", "demo") == "demo" and "adapter" not in filled:
-            filled["task"] = "demo"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL and "adapter" not in filled:
+            filled["task"] = DEFAULT_TASK
         return filled
 
     @model_validator(mode="after")

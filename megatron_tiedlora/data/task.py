@@ -61,6 +61,11 @@ class Task:
     unfold: (row, source) -> flat rows, for files whose rows are nested.
     read_files: (argument, flag) -> rows, or None for "as any other file": formats that only this task has.
     generate: split -> rows, for a task without files; whatever the run's seed, so that held-out parts stay comparable.
+    scored_rows: how many test rows are decoded by default, the first ones, also before and after training. None: all of
+        them, and in training those of a given file only.
+    max_new_tokens: the default of --max_new_tokens.
+    micro_batch_rows: the default of --micro_batch_size where a GPU does not take more (see `default_rows`).
+    exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
     """
 
     name: str
@@ -75,3 +80,7 @@ class Task:
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
     read_files: Callable[[str, str], list[Row] | None] | None = None
     generate: Callable[[Split], Iterable[Row]] | None = None
+    scored_rows: int | None = None
+    max_new_tokens: int = 500
+    micro_batch_rows: int = 1
+    exports_merged: bool = False

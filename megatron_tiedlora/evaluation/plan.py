@@ -18,8 +18,9 @@ from megatron_tiedlora.checkpoint.load_model import DTYPES
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
+from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -130,6 +131,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
+    task = get_task(settings.task)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
@@ -139,17 +141,14 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
             f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"
             " give at most that"
         )
-    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, settings.task)
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, task.max_new_tokens)
     prompt = longest_prompt(settings.max_length, model_shape.max_positions, max_new_tokens)
-    limit = settings.limit
-    if limit is None and settings.task == "demo":
-        limit = DEMO_SCORED_SAMPLES
     if adapter is None:
         source = find_model(source.name)  # until now without the weights of a hub model
         source.weights_folder()  # refuses a shape
     return EvaluationPlan(
         settings=settings,
-        task=get_task(settings.task),
+        task=task,
         source=source,
         adapter=adapter,
         kind=kind,
@@ -157,7 +156,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         stages=partition(layer_costs(model_shape, length=prompt, first_adapted=None), grid.pp_size),
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
-        limit=limit,
+        limit=settings.limit or task.scored_rows,
         notes=(*notes, *_notes(settings, source, kind)),
     )
 
@@ -187,7 +186,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         UserError: either is not there, or they do not belong together, or go with another tokenizer.
     """
     if settings.adapter is None:
-        source = find_model(settings.model or "demo", weights=False)
+        source = find_model(settings.model or DEFAULT_MODEL, weights=False)
         return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
         source, native = open_inputs(settings.adapter, settings.model)

@@ -235,13 +235,13 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
 
 
 def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. Of the demo task launch/evaluate.py by itself scores a few rows only: here it is told to score all.
+    """--test_limit; where launch/evaluate.py would score only some rows of the task by itself, the number of all.
 
     Raises:
-        UserError: the rows of the demo task cannot be had.
+        UserError: the rows of such a task cannot be read.
     """
     train, limit = command.train, command.settings.test_limit
-    if limit is None and train.task == "demo":
+    if limit is None and get_task(train.task).scored_rows is not None:
         return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return limit
 
