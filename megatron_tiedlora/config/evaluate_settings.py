@@ -22,7 +22,7 @@ class EvaluateSettings(CommandSettings):
     """The settings of one evaluation, validated and frozen.
 
     What depends on the model or the task stays None here and is resolved where that is known: `model` (the adapter's
-    base, or the demo), `output_dir`, `max_length`, `max_new_tokens`, `limit`.
+    base, or the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
     prog: ClassVar[str] = "evaluate.py"
@@ -52,8 +52,10 @@ class EvaluateSettings(CommandSettings):
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "precision of the base, and of an adapter that is added to it", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
+        " instructions]",
     )
     max_length: int | None = optional_field(
         "model",

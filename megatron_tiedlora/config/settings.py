@@ -41,8 +41,8 @@ class Settings(CommandSettings):
     """The settings of one run, validated and frozen.
 
     Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). What depends on the model
-    or the world stays None here and is resolved where that is known: `layers`, `init_std_a`, `init_std_b`,
-    `micro_batch_size`, `output_dir`.
+    or the world stays None here and is resolved where that is known: `dtype`, `layers`, `init_std_a`,
+    `init_std_b`, `micro_batch_size`, `output_dir`.
     """
 
     prog: ClassVar[str] = "train.py"
@@ -87,8 +87,10 @@ class Settings(CommandSettings):
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "precision of the frozen base; adapters are always fp32", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "precision of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16"
+        " instructions]",
     )
     max_length: int = setting_field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
 

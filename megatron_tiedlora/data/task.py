@@ -66,6 +66,7 @@ class Task:
     max_new_tokens: the default of --max_new_tokens.
     micro_batch_rows: the default of --micro_batch_size where a GPU does not take more (see `default_rows`).
     exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
+    fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
     """
 
     name: str
@@ -84,3 +85,4 @@ class Task:
     max_new_tokens: int = 500
     micro_batch_rows: int = 1
     exports_merged: bool = False
+    fp32_on_slow_cpus: bool = False

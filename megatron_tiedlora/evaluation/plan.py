@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
@@ -28,6 +28,7 @@ from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.model.layout import check_model_layout
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EvaluationPlan:
 
     settings: EvaluateSettings
     task: Task
+    dtype_name: str
     source: ModelSource
     adapter: NativeAdapter | None
     kind: str
@@ -56,7 +58,7 @@ class EvaluationPlan:
     @property
     def dtype(self) -> torch.dtype:
         """Of the base."""
-        return DTYPES[self.settings.dtype]
+        return DTYPES[self.dtype_name]
 
     @property
     def adapter_name(self) -> str:
@@ -81,11 +83,12 @@ class EvaluationPlan:
             attention: what computes the attention of prompts.
         """
         settings, grid = self.settings, self.grid
+        dtype = describe_dtype(settings.dtype, self.dtype_name)
         adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_cut} of them without their middle to fit" if num_cut else ""
         return [
-            f"model      {self.source.name} in {settings.dtype}{adapter}{merged}",
+            f"model      {self.source.name} in {dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
@@ -99,6 +102,7 @@ class EvaluationPlan:
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
             "model": self.source.name,
+            "dtype": self.dtype_name,
             "max_length": self.settings.max_length or self.source.shape.max_positions,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -149,6 +153,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     return EvaluationPlan(
         settings=settings,
         task=task,
+        dtype_name=resolve_dtype(settings.dtype, task, on_gpu=uses_gpu()),
         source=source,
         adapter=adapter,
         kind=kind,

@@ -11,7 +11,7 @@ import torch
 from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
@@ -155,7 +155,12 @@ class RunPlan:
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen base."""
-        return DTYPES[self.settings.dtype]
+        return DTYPES[self.dtype_name]
+
+    @property
+    def dtype_name(self) -> str:
+        """The same as --dtype names it."""
+        return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
@@ -174,6 +179,7 @@ class RunPlan:
         """Every setting as a plain value, with what depends on the model and the world filled in."""
         values = self.settings.model_dump()
         values.update(
+            dtype=self.dtype_name,
             layers=list(self.adapter.layers),
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
