@@ -1,4 +1,4 @@
-"""Decode a task's held-out rows greedily and score the answers: of a base model, an adapter, a merged or PEFT folder.
+"""Generate answers to a task's held-out rows and score them, for a base model, an adapter, a merged or PEFT folder.
 
     python launch/evaluate.py                                                          the demo model on the demo task
     deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
-    # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
+    # These import transformers, which takes seconds: --help and a wrong flag do not wait for it; signals are handled
     # from here on.
     from megatron_tiedlora.base.output_folder import NewOutput
     from megatron_tiedlora.base.ownership import Owner
@@ -55,14 +55,14 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out)
-    outputs: list[NewOutput] = []  # rank 0's
+    outputs: list[NewOutput] = []  # filled on rank 0
 
     def take() -> tuple[Path, str]:
         outputs.append(take_output(plan))
         end.hold(outputs[0].release)
         return outputs[0].partial, outputs[0].lock.owner.start
 
-    # Rejects a folder that is not free before work is done for it.
+    # Rejects a folder that is in use before any work is done.
     end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
@@ -74,7 +74,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         groups=groups,
         stages=plan.stages,
         merged=settings.merge_adapter,
-        checks_base=False,  # the plan has
+        checks_base=False,  # the plan has checked it
         progress=is_main,
     )
     if is_main:
@@ -95,7 +95,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         return
     stop.raise_if_wished()
     scores = score_answers(plan.task.metrics, answers)
-    with stop.deferred():  # this takes a moment, and is then done
+    with stop.deferred():  # this takes only a moment, so it is finished first
         write_results(plan, answers, scores, outputs[0])
     show(*score_table(plan, scores, outputs[0].path))
 
