@@ -17,7 +17,7 @@ import yaml
 
 from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import check_place, refuse_links
+from megatron_tiedlora.base.output_folder import check_place, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.config.settings import Settings
@@ -155,7 +155,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
         UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
     folder = _named_or_next(output_dir, name=name, resume=resume)
-    refuse_links(folder.checkpoints, folder.logs, folder.tensorboard)
+    reject_links(folder.checkpoints, folder.logs, folder.tensorboard)
     return folder
 
 

@@ -131,7 +131,7 @@ class Runner:
         ("deepspeed --hostfile hosts --include=node1 train.py", ""),
         ("deepspeed train.py --hostfile hosts", ""),
         ("deepspeed --hostfile none train.py", "none: cannot be read"),
-        ("deepspeed --hostfile ~nosuchuser/hosts train.py", "is no path"),
+        ("deepspeed --hostfile ~nosuchuser/hosts train.py", "is not a path"),
     ],
 )
 def test_slots_of_deepspeeds_hostfile_are_the_world(
