@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         importlib.import_module(f"gpu_checks.{part}").check(report, options)
     except PartOver as over:
-        report.add("the rest of the part", "fail", why=str(over), fix="correct the failure before it, perhaps the cause")
+        report.add("the rest of the part", "fail", why=str(over), fix="correct the failure before it first")
     sys.stdout.flush()
     # Skip the libraries' exit handlers: a communicator or a profiler may wait there forever.
     os._exit(0)
