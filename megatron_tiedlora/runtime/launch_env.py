@@ -220,7 +220,7 @@ def local_rank() -> int:
 def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this host's CPU has instructions for bf16; a bf16 matmul without them took 70 times as long as in fp32.
 
-    True where the system does not say.
+    True if the system does not say.
     """
     try:
         return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None  # the last is Arm's
