@@ -59,9 +59,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     needed = num_base_parameters(model_shape) * BYTES
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
-        raise UserError(
-            f"--output {output}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give another folder"
-        )
+        raise UserError(f"--output {output}: needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = list(shards(weight_rules(model_shape)))

@@ -179,9 +179,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
             given = value or following
             slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
-                raise UserError(
-                    f"--hostfile {given} has {slots} slots, but {world_size} ranks were started; correct the file"
-                )
+                raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 
 
 def first_to_fail() -> bool:

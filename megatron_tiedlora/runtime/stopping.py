@@ -102,9 +102,8 @@ class StopWatch:
     def ignore(self) -> None:
         """Ignore signals from now on: the run is ending already.
 
-        The kernel ignores them, because Python removes its handlers before the process has ended. Otherwise
-        `srun --kill-on-bad-exit`, which signals the other ranks when one ends, would return the status of a rank that
-        the signal killed.
+        The kernel ignores them, because Python removes its handlers before the process has ended. `srun
+        --kill-on-bad-exit` signals the other ranks when one ends, and would return the status of a rank that it killed.
         """
         self._stopping = True
         for number in STOP_SIGNALS:
