@@ -166,7 +166,7 @@ class End:
             except DistNetworkError:  # rank 0 was killed
                 raise
             except DistError:
-                self.stop.raise_if_wished()
+                self.stop.raise_if_requested()
                 raise
 
     def failed(self, error: BaseException) -> int:
