@@ -28,22 +28,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
-    """--dtype, or where it is not given its default for the task on this host: bf16 or fp32."""
+    """The value of --dtype, or its default for the task on this host: bf16 or fp32."""
     slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
     return given or ("fp32" if slow else "bf16")
 
 
 def describe_dtype(given: str | None, resolved: str) -> str:
-    """The precision for a log line, and why it is that of a slow CPU where --dtype is not given."""
+    """The precision for a log line, with the reason if fp32 is the default on this CPU."""
     by_default = given is None and resolved == "fp32"
     return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
 
 
 def check_same_dtype(resolved: str) -> None:
-    """Raise UserError, on every rank, where the default of --dtype is not the same on all hosts."""
+    """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
         raise UserError(
-            f"--dtype: {differing} ranks have another default than rank 0, as their CPUs differ; give --dtype fp32"
+            f"--dtype: {differing} ranks have another default than rank 0, because their CPUs differ; give --dtype fp32"
         )
 
 

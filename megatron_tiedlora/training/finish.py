@@ -136,7 +136,7 @@ def export(trainer: Trainer) -> list[str]:
         UserError: an export that does not compute what the adapter computes.
         RunStopped: a signal; the other ranks wait where they are told of it.
     """
-    trainer.stop.raise_if_wished()
+    trainer.stop.raise_if_requested()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
     plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_adapter(folder.adapter)
