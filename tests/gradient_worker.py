@@ -18,6 +18,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
 from megatron_tiedlora.base.shapes import ModelShape
@@ -80,8 +81,7 @@ class Case:
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            hidden_size=shape.hidden_size,
-            qkv_rows=shape.heads.rows,
+            targets=targets_of(shape),
             seed=0,
         )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
@@ -34,7 +35,7 @@ def model_config(kv_heads: int) -> ModelShape:
 
 def adapter_config(shape: ModelShape, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
     return make_adapter_config(
-        method, rank=RANK, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=0
+        method, rank=RANK, layers=layers, targets=targets_of(shape), seed=0
     )
 
 
@@ -155,8 +156,7 @@ def test_the_formula_is_the_known_one() -> None:
         "tl6",
         rank=r,
         layers=tuple(range(1, layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
     flops = step_flops(

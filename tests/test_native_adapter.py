@@ -17,6 +17,7 @@ from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -232,7 +233,8 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     stored = Path(__file__).with_name("data") / "adapter_format_1"
     adapter = load_adapter(stored)
     assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
-    assert (adapter.config.method, adapter.config.layers, adapter.config.qkv_rows) == ("tl6", (1, 3), (32, 16, 16))
+    assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
+    assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
     model = find_model(str(write_tiny_model(tmp_path / "model")))
     assert adapter.base.config_hash == model.base_hash
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)

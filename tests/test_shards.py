@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -99,7 +100,7 @@ LAYOUTS: dict[str, tuple[int, tuple[range, ...]]] = {
 
 def adapter_config(method: str, layers: tuple[int, ...] = (1, 2, 3, 4, 5), *, seed: int = 7) -> AdapterConfig:
     rows = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-    return make_adapter_config(method, rank=RANK, layers=layers, hidden_size=WIDTH, qkv_rows=rows, seed=seed)
+    return make_adapter_config(method, rank=RANK, layers=layers, targets=(qkv_target(WIDTH, rows),), seed=seed)
 
 
 def parts_of(config: AdapterConfig, layout: str) -> tuple[Grid, dict[int, AdapterPart]]:

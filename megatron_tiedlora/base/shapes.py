@@ -144,6 +144,11 @@ class BlockShape:
         return self.qkv, self.output, self.gate_up, self.down
 
     @property
+    def adaptable(self) -> dict[str, LinearShape]:
+        """The linears that an adapter can change, by the names that users and files have for them."""
+        return {"qkv": self.qkv}
+
+    @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
         """Everything with weights, in the order in which it is computed."""
         return self.attention_norm, self.qkv, self.output, self.mlp_norm, self.gate_up, self.down

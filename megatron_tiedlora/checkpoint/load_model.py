@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import TARGET, AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -15,7 +16,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import adapted_weights, stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -76,20 +77,20 @@ def load_model(
             progress=progress,
         )
         if adapter is not None and merged:
-            _merge(model, adapter, weights, grid)
+            _merge(model, adapter, weights, shape, grid)
     return model.eval()
 
 
 @torch.no_grad()
-def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
+def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
     """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
     parameters = dict(model.named_parameters())
-    for rule in weights.rules:
-        if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in parameters:
+    for rule, target in adapted_weights(shape, adapter.config):
+        if rule.name not in parameters:
             continue
         parameter = parameters[rule.name]
         wide = torch.empty_like(parameter, dtype=torch.float32)
         weights.fill(rule, wide, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        delta = delta_weight(adapter.config, adapter.state, rule.layer)
+        delta = delta_weight(adapter.config, adapter.state, target, rule.layer)
         wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
         parameter.copy_(wide)

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
-from megatron_tiedlora.base.methods import FACTORS, METHODS
+from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
@@ -34,7 +35,7 @@ _LARGEST_STD = 1e3  # of start values
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and full fp32 A, B, u, v."""
+    """A loaded adapter: its config, its base, and its full fp32 tensors."""
 
     config: AdapterConfig
     base: BaseIdentity
@@ -48,7 +49,7 @@ class NativeAdapter:
     def sha256(self) -> str:
         """Hash of the tensors, in hexadecimal."""
         digest = hashlib.sha256()
-        for name in FACTORS:
+        for name in self.config.tensors:
             digest.update(self.state[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -69,7 +70,7 @@ def write_adapter_files(
     folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the two files of the format into `folder`, which exists; see `save_adapter` for an atomic folder."""
-    save_file({name: state[name].contiguous() for name in FACTORS}, folder / WEIGHTS_FILE)
+    save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     stored = StoredAdapter.of(config, base).fields()
     content = {"format_version": FORMAT_VERSION, **stored, "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
@@ -138,7 +139,8 @@ class StoredAdapter:
         """What the adapter is."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
         shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
-        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "qkv_rows": (query, kv, kv)})
+        targets = (qkv_target(self.hidden_size, (query, kv, kv)),)
+        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
     @property
     def base(self) -> BaseIdentity:
@@ -188,15 +190,16 @@ def load_adapter(folder: Path) -> NativeAdapter:
     config, base, sums = _read_config(folder)
     file = folder / WEIGHTS_FILE
     try:
-        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
+        state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     except UserError:
         again = _read_config(folder)
         if again == (config, base, sums):
             raise
         config, base, sums = again  # a run has replaced its adapter meanwhile
-        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
-    for name in ("u", "v"):
-        if not config.row.factor(name).trained and not bool((state[name] == 1).all()):
+        state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
+    for name in config.tensors:
+        factor = config.factor(name)
+        if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
             raise UserError(f"{file}: {name} is not one everywhere, but method {config.method} does not train it")
     check_update(config, state, source=file)
     return NativeAdapter(config, base, state)
@@ -204,13 +207,14 @@ def load_adapter(folder: Path) -> NativeAdapter:
 
 def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
     """Raise UserError where values are so large that the update may not be finite in fp32."""
-    largest = {name: float(state[name].abs().max()) for name in FACTORS}
-    if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
-        name = max(largest, key=lambda factor: largest[factor])
-        raise UserError(
-            f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), which no"
-            " training gives; copy it again"
-        )
+    for target in config.targets:
+        largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
+        if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
+            name = max(largest, key=lambda name: largest[name])
+            raise UserError(
+                f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}),"
+                " which no training gives; copy it again"
+            )
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:

@@ -51,9 +51,9 @@ _MEAN_OF_SQUARES = MOMENTS[1]
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-def moment_name(moment: str, factor: str) -> str:
-    """What a factor's moment (`exp_avg`, `exp_avg_sq`) is called in the file."""
-    return f"{moment}.adapter.{factor}"
+def moment_name(moment: str, name: str) -> str:
+    """What the moment (`exp_avg`, `exp_avg_sq`) of an adapter's tensor is called in the file."""
+    return f"{moment}.adapter.{name}"
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         check_file(folder / name, sums)  # whole in themselves, they may be of another step
     shapes = {
-        moment_name(moment, factor): adapter.config.shape(factor)
+        moment_name(moment, name): adapter.config.shape(name)
         for moment in MOMENTS
-        for factor in adapter.config.num_trained()
+        for name in adapter.config.num_trained()
     }
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():

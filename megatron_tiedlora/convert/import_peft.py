@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
@@ -123,8 +124,7 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
         rank=a.shape[1],
         alpha=scale * a.shape[1],
         layers=layers,
-        hidden_size=source.shape.hidden_size,
-        qkv_rows=source.shape.heads.rows,
+        targets=targets_of(source.shape),
         seed=0,
     )
     with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:

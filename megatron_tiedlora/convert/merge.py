@@ -23,10 +23,10 @@ from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
-from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.model.weights import adapted_weights, weight_rules
 
 INDEX_FILE = "model.safetensors.index.json"
 # What travels from the base beside its weights; anything else there is not the model's.
@@ -110,10 +110,10 @@ def merge_adapter(
 
 
 def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted projection, by its Hugging Face name."""
+    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name."""
     factors = {}
-    for layer, rule in adapted_projections(source, adapter).items():
-        a, b = lora_factors(adapter.config, adapter.state, layer)
+    for rule, target in adapted_weights(source.shape, adapter.config):
+        a, b = lora_factors(adapter.config, adapter.state, target, rule.layer)
         for name, rows in rule.by_stored_tensor(b).items():
             factors[name] = (a, rows)
     return factors

@@ -27,11 +27,10 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
-from megatron_tiedlora.convert.inputs import adapted_projections
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.model.weights import adapted_weights, weight_rules
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
 
@@ -174,8 +173,8 @@ def _fold_and_round(
 ) -> None:
     """Add the update to the fused weights and round every weight to what the merged folder stores."""
     parameters = dict(model.named_parameters())
-    for layer, rule in adapted_projections(source, adapter).items():
-        parameters[rule.name].add_(delta_weight(adapter.config, adapter.state, layer))
+    for rule, target in adapted_weights(source.shape, adapter.config):
+        parameters[rule.name].add_(delta_weight(adapter.config, adapter.state, target, rule.layer))
     for rule in weight_rules(source.shape):
         blocks = parameters[rule.name].split(rule.spec.blocks, dim=rule.spec.dim or 0)
         for name, block in zip(rule.hf_names, blocks, strict=True):

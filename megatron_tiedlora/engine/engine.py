@@ -78,7 +78,7 @@ def mark_parameters(bank: TiedAdapter, groups: ParallelGroups) -> None:
     """
     config = bank.part.config
     for name, parameter in bank.named_parameters():
-        parameter.ds_pipe_replicated = config.row.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
+        parameter.ds_pipe_replicated = config.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = config.spec(name).dim is not None  # type: ignore[attr-defined]
 
 
@@ -118,7 +118,7 @@ def initialize_engine(
 
 
 def trained_parameters(bank: TiedAdapter) -> dict[str, nn.Parameter]:
-    """The parameters with a gradient, by factor."""
+    """The parameters with a gradient, by name."""
     return {name: parameter for name, parameter in bank.named_parameters() if parameter.requires_grad}
 
 
@@ -130,7 +130,7 @@ def clip_gradients_(bank: TiedAdapter, groups: ParallelGroups, max_norm: float, 
     """
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for name in gradient_norm_counts(bank, groups):
-        gradient = getattr(bank, name).grad
+        gradient = bank.get_parameter(name).grad
         if gradient is not None:
             squares += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:
