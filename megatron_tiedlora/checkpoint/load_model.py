@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import adapted_weights, stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -69,9 +69,8 @@ def load_model(
             )
         load_base_weights(
             weights,
-            dict(model.named_parameters()),
+            frozen_weights(model),
             stage_weight_rules(shape, has_embedding=model.embedding is not None),
-            access=lambda parameter: nullcontext(parameter),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
             progress=progress,
@@ -84,13 +83,12 @@ def load_model(
 @torch.no_grad()
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
     """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
-    parameters = dict(model.named_parameters())
+    frozen = frozen_weights(model)
     for rule, target in adapted_weights(shape, adapter.config):
-        if rule.name not in parameters:
+        if rule.name not in frozen:
             continue
-        parameter = parameters[rule.name]
-        wide = torch.empty_like(parameter, dtype=torch.float32)
-        weights.fill(rule, wide, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
+        wide = frozen[rule.name].empty_values().float()
+        weights.fill(rule, FrozenWeight(wide), tp_rank=grid.tp_rank, tp_size=grid.tp_size)
         delta = delta_weight(adapter.config, adapter.state, target, rule.layer)
         wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
-        parameter.copy_(wide)
+        frozen[rule.name].load(wide)
