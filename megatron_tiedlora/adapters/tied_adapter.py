@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -181,13 +182,14 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
     return values
 
 
-class LayerUpdate(NamedTuple):
-    """One adapted layer's update F A x as its matmuls take it, on one rank: made once for all layers and calls.
+class LinearUpdate(NamedTuple):
+    """The update F A x of one linear as its matmuls take it, on one rank: made once for all layers and calls.
 
     Attributes:
-        a: A, (r, d), in the base's dtype; no gradient.
-        f: F = (alpha / r) diag(v) B diag(u), (local_o, r), in the base's dtype; no gradient.
-        grad_a: takes A's gradient in A's place: (r, d), in the adapter's dtype, without values. None where A is frozen.
+        a: A, (r, local in), in the base's dtype; no gradient.
+        f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
+        grad_a: takes A's gradient in A's place: of its shape, in the adapter's dtype, without values. None where A is
+            frozen.
         grad_f: the same for F. None where B, u and v are frozen.
     """
 
@@ -195,6 +197,9 @@ class LayerUpdate(NamedTuple):
     f: torch.Tensor
     grad_a: torch.Tensor | None
     grad_f: torch.Tensor | None
+
+
+LayerUpdate = Mapping[str, LinearUpdate]  # of one adapted layer, by the name of the target
 
 
 def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -275,31 +280,36 @@ class TiedAdapter(nn.Module):
                 parameter.copy_(self.part.cut(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """The update of each adapted layer of the stage: A whole, this rank's rows of F.
+        """The updates of each adapted layer of the stage: of A and F what goes with this rank's part of W.
 
-        With tensor parallelism what ranks hold parts of and need whole is gathered here, once per call. The gradients
-        of that and of u that come back are parts, and are summed here too: by the reduce-scatter that is the gather's
-        adjoint, and u's once a step by `u_sum`.
+        With tensor parallelism, factors that ranks hold in parts and need whole are gathered here, once per call. The
+        gradients of these and of u that come back are parts, and are summed here too: by the reduce-scatter that is the
+        gather's adjoint, and u's once a step by `u_sum`.
 
         Args:
             dtype: of the base.
         """
         if not self.part.layers:
             return ()
-        (target,) = self.config.targets
-        return self._updates(target, tensor_group, dtype)
-
-    def _updates(self, target: Target, tensor_group: RankGroup, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        num_layers, scale = len(self.part.layers), self.config.scale
-        a, b, u, v = (self._whole(target, factor, tensor_group) for factor in FACTORS)
+        targets = self.config.targets
+        a, b, u, v = ([self._whole(target, factor, tensor_group) for target in targets] for factor in FACTORS)
         if self.config.row.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
-            u = self.u_sum.of(u)
+            u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
+        updates = map(partial(self._updates, dtype), a, b, u, v)
+        names = [target.name for target in targets]
+        return tuple(dict(zip(names, layer, strict=True)) for layer in zip(*updates, strict=True))
+
+    def _updates(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
+    ) -> tuple[LinearUpdate, ...]:
+        """One target's update in each adapted layer."""
+        num_layers, scale = len(self.part.layers), self.config.scale
         with torch.no_grad():
             f = _fold(b, u, v, scale)
             narrow = [tensor.detach().to(dtype).expand(num_layers, -1, -1).unbind(0) for tensor in (a, f)]
         wide = [_stand_ins(num_layers, *factors) for factors in ((a, None, None, 1.0), (b, u, v, scale))]
-        return tuple(map(LayerUpdate, *narrow, *wide))
+        return tuple(map(LinearUpdate, *narrow, *wide))
 
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))

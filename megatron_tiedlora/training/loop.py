@@ -147,13 +147,16 @@ class Trainer:
         self._log_validation(started, self.score(self.data.scored_validation), bar)
         if self.plan.adapter.row.starts_at_base:
             return
-        bank: Any = self.runner.bank
+        bank, tensors = self.runner.bank, self.plan.adapter.tensors
+        started_at = [bank.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
         with all_open(bank, self.plan.engine):
-            kept = bank.B.detach().clone()
-            bank.B.data.zero_()
+            saved = [parameter.detach().clone() for parameter in started_at]
+            for parameter in started_at:
+                parameter.data.zero_()
         base = self.evaluate()
         with all_open(bank, self.plan.engine):
-            bank.B.data.copy_(kept)
+            for parameter, values in zip(started_at, saved, strict=True):
+                parameter.data.copy_(values)
         if self.is_main:
             bar.write(
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"

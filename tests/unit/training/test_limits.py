@@ -188,14 +188,15 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(monkeypatch: pyt
     for name, gradients in seen.items():
         getattr(bank, name).register_hook(gradients.append)
     updates = model.read_adapter()
+    of_qkv = [update["qkv"] for update in updates.values()]
     shapes: dict[str, list[tuple[torch.Size, torch.dtype]]] = {"grad_a": [], "grad_f": []}
     for name, found in shapes.items():
-        tensors = [getattr(update, name) for update in updates.values()]
+        tensors = [getattr(update, name) for update in of_qkv]
         assert all(tensor.untyped_storage().nbytes() == 4 for tensor in tensors), "no memory"
         node: Any = tensors[0].grad_fn
         assert all(tensor.grad_fn is node for tensor in tensors), "one node for all layers"
         node.register_prehook(lambda given, found=found: found.extend((g.shape, g.dtype) for g in given))
-    assert {update.a.dtype for update in updates.values()} == {torch.bfloat16}
+    assert {update.a.dtype for update in of_qkv} == {torch.bfloat16}
     monkeypatch.setattr(model, "read_adapter", lambda: updates)
     model(*batch()).backward()
     o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], bank.config.rank, config.hidden_size
