@@ -147,7 +147,7 @@ def native_update(source: ModelSource, adapter: NativeAdapter) -> dict[str, torc
     """What the imported adapter adds, by transformers' names."""
     found = {}
     for layer in adapter.config.layers:
-        delta = delta_weight(adapter.config, adapter.state, layer)
+        delta = delta_weight(adapter.config, adapter.state, adapter.config.targets[0], layer)
         for part, rows in zip(PARTS, delta.split(source.shape.heads.rows), strict=True):
             found[f"model.layers.{layer - 1}.self_attn.{part}.weight"] = rows
     return found

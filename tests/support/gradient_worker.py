@@ -312,7 +312,7 @@ def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Ten
     world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
-        spec, tied = config.spec(name), config.row.factor(name).tied
+        spec, tied = config.spec(name), config.factor(name).tied
         by_stage = []
         for pp_rank in range(world.pp_size):
             if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:

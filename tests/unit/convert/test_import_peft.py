@@ -108,7 +108,7 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     back = load_peft_adapter(tmp_path / "peft", source)
     assert (back.config.rank, back.config.layers) == (4, native.config.layers)
     for layer in native.config.layers:
-        found, expected = (delta_weight(one.config, one.state, layer) for one in (back, native))
+        found, expected = (delta_weight(one.config, one.state, one.config.targets[0], layer) for one in (back, native))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"
