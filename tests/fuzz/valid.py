@@ -44,7 +44,8 @@ def check_adapter(adapter: NativeAdapter) -> None:
         assert 0 <= width <= LARGEST_WIDTH, f"a width of start values of {width}"
     printable(base.name, base.config_hash, base.weights_hash)
     for layer in config.layers:
-        assert delta_weight(config, adapter.state, config.targets[0], layer).isfinite().all(), "an update that is not finite"
+        for target in config.targets:
+            assert delta_weight(config, adapter.state, target, layer).isfinite().all(), "an update that is not finite"
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
