@@ -1,6 +1,6 @@
 """The trained tensors of a run: one bank with A, B, u, v of every target for all adapted layers of a rank's stage.
 
-Owns shapes, cuts, start values, delta_weight(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
+Owns shapes, cuts, start values, lora_factors(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
 Leaves z = W x + F A x and the gradients of A and F to low_rank, files to checkpoint/, the tie between stages to tying.
 """
 
@@ -329,21 +329,11 @@ def _stand_ins(
     return stand_ins
 
 
-def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int) -> torch.Tensor:
-    """(alpha / r) diag(v) B diag(u) A of a target in one adapted layer, (out, in), in the state's dtype.
-
-    Args:
-        state: every tensor in full.
-        layer: 1-based; must be in `config.layers`.
-    """
-    a, b = lora_factors(config, state, target, layer)
-    return b @ a
-
-
 def lora_factors(
     config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same update as a plain LoRA pair: diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r)."""
+    """A target's update in one layer (1-based) as a plain LoRA pair: diag(u) A, (r, in), and (alpha / r) diag(v) B,
+    (out, r); `state` has every tensor in full."""
     index = config.layers.index(layer)
     names = [target.prefix + factor for factor in FACTORS]
     a, b, u, v = (state[name] if config.factor(name).tied else state[name][index] for name in names)

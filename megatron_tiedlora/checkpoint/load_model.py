@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import identify_base
@@ -17,7 +17,7 @@ from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import adapted_weights, stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
@@ -108,11 +108,10 @@ def load_model(
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
     """Set W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, with W as stored."""
     frozen = frozen_weights(model)
-    for rule, target in adapted_weights(shape, adapter.config):
+    for rule, a, b in adapter.updates(shape):
         if rule.name not in frozen:
             continue
         wide = frozen[rule.name].empty_values().float()
         weights.fill(rule, FrozenWeight(wide), tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        delta = delta_weight(adapter.config, adapter.state, target, rule.layer)
-        wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
+        wide += rule.spec.split(b @ a, grid.tp_rank, grid.tp_size).to(wide.device)
         frozen[rule.name].load(wide)

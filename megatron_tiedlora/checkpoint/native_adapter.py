@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
 from megatron_tiedlora.adapters.targets import qkv_target
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.messages import SentTensor
 
 FORMAT_VERSION = 1
@@ -44,6 +46,14 @@ class NativeAdapter:
     def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
         """Call `base_identity.check_same_base` with the base that this adapter was trained on and `other`."""
         return check_same_base(self.base, other, source=source, differs=differs)
+
+    def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
+        """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r) of its
+        update: W' = W + B' A'."""
+        targets = {shape.block.adaptable[target.name].name: target for target in self.config.targets}
+        for rule in weight_rules(shape):
+            if rule.linear in targets and rule.layer in self.config.layers:
+                yield rule, *lora_factors(self.config, self.state, targets[rule.linear], rule.layer)
 
     @property
     def sha256(self) -> str:

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base
-from megatron_tiedlora.model.weights import adapted_weights
 
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,8 +29,7 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
     """The fp32 tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
     pad = rank - adapter.config.rank
     tensors = {}
-    for rule, target in adapted_weights(source.shape, adapter.config):
-        a, b = lora_factors(adapter.config, adapter.state, target, rule.layer)
+    for rule, a, b in adapter.updates(source.shape):
         a = torch.nn.functional.pad(a, (0, 0, 0, pad))
         b = torch.nn.functional.pad(b, (0, pad))
         for hf_name, rows in rule.by_stored_tensor(b).items():

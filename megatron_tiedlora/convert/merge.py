@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -26,7 +25,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
-from megatron_tiedlora.model.weights import adapted_weights, weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 INDEX_FILE = "model.safetensors.index.json"
 # Files that are copied from the base besides its weights; others there are not part of the model.
@@ -111,8 +110,7 @@ def merge_adapter(
 def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name."""
     factors = {}
-    for rule, target in adapted_weights(source.shape, adapter.config):
-        a, b = lora_factors(adapter.config, adapter.state, target, rule.layer)
+    for rule, a, b in adapter.updates(source.shape):
         for name, rows in rule.by_stored_tensor(b).items():
             factors[name] = (a, rows)
     return factors

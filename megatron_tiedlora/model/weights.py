@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_tiedlora.adapters.targets import Target
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, bias_spec, weight_spec
 
@@ -97,13 +95,6 @@ def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[Weigh
         last = shape.num_layers + 1
         found += (replace(found[0], name=f"layers.{last}.weight", layer=last),)
     return found
-
-
-def adapted_weights(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[WeightRule, Target]]:
-    """The entry of every weight that an adapter changes, and the target that it belongs to, layer by layer."""
-    targets = {shape.block.adaptable[target.name].name: target for target in adapter.targets}
-    rules = [rule for rule in weight_rules(shape) if rule.layer in adapter.layers]
-    return [(rule, targets[rule.linear]) for rule in rules if rule.linear in targets]
 
 
 def num_base_parameters(shape: ModelShape) -> int:

@@ -14,7 +14,7 @@ import torch
 from fuzzing import printable
 from native_files import moments_of
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
 from megatron_tiedlora.base.methods import FACTORS, METHODS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
@@ -45,7 +45,8 @@ def check_adapter(adapter: NativeAdapter) -> None:
     printable(base.name, base.config_hash, base.weights_hash)
     for layer in config.layers:
         for target in config.targets:
-            assert delta_weight(config, adapter.state, target, layer).isfinite().all(), "an update that is not finite"
+            a, b = lora_factors(config, adapter.state, target, layer)
+            assert (b @ a).isfinite().all(), "an update that is not finite"
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     TiedAdapter,
-    delta_weight,
+    lora_factors,
     make_adapter_config,
     start_values,
 )
@@ -212,7 +212,8 @@ def test_every_target_has_an_update_of_its_own(method: str) -> None:
     for layer, update in zip(config.layers, updates, strict=True):
         for target in TARGETS:
             a, f, *_ = update[target.name]
-            torch.testing.assert_close(f @ a, delta_weight(config, state, target, layer))
+            plain_a, plain_b = lora_factors(config, state, target, layer)
+            torch.testing.assert_close(f @ a, plain_b @ plain_a)
 
 
 def test_start_values_of_a_are_as_wide_as_its_inputs_need() -> None:
