@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tiedlora.base.shapes import Cut, ModelShape
-
-_WITHOUT_PREFIX = "qkv"  # its tensors are called A, B, u and v, as in files of before there were other targets
+from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Target:
     @property
     def prefix(self) -> str:
         """What the names of its tensors begin with."""
-        return "" if self.name == _WITHOUT_PREFIX else f"{self.name}."
+        return "" if self.name == QKV else f"{self.name}."
 
 
 def targets_of(shape: ModelShape) -> tuple[Target, ...]:
@@ -49,4 +47,4 @@ def targets_of(shape: ModelShape) -> tuple[Target, ...]:
 
 def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:
     """The fused query, key and value projection, from the sizes that files write out."""
-    return Target(_WITHOUT_PREFIX, hidden_size, qkv_rows, "column")
+    return Target(QKV, hidden_size, qkv_rows, "column")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Cut = Literal["column", "row", "vocabulary"]
+QKV = "qkv"  # the target whose tensors have no prefix in files: A, B, u and v
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class BlockShape:
     @property
     def adaptable(self) -> dict[str, LinearShape]:
         """The linears that an adapter can change, by the names that users and files have for them."""
-        return {"qkv": self.qkv}
+        return {QKV: self.qkv}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
