@@ -152,16 +152,9 @@ def make_adapter_config(
     init_std_b: float | None = None,
 ) -> AdapterConfig:
     """An AdapterConfig with the defaults filled in: alpha = rank, start widths by method. Raises UserError."""
-    return AdapterConfig(
-        method=method,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        layers=layers,
-        targets=targets,
-        seed=seed,
-        init_std_a=default_std_a(targets[0].in_size) if init_std_a is None else init_std_a,
-        init_std_b=default_std_b(find_method(method), rank) if init_std_b is None else init_std_b,
-    )
+    std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
+    std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
+    return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
 def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:

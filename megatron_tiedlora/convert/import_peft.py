@@ -86,11 +86,6 @@ def _modules(block: BlockShape) -> dict[str, tuple[int, int]]:
     }
 
 
-def _words(block: BlockShape) -> tuple[str, ...]:
-    """The same modules as PEFT's users name them."""
-    return tuple(module.rpartition(".")[2] for module in _modules(block))
-
-
 def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
     """Which kind of adapter a folder holds.
 
@@ -222,7 +217,8 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
 
 def _chosen(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[int, str]]:
     """The modules that the config adapts, by PEFT's own rules: 1-based layer and name below it, by whole name."""
-    block, words = source.shape.block, _words(source.shape.block)
+    block, modules = source.shape.block, _modules(source.shape.block)
+    words = [module.rpartition(".")[2] for module in modules]
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
@@ -245,7 +241,7 @@ def _chosen(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict
     found = {
         name: (layer + 1, module)
         for layer in range(source.shape.num_layers)
-        for module in _modules(block)
+        for module in modules
         if is_target(name := f"{block.source.format(index=layer)}.{module}")
         and not is_excluded(name)
         # layers_to_transform does not apply to a module that is named in full.
@@ -270,7 +266,7 @@ def _read_pairs(
     for key, found in read_header(file).shapes.items():
         match = pattern.fullmatch(key)
         if match is None:
-            words = ", ".join(_words(source.shape.block))
+            words = ", ".join(module.rpartition(".")[2] for module in modules)
             raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {words}; only these are supported")
         name, layer, module, side = match.groups()
         if int(layer) >= num_layers:
