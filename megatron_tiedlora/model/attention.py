@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import HeadShape
+from megatron_tiedlora.base.shapes import QKV, HeadShape
 from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
@@ -155,7 +155,8 @@ class Attention(nn.Module):
             cache: of this rank's key and value heads, which keeps the new ones.
         """
         rotated = RotatedHeads(self.local_heads.rows, self.local_heads.dim, self.kernels, places.table)
-        query, key, value = self.qkv(hidden, rotated, tensor_parallel, update, num_rows=len(places.positions))
+        of_qkv = None if update is None else update.get(QKV)
+        query, key, value = self.qkv(hidden, rotated, tensor_parallel, of_qkv, num_rows=len(places.positions))
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)
             return _attend_to_cache(query, cache, places.mask).transpose(1, 2).flatten(2).to(hidden.dtype)

@@ -133,7 +133,8 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
     hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]
     places = block.attention.places(torch.arange(length)[None], plan.dtype)  # kept once for all layers
-    factors = (factor for factor in updates.get(index, ()) if isinstance(factor, torch.Tensor))
+    found = (factor for update in updates.get(index, {}).values() for factor in update)
+    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
     held = [*stage.parameters(), *places.table, *factors]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, torch.Tensor] = {}
