@@ -13,6 +13,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.private_folders import CACHE_VARIABLE
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.cluster.doctor import job_files as job_files_module
 from megatron_tiedlora.cluster.doctor import shared
@@ -21,7 +22,7 @@ from megatron_tiedlora.cluster.doctor.job_files import job_files
 from megatron_tiedlora.cluster.doctor.probe import job_content
 from megatron_tiedlora.cluster.doctor.records import HubRepo
 from megatron_tiedlora.convert.export_peft import peft_base
-from megatron_tiedlora.data.demo import CACHE_VARIABLE, demo_model_path
+from megatron_tiedlora.data.demo import demo_model_path
 
 MODEL = HubRepo(kind="model", id="meta-llama/Llama-2-7b-hf")
 
