@@ -12,7 +12,7 @@ first that runs on the device with the dtype and the head dim:
     one after another           PyTorch's attention, document by document: whatever is left
 
 PyTorch's own two are called as operators: their first arguments are the same from 2.6 to 2.15, the public function for
-different lengths (2.10 on) is not, and may choose cuDNN. CPUs have `blocks.py` instead.
+different lengths (2.10 on) is not, and may choose cuDNN. CPUs have `cpu_attention.py` instead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AttentionRoute:
     Attributes:
         name: for the user.
         reason: why it and not one that comes before it.
-        attend: None on a CPU, where `blocks.attend_by_blocks` does it.
+        attend: None on a CPU, where `cpu_attention.attend_by_tiles` does it.
     """
 
     name: str

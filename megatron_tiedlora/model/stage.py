@@ -120,7 +120,7 @@ class Stage(nn.Module):
             inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or what `find_supervised` made of them on the host.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            documents: (b, s) int64, document ids; None: one document per row.
 
         Returns:
             what flows between layers; where the stage has the head, the summed loss over supervised positions, or what
@@ -235,13 +235,13 @@ class Stage(nn.Module):
         """
         updates = self.read_adapter() if updates is None else updates
         cache = caches[0] if caches else None
-        places = self.attention.places(positions, hidden.dtype, documents=documents, cache=cache)
+        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             stops = self.head is not None and index == self.blocks[-1]
             call = block.attention.attend if stops else block
             cache = caches[number] if caches else None
-            result = self._call(call, hidden, places, tensor_parallel, update=updates.get(index), cache=cache)
+            result = self._call(call, hidden, context, tensor_parallel, update=updates.get(index), cache=cache)
             if stops:
                 return Attended(hidden, result)
             hidden = result

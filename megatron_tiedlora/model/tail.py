@@ -1,7 +1,7 @@
 """What follows the last attention: the last block's output projection and MLP, the final norm, head and loss.
 
-Only supervised positions go through it. Where none of its linears is adapted, the summed loss has its backward pass in
-its forward pass: it keeps d numbers per supervised position, whatever is recomputed.
+Only supervised positions go through it. Where none of its linears is adapted, the backward pass of the summed loss runs
+inside its forward pass: d numbers per supervised position are saved, whatever is recomputed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Attended(NamedTuple):
     """The last block, stopped after its attention, so that the rest can be done for supervised positions only.
 
     Attributes:
-        hidden: what came into the block, (b, s, d) or (1, b s / p, d).
+        hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
     """
 
@@ -29,7 +29,7 @@ class Attended(NamedTuple):
 
 
 class SupervisedTail:
-    """The last block and the head, from attention's output on. Their modules and parameters are the stage's."""
+    """The last block and the head, from the attention output on. The stage owns their modules and parameters."""
 
     def __init__(self, block: Block, head: Head, *, adapted: bool = False) -> None:
         """`adapted`: whether one of its linears has an adapter, whose gradients an early backward pass would lose."""
@@ -38,20 +38,20 @@ class SupervisedTail:
     def logits(
         self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(b, s, V), alike on every rank; (b, 1, V) where `wanted`, (b,) int64, names one position of each row."""
+        """(b, s, V), equal on every rank; (b, 1, V) where `wanted`, (b,) int64, names one position of each row."""
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
-            hidden = self.block.feed(self._join(attended, tensor_parallel), tensor_parallel)
+            hidden = self.block.add_mlp(self._join(attended, tensor_parallel), tensor_parallel)
             return self._head(hidden, tensor_parallel).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        hidden = self.block.feed(self._join(attended, tensor_parallel, rows, rows), tensor_parallel)
+        hidden = self.block.add_mlp(self._join(attended, tensor_parallel, rows, rows), tensor_parallel)
         return self._head(hidden, tensor_parallel).transpose(0, 1)
 
     def loss(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
-        """The summed loss over supervised positions; `labels` (b, s) int64 or what `find_supervised` made of them."""
+        """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`."""
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
 
         def summed(joined: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class SupervisedTail:
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
         losses = self._losses(joined, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
-        return spread.index_put_((supervised.rows[supervised.kept],), losses.float()).view(labels.shape)
+        return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
     def _supervised(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
@@ -81,7 +81,7 @@ class SupervisedTail:
     def _losses(
         self, joined: torch.Tensor, supervised: Supervised, tensor_parallel: TensorParallel, *, summed: bool
     ) -> torch.Tensor:
-        hidden = self.block.feed(joined, tensor_parallel, recomputes=self.adapted)
+        hidden = self.block.add_mlp(joined, tensor_parallel, recomputes=self.adapted)
         return self._head(hidden, tensor_parallel, supervised, summed=summed)
 
     def _head(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -95,13 +95,13 @@ class SupervisedTail:
         rows: torch.Tensor | None = None,
         local_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last block up to its MLP, of all positions or of `rows` (m,) in (b s); then (1, m, d) or (1, m / p, d).
+        """The last block up to its MLP, at all positions, or at `rows` (m,) in (b s): then (1, m, d) or (1, m / p, d).
 
         Args:
-            local_rows: those of `rows` that this rank computes, in the (b s) or (b s / p) of what flows between layers.
+            local_rows: the rows of this rank, as indices into the (b s) or (b s / p) of what flows between layers.
         """
         hidden, attention_output = attended
         if rows is not None and local_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
-        return self.block.join(hidden, attention_output, tensor_parallel)
+        return self.block.add_attention(hidden, attention_output, tensor_parallel)

@@ -1,9 +1,8 @@
 """The elementwise and row-wise parts of the model, as pure functions that can be compiled.
 
-What a layer does between its matmuls costs memory traffic, not arithmetic: run operation by operation, each of these
-reads and writes its tensors several times; compiled, once. `Kernels` are handed to the layers when they are built, as
-they stand here or compiled; the code is the same. Uncompiled on a GPU they go over some rows at a time (`by_rows`), as
-their fp32 temporaries would else be several times as large as their results.
+Elementwise kernels are bound by memory traffic: uncompiled, each of these reads and writes its tensors several times;
+compiled, once. Layers get `Kernels` when they are built, compiled or not; the code is the same. Uncompiled on a GPU
+they process some rows at a time (`by_rows`), since their fp32 temporaries would be several times their results' size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Numbers of a kernel's widest argument that it goes over at one time, uncompiled on a GPU: in fp32 64 MiB.
+# Numbers of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
 
 
@@ -27,9 +26,10 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., n) -> (T, n), which autograd does not see.
+    """(..., n) -> (T, n), detached from autograd.
 
-    What kernels get has as many dimensions always, and is no view (a detached one is not): each form is compiled anew.
+    Kernels always get two dimensions and never a view (a detached tensor is none), since torch.compile makes a kernel
+    for each form.
     """
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
@@ -95,10 +95,10 @@ def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def open_scores_(
+def exp_scores_(
     scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of (scores + mask) over the last dimension, without its division.
+    """exp(scores + mask - largest) over the last dimension: the softmax before its division.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
@@ -110,9 +110,9 @@ def open_scores_(
     """
     seen = scores + mask
     top = seen.amax(-1, keepdim=True)
-    opened = (seen - top).exp()
-    total = opened.sum(-1, keepdim=True)
-    weights.copy_(opened)
+    numerators = (seen - top).exp()
+    total = numerators.sum(-1, keepdim=True)
+    weights.copy_(numerators)
     return top + total.log(), total
 
 
@@ -120,22 +120,22 @@ def score_gradient_(
     scores: torch.Tensor,
     mask: torch.Tensor,
     log_sums: torch.Tensor,
-    shares: torch.Tensor,
+    deltas: torch.Tensor,
     grad_weights: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (grad_weights - shares), its gradient, in place.
+    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (grad_weights - deltas), its gradient, in place.
 
     Args:
-        scores, mask: as in `open_scores_`.
+        scores, mask: as in `exp_scores_`.
         log_sums: (c, n, m, 1), its first result.
-        shares: (c, n, m, 1), sum over keys of p * grad_weights.
+        deltas: (c, n, m, 1), sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
         weights: as `grad_weights`.
     """
     probability = (scores + mask - log_sums).exp()
     weights.copy_(probability)
-    grad_weights.copy_(probability * (upcast(grad_weights) - shares))
+    grad_weights.copy_(probability * (upcast(grad_weights) - deltas))
 
 
 def row_log_sums(logits: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def row_log_sums(logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(upcast(logits), dim=-1)
 
 
-def open_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
+def exp_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
     """exp(logit - total) in place of logits (n, V); total (n,), `upcast`."""
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
@@ -159,12 +159,12 @@ class Kernels:
     gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
     rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
-    open_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
-        open_scores_
+    exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
+        exp_scores_
     )
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums
-    open_logits_: Callable[[torch.Tensor, torch.Tensor], None] = open_logits_
+    exp_logits_: Callable[[torch.Tensor, torch.Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
         """The same, uncompiled, with bounded temporaries on a GPU."""
@@ -187,8 +187,8 @@ class Kernels:
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
-        # The two that are left out are for blocks of a CPU's attention, whose first dimension is not rows.
-        names = [field.name for field in fields(self) if field.name not in ("open_scores_", "score_gradient_")]
+        # The two that are left out are for the tiles of a CPU's attention, whose first dimension is not rows.
+        names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
         return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(plain, name))) for name in names})
 

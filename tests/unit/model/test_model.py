@@ -165,7 +165,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
     labels = some_labels(ids, 0.5)
     plain = gradients(model, model(ids, positions(ids), labels))
     calls = []
-    attend, feed = Attention.attend, Block.feed
+    attend, feed = Attention.attend, Block.add_mlp
 
     def counted(self: Attention, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append("attend")
@@ -176,7 +176,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
         return feed(self, *arguments, **keywords)
 
     monkeypatch.setattr(Attention, "attend", counted)
-    monkeypatch.setattr(Block, "feed", counted_too)
+    monkeypatch.setattr(Block, "add_mlp", counted_too)
     model.recompute = "full"
     recomputed = gradients(model, model(ids, positions(ids), labels))
     # Once forwards, once more in the backward pass, which the last MLP has at once.

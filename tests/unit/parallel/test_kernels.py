@@ -83,7 +83,7 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     logits, total = torch.randn(8, 2500), torch.zeros(8)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         kernels.row_log_sums(logits)
-        kernels.open_logits_(logits, total)
+        kernels.exp_logits_(logits, total)
 
 
 @needs_compiler

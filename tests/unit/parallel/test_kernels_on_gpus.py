@@ -42,7 +42,7 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rotate": (heads, *table, 3),
         "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table),
         "row_log_sums": (rows,),
-        "open_logits_": (rows, drawn(ROWS, wide=True)),
+        "exp_logits_": (rows, drawn(ROWS, wide=True)),
     }
 
 
@@ -78,7 +78,7 @@ def static() -> Kernels:
     """Compiled as for a GPU, on this CPU; but for its own attention, which has another form in every block."""
     plain = Kernels()
     compiled = Kernels().compiled(static_widths=True)
-    kernels = replace(compiled, open_scores_=plain.open_scores_, score_gradient_=plain.score_gradient_)
+    kernels = replace(compiled, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
     compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
     return kernels
 
