@@ -1,4 +1,4 @@
-"""A base model with an adapter, without an engine: for checks of exports and for decoding, whole or one rank's part."""
+"""Load a base model with an adapter without an engine, whole or one rank's part, to check exports and to generate."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def load_model(
 
     Args:
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
-        merged: fold the adapter into the weights (added in fp32, cast once) instead of keeping it beside them.
-        checks_base: False where the caller has compared the base with the adapter's.
-        kernels: of the layers, as they stand or compiled.
+        merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
+        checks_base: False if the caller has already compared the base with the adapter's.
+        kernels: of the layers, eager or compiled.
         progress: show a bar.
 
     Raises:
-        UserError: weights that are missing or do not fit, or an adapter of another base.
+        UserError: weights are missing or do not fit, or the adapter belongs to another base.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
@@ -56,15 +56,15 @@ def load_model(
             found = identify_base(source, weights, adapter.base.dtype)
             adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
-        bank = None
+        part = None
         if adapter is not None and not merged:
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-            bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
-            bank.load_full(adapter.state)
+            part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+            part.load_full(adapter.state)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
         with torch.device(device):
             model = Stage(
-                specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)
+                specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False)
             )
         load_base_weights(
             weights,
@@ -81,7 +81,7 @@ def load_model(
 
 @torch.no_grad()
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
-    """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
+    """Set W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, with W as stored."""
     targets = frozen_weights(model)
     for rule in weights.rules:
         if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in targets:

@@ -22,10 +22,10 @@ _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model that was found.
+    """A base model.
 
     Attributes:
-        name: what the user called it.
+        name: as the user gave it.
         folder: the Hugging Face folder, or None for a preset shape.
     """
 
@@ -35,10 +35,10 @@ class ModelSource:
 
     @property
     def base_hash(self) -> str:
-        """Hash of what the config says of the computation; equal for models of the same shape and computation.
+        """Hash of the config's fields that determine the computation; equal for models of the same computation.
 
-        Stored with every adapter and checkpoint, so it never changes: fields are named as they were at first, and one
-        that came later is hashed only where it differs from what all models had before.
+        It is stored with every adapter and checkpoint, so it must never change: fields keep their first names, and a
+        field that was added later is hashed only if its value differs from that of all earlier models.
         """
         shape, block = self.shape, self.shape.block
         fields: dict[str, Any] = {
@@ -70,10 +70,10 @@ class ModelSource:
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:
-    """Resolve --model; a hub id is downloaded (once, into the hub's cache) or taken from that cache.
+    """Resolve --model; a hub id is downloaded once into the hub's cache, or read from there.
 
     Raises:
-        UserError: nothing of that name, a config that is not readable, or a feature that is not implemented.
+        UserError: the model does not exist, its config is not readable, or it has a feature that is not implemented.
     """
     if name in PRESETS:
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
@@ -103,5 +103,5 @@ def _find_folder(name: str, *, weights: bool) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])]))
-    except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
-        raise UserError(f"--model {name}: no such folder, and the hub did not give it ({first_line(error)})") from None
+    except Exception as error:  # the hub's client raises many kinds; each means that the model cannot be found
+        raise UserError(f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})") from None

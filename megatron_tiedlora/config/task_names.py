@@ -1,4 +1,4 @@
-"""The names of the tasks, for `--task`: those of the files in data/tasks, which imports go past and not through."""
+"""The task names for `--task`: the names of the files in data/tasks. config cannot import data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything an evaluation is, decided and checked before weights are read or a rank is waited for."""
+"""The plan of an evaluation: decided and checked before weights are read and ranks meet."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from megatron_tiedlora.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A checked evaluation: its settings with what follows from them, the model and the number of ranks.
+    """A checked evaluation: its settings, and what follows from them, the model and the number of ranks.
 
     Attributes:
-        kind: of the model: base, merged (a folder that an adapter was merged into), native or peft.
-        longest_prompt: in tokens; a longer one loses its middle.
-        limit: of samples; None is all.
-        notes: what a user should know before they trust the scores.
+        kind: kind of model: base, merged (a folder with a merged adapter), native or peft.
+        longest_prompt: maximum prompt tokens; a longer prompt loses its middle.
+        limit: maximum number of samples; None: all.
+        notes: what a user should know before trusting the scores.
     """
 
     settings: EvaluateSettings
@@ -54,12 +54,12 @@ class EvaluationPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base."""
+        """The dtype of the base."""
         return DTYPES[self.settings.dtype]
 
     @property
     def adapter_name(self) -> str:
-        """METHOD-rRANK, or base where there is no adapter."""
+        """METHOD-rRANK, or the kind of model if there is no adapter."""
         if self.adapter is None:
             return self.kind
         method = "peft" if self.kind == "peft" else self.adapter.config.method
@@ -67,33 +67,33 @@ class EvaluationPlan:
 
     @property
     def name(self) -> str:
-        """MODEL-TASK-ADAPTER, for the folder."""
+        """MODEL-TASK-ADAPTER, for the output folder's name."""
         model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
-    def headline(self, num_samples: int, num_cut: int, attention: AttentionRoute) -> list[str]:
-        """What is evaluated, in a few lines, before its progress bar.
+    def headline(self, num_samples: int, num_truncated: int, attention: AttentionRoute) -> list[str]:
+        """A few lines about the evaluation, to print before its progress bar.
 
         Args:
-            num_samples: that are decoded.
-            num_cut: of them have prompts that do not fit whole.
-            attention: what computes the attention of prompts.
+            num_samples: number of samples to answer.
+            num_truncated: how many of their prompts lose their middle.
+            attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
         adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
-        cut = f", {num_cut} of them without their middle to fit" if num_cut else ""
+        cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
         return [
             f"model      {self.source.name} in {settings.dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
-            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
+            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
             f"attention  {attention}",
             *(f"note       {note}" for note in self.notes),
         ]
 
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
-        """Every setting as a plain value, with what depends on the model, the task and the world filled in."""
+        """Every setting as a plain value, including those that depend on the model, the task and the ranks."""
         return {
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
@@ -104,7 +104,7 @@ class EvaluationPlan:
         }
 
     def model_facts(self) -> dict[str, Any]:
-        """What decoded, and in which layout: kind of model, adapter and ranks, for results.json."""
+        """Kind of model, adapter and parallel layout, for results.json."""
         adapter = None
         if self.adapter is not None:
             config = self.adapter.config
@@ -125,10 +125,10 @@ class EvaluationPlan:
 
 
 def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -> EvaluationPlan:
-    """Find model and adapter, and check that settings, model and world fit each other.
+    """Find the model and adapter, and check that settings, model and number of ranks fit together.
 
     Raises:
-        UserError: the first thing that does not fit, with the fix.
+        UserError: names the first thing that does not fit, with the fix.
     """
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
@@ -145,8 +145,8 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     if limit is None and settings.task == "demo":
         limit = DEMO_SCORED_SAMPLES
     if adapter is None:
-        source = find_model(source.name)  # until now without the weights of a hub model
-        source.weights_folder()  # refuses a shape
+        source = find_model(source.name)  # so far a hub model's weights were not downloaded
+        source.weights_folder()  # rejects a preset, which has no weights
     return EvaluationPlan(
         settings=settings,
         task=get_task(settings.task),
@@ -163,17 +163,17 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
 
 
 def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterator[str]:
-    """Where an adapter was trained on another base or with other prompts, as far as the files beside it tell."""
+    """Notes if the files beside an adapter show that it was trained on another base or with other prompts."""
     if settings.adapter is None:
         return
     folder = user_path(settings.adapter)
     if kind == "peft" and not (folder / EXPORT_RECORD).is_file():
         named = _named_base(folder)
         if named and named != source.name and not _same_folder(source, named):
-            yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
+            yield f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same"
     run_file = folder.parent / "run.yaml"
     trained: dict[str, Any] = {}
-    with suppress(UserError):  # a file of another kind or version: there is nothing to compare with
+    with suppress(UserError):  # a file of another kind or version cannot be compared
         trained = read_yaml(str(run_file)) if run_file.is_file() else {}
     for name in ("task", "prompt_template", "tokenizer"):
         if name in trained and trained[name] != getattr(settings, name):
@@ -184,7 +184,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     """(base, adapter, kind of model, notes).
 
     Raises:
-        UserError: either is not there, or they do not belong together, or go with another tokenizer.
+        UserError: one is missing, they do not belong together, or they need another tokenizer.
     """
     if settings.adapter is None:
         source = find_model(settings.model or "demo", weights=False)
@@ -214,7 +214,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
 
 
 def _named_base(folder: Path) -> str:
-    """What a PEFT folder calls its base; '' where it does not say."""
+    """The name of the base in a PEFT folder; '' if there is none."""
     named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
     return named if isinstance(named, str) else ""
 
@@ -224,6 +224,6 @@ def _is_merged(source: ModelSource) -> bool:
 
 
 def _same_folder(source: ModelSource, named: str) -> bool:
-    with suppress(UserError):  # a name that can be no path
+    with suppress(UserError):  # the name cannot be a path
         return user_path(named).resolve() == source.weights_folder().resolve()
     return False

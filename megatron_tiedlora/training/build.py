@@ -106,11 +106,11 @@ def _fill_adapter(
     plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
 ) -> None:
     """Mark the adapter's parameters for DeepSpeed, say who sums, and give them `state`, or their start values."""
-    bank = stage.adapter
-    assert bank is not None
-    mark_parameters(bank, groups)
-    bank.u_sum = sum_of_u(groups)
-    bank.load_full(start_values(plan.adapter) if state is None else state)
+    adapter = stage.adapter
+    assert adapter is not None
+    mark_parameters(adapter, groups)
+    adapter.u_sum = sum_of_u(groups)
+    adapter.load_full(start_values(plan.adapter) if state is None else state)
 
 
 def _build_stage(
@@ -126,11 +126,11 @@ def _build_stage(
         recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
     )
-    bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
+    adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.sequence_parallel)
-        return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
+        return Stage(specs, adapter, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
 
     if grid.pp_size == 1:
         process_grid = make_process_grid(grid)
@@ -148,8 +148,8 @@ def _build_stage(
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
     """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood."""
-    settings, bank = plan.settings, built.stage.adapter
-    assert bank is not None
+    settings, adapter = plan.settings, built.stage.adapter
+    assert adapter is not None
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
     optimizer = make_optimizer(trained, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
@@ -160,13 +160,13 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
         moments = {
             moment: {
                 name: plan.part.cut(name, checkpoint.moments[moment_name(moment, name)])
-                for name in trained_parameters(bank)
+                for name in trained_parameters(adapter)
             }
             for moment in MOMENTS
         }
         write_moments(
             engine,
-            trained_parameters(bank),
+            trained_parameters(adapter),
             plan.engine.zero_stage,
             moments=moments,
             step=checkpoint.progress.step,

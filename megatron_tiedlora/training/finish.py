@@ -31,12 +31,12 @@ def score(trainer: Trainer) -> dict[str, Score]:
 
 def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
-    bank, folder = trainer.runner.bank, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
+    adapter, folder = trainer.runner.adapter, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
     # Others may not see the run folder.
     best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
-        with all_open(bank, trainer.plan.engine):
-            bank.load_full(best.state)
+        with all_open(adapter, trainer.plan.engine):
+            adapter.load_full(best.state)
         trainer.stop.agree(True)
 
 

@@ -102,7 +102,7 @@ class RunPlan:
             self.batches.micro_batch_size,
             self.grid.dp_size,
             packed_length=self.settings.max_length if self.settings.packing else None,
-            least_micro_batches=inputs_to_fill(self.grid.pp_size),
+            min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
 
     def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
@@ -206,10 +206,10 @@ def plan_run(
         settings.global_batch_size,
         settings.micro_batch_size,
         grid.dp_size,
-        most_rows=default_rows(
+        max_rows=default_rows(
             max_length=settings.max_length, packing=settings.packing, demo=settings.task == "demo", on_gpu=on_gpu
         ),
-        least_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+        min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # A refusal must not wait for a download of weights.

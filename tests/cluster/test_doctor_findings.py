@@ -22,7 +22,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     Probe,
 )
 from megatron_tiedlora.cluster.doctor.text import host_table
-from megatron_tiedlora.cluster.remote import Done, Way
+from megatron_tiedlora.cluster.remote import Done, Transport
 
 NAMES = ("nodea", "nodeb", "nodec")
 SLOTS = 2
@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "port 29500 is in use by python (process 7 of me)",
     ),
     "Debian": ({"nodeb": {"name_addresses": ["127.0.1.1"]}}, "loopback_name", "error", ["nodeb"], "127.0.1.1"),
-    "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, is not known"),
+    "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, does not resolve"),
     "stranger": ({"nodeb": {"master_addresses": []}}, "name_unknown", "error", ["nodeb"], "first host's name, nodea"),
     "itself": ({"nodeb": {"master_addresses": ["127.0.0.1"]}}, "master_address", "error", ["nodeb"], "nodeb itself"),
     "interface": (
@@ -246,7 +246,7 @@ def test_caches_of_the_hub_that_differ_are_warned_of() -> None:
 
     (finding,) = examined(hosts({"nodea": cached("1 a"), "nodeb": cached("1 b"), "nodec": cached("1 a")}))
     assert (finding.code, finding.level, finding.hosts) == ("path_differs", "warning", ["nodeb"])
-    assert "--model owner/name is not that of the other hosts: config.json" in finding.message
+    assert "--model owner/name differs from the other hosts': config.json" in finding.message
 
 
 def test_of_two_files_each_is_named_without_its_number() -> None:
@@ -365,7 +365,7 @@ SILENCES: dict[str, tuple[int | None, str, str]] = {
 @pytest.mark.parametrize("case", SILENCES)
 def test_why_a_host_is_silent(case: str) -> None:
     status, words, code = SILENCES[case]
-    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Way("ssh"), limit=30)
+    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Transport("ssh"), limit=30)
     assert (finding.code, finding.level, finding.hosts) == (code, "error", ["nodeb"])
     assert "nodeb" in finding.message and finding.fix
 

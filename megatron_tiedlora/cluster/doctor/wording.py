@@ -1,4 +1,4 @@
-"""Names and sizes in words."""
+"""Names, sizes, times and counts as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MOST_NAMES = 8
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """`a, b and c`; of many the first ones and how many more."""
+    """`a, b and c`; a long list is cut to its first names and the number of the others."""
     if len(names) > _MOST_NAMES:
         return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

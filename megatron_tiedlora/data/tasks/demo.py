@@ -1,4 +1,4 @@
-"""The demo: grade-school maths in GSM8K's form, generated, so that nothing has to be downloaded."""
+"""The demo: generated grade-school maths in GSM8K's form, so that nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_tiedlora.data.tasks import gsm8k
 
 
 def _rows(split: Split) -> Iterator[Row]:
-    from megatron_tiedlora.data.demo import demo_examples  # needs a package of the demo's own
+    from megatron_tiedlora.data.demo import demo_examples  # only the demo needs reasoning-gym
 
     for number, row in enumerate(demo_examples(split), start=1):
         yield row, f"demo {split}: row {number}"

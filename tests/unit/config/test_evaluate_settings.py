@@ -37,11 +37,11 @@ def test_the_task_that_is_meant(argv: list[str], task: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--model=x"], ["--task is needed", "--test_file"]),
-        (["--adapter=x"], ["--task is needed"]),
+        (["--model=x"], ["--task is required", "--test_file"]),
+        (["--adapter=x"], ["--task is required"]),
         (["--merge_adapter"], ["--merge_adapter needs --adapter"]),
-        (["--train_file=f"], ["--train_file only goes with --split validation"]),
-        (["--split=validation", "--test_file=f"], ["--test_file only goes with --split test"]),
+        (["--train_file=f"], ["--train_file needs --split validation"]),
+        (["--split=validation", "--test_file=f"], ["--test_file needs --split test"]),
         (["--task=gsm8"], ["--task gsm8", "'squad'", "did you mean gsm8k?"]),
         (["--split=train"], ["--split train", "'validation'"]),
         (["--limit=0"], ["--limit 0"]),

@@ -17,7 +17,7 @@ from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
-from megatron_tiedlora.engine.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
+from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
@@ -256,7 +256,7 @@ def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
         ({"zero_optimization": 2}, ["zero_optimization must be an object"]),
         ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 0}}, ["allgather_bucket_size is 0", "above 0"]),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, ["reduce_bucket_size", "greater than 0"]),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm false", "drop it"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm is false", "remove it"]),
         ({"train_batch_size": 16}, ["train_batch_size is 16", "make it 8", "--global_batch_size"]),
         ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "make it 2", "--micro_batch_size"]),
         ({"gradient_accumulation_steps": 1}, ["is 1", "make it 2", "--micro_batch_size"]),
@@ -278,8 +278,8 @@ def test_refused_json(tmp_path: Path, content: Any, parts: list[str]) -> None:
 def test_refused_sections_name_the_flag(tmp_path: Path, section: str) -> None:
     with pytest.raises(UserError) as caught:
         load_json(tmp_path, {section: {"enabled": True}})
-    assert f"section {section!r}" in str(caught.value) and REFUSED_SECTIONS[section] in str(caught.value)
-    assert "--" in REFUSED_SECTIONS[section]
+    assert f"section {section!r}" in str(caught.value) and REJECTED_SECTIONS[section] in str(caught.value)
+    assert "--" in REJECTED_SECTIONS[section]
 
 
 def test_missing_json_names_the_nearest() -> None:

@@ -45,7 +45,7 @@ def test_a_plan_is_for_what_is_here_or_for_what_is_asked(
 
 
 def test_only_a_dry_run_plans_for_another_machine() -> None:
-    with pytest.raises(UserError, match="--plan_for only goes with --dry_run"):
+    with pytest.raises(UserError, match="--plan_for needs --dry_run"):
         parse_settings(["--plan_for=gpu"])
 
 
