@@ -38,10 +38,10 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_with_early_backward(function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """`function(hidden)`, a scalar, of which only the gradient of `hidden`, like it, is kept.
+    """`function(hidden)`, a scalar. Only the gradient of `hidden`, of its shape and dtype, is saved for backward.
 
     Args:
-        function: of `hidden` alone: other tensors that it uses get no gradient.
+        function: it is differentiated for `hidden` alone; other tensors that it uses get no gradient.
         hidden: any float dtype.
     """
     loss: torch.Tensor = _EarlyBackward.apply(hidden, function)

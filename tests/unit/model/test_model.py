@@ -263,7 +263,7 @@ def test_fused_rows_are_cut_by_heads_within_each_block() -> None:
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 does not divide by tensor parallel 4"):
+    with pytest.raises(ValueError, match="6 is not divisible by tensor parallel 4"):
         ShardSpec(0, (8, 6, 6)).split(torch.zeros(20), 0, 4)
 
 
