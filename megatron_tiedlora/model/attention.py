@@ -35,7 +35,7 @@ class KeyValueCache:
 
     @staticmethod
     def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> KeyValueCache:
-        """Memory for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
+        """An empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
@@ -66,8 +66,8 @@ class AttentionContext:
         tiles: on a CPU, which tokens see each other.
         documents: elsewhere, the packed documents; a token sees its own document up to itself.
         attend: the function that computes attention within documents.
-        mask: where the keys come from a cache, what is added to the scores: 0 or -inf, (b * kv, heads / kv * s, keys)
-            in the cache's dtype.
+        mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
+            cache's dtype.
     """
 
     positions: torch.Tensor
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         rows = added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
-        return rows[..., :num_keys]  # rows begin at multiples of 8, else CUDA's kernel copies the mask in every layer
+        return rows[..., :num_keys]  # rows start at multiples of 8, or CUDA's kernel would copy the mask in every layer
 
     def attend(
         self,
@@ -151,9 +151,9 @@ class Attention(nn.Module):
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (1, b s / p, d).
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: of the s tokens.
-            cache: of this rank's key and value heads; the new ones are added to it.
+            cache: of this rank's key and value heads; the new keys and values are added to it.
         """
         rotated = RotatedHeads(self.local_heads.rows, self.local_heads.dim, self.kernels, context.table)
         query, key, value = self.qkv(hidden, rotated, tensor_parallel, update, num_rows=len(context.positions))
@@ -173,10 +173,10 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 
     The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
     In fp32 (always on a CPU) two matmuls take two thirds of the time of PyTorch's fused kernel, which is made for long
-    queries. In bf16 the fused kernel is used, as it has its scores in fp32. (Not cuDNN's, which makes a plan for each
-    number of keys: `prepare_environment` puts it last.)
+    queries. In bf16 the fused kernel is used, as it computes scores in fp32. cuDNN's kernel is avoided, since it makes
+    a plan for each number of keys: `prepare_environment` puts it last.
     """
-    assert mask is not None, "with a filled cache there is a mask"
+    assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape
     keys, values = (tensor.flatten(0, 1)[:, : cache.filled] for tensor in (cache.keys, cache.values))
     folded = query.to(keys.dtype).reshape(keys.shape[0], -1, head_dim)
@@ -187,5 +187,4 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
         output = functional.scaled_dot_product_attention(
             folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None]
         )
-    return output.reshape(batch, heads, length, head_dim)  # a copy where a kernel's result lies by tokens, as CUDA's
-
+    return output.reshape(batch, heads, length, head_dim)  # copies if the kernel returns tokens first, as CUDA's do

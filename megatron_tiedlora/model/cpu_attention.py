@@ -1,13 +1,13 @@
 """Causal attention on CPUs, by tiles of queries. Each tile is multiplied with the keys that its queries see.
 
-In 16 bits it takes half of the time of PyTorch's fused kernel, and with packed sequences only the time of what is seen.
+In 16 bits it takes half of the time of PyTorch's fused kernel, and keys of other packed documents take no time.
 With S = scale Q K^T where a query sees a key, P = softmax(S), O = P V, and delta = sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
 
 It saves Q, K, V, O and log sum exp(S), one number per query and head, as fused kernels on GPUs do. S, its exponentials
-and the sums dK and dV are in max(fp32, input dtype), the operands of matmuls in the input dtype. The query heads that
-share a key head are stacked as queries of one head, so that no key is copied for them.
+and the sums dK and dV are in max(fp32, input dtype); matmul operands are in the input dtype. The query heads that share
+a key head are stacked as queries of one head, so that no key is copied for them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_query_tiles(ids: torch.Tensor | None, length: int, *, size: int) -> tup
     positions = torch.arange(length)
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    first_keys = torch.where(begins, positions, 0).cummax(dim=1).values  # of each token's document
+    first_keys = torch.where(begins, positions, 0).cummax(dim=1).values  # the first token of each token's document
     tiles = []
     for start, stop in bounds:
         first = int(first_keys[:, start:stop].min())
@@ -117,7 +117,7 @@ class _Operands:
 
 
 def _lines(tensor: torch.Tensor, tile: QueryTile) -> torch.Tensor:
-    """(b kv, heads / kv * queries, n) or (b, heads, queries, n), in a shape that broadcasts with the tile's mask.
+    """(b kv, heads / kv * queries, n) or (b, heads, queries, n), reshaped to broadcast with the tile's mask.
 
     The result is contiguous: torch.compile makes a kernel for each memory layout.
     """

@@ -39,12 +39,12 @@ class SwiGlu(nn.Module):
         self.down = down
 
     def activate(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
+        """Activations between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
         (gate_up,) = self.gate_up(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
         gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
         return gated
 
     def project(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What `activate` returns -> what flows between layers."""
+        """W_down y: the result of `activate`, (..., local f) -> activations between layers."""
         output: torch.Tensor = self.down(gated, tensor_parallel)
         return output

@@ -1,4 +1,4 @@
-"""Which positions of a micro-batch have a label: what follows the last attention computes only these.
+"""The positions of a micro-batch that have a label. The layers after the last attention compute only these.
 
 They are found on the host, so that no step waits for the device to count them.
 """
@@ -38,7 +38,7 @@ class Supervised(NamedTuple):
 
 
 def padded_positions(num_supervised: int) -> int:
-    """m / p, where the part with most supervised positions has `num_supervised`."""
+    """m / p, from the number of supervised positions in the part that has most."""
     return padded(max(1, num_supervised))
 
 

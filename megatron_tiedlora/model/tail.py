@@ -17,7 +17,7 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 
 
 class Attended(NamedTuple):
-    """The last block, stopped after its attention, so that the rest can be done for supervised positions only.
+    """The last block after its attention. The rest of it is computed for supervised positions only.
 
     Attributes:
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
@@ -29,16 +29,16 @@ class Attended(NamedTuple):
 
 
 class SupervisedTail:
-    """The last block and the head, from the attention output on. The stage owns their modules and parameters."""
+    """The last block and the head, after the attention. The stage owns their modules and parameters."""
 
     def __init__(self, block: Block, head: Head, *, adapted: bool = False) -> None:
-        """`adapted`: whether one of its linears has an adapter, whose gradients an early backward pass would lose."""
+        """`adapted`: whether one of its linears has an adapter; an early backward pass would lose its gradients."""
         self.block, self.head, self.adapted = block, head, adapted
 
     def logits(
         self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(b, s, V), equal on every rank; (b, 1, V) where `wanted`, (b,) int64, names one position of each row."""
+        """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V)."""
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
             hidden = self.block.add_mlp(self._join(attended, tensor_parallel), tensor_parallel)
@@ -63,7 +63,7 @@ class SupervisedTail:
     def position_losses(
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
-        """Every position's own loss, (b, s), 0 where there is no label, without a gradient."""
+        """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
         losses = self._losses(joined, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
@@ -72,7 +72,7 @@ class SupervisedTail:
     def _supervised(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
     ) -> tuple[Supervised, torch.Tensor]:
-        """The supervised positions, and the last block up to its MLP there."""
+        """The supervised positions, and the last block's result there, up to its MLP."""
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
@@ -95,10 +95,11 @@ class SupervisedTail:
         rows: torch.Tensor | None = None,
         local_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last block up to its MLP, at all positions, or at `rows` (m,) in (b s): then (1, m, d) or (1, m / p, d).
+        """The last block's result up to its MLP, at all positions, or at `rows`: then (1, m, d) or (1, m / p, d).
 
         Args:
-            local_rows: the rows of this rank, as indices into the (b s) or (b s / p) of what flows between layers.
+            rows: (m,), indices into (b s).
+            local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
         """
         hidden, attention_output = attended
         if rows is not None and local_rows is not None:

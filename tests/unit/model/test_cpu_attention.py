@@ -1,4 +1,4 @@
-"""Attention by blocks of queries: against a mask over whole rows, with and without documents, and its rounding."""
+"""Attention by tiles of queries: against a mask over whole rows, with and without documents, and its rounding."""
 
 from __future__ import annotations
 

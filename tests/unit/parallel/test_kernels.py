@@ -147,7 +147,7 @@ def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
         said.append("".join(ended.outputs))
     assert "kernels    not compiled, as the run is short" in said[0]
     assert "kernels    compiled in" in said[1]
-    assert all("attention  blocks of queries (a CPU)" in text for text in said)
+    assert all("attention  tiles of queries (a CPU)" in text for text in said)
     for split in ("train", "validation"):
         pairs = zip(losses(tmp_path / "compiled", split), losses(tmp_path / "plain", split), strict=True)
         for (step, loss), (same, wanted) in pairs:
