@@ -39,7 +39,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     # already handled.
     from megatron_tiedlora.base.output_folder import NewOutput
     from megatron_tiedlora.base.ownership import Owner
-    from megatron_tiedlora.checkpoint.load_model import load_model
+    from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
@@ -55,6 +55,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out)
+    check_same_dtype(plan.dtype_name)
     outputs: list[NewOutput] = []  # rank 0's
 
     def take() -> tuple[Path, str]:

@@ -7,11 +7,13 @@ more than a machine's memory.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.base.wording import first_line
@@ -34,6 +36,11 @@ class _PlainLoader(yaml.SafeLoader):
             problem = f"{shown(names.most_common(1)[0][0])} appears twice"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def write_yaml(path: Path, content: Mapping[str, Any], *, guard: Guard = unguarded) -> None:
+    """Replace a YAML file at once, names in their order. Raises UserError naming the file."""
+    write_text(path, yaml.safe_dump(dict(content), sort_keys=False), guard=guard)
 
 
 def read_yaml_mapping(file: Path) -> dict[str, Any]:

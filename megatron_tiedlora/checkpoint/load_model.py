@@ -7,20 +7,44 @@ from dataclasses import replace
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import TARGET, AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
+    """--dtype, or where it is not given its default for the task on this host: bf16 or fp32."""
+    slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
+    return given or ("fp32" if slow else "bf16")
+
+
+def describe_dtype(given: str | None, resolved: str) -> str:
+    """The precision for a log line, and why it is that of a slow CPU where --dtype is not given."""
+    by_default = given is None and resolved == "fp32"
+    return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
+
+
+def check_same_dtype(resolved: str) -> None:
+    """Raise UserError, on every rank, where the default of --dtype is not the same on all hosts."""
+    if differing := num_differing(resolved):
+        raise UserError(
+            f"--dtype: {differing} ranks have another default than rank 0, as their CPUs differ; give --dtype fp32"
+        )
 
 
 def load_model(

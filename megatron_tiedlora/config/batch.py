@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_tiedlora.base.errors import UserError
 
-DEMO_ROWS = 4
 GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels takes longer than running them
 
 
@@ -27,14 +26,12 @@ class BatchPlan:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
 
-def default_rows(*, max_length: int, packing: bool, demo: bool, on_gpu: bool) -> int:
+def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
     """The maximum number of rows of a micro-batch if --micro_batch_size is not given.
 
-    With packing on a GPU, as many as fit in `GPU_MICRO_BATCH_TOKENS`; otherwise 1, and 4 for the demo.
+    With packing on a GPU, as many as fit in `GPU_MICRO_BATCH_TOKENS`; otherwise `otherwise`.
     """
-    if on_gpu and packing:
-        return max(1, GPU_MICRO_BATCH_TOKENS // max_length)
-    return DEMO_ROWS if demo else 1
+    return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 
 
 def plan_batches(
@@ -42,7 +39,7 @@ def plan_batches(
     micro_batch_size: int | None,
     data_parallel: int,
     *,
-    max_rows: int = DEMO_ROWS,
+    max_rows: int = 1,
     min_steps: int = 1,
 ) -> BatchPlan:
     """Divide `global_batch_size` samples over `data_parallel` ranks.

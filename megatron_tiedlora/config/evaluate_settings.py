@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
 
 GROUPS = {
     "run": "where answers and scores go",
@@ -22,7 +22,7 @@ class EvaluateSettings(CommandSettings):
     """The settings of one evaluation, validated and frozen.
 
     Values that depend on the model or the task stay None here and are resolved later: `model` (the adapter's base, or
-    the demo), `output_dir`, `max_length`, `max_new_tokens`, `limit`.
+    the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
     prog: ClassVar[str] = "evaluate.py"
@@ -52,8 +52,10 @@ class EvaluateSettings(CommandSettings):
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "precision of the base, and of an adapter that is added to it", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
+        " instructions]",
     )
     max_length: int | None = optional_field(
         "model",
@@ -92,8 +94,8 @@ class EvaluateSettings(CommandSettings):
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", "demo") == "demo" and "adapter" not in filled:
-            filled["task"] = "demo"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL and "adapter" not in filled:
+            filled["task"] = DEFAULT_TASK
         return filled
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
@@ -36,30 +36,12 @@ GROUPS = {
     "optimisation": "batches, steps and learning rate",
 }
 
-# Defaults that differ between the demo and every other task (those are the paper's).
-DEMO_DEFAULTS: dict[str, Any] = {
-    "global_batch_size": 24,
-    "max_steps": 20,
-    "learning_rate": 3e-2,
-    "warmup_steps": 2,
-    "eval_interval": 10,
-    "max_length": 512,
-}
-PAPER_DEFAULTS: dict[str, Any] = {
-    "global_batch_size": 256,
-    "max_steps": 2000,
-    "learning_rate": 1e-4,
-    "warmup_steps": 50,
-    "eval_interval": 30,
-    "max_length": 4096,
-}
-
 
 class Settings(CommandSettings):
     """The settings of one run, validated and frozen.
 
-    Fields left out take the defaults of their task (`DEMO_DEFAULTS` or `PAPER_DEFAULTS`). Values that depend on the
-    model or the world size stay None here and are resolved later: `layers`, `init_std_a`, `init_std_b`,
+    Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
+    model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
     `micro_batch_size`, `output_dir`.
     """
 
@@ -100,13 +82,14 @@ class Settings(CommandSettings):
     )
 
     model: str = setting_field(
-        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", "demo"
+        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", DEFAULT_MODEL
     )
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "dtype of the frozen base; adapters are always fp32", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
     )
     max_length: int = setting_field("model", "maximum tokens of a sample; longer prompts lose their middle", ge=8)
 
@@ -196,10 +179,11 @@ class Settings(CommandSettings):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command, but with both defaults if the demo has its own."""
-        if name in PAPER_DEFAULTS and name in DEMO_DEFAULTS:
-            return f"{PAPER_DEFAULTS[name]:g}; demo {DEMO_DEFAULTS[name]:g}"
-        return super().default_text(name)
+        """As for every command; the paper's default, and those of the tasks that have their own."""
+        if name not in PAPER_DEFAULTS:
+            return super().default_text(name)
+        by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
+        return "; ".join([f"{PAPER_DEFAULTS[name]:g}", *by_task])
 
     @model_validator(mode="before")
     @classmethod
@@ -209,12 +193,11 @@ class Settings(CommandSettings):
         filled = {name: value for name, value in values.items() if value is not None}
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", "demo") == "demo":
-            filled["task"] = "demo"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
+            filled["task"] = DEFAULT_TASK
         elif "task" not in filled and filled["model"] in PRESETS:
             filled["task"] = "custom"  # a preset has no tokenizer, so its dry run reads no data
-        defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
-        filled = {**defaults, **filled}
+        filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not checked yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))

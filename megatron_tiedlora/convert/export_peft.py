@@ -18,7 +18,6 @@ from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
@@ -45,8 +44,7 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
 
 def peft_base(source: ModelSource) -> str:
     """The absolute folder or hub id from which PEFT loads the base."""
-    by_id = source.folder is None or (source.name != "demo" and not user_path(source.name).is_dir())
-    return source.name if by_id or source.folder is None else str(source.folder.resolve())
+    return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
 def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from megatron_tiedlora.base.atomic import new_file
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
@@ -107,12 +107,8 @@ def _save(dataset: TokenDataset, path: Path) -> None:
         "prompt_lengths": dataset.prompt_lengths,
     }
     metadata = {"truncated_prompts": str(dataset.truncated_prompts), "sha256": _checksum(arrays)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         save_file(arrays, str(temporary), metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> TokenDataset | None:

@@ -50,6 +50,11 @@ def demo_model_path() -> Path:
     return cache_dir() / "demo_model"
 
 
+def prepared_model(name: str) -> Path | None:
+    """`demo_model_path` if `name`, of --model, means that model; None for every other name."""
+    return demo_model_path() if name == "demo" else None
+
+
 def usable(row: dict[str, Any]) -> bool:
     """Whether a raw reasoning-gym row can be a training target.
 

@@ -44,6 +44,20 @@ def looks_like_path(path_or_hub: str) -> bool:
     return is_rows_file(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Whether the hub is asked for `name` where there is no such path: its own rules for ids allow it."""
+    if looks_like_path(name):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
     """Read all rows (at most `limit`) of a local file, or of one split of a hub data set.
 

@@ -61,6 +61,12 @@ class Task:
     unfold: (row, source) -> flat rows, for files with nested rows.
     read_files: (argument, flag) -> rows, for formats that only this task has; None: read it like any other file.
     generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
+    scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
+        training only those of a file that is given.
+    max_new_tokens: the default of --max_new_tokens.
+    micro_batch_rows: the default of --micro_batch_size where a GPU does not take more (see `default_rows`).
+    exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
+    fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
     """
 
     name: str
@@ -75,3 +81,8 @@ class Task:
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
     read_files: Callable[[str, str], list[Row] | None] | None = None
     generate: Callable[[Split], Iterable[Row]] | None = None
+    scored_rows: int | None = None
+    max_new_tokens: int = 500
+    micro_batch_rows: int = 1
+    exports_merged: bool = False
+    fp32_on_slow_cpus: bool = False

@@ -14,12 +14,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
+from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -27,6 +28,7 @@ from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.model.layout import check_model_layout
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class EvaluationPlan:
 
     settings: EvaluateSettings
     task: Task
+    dtype_name: str
     source: ModelSource
     adapter: NativeAdapter | None
     kind: str
@@ -55,7 +58,7 @@ class EvaluationPlan:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the base."""
-        return DTYPES[self.settings.dtype]
+        return DTYPES[self.dtype_name]
 
     @property
     def adapter_name(self) -> str:
@@ -80,11 +83,12 @@ class EvaluationPlan:
             attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
+        dtype = describe_dtype(settings.dtype, self.dtype_name)
         adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
         return [
-            f"model      {self.source.name} in {settings.dtype}{adapter}{merged}",
+            f"model      {self.source.name} in {dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
@@ -98,6 +102,7 @@ class EvaluationPlan:
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
             "model": self.source.name,
+            "dtype": self.dtype_name,
             "max_length": self.settings.max_length or self.source.shape.max_positions,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -130,6 +135,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     Raises:
         UserError: names the first thing that does not fit, with the fix.
     """
+    task = get_task(settings.task)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
@@ -139,17 +145,15 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
             f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"
             " give at most that"
         )
-    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, settings.task)
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, task.max_new_tokens)
     prompt = longest_prompt(settings.max_length, model_shape.max_positions, max_new_tokens)
-    limit = settings.limit
-    if limit is None and settings.task == "demo":
-        limit = DEMO_SCORED_SAMPLES
     if adapter is None:
         source = find_model(source.name)  # so far a hub model's weights were not downloaded
         source.weights_folder()  # rejects a preset, which has no weights
     return EvaluationPlan(
         settings=settings,
-        task=get_task(settings.task),
+        task=task,
+        dtype_name=resolve_dtype(settings.dtype, task, on_gpu=uses_gpu()),
         source=source,
         adapter=adapter,
         kind=kind,
@@ -157,7 +161,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         stages=partition(layer_costs(model_shape, length=prompt, first_adapted=None), grid.pp_size),
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
-        limit=limit,
+        limit=settings.limit or task.scored_rows,
         notes=(*notes, *_notes(settings, source, kind)),
     )
 
@@ -187,7 +191,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         UserError: one is missing, they do not belong together, or they need another tokenizer.
     """
     if settings.adapter is None:
-        source = find_model(settings.model or "demo", weights=False)
+        source = find_model(settings.model or DEFAULT_MODEL, weights=False)
         return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
         source, native = open_inputs(settings.adapter, settings.model)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -213,6 +214,18 @@ def local_rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
+
+
+@cache
+def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this host's CPU has instructions for bf16; a bf16 matmul without them took 70 times as long as in fp32.
+
+    True where the system does not say.
+    """
+    try:
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None  # the last is Arm's
+    except OSError:
+        return True
 
 
 def uses_gpu() -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.parallel.agreement import first_message, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
 from megatron_tiedlora.runtime.launch_env import local_rank, uses_gpu
@@ -170,7 +171,7 @@ def _discover_ranks() -> None:
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
     """Why the ranks did not meet, in one line."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:
         return f"port {master} is in use; end the process that uses it, or give another (--master_port, MASTER_PORT)"
     return (

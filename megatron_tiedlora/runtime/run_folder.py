@@ -13,13 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_place, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
 
@@ -91,7 +90,7 @@ class RunFolder:
 
     def write_settings(self, content: Mapping[str, Any]) -> None:
         """Write run.yaml and remove an earlier run_status.json. Raises UserError if the folder cannot be written."""
-        write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False), guard=self.guard)
+        write_yaml(self.settings, content, guard=self.guard)
         discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:

@@ -235,13 +235,13 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
 
 
 def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default launch/evaluate.py scores only some rows of the demo task; a sweep scores all of them.
+    """--test_limit. By default launch/evaluate.py scores only some rows of some tasks; a sweep scores all of them.
 
     Raises:
-        UserError: the rows of the demo task cannot be made.
+        UserError: the rows of such a task cannot be read.
     """
     train, limit = command.train, command.settings.test_limit
-    if limit is None and train.task == "demo":
+    if limit is None and get_task(train.task).scored_rows is not None:
         return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return limit
 

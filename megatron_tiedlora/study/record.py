@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
+from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.sweep_settings import (
@@ -208,7 +207,7 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     }
     given = {name: _plain(getattr(command.train, name)) for name in command.given}
     content = {name: value for name, value in {**own, **given}.items() if value is not None}
-    write_text(folder.settings, yaml.safe_dump(content, sort_keys=False), guard=folder.guard)
+    write_yaml(folder.settings, content, guard=folder.guard)
     write_json(folder.base, asdict(base), guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 

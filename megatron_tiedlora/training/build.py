@@ -14,6 +14,7 @@ from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
+from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.engine.engine import (
@@ -67,8 +68,9 @@ def build_model(
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), weight_rules(shape)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
         _check_same_base(base)
+        check_same_dtype(plan.dtype_name)
         notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
@@ -98,7 +100,7 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
         seed=plan.settings.seed,
         progress=plan.grid.rank == 0,
     )
-    base = identify_shape(plan.source, plan.settings.dtype, weights_hash="random")
+    base = identify_shape(plan.source, plan.dtype_name, weights_hash="random")
     return BuiltModel(module, stage, groups, process_grid, base, (0,) * plan.grid.world_size)
 
 
@@ -179,7 +181,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another base or adapter than the plan's; reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.shape)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
     _check_resumed(plan, base, checkpoint)
 
 

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "disk",
         "warning",
         ["nodeb"],
-        "9 MiB free",
+        "9.44 MB free",
     ),
     "port": (
         {"nodea": {"port": Port(number=29500, free=False, holder="python (process 7 of me)", next_free=29502)}},
@@ -179,7 +179,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "GLOO_SOCKET_IFNAME=ib0",
     ),
     "twice": ({"nodeb": {"machine": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
-    "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "64 MiB"),
+    "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "67.11 MB"),
     "files": ({"nodeb": {"nofile": 256}}, "nofile", "warning", ["nodeb"], "may open 256 files"),
     "locked": ({"nodeb": {"infiniband": ["mlx5_0"]}}, "memlock", "warning", ["nodeb"], "mlx5_0"),
     "cores": ({"nodeb": {"num_cores": 1}}, "cores", "warning", ["nodeb"], "2 ranks on 1 cores"),
@@ -305,8 +305,8 @@ def test_gpus(change: Changes, code: str, level: str) -> None:
 def test_free_memory_of_gpus_is_in_the_table_and_makes_no_host_an_odd_one() -> None:
     lines = host_table(hosts({"nodea": h100s(79, 79), "nodeb": h100s(79, 75), "nodec": h100s(78, 79)}))
     assert "GPU memory free" in lines[0]
-    for line, free in zip(lines[1:], (79, 75, 78), strict=True):
-        assert "2 x H100  8 " in line and f"  {free} GiB of 80 GiB  " in line
+    for line, free in zip(lines[1:], ("84.83", "80.53", "83.75"), strict=True):
+        assert "2 x H100  8 " in line and f"  {free} GB of 85.90 GB  " in line
     assert "GPU memory" not in host_table(hosts())[0]
 
 

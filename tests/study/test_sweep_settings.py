@@ -15,7 +15,7 @@ from sweep_runs import study_arguments
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-from megatron_tiedlora.evaluation.plan import DEMO_SCORED_SAMPLES as EVALUATE_LIMIT
+from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import plan_sweep
 from megatron_tiedlora.study.record import write_record
@@ -126,7 +126,8 @@ def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags:
     plan = plan_sweep(parse_sweep([*argv, *(flag.format(file=file) for flag in flags)]))
     score = plan.jobs(0)[0].command(())
     assert score is not None and f"--limit={rows}" in score.arguments
-    assert EVALUATE_LIMIT < 30  # else the limit would not be needed
+    limit = TASKS["demo"].scored_rows
+    assert limit is not None and limit < 30  # else the limit would not be needed
 
 
 REFUSED = [

@@ -11,8 +11,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Probe
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
+from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -148,7 +149,7 @@ def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "gpu_memory_used",
                 [host.name],
-                f"{host.name}: memory of GPU {', '.join(map(str, used))} is in use, {size_text(least)} free",
+                f"{host.name}: memory of GPU {', '.join(map(str, used))} is in use, {bytes_in_words(least)} free",
                 "find the process with nvidia-smi",
             )
 
@@ -166,7 +167,7 @@ def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "shm",
                 [host.name],
-                f"{host.name}: /dev/shm has {size_text(probe.shm_bytes)} free",
+                f"{host.name}: /dev/shm has {bytes_in_words(probe.shm_bytes)} free",
                 "ranks of one host share memory there; start a container with --shm-size=1g or --ipc=host",
             )
         if probe.nofile is not None and probe.nofile < wanted_files:
@@ -180,7 +181,7 @@ def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "memlock",
                 [host.name],
-                f"{host.name}: a process may lock only {size_text(probe.memlock)} of memory, but InfiniBand"
+                f"{host.name}: a process may lock only {bytes_in_words(probe.memlock)} of memory, but InfiniBand"
                 f" ({', '.join(probe.infiniband)}) locks its buffers",
                 "ulimit -l unlimited, or memlock in /etc/security/limits.conf",
             )

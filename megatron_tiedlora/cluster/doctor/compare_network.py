@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
 from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.probe import is_loopback
 from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, Layout, PathContent
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
+from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 _MOST_NAMED = 3  # of the files that differ
@@ -202,6 +203,6 @@ def look_at_output(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "disk",
                 [host.name],
-                f"{host.name}: --output_dir {probe.output.path}: {size_text(probe.output.free_bytes)} free",
+                f"{host.name}: --output_dir {probe.output.path}: {bytes_in_words(probe.output.free_bytes)} free",
                 "free some space: a save that does not fit ends the run",
             )

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
 from megatron_tiedlora.cluster.doctor.compare_network import interface_in_use
 from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
-from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, size_text, time_text
+from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, time_text
 
 ODD_MARK = "*"
 _OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
@@ -82,7 +83,7 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
             differs = value(host.probe) != usual[title]
             odd = odd or differs
             row.append(value(host.probe) + (ODD_MARK if differs else ""))
-        memory = f"{size_text(host.probe.free_memory_bytes)} of {size_text(host.probe.memory_bytes)}"
+        memory = f"{bytes_in_words(host.probe.free_memory_bytes)} of {bytes_in_words(host.probe.memory_bytes)}"
         row += [memory, *([_gpu_memory_text(host.probe)] if on_gpus else [])]
         rows.append([*row, _clock_text(host), _interface_text(host.probe)])
     return [*aligned(rows), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
@@ -100,7 +101,7 @@ def _gpu_memory_text(probe: Probe) -> str:
     if not probe.gpus:
         return "-"
     least = min(probe.gpus, key=lambda gpu: gpu.free_bytes)
-    return f"{size_text(least.free_bytes)} of {size_text(least.total_bytes)}"
+    return f"{bytes_in_words(least.free_bytes)} of {bytes_in_words(least.total_bytes)}"
 
 
 def _clock_text(host: HostReport) -> str:

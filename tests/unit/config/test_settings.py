@@ -16,7 +16,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
+from megatron_tiedlora.config.settings import GROUPS, Settings
+from megatron_tiedlora.config.tasks import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
@@ -56,7 +57,13 @@ def test_help_is_grouped_and_short_enough_to_read() -> None:
     assert positions == sorted(positions)
     for field in Settings.model_fields.values():
         assert field.description
-    assert f"[{PAPER_DEFAULTS['learning_rate']:g}; demo {DEMO_DEFAULTS['learning_rate']:g}]" in " ".join(text.split())
+    assert "[0.0001; demo 0.03]" in " ".join(text.split())
+
+
+def test_defaults_by_task_are_of_known_tasks_and_settings() -> None:
+    assert set(TASK_DEFAULTS) <= set(TASK_NAMES)
+    for defaults in TASK_DEFAULTS.values():
+        assert set(defaults) <= set(PAPER_DEFAULTS)
 
 
 def test_demo_defaults() -> None:
@@ -64,7 +71,7 @@ def test_demo_defaults() -> None:
     assert (settings.model, settings.task, settings.method, settings.rank) == ("demo", "demo", "tl6", 8)
     assert settings.global_batch_size == 24
     for ranks in (1, 2, 3, 8):
-        assert plan_batches(24, settings.micro_batch_size, ranks).accumulation_steps >= 1
+        assert plan_batches(24, settings.micro_batch_size, ranks, max_rows=4).accumulation_steps >= 1
     assert settings.alpha == 8 and settings.packing
 
 
@@ -178,7 +185,7 @@ def test_refused_yaml(tmp_path: Path, text: str, parts: list[str]) -> None:
 
 @pytest.mark.parametrize(("world", "micro", "steps"), [(1, 4, 6), (2, 4, 3), (3, 4, 2), (8, 3, 1), (24, 1, 1)])
 def test_micro_batch_is_the_largest_divisor_up_to_four(world: int, micro: int, steps: int) -> None:
-    plan = plan_batches(24, None, world)
+    plan = plan_batches(24, None, world, max_rows=4)
     assert (plan.micro_batch_size, plan.accumulation_steps) == (micro, steps)
 
 
