@@ -74,8 +74,9 @@ class Block(nn.Module):
             recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
         """
         if self.recomputes_gate and recomputes and torch.is_grad_enabled():
-            settings = {"use_reentrant": False, "preserve_rng_state": False}
-            activated = checkpoint(self.mlp.activate, hidden, tensor_parallel, **settings)
+            activated = checkpoint(
+                self.mlp.activate, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             activated = self.mlp.activate(hidden, tensor_parallel)
         return hidden + self.mlp.project(activated, tensor_parallel)

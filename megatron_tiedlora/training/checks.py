@@ -31,7 +31,7 @@ class StepChecks:
     """The checks of one start of a run. All ranks call each method together."""
 
     def __init__(self, runner: Runner, *, check_steps: int) -> None:
-        """Watch gradients from now on. Replicas are compared after the first `check_steps` steps and at saves (0: never)."""
+        """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never)."""
         self._runner = runner
         self._check_steps = check_steps
         self._steps = 0
