@@ -1,7 +1,7 @@
-"""The partition of the flat list into contiguous pipeline stages whose largest cost is minimal.
+"""Where to cut the flat list into stages: the contiguous partition whose most expensive stage costs least.
 
 Costs are multiplications per token, forward and backward. A frozen base has no weight gradients, so a layer's backward
-pass costs as much as its forward pass (attention's twice that). Layers before the first adapted one have no backward.
+pass costs as much as its forward pass (attention's twice that), and nothing below the first adapted layer has one.
 """
 
 from __future__ import annotations
@@ -15,41 +15,38 @@ Stages = tuple[range, ...]
 
 
 def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
-    """Multiplications per token of every layer of the flat list (embedding, blocks, head), forward and backward.
+    """Multiplications per token of every layer of the flat list (embedding, blocks, head), each pass.
 
-    Block: P, the number of its weights, for matmuls, and A = s h for causal attention over s tokens (h: width of the
-    queries). Forward costs P + A, backward P + 2A. Head: V d for each pass, as if every position were supervised. The
-    embedding costs nothing.
-
-    Args:
-        first_adapted: the first layer (1-based) with a backward pass; None: nothing is trained, no layer has one.
+    Block: P, the numbers in its matrices, for the products, A = s h for causal attention over s tokens (h: width of the
+    queries); forward P + A, and backward P + 2A from the first adapted layer (`first_adapted`, 1-based)
+    on; None: nothing is trained, and nothing has a backward pass. Head: V d each way, as if every position were
+    supervised. The embedding is a copy.
     """
-    matmuls = shape.block.num_weights
+    products = shape.block.num_weights
     attention = length * shape.heads.rows[0]
     costs = [0.0]
     for index in range(1, shape.num_layers + 1):
-        backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
-        costs.append(float(matmuls + attention + backward))
+        backward = products + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
+        costs.append(float(products + attention + backward))
     costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
     return costs
 
 
 def partition(costs: Sequence[float], num_stages: int) -> Stages:
-    """Split layers 0 to len(costs) - 1 into `num_stages` stages with at least one block each.
+    """Cut layers 0 to len(costs) - 1 into `num_stages` runs, each with a block (so neither embedding nor head alone).
 
-    The largest cost of a stage is minimal. Among such partitions the sum of squares is minimal, which evens out the
-    other stages.
+    The largest cost of a stage is least; among such cuts the sum of squares is, which evens out the rest.
 
     Raises:
-        ValueError: there are fewer blocks than stages.
+        ValueError: fewer blocks than stages.
     """
     num_blocks = len(costs) - 2
     if num_stages > num_blocks:
-        raise ValueError(f"{num_blocks} layers cannot be split into {num_stages} stages")
+        raise ValueError(f"{num_blocks} layers cannot be cut into {num_stages} stages")
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # Two searches: for the smallest largest cost, then for the smallest sum of squares with that largest cost.
+    # Twice over the same cuts: the least largest cost first, then the least sum of squares that keeps to it.
     least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
     _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
     return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
@@ -62,15 +59,14 @@ def _best_cuts(
     *,
     largest: float = math.inf,
 ) -> tuple[float, tuple[int, ...]]:
-    """The smallest value and the cuts that have it.
+    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
 
     Args:
-        total: the summed cost of the layers before each layer.
-        add: from the value of the stages before a stage, and its cost, to the value including it.
+        total: cost of the layers before each.
         largest: no stage may cost more.
     """
     num_layers = len(total) - 1
-    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut is always after a block.
+    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(num_stages):
         left = num_stages - stage - 1
