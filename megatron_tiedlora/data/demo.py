@@ -51,7 +51,7 @@ def demo_model_path() -> Path:
 
 
 def prepared_model(name: str) -> Path | None:
-    """`demo_model_path` if `name`, of --model, means that model; None for every other name."""
+    """`demo_model_path` if `name`, the value of --model, means that model; else None."""
     return demo_model_path() if name == "demo" else None
 
 

@@ -93,7 +93,7 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     adapter = load_peft_adapter(tmp_path, source)
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
     positions = torch.arange(24).expand(2, 24)
-    ours = logits_of(load_model(source, adapter, dtype=torch.float32), positions)
+    ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
     assert share(ours, logits_of(peft)) <= 1e-5
     with peft.disable_adapter():
         assert share(ours, logits_of(peft)) > 0.01  # the update is there
