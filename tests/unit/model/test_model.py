@@ -166,7 +166,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
     labels = some_labels(ids, 0.5)
     plain = gradients(model, model(ids, positions(ids), labels))
     calls = []
-    attend, feed = Attention.attend, Block.feed
+    attend, feed = Attention.attend, Block.add_mlp
 
     def counted(self: Attention, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append("attend")
@@ -177,7 +177,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
         return feed(self, *arguments, **keywords)
 
     monkeypatch.setattr(Attention, "attend", counted)
-    monkeypatch.setattr(Block, "feed", counted_too)
+    monkeypatch.setattr(Block, "add_mlp", counted_too)
     model.recompute = "full"
     recomputed = gradients(model, model(ids, positions(ids), labels))
     # Once forwards, once more in the backward pass, which the last MLP has at once.
@@ -264,7 +264,7 @@ def test_fused_rows_are_cut_by_heads_within_each_block() -> None:
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 does not divide by tensor parallel 4"):
+    with pytest.raises(ValueError, match="6 is not divisible by tensor parallel 4"):
         ShardSpec(0, (8, 6, 6)).split(torch.zeros(20), 0, 4)
 
 

@@ -287,7 +287,7 @@ def test_foreign_bytes_are_refused_in_one_line(tmp_path: Path) -> None:
     _, found = run_on_ranks(_receive_foreign, messages, ranks=2, folder=tmp_path / "ranks")
     assert len(found) == 2 * len(messages) + 2
     for line in found:
-        assert line.startswith("what rank 0 has sent cannot be read (") and line.isprintable() and len(line) < 1300
+        assert line.startswith("the message of rank 0 cannot be read (") and line.isprintable() and len(line) < 1300
     assert not (tmp_path / "bomb").exists()
 
 
@@ -305,7 +305,7 @@ def _tell_foreign(message: bytes) -> str:
 @pytest.mark.parametrize("message", [pickle.dumps("own"), framed(b"5"), b"\0"])
 def test_who_gathers_names_the_rank(tmp_path: Path, message: bytes) -> None:
     main, other, third = run_on_ranks(_tell_foreign, message, ranks=3, folder=tmp_path)
-    assert main.startswith("what rank 1 has sent cannot be read (") and other == third == "accepted: None"
+    assert main.startswith("the message of rank 1 cannot be read (") and other == third == "accepted: None"
 
 
 def test_tensors_stand_only_where_they_are_due() -> None:

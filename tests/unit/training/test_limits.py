@@ -12,7 +12,7 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.blocks import find_blocks
+from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -136,7 +136,7 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total - flops.attention, rel=1e-3)
-    blocks = find_blocks(None, LENGTH, size=64)
+    blocks = find_query_tiles(None, LENGTH, size=64)
     pairs = ROWS * sum((block.stop - block.start) * (block.stop - block.first) for block in blocks)
     passes = 2 * len(config_layers(config)) + 5 * sum(layer >= layers[0] for layer in config_layers(config))
     assert attention == passes * 2 * pairs * config.heads.rows[0]
