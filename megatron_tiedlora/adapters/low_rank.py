@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tiedlora.parallel.layers import multiply, padded, wide_product
+from megatron_tiedlora.parallel.layers import padded, wide_product
 
 
 def reduce_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """ax = A x, (..., r), from x (..., in) and A (r, in)."""
-    return multiply(x, a)
+    return torch.mm(x.flatten(0, -2), a.t()).view(*x.shape[:-1], -1)
 
 
 def add_update_(z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:

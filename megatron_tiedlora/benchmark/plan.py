@@ -22,6 +22,7 @@ from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.memory_plan import kept_bytes
@@ -174,9 +175,9 @@ def matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], devi
 
     The matrix is as it was before ZeRO-3 partitions it over data-parallel ranks.
     """
-    names = {name for name, _ in stage.named_parameters()}
+    held = frozen_weights(stage)
     rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
-    shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in names]
+    shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
     columns, inner = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
     rows = max(1024, sum(batch.input_ids.numel() for batch in batches) // len(batches))
     return product_rate(rows, inner, columns, dtype=plan.dtype, device=device, repeats=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
@@ -121,7 +121,7 @@ def random_stage(
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), None)
     rules = stage_weight_rules(shape, has_embedding=True)
-    draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
+    draw_base_weights(frozen_weights(stage), rules)
     _give_adapter(stage, adapter, device)
     return stage
 

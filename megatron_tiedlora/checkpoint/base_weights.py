@@ -7,7 +7,7 @@ weights are drawn in place instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
 from megatron_tiedlora.model.weights import WeightRule
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 _INDEX = "model.safetensors.index.json"
@@ -27,6 +28,7 @@ _SINGLE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 4096  # of two tensors at a time
+Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # values of a tensor by which it is told
 
 
@@ -142,50 +144,53 @@ class BaseWeights:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def fill(self, rule: WeightRule, target: torch.Tensor, *, tp_rank: int = 0, tp_size: int = 1) -> None:
-        """Read the rank's part of one parameter into `target`, block by block, cast to its dtype and device."""
+    def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1) -> None:
+        """Read the rank's part of one weight into `target`, block by block."""
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
             size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
-            target.narrow(dim, offset, size).copy_(self.read(stored.name, slice(start, start + size), dim))
+            target.load(self.read(stored.name, slice(start, start + size), dim), dim=dim, start=offset)
             offset += size
-        target.narrow(dim, offset, target.shape[dim] - offset).zero_()  # padding
+        padding = list(target.local_shape)
+        padding[dim] -= offset
+        target.load(torch.zeros(padding), dim=dim, start=offset)
 
 
 def load_base_weights(
     weights: BaseWeights,
-    parameters: Mapping[str, nn.Parameter],
+    targets: Mapping[str, FrozenWeight],
     rules: Sequence[WeightRule] | None = None,
     *,
-    access: Callable[[nn.Parameter], AbstractContextManager[Any]],
+    access: Access = nullcontext,
     tp_rank: int = 0,
     tp_size: int = 1,
     reads: bool = True,
     progress: bool = False,
 ) -> None:
-    """Fill every base parameter that `parameters` holds with this rank's part of it.
+    """Fill every frozen weight in `targets` with this rank's part of it.
 
     Args:
-        parameters: by name; those without a rule (the adapter's) are left alone.
+        targets: by the names of their rules, see `frozen_weights`.
         rules: the name table of the stage; all of the checkpoint's where None.
-        access: opens one parameter for writing (it gathers under ZeRO-3).
+        access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
         reads: False on ranks that only take part in opening.
         progress: show a bar.
     """
-    mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in parameters]
+    mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
     with torch.no_grad():
         for rule in tqdm(mine, desc="base weights", unit="tensor", disable=not progress, leave=False):
-            with access(parameters[rule.name]):
+            target = targets[rule.name]
+            with access(list(target.parameters.values())):
                 if reads:
-                    weights.fill(rule, parameters[rule.name].data, tp_rank=tp_rank, tp_size=tp_size)
+                    weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size)
 
 
 def draw_base_weights(
-    parameters: Mapping[str, nn.Parameter],
+    targets: Mapping[str, FrozenWeight],
     rules: Sequence[WeightRule],
     *,
-    access: Callable[[nn.Parameter], AbstractContextManager[Any]],
+    access: Access = nullcontext,
     tp_rank: int = 0,
     seed: int = 0,
     progress: bool = False,
@@ -193,18 +198,16 @@ def draw_base_weights(
     """Random values in place of `load_base_weights`, each part drawn on its own device: values differ with the layout.
 
     Args:
-        parameters, rules, access, progress: as there.
+        targets, rules, access, progress: as there.
     """
-    mine = [rule for rule in rules if rule.name in parameters]
+    mine = [rule for rule in rules if rule.name in targets]
     with torch.no_grad():
         for rule in tqdm(mine, desc="random weights", unit="tensor", disable=not progress, leave=False):
-            with access(parameters[rule.name]):
+            target = targets[rule.name]
+            with access(list(target.parameters.values())):
                 # By the name that is stored, so that a copy of a tied embedding is one.
-                draw_(
-                    parameters[rule.name].data,
-                    full_shape=rule.shape,
-                    seed=stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}"),
-                )
+                own_seed = stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}")
+                target.load(draw_(target.empty_values(), full_shape=rule.shape, seed=own_seed))
 
 
 def draw_(target: torch.Tensor, *, full_shape: Sequence[int], seed: int) -> torch.Tensor:

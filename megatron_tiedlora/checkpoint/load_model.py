@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,6 +15,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -68,9 +68,8 @@ def load_model(
             )
         load_base_weights(
             weights,
-            dict(model.named_parameters()),
+            frozen_weights(model),
             stage_weight_rules(shape, has_embedding=model.embedding is not None),
-            access=lambda parameter: nullcontext(parameter),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
             progress=progress,
@@ -83,13 +82,13 @@ def load_model(
 @torch.no_grad()
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
     """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
-    parameters = dict(model.named_parameters())
+    targets = frozen_weights(model)
     for rule in weights.rules:
-        if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in parameters:
+        if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in targets:
             continue
-        parameter = parameters[rule.name]
-        wide = torch.empty_like(parameter, dtype=torch.float32)
-        weights.fill(rule, wide, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
+        target = targets[rule.name]
+        wide = target.empty_values().float()
+        weights.fill(rule, FrozenWeight(wide), tp_rank=grid.tp_rank, tp_size=grid.tp_size)
         delta = delta_weight(adapter.config, adapter.state, rule.layer)
         wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
-        parameter.copy_(wide)
+        target.load(wide)

@@ -120,12 +120,12 @@ def verify_export(
     with torch.no_grad(), bar:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         model = load_model(source, adapter, dtype=torch.float32, checks_base=False, progress=progress)
-        native = model(tokens, positions)
+        native = model.predict(tokens, positions)
         bank, model.adapter = model.adapter, None
-        results.append(compare_logits("base without adapter", native, model(tokens, positions), "different"))
+        results.append(compare_logits("base without adapter", native, model.predict(tokens, positions), "different"))
         if any(dtype.itemsize < 4 for dtype in stored.values()):
             _fold_and_round(model, adapter, source, stored)
-            rounded = model(tokens, positions)
+            rounded = model.predict(tokens, positions)
         del model, bank
         bar.update()
         if merged is not None:

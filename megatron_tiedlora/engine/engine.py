@@ -7,7 +7,7 @@ and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeR
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,17 +44,17 @@ def base_construction(
         yield
 
 
-def parameter_access(config: EngineConfig) -> Callable[[nn.Parameter], AbstractContextManager[Any]]:
-    """How to open one parameter for writing: whole and shared by its data-parallel ranks under ZeRO-3, else as it is.
+def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
+    """How to open parameters for writing: whole and shared by its data-parallel ranks under ZeRO-3, else as it is.
 
     Under ZeRO-3 these ranks must open the same parameters in the same order; what the first of them writes is kept.
     """
     if config.zero_stage < 3:
-        return lambda parameter: nullcontext(parameter)
+        return nullcontext
     import deepspeed
 
-    def gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
         return context
 
     return gathered
@@ -63,10 +63,7 @@ def parameter_access(config: EngineConfig) -> Callable[[nn.Parameter], AbstractC
 @contextmanager
 def all_open(module: nn.Module, config: EngineConfig) -> Iterator[None]:
     """Every parameter of `module` unpartitioned inside the block, for reading or for writing; all ranks enter it."""
-    access = parameter_access(config)
-    with ExitStack() as stack:
-        for parameter in module.parameters():
-            stack.enter_context(access(parameter))
+    with parameter_access(config)(list(module.parameters())):
         yield
 
 

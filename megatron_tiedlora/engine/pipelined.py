@@ -55,7 +55,11 @@ class PipelinedModel(PipelineModule):
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
         """(tokens or hidden, positions, documents if any) -> hidden; on the last stage the input of the loss."""
-        return self.stage.run(*inputs)
+        tokens_or_hidden, positions, *documents = inputs
+        output: torch.Tensor | Attended = self.stage(
+            tokens_or_hidden, positions, documents=documents[0] if documents else None
+        )
+        return output
 
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
         *supervised, denominator = labels

@@ -84,14 +84,14 @@ class Decoder:
         """One call of the stage on a part of the batch: logits, or with labels each position's loss, (b, s).
 
         The last stage has the answer; the others pass hidden states on and return None. Arguments as in
-        `Stage.forward`, tokens on every stage (which read their shape).
+        `Stage.predict`, tokens on every stage (which read their shape).
         """
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        output: torch.Tensor = self.stage(
-            inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted, summed=False
+        output = self.stage.predict(
+            inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted
         )
         if self.is_last:
             return output

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import RopeShape
+from megatron_tiedlora.base.shapes import HeadShape
 from megatron_tiedlora.model.blocks import Block, attend_by_blocks, block_size, find_blocks
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
@@ -84,29 +84,19 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        qkv: NormedLinear,
+        output: RowParallelLinear,
         *,
-        local_heads: int,
-        local_kv_heads: int,
-        head_dim: int,
-        rope: RopeShape,
-        norm_eps: float,
-        qkv_bias: bool,
-        output_bias: bool,
-        dtype: torch.dtype,
+        local_heads: HeadShape,
         kernels: Kernels,
         deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.kernels = kernels
         self.deterministic = deterministic
-        self.local_rows = (local_heads * head_dim, local_kv_heads * head_dim, local_kv_heads * head_dim)
-        self.head_dim = head_dim
-        self.rope = rope
-        self.qkv = NormedLinear(
-            hidden_size, sum(self.local_rows), eps=norm_eps, bias=qkv_bias, dtype=dtype, kernels=kernels
-        )
-        self.output = RowParallelLinear(local_heads * head_dim, hidden_size, dtype=dtype, bias=output_bias)
+        self.local_heads = local_heads
+        self.qkv = qkv
+        self.output = output
 
     def places(
         self,
@@ -125,22 +115,22 @@ class Attention(nn.Module):
             cache: of any of the layers, as it stands before the call. The first tokens in it are whole prompts, padded
                 on the right; later ones see what it holds up to their own position.
         """
-        places = Places(positions, rotation_table(positions, self.rope, self.head_dim, dtype))
+        places = Places(positions, rotation_table(positions, self.local_heads.rope, self.local_heads.dim, dtype))
         if cache is not None and cache.filled:
             return replace(places, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
         if device.type == "cpu":
-            return replace(places, blocks=find_blocks(documents, length, size=block_size(*self.local_rows[:2])))
+            return replace(places, blocks=find_blocks(documents, length, size=block_size(*self.local_heads.rows[:2])))
         found = whole_rows(num_rows, length, device) if documents is None else find_documents(documents, device)
         return replace(places, documents=found, attend=self.route(device, dtype).attend)
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
         """What computes attention of tokens that are all in the call, on `device` and in the dtype of activations."""
-        return choose_attention(device, dtype, self.head_dim, deterministic=self.deterministic)
+        return choose_attention(device, dtype, self.local_heads.dim, deterministic=self.deterministic)
 
     def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         batch, length = positions.shape
-        kv_heads, group = cache.keys.shape[1], self.local_rows[0] // self.local_rows[1]
+        kv_heads, group = self.local_heads.num_kv, self.local_heads.num // self.local_heads.num_kv
         num_keys = cache.filled + length
         keys = torch.arange(padded(num_keys), device=positions.device)
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)
@@ -164,7 +154,7 @@ class Attention(nn.Module):
             places: of the s tokens, from `places`.
             cache: of this rank's key and value heads, which keeps the new ones.
         """
-        rotated = RotatedHeads(self.local_rows, self.head_dim, self.kernels, places.table)
+        rotated = RotatedHeads(self.local_heads.rows, self.local_heads.dim, self.kernels, places.table)
         query, key, value = self.qkv(hidden, rotated, tensor_parallel, update, num_rows=len(places.positions))
         if cache is not None and cache.filled:
             cache.update(key, value, places.positions)

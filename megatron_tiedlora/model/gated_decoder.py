@@ -37,7 +37,7 @@ def gated_decoder(
         output=LinearShape(
             "attention.output", heads.rows[0], (d,), "row", (StoredRows("self_attn.o_proj"),), output_bias
         ),
-        mlp_norm=NormShape("mlp_norm.weight", d, eps, "post_attention_layernorm"),
+        mlp_norm=NormShape("mlp.gate_up.norm", d, eps, "post_attention_layernorm"),
         gate_up=LinearShape("mlp.gate_up", d, (f, f), "column", gate_up),
         down=LinearShape("mlp.down", f, (d,), "row", (StoredRows("mlp.down_proj"),)),
     )

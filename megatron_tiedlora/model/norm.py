@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.frozen_weight import frozen_parameter
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import frozen_parameter
 
 
 class _RmsNorm(torch.autograd.Function):

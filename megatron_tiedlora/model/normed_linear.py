@@ -23,9 +23,9 @@ from megatron_tiedlora.adapters import low_rank
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import frozen_parameter, multiply
 
 
 class Epilogue(Protocol):
@@ -44,18 +44,39 @@ class Epilogue(Protocol):
         """From the gradients of those results to that of the projection, (b, s, local_out)."""
 
 
+class Unchanged:
+    """The epilogue that does nothing."""
+
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The projection itself."""
+        return (projected,)
+
+    def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """Its gradient."""
+        return gradients[0]
+
+
 class NormedLinear(nn.Module):
     """The step's weights on one rank: the norm's beside W and its bias."""
 
     def __init__(
-        self, in_size: int, local_out: int, *, eps: float, bias: bool, dtype: torch.dtype, kernels: Kernels
+        self,
+        weight: FrozenWeight,
+        *,
+        bias: nn.Parameter | None = None,
+        eps: float,
+        dtype: torch.dtype,
+        kernels: Kernels,
     ) -> None:
+        """`weight` is W, (local out, in); `dtype` that of the norm's weight."""
         super().__init__()
         self.eps = eps
         self.kernels = kernels
-        self.norm = frozen_parameter(in_size, dtype=dtype)
-        self.weight = frozen_parameter(local_out, in_size, dtype=dtype)
-        self.bias = frozen_parameter(local_out, dtype=dtype) if bias else None
+        self.norm = frozen_parameter(weight.local_shape[1], dtype=dtype)
+        self.frozen = register(self, weight)
+        self.register_parameter("bias", bias)
 
     def forward(
         self,
@@ -72,15 +93,16 @@ class NormedLinear(nn.Module):
             num_rows: b.
         """
         a, f, grad_a, grad_f = (None,) * 4 if update is None else update
-        step = _Step(self.eps, num_rows, tensor_parallel, self.kernels, epilogue)
+        step = _Step(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, epilogue)
         results: tuple[torch.Tensor, ...] = _NormedLinear.apply(
-            hidden, grad_a, grad_f, a, f, self.norm, self.weight, self.bias, step, *epilogue.tensors
+            hidden, grad_a, grad_f, a, f, self.norm, self.bias, step, *epilogue.tensors
         )
         return results
 
 
 @dataclass(frozen=True)
 class _Step:
+    weight: FrozenWeight
     eps: float
     num_rows: int
     tensor_parallel: TensorParallel
@@ -98,7 +120,6 @@ class _NormedLinear(torch.autograd.Function):
         a: torch.Tensor | None,
         f: torch.Tensor | None,
         norm: torch.Tensor,
-        weight: torch.Tensor,
         bias: torch.Tensor | None,
         step: _Step,
         *tensors: torch.Tensor,
@@ -107,7 +128,7 @@ class _NormedLinear(torch.autograd.Function):
         normed = normed.view(hidden.shape)
         ax = None if a is None else low_rank.reduce_input(normed, a)
         normed, ax = _enter(normed, ax, step)
-        projected = multiply(normed, weight, bias)
+        projected = step.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
             low_rank.add_update_(_flat(projected), _flat(ax), f)
         results = step.epilogue.forward(projected, *tensors)
@@ -118,14 +139,14 @@ class _NormedLinear(torch.autograd.Function):
         ctx.save_for_backward(
             *((hidden, root) if needs_hidden or needs_a else (None, None)),
             ax if needs_f else None,
-            *(a, f, norm, weight, *tensors),
+            *(a, f, norm, *tensors),
         )
         return results
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, ax, a, f, norm, weight, *tensors = ctx.saved_tensors
+        hidden, root, ax, a, f, norm, *tensors = ctx.saved_tensors
         needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         step: _Step = ctx.step
         grad_projected = step.epilogue.backward(gradients, *tensors)
@@ -134,7 +155,7 @@ class _NormedLinear(torch.autograd.Function):
         grad_f = low_rank.gradient_of_f(rows, _flat(ax), ctx.wide) if needs_f else None
         if f is not None and (needs_hidden or needs_a):
             grad_ax = low_rank.gradient_of_ax(rows, f).view(*grad_projected.shape[:-1], -1)
-        grad_normed = (rows @ weight).view(*grad_projected.shape[:-1], -1) if needs_hidden else None
+        grad_normed = step.weight.times(rows).view(*grad_projected.shape[:-1], -1) if needs_hidden else None
         grad_normed, grad_ax = _leave(grad_normed, grad_ax, a, step.tensor_parallel, needs_ax=needs_a)
         if needs_a:
             assert grad_ax is not None
@@ -143,7 +164,7 @@ class _NormedLinear(torch.autograd.Function):
         if grad_normed is not None:
             found = step.kernels.norm_gradient(as_rows(grad_normed), as_rows(hidden), norm.detach(), root)
             grad_hidden = found.view(hidden.shape)
-        return grad_hidden, grad_a, grad_f, *(None,) * (6 + ctx.num_tensors)
+        return grad_hidden, grad_a, grad_f, *(None,) * (5 + ctx.num_tensors)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

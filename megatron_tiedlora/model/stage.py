@@ -7,7 +7,7 @@ for its input's gradient go on working. Leaves schedules and messages between st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.layers import frozen_parameter
 
 
 class _WithZeroGradients(torch.autograd.Function):
@@ -33,6 +33,14 @@ class _WithZeroGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+
+
+class _Prediction(NamedTuple):
+    """What `Stage.predict` takes beside the inputs."""
+
+    caches: Sequence[KeyValueCache] | None
+    updates: Mapping[int, LayerUpdate] | None
+    wanted: torch.Tensor | None
 
 
 class Stage(nn.Module):
@@ -61,7 +69,7 @@ class Stage(nn.Module):
         self.blocks = [spec.index for spec in specs if spec.kind == "block"]
         self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
-        if self.head is not None and self.layers[self.head].weight is None:  # tied embeddings
+        if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
         self.adapter = adapter
         self.recompute = recompute
@@ -71,11 +79,12 @@ class Stage(nn.Module):
     def _give_head_its_weight(self) -> None:
         head: Any = self.layers[str(self.head)]
         if self.embedding is not None:
-            head.weight = self.layers[self.embedding].weight
+            embedding: Any = self.layers[self.embedding]
+            head.take_weight(embedding.frozen)
         else:
-            weight = head.norm.weight
+            norm = head.norm.weight
             rows = -(-head.vocab_size // self.tensor_parallel.group.size)
-            head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+            head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
 
     @property
     def tail(self) -> SupervisedTail:
@@ -103,28 +112,81 @@ class Stage(nn.Module):
         labels: torch.Tensor | Supervised | None = None,
         *,
         documents: torch.Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-        updates: Mapping[int, LayerUpdate] | None = None,
-        wanted: torch.Tensor | None = None,
-        summed: bool = True,
-    ) -> torch.Tensor:
-        """The whole model, or one stage of it while decoding.
+        prediction: _Prediction | None = None,
+    ) -> torch.Tensor | Attended:
+        """One training pass of the stage; for predictions call `predict`.
 
         Args:
             inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or what `find_supervised` made of them on the host.
             documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
-            caches: one per block, for decoding.
-            updates: see `run_blocks`.
-            wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
-            summed: False for every position's own loss, (b, s), 0 where there is no label, without a gradient; only
-                with `labels` as a tensor.
 
         Returns:
-            the summed loss over supervised positions when `labels` are given, else logits (b, s, V); what flows between
-            layers where the stage has no head.
+            what flows between layers; where the stage has the head, the summed loss over supervised positions, or what
+            its `tail` takes where `labels` are not given.
         """
+        if prediction is not None:
+            return self._predict(inputs, positions, labels, documents, prediction)
+        if self.embedding is not None:
+            hidden = self.embed(inputs, self.tensor_parallel)
+        else:
+            hidden = inputs if self.needs_input_gradient else inputs.detach()
+        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents)
+        output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
+        if labels is None or isinstance(output, torch.Tensor):
+            return output
+        return self.tail.loss(output, labels, self.tensor_parallel)
+
+    def _with_zero_gradients(self, output: torch.Tensor | Attended, inputs: torch.Tensor) -> torch.Tensor | Attended:
+        """The same, with a gradient of zeros for what DeepSpeed wants one for and nothing trained has one for."""
+        sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
+        if self.embedding is None and not self.needs_input_gradient:
+            sources.append(inputs)
+        if not sources:
+            return output
+        if isinstance(output, Attended):
+            return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
+        joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
+        return joined
+
+    def predict(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        documents: torch.Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        updates: Mapping[int, LayerUpdate] | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (b, s, V), or with `labels` every position's loss (b, s), which has no gradient.
+
+        Args:
+            inputs, positions, labels, documents: as in `forward`.
+            caches: one per block, for decoding.
+            updates: the adapter's, where it was read before, see `read_adapter`.
+            wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
+
+        Returns:
+            what flows between layers where the stage has no head. A loss is 0 where there is no label.
+        """
+        # A call of the module, whose hooks an engine needs (ZeRO-3 begins a new trace of its parameters there).
+        found: torch.Tensor = self(
+            inputs, positions, labels, documents=documents, prediction=_Prediction(caches, updates, wanted)
+        )
+        return found
+
+    def _predict(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | Supervised | None,
+        documents: torch.Tensor | None,
+        prediction: _Prediction,
+    ) -> torch.Tensor:
+        caches, updates, wanted = prediction
         tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
         hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
         reached = self.run_blocks(
@@ -132,12 +194,9 @@ class Stage(nn.Module):
         )
         if isinstance(reached, torch.Tensor):
             return reached
-        if labels is None:
-            return self.tail.logits(reached, tensor_parallel, wanted=wanted)
-        if summed:
-            return self.tail.loss(reached, labels, tensor_parallel)
-        assert isinstance(labels, torch.Tensor), "labels by position"
-        return self.tail.position_losses(reached, labels, tensor_parallel)
+        if isinstance(labels, torch.Tensor):
+            return self.tail.position_losses(reached, labels, tensor_parallel)
+        return self.tail.logits(reached, tensor_parallel, wanted=wanted)
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Memory for what flows between layers of so many rows of tokens, on this rank."""
@@ -145,33 +204,6 @@ class Stage(nn.Module):
         parts = self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return norm.new_empty(*shape, len(norm))
-
-    def run(
-        self, inputs: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None = None
-    ) -> torch.Tensor | Attended:
-        """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
-
-        Args:
-            positions: (b, s) int64.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
-
-        Returns:
-            what flows between layers; where the stage has the head, what its `tail` takes.
-        """
-        if self.embedding is not None:
-            hidden = self.embed(inputs, self.tensor_parallel)
-        else:
-            hidden = inputs if self.needs_input_gradient else inputs.detach()
-        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents)
-        sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
-        if self.embedding is None and not self.needs_input_gradient:
-            sources.append(inputs)
-        if not sources or not torch.is_grad_enabled():
-            return output
-        if isinstance(output, Attended):
-            return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
-        joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
-        return joined
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
         """The update of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
-from megatron_tiedlora.parallel.shard_spec import ShardSpec
+from megatron_tiedlora.parallel.shard_spec import ShardSpec, bias_spec, weight_spec
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,6 @@ def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
 
 def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
     prefix = ".".join(filter(None, (f"layers.{layer}", linear.name)))
-    columns = linear.cut == "row"
-    spec = ShardSpec(1, (linear.in_size,)) if columns else ShardSpec(0, linear.blocks, linear.cut == "vocabulary")
 
     def parts(kind: str, *width: int) -> tuple[StoredPart, ...]:
         return tuple(
@@ -125,7 +123,7 @@ def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightR
         )
 
     shape = (linear.out_size, linear.in_size)
-    yield WeightRule(f"{prefix}.weight", layer, linear.name, shape, spec, parts("weight", linear.in_size))
+    stored_matrix = parts("weight", linear.in_size)
+    yield WeightRule(f"{prefix}.weight", layer, linear.name, shape, weight_spec(linear), stored_matrix)
     if linear.bias:
-        spec = ShardSpec(None, linear.blocks) if columns else spec
-        yield WeightRule(f"{prefix}.bias", layer, None, (linear.out_size,), spec, parts("bias"))
+        yield WeightRule(f"{prefix}.bias", layer, None, (linear.out_size,), bias_spec(linear), parts("bias"))

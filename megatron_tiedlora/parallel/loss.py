@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
-from megatron_tiedlora.parallel.layers import multiply, padded
+from megatron_tiedlora.parallel.layers import padded
 
 IGNORED_LABEL = -100
 
@@ -49,7 +50,7 @@ class _SumTokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: torch.Tensor,
-        weight: torch.Tensor,
+        weight: FrozenWeight,
         labels: torch.Tensor,
         first_id: int,
         group: RankGroup,
@@ -60,16 +61,16 @@ class _SumTokenLosses(torch.autograd.Function):
         rows, labels = _filled_up(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
-        logits = rows.new_empty(min(rows_at_once, len(rows)), weight.shape[0])  # one memory for all parts
+        logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
-            local_logits = as_rows(torch.mm(rows[part], weight.t(), out=logits[: len(rows[part])]))
+            local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], first_id, group, kernels)
             loss += found.losses[: max(num_rows - start, 0)].sum()
             if gradient is not None:
                 kernels.open_logits_(local_logits, found.total)
                 _subtract_labels_(local_logits, found)
-                torch.mm(local_logits, weight, out=gradient[part])
+                weight.times(local_logits, out=gradient[part])
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
         ctx.rows_at_once = rows_at_once
         return loss
@@ -101,7 +102,7 @@ def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
 
 def sum_token_losses(
     rows: torch.Tensor,
-    weight: torch.Tensor,
+    weight: FrozenWeight,
     labels: torch.Tensor,
     *,
     first_id: int,
@@ -131,7 +132,7 @@ def sum_token_losses(
 @torch.no_grad()
 def token_losses(
     rows: torch.Tensor,
-    weight: torch.Tensor,
+    weight: FrozenWeight,
     labels: torch.Tensor,
     *,
     first_id: int,
@@ -142,8 +143,8 @@ def token_losses(
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient; arguments as in `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _filled_up(rows, labels)
-    parts = zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
     losses = [
-        _losses(as_rows(multiply(part, weight)), target, first_id, group, kernels).losses for part, target in parts
+        _losses(as_rows(weight.times_transposed(part)), own, first_id, group, kernels).losses
+        for part, own in zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
     ]
     return torch.cat(losses)[:num_rows]

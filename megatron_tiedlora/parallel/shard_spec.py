@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tiedlora.base.shapes import LinearShape
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -84,3 +86,15 @@ class ShardSpec:
             for size, pieces in zip(self.blocks, zip(*cut, strict=True), strict=True)
         ]
         return torch.cat(joined, dim=self.dim)
+
+
+def weight_spec(linear: LinearShape) -> ShardSpec:
+    """Of a linear's matrix (out_size, in_size)."""
+    if linear.cut == "row":
+        return ShardSpec(1, (linear.in_size,))
+    return ShardSpec(0, linear.blocks, padded=linear.cut == "vocabulary")
+
+
+def bias_spec(linear: LinearShape) -> ShardSpec:
+    """Of a linear's bias (out_size,)."""
+    return ShardSpec(None, linear.blocks) if linear.cut == "row" else weight_spec(linear)

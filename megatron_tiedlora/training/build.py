@@ -30,6 +30,7 @@ from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
@@ -73,7 +74,7 @@ def build_model(
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
         load_base_weights(
             weights,
-            dict(stage.named_parameters()),
+            frozen_weights(stage),
             stage_weight_rules(shape, has_embedding=stage.embedding is not None),
             access=parameter_access(plan.engine),
             tp_rank=grid.tp_rank,
@@ -90,7 +91,7 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
     module, stage, groups, process_grid = _build_stage(plan, device, kernels)
     _fill_adapter(plan, stage, groups, None)
     draw_base_weights(
-        dict(stage.named_parameters()),
+        frozen_weights(stage),
         stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
         access=parameter_access(plan.engine),
         tp_rank=plan.grid.tp_rank,

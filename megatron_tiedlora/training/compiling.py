@@ -207,4 +207,4 @@ def _call_all(
             if torch.is_grad_enabled():
                 stage(tokens, positions, labels, documents=packed).backward()
             else:
-                stage(tokens, positions, documents=packed)
+                stage.predict(tokens, positions, documents=packed)

@@ -124,10 +124,10 @@ def _decoding(*, contiguous: bool = False) -> int:
         Attention._cache_mask = lambda *arguments: make(*arguments).contiguous()  # type: ignore[method-assign]
     with torch.no_grad():
         updates = stage.read_adapter()
-        stage(tokens, positions, caches=caches, updates=updates)
+        stage.predict(tokens, positions, caches=caches, updates=updates)
         for step in range(11, 13):  # 13 keys do not divide by 8
             nullgpu.reset()
-            stage(tokens[:, :1], positions[:, :1] + step, caches=caches, updates=updates)
+            stage.predict(tokens[:, :1], positions[:, :1] + step, caches=caches, updates=updates)
     Attention._cache_mask = make  # type: ignore[method-assign]
     return _counted()
 

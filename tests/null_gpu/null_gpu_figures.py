@@ -5,7 +5,7 @@
 
 FOLDER has a command `run` that starts another on a stand-in for the CUDA driver, with CUDA's virtual memory
 (cuMemCreate and what goes with it) for the figures of reserved bytes. Python must have PyTorch's CUDA build.
-`tests/test_null_gpu.py` holds each figure to its bound.
+`tests/null_gpu/test_null_gpu.py` holds each figure to its bound.
 """
 
 from __future__ import annotations

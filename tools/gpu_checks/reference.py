@@ -67,7 +67,7 @@ def document_logits(shape: Shape, weights: Tensors, factors: Tensors, tokens: to
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
         hidden = hidden + _attention(shape, own, _of_layer(factors, layer), hidden)
-        normed = _norm(hidden, own["mlp_norm.weight"], shape.norm_eps)
+        normed = _norm(hidden, own["mlp.gate_up.norm"], shape.norm_eps)
         gate, up = (normed @ own["mlp.gate_up.weight"].t()).chunk(2, dim=-1)
         hidden = hidden + (functional.silu(gate) * up) @ own["mlp.down.weight"].t()
     head = f"layers.{shape.num_layers + 1}"

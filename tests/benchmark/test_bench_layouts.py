@@ -1,0 +1,280 @@
+"""tools/bench_step.py at layouts: real steps of two ranks, whose messages are those that --dry_run predicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import write_uneven_data
+from folders import ROOT
+from run_helpers import ENVIRONMENT, Ended, free_port, run_ranks, start_command
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_class, kernel_seconds
+from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.report import compare_traffic
+from megatron_tiedlora.benchmark.timing import describe_allocator
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
+from megatron_tiedlora.training.plan import RunPlan
+
+TOOL = ROOT / "tools" / "bench_step.py"
+SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")
+TABLE_HEADS = ("stage  ", "of matmul", "every message and byte of all ranks as predicted")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, its shape alone, and rows of samples."""
+    folder = tmp_path_factory.mktemp("bench")
+    model = write_tiny_model(folder / "model", num_heads=8, num_kv_heads=4, vocab_size=321)
+    (folder / "shape").mkdir()
+    (folder / "shape" / "config.json").write_bytes((model / "config.json").read_bytes())
+    write_uneven_data(folder / "train.jsonl")
+    return folder
+
+
+def bench(folder: Path, tmp_path: Path, *flags: str, ranks: int, model: str = "model") -> Ended:
+    """The command on so many ranks, which a time limit stops."""
+    arguments = [f"--model={folder / model}", *SHARED, f"--json={tmp_path / 'bench.json'}", *flags]
+    return run_ranks(arguments, folder=tmp_path, ranks=ranks, script=TOOL)
+
+
+def report_of(tmp_path: Path) -> dict[str, Any]:
+    """What --json holds, with what every layout's report has checked."""
+    report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
+    assert report["device"] == "CPU" and report["allocator"] and report["threads"] == 1
+    assert {"torch", "deepspeed"} <= set(report["versions"])
+    assert len(report["seconds"]) == 2 and min(report["seconds"]) > 0
+    assert report["tokens_per_second"] > 0 and report["share_of_matmul"] > 0
+    rates = [member["matmul_flops_per_second"] for member in report["ranks"]]
+    assert report["matmul_flops_per_second"] == sum(rates) and report["model_flops"] > 0
+    assert report["mfu"] is None and report["kernel_seconds"] is None
+    assert report["as_predicted"] and [member["number"] for member in report["ranks"]] == list(range(len(rates)))
+    for member in report["ranks"]:
+        assert 0 < member["held"] <= member["peak"]
+        if member["saved"] is not None:
+            # Beside the formula: fp32 rotations of heads of 4, and for labels no more than eight numbers each.
+            beside = member["saved"] - member["saved_formula"] - 16 * report["positions"]
+            assert 0 <= beside <= 64 * report["supervised"]
+            assert member["saved_ratio"] == member["saved"] / member["saved_formula"]
+        assert all(found["messages"] > 0 and found["bytes"] > 0 for found in member["traffic"].values())
+        assert all(found["as_predicted"] and not found["estimated"] for found in member["traffic"].values())
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_tensor_parallel_under_the_launcher(folder: Path, tmp_path: Path) -> None:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    flags = ["--tensor_parallel=2", "--recompute=selective", f"--json={tmp_path / 'bench.json'}"]
+    command = [*launcher, str(TOOL), f"--model={folder / 'model'}", *SHARED, *flags]
+    ended = start_command(command, folder=tmp_path).wait().expect(0)
+    report = report_of(tmp_path)
+    assert all(head in ended.outputs[0] for head in TABLE_HEADS)
+    assert report["layout"]["tensor_parallel"] == 2 and report["layout"]["sequence_parallel"]
+    assert report["weights"] == "read" and report["micro_batches"] == 1
+    assert report["tokens"] == report["positions"] == 2 * 64 and report["supervised"] == 64
+    for member in report["ranks"]:
+        assert set(member["traffic"]) == {"tensor", "model", "world"} and member["stage"] == 0
+
+
+@pytest.mark.distributed
+def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
+    """A shape without weights, cut into stages: twice as many micro-batches as stages."""
+    bench(folder, tmp_path, "--pipeline_parallel=2", "--random_weights", ranks=2, model="shape").expect(0)
+    report = report_of(tmp_path)
+    assert report["weights"] == "random" and report["micro_batches"] == 4
+    assert report["tokens"] == 4 * 2 * 64
+    assert [member["stage"] for member in report["ranks"]] == [0, 1]
+    for member in report["ranks"]:
+        assert set(member["traffic"]) == {"pipeline", "tied", "model", "world"}
+        assert member["traffic"]["tied"]["messages"] == 1
+
+
+@pytest.mark.distributed
+def test_real_samples_on_data_parallel_ranks(folder: Path, tmp_path: Path) -> None:
+    """Packed; ZeRO-3 leaves kept bytes unsaid, and what it fetches is not compared."""
+    real = ("--task=custom", f"--train_file={folder / 'train.jsonl'}", "--samples=16", "--ds_config=zero3.json")
+    bench(folder, tmp_path, *real, "--recompute=full", ranks=2).expect(0)
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["layout"]["packing"] and report["layout"]["data_parallel"] == 2
+    assert report["tokens"] < report["positions"] and report["as_predicted"]
+    for member in report["ranks"]:
+        assert set(member["traffic"]) == {"data", "world"} and member["saved"] is None
+
+
+@pytest.mark.distributed
+def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
+    """Any flag of a layout asks for the engine; without a launcher too."""
+    arguments = [f"--model={folder / 'model'}", *SHARED, "--micro_batches=3", f"--json={tmp_path / 'bench.json'}"]
+    ended = run_ranks(arguments, folder=tmp_path, script=TOOL).expect(0)
+    report = report_of(tmp_path)
+    assert report["micro_batches"] == 3 and report["ranks"][0]["traffic"] == {}
+    assert "messages: none" in ended.outputs[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--against=peft",), "--against peft is for one process, so not for 2 ranks; start it without a launcher"),
+        (("--tensor_parallel=3",), "2 ranks do not divide by --tensor_parallel 3"),
+        (("--pipeline_parallel=2", "--ds_config=zero2.json"), "ZeRO-2 does not go with --pipeline_parallel 2"),
+    ],
+)
+def test_every_rank_refuses_in_one_line(folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    assert message in bench(folder, tmp_path, *flags, ranks=2).expect(2).error_line()
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--against=peft", "--tensor_parallel=2"), "--tensor_parallel 2 goes with --what layout, not step"),
+        (("--what=layout", "--against=peft"), "--against peft goes with --what step, not layout"),
+        (("--what=scaling", "--packing=true"), "--packing true goes with --what layout, not scaling"),
+        (("--what=decoding", "--rank=2"), "--rank 2 goes with --what step or layout or scaling, not decoding"),
+        (("--shares=1",), "--shares 1 goes with --what scaling, not step"),
+        (("--what=all",), "--what all: input should be 'step', 'layout', 'scaling' or 'decoding'"),
+        (("--micro_batches=0",), "--micro_batches 0: input should be greater than or equal to 1"),
+        (("--micro_batches=2", "--task=gsm8k"), "--micro_batches 2 is for made-up tokens, so not with --task"),
+        (("--packing=true",), "--packing true goes with --task"),
+        (("--random_weights", "--task=gsm8k"), "has random weights"),
+        (("--model=llama2-7b", "--task=gsm8k"), "has random weights"),
+        (("--recompute=some",), "--recompute some: input should be 'none', 'selective' or 'full'"),
+        (("--tensor_paralel=2",), "did you mean --tensor_parallel"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(folder, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", [(), ("--micro_batches=1",)])
+def test_rows_longer_than_the_model_has_positions(folder: Path, layout: tuple[str, ...]) -> None:
+    """Its 256 are the most, with and without an engine."""
+    with pytest.raises(UserError, match=r"^--length 257: .* was trained for 256 positions; give at most that$"):
+        plan_of(folder, "--length=257", *layout)
+    assert plan_of(folder, "--length=256", *layout).settings.max_length == 256
+
+
+def test_rows_shorter_than_a_training_run_takes(folder: Path) -> None:
+    """A layout refuses them in the words of its own flag; one process without an engine does not mind."""
+    with pytest.raises(UserError, match=r"^--length 7: a training run's rows have at least 8 tokens"):
+        plan_of(folder, "--length=7", "--micro_batches=1")
+    assert plan_of(folder, "--length=8", "--micro_batches=1").settings.max_length == 8
+    plan_of(folder, "--length=7")
+
+
+def plan_of(folder: Path, *flags: str) -> RunPlan:
+    """What the command plans on one rank."""
+    return make_plan(parse_settings([f"--model={folder / 'model'}", *flags], BenchSettings))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "measured", "packs", "micro_batches"),
+    [
+        ((), 1, "step", False, 1),
+        (("--local_rank=0", "--task=gsm8k"), 1, "step", True, 1),
+        ((), 2, "layout", False, 1),
+        (("--sequence_parallel=true",), 1, "layout", False, 1),
+        (("--documents=1",), 1, "layout", True, 1),
+        (("--task=gsm8k", "--packing=false"), 1, "layout", False, 1),
+        (("--pipeline_parallel=3",), 3, "layout", False, 6),
+        (("--pipeline_parallel=3", "--micro_batches=2"), 3, "layout", False, 2),
+    ],
+)
+def test_what_is_measured(flags: tuple[str, ...], ranks: int, measured: str, packs: bool, micro_batches: int) -> None:
+    settings = parse_settings(flags, BenchSettings)
+    assert settings.measured_on(ranks) == measured
+    assert (settings.packs, settings.step_micro_batches) == (packs, micro_batches)
+
+
+@pytest.mark.parametrize("what", ["scaling", "decoding"])
+def test_what_is_for_one_process(what: str) -> None:
+    settings = parse_settings([f"--what={what}"], BenchSettings)
+    assert settings.measured_on(1) == what
+    with pytest.raises(UserError, match=f"^--what {what} is for one process, so not for 2 ranks"):
+        settings.measured_on(2)
+
+
+def test_a_difference_of_kinds_is_seen() -> None:
+    """Equal sums of a group are not enough, and what is estimated is marked."""
+    counted, predicted = Traffic(), Traffic()
+    counted.add(TENSOR, "all-reduce", 8, count=2)
+    predicted.add(TENSOR, "all-gather", 8, count=2)
+    counted.add(DATA, "all-reduce", 4)
+    compared = compare_traffic(counted, predicted, frozenset({DATA}))
+    assert compared[TENSOR]["verdict"] == "differs: +0 messages, +0 B" and not compared[TENSOR]["as_predicted"]
+    assert compared[DATA]["verdict"] == "an estimate: +1 messages, +4 B" and compared[DATA]["estimated"]
+    assert compare_traffic(counted, counted, frozenset())[TENSOR]["verdict"] == "as predicted"
+
+
+def test_the_allocator_is_named() -> None:
+    assert describe_allocator({}) == "default malloc"
+    asked = {"LD_PRELOAD": "/usr/lib/libjemalloc.so.2", "MALLOC_CONF": "dirty_decay_ms:-1"}
+    assert describe_allocator(asked) == "LD_PRELOAD libjemalloc.so.2, MALLOC_CONF dirty_decay_ms:-1"
+
+
+KERNELS = {
+    "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT": "matmul",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas": "matmul",
+    "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_64x3_tn": "matmul",
+    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>": "matmul",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>": "matmul",
+    "void gemv2T_kernel_val<int, int, __nv_bfloat16, float, 128, 16, 4, 4, false>": "matmul",
+    "triton_tem_fused_mm_3": "matmul",
+    "void flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, cutlass::bfloat16_t>>": "attention",
+    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>": "attention",
+    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3": "attention",
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": "communication",
+    "ncclKernel_AllGather_RING_LL_Sum_int8_t": "communication",
+    "Memcpy HtoD (Pinned -> Device)": "copies",
+    "Memset (Device)": "copies",
+    "triton_poi_fused_add_mul_silu_2": "elementwise",
+    "triton_red_fused__scaled_dot_product_flash_attention_mm_1": "elementwise",
+    "triton_per_fused_mean_rsqrt_0": "elementwise",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>": "elementwise",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "elementwise",
+    "void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>": "elementwise",
+    "void at_cuda_detail::cub::DeviceSelectSweepKernel<>": "other",
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_by_their_names(name: str) -> None:
+    assert kernel_class(name) == KERNELS[name] and KERNELS[name] in CLASSES
+
+
+@pytest.mark.gpu
+def test_report_of_a_gpu(folder: Path, tmp_path: Path) -> None:
+    """MFU and time by class of kernels, in one process and with an engine."""
+    environment = {name: value for name, value in {**os.environ, **ENVIRONMENT}.items() if name != "DS_ACCELERATOR"}
+    for flags in ((), ("--micro_batches=2",)):
+        arguments = [f"--model={folder / 'model'}", *SHARED, *flags, f"--json={tmp_path / 'bench.json'}"]
+        command = [sys.executable, str(TOOL), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        assert done.returncode == 0 and "MFU" in done.stdout, done.stderr
+        report = json.loads((tmp_path / "bench.json").read_text())
+        figures = report if flags else report["sides"]["megatron_tiedlora"]
+        assert figures["mfu"] > 0 and figures["kernel_seconds"]["matmul"] > 0
+
+
+@pytest.mark.gpu
+def test_time_of_kernels_on_a_gpu() -> None:
+    import torch
+
+    matrix = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    spent = kernel_seconds(lambda: (matrix @ matrix).add_(1))
+    assert set(spent) == set(CLASSES) and spent["matmul"] > 0 and spent["elementwise"] > 0
+    assert spent["attention"] == spent["communication"] == 0

@@ -1,0 +1,261 @@
+"""launch/doctor.py on fake hosts over real ssh: a healthy pair, and each fault by the name of its host."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_hosts import FakeCluster, FakeHost
+from folders import ROOT
+from host_commands import Started, wait_until
+from host_needs import needs
+from slurm_cluster import SlurmCluster
+
+pytestmark = [pytest.mark.distributed, needs("ssh"), pytest.mark.timeout(240)]
+DOCTOR = ROOT / "launch" / "doctor.py"
+PORT = 29517
+RANKS_MODULE = "megatron_tiedlora.cluster.doctor"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
+    with FakeCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.start_sshd()
+        yield cluster
+
+
+@pytest.fixture
+def model(cluster: FakeCluster) -> Path:
+    """A folder that stands for a model: the doctor compares files and loads none."""
+    folder = cluster.folder / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(bytes(3_000_000))
+    return folder
+
+
+class Examined:
+    """A doctor that was started on the first host, and its report."""
+
+    def __init__(self, cluster: FakeCluster, *, before: Sequence[str] = (), **settings: Any) -> None:
+        self._report = cluster.folder / "report.json"
+        self._report.unlink(missing_ok=True)
+        given = {"master_port": PORT, "json": self._report, "allreduce_mb": 1, "timeout_seconds": 30, **settings}
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        self.started: Started = cluster.first.start([*before, sys.executable, DOCTOR, *flags])
+
+    def wait(self, limit: float = 60.0) -> tuple[int, dict[str, Any]]:
+        """(exit status, report)."""
+        status = self.started.wait(limit)
+        assert self._report.exists(), self.started.output()
+        return status, json.loads(self._report.read_text())
+
+    def wait_for(self, line: str) -> None:
+        """Wait until the doctor has come so far."""
+        wait_until(
+            lambda: line in self.started.output() or self.started.poll() is not None, self.started.output, limit=40
+        )
+        assert line in self.started.output(), self.started.output()
+
+
+def found(report: dict[str, Any], level: str = "error") -> list[tuple[str, list[str]]]:
+    """(code, hosts) of the findings of a level."""
+    return [(finding["code"], finding["hosts"]) for finding in report["findings"] if finding["level"] == level]
+
+
+def doctors_on(host: FakeHost) -> list[str]:
+    """Command lines of the doctor's processes on a host."""
+    lines = []
+    for process in host.jobs():
+        with suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    return [line for line in lines if RANKS_MODULE in line]
+
+
+def assert_nothing_left(cluster: FakeCluster, *, limit: float = 10.0) -> None:
+    """Neither processes, after `limit` seconds, nor the file that shows whether a folder is shared."""
+    wait_until(lambda: not cluster.jobs(), cluster.jobs, limit=limit)
+    assert not list(cluster.folder.rglob(".doctor-*"))
+
+
+BOTH = ["nodea", "nodeb"]
+LAYOUTS = (
+    pytest.param(1, {"pipeline_parallel": 2}, [("pipeline", [0, 1], BOTH)], id="1x2"),
+    pytest.param(
+        2,
+        {"tensor_parallel": 2},
+        [("tensor", [0, 1], ["nodea"]), ("tensor", [2, 3], ["nodeb"]), ("data", [0, 2], BOTH), ("data", [1, 3], BOTH)],
+        id="2x2",
+        marks=pytest.mark.slow,
+    ),
+)
+
+
+@pytest.mark.parametrize(("slots", "layout", "groups"), LAYOUTS)
+def test_a_healthy_pair_is_ready(
+    cluster: FakeCluster,
+    model: Path,
+    slots: int,
+    layout: dict[str, int],
+    groups: list[tuple[str, list[int], list[str]]],
+) -> None:
+    runs = cluster.folder / "new" / "runs"
+    doctor = Examined(cluster, hostfile=cluster.hostfile(slots), model=model, output_dir=runs, **layout)
+    status, report = doctor.wait()
+    text = doctor.started.output()
+    assert (status, report["verdict"], report["findings"]) == (0, "ready", []), text
+    assert f"verdict: ready, 2 hosts, {2 * slots} ranks" in text
+    for host, row in zip(cluster.hosts.values(), report["hosts"], strict=True):
+        probe = row["probe"]
+        assert (row["name"], probe["hostname"], probe["peer_address"]) == (host.name, host.name, host.address)
+        assert abs(row["clock"]["skew"]) <= row["clock"]["margin"] + 0.01  # one machine has one clock
+    assert [(group["kind"], group["ranks"], group["hosts"]) for group in report["groups"]] == groups
+    for group in report["groups"]:
+        assert group["correct"] and group["bus_bytes_per_second"] == pytest.approx(1e6 / group["seconds"])
+    assert not runs.parent.exists()
+    assert_nothing_left(cluster)
+
+
+@contextmanager
+def other_metadata(host: FakeHost, package: str, version: str) -> Iterator[None]:
+    """A host where a package says that it is another version."""
+    files = distribution(package).files
+    assert files is not None
+    place = next(Path(str(file.locate())) for file in files if file.name == "METADATA").resolve()
+    mine = host.folder / "METADATA"
+    lines = place.read_text().splitlines()
+    mine.write_text("\n".join(f"Version: {version}" if line.startswith("Version: ") else line for line in lines))
+    host.run(["mount", "--bind", mine, place])
+    try:
+        yield
+    finally:
+        host.run(["umount", place])
+
+
+@contextmanager
+def private(host: FakeHost, *folders: Path) -> Iterator[None]:
+    """A host that has an empty file system of its own in the place of folders that the others share."""
+    for folder in folders:
+        host.mount_private(folder, size="2g")  # what is below one GiB is warned of
+    try:
+        yield
+    finally:
+        for folder in folders:
+            host.run(["umount", folder])
+
+
+@contextmanager
+def listener(host: FakeHost, port: int) -> Iterator[None]:
+    """A host where something listens on a port."""
+    server = host.start([sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)])
+    try:
+        wait_until(lambda: host.reaches("127.0.0.1", port), "the listener")
+        yield
+    finally:
+        server.kill()
+
+
+def test_a_version_a_path_and_a_port_are_each_named(cluster: FakeCluster, model: Path) -> None:
+    first, second = cluster.hosts.values()
+    data, runs = cluster.folder / "data", cluster.folder / "runs"
+    for folder in (data, runs):
+        folder.mkdir()
+    rows = data / "rows.jsonl"
+    rows.write_text('{"prompt": "1", "completion": "2"}\n')
+    given = {"hostfile": cluster.hostfile(), "model": model, "train_file": rows, "output_dir": runs}
+    with private(second, data, runs), listener(first, PORT), other_metadata(second, "deepspeed", "0.19.7"):
+        status, report = Examined(cluster, **given).wait()
+    messages = {finding["code"]: finding["message"] for finding in report["findings"]}
+    assert (status, report["verdict"]) == (1, "not ready")
+    assert sorted(found(report)) == [("path_missing", ["nodeb"]), ("port_in_use", ["nodea"]), ("version", ["nodeb"])]
+    assert messages["version"] == f"deepspeed is 0.19.7 on nodeb, but {distribution('deepspeed').version} on nodea"
+    assert messages["path_missing"] == f"--train_file {rows} is missing on nodeb"
+    assert f"nodea: port {PORT} is in use by python" in messages["port_in_use"]
+    assert found(report, "warning") == [("output_not_shared", ["nodeb"])]
+    assert report["groups"] == [] and "2 errors" in report["skipped"]  # a missing path is not in the ranks' way
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["starting 2 ranks", pytest.param("all ranks have met", marks=pytest.mark.slow)],
+    ids=["connect", "reduce"],
+)
+def test_a_link_that_is_cut_after_ssh_is_named(cluster: FakeCluster, moment: str) -> None:
+    first, second = cluster.hosts.values()
+    doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200, timeout_seconds=45)
+    doctor.wait_for(moment)
+    second.cut_link()
+    try:
+        status, report = doctor.wait(limit=40)  # ssh tells it, before any rank has waited for so long
+        wait_until(lambda: not first.jobs(), cluster.jobs, limit=5)
+        # The far side hears nothing of all this: its ranks end by their own limits.
+        wait_until(lambda: not doctors_on(second), lambda: doctors_on(second), limit=95)
+    finally:
+        second.restore_link()
+    assert (status, found(report)) == (1, [("link_lost", ["nodeb"])]), doctor.started.output()
+    assert "nodeb: answered at first, but was lost" in report["findings"][0]["message"]
+    # A login that was under way when the link was cut is given up by sshd after its LoginGraceTime.
+    assert_nothing_left(cluster, limit=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_doctor_that_is_stopped_leaves_nothing(cluster: FakeCluster, number: int) -> None:
+    doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200)
+    doctor.wait_for("all ranks have met")
+    for process in cluster.hosts["nodeb"].jobs():
+        if f"{RANKS_MODULE}.rank " in " ".join(process.cmdline()):
+            process.suspend()  # so no rank comes to an end by itself
+    assert all(doctors_on(host) for host in cluster.hosts.values())
+    doctor.started.signal(number)
+    assert doctor.started.wait(10) != 0
+    assert_nothing_left(cluster)
+
+
+def test_a_host_that_is_down_is_named(tmp_path: Path) -> None:
+    with FakeCluster(tmp_path) as cluster:
+        cluster.start_sshd()
+        cluster.hosts["nodeb"].kill()
+        doctor = Examined(cluster, hostfile=cluster.hostfile())
+        status, report = doctor.wait(limit=40)
+        assert (status, found(report)) == (1, [("host_down", ["nodeb"])])
+        assert "verdict: not ready: 1 error" in doctor.started.output()
+        assert report["hosts"][1]["probe"] is None and report["groups"] == []
+        assert_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_an_allocation_needs_no_ssh(tmp_path: Path) -> None:
+    with FakeCluster(tmp_path) as cluster, SlurmCluster(cluster):
+        allocate = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2"]
+        doctor = Examined(cluster, before=allocate, output_dir=tmp_path / "runs", tensor_parallel=2)
+        status, report = doctor.wait()
+        assert (status, report["route"], report["findings"]) == (0, "srun", []), doctor.started.output()
+        assert [(row["name"], row["slots"]) for row in report["hosts"]] == [("nodea", 2), ("nodeb", 2)]
+        assert {group["kind"]: group["hosts"] for group in report["groups"]} == {"tensor": ["nodeb"], "data": BOTH}
+        assert_nothing_left(cluster)
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_a_node_that_is_lost_in_an_allocation_is_named(tmp_path: Path) -> None:
+    """Slurm then ends the step on the other node, too, which is not what is wrong."""
+    with FakeCluster(tmp_path) as cluster, SlurmCluster(cluster):
+        allocate = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1"]
+        doctor = Examined(cluster, before=allocate, allreduce_mb=200, timeout_seconds=30)
+        doctor.wait_for("all ranks have met")
+        cluster.hosts["nodeb"].cut_link()
+        status, report = doctor.wait(limit=90)
+        assert (status, found(report)) == (1, [("link_lost", ["nodeb"])]), doctor.started.output()
+        wait_until(lambda: not doctors_on(cluster.first), cluster.jobs, limit=10)
+        wait_until(lambda: not doctors_on(cluster.hosts["nodeb"]), cluster.jobs, limit=65)

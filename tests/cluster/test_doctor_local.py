@@ -1,0 +1,194 @@
+"""launch/doctor.py on this machine alone, the probe's own looks at a host, and wrong usage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+from run_helpers import ENVIRONMENT
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.cluster.doctor.examine import find_hosts
+from megatron_tiedlora.cluster.doctor.probe import (
+    address_towards,
+    is_loopback,
+    look_at_port,
+    output_folder,
+    path_content,
+    resolve,
+    source_hash,
+)
+from megatron_tiedlora.config.doctor_settings import DoctorSettings
+from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.runtime.launch_env import free_port
+
+DOCTOR = ROOT / "launch" / "doctor.py"
+
+
+def doctor(*flags: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command on this machine, outside of any allocation."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [sys.executable, DOCTOR, *map(str, flags)],
+        env={**environment, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_this_machine_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    given = ("--model=model", "--output_dir=runs", "--pipeline_parallel=2", "--allreduce_mb=1", "--json=report.json")
+    done = doctor(*given, f"--master_port={free_port()}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verdict: ready, 1 host, 2 ranks" in done.stdout and "pipeline" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    (host,), (group,) = report["hosts"], report["groups"]
+    assert (report["route"], host["slots"], host["name"]) == ("local", 2, socket.gethostname())
+    assert (group["kind"], group["ranks"], group["correct"]) == ("pipeline", [0, 1], True)
+    assert host["probe"]["executable"] == sys.executable
+    assert host["probe"]["source_hash"] == source_hash(ROOT / "megatron_tiedlora")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "report.json"]
+
+
+def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> None:
+    done = doctor("--model=nowhere", "--json=-", folder=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["skipped"] == "one rank has nobody to send to"
+    (finding,) = report["findings"]
+    assert (finding["code"], finding["level"]) == ("path_missing", "error")
+    assert finding["message"] == f"--model {tmp_path / 'nowhere'} is missing on every host"
+
+
+def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_text("eins\n")
+    (tmp_path / "a.en").write_text("one\n")
+    given = ("--model=nobody/nothing-at-all", "--train_file=a.de,a.en", "--test_file=gsm8k", "--json=-")
+    done = doctor(*given, folder=tmp_path)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["verdict"]) == (0, "ready"), done.stdout
+    found = {finding["code"]: finding["message"] for finding in report["findings"]}
+    assert found["hub_not_cached"].startswith("--model nobody/nothing-at-all is no folder, and not in the Hugging Face")
+    assert found["hub_not_checked"].startswith("--test_file gsm8k is no file on every host; whether")
+    paths = report["hosts"][0]["probe"]["paths"]
+    assert [paths[f"train_file:{number}"]["kind"] for number in (1, 2)] == ["file", "file"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--hostfile=none"], "--hostfile none: cannot be read"),
+        (["--hostfile=empty"], "--hostfile empty: names no host"),
+        (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--host_file=x"], "unknown argument --host_file (did you mean --hostfile?)"),
+        (["--ssh_port=22"], "--ssh_port only goes with --hostfile"),
+        (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),
+        (["--model=llama2-7b"], "is a shape without files"),
+        (["--model=~nosuchuser/x"], "--model '~nosuchuser/x': is no path"),
+        (["--train_file=a.de,~nosuchuser/a.en"], "--train_file '~nosuchuser/a.en': is no path"),
+        (["--output_dir=~nosuchuser/runs"], "--output_dir '~nosuchuser/runs': is no path"),
+        (["--timeout_seconds=1e14"], "--timeout_seconds 1e14: input should be less than or equal to 86400"),
+        (["--json=no/where.json"], "--json no/where.json: no such folder"),
+    ],
+)
+def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("# nobody\n\n")
+    Path("odd").write_text("a slots=1\nb slots=2\n")
+    with pytest.raises(UserError) as raised:
+        runpy.run_path(str(DOCTOR))["main"](flags)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_missing_hostfile_ends_with_status_2(tmp_path: Path) -> None:
+    done = doctor("--hostfile=none", folder=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --hostfile none: cannot be read") and done.stderr.count("\n") == 1
+
+
+def test_whom_to_examine(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=2\n")
+    allocation = {"SLURM_JOB_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    assert find_hosts(DoctorSettings(hostfile=str(hostfile)), allocation) == ("ssh", (Host("a", 2), Host("b", 2)))
+    assert find_hosts(DoctorSettings(), allocation) == ("srun", (Host("n1", 4), Host("n2", 4)))
+    alone = DoctorSettings(tensor_parallel=2, pipeline_parallel=2)
+    assert find_hosts(alone, {}) == ("local", (Host(socket.gethostname(), 4),))
+    step = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    interactive = {**allocation, **step, "SLURM_STEP_NUM_TASKS": "1"}
+    assert find_hosts(DoctorSettings(), interactive) == ("srun", (Host("n1", 4), Host("n2", 4)))
+    with pytest.raises(UserError, match="several doctors"):
+        find_hosts(DoctorSettings(), {**allocation, **step, "SLURM_STEP_NUM_TASKS": "8"})
+
+
+# The probe -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_port_that_is_listened_on(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with socket.socket(family) as server:
+        server.bind((address, 0))
+        server.listen()
+        number = server.getsockname()[1]
+        port = look_at_port(number)
+        assert not port.free and port.next_free is not None and port.next_free > number
+        assert port.holder is not None and f"process {os.getpid()}" in port.holder
+    assert look_at_port(number).free
+
+
+def test_what_a_path_holds(tmp_path: Path) -> None:
+    model, small = tmp_path / "model", b"{}"
+    (model / "deep").mkdir(parents=True)
+    (model / "config.json").write_bytes(small)
+    (model / "deep" / "weights").write_bytes(bytes(2 << 20))
+    (model / "linked").symlink_to(model / "config.json")
+    (model / "dangling").symlink_to(model / "nothing")
+    content = f"2 {hashlib.sha256(small).hexdigest()[:12]}"
+    assert path_content(str(model)).model_dump() == {
+        "path": str(model),
+        "kind": "folder",
+        "files": {
+            "config.json": content,
+            "linked": content,
+            "dangling": "unreadable",
+            os.path.join("deep", "weights"): f"{2 << 20}",
+        },
+    }
+    assert path_content(str(model / "config.json")).files == {"config.json": content}
+    assert path_content(str(tmp_path / "none")).kind == "missing"
+    runs = output_folder(str(tmp_path / "runs" / "new"))
+    assert (runs.existing, runs.writable) == (str(tmp_path), True) and runs.free_bytes > 0
+
+
+def test_a_source_hash_sees_names_and_content(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = source_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("not code")
+    assert source_hash(tmp_path) == first
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    second = source_hash(tmp_path)
+    (tmp_path / "b.py").write_text("x = 2\n")
+    assert len({first, second, source_hash(tmp_path)}) == 3
+
+
+def test_addresses() -> None:
+    assert "127.0.0.1" in resolve("localhost") or "::1" in resolve("localhost")
+    assert resolve("no-such-host.invalid") == [] and address_towards("no-such-host.invalid") is None
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert is_loopback("127.0.1.1") and is_loopback("::1") and not is_loopback("192.0.2.1")

@@ -1,0 +1,331 @@
+"""The checks that a run makes of itself: copies that stay equal, and gradients that reach every trained tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import EngineRun, SharedStarts
+from fault_patches import put_in
+from layout_runs import five_layers
+from run_files import assert_same_run, checkpoint_names, losses, status
+from run_helpers import Base, run, run_ranks, write_base
+
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.engine import runner as running
+from megatron_tiedlora.parallel.groups import ParallelGroups
+
+pytestmark = pytest.mark.distributed
+
+IN_PIECES = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else ZeRO-3 keeps small tensors whole
+TIED = "stages and data-parallel ranks"
+TENSOR = "tensor-parallel ranks"
+DATA = "data-parallel ranks"
+
+Sizes = tuple[int, int, int]
+"""(tp, pp, dp)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Four steps from real start values (v = 0 or B = 0), evaluated and saved after 2 and 4, copies compared after 1.
+
+    Attributes:
+        name: what pytest calls it.
+        faults: as in fault_patches.py.
+        message: a regular expression for the start of the line that every rank ends with; "" where the run must pass.
+        steps: training steps in the log at the end.
+        saved: the last checkpoint that is there at the end, "" for none.
+        zero: zero_optimization of the engine's JSON.
+    """
+
+    name: str
+    sizes: Sizes
+    faults: tuple[dict[str, Any], ...] = ()
+    message: str = ""
+    steps: int = 4
+    saved: str = "step_4"
+    zero: dict[str, Any] = field(default_factory=lambda: {"stage": 1})
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        tp, pp, dp = self.sizes
+        return tp * pp * dp
+
+
+def name_of(*parts: Any, sizes: Sizes, zero: dict[str, Any] | None = None) -> str:
+    stage = (zero or {"stage": 1})["stage"]
+    return "-".join([*map(str, parts), "x".join(map(str, sizes)), f"zero{stage}"])
+
+
+def healthy(sizes: Sizes, method: str, **more: Any) -> Case:
+    """A run without a fault."""
+    layers = more.pop("layers", None)
+    name = name_of(method, *(layers or ()), sizes=sizes, zero=more.get("zero"))
+    settings = {"method": method, **({"layers": layers} if layers else {})}
+    return Case(name, sizes, settings=settings, **more)
+
+
+def changed(tensor: str, rank: int, sizes: Sizes, across: str, named: int, *, method: str = "tl6", **more: Any) -> Case:
+    """One rank's copy is changed in its last bit after step 1; the message names a rank that differs from the first."""
+    name = name_of(method, tensor, f"rank{rank}", sizes=sizes, zero=more.get("zero"))
+    fault = {"name": "change_copy", "tensor": tensor, "rank": rank, "step": 1}
+    message = rf"after step 1 {tensor} differs between {across}: .*\b{named}\b.* by up to [1-9]\S*;"
+    return Case(name, sizes, (fault,), message, steps=0, saved="", settings={"method": method}, **more)
+
+
+def gradient(name: str, tensor: str, sizes: Sizes, message: str, *, steps: int, **more: Any) -> Case:
+    """A gradient that is broken by the fault `name`: the run stops in the step after `steps`."""
+    layers, step = more.pop("layers", None), more.pop("step", {})
+    fault = {"name": name, "tensor": tensor, "layers": layers, **step}
+    title = name_of(name, tensor, *(layers or ()), *step.values(), sizes=sizes, zero=more.get("zero"))
+    return Case(title, sizes, (fault,), message, steps=steps, saved="step_2" if steps > 1 else "", **more)
+
+
+def missing(tensor: str, sizes: Sizes, *, since: int = 1, **more: Any) -> Case:
+    message = f"step {since}: no gradient reaches {tensor} "
+    return gradient("no_gradient", tensor, sizes, message, steps=since - 1, step={"since": since}, **more)
+
+
+def zero(tensor: str, sizes: Sizes, named: str, **more: Any) -> Case:
+    message = f"step 2: the gradient of {named} is exactly zero since the run's start;"
+    return gradient("zero_gradient", tensor, sizes, message, steps=1, **more)
+
+
+def not_finite(value: float, tensor: str, layer: int, sizes: Sizes, *, step: int = 2, **more: Any) -> Case:
+    """The gradient has one entry of `value`."""
+    last = "checkpoint of step 2 stands" if step > 2 else "no checkpoint was written yet"
+    message = f"the gradient norm is (nan|inf) at step {step}; {last}[.] Lower --learning_rate"
+    return gradient("one_gradient", tensor, sizes, message, steps=step - 1, layers=[layer],
+                    step={"step": step, "value": value}, **more)  # fmt: skip
+
+
+def without_clipping(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-no_clipping", settings={**case.settings, "gradient_clipping": 0})
+
+
+HEALTHY = [
+    *(healthy((1, 2, 1), method) for method in METHODS),
+    healthy((1, 2, 1), "lora", layers=[2]),  # the other stage has nothing but its anchor
+    healthy((1, 2, 1), "lora", layers=[5]),
+    healthy((1, 2, 1), "vera", layers=[1, 2]),
+    healthy((1, 2, 1), "tl6", layers=[5]),
+    healthy((2, 1, 1), "tl6"),
+    healthy((1, 1, 2), "tl6", zero=IN_PIECES),
+    healthy((1, 1, 2), "tl1", zero=IN_PIECES),  # B is taken out and put back for the base's loss
+    healthy((2, 1, 2), "tl4", zero=IN_PIECES),
+    healthy((2, 2, 1), "tl6"),
+]
+CHANGED = [
+    changed("A", 1, (1, 2, 1), TIED, 1),
+    changed("A", 0, (1, 2, 1), TIED, 1),  # rank 0 is what the others are compared with
+    changed("B", 1, (1, 2, 1), TIED, 1, zero={"stage": 0}),
+    changed("B", 0, (1, 2, 1), TIED, 1, method="tl1"),  # frozen
+    changed("u", 1, (2, 1, 1), TENSOR, 1),
+    changed("A", 1, (2, 1, 1), TENSOR, 1, method="vera"),  # frozen, and so whole
+    changed("v", 1, (1, 1, 2), DATA, 1),
+    changed("v", 1, (1, 1, 2), DATA, 1, zero={"stage": 2}),
+    changed("v", 1, (1, 1, 2), DATA, 1, zero={"stage": 3}),  # small tensors stay whole
+    changed("A", 1, (1, 1, 2), TIED, 1, zero={"stage": 0}),
+    changed("u", 1, (2, 1, 1), TENSOR, 1, zero=IN_PIECES),
+    # Only one of several groups sees these, and all ranks must stop.
+    changed("A", 3, (2, 2, 1), TIED, 3),
+    changed("u", 3, (2, 2, 1), TENSOR, 3),
+    changed("v", 1, (1, 2, 2), DATA, 1),
+    changed("B", 2, (1, 4, 1), TIED, 2),
+    changed("u", 1, (2, 1, 2), TENSOR, 1, zero=IN_PIECES),
+]
+CHANGE = {"name": "change_copy", "tensor": "A", "rank": 1, "step": 1}
+MORE_CHANGED = [
+    Case(
+        "the_largest_difference",
+        (1, 2, 1),
+        ({**CHANGE, "value": 1000.0},),
+        rf"after step 1 A differs between {TIED}: .* by up to 1e\+03;",
+        steps=0,
+        saved="",
+    ),
+    Case(
+        "signs_of_zero",
+        (1, 2, 1),
+        ({**CHANGE, "value": -0.0}, {**CHANGE, "rank": 0, "value": 0.0}),
+        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to 0;",
+        steps=0,
+        saved="",
+    ),
+    Case(
+        "nan_on_the_first_of_four",
+        (1, 4, 1),
+        tuple({**CHANGE, "rank": rank, "value": math.nan} for rank in (0, 1)),
+        rf"after step 1 A differs between {TIED}: (?!.*\b1\b.* by).*\b2, 3\b.* by up to nan;",
+        steps=0,
+        saved="",
+    ),
+    Case(
+        "at_a_later_save",
+        (1, 2, 1),
+        ({**CHANGE, "step": 4},),
+        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
+        saved="step_2",
+    ),
+    Case(
+        "just_before_a_later_save",
+        (1, 2, 1),
+        ({**CHANGE, "step": 4, "before_save": True},),
+        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
+        saved="step_2",
+    ),
+    Case("switched_off", (1, 2, 1), (CHANGE,), settings={"replica_check_steps": 0}),
+]
+GRADIENTS = [
+    missing("A", (1, 2, 1)),
+    missing("A", (1, 2, 1), layers=[4, 5]),  # on one stage only: its peer waits in the tied sum
+    missing("B", (1, 2, 1), zero={"stage": 0}),
+    missing("v", (1, 2, 1)),
+    missing("u", (1, 2, 1), layers=[4, 5]),
+    missing("u", (2, 1, 1)),
+    missing("B", (1, 1, 2), zero={"stage": 2}),
+    missing("v", (1, 1, 2), zero=IN_PIECES),
+    missing("A", (1, 2, 1), since=3),  # when no hook watches any more, the tied sum itself does
+    missing("A", (2, 2, 1), layers=[4, 5], since=3),
+    zero("A", (1, 2, 1), "A"),
+    zero("B", (2, 1, 1), "B"),
+    zero("u", (1, 2, 1), "u of layer 1, u of layer 4", layers=[1, 4]),
+    zero("v", (1, 2, 1), "u of layer 5, v of layer 5", layers=[5]),  # v stays 0, and so u gets nothing either
+    zero("u", (2, 1, 1), "u of layer 3", layers=[3]),
+    zero("v", (1, 1, 2), "u of layer 2, v of layer 2", layers=[2], zero=IN_PIECES),
+    *(not_finite(math.nan, "v", layer, (1, 2, 1)) for layer in (1, 5)),  # one is lost in a maximum over the ranks
+    not_finite(math.nan, "u", 1, (1, 2, 1), zero={"stage": 0}),
+]
+# Of 1e25 fp32 holds no square, so a second moment would be infinite. Of 1e18 it does.
+LARGE = ({"name": "one_gradient", "tensor": "v", "layers": [2], "step": 3, "value": 1e18},)
+CLIPPED = [
+    not_finite(value, "v", 2, (1, 1, 2), step=3, zero={"stage": stage})
+    for value in (1e25, math.inf, math.nan)
+    for stage in range(4)
+]
+NORMS = [
+    *CLIPPED,
+    *map(without_clipping, CLIPPED),
+    not_finite(1e25, "B", 2, (1, 1, 2), step=3, zero=IN_PIECES),
+    not_finite(1e25, "A", 5, (2, 1, 1), step=3),
+    not_finite(1e25, "v", 5, (1, 2, 1), step=3),
+    Case("large-zero0", (1, 1, 2), LARGE, zero={"stage": 0}),
+    without_clipping(Case("large-zero3", (1, 1, 2), LARGE, zero={"stage": 3})),
+]
+CASES = [*HEALTHY, *CHANGED, *MORE_CHANGED, *GRADIENTS]
+assert len({case.name for case in (*CASES, *NORMS)}) == len(CASES) + len(NORMS)
+
+Answer = Callable[[Case], EngineRun]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return five_layers(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def answer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
+    asked for."""
+    starts = {"norms": SharedStarts(), "checks": SharedStarts()}
+    folder = tmp_path_factory.mktemp("checks")
+
+    def find(wanted: Case) -> EngineRun:
+        name, of_list = ("norms", NORMS) if wanted in NORMS else ("checks", CASES)
+        cases = [case for case in of_list if case.ranks == wanted.ranks]
+        work = folder / f"{name}{wanted.ranks}"
+        work.mkdir(exist_ok=True)
+        runs = starts[name].runs(wanted.ranks, lambda: [case_for_workers(base, work, case) for case in cases], work)
+        return runs[cases.index(wanted)]
+
+    return find
+
+
+def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str, Any]:
+    tp, pp, _ = case.sizes
+    engine = folder / f"{'-'.join(map(str, case.zero.values()))}.json"
+    engine.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000000, **case.zero}}))
+    short = {"max_steps": 4, "warmup_steps": 1, "eval_interval": 2, "save_interval": 2, "replica_check_steps": 1}
+    settings = {**base, **short, "ds_config": str(engine), "tensor_parallel": tp, "pipeline_parallel": pp}
+    return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True}
+
+
+@pytest.mark.parametrize("case", [*CASES, *NORMS], ids=lambda case: case.name)
+def test_checks(answer: Answer, case: Case) -> None:
+    """A healthy run passes; a broken one stops on every rank with the same clear line, and saves nothing after."""
+    run = answer(case)
+    if case.message:
+        assert len(run.failures) == case.ranks and len(set(run.failures)) == 1
+        assert re.match(case.message, run.failures[0]), run.failures[0]
+    else:
+        assert run.failures == []
+    assert len(run.losses) == case.steps
+    assert run.saved[-1:] == ([case.saved] if case.saved else [])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Whatever a stage sums its squares in: beyond it the norm counts as infinite."""
+    largest = math.sqrt(torch.finfo(torch.float32).max)
+    fits = {norm: norm for norm in (0.0, 1.0, largest * 0.9999)}
+    others = {largest * 1.0001: math.inf, 1e300: math.inf, math.inf: math.inf, math.nan: math.nan, -1.0: math.nan}
+    for norm, expected in {**fits, **others}.items():
+        monkeypatch.setattr(running, "clip_gradients_", lambda *_, norm=norm: norm)
+        engine: Any = SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm, step=lambda: None)
+        config: Any = SimpleNamespace(zero_stage=stage, values={"gradient_clipping": 1.0})
+        stub: Any = SimpleNamespace(adapter=object())
+        found = running.PlainRunner(engine, stub, ParallelGroups(), config, torch.device("cpu")).take_step()
+        assert found == expected or (math.isnan(found) and math.isnan(expected)), (norm, found)
+
+
+# Real commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int) -> None:
+    """In the first steps, and at a save long after them: one line, status 2 everywhere, and what was saved stands."""
+    folder = tmp_path / "run"
+    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8, "output_dir": folder}
+    prelude = partial(put_in, [{"name": "change_copy", "tensor": "B", "rank": 1, "step": step}])
+    arguments = small.arguments(**settings)
+    ended = run_ranks(arguments, folder=tmp_path, cache=small.cache, ranks=2, prelude=prelude).expect(2)
+    line = ended.error_line()
+    assert re.match(rf"error: after step {step} B differs between {TIED}: .*\b1\b.* by up to [1-9]\S*;", line), line
+    assert status(folder)["state"] == "failed"
+    if step == 1:
+        assert not (folder / "checkpoints").exists() and not (folder / "adapter").exists()
+        return
+    assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
+    assert "step_6" not in checkpoint_names(folder)
+    run(small, folder, ranks=2, **{**settings, "resume": "auto"})  # without the fault it goes on from there
+    assert [number for number, _ in losses(folder)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("ds_config", ["zero3.json", "zero0.json"])
+def test_a_run_stops_before_an_infinite_second_moment_is_saved(small: Base, tmp_path: Path, ds_config: str) -> None:
+    """One gradient of 1e25 at step 5: status 2, the checkpoint of step 4 stands, and a resume ends as another run."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    settings = {"ds_config": ds_config, "gradient_clipping": 0, "max_steps": 6, "save_interval": 1}
+    fault = {"name": "one_gradient", "tensor": "B", "layers": [2], "step": 5, "value": 1e25}
+    line = run(small, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
+    assert line.startswith("error: the gradient norm is inf at step 5; checkpoint of step 4 stands")
+    assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2", "step_3", "step_4"}
+    run(small, folder, resume="auto", **settings)
+    run(small, whole, **settings)
+    assert_same_run(folder, whole)

@@ -1,0 +1,202 @@
+"""The comparison with the oracle can fail: every fault of tensor and pipeline parallelism that we know turns it red.
+
+Healthy and broken runs start from the same settings, in the same processes, and are measured alike: losses, norms,
+adapters and copies, with the tolerances of the tests at layouts. All use SGD, since AdamW hides errors of scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import EngineRun, SharedStarts, oracle_run, relative_distance, relative_errors
+from layout_runs import (
+    ADAPTER_TOLERANCE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    Layout,
+    Prepared,
+    check,
+    engine_json,
+    five_layers,
+    prepare,
+)
+from oracle import OracleAdapter
+from oracle_training import OracleRun
+
+from megatron_tiedlora.adapters.tied_adapter import start_values
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.training.plan import plan_run
+
+pytestmark = pytest.mark.distributed
+
+ALL = "losses norms A B u v"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, healthy or with a fault in it.
+
+    Attributes:
+        fault: a function of fault_patches.py, or "".
+        sizes: (tp, pp, dp).
+        seen_by: measures that must see the fault; others may.
+        own_start: from the package's own start values, and not from a given adapter.
+        stops: what the run's own checks must say; they are switched off where this is "".
+    """
+
+    fault: str
+    sizes: tuple[int, int, int]
+    seen_by: str = ""
+    zero: int = 1
+    sequence_parallel: bool = True
+    own_start: bool = False
+    stops: str = ""
+
+    @property
+    def healthy(self) -> Case:
+        """The same run without its fault."""
+        return replace(self, fault="", seen_by="", stops="")
+
+    @property
+    def name(self) -> str:
+        """What pytest calls it."""
+        parallel = "" if self.sequence_parallel else "-whole_sequences"
+        start = "-own_start" if self.own_start else ""
+        return f"{self.fault or 'healthy'}-{'x'.join(map(str, self.sizes))}-zero{self.zero}{parallel}{start}"
+
+
+FAULTS = [
+    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies"),
+    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies", zero=0),
+    Case("tied_sum_counted_twice", (1, 2, 1), "norms A B"),
+    Case("tied_sum_counted_twice", (1, 2, 1), "norms A B", zero=0),
+    Case("tied_sum_divided_twice", (1, 2, 2), "losses norms A B"),
+    Case("a_sum_left_out", (2, 1, 1), "losses norms A"),
+    Case("a_sum_left_out", (2, 1, 1), "losses norms A", sequence_parallel=False),
+    Case("u_sum_left_out", (2, 1, 1), "norms u"),
+    Case("u_sum_left_out", (2, 1, 1), "norms u", zero=0),
+    Case("adapter_input_gradient_left_out", (2, 1, 1), ALL),
+    Case("adapter_input_gradient_left_out", (2, 1, 1), ALL, sequence_parallel=False),
+    Case("replica_mark_forgotten", (1, 2, 1), ALL),
+    Case("tied_counted_per_stage", (1, 2, 1), ALL, zero=0),
+    Case("shard_mark_forgotten", (2, 1, 1), ALL),
+    Case("shards_counted_on_rank_0", (2, 1, 1), ALL, zero=0),
+    Case("replicas_counted_per_rank", (2, 1, 1), "norms A", zero=0),
+    Case("start_from_local_shape", (2, 1, 1), "losses norms A B", own_start=True),
+    Case("loss_per_micro_batch", (1, 1, 2), ALL),
+    Case("loss_per_micro_batch", (1, 2, 1), ALL),
+]
+HEALTHY = list(dict.fromkeys(case.healthy for case in FAULTS))
+STOPPED = [
+    Case("tied_sum_left_out", (1, 2, 1), stops="after step 1 A differs between stages and data-parallel ranks"),
+    Case("u_sum_left_out", (2, 1, 1), stops="after step 1 u differs between tensor-parallel ranks"),
+]
+
+Answer = Callable[[Case], tuple[Prepared, EngineRun]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return five_layers(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def answer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    """From a case to what it is and what it gave; all cases of as many ranks run in one start, when first asked for."""
+    folder = tmp_path_factory.mktemp("faults")
+    starts = SharedStarts()
+    oracles: dict[Any, OracleRun] = {}
+    prepared: dict[Case, Prepared] = {}
+
+    def find(wanted: Case) -> tuple[Prepared, EngineRun]:
+        ranks = Layout(*wanted.sizes).ranks
+        cases = [case for case in (*HEALTHY, *FAULTS, *STOPPED) if Layout(*case.sizes).ranks == ranks]
+
+        def prepare_all() -> list[dict[str, Any]]:
+            prepared.update({case: prepare_case(base, folder, oracles, case) for case in cases})
+            return [prepared[case].case for case in cases]
+
+        work = folder / f"ranks{ranks}"
+        work.mkdir(exist_ok=True)
+        runs = starts.runs(ranks, prepare_all, work)
+        return prepared[wanted], runs[cases.index(wanted)]
+
+    return find
+
+
+def prepare_case(base: dict[str, Any], folder: Path, oracles: dict[Any, OracleRun], case: Case) -> Prepared:
+    """For the workers, with what a run without the fault must give."""
+    prepared = prepare(
+        {**base, "max_steps": 4},
+        folder,
+        Layout(*case.sizes),
+        oracles=oracles,
+        ds_config=str(engine_json(folder, case.zero)),
+        sequence_parallel=case.sequence_parallel,
+        replica_check_steps=3 if case.stops else 0,
+    )
+    if case.own_start:
+        prepared = replace(prepared, oracle=from_one_rank(prepared.case["settings"], folder, oracles))
+        prepared.case["start"] = None
+    names = [case.fault] if case.stops else ["no_gradient_guard", case.fault]
+    prepared.case["faults"] = [{"name": name} for name in names if name]
+    prepared.case["may_fail"] = bool(case.stops)
+    return prepared
+
+
+def from_one_rank(settings: dict[str, Any], folder: Path, oracles: dict[Any, OracleRun]) -> OracleRun:
+    """The dense run from the start values that one rank alone draws."""
+    if "one rank" not in oracles:
+        alone = {**settings, "tensor_parallel": 1, "pipeline_parallel": 1}
+        config = plan_run(make_settings(alone), rank=0, world_size=1).adapter
+        start = OracleAdapter(config.method, config.rank, config.alpha, config.layers, **start_values(config))
+        oracles["one rank"] = oracle_run(settings, start, folder / "cache", optimizer="sgd")
+    return oracles["one rank"]
+
+
+def red_measures(run: EngineRun, prepared: Prepared) -> set[str]:
+    """Which of the measures say that the run is not the oracle's: losses, norms, the factors, copies."""
+    oracle, red = prepared.oracle, set()
+    if max(relative_errors(run.losses, oracle.losses)) > LOSS_TOLERANCE:
+        red.add("losses")
+    if max(relative_errors(run.grad_norms, oracle.grad_norms)) > NORM_TOLERANCE:
+        red.add("norms")
+    for factor in oracle.adapter.trained:
+        distance = relative_distance(run.adapter[factor], oracle.adapter.tensors[factor])
+        if distance > ADAPTER_TOLERANCE["sgd"]:
+            red.add(factor)
+    for rank, local in enumerate(run.local):
+        twin = run.local[rank % prepared.layout.tp]
+        if not all(torch.equal(local[factor], twin[factor]) for factor in ("A", "B")):
+            red.add("copies")
+    return red
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_a_healthy_run_passes(answer: Answer, case: Case) -> None:
+    prepared, run = answer(case)
+    assert red_measures(run, prepared) == set()
+    check(run, prepared)
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+def test_a_fault_is_seen(answer: Answer, case: Case) -> None:
+    """By the measures that stand beside it, at least; and the check that the layouts' tests use turns red."""
+    prepared, run = answer(case)
+    assert set(case.seen_by.split()) <= red_measures(run, prepared)
+    with pytest.raises(AssertionError):
+        check(run, prepared)
+
+
+@pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.name)
+def test_the_run_stops_itself(answer: Answer, case: Case) -> None:
+    """With its own checks on, a run whose copies drift apart stops on every rank with the same message."""
+    _, run = answer(case)
+    assert len(run.failures) == Layout(*case.sizes).ranks and len(set(run.failures)) == 1
+    assert run.failures[0].startswith(case.stops), run.failures[0]
+    assert run.losses == [] and run.saved == []

@@ -1,0 +1,147 @@
+"""The same run at every layout: losses, norms and adapters of the dense oracle, and copies that are bit-equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layout_runs import Layout, engine_json, five_layers, prepare, run_and_check
+from oracle_training import OracleRun
+
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.training.plan import plan_run
+from megatron_tiedlora.training.run_data import prepare_data
+from megatron_tiedlora.training.traffic_plan import planned_shapes
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+FEWER = 4  # steps where not all cases of a test are run
+LAYOUTS = [
+    Layout(*sizes)
+    for sizes in (
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 2, 1),
+        (1, 1, 2),
+        (2, 2, 1),
+        (2, 1, 2),
+        (1, 2, 2),
+        (4, 1, 1),
+        (1, 4, 1),
+        (2, 2, 2),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return five_layers(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def sized(base: dict[str, Any], whole: bool) -> dict[str, Any]:
+    """`base` with its number of steps."""
+    return base if whole else {**base, "max_steps": FEWER}
+
+
+def micro_batches(settings: dict[str, Any], layout: Layout, folder: Path) -> list[int]:
+    """How many a rank has in each step."""
+    sizes = {"tensor_parallel": layout.tp, "pipeline_parallel": layout.pp}
+    plan = plan_run(make_settings({**settings, **sizes}), rank=0, world_size=layout.ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+        data = prepare_data(plan, progress=False).train
+    size = plan.batches.global_batch_size
+    return [len(planned_shapes(plan, data, consumed_samples=step * size)) for step in range(settings["max_steps"])]
+
+
+def combined(whole: bool, *choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """One of each of `choices` in all ways, or in every other, in which every value of theirs occurs."""
+    numbered = [list(enumerate(choice)) for choice in choices]
+    return [
+        tuple(value for _, value in combination)
+        for combination in product(*numbered)
+        if whole or sum(index for index, _ in combination) % 2 == 0
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool) -> None:
+    oracles: dict[Any, OracleRun] = {}
+    prepared = []
+    for layout in (layout for layout in LAYOUTS if layout.ranks == ranks):
+        cut = (True, False) if layout.tp > 1 else (True,)
+        for method, sequence_parallel, optimizer in combined(whole, ("tl6", "tl5"), cut, ("sgd", "adamw")):
+            # Each layout and optimizer sees both kinds of rows; of all combinations, each method too.
+            packing = (method == "tl6") == (optimizer == "sgd" or not whole)
+            changes = {"method": method, "sequence_parallel": sequence_parallel, "packing": packing}
+            prepared.append(prepare(sized, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes))
+    run_and_check(prepared, tmp_path)
+
+
+def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
+    """All eight methods and one-layer LoRA, on the first and on the last stage, at (2, 2, 1)."""
+    oracles: dict[Any, OracleRun] = {}
+    cases: list[dict[str, Any]] = [{"method": method} for method in METHODS]
+    cases += [{"method": "lora", "layers": [layer]} for layer in (2, 5)]
+    prepared = [
+        prepare(sized, tmp_path, Layout(2, 2, 1), optimizer=optimizer, oracles=oracles, **case)
+        for case, optimizer in combined(whole, cases, ("sgd", "adamw"))
+    ]
+    run_and_check(prepared, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def large_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, OracleRun]]:
+    """A folder of starts, and the oracle's runs of them with 24 samples a step, as far as they were asked for."""
+    return tmp_path_factory.mktemp("large_steps"), {}
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 1), Layout(1, 2, 2)], ids=str)
+def test_packed_rows(
+    sized: dict[str, Any],
+    tmp_path: Path,
+    large_steps: tuple[Path, dict[Any, OracleRun]],
+    layout: Layout,
+    whole: bool,
+) -> None:
+    """Several samples a row, whose number differs from step to step, give the run of one sample at a time."""
+    folder, oracles = large_steps
+    changes = {"packing": True, "micro_batch_size": 1, "global_batch_size": 24}
+    found = micro_batches({**sized, **changes}, layout, tmp_path)
+    assert max(found) * layout.dp < 24, found
+    # Two pipelines of two stages are given 16 micro-batches, more than rows would do.
+    assert found == [8] * sized["max_steps"] if layout.dp == 2 else len(set(found)) > 1, found
+    cases = ({"method": "tl6"}, {"method": "tl6", "recompute": "full"}, {"method": "lora"})
+    prepared = [
+        prepare(sized, folder, layout, optimizer=optimizer, oracles=oracles, **case, **changes)
+        for case, optimizer in combined(whole, cases, ("sgd", "adamw"))
+    ]
+    run_and_check(prepared, tmp_path)
+
+
+def test_zero_stages_beside_tensor_parallelism(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
+    """ZeRO 0, 2 and 3 at (2, 1, 2); under ZeRO-3 with nothing kept whole; rank 1, which TP does not divide."""
+    oracles: dict[Any, OracleRun] = {}
+    prepared = []
+    for stage, optimizer in combined(whole, (0, 2, 3), ("sgd", "adamw")):
+        file = engine_json(tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
+        changes = {"ds_config": str(file), "rank": 1, "alpha": 2.0}  # the same alpha / rank as elsewhere
+        prepared.append(prepare(sized, tmp_path, Layout(2, 1, 2), optimizer=optimizer, oracles=oracles, **changes))
+    run_and_check(prepared, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(1, 2, 2)], ids=str)
+def test_the_norm_at_zero_0_over_stages(sized: dict[str, Any], tmp_path: Path, layout: Layout, whole: bool) -> None:
+    """DeepSpeed leaves later stages' tensors out of it there, so it is ours: every tensor once, every shard once."""
+    oracles: dict[Any, OracleRun] = {}
+    file = engine_json(tmp_path, 0)
+    prepared = [
+        prepare(sized, tmp_path, layout, oracles=oracles, optimizer=optimizer, ds_config=str(file), method=method)
+        for method, optimizer in combined(whole, ("tl6", "lora"), ("sgd", "adamw"))
+    ]
+    run_and_check(prepared, tmp_path)

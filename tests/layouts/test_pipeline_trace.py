@@ -1,0 +1,281 @@
+"""Real pipeline steps: which micro-batch runs on which stage when, and what DeepSpeed's engine keeps meanwhile.
+
+    make test PYTEST_ARGS="-m slow -s" TESTS=tests/layouts/test_pipeline_trace.py
+
+prints the measured bubbles of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from all_cuts import all_cuts, cost_key
+from forked_ranks import run_on_ranks
+from pipeline_worker import Case, Event, Traced, trace_steps
+from run_helpers import write_rows
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.model.partition import layer_costs
+from megatron_tiedlora.training.memory_plan import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.stage_plan import plan_stages
+
+pytestmark = pytest.mark.distributed
+
+ROWS, LENGTH, SUPERVISED = 2, 48, 20
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recompute": {"recompute": "full"},
+    "tensor 2": {"tensor_parallel": 2},
+    "tensor 2, sequences whole": {"tensor_parallel": 2, "sequence_parallel": False},
+    "one layer": {"method": "lora", "layers": (5,)},
+    "bf16": {"dtype": "bf16", "method": "vera"},
+}
+# (name, stages, micro-batches)
+TRACED = [("plain", p, m) for p in (2, 4) for m in (1, 4, 8)]
+CASES = [*TRACED, ("recompute", 4, 6), ("one layer", 4, 6), ("bf16", 4, 6)]
+CASES += [("tensor 2", 2, 3), ("tensor 2, sequences whole", 2, 3)]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A case and what its ranks saw."""
+
+    case: Case
+    traced: list[Traced]
+
+    def plan(self, rank: int) -> RunPlan:
+        return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.traced))
+
+    def steps(self, number: int) -> list[list[Event]]:
+        """By stage, the passes of a step, seen by the stage's first rank."""
+        plan = self.plan(0)
+        return [self.traced[stage * plan.grid.tp_size].steps[number] for stage in range(plan.grid.pp_size)]
+
+
+def settings_of(folder: Path, num_stages: int, num_micro_batches: int, **changes: Any) -> dict[str, Any]:
+    """With the head as dear as 2.6 blocks, so that the best cut is not the even one."""
+    return {
+        "model": str(folder / "model"),
+        "train_file": str(folder / "rows.jsonl"),
+        "validation_file": str(folder / "rows.jsonl"),
+        "ds_config": "zero1.json",
+        "dtype": "fp32",
+        "rank": 3,
+        "max_length": LENGTH,
+        "micro_batch_size": ROWS,
+        "global_batch_size": ROWS * num_micro_batches,
+        "max_steps": 10,
+        "replica_check_steps": 0,
+        "pipeline_parallel": num_stages,
+        **changes,
+    }
+
+
+def write_inputs(folder: Path, **shape: Any) -> None:
+    write_tiny_model(folder / "model", **shape)
+    write_rows(folder / "rows.jsonl", 8)
+
+
+def run(cases: Sequence[Case], folder: Path, *, ranks: int) -> list[Ran]:
+    """The cases in one start of `ranks` ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
+        by_rank = run_on_ranks(trace_steps, list(cases), str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
+    return [Ran(case, [traced[index] for traced in by_rank]) for index, case in enumerate(cases)]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int], Ran]:
+    """All cases, in one start of two ranks and one of four."""
+    folder = tmp_path_factory.mktemp("trace")
+    write_inputs(folder, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=6, vocab_size=1500)
+    found = {}
+    for ranks in (2, 4):
+        keys = [key for key in CASES if key[1] * CHANGES[key[0]].get("tensor_parallel", 1) == ranks]
+        cases = [Case(settings_of(folder, p, m, **CHANGES[name]), m, ROWS, LENGTH, SUPERVISED) for name, p, m in keys]
+        found.update(zip(keys, run(cases, folder, ranks=ranks), strict=True))
+    return found
+
+
+def one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:
+    """Forward passes until as many are in flight as stages follow, itself counted; then one back, one forward."""
+    ahead = min(num_stages - stage, num_micro_batches)
+    order = [("F", index) for index in range(ahead)]
+    for index in range(num_micro_batches):
+        order.append(("B", index))
+        if ahead + index < num_micro_batches:
+            order.append(("F", ahead + index))
+    return order
+
+
+Order = Sequence[Sequence[tuple[str, int]]]  # by stage, (kind, micro-batch) of its passes
+Number = TypeVar("Number", Fraction, float)
+
+
+def order_of(stages: Sequence[Sequence[Event]]) -> Order:
+    return [[(event.kind, event.micro_batch) for event in events] for events in stages]
+
+
+def idle_shares(order: Order, cost: Callable[[int, str, int], Number]) -> list[Number]:
+    """By stage, the idle share of a step whose passes start as early as their order and their inputs let them.
+
+    Args:
+        cost: of a pass, from (stage, kind, micro-batch).
+    """
+    ends: dict[tuple[int, str, int], Any] = {}
+    clock: list[Any] = [0] * len(order)
+    left = [list(passes) for passes in order]
+    while any(left):
+        moved = False
+        for stage, passes in enumerate(left):
+            if not passes:
+                continue
+            kind, index = passes[0]
+            source = (stage - 1 if kind == "F" else stage + 1, kind, index)  # the pass whose result it takes
+            if 0 <= source[0] < len(order) and source not in ends:
+                continue
+            clock[stage] = max(clock[stage], ends.get(source, 0)) + cost(stage, kind, index)
+            ends[stage, kind, index] = clock[stage]
+            passes.pop(0)
+            moved = True
+        assert moved, "the order never ends"
+    busy = [sum(cost(stage, *item) for item in passes) for stage, passes in enumerate(order)]
+    return [1 - spent / max(clock) for spent in busy]
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
+    """Every stage runs its passes in this order, with as many micro-batches in flight as the dry run says."""
+    _, p, m = key
+    found = ran[key]
+    plan = found.plan(0)
+    for rank, traced in enumerate(found.traced):
+        stage = plan_stages(plan)[rank // plan.grid.tp_size]
+        order = [(event.kind, event.micro_batch) for event in traced.steps[0]]
+        assert order == one_f_one_b(stage.index, p, m)
+        in_flight = max(len(held.in_flight) for held in traced.held)
+        assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(plan, stage)
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_passes_wait_for_each_other(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
+    """By the clock: a pass begins after the one on the stage before (for a backward pass, behind) has ended."""
+    stages = ran[key].steps(0)
+    ended = {(stage, e.kind, e.micro_batch): e.end for stage, events in enumerate(stages) for e in events}
+    for stage, events in enumerate(stages):
+        assert all(first.end <= then.begin for first, then in pairwise(events))
+        for event in events:
+            before = stage - 1 if event.kind == "F" else stage + 1
+            if 0 <= before < len(stages):
+                assert ended[before, event.kind, event.micro_batch] <= event.begin
+
+
+@pytest.mark.parametrize("costs", [{"F": 1, "B": 1}, {"F": 1, "B": 2}, {"F": 3, "B": 2}], ids=str)
+@pytest.mark.parametrize("key", TRACED, ids=str)
+def test_the_bubble_of_equal_stages(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int], costs: dict[str, int]
+) -> None:
+    """The order that was seen leaves each stage idle for (p - 1) / (m + p - 1) of the time, and no longer."""
+    _, p, m = key
+    found = idle_shares(order_of(ran[key].steps(0)), lambda _stage, kind, _index: Fraction(costs[kind]))
+    assert found == [Fraction(p - 1, m + p - 1)] * p
+
+
+def test_another_order_has_another_bubble() -> None:
+    """The simulation tells schedules apart: forward and back one micro-batch after the other keeps one stage busy."""
+    order = [[(kind, index) for index in range(4) for kind in "FB"]] * 2
+    assert idle_shares(order, lambda *_: Fraction(1)) == [Fraction(1, 2)] * 2
+    with pytest.raises(AssertionError, match="never ends"):
+        idle_shares([[("B", 0), ("F", 0)], [("F", 0), ("B", 0)]], lambda *_: Fraction(1))
+
+
+def test_a_dearer_stage_makes_the_others_wait() -> None:
+    """Two stages of costs 1 and 2 a pass, two micro-batches, by hand."""
+    order = [one_f_one_b(stage, 2, 2) for stage in range(2)]
+    # Stage 1 works from 1 to 9 without a break; stage 0 ends with B1, at 10.
+    assert idle_shares(order, lambda stage, *_: Fraction(stage + 1)) == [Fraction(6, 10), Fraction(2, 10)]
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_the_engine_cuts_where_the_dearest_stage_costs_least(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
+) -> None:
+    """Of all contiguous cuts there are."""
+    found, num_stages = ran[key], key[1]
+    plan = found.plan(0)
+    costs = layer_costs(plan.source.shape, length=LENGTH, first_adapted=plan.adapter.layers[0])
+    for traced in found.traced:
+        cut = [range(start, stop) for start, stop in pairwise(traced.parts)]
+        best = min(cost_key(costs, other) for other in all_cuts(len(costs), num_stages))
+        assert cost_key(costs, cut) == best
+        assert len({len(stage) for stage in cut[1:-1]} | {len(cut[0]) - 1, len(cut[-1]) - 1}) > 1, "not the even cut"
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_what_the_engine_keeps_beside_autograd(
+    ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
+) -> None:
+    """Of each micro-batch in flight up to 2 d numbers a token, as the dry run counts them; and integers."""
+    found, tokens = ran[key], ROWS * LENGTH
+    for rank, traced in enumerate(found.traced):
+        plan = found.plan(rank)
+        stage = plan_stages(plan)[plan.grid.pp_rank]
+        each = engine_bytes_in_flight(plan, stage, tokens=tokens)
+        # Positions; on the first stage, tokens; and labels, see Supervised.
+        integers = 8 * tokens * (2 if stage.is_first else 1)
+        labels = 4 * 8 * ROWS * SUPERVISED * stage.is_last
+        for held in traced.held:
+            assert held.floats == len(held.in_flight) * each, (rank, held)
+            beside = held.integers - len(held.in_flight) * integers
+            assert 0 <= beside <= labels, (rank, held)  # autograd keeps some of the labels itself
+        memory = stage_memory(plan, stage, tokens=tokens)
+        assert max(held.floats + held.once for held in traced.held) == memory.engine, rank
+    if key[0] == "plain":
+        d = found.plan(0).source.shape.hidden_size
+        expected = [2 * d if 0 < stage < key[1] - 1 else d for stage in range(key[1])]
+        assert [traced.held[0].floats / 4 / tokens for traced in found.traced] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_measured_bubble(tmp_path: Path) -> None:
+    """Stages of equal work and real size: the order is asserted, times are printed.
+
+    Idle by processor time: the passes as they were measured, each started as early as it can be. By the clock it means
+    something only where every stage has a core for itself.
+    """
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 320}
+    write_inputs(tmp_path, num_layers=8, max_positions=1024, **shape)
+    numbers, length = (1, 4, 8), 128
+    print("\n| stages | micro-batches | (p - 1) / (m + p - 1) | idle by processor time | idle by the clock |")
+    for p in (2, 4):
+        cases = [
+            Case(settings_of(tmp_path, p, m, max_length=length), m, ROWS, length, length, steps=2) for m in numbers
+        ]
+        for m, found in zip(numbers, run(cases, tmp_path, ranks=p), strict=True):
+            steps = [found.steps(number) for number in range(2)]
+            assert all(order_of(step) == [one_f_one_b(stage, p, m) for stage in range(p)] for step in steps)
+            replayed, seen = [idle_by_processor_time(step) for step in steps], [idle_by_clock(step) for step in steps]
+            print(f"| {p} | {m} | {(p - 1) / (m + p - 1):.1%} | {min(replayed):.1%} | {min(seen):.1%} |")
+
+
+def idle_by_processor_time(step: Sequence[Sequence[Event]]) -> float:
+    """Of all stages together."""
+    worked = {(stage, e.kind, e.micro_batch): e.worked for stage, events in enumerate(step) for e in events}
+    shares = idle_shares(order_of(step), lambda stage, kind, index: worked[stage, kind, index])
+    return sum(shares) / len(shares)
+
+
+def idle_by_clock(step: Sequence[Sequence[Event]]) -> float:
+    """Of all stages together, from the first pass to the last."""
+    events = [event for stage in step for event in stage]
+    span = max(event.end for event in events) - min(event.begin for event in events)
+    return 1 - sum(event.end - event.begin for event in events) / span / len(step)

@@ -1,0 +1,374 @@
+"""Adapters and checkpoints are there whole or not at all: errors, kills, full disks, and which checkpoints stay."""
+
+from __future__ import annotations
+
+from folders import ROOT, SUPPORT
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_files import moments_of, with_adapter, write_native
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base import atomic
+from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint import resume
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import (
+    Progress,
+    find_newest_checkpoint,
+    load_checkpoint,
+    named_checkpoint,
+    save_checkpoint,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
+
+
+# --------------------------------------------------------------------------------------------- whole or not at all
+
+
+def names(folder: Path) -> set[str]:
+    return {item.name for item in folder.iterdir()}
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
+def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool) -> None:
+    if not swaps:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    for content in ("one", "two"):
+        with new_folder(tmp_path / "kept") as folder:
+            (folder / content).write_text(content)
+            os.chmod(folder / content, 0o600)
+        assert names(tmp_path) == {"kept"} and names(tmp_path / "kept") == {content}
+        folder_mode = (tmp_path / "kept").stat().st_mode  # as the user's umask has it
+        assert (tmp_path / "kept" / content).stat().st_mode & 0o666 == folder_mode & 0o666
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt(), UserError("mine")])
+def test_an_error_inside_leaves_what_was_there(tmp_path: Path, failure: BaseException) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("old")
+    with pytest.raises(type(failure)), new_folder(tmp_path / "kept") as folder:
+        (folder / "new").write_text("new")
+        raise failure
+    assert names(tmp_path) == {"kept"} and names(tmp_path / "kept") == {"old"}
+
+
+@pytest.mark.parametrize("step", ["sync_path", "rename"])
+def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("old")
+    real_rename = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if ".writing-kept" in str(source) and Path(target).name == "kept":
+            raise OSError(5, "Input/output error")
+        real_rename(source, target)
+
+    def sync(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    if step == "rename":
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(os, "rename", rename)
+    else:
+        monkeypatch.setattr(atomic, "sync_path", sync)
+    with pytest.raises(UserError) as error, new_folder(tmp_path / "kept") as folder:
+        (folder / "new").write_text("new")
+    assert str(error.value) == f"{tmp_path / 'kept'}: cannot be written (Input/output error); nothing was changed"
+    assert names(tmp_path) == {"kept"} and names(tmp_path / "kept") == {"old"}
+
+
+def test_a_place_that_cannot_be_written_is_one_line(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    with pytest.raises(UserError, match=r"adapter: cannot be written \(Not a directory\); nothing was changed"):
+        save_adapter(tmp_path / "file" / "adapter", adapter.config, adapter.base, adapter.state)
+
+
+def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -> None:
+    for name in (".writing-adapter-0123abcd", ".writing-old-step_2-0123abcd", ".writing-old-step_4-0123abcd", "step_4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "from").write_text(name)
+    (tmp_path / ".writing-latest-0123abcd").write_text("step_2")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"step_2", "step_4"}
+    assert (tmp_path / "step_2" / "from").read_text() == ".writing-old-step_2-0123abcd"  # nothing had replaced it
+    assert (tmp_path / "step_4" / "from").read_text() == "step_4"
+
+
+# Forks once for each line of the package that a save executes, kills the child at that line, and looks at what is there
+# afterwards: value 1.0 before the save, 2.0 after it, anything else raises.
+KILLER = """
+import os, shutil, sys
+from pathlib import Path
+import torch
+from megatron_tiedlora.base import atomic
+from megatron_tiedlora.checkpoint import native_adapter, resume
+from native_files import moments_of
+
+torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there
+files = {atomic.__file__, native_adapter.__file__, resume.__file__}
+root, swap = Path(sys.argv[2]), atomic._exchange
+old = native_adapter.load_adapter(Path(sys.argv[1]))
+
+def write_adapter(value):
+    native_adapter.save_adapter(root / "adapter", old.config, old.base, full(value))
+
+def write_checkpoint(step, value):
+    atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
+    resume.save_checkpoint(
+        root, progress=resume.Progress(step=step, consumed_samples=step, best_step=2), config=old.config, base=old.base,
+        state=full(value), moments=moments_of(old, value), settings={"value": value})
+
+def full(value):
+    return {name: torch.full_like(tensor, value) for name, tensor in old.state.items()}
+
+def value_of(adapter):
+    (value,) = {float(x) for tensor in adapter.state.values() for x in tensor.unique()}
+    return value
+
+def read_adapter():
+    atomic.restore_interrupted(root)  # does nothing where folders were swapped
+    return value_of(native_adapter.load_adapter(root / "adapter"))
+
+def read_checkpoint():
+    atomic.restore_interrupted(root)
+    found = resume.find_newest_checkpoint(root)
+    assert found.folder == resume.named_checkpoint(root)
+    assert value_of(resume.load_checkpoint(root / "step_2").adapter) == 1.0  # the best one
+    value = value_of(found.adapter)
+    assert found.settings == {"value": value} and found.moments["exp_avg.adapter.B"].unique().tolist() == [value]
+    return value
+
+def prepare():
+    write_adapter(1.0)
+    write_checkpoint(2, 1.0)
+    write_checkpoint(4, 1.0)
+
+def in_child(action, number):
+    # Kill at the number-th line; a child that comes to its end exits with 0.
+    count = 0
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename not in files:
+            return None
+        count += event == "line"
+        if count == number:
+            os._exit(9)
+        return trace
+    sys.settrace(trace)
+    action(2.0)
+    os._exit(0)
+
+def kill_everywhere(action, read, stride=1):
+    number, ended, states = 0, False, []
+    while not ended:
+        number += stride
+        shutil.rmtree(root)
+        shutil.copytree(prepared, root)
+        child = os.fork()
+        if child == 0:
+            in_child(action, number)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        states.append(read())
+        if atomic._exchange is swap:
+            assert not list(root.glob(".writing-old-*"))
+        if len(states) % 3 == 0:
+            action(2.0)  # what was left is not in the way of the next save
+            assert read() == 2.0
+    assert states == sorted(states), states
+    print(len(states), states.count(1.0), states.count(2.0))
+
+root.mkdir()
+prepare()
+prepared = shutil.copytree(root, root.with_name("prepared"))
+kill_everywhere(write_adapter, read_adapter)
+kill_everywhere(lambda value: write_checkpoint(6, value), read_checkpoint)
+atomic._exchange = lambda one, other: False  # as on a file system that cannot swap
+kill_everywhere(write_adapter, read_adapter)
+kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint, 2)  # the one that `latest` names, anew
+"""
+
+
+def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(base: Path, tmp_path: Path) -> None:
+    write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path / "adapter"), str(tmp_path / "root")],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [[int(word) for word in line.split()] for line in result.stdout.splitlines()]
+    assert len(rows) == 4
+    for points, before, after in rows:
+        assert points > 60 and before > 40 and after >= 2 and before + after == points
+
+
+# In a process of its own, because the limit holds for everything that it writes.
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+from megatron_tiedlora.config.cli import run_command
+
+adapter, root = load_adapter(Path(sys.argv[1])), Path(sys.argv[2])
+
+def main(arguments):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(arguments[0]), resource.RLIM_INFINITY))
+    if arguments[1] == "adapter":
+        save_adapter(root / "adapter", adapter.config, adapter.base, adapter.state)
+    elif arguments[1] == "text":
+        write_text(root / "latest", "new" * 100)
+    else:
+        save_checkpoint(
+            root, progress=Progress(step=2), config=adapter.config, base=adapter.base, state=adapter.state,
+            moments={"exp_avg.B": torch.ones(100_000)}, settings={})
+    return 0
+
+run_command(main, sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("adapter", 1000), ("checkpoint", 100_000), ("text", 100)])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path: Path, kind: str, limit: int) -> None:
+    write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "latest").write_text("step_1\n")
+    for name in ("adapter", "step_1"):
+        shutil.copytree(tmp_path / "adapter", root / name)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "adapter"), str(root), str(limit), kind],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    target = {"adapter": "adapter", "checkpoint": "step_2", "text": "latest"}[kind]
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {root / target}: cannot be written (")
+    assert "File too large" in result.stderr and "nothing was changed" in result.stderr
+    assert names(root) == {"latest", "adapter", "step_1"}
+    assert (root / "latest").read_text() == "step_1\n"
+    for file in (CONFIG, WEIGHTS):
+        assert (root / "adapter" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+def save(root: Path, adapter: NativeAdapter, step: int, best: int | None, **keywords: Any) -> Path:
+    return save_checkpoint(
+        root,
+        progress=Progress(step=step, consumed_samples=24 * step, best_metric=0.5, best_step=best, evaluated_step=step),
+        config=adapter.config,
+        base=adapter.base,
+        state=adapter.state,
+        moments=moments_of(adapter, float(step)),
+        settings={"method": "tl6", "layers": [1, 3]},
+        **keywords,
+    )
+
+
+def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    folder = save(tmp_path, adapter, 4, 4)
+    assert folder == tmp_path / "step_4" == named_checkpoint(tmp_path)
+    assert names(folder) == {CONFIG, WEIGHTS, "trainer_state.safetensors", "trainer_state.json"}
+    found = load_checkpoint(folder)
+    assert found.progress == Progress(4, 96, 0.5, 4, 0, 4)
+    assert found.settings == {"method": "tl6", "layers": [1, 3]}
+    assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(adapter, 4.0).items())
+    for loaded in (found.adapter, load_adapter(folder)):
+        assert loaded.config == adapter.config
+        assert all(torch.equal(loaded.state[name], adapter.state[name]) for name in "ABuv")
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(base: Path, tmp_path: Path) -> None:
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    expected = [(2, None, {2}), (4, 4, {4}), (6, 4, {4, 6}), (8, 4, {4, 8}), (10, 10, {10}), (100, 10, {10, 100})]
+    for step, best, kept in expected:
+        save(tmp_path, adapter, step, best)
+        assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
+        assert (tmp_path / "latest").read_text() == f"step_{step}\n"
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(base: Path, tmp_path: Path) -> None:
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    expected = [(2, 2, {2}), (4, 2, {2, 4}), (6, 2, {2, 4, 6}), (8, 2, {2, 4, 6, 8}), (10, 10, {6, 8, 10}),
+                (12, 10, {8, 10, 12}), (8, 8, {8}), (9, 8, {8, 9})]  # fmt: skip
+    for step, best, kept in expected:  # the run that goes back to before step 8 leaves none of the later ones
+        save(tmp_path, adapter, step, best, keep=3)
+        assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
+
+
+def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = with_adapter(base, "tl6", (1, 3))[1]
+    save(tmp_path, adapter, 2, 2)
+    seen = []
+
+    def watched(path: Path, text: str, **keywords: Any) -> None:
+        seen.append((path.name, load_checkpoint(tmp_path / "step_4").progress.step, (tmp_path / "step_2").is_dir()))
+        write_text(path, text, **keywords)
+
+    monkeypatch.setattr(resume, "write_text", watched)
+    save(tmp_path, adapter, 4, 4)
+    assert seen == [("latest", 4, True)]
+    assert names(tmp_path) == {"step_4", "latest"}
+
+
+def test_a_latest_that_names_nothing_is_one_line(base: Path, tmp_path: Path) -> None:
+    assert find_newest_checkpoint(tmp_path) is None
+    for text in ("step_9\n", "../elsewhere", ""):
+        (tmp_path / "latest").write_text(text)
+        with pytest.raises(UserError, match="which is no checkpoint in") as error:
+            find_newest_checkpoint(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("trainer_state.json", None, "expected a checkpoint of a run"),
+        ("trainer_state.json", b"{}", "step is missing"),
+        ("trainer_state.safetensors", None, "not a whole safetensors file"),
+        ("trainer_state.safetensors", b"cut", "not a whole safetensors file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    base: Path, tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
+    folder = save(tmp_path, with_adapter(base, "tl6", (1, 3))[1], 4, 4)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_checkpoint(folder)
+    assert str(folder / file) in str(error.value) and "\n" not in str(error.value)

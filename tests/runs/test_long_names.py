@@ -1,0 +1,86 @@
+"""Names that no file can have, and places that cannot be written: one line and status 2, from every command."""
+
+from __future__ import annotations
+
+from folders import ROOT
+import os
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder, run_name
+from megatron_tiedlora.study.sweep import sweep
+
+
+def command(path: str) -> Callable[[Sequence[str]], Any]:
+    """`main` of a script."""
+
+    def start(argv: Sequence[str]) -> Any:
+        return runpy.run_path(str(ROOT / path))["main"](argv)
+
+    return start
+
+
+def no_start() -> Any:
+    raise AssertionError("nothing is to be started")
+
+
+# By command: how it is started, what else it needs, and its flags of files and folders.
+MODEL = "--model=llama2-7b"
+COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
+    "train": (command("launch/train.py"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
+    "run": (lambda argv: launch(argv, scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
+            "config model tokenizer ds_config output_dir resume hostfile"),
+    "sweep": (lambda argv: sweep(argv, no_start), ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
+              "config model tokenizer ds_config output_dir train_file test_file"),
+    "tables": (lambda argv: sweep(argv, no_start), ["--output_dir=study"], "tables_from"),
+    "doctor": (command("launch/doctor.py"), [], "config hostfile json model output_dir train_file"),
+    "merge": (command("tools/merge_adapter.py"), ["--adapter=a", "--output=o"], "adapter output"),
+    "export": (command("tools/export_peft.py"), ["--adapter=a", "--output=o"], "adapter output"),
+    "verify": (command("tools/verify_export.py"), ["--adapter=a"], "adapter merged peft"),
+    "random": (command("tools/write_random_model.py"), [MODEL, "--output=o"], "model output"),
+}  # fmt: skip
+NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_name_that_no_file_has(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    start, needed, flags = COMMANDS[name]
+    for flag in flags.split():
+        for value in NAMES.values():
+            given = [word for word in needed if not word.startswith(f"--{flag}=")]
+            with pytest.raises(UserError) as caught:
+                start([*given, f"--{flag}={value}"])
+            assert len(str(caught.value)) < 1300, flag
+            assert "is no path" in str(caught.value) or "is not text" in str(caught.value) or name == "random", caught
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_preparation_whose_folder_no_file_system_has(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in NAMES.values():
+        assert command("tools/prepare_demo.py")([f"--output={value}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(NAMES) and all(line.startswith("prepare_demo: --output") for line in said)
+
+
+def test_a_long_model_name_leaves_room_in_the_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert last_name("meta-llama/Llama-2-7b-hf/") == "Llama-2-7b-hf" and last_name("é" * 99) == "é" * 40
+    settings = make_settings({"model": f"./{'n' * 255}", "task": "gsm8k"})
+    folder = choose_run_folder(None, name=run_name(settings), resume="none")
+    folder.path.mkdir(parents=True)
+    assert folder.path.name == f"{'n' * 80}-gsm8k-tl6-r8"
+
+
+def test_a_tensorboard_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written .*make it a folder of your own, or remove it"):
+        MetricsLog(RunFolder(tmp_path), resumed_step=0)

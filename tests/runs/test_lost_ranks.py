@@ -1,0 +1,268 @@
+"""A rank that dies, hangs or is cut off ends the run on all others in time, by name; and what each of them may see."""
+
+from __future__ import annotations
+
+from folders import ROOT
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from run_files import assert_same_run, files_of, has_step, metrics, status
+from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, wait_for, write_base
+from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, slow_steps
+
+from megatron_tiedlora.runtime.stopping import StopWatch
+
+pytestmark = pytest.mark.distributed
+LOOP = "megatron_tiedlora.training.loop"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def short_silence(seconds: float = 3.0) -> None:
+    from megatron_tiedlora.runtime import ending
+
+    ending.SILENCE_SECONDS = seconds
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
+    folder = tmp_path / "run"
+    prelude = partial(kill_at_step, 3, signal.SIGKILL, rank=rank)
+    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
+    assert f"rank {rank} on {os.uname().nodename} fell silent after step 2" in status(folder)["reason"]
+    shown = ended.errors[1 - rank]
+    assert shown.count("error: ") == 1 and f"error: {status(folder)['reason']}\n" in shown
+    assert "Traceback" not in shown
+    row, reason = ((folder / name).stat().st_mtime for name in ("metrics.jsonl", "run_status.json"))
+    print(f"\nrank {rank} was killed: its peer wrote the reason {reason - row:.1f} s after the last row")
+    assert reason - row < 15  # SILENCE_SECONDS is for links that are cut
+
+
+POINTS = {  # of a step: (rank that is killed, function, at which call: all of them after the first step)
+    "forward": (1, "megatron_tiedlora.model.normed_linear", "_enter", 40),
+    "backward": (0, "megatron_tiedlora.model.normed_linear", "_leave", 11),
+    "sum": (1, "megatron_tiedlora.engine.runner", "sum_tied_gradients_", 3),
+    "update": (0, "megatron_tiedlora.engine.runner", "Runner.take_step", 3),
+    "checks": (1, "megatron_tiedlora.training.checks", "StepChecks.after_step", 3),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: Path, point: str) -> None:
+    """docs/clusters.md promises half a second where it was rank 0, else about 5 s; here on a loaded machine."""
+    rank, module, name, call = POINTS[point]
+    folder, mark = tmp_path / "run", tmp_path / "killed"
+    prelude = partial(kill_rank_at_call, rank, module, name, mark, call=call)
+    parts = {"pipeline_parallel": 2, "ds_config": "zero1.json"} if point == "sum" else {"tensor_parallel": 2}
+    arguments = base.arguments(output_dir=folder, **parts)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
+    assert f"rank {rank} on {os.uname().nodename} fell silent after step" in status(folder)["reason"]
+    assert "after step 0" not in status(folder)["reason"], "killed in the first step"
+    seconds = (folder / "run_status.json").stat().st_mtime - mark.stat().st_mtime
+    print(f"\nrank {rank} was killed in {point}: its peer wrote the reason {seconds:.1f} s later")
+    assert seconds < (5 if rank == 0 else 12)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path: Path, rank: int) -> None:
+    """As when its host or link is down: nothing comes, and no connection is closed."""
+    folder = tmp_path / "run"
+    prelude = partial(all_of, short_silence, partial(kill_at_step, 3, signal.SIGSTOP, rank=rank))
+    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    try:
+        world.processes[1 - rank].join(90)
+        assert world.processes[1 - rank].exitcode == 1
+        assert f"rank {rank} on " in status(folder)["reason"] and "fell silent after step 2" in status(folder)["reason"]
+    finally:
+        world.kill()
+
+
+def test_a_job_that_is_suspended_and_goes_on_is_no_loss(base: Base, tmp_path: Path) -> None:
+    """All ranks stand still for longer than the silence that counts, as under `scontrol suspend` or Ctrl-Z and fg."""
+    folder = tmp_path / "run"
+    prelude = partial(all_of, short_silence, slow_steps)
+    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    try:
+        wait_for(lambda: has_step(folder, 2), "two steps")
+        world.signal(signal.SIGSTOP)
+        time.sleep(6)
+        world.signal(signal.SIGCONT)
+        world.wait().expect(0)
+    finally:
+        world.kill()
+
+
+def in_own_folder() -> None:
+    """Each rank has a disk of its own: relative paths lead elsewhere on rank 1."""
+    folder = Path(f"disk{os.environ['RANK']}")
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+
+
+def test_a_run_folder_that_only_rank_0_sees(base: Base, tmp_path: Path) -> None:
+    """Stopped and resumed, it ends as an undisturbed run; the other disk holds that rank's log alone."""
+    run(base, tmp_path / "whole", ranks=2)
+    arguments = partial(base.arguments, output_dir="run")
+    start = partial(run_ranks, folder=tmp_path, cache=base.cache, ranks=2)
+    start(arguments(), prelude=partial(all_of, in_own_folder, partial(kill_at_step, 5))).expect(143)
+    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
+    start(arguments(resume="auto"), prelude=in_own_folder).expect(0)
+    assert_same_run(tmp_path / "disk0" / "run", tmp_path / "whole")
+    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
+
+
+def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, tmp_path: Path) -> None:
+    other = tmp_path / "disk1" / "run"
+    run(base, other, max_steps=2)
+    before = (other / "run_status.json").read_bytes()
+    (other / "run_status.json").unlink()
+    prelude = partial(all_of, in_own_folder, partial(kill_at_step, 3, signal.SIGKILL, rank=0))
+    run_ranks(base.arguments(output_dir="run"), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert not (other / "run_status.json").exists() and before
+    assert not (tmp_path / "disk0" / "run" / "run_status.json").exists(), "nobody is left who sees it"
+
+
+def every_group(look: Callable[[Any], None]) -> None:
+    """Call `look` with each process group that this process has, at training step 2."""
+
+    def look_at_all(trainer: Any, *_: Any) -> None:
+        from torch.distributed import distributed_c10d
+
+        if trainer.progress.step == 1:
+            groups = list(distributed_c10d._world.pg_map)
+            assert len(groups) > 3
+            for group in groups:
+                look(group)
+
+    before_call(LOOP, "Trainer._train_step", look_at_all)
+
+
+def has_limit(group: Any) -> None:
+    import torch
+
+    found = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    assert found == 420.0, f"{group.group_name}: {found}"
+
+
+@pytest.mark.parametrize(("layout", "ds_config"), [({"pipeline_parallel": 2}, "zero1.json"), ({}, "zero3.json")])
+def test_every_process_group_has_the_runs_time_limit(
+    base: Base, tmp_path: Path, layout: dict[str, int], ds_config: str
+) -> None:
+    limits = {"timeout_minutes": 7, "max_steps": 2, "ds_config": ds_config}
+    run(base, tmp_path / "run", ranks=2, prelude=partial(every_group, has_limit), **layout, **limits)
+
+
+def test_ranks_that_do_not_come_are_told_of_in_one_line(base: Base, tmp_path: Path) -> None:
+    """One of two ranks is started."""
+    started = time.monotonic()
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    arguments = base.arguments(output_dir=tmp_path / "run", timeout_minutes=0.05)
+    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, environment=environment).expect(2)
+    assert "the 2 ranks did not meet at 127.0.0.1:9 within 0.05 minutes (rank 1 on " in ended.error_line()
+    assert not (tmp_path / "run").exists() and time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("content", [None, "# nobody\n"])
+def test_deepspeed_with_a_hostfile_that_is_missing_or_empty(base: Base, tmp_path: Path, content: str | None) -> None:
+    """DeepSpeed itself only warns of a missing one, and trains on this host alone."""
+    if content is not None:
+        (tmp_path / "hosts").write_text(content)
+    deepspeed, *words = deepspeed_command(base.arguments(output_dir=tmp_path / "run"), ranks=1)
+    ended = start_command([deepspeed, "--hostfile", "hosts", *words], folder=tmp_path, cache=base.cache).wait()
+    assert ended.status != 0 and not (tmp_path / "run").exists()
+    if content is None:
+        assert "--hostfile" in (line := ended.error_line()) and "cannot be read (No such file or directory)" in line
+
+
+def slow_export(file: Path) -> None:
+    """Rank 0 has a good while to do at the end; the other one looks whether it is done when it leaves."""
+
+    def export(*_: Any) -> None:
+        time.sleep(4.0)
+        file.touch()
+
+    def leave() -> None:
+        assert file.exists(), "rank 0 still works"
+
+    before_call("megatron_tiedlora.training.finish", "export", export)
+    before_call("megatron_tiedlora.runtime.ending", "leave_process_group", leave)
+
+
+def test_nobody_leaves_before_rank_0_has_exported(base: Base, tmp_path: Path) -> None:
+    """srun gives the other ranks a minute, torchrun five, once the first one has ended, be it well."""
+    folder = tmp_path / "run"
+    run(base, folder, ranks=2, prelude=partial(slow_export, tmp_path / "exported"))
+    assert status(folder)["state"] == "finished"
+
+
+def test_where_rank_0_fails_to_export_the_others_say_so(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    prelude = partial(kill_at_call, "megatron_tiedlora.training.finish", "export", number=signal.SIGTERM)
+    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    assert ended.statuses == [143, 1] and status(folder)["state"] == "stopped"
+    assert "Traceback" not in ended.errors[0] + ended.errors[1]
+
+
+def test_torchrun_is_told_to_end_where_its_ssh_session_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would start the ranks anew, and nobody would see them."""
+    (tmp_path / "torchrun").write_text("import time\ntime.sleep(60)")
+    agent, session = (subprocess.Popen([sys.executable, tmp_path / "torchrun"]) for _ in range(2))
+    try:
+        stop = StopWatch([psutil.Process(agent.pid), psutil.Process(session.pid)])
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        stop.end_agent()
+        session.kill()
+        session.wait()
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        stop.end_agent()
+        time.sleep(0.2)
+        assert agent.poll() is None
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        stop.end_agent()
+        assert agent.wait(10) == -signal.SIGTERM
+    finally:
+        agent.kill()
+        session.kill()
+        agent.wait()
+        session.wait()
+
+
+def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Path) -> None:
+    """Slurm's signal before the time limit: 138 asks to go on later; without a step done it would for ever."""
+    folder = tmp_path / "run"
+    run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGUSR1), expect=138)
+    assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
+    at_once = partial(kill_at_call, LOOP, "Trainer._evaluate_and_save", number=signal.SIGUSR1)
+    run(base, folder, ranks=2, resume="auto", prelude=at_once, expect=1)
+    assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1 before a step of this start"}
+    assert len(metrics(folder)) == 4
+
+
+def test_a_rank_that_ends_is_deaf_to_more_signals() -> None:
+    """Also while Python ends: srun tells the others to stop as soon as one has, and gives their death as its status."""
+    code = (
+        "import os, signal\n"
+        "from megatron_tiedlora.runtime.stopping import StopWatch\n"
+        "stop = StopWatch()\nstop.install()\nstop.stopped(signal.SIGUSR1, 'SIGUSR1')\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        for number in (15, 2, 10): kill(pid, number)\n"
+        "import builtins\nbuiltins.last = Last()\n"  # goes with the builtins, after signal handlers
+        "raise SystemExit(138)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 138

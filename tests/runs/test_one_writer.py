@@ -1,0 +1,364 @@
+"""Two starts on one folder: one writes, the other ends with a line that names it; who wakes up later changes nothing.
+
+Whoever writes leaves the folder of a run that was alone, byte for byte.
+"""
+
+from __future__ import annotations
+
+from folders import ROOT
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from native_files import with_adapter, write_native
+from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
+from run_helpers import EVALUATE, Base, World, run, run_ranks, start_ranks, wait_for, write_base, write_rows
+from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+
+RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"
+HELD = "is at work here (last seen"
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was alone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(base, folder)
+    return folder
+
+
+def start(base: Base, work: Path, *, ranks: int | None = None, prelude: Any = None, **changes: Any) -> World:
+    """A start in the folder `work`."""
+    return start_ranks(base.arguments(**changes), folder=work, cache=base.cache, ranks=ranks, prelude=prelude)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing tells of an owner, and nothing unfinished is left."""
+    return not [path for path in folder.rglob(".*")]
+
+
+# Two starts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_two_starts_with_one_folder(base: Base, whole: Path, tmp_path: Path, gap: float, resume: str) -> None:
+    folder, worlds = tmp_path / "run", []
+    for rate in (2e-2, 1e-3):  # whoever comes first: the settings beside a result are its own
+        prelude = partial(all_of, *[slow_steps] * (1 + round(gap))) if not worlds else None
+        work = tmp_path / f"work{len(worlds)}"
+        worlds.append(start(base, work, output_dir=folder, learning_rate=rate, resume=resume, prelude=prelude))
+        time.sleep(gap if len(worlds) == 1 else 0)
+    ends = [world.wait() for world in worlds]
+    statuses = [ended.status for ended in ends]
+    assert sorted(statuses) == [0, 2], [ended.tail() for ended in ends]
+    winner = statuses.index(0)
+    line = ends[1 - winner].error_line()
+    assert f"(process {worlds[winner].processes[0].pid}) since " in line and str(folder) in line
+    assert HELD in line or (resume == "none" and "holds the run of a start on " in line)
+    assert ("with --resume auto --take_over" if resume == "none" else "with --take_over") in line or HELD not in line
+    assert run_settings(folder)["learning_rate"] == (2e-2, 1e-3)[winner] and is_free(folder)
+    if winner == 0:
+        assert_same_run(folder, whole)
+    else:
+        run(base, tmp_path / "alone", learning_rate=1e-3)
+        assert_same_run(folder, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_two_starts_without_a_folder(base: Base, whole: Path, tmp_path: Path, resume: str) -> None:
+    """Two new runs get a folder each; of two that resume the same one, one gets it."""
+    worlds = [start(base, tmp_path, resume=resume, prelude=prelude) for prelude in (slow_steps, None)]
+    statuses = sorted(world.wait().status for world in worlds)
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert (statuses, len(folders)) == (([0, 0], 2) if resume == "none" else ([0, 2], 1))
+    for folder in folders:
+        assert_same_run(folder, whole)
+        assert is_free(folder)
+
+
+@pytest.mark.parametrize("machine", ["this", "another"])
+def test_a_resume_beside_a_live_run(base: Base, whole: Path, tmp_path: Path, machine: str) -> None:
+    """On its host, or on another one that sees the same folder."""
+    folder = tmp_path / "run"
+    world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
+    wait_for(lambda: has_step(folder, 3), "step 3")
+    prelude = None if machine == "this" else another_machine
+    line = run(base, folder, resume="auto", prelude=prelude, expect=2).error_line()
+    assert f"(process {world.processes[0].pid})" in line and "--take_over" in line
+    line = run(base, folder, prelude=prelude, expect=2).error_line()
+    assert f"holds the run of a start on {socket.gethostname()} (process {world.processes[0].pid}) since" in line
+    assert world.wait().status == 0
+    assert_same_run(folder, whole)
+
+
+def another_machine() -> None:
+    """This process runs under another kernel, whose locks are not seen where others run."""
+    import fcntl
+
+    from megatron_tiedlora.base import ownership
+
+    ownership._machine = lambda: "another"  # type: ignore[assignment]
+    fcntl.flock = lambda *_: None  # type: ignore[assignment]
+
+
+def test_a_run_that_was_killed_elsewhere_is_taken_after_a_while(base: Base, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(base, folder, prelude=partial(kill_at_step, 6, signal.SIGKILL), expect=-signal.SIGKILL)
+    line = run(base, folder, resume="auto", prelude=another_machine, expect=2).error_line()
+    assert HELD in line
+    run(base, folder, resume="auto", prelude=all_of_another_machine_later)
+    assert_same_run(folder, whole)
+    assert is_free(folder)
+
+
+def all_of_another_machine_later() -> None:
+    from megatron_tiedlora.base import ownership
+
+    another_machine()
+    ownership.STALE_SECONDS = 0.0
+
+
+def test_a_start_that_fails_before_it_writes_leaves_nothing(base: Base, tmp_path: Path) -> None:
+    """The folder was taken when it was chosen; a run that cannot be built gives it back, with those above it."""
+    folder = tmp_path / "a" / "b" / "run"
+    prelude = partial(before_call, "megatron_tiedlora.training.build", "build_model", _fail)
+    line = run_ranks(base.arguments(output_dir=folder), folder=tmp_path / "work", cache=base.cache, prelude=prelude)
+    assert "no such luck" in line.expect(2).error_line() and not (tmp_path / "a").exists()
+
+
+def _fail(*_: Any) -> None:
+    from megatron_tiedlora.base.errors import UserError
+
+    raise UserError("no such luck")
+
+
+# One that stood still and wakes up -----------------------------------------------------------------------------------
+
+
+def stop_at_call(module: str, name: str, *, call: int = 1, rank: int = 0) -> None:
+    """The rank stands still, until it is woken, as `module.name` is called."""
+    import os
+
+    if int(os.environ.get("RANK", "0")) == rank:
+        kill_at_call(module, name, call=call, number=signal.SIGSTOP)
+
+
+def is_stopped(world: World, rank: int = 0) -> Callable[[], bool]:
+    return lambda: psutil.Process(world.processes[rank].pid).status() == psutil.STATUS_STOPPED
+
+
+def wake(world: World, folder: Path) -> str:
+    """Wake rank 0 of `world` and wait for its end, which changes nothing in `folder`; returns its last line."""
+    before = files_of(folder)
+    world.signal(signal.SIGCONT, rank=0)
+    ended = world.wait()
+    assert ended.statuses[0] not in (0, -signal.SIGKILL), ended.tail()
+    assert files_of(folder) == before, ended.tail()
+    lines = [line for line in (ended.outputs[0] + ended.errors[0]).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in ended.errors[0], ended.tail()
+    return lines[0]
+
+
+def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, whole: Path, tmp_path: Path) -> None:
+    """Other settings, another base: refused before the folder is taken over, so the live run ends as if alone."""
+    folder = tmp_path / "run"
+    world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
+    wait_for(lambda: has_step(folder, 3), "step 3")
+    other = Path(shutil.copytree(base.model, tmp_path / "other"))
+    edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
+    for changes, words in (({"rank": 4}, "with --rank 3, now it is 4"), ({"model": other}, "whose weights differ")):
+        line = run(base, folder, resume="auto", take_over=True, expect=2, **changes).error_line()
+        assert words in line
+    assert world.wait().status == 0
+    assert_same_run(folder, whole)
+
+
+def test_a_rank_0_that_dies_before_the_first_step_is_given_up(base: Base, tmp_path: Path) -> None:
+    """So that a start on another host need not wait until its time is over."""
+    folder = tmp_path / "run"
+    work = {"folder": tmp_path / "work", "cache": base.cache, "ranks": 2}
+    ended = run_ranks(base.arguments(output_dir=folder), prelude=die_as_rank_0_in_build, **work)
+    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] == 1, ended.tail()
+    run(base, folder, ranks=2, resume="auto", prelude=another_machine)
+    assert status(folder)["state"] == "finished"
+
+
+def die_as_rank_0_in_build() -> None:
+    import os
+
+    if os.environ["RANK"] == "0":
+        kill_at_call("megatron_tiedlora.training.build", "build_model")
+
+
+# Where rank 0 stands still: as it begins, in a save between the rename and `latest`, before it, as old checkpoints are
+# removed, as the best adapter is replaced, between two steps, in the export, and as the status is written.
+MOMENTS = {
+    "before its settings": ("megatron_tiedlora.training.session", "write_run_settings", 1),
+    "before its log": ("megatron_tiedlora.runtime.rank_log", "RankLog.kept", 1),
+    "before latest": (RESUME, "write_text", 2),
+    "in a save": (RESUME, "save_file", 3),
+    "before a removal": (RESUME, "discard", 1),
+    "before the adapter": ("megatron_tiedlora.training.loop", "save_adapter", 3),
+    "between steps": ("megatron_tiedlora.training.loop", "Trainer._train_step", 6),
+    "in the export": ("megatron_tiedlora.convert.export_peft", "save_file", 1),
+    "before the status": ("megatron_tiedlora.runtime.ending", "End.record", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_was_replaced_changes_nothing(base: Base, whole: Path, tmp_path: Path, moment: str) -> None:
+    folder = tmp_path / "run"
+    module, name, call = MOMENTS[moment]
+    world = start(base, tmp_path / "old", output_dir=folder, prelude=partial(stop_at_call, module, name, call=call))
+    wait_for(is_stopped(world), "the stop")
+    assert HELD in run(base, folder, resume="auto", expect=2).error_line()
+    run(base, folder, resume="auto", take_over=True)
+    assert_same_run(folder, whole)
+    line = wake(world, folder)
+    assert_same_run(folder, whole)
+    assert str(folder) in line, line
+
+
+def test_one_that_wakes_up_beside_the_next_start(base: Base, whole: Path, tmp_path: Path) -> None:
+    """Neither `latest` nor the status of the run that goes on is touched."""
+    folder = tmp_path / "run"
+    module, name, call = MOMENTS["before latest"]
+    old = start(base, tmp_path / "old", output_dir=folder, prelude=partial(stop_at_call, module, name, call=call))
+    wait_for(is_stopped(old), "the stop")
+    new = start(base, tmp_path / "new", output_dir=folder, resume="auto", take_over=True, prelude=slow_steps)
+    wait_for(lambda: has_step(folder, 7), "step 7")
+    old.signal(signal.SIGCONT)
+    assert old.wait().status == 2 and not (folder / "run_status.json").exists()
+    assert new.wait().status == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("moment", ["before latest", "between steps"])
+def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str) -> None:
+    """They mark it so; the next start takes the folder by itself, although the old rank 0 may wake up, and does."""
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    run(base, alone, ranks=2)
+    module, name, call = MOMENTS[moment]
+    prelude = partial(all_of, watched_steps, partial(stop_at_call, module, name, call=call))
+    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude)
+    wait_for(is_stopped(old), "the stop")
+    old.processes[1].join(60)
+    assert old.processes[1].exitcode == 1
+    assert "rank 0 on " in status(folder)["reason"] and "fell silent" in status(folder)["reason"]
+    marked = Path(shutil.copytree(folder, tmp_path / "marked"))
+    assert len(list(marked.glob(".owner-given-up-*"))) == 1
+    run(base, folder, ranks=2, resume="auto")
+    assert is_free(folder)
+    assert_same_run(folder, alone)
+    wake(old, folder)
+    assert_same_run(folder, alone)
+
+
+def test_a_rank_0_that_was_given_up_and_not_replaced(base: Base, tmp_path: Path) -> None:
+    """It changes nothing, not even what its peers said of it."""
+    folder = tmp_path / "run"
+    module, name, call = MOMENTS["before latest"]
+    prelude = partial(all_of, watched_steps, partial(stop_at_call, module, name, call=call))
+    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude)
+    wait_for(is_stopped(old), "the stop")
+    old.processes[1].join(60)
+    before = files_of(folder / "checkpoints"), status(folder)
+    old.signal(signal.SIGCONT, rank=0)
+    ended = old.wait()
+    assert ended.statuses[0] not in (0, -9), ended.tail()
+    assert (files_of(folder / "checkpoints"), status(folder)) == before, ended.tail()
+    run(base, folder, ranks=2, resume="auto")
+    assert status(folder)["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_random_moments(base: Base, whole: Path, tmp_path: Path) -> None:
+    import random
+
+    draw = random.Random(14)
+    for number in range(20):
+        folder = tmp_path / f"run{number}"
+        old = start(base, tmp_path / f"old{number}", output_dir=folder, prelude=slow_steps)
+        wait_for(lambda: (folder / "run.yaml").is_file(), "the run's settings")  # noqa: B023
+        time.sleep(draw.uniform(0, 4.5))
+        if old.processes[0].exitcode is None:
+            old.signal(signal.SIGSTOP)
+            wait_for(lambda: is_stopped(old)() or old.processes[0].exitcode is not None, "the stop")  # noqa: B023
+        if old.processes[0].exitcode is None:
+            run(base, folder, resume="auto", take_over=True)
+            assert_same_run(folder, whole)
+            wake(old, folder)
+        else:
+            old.wait()
+        assert_same_run(folder, whole)
+
+
+# Evaluations, merges, exports -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    write_native(folder, base.model, with_adapter(base.model, "tl6")[2])
+    return folder
+
+
+def output_commands(base: Base, adapter: Path, output: Path) -> dict[str, tuple[Path, list[str], tuple[str, str]]]:
+    """(script, arguments, where it is in the middle of writing) of each command that makes a folder."""
+    rows = base.folder / "rows.jsonl"
+    if not rows.is_file():
+        write_rows(rows, 2)
+    words = [f"--adapter={adapter}", f"--model={base.model}"]
+    convert = [*words, f"--output={output}"]
+    evaluate = [*words, f"--test_file={rows}", "--max_new_tokens=2", f"--output_dir={output}"]
+    return {
+        "evaluate": (EVALUATE, evaluate, ("megatron_tiedlora.evaluation.results", "write_json")),
+        "merge": (TOOLS / "merge_adapter.py", convert, ("megatron_tiedlora.convert.merge", "write_json")),
+        "export": (TOOLS / "export_peft.py", convert, ("megatron_tiedlora.convert.export_peft", "write_json")),
+    }
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge", "export"])
+def test_an_output_has_one_maker(base: Base, adapter: Path, tmp_path: Path, command: str) -> None:
+    output = tmp_path / "out"
+    script, words, (module, name) = output_commands(base, adapter, output)[command]
+    run_ranks(words, folder=tmp_path / "work", script=script).expect(0)
+    output.rename(tmp_path / "alone")
+    old = start_ranks(words, folder=tmp_path / "old", script=script, prelude=partial(stop_at_call, module, name))
+    wait_for(is_stopped(old), "the stop")
+    assert not output.exists()
+    line = run_ranks(words, folder=tmp_path / "new", script=script).expect(2).error_line()
+    assert f"(process {old.processes[0].pid}) since" in line and HELD in line and "--take_over" in line
+    run_ranks([*words, "--take_over"], folder=tmp_path / "new", script=script).expect(0)
+    wake(old, output)
+    found, alone = files_of(output), files_of(tmp_path / "alone")
+    if command == "evaluate":  # its results hold its settings
+        found["results.json"] = found["results.json"].replace(b'"take_over": true', b'"take_over": false')
+    assert found == alone and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_a_killed_one_has_left_goes_with_the_next(base: Base, adapter: Path, tmp_path: Path, command: str) -> None:
+    output = tmp_path / "out"
+    script, words, (module, name) = output_commands(base, adapter, output)[command]
+    prelude = partial(kill_at_call, module, name)
+    run_ranks(words, folder=tmp_path / "old", script=script, prelude=prelude).expect(-signal.SIGKILL)
+    assert [path.name for path in tmp_path.glob(".*")] == [".out.partial"] and not output.exists()
+    run_ranks(words, folder=tmp_path / "new", script=script).expect(0)
+    assert not list(tmp_path.glob(".*")) and output.is_dir()

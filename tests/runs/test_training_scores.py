@@ -1,0 +1,187 @@
+"""Scores by decoding in a training run: before and after it, and as what chooses the best checkpoint."""
+
+from __future__ import annotations
+
+from folders import ROOT
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_files import losses, metrics, status
+from run_helpers import Base, run_ranks, write_base
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.data.encode import encode_prompt
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.training.finish import score_rows
+
+ONE_RANK = {"ds_config": "zero1.json"}
+# Ranks and settings that change where a run computes and not what.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, ONE_RANK),
+    "pp2": (2, {"pipeline_parallel": 2, **ONE_RANK}),
+    "tp2_dp2": (4, {"tensor_parallel": 2, **ONE_RANK}),
+    "zero3_dp2": (2, {"ds_config": "zero3.json"}),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Every answer is "x", which the tiny model learns late for some of the prompts."""
+    base = write_base(tmp_path_factory.mktemp("base"))
+    rows = [{"prompt": f"say {index} {letter}", "completion": "x"} for index, letter in enumerate(LETTERS)]
+    base.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base
+
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+
+
+def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
+    settings = {
+        "validation_file": base.train,
+        "test_file": base.train,
+        "max_new_tokens": 8,
+        "learning_rate": 5e-2,
+        "max_steps": 16,
+        "rank": 8,
+        "output_dir": folder / "run",
+        **changes,
+    }
+    run_ranks(base.arguments(**settings), folder=folder, ranks=ranks).expect(0)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run at every layout, judged by its metric on some of the validation rows."""
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        name: start(base, root / name, ranks, eval_metric="exact_match", eval_samples=17, **changes)
+        for name, (ranks, changes) in LAYOUTS.items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_metric_chooses_the_best_checkpoint(runs: dict[str, Path], layout: str) -> None:
+    """The first step with the highest score, although the loss went on falling."""
+    rows = metrics(runs[layout], "validation")
+    by_loss = min(rows, key=lambda row: row["loss"])["step"]
+    by_metric = max(rows, key=lambda row: (row["exact_match"], -row["step"]))["step"]
+    assert 0 < by_metric < by_loss
+    best = load_adapter(runs[layout] / "adapter").state
+    kept = load_adapter(runs[layout] / "checkpoints" / f"step_{by_metric}").state
+    last = load_adapter(runs[layout] / "checkpoints" / f"step_{by_loss}").state
+    assert all((best[name] == kept[name]).all() for name in best)
+    assert any((best[name] != last[name]).any() for name in best)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "alone"])
+def test_scores_do_not_depend_on_the_layout(runs: dict[str, Path], layout: str) -> None:
+    alone, here = runs["alone"], runs[layout]
+    assert [(row["step"], row["exact_match"]) for row in metrics(here, "validation")] == [
+        (row["step"], row["exact_match"]) for row in metrics(alone, "validation")
+    ]
+    assert json.loads((here / "scores.json").read_text()) == json.loads((alone / "scores.json").read_text())
+
+
+def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: dict[str, Path]) -> None:
+    scores = json.loads((runs["alone"] / "scores.json").read_text())
+    assert scores["before"]["exact_match"]["n"] == scores["after"]["exact_match"]["n"] == len(LETTERS)
+    assert scores["before"]["exact_match"]["score"] == 0 < scores["after"]["exact_match"]["score"] < 100
+    shares = {row["exact_match"] for row in metrics(runs["alone"], "validation")}
+    assert all(share * 17 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
+
+
+def test_ranks_of_zero_3_call_the_model_until_all_are_done(
+    base: Base, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
+    each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
+    adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))
+    tokenizer = load_tokenizer(base.model)
+    decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
+    rows = [json.loads(line) for line in base.train.read_text().splitlines()]
+    prompts = [encode_prompt(tokenizer, row["prompt"], max_length=60).tolist() for row in rows]
+    lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]
+    chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
+    assert min(lengths) < 8
+    chosen += [{"prompt": "say " + "long " * 8, "completion": "x"}, {"prompt": "say it all", "completion": "x"}]
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    # The trained run at its end: nothing is left to do but to score.
+    judged = {"eval_metric": "exact_match", "eval_samples": 17, "resume": runs["alone"] / "checkpoints" / "step_16"}
+    run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **judged)
+    assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
+
+
+def test_scores_of_another_test_set_stand_in_a_row_of_their_own(base: Base, tmp_path: Path) -> None:
+    """A run is resumed with other test samples: what it scored before was of the first ones."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(base.train.read_text().splitlines(keepends=True)[:5]))
+    settings = {"max_steps": 2, "output_dir": tmp_path / "run", "max_new_tokens": 8}
+    run_ranks(base.arguments(**settings, test_file=base.validation), folder=tmp_path, cache=base.cache).expect(0)
+    # The run is at its end: nothing is left to do but to score.
+    arguments = base.arguments(**settings, test_file=other, resume="auto")
+    printed = run_ranks(arguments, folder=tmp_path, cache=base.cache).expect(0).outputs[0].splitlines()
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    first, second = (scores[moment]["exact_match"] for moment in ("before", "after"))
+    assert (first["n"], second["n"]) == (6, 5) and len(first["samples_sha256"]) == 64
+    assert first["samples_sha256"] != second["samples_sha256"]
+    rows = [line.split() for line in printed if line.startswith("exact_match, ")]
+    assert rows == [
+        ["exact_match,", "6", "test", "samples", f"{first['score']:.1f}", "%", "-"],
+        ["exact_match,", "5", "test", "samples", "-", f"{second['score']:.1f}", "%"],
+    ]
+
+
+def test_which_scores_share_a_row() -> None:
+    """Those of the same samples; and of an older version, which kept no hash, those of its own."""
+
+    def rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+        entries = {"before": before, "after": after}
+        found = {moment: {"n": 3, "score": 50.0, **entry} for moment, entry in entries.items() if entry is not None}
+        return [" ".join(row.split()) for row in score_rows({moment: {"bleu": found[moment]} for moment in found})]
+
+    one, other = {"samples_sha256": "1"}, {"samples_sha256": "2"}
+    together = ["bleu, 3 test samples 50.0 % 50.0 %"]
+    apart = ["bleu, 3 test samples 50.0 % -", "bleu, 3 test samples - 50.0 %"]
+    assert rows(one, one) == rows({}, {}) == together
+    assert rows(one, other) == rows({}, one) == rows(one, {}) == apart
+    assert rows(one, None) == apart[:1] and rows(None, one) == apart[1:] and rows(None, None) == []
+
+
+def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:
+    """The score stays at 0 while the loss falls: two evaluations after the first one the run ends."""
+    run = start(base, tmp_path, eval_metric="exact_match", patience=2, test_file=None)
+    assert status(run) == {"state": "finished", "step": 6, "reason": "early_stopping"}
+    assert [loss for _, loss in losses(run, "validation")] == sorted(
+        (loss for _, loss in losses(run, "validation")), reverse=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval_metric": "bleu"}, ("--eval_metric bleu", "custom", "loss or exact_match")),
+        ({"max_new_tokens": 256}, ("--max_new_tokens 256", "256 positions")),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    base: Base, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    ended = run_ranks(base.arguments(output_dir=tmp_path / "run", **changes), folder=tmp_path)
+    assert ended.statuses == [2] and not (tmp_path / "run").exists()
+    (line,) = [line for line in ended.errors[0].splitlines() if line.startswith("error:")]
+    assert all(word in line for word in words), line

@@ -1,0 +1,335 @@
+"""One rank's forward and backward pass in fp64 at a layout, by hand: no engine, no optimizer, sends between stages.
+
+Owns the case, its micro-batches and what a rank does with them. Leaves the answer and the comparison to the test.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from forked_ranks import groups_of
+from oracle import OracleAdapter, OracleConfig
+from oracle_training import OracleBatch
+from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
+from torch import distributed
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.partition import Stages, layer_costs, partition
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+
+DTYPE = torch.float64
+ALPHA = 6.0  # another number than any rank here, so that a forgotten alpha / r shows
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: a model in `folder` at a layout (tp, pp, dp)."""
+
+    folder: Path
+    layout: tuple[int, int, int]
+    method: str = "tl6"
+    rank: int = 3
+    layers: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    packed: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether messages are counted, which doubles the time."""
+        return self.recompute == "none" or self.method in ("lora", "tl6")
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Shape of the model."""
+        return find_model(str(self.folder)).shape
+
+    @cached_property
+    def adapter(self) -> OracleAdapter:
+        """Random factors, none of them zero."""
+        return random_adapter(
+            self.method,
+            OracleConfig.from_folder(self.folder),
+            rank=self.rank,
+            alpha=ALPHA,
+            layers=self.layers,
+            seed=5,
+            dtype=DTYPE,
+        )
+
+    @cached_property
+    def adapter_config(self) -> AdapterConfig:
+        """The same adapter as the package describes it."""
+        shape = self.shape
+        return make_adapter_config(
+            self.method,
+            rank=self.rank,
+            alpha=ALPHA,
+            layers=self.adapter.layers,
+            hidden_size=shape.hidden_size,
+            qkv_rows=shape.heads.rows,
+            seed=0,
+        )
+
+    @cached_property
+    def samples(self) -> list[OracleBatch]:
+        """A global batch of samples whose lengths and numbers of supervised tokens differ."""
+        return random_batches(1, samples_per_step=6, vocab_size=self.shape.vocab_size, seed=18)[0]
+
+    @cached_property
+    def micro_batches(self) -> list[OracleBatch]:
+        """The samples in micro-batches of one, two and three, the first without a supervised token.
+
+        Packed: the same samples as documents, two or one to a row.
+        """
+        samples = self.samples
+        assert samples[2].num_supervised == 0 and all(samples[i].num_supervised for i in (0, 1, 3, 4, 5))
+        multiple = self.layout[0] if self.sequence_parallel else 1
+        if not self.packed:
+            parts = [samples[2:3], samples[:2], samples[3:]]
+            return [pad_samples(part, multiple=multiple) for part in parts]
+        rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
+        return [_packed([pack_samples(row) for row in part], multiple) for part in rows]
+
+    @cached_property
+    def stages(self) -> Stages:
+        """Which layers of the flat list stand in which stage."""
+        first = self.adapter.layers[0]
+        return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
+
+    def part(self, grid: Grid) -> AdapterPart:
+        """What a rank holds of the adapter."""
+        config, stage = self.adapter_config, self.stages[grid.pp_rank]
+        layers = tuple(layer for layer in config.layers if layer in stage)
+        return AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
+
+
+def _packed(rows: list[OracleBatch], multiple: int) -> OracleBatch:
+    """Rows of documents, padded on the right with one more document."""
+    batch = pad_samples(rows, multiple=multiple)
+    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
+    for row, sample in enumerate(rows):
+        width = sample.input_ids.shape[1]
+        positions[row, :width], documents[row, :width] = sample.positions[0], sample.documents[0]
+    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank found.
+
+    Attributes:
+        loss: sum over supervised tokens of its micro-batches / number of those in all; of the last stage, else 0.
+        gradients: local parts by factor, after all sums.
+        parts: gradients of the tied factors before their sum over stages.
+        frozen_gradients: names of frozen tensors with a gradient; must be none.
+        input_gradients: largest entry of the gradients that went to the stage before, one a micro-batch.
+        logits: of the last micro-batch, on the last stage, without labels.
+        traffic: of the forward and backward passes, where the case is counted.
+        tied_traffic: of the sum over stages.
+    """
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    parts: dict[str, torch.Tensor]
+    frozen_gradients: list[str]
+    input_gradients: list[float]
+    logits: torch.Tensor | None
+    traffic: Traffic
+    tied_traffic: Traffic
+
+
+def run_cases(cases: list[Case]) -> list[Outcome]:
+    """Every case on this rank, one after another."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    layouts: dict[tuple[int, int, int], tuple[Grid, ParallelGroups]] = {}
+    outcomes = []
+    for case in cases:
+        if case.layout not in layouts:
+            grid = Grid(rank, world_size, tp_size=case.layout[0], pp_size=case.layout[1])
+            assert grid.dp_size == case.layout[2]
+            layouts[case.layout] = grid, groups_of(grid)
+        outcomes.append(run_case(case, *layouts[case.layout]))
+    return outcomes
+
+
+def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
+    """This rank's stage with base weights and factors in place, all fp64."""
+    bank = TiedAdapter(case.part(grid), dtype=DTYPE)
+    bank.load_full(case.adapter.tensors)
+    bank.u_sum = sum_of_u(groups)
+    specs = layer_specs(
+        case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
+    )
+    stage = Stage(
+        [specs[index] for index in case.stages[grid.pp_rank]],
+        bank,
+        tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
+        recompute=case.recompute,
+    )
+    with torch.no_grad():  # a weight that nobody reads must not go unseen
+        for name, parameter in stage.named_parameters():
+            if name.startswith("layers."):
+                parameter.fill_(float("nan"))
+    with BaseWeights(case.folder, weight_rules(case.shape)) as weights:
+        fill_stage(stage, weights, case.shape, grid)
+    return stage
+
+
+def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
+    """Read a rank's slices of the base into its stage."""
+    load_base_weights(
+        weights,
+        frozen_weights(stage),
+        stage_weight_rules(shape, has_embedding=stage.embedding is not None),
+        tp_rank=grid.tp_rank,
+        tp_size=grid.tp_size,
+    )
+
+
+def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
+    """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
+    stage = build_stage(case, grid, groups)
+    bank: Any = stage.adapter
+    walk = _Walk(case, stage, grid, groups)
+    num_supervised = sum(sample.num_supervised for sample in case.samples)
+    counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
+    batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
+    loss, input_gradients = 0.0, []
+    bank.u_sum.start(len(batches))
+    with counter if case.counted else nullcontext():
+        for batch in batches:
+            value, gradient = walk.train(batch, num_supervised)
+            loss += value
+            input_gradients += [] if gradient is None else [float(gradient.abs().max())]
+    if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
+        assert stage.anchor.grad is not None and not stage.anchor.grad.any()
+    factors = {name: p for name, p in bank.named_parameters() if p.requires_grad}
+    before = {name: factors[name].grad.clone() for name in tied_trained(bank) if factors[name].grad is not None}
+    with tied_counter:
+        if grid.pp_size > 1:
+            assert not sum_tied_gradients_(bank, groups), "a gradient is missing"
+    if grid.dp_size > 1:  # the engine's part: the sum over data-parallel ranks
+        for parameter in factors.values():
+            distributed.all_reduce(parameter.grad, group=groups.data.handle)
+    return Outcome(
+        loss=loss,
+        gradients={name: p.grad for name, p in factors.items() if p.grad is not None},
+        parts=before,
+        frozen_gradients=[name for name, p in stage.named_parameters() if not p.requires_grad and p.grad is not None],
+        input_gradients=input_gradients,
+        logits=walk.logits(batches[-1]),
+        traffic=counter.traffic,
+        tied_traffic=tied_counter.traffic,
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A micro-batch through the stages, one at a time."""
+
+    case: Case
+    stage: Stage
+    grid: Grid
+    groups: ParallelGroups
+
+    def train(self, batch: OracleBatch, num_supervised: int) -> tuple[float, torch.Tensor | None]:
+        """(loss, gradient of what came from the stage before)."""
+        inputs = self._inputs(batch)
+        if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
+            loss = self.stage(batch.input_ids, _position_ids(batch), batch.labels) / num_supervised
+        else:
+            output = self.stage(inputs, _position_ids(batch), documents=batch.documents)
+            if not self._is_last:
+                distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
+                gradient = torch.empty_like(output)
+                distributed.recv(gradient, src=self._rank_of(self.grid.pp_rank + 1))
+                output.backward(gradient)
+                return 0.0, self._send_back(inputs)
+            loss = self.stage.tail.loss(output, batch.labels, self.stage.tensor_parallel) / num_supervised
+        loss.backward()
+        return float(loss.detach()), self._send_back(inputs)
+
+    @torch.no_grad()
+    def logits(self, batch: OracleBatch) -> torch.Tensor | None:
+        """(b, s, V) on the last stage."""
+        output = self.stage(self._inputs(batch), _position_ids(batch), documents=batch.documents)
+        if not self._is_last:
+            distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
+            return None
+        return self.stage.tail.logits(output, self.stage.tensor_parallel)
+
+    @property
+    def _is_last(self) -> bool:
+        return self.grid.pp_rank == self.grid.pp_size - 1
+
+    def _rank_of(self, pp_rank: int) -> int:
+        return self.grid.rank_of(pp_rank=pp_rank, dp_rank=self.grid.dp_rank, tp_rank=self.grid.tp_rank)
+
+    def _inputs(self, batch: OracleBatch) -> torch.Tensor:
+        if self.grid.pp_rank == 0:
+            return batch.input_ids
+        parts = self.grid.tp_size if self.case.sequence_parallel else 1
+        size, length = batch.input_ids.shape
+        shape = (1, size * length // parts) if self.case.sequence_parallel else (size, length)
+        hidden = torch.empty(*shape, self.case.shape.hidden_size, dtype=DTYPE)
+        distributed.recv(hidden, src=self._rank_of(self.grid.pp_rank - 1))
+        return hidden.requires_grad_()
+
+    def _send_back(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        if self.grid.pp_rank == 0:
+            return None
+        assert inputs.grad is not None, "the stage before waits for a gradient"
+        distributed.send(inputs.grad.contiguous(), dst=self._rank_of(self.grid.pp_rank - 1))
+        return inputs.grad
+
+
+def _position_ids(batch: OracleBatch) -> torch.Tensor:
+    """(b, s)."""
+    if batch.documents is None:
+        return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    return batch.positions
+
+
+def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Tensor]:
+    """Full gradients out of all ranks' parts; every copy that should be equal must be so, bit for bit."""
+    config = case.adapter_config
+    world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
+    full: dict[str, torch.Tensor] = {}
+    for name in case.adapter.trained:
+        spec, tied = config.spec(name), config.row.factor(name).tied
+        by_stage = []
+        for pp_rank in range(world.pp_size):
+            if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:
+                continue
+            copies = [
+                [
+                    outcomes[world.rank_of(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)].gradients[name]
+                    for tp_rank in range(world.tp_size)
+                ]
+                for dp_rank in range(world.dp_size)
+            ]
+            for other in copies[1:]:
+                assert all(map(torch.equal, other, copies[0])), f"{name} differs between data-parallel ranks: {case}"
+            if spec.dim is None:
+                assert all(torch.equal(part, copies[0][0]) for part in copies[0]), f"{name} differs over TP: {case}"
+            by_stage.append(spec.join(copies[0]))
+        if tied:
+            assert all(torch.equal(other, by_stage[0]) for other in by_stage), f"{name} differs over stages: {case}"
+        full[name] = by_stage[0] if tied else torch.cat(by_stage)
+    return full

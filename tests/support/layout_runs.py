@@ -1,0 +1,145 @@
+"""Cases of the engine at layouts, what the oracle makes of each, and the comparison of the two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_runs import (
+    EngineRun,
+    oracle_run,
+    relative_distance,
+    relative_errors,
+    run_engine,
+    save_start,
+    write_uneven_data,
+)
+from oracle import OracleConfig
+from oracle_training import OracleRun
+from tiny_models import random_adapter, write_tiny_model
+
+STEPS = 6
+LOSS_TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-5
+ADAPTER_TOLERANCE = {"adamw": 5e-5, "sgd": 1e-5}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a grid."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def engine_json(folder: Path, stage: int, **zero: Any) -> Path:
+    """An engine JSON of a ZeRO stage that takes SGD too."""
+    zero = {"stage": stage, "reduce_bucket_size": 1000000, **zero}
+    file = folder / f"zero{stage}.json"
+    file.write_text(json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": zero}))
+    return file
+
+
+def settings_of(model: Path, folder: Path) -> dict[str, Any]:
+    """Settings of a short run of `model` on uneven samples, with clipping active; the files are in `folder`."""
+    return {
+        "model": str(model),
+        "train_file": str(write_uneven_data(folder / "train.jsonl")),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "ds_config": str(engine_json(folder, 1)),
+        "dtype": "fp32",
+        "rank": 3,
+        "alpha": 6.0,
+        "seed": 11,
+        "max_length": 128,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "max_steps": STEPS,
+        "warmup_steps": 2,
+        "learning_rate": 5e-4,
+        "weight_decay": 0.01,
+        "gradient_clipping": 0.05,
+        "eval_interval": 1000,
+    }
+
+
+def five_layers(folder: Path) -> dict[str, Any]:
+    """Settings of a tiny model whose 5 layers divide by neither 2 nor 4 stages; 8 heads on 4 key-value heads."""
+    model = write_tiny_model(folder / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
+    return settings_of(model, folder)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case for the workers with the oracle's run of it."""
+
+    case: dict[str, Any]
+    oracle: OracleRun
+    layout: Layout
+    optimizer: str
+
+
+def prepare(
+    base: dict[str, Any],
+    folder: Path,
+    layout: Layout,
+    *,
+    optimizer: str = "sgd",
+    oracles: dict[Any, OracleRun],
+    **changes: Any,
+) -> Prepared:
+    """A case at `layout` that starts from random non-zero factors."""
+    settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
+    if optimizer == "sgd":
+        settings["learning_rate"] = 0.3
+    layers = settings.get("layers")
+    method, rank = settings.get("method", "tl6"), settings["rank"]
+    start = random_adapter(
+        method,
+        OracleConfig.from_folder(Path(base["model"])),
+        rank=rank,
+        alpha=settings["alpha"],
+        layers=tuple(layers) if layers else None,
+        seed=3,
+        scale=0.2,
+    )
+    key = (method, rank, optimizer, str(layers), settings["max_steps"])
+    file = folder / f"{'-'.join(map(str, key))}.safetensors"
+    if key not in oracles:
+        save_start(start, file)
+        oracles[key] = oracle_run(settings, start, folder / "cache", optimizer=optimizer)
+    return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
+
+
+def check(run: EngineRun, prepared: Prepared) -> None:
+    """The run is the oracle's, and copies of tied tensors are equal to the last bit."""
+    oracle, layout, name = prepared.oracle, prepared.layout, prepared.case
+    assert min(oracle.grad_norms) > 0.05, "clipping must be active"
+    assert max(relative_errors(run.losses, oracle.losses)) <= LOSS_TOLERANCE, name
+    assert max(relative_errors(run.grad_norms, oracle.grad_norms)) <= NORM_TOLERANCE, name
+    for factor in oracle.adapter.trained:
+        distance = relative_distance(run.adapter[factor], oracle.adapter.tensors[factor])
+        assert distance <= ADAPTER_TOLERANCE[prepared.optimizer], (factor, distance, name)
+    if prepared.case["settings"].get("method", "tl6") != "lora":
+        for rank in range(layout.ranks):
+            for factor in ("A", "B"):
+                assert torch.equal(run.local[rank][factor], run.local[rank % layout.tp][factor]), (rank, factor, name)
+    for rank in range(layout.ranks):  # u is whole on every rank of its stage
+        first = rank // (layout.tp * layout.dp) * layout.tp * layout.dp
+        if "u" in run.local[rank]:
+            assert torch.equal(run.local[rank]["u"], run.local[first]["u"]), (rank, "u", name)
+
+
+def run_and_check(prepared: list[Prepared], folder: Path) -> None:
+    """Run all cases in one start, and compare each with its oracle."""
+    ranks = prepared[0].layout.ranks
+    for item, run in zip(prepared, run_engine([p.case for p in prepared], folder, ranks=ranks), strict=True):
+        check(run, item)

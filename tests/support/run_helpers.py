@@ -1,0 +1,396 @@
+"""Runs launch/train.py (or another script) on a tiny model: as forked ranks, as a plain command, under a launcher.
+
+Every start has a time limit, and a hang is a failure. `start_ranks` forks its ranks off a server that has imported
+torch, DeepSpeed and transformers already (seconds for each start otherwise); a rank is still a process of its own, in
+which launch/train.py runs as `__main__` with its own environment, signals and exit status. A prelude is a function that
+runs in a rank before the script; see run_preludes.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from folders import ROOT, SUPPORT
+
+TRAIN = ROOT / "launch" / "train.py"
+EVALUATE = ROOT / "launch" / "evaluate.py"
+PRELUDES = SUPPORT / "run_preludes.py"
+# Seconds. Imports take up to 20 on a busy machine; what the tests train takes a second or two.
+TIME_LIMIT = 120.0
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else importing it starts a pool of processes
+    "TOKENIZERS_PARALLELISM": "false",
+}
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PRELOADED = (
+    "pytest",
+    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
+    "matplotlib.pyplot",
+    "torch.utils.tensorboard",
+    "megatron_tiedlora.evaluation.held_out",
+    "megatron_tiedlora.evaluation.results",
+    "megatron_tiedlora.training.dry_run",
+    "megatron_tiedlora.training.finish",
+    "megatron_tiedlora.training.session",
+)
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for what this process itself imports
+
+Prelude = Callable[[], None]
+
+
+# A tiny model and data ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """A tiny model with data, and the cache that runs on it share."""
+
+    folder: Path
+    model: Path
+    train: Path
+    validation: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """Settings of a short fp32 run with sizes that 2 does not divide; None takes a setting out."""
+        settings = {
+            "model": self.model,
+            "train_file": self.train,
+            "validation_file": self.validation,
+            "dtype": "fp32",
+            "rank": 3,
+            "seed": 5,
+            "max_length": 96,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_steps": 10,
+            "warmup_steps": 2,
+            "learning_rate": 2e-2,
+            "eval_interval": 2,
+            **changes,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def arguments(self, **changes: Any) -> list[str]:
+        """`settings` as flags."""
+        return [f"--{name}={_flag_text(value)}" for name, value in self.settings(**changes).items()]
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def write_base(folder: Path, **shape: Any) -> Base:
+    """Write a tiny model (3 layers unless `shape` says otherwise) and two data files."""
+    from tiny_models import write_tiny_model
+
+    return Base(
+        folder,
+        write_tiny_model(folder / "model", **shape),
+        write_rows(folder / "train.jsonl", 24, seed=1),
+        write_rows(folder / "validation.jsonl", 6, seed=2),
+    )
+
+
+def write_rows(path: Path, count: int, *, seed: int = 0) -> Path:
+    """Prompt and completion rows; the answers' lengths differ a lot."""
+    draw = random.Random(seed)
+    rows = [
+        {
+            "prompt": "".join(draw.choice("abcdef ") for _ in range(draw.randint(3, 30))) + "?",
+            "completion": "".join(draw.choice("xyz") for _ in range((1, 4, 11, 40)[index % 4])),
+        }
+        for index in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a start ended: exit status by rank (or of the one command; minus the signal that killed it) and outputs."""
+
+    statuses: list[int]
+    outputs: list[str]
+    errors: list[str]
+
+    @property
+    def status(self) -> int:
+        """The one exit status of all ranks."""
+        assert len(set(self.statuses)) == 1, f"{self.statuses}\n{self.tail()}"
+        return self.statuses[0]
+
+    def tail(self) -> str:
+        """The end of everything printed."""
+        return "\n".join(f"--- rank {i}\n{o[-2000:]}\n{e[-3000:]}" for i, (o, e) in enumerate(zip_outputs(self)))
+
+    def expect(self, wanted: int) -> Ended:
+        """Fail with the output unless every rank ended with status `wanted`."""
+        assert self.statuses == [wanted] * len(self.statuses), f"ended with {self.statuses}\n{self.tail()}"
+        return self
+
+    def error_line(self) -> str:
+        """The one `error: ...` line of all that was printed, which must hold no traceback."""
+        lines = "\n".join(part for pair in zip_outputs(self) for part in pair).splitlines()
+        found = [line for line in lines if line.startswith("error: ")]
+        assert len(found) == 1 and not any(line.startswith("Traceback") for line in lines), self.tail()
+        return found[0]
+
+
+def zip_outputs(ended: Ended) -> list[tuple[str, str]]:
+    """(stdout, stderr) by rank."""
+    return list(zip(ended.outputs, ended.errors, strict=True))
+
+
+@dataclass
+class World:
+    """Ranks that run."""
+
+    processes: list[Any]
+    files: list[tuple[Path, Path]]
+    _deadline: float = field(default_factory=lambda: time.monotonic() + TIME_LIMIT)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            os.kill(process.pid, number)
+
+    def wait(self) -> Ended:
+        """Wait for all ranks; a hang fails."""
+        try:
+            for process in self.processes:
+                process.join(max(0.0, self._deadline - time.monotonic()))
+            hung = [process.exitcode is None for process in self.processes]
+        finally:
+            self.kill()
+        ended = Ended(
+            [process.exitcode for process in self.processes],
+            [out.read_text(errors="replace") for out, _ in self.files],
+            [err.read_text(errors="replace") for _, err in self.files],
+        )
+        assert not any(hung), f"a hang: {hung}\n{ended.tail()}"
+        return ended
+
+    def kill(self) -> None:
+        """SIGKILL to what is left, with whatever it started."""
+        for process in self.processes:
+            if process.exitcode is None:
+                for kill in (os.killpg, os.kill):  # the group exists once the rank has made it
+                    with suppress(ProcessLookupError):
+                        kill(process.pid, signal.SIGKILL)
+                process.join(10)
+
+
+def start_ranks(
+    arguments: Sequence[str],
+    *,
+    folder: Path,
+    cache: Path | None = None,
+    ranks: int | None = None,
+    prelude: Prelude | None = None,
+    environment: dict[str, str] | None = None,
+    script: Path = TRAIN,
+) -> World:
+    """Start `script` with `arguments` in `folder`.
+
+    Args:
+        ranks: started as a launcher would, with RANK and so on; None is plain python without any of them.
+        prelude: a function that can be pickled; runs in every rank before the script.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**ENVIRONMENT, **(environment or {})}
+    environment["MEGATRON_TIEDLORA_CACHE"] = str(cache or folder / "cache")
+    if ranks is not None:
+        port = str(free_port())
+        environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    start = len(list(folder.glob("*.rank*.out")))
+    processes, files = [], []
+    for rank in range(ranks or 1):
+        if ranks is not None:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        out, err = (folder / f"{start}.rank{rank}.{kind}" for kind in ("out", "err"))
+        rank_arguments = ([str(script), *arguments], environment.copy(), str(folder), str(out), str(err), prelude)
+        process = fork_server().Process(target=_be_rank, args=rank_arguments, daemon=True)
+        process.start()
+        processes.append(process)
+        files.append((out, err))
+    return World(processes, files)
+
+
+def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
+    """`start_ranks` and wait."""
+    return start_ranks(arguments, **keywords).wait()
+
+
+def run(
+    base: Base, folder: Path, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
+) -> Ended:
+    """One start with run folder `folder`, which must end with status `expect` on every rank."""
+    arguments = base.arguments(**{"output_dir": folder, **changes})
+    work = folder.parent / f"{folder.name}-work"
+    return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
+
+
+@functools.cache
+def fork_server() -> Any:
+    """A clean process with the imports done, from which ranks are forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with _changed_environment(ENVIRONMENT):
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
+    before = os.environ.copy()
+    try:
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(changes)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _be_rank(
+    command: list[str], environment: dict[str, str], folder: str, out: str, err: str, prelude: Prelude | None
+) -> None:
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = command
+    if prelude is not None:
+        prelude()
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# Real commands --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Command:
+    """A command that runs in a session of its own."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+    _deadline: float = field(default_factory=lambda: time.monotonic() + TIME_LIMIT)
+
+    def wait(self) -> Ended:
+        """Wait for the command itself; a hang fails."""
+        try:
+            self.process.wait(max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"a hang\n{self.ended().tail()}") from None
+        return self.ended()
+
+    def ended(self) -> Ended:
+        """What is known of it so far."""
+        texts = [path.read_text(errors="replace") for path in (self.out, self.err)]
+        return Ended([self.process.returncode], texts[:1], texts[1:])
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_gone(self, processes: list[psutil.Process]) -> None:
+        """Wait for processes that the command has left behind; one that stays is a failure."""
+        _, alive = psutil.wait_procs(processes, timeout=max(0.0, self._deadline - time.monotonic()))
+        left = [process.cmdline() for process in alive]
+        self.kill()
+        assert not left, f"still running: {left}\n{self.ended().tail()}"
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def start_command(command: Sequence[str], *, folder: Path, cache: Path | None = None) -> Command:
+    """Start a command in `folder`, with the environment of a test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environment |= {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache or folder / "cache")}
+    out, err = folder / "command.out", folder / "command.err"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            list(command), cwd=folder, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+    return Command(process, out, err)
+
+
+def plain_command(arguments: Sequence[str]) -> list[str]:
+    """python launch/train.py ARGUMENTS."""
+    return [sys.executable, str(TRAIN), *arguments]
+
+
+def deepspeed_command(arguments: Sequence[str], *, ranks: int, prelude: str | None = None) -> list[str]:
+    """deepspeed --num_gpus RANKS launch/train.py ARGUMENTS, behind a prelude of run_preludes.py."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    return [*launcher, "--master_port", str(free_port()), *_script(prelude), *arguments]
+
+
+def torchrun_command(
+    arguments: Sequence[str], *, ranks: int, options: Sequence[str] = (), prelude: str | None = None
+) -> list[str]:
+    """torchrun --nproc_per_node RANKS OPTIONS launch/train.py ARGUMENTS; without options on a free port."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*launcher, *(options or ["--master_port", str(free_port())]), *_script(prelude), *arguments]
+
+
+def _script(prelude: str | None) -> list[str]:
+    return [str(TRAIN)] if prelude is None else [str(PRELUDES), f"--prelude={prelude}"]
+
+
+def wait_for(condition: Callable[[], bool], what: str, *, limit: float = TIME_LIMIT) -> None:
+    """Wait until `condition()`; failing to come true in time fails the test."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit} s for {what}"
+        time.sleep(0.05)

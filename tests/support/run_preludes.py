@@ -1,0 +1,189 @@
+"""Functions that run in a rank before launch/train.py, to slow it down or to end it at a given point.
+
+As a script it is launch/train.py behind one of them: `run_preludes.py --prelude=slow_steps ARGUMENTS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from folders import ROOT
+
+TRAIN = ROOT / "launch" / "train.py"
+
+
+def slow_steps() -> None:
+    """Every training step takes 0.3 s longer, so that a signal comes between two of them."""
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
+
+
+def quick_start() -> None:
+    """Nothing is compiled: DeepSpeed's Muon asks for it as it is imported, which costs a third of a rank's start."""
+    import torch
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else as_it_is
+
+    torch.compile = as_it_is
+
+
+def long_steps() -> None:
+    """`slow_steps` after a quick start."""
+    quick_start()
+    slow_steps()
+
+
+def watched_steps() -> None:
+    """`long_steps`, and a rank that is silent for 5 s counts as lost."""
+    long_steps()
+    ending: Any = importlib.import_module("megatron_tiedlora.runtime.ending")
+    ending.SILENCE_SECONDS = 5.0
+
+
+def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:
+    """The rank (or each) sends itself a signal at the start of training step `step`, which is the last one then."""
+
+    def look(trainer: Any, *_: Any) -> None:
+        if trainer.progress.step + 1 == step and rank in (None, trainer.plan.grid.rank):
+            os.kill(os.getpid(), number)
+
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
+
+
+def kill_once() -> None:
+    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it."""
+    done = Path(os.environ["KILL_ONCE"])
+    if os.environ["RANK"] == "1" and not done.exists():
+        kill_at_step(5, signal.SIGKILL)
+        before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: done.touch())
+
+
+def no_compiler(rank: int, *, pays: bool = False) -> None:
+    """Compiling fails on this rank. `pays`: every run is long enough for it."""
+    from megatron_tiedlora.parallel.kernels import Kernels
+    from megatron_tiedlora.training import compiling
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nwith a long story")
+
+    if pays:
+        compiling.LEAST_WORK = 0.0
+    if int(os.environ["RANK"]) == rank:
+        Kernels.compiled = lambda self, **_: Kernels(normalise=broken)  # type: ignore[method-assign]
+
+
+def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:
+    """The rank sends itself a signal when `module.name` is called for the `call`-th time, before it does anything."""
+    calls = iter(range(1, call + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == call:
+            os.kill(os.getpid(), number)
+
+    before_call(module, name, look)
+
+
+def kill_rank_at_call(rank: int, module: str, name: str, mark: Path, *, call: int) -> None:
+    """SIGKILL of one rank at a call of `module.name`, at the time that `mark` then has."""
+    if os.environ["RANK"] == str(rank):
+        calls = iter(range(1, call + 1))
+
+        def look(*_: Any) -> None:
+            if next(calls, None) == call:
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        before_call(module, name, look)
+
+
+def die_at_event(event: int, folder: Path) -> None:
+    """SIGKILL before the `event`-th look at or change of a file in `folder` (open, mkdir, rename, remove ...)."""
+    count = 0
+
+    def look(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if name.startswith(("open", "os.", "shutil.", "ctypes.")) and _names(arguments, folder):
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
+    return any(str(folder) in str(argument) for argument in arguments if isinstance(argument, str | bytes | Path))
+
+
+def poison(step: int, what: str) -> None:
+    """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
+    module: Any = importlib.import_module("megatron_tiedlora.engine.runner")
+    forward = module.PlainRunner.forward
+    steps = [0]
+
+    def look(trainer: Any, *_: Any) -> None:
+        steps[0] = trainer.progress.step + 1
+
+    def poisoned(runner: Any, batch: Any) -> Any:
+        loss = forward(runner, batch)
+        if steps[0] != step or not loss.requires_grad:
+            return loss
+        return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
+
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
+    module.PlainRunner.forward = poisoned
+
+
+def scripted_validation(losses: dict[int, float]) -> None:
+    """The validation loss after each step is given, and is 10 elsewhere."""
+    module: Any = importlib.import_module("megatron_tiedlora.training.loop")
+    module.Trainer.evaluate = lambda trainer: losses.get(trainer.progress.step, 10.0)
+
+
+def limit_files(module: str, name: str, size: int, *, call: int = 1) -> None:
+    """From the `call`-th call of `module.name` on no file can grow beyond `size` bytes, as on a disk that is full."""
+    calls = iter(range(1, call + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    before_call(module, name, look)
+
+
+def all_of(*preludes: Callable[[], None]) -> None:
+    """One prelude after the other."""
+    for prelude in preludes:
+        prelude()
+
+
+def before_call(module: str, name: str, look: Callable[..., Any]) -> None:
+    """Every call of `module.name` calls `look` with the same positional arguments first."""
+    holder: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    original = getattr(holder, last)
+
+    @functools.wraps(original)
+    def watched(*positional: Any, **keywords: Any) -> Any:
+        look(*positional)
+        return original(*positional, **keywords)
+
+    setattr(holder, last, watched)
+
+
+if __name__ == "__main__":
+    chosen = next(argument for argument in sys.argv[1:] if argument.startswith("--prelude="))
+    sys.argv = [str(TRAIN), *(argument for argument in sys.argv[1:] if argument != chosen)]
+    globals()[chosen.partition("=")[2]]()
+    runpy.run_path(str(TRAIN), run_name="__main__")

@@ -1,0 +1,199 @@
+"""Starts launch/sweep.py's work in a process of its own whose runs are forked, not launched: seconds less for each.
+
+The sweep's process comes from the server of run_helpers, which has imported everything; it forks launch/train.py and
+launch/evaluate.py as one rank each. They are its children, and inherit its lock, as launched commands do.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from folders import ROOT
+from run_files import has_step
+from run_helpers import ENVIRONMENT, Base, Ended, World, _be_rank, fork_server, wait_for, write_base
+from run_preludes import before_call
+
+LAUNCH = ROOT / "launch"
+Preludes = Mapping[str, Callable[..., None]]  # by name of run or score
+
+
+def write_study_base(folder: Path) -> tuple[Base, Path]:
+    """A tiny model, data whose answer depends on the question's last letter, and a test set: adapters of different
+    methods, ranks and learning rates come to different scores on it."""
+    base, test = write_base(folder), folder / "test.jsonl"
+    for path, count, seed in ((base.train, 24, 1), (base.validation, 8, 2), (test, 24, 3)):
+        draw = random.Random(seed)
+        rows = [{"prompt": "".join(draw.choice("abcdef") for _ in range(9)) + ":"} for _ in range(count)]
+        lines = [{**row, "completion": "zzx"[ord(row["prompt"][-2]) % 3]} for row in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return base, test
+
+
+def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> list[str]:
+    """Flags of a sweep of 2 methods x 2 ranks x 2 learning rates, 16 steps each."""
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "methods": "lora,tl6",
+        "ranks": "2,3",
+        "learning_rates": "2e-1,5e-2",
+        "test_file": test,
+        "max_new_tokens": 3,
+        "max_steps": 16,
+        "eval_interval": 4,
+        "rank": None,
+        "learning_rate": None,
+        **changes,
+    }
+    return base.arguments(**settings)
+
+
+@dataclass
+class ForkedChild:
+    """One forked rank, as a child of the sweep."""
+
+    pid: int
+    command: Any
+    out: Path
+    status: int | None = None
+
+    def ended(self) -> bool:
+        """Whether it is gone; what it printed is in the command's log then."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = status
+                self.command.log.parent.mkdir(exist_ok=True)
+                with self.command.log.open("a") as log:
+                    printed = (path.read_text() for path in (self.out, self.out.with_suffix(".err")))
+                    log.write(f"$ {self.command.script}.py\n{''.join(printed)}")
+        return self.status is not None
+
+    def interrupt(self, number: int) -> None:
+        """A signal to the rank."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to the rank."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def forked_start(command: Any, *, work: Path, cache: Path, preludes: Preludes) -> ForkedChild:
+    """Start a command of a sweep as one rank, and note its name in work/starts."""
+    name = command.log.stem
+    with (work / "starts").open("a") as starts:
+        starts.write(f"{name}\n")
+    out = work / f"{len((work / 'starts').read_text().splitlines())}.out"
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            prelude = functools.partial(preludes[name], os.getppid()) if name in preludes else None
+            environment = {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache)}
+            words = [str(LAUNCH / f"{command.script}.py"), *command.arguments]
+            _be_rank(words, environment, str(work), str(out), str(out.with_suffix(".err")), prelude)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return ForkedChild(pid, command, out)
+
+
+def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, out: str, err: str) -> None:
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.update(ENVIRONMENT)
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # a thread would not outlive the forks, and its lock might
+    from megatron_tiedlora.config.cli import run_command
+    from megatron_tiedlora.study.sweep import sweep
+
+    start = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
+    run_command(lambda argv: sweep(argv, lambda: start), arguments)
+
+
+def start_sweep(arguments: list[str], *, work: Path, cache: Path, preludes: Preludes | None = None) -> World:
+    """Start a sweep whose commands run in folder `work`; `preludes` run in them first, with the sweep's pid."""
+    work.mkdir(parents=True, exist_ok=True)
+    count = len(list(work.glob("sweep*.out")))
+    out, err = work / f"sweep{count}.out", work / f"sweep{count}.err"
+    keywords = (arguments, str(work), str(cache), preludes or {}, str(out), str(err))
+    process = fork_server().Process(target=_be_sweep, args=keywords)
+    process.start()
+    return World([process], [(out, err)])
+
+
+def run_sweep(arguments: list[str], **keywords: Any) -> Ended:
+    """`start_sweep` and wait."""
+    return start_sweep(arguments, **keywords).wait()
+
+
+def starts(work: Path) -> list[str]:
+    """What was started since the last call, in order."""
+    file = work / "starts"
+    if not file.is_file():
+        return []
+    names = file.read_text().splitlines()
+    file.rename(work / f"starts.{len(list(work.glob('starts.*')))}")
+    return names
+
+
+# Preludes; the first argument is the sweep's pid ------------------------------------------------------------------
+
+
+def kill_all_at_call(sweep: int, *, module: str, name: str, call: int = 1) -> None:
+    """SIGKILL to the sweep and to this rank when `module.name` is called for the `call`-th time."""
+    calls = iter(range(1, call + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == call:
+            os.kill(sweep, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_call(module, name, look)
+
+
+def kill_all_at_step(sweep: int, *, step: int) -> None:
+    """SIGKILL to the sweep and to this rank at the start of training step `step`."""
+    kill_all_at_call(sweep, module="megatron_tiedlora.training.loop", name="Trainer._train_step", call=step)
+
+
+def slow_steps(_sweep: int) -> None:
+    """Every training step takes 0.3 s longer."""
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
+
+
+def signal_sweep_at_step(sweep: int, *, step: int, number: int, beside: Path) -> None:
+    """A signal to the sweep at the start of training step `step`, once the run in folder `beside` trains too."""
+    calls = iter(range(1, step + 1))
+
+    def look(*_: Any) -> None:
+        if next(calls, None) == step:
+            wait_for(lambda: has_step(beside, 1), "the other run")
+            os.kill(sweep, number)
+        time.sleep(0.3)
+
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
+
+
+def lose_the_loss(_sweep: int) -> None:
+    """The loss is nan at step 2."""
+    from run_preludes import poison
+
+    poison(2, "loss")

@@ -1,0 +1,163 @@
+"""Texts of other people's files, and of other hosts, are printed escaped: no terminal acts on them."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from evaluation_runs import evaluate
+from folders import ROOT
+from native_files import with_adapter
+from run_helpers import run_ranks, write_base, write_rows
+from study_files import write_score, write_study
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import printable, show
+from megatron_tiedlora.cluster import watch
+from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Layout, Report
+from megatron_tiedlora.cluster.doctor.text import report_text
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
+from megatron_tiedlora.runtime.rank_log import RankLog
+from megatron_tiedlora.study.jobs import Job, run_jobs
+from megatron_tiedlora.study.scores import read_study
+from megatron_tiedlora.study.text import table2_markdown
+
+TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
+FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
+
+
+def unsafe(text: str) -> list[str]:
+    """Characters of a text that a terminal may act on, but new lines."""
+    return [character for character in text if not character.isprintable() and character != "\n"]
+
+
+def test_printable() -> None:
+    assert printable("naïve 日本語 😀 100 %") == "naïve 日本語 😀 100 %"
+    assert printable("a\nb\tc\x1b[31m\x9b\u2028\\") == r"a\nb\tc\x1b[31m\x9b\u2028" + "\\"
+    assert not unsafe(printable(FOREIGN)) and printable(printable(FOREIGN)) == printable(FOREIGN)
+
+
+def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    show("one", "two\nthree", FOREIGN)
+    assert capsys.readouterr().out == f"one\ntwo\\nthree\n{printable(FOREIGN)}\n"
+
+
+# Every place that prints -------------------------------------------------------------------------------------------
+
+# Functions whose prints hold no text of others, or hold one that is escaped already.
+PRINT = {
+    ("megatron_tiedlora/base/errors.py", "show"),
+    ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
+    ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
+    ("megatron_tiedlora/training/finish.py", "export"),  # format_comparisons
+    ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
+    ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
+    ("megatron_tiedlora/cluster/leftovers.py", "main"),
+    ("launch/doctor.py", "main"),  # report_text, JSON
+    ("launch/train.py", "main"),  # dry_run_report
+    ("tools/verify_export.py", "main"),  # format_comparisons
+}
+WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
+
+
+def prints(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
+    """Calls of `print` and `bar.write`: which, itself, and the function that it stands in."""
+
+    def walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Call) and ast.unparse(child.func) in ("print", "bar.write", "bar.set_postfix_str"):
+                yield ast.unparse(child.func), child, function
+            yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else function)
+
+    yield from walk(ast.parse(file.read_text(encoding="utf-8")), "")
+
+
+def test_nothing_is_printed_but_by_show() -> None:
+    found = set()
+    tools = [file for file in (ROOT / "tools").glob("*.py") if not file.name.startswith("prepare_")]
+    for file in sorted([*(ROOT / "megatron_tiedlora").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *tools]):
+        place = str(file.relative_to(ROOT))
+        for name, call, function in prints(file):
+            if name == "print":
+                found.add((place, function))
+            elif place not in WRITE:
+                assert ast.unparse(call.args[0]).startswith("printable("), (place, function)
+    assert found == PRINT
+
+
+# What commands print -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_the_note_of_an_evaluation(tmp_path: Path) -> None:
+    """The base of a PEFT adapter, as its author called it."""
+    model = write_tiny_model(tmp_path / "model")
+    source, adapter, _ = with_adapter(model, "tl6")
+    export_peft(source, adapter, tmp_path / "peft")
+    (tmp_path / "peft" / "tiedlora_export.json").unlink()  # as another tool's, of which that name is all that is known
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": f"a{FOREIGN}\nb"}))
+    rows = write_rows(tmp_path / "rows.jsonl", 1)
+    given = {"model": model, "adapter": tmp_path / "peft", "test_file": rows, "max_new_tokens": 1}
+    ended = evaluate(tmp_path / "out", work=tmp_path, **given)
+    assert f"names the base a{printable(FOREIGN)}\\nb; PEFT files" in ended.outputs[0] and not unsafe(ended.outputs[0])
+
+
+@pytest.mark.distributed
+def test_the_sample_of_a_dry_run(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"prompt": f"one\n\ntwo {TITLE}\x1b[2Jé:", "completion": "x\x1by"}) + "\n")
+    ended = run_ranks(base.arguments(train_file=train, dry_run=True), folder=tmp_path / "work").expect(0)
+    text = ended.outputs[0]
+    assert not unsafe(text)
+    sample = text[text.index("first sample") :].splitlines()
+    assert sample[2:5] == ["    <s>one", "    ", "    two \\x1b]0;owned\\x07\\x1b[2Jé:"]
+    assert "     x\\x1by</s>" in sample
+
+
+def test_tables_of_a_study(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    record = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps({**record, "model": f"models/{FOREIGN}", "paper_model": None}))
+    write_score(folder, "base", 12.0)
+    text = table2_markdown([read_study(folder)])
+    assert f"# Table 2: {printable(FOREIGN)} on squad" in text and not unsafe(text)
+
+
+def test_jobs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason is the last error line of a log."""
+    child: Any = SimpleNamespace(ended=lambda: True)
+    stop: Any = SimpleNamespace(received=[])
+    job = Job("run", (), lambda slot: slot, lambda: FOREIGN, lambda: (0.5, FOREIGN))  # type: ignore[arg-type, return-value]
+    assert run_jobs([job], slots=[()], start=lambda command: child, stop=stop, finished=0).failures == {"run": FOREIGN}
+    said = "".join(capsys.readouterr())
+    assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
+
+
+def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    watch.say(f"node1 cannot be reached ({FOREIGN})")
+    RankLog().say(f"Traceback\n  {FOREIGN}")
+    said = capsys.readouterr().err
+    assert said.split("\n")[:3] == [
+        f"run.py: node1 cannot be reached ({printable(FOREIGN)})",
+        "Traceback",
+        f"  {printable(FOREIGN)}",
+    ]
+    findings = [Finding(level="error", code="no_answer", hosts=["a"], message=FOREIGN, fix=f"look\nverdict: {FOREIGN}")]
+    layout = Layout(
+        num_ranks=1, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, master_host=FOREIGN, master_port=1
+    )
+    hosts = [HostReport(name=FOREIGN, slots=1, first_rank=0)]
+    found: dict[str, Any] = {"groups": [], "skipped": FOREIGN, "seconds": {}, "num_errors": 1, "num_warnings": 0}
+    text = report_text(
+        Report(verdict="not ready", route="ssh", layout=layout, hosts=hosts, findings=findings, **found)
+    )
+    assert not unsafe(text) and text.count("\nverdict:") == 1
+    assert not unsafe(format_comparisons([LogitComparison(FOREIGN, 0.0, 0.0, 0.0, 1.0, "equal")]))

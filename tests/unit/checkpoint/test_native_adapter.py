@@ -1,0 +1,244 @@
+"""The native adapter's files: what they hold and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import STORED_ADAPTER
+from native_files import native_adapter, reseal, write_native
+from oracle import OracleAdapter, OracleConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter, write_tiny_model
+
+import megatron_tiedlora
+from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.parallel.grid import Grid
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 layers, d = 32, 4 heads and 2 kv heads of 8: o = 32 + 16 + 16."""
+    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
+
+
+def values(base: Path, method: str = "tl6", **keywords: Any) -> OracleAdapter:
+    return random_adapter(method, OracleConfig.from_folder(base), alpha=6, layers=(1, 3), **keywords)
+
+
+# --------------------------------------------------------------------------------------------- what the files hold
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: Path, method: str) -> None:
+    oracle = values(base, method)
+    written = write_native(tmp_path / "adapter", base, oracle)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lead = (2,) if method == "lora" else ()
+    shapes = {"A": (*lead, 4, 32), "B": (*lead, 64, 4), "u": (2, 4), "v": (2, 64)}
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    loaded = load_adapter(tmp_path / "adapter")
+    assert loaded.config == written.config and loaded.base == written.base
+    read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
+    assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
+    assert read_by_oracle.layers == (1, 3)
+    for name, tensor in oracle.tensors.items():
+        assert torch.equal(loaded.state[name], tensor) and torch.equal(read_by_oracle.tensors[name], tensor)
+    bank, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
+    bank.load_full(loaded.state)
+    local = dict(bank.named_parameters())
+    full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
+    for name, tensor in full.items():  # what a run would save again
+        assert torch.equal(tensor, oracle.tensors[name]), name
+
+
+def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> None:
+    adapter = write_native(tmp_path / "adapter", base, values(base))
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert content == {
+        "format_version": 1,
+        "method": "tl6",
+        "rank": 4,
+        "alpha": 6.0,
+        "num_layers": 3,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "qkv_layout": "q|k|v",
+        "layers": [1, 3],
+        "base_model": str(base),
+        "base_hash": find_model(str(base)).base_hash,
+        "base_weights_hash": adapter.base.weights_hash,
+        "base_sample": adapter.base.sample,
+        "seed": 5,
+        "init_std_a": pytest.approx(32**-0.5),
+        "init_std_b": pytest.approx(4**-0.5),
+        "dtype": "fp32",
+        "version": megatron_tiedlora.__version__,
+        "sha256": {WEIGHTS: hashlib.sha256((tmp_path / "adapter" / WEIGHTS).read_bytes()).hexdigest()},
+        "config_sha256": content["config_sha256"],
+    }
+    rest = {name: value for name, value in content.items() if name != "config_sha256"}
+    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert content["config_sha256"] == hashlib.sha256(plain.encode()).hexdigest()
+    assert len(content["base_sample"]) == 64
+    assert len(content["base_hash"]) == len(content["base_weights_hash"]) == 64
+    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_adapter_fits_its_base_in_every_precision(base: Path, tmp_path: Path) -> None:
+    """The identity is of the model, not of how it is stored."""
+    half = write_tiny_model(tmp_path / "half", dtype=torch.bfloat16, tokenizer=False)
+    adapter = native_adapter(find_model(str(base)), values(base))
+    load_model(find_model(str(half)), adapter, dtype=torch.float32)
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"num_layers": 5}, "num_layers 3, but"),
+        ({"num_kv_heads": 4}, "num_key_value_heads 2, but"),
+        ({"head_dim": 12}, "head_dim 8, but"),
+        ({"rope_theta": 500.0}, "config differ"),
+        ({"seed": 1}, "weights differ"),
+    ],
+)
+def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, Any], message: str) -> None:
+    adapter = native_adapter(find_model(str(base)), values(base))
+    other = write_tiny_model(tmp_path / "other", tokenizer=False, **shape)
+    with pytest.raises(UserError) as error:
+        load_model(find_model(str(other)), adapter, dtype=torch.float32)
+    assert message in str(error.value) and str(base) in str(error.value) and str(other) in str(error.value)
+    assert "--model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_peft_adapter_is_refused_as_such(base: Path, tmp_path: Path) -> None:
+    source = find_model(str(base))
+    export_peft(source, native_adapter(source, values(base)), tmp_path / "peft")
+    with pytest.raises(UserError, match="this is a PEFT adapter; give the native one"):
+        load_adapter(tmp_path / "peft")
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    """Change fields of the config; None takes a field out."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / CONFIG).read_text()) | changes
+        (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+        reseal(folder)
+
+    return change
+
+
+def retensor(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        reseal(folder)
+
+    return apply
+
+
+def edit_plainly(folder: Path, **changes: Any) -> None:
+    """Change fields, and no checksum."""
+    content = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def flip_a_bit(folder: Path) -> None:
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    raw[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(raw)
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG, "no such file; expected a native Tied-LoRA"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "not a whole safetensors file"),
+    "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG, "not valid JSON"),
+    "no object": (lambda folder: (folder / CONFIG).write_text("[]"), CONFIG, "expected a JSON object"),
+    "truncated": (cut, WEIGHTS, "not a whole safetensors file"),
+    "version": (edit(format_version=2), CONFIG, "format_version 2 is not 1"),
+    "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
+    "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),
+    "no rank": (edit(rank=None), CONFIG, "rank is missing"),
+    "no hash": (edit(base_weights_hash=None), CONFIG, "base_weights_hash is missing"),
+    "rank": (edit(rank=0), CONFIG, "rank = 0"),
+    "rank text": (edit(rank="4"), CONFIG, "rank = '4'"),
+    "head_dim": (edit(head_dim="wide"), CONFIG, "head_dim = 'wide'"),
+    "alpha": (edit(alpha="much"), CONFIG, "wrong kind"),
+    "layers": (edit(layers=7), CONFIG, "wrong kind"),
+    "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not among 1 to 3"),
+    "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not among 1 to 3"),
+    "layer order": (edit(layers=[3, 1]), CONFIG, "not in ascending order"),
+    "no u": (retensor(lambda tensors: tensors.pop("u")), WEIGHTS, "tensor u is missing"),
+    "shape": (retensor(lambda t: t.update(B=t["B"].T.contiguous())), WEIGHTS, "B has shape (4, 64), expected (64, 4)"),
+    "whole numbers": (retensor(lambda t: t.update(u=t["u"].to(torch.int8))), WEIGHTS, "u is I8, not floating point"),
+    "complex": (retensor(lambda t: t.update(u=t["u"].to(torch.complex64))), WEIGHTS, "u is C64, not floating"),
+    "8 bits": (retensor(lambda t: t.update(u=t["u"].to(torch.float8_e5m2))), WEIGHTS, "u is F8_E5M2, not floating"),
+    "fp64": (retensor(lambda t: t.update(u=t["u"].double() * 1e300)), WEIGHTS, "u holds numbers that are not finite"),
+    "alpha 0": (edit(alpha=0), CONFIG, "alpha = 0 is not between"),
+    "alpha negative": (edit(alpha=-3), CONFIG, "alpha = -3 is not between"),
+    "alpha absurd": (edit(alpha=1e300), CONFIG, "alpha = 1e+300 is not between"),
+    "width": (edit(init_std_b=1e9), CONFIG, "init_std_b = 1e+09 is no width"),
+    "name": (edit(base_model="x\x1b[2J"), CONFIG, "holds control characters"),
+    "u not one": (edit(method="tl5"), WEIGHTS, "u is not one everywhere, but method tl5 does not train it"),
+    "huge": (retensor(lambda t: t["A"].mul_(1e35)), WEIGHTS, "its update may reach"),
+    "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
+    "no table": (edit(sha256=[1]), CONFIG, "is no table of files and checksums"),
+    "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not fit its own checksum"),
+    "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is no table of files and checksums"),
+    "flipped": (flip_a_bit, WEIGHTS, "does not fit its checksum"),
+    "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path: Path, case: str) -> None:
+    write_native(tmp_path / "adapter", base, values(base))
+    damage, file, message = DAMAGE[case]
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError) as error:
+        load_adapter(tmp_path / "adapter")
+    assert message in str(error.value) and str(tmp_path / "adapter" / file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
+    """An adapter that was stored before its record had a class of its own reads, and is written again as it was."""
+    adapter = load_adapter(STORED_ADAPTER)
+    assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
+    assert (adapter.config.method, adapter.config.layers, adapter.config.qkv_rows) == ("tl6", (1, 3), (32, 16, 16))
+    model = find_model(str(write_tiny_model(tmp_path / "model")))
+    assert adapter.base.config_hash == model.base_hash
+    save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
+    assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (STORED_ADAPTER / WEIGHTS_FILE).read_bytes()
+    before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (STORED_ADAPTER, tmp_path / "again"))
+    of_version = ("version", "config_sha256")  # the second is a hash of the first too
+    assert [item for item in before.items() if item[0] not in of_version] == [
+        item for item in after.items() if item[0] not in of_version
+    ]

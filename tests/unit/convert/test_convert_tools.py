@@ -1,0 +1,288 @@
+"""What conversions refuse, the check of exports, and the three commands: what they print and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folders import ROOT
+from native_files import native_adapter, reseal, with_adapter, write_native
+from oracle import load_weights
+from safetensors.torch import save_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with kv heads < heads."""
+    return write_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
+    """What the conversions take."""
+    return with_adapter(base, "tl6")[:2]
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    _, adapter, _ = with_adapter(base, "tl6")
+    other_shape = find_model(str(write_tiny_model(tmp_path / "mha", num_kv_heads=4, tokenizer=False)))
+    other_values = find_model(str(write_tiny_model(tmp_path / "other", seed=1, tokenizer=False)))
+    for source, what in ((other_shape, "num_key_value_heads"), (other_values, "weights differ")):
+        for convert in (merge_adapter, export_peft):
+            with pytest.raises(UserError, match=what):
+                convert(source, adapter, tmp_path / "output")
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_output_that_exists_is_refused(inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "output"
+    if kind == "folder":
+        output.mkdir()
+        (output / "mine").write_text("precious")
+    elif kind == "file":
+        output.write_text("precious")
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    for convert in (merge_adapter, export_peft):
+        with pytest.raises(UserError, match="exists; give a new folder"):
+            convert(*inputs, output)
+    assert list(tmp_path.iterdir()) == [output]
+    assert kind == "link" or (output / "mine" if kind == "folder" else output).read_text() == "precious"
+
+
+def test_an_output_that_is_an_empty_folder_is_filled(inputs: tuple[ModelSource, NativeAdapter], tmp_path: Path) -> None:
+    export_peft(*inputs, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "base")
+    (broken / "tokenizer.json").write_text("{")
+    source, adapter, _ = with_adapter(broken, "tl6")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        merge_adapter(source, adapter, tmp_path / "merged")
+    assert {item.name for item in tmp_path.iterdir()} == {"base"}
+
+
+# --------------------------------------------------------------------------------------------- the check itself
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
+    root = tmp_path_factory.mktemp("exported")
+    source, adapter, oracle = with_adapter(base, "tl6")
+    write_native(root / "adapter", base, oracle)
+    merge_adapter(source, adapter, root / "merged")
+    merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
+    export_peft(source, adapter, root / "peft")
+    return root
+
+
+def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
+    source, adapter, _ = with_adapter(base, "tl6")
+    rows = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft")
+    assert [row.passed for row in rows] == [True] * 3
+    plain, merged, peft = rows
+    assert plain.largest > 0.02 and plain.agreement < 1 and plain.divergence > 1e-3
+    for row in (merged, peft):
+        assert row.largest < 1e-5 and row.mean <= row.largest and row.agreement == 1.0 and abs(row.divergence) < 1e-6
+    table = format_comparisons(rows).splitlines()
+    assert len(table) == 4 and table[2].startswith("merged, in transformers") and table[2].endswith("ok")
+
+
+def test_the_check_takes_the_rounding_of_16_bits_out(base: Path, exported: Path) -> None:
+    source, adapter, _ = with_adapter(base, "tl6")
+    plain, shown, judged = verify_export(source, adapter, merged=exported / "merged16")
+    assert shown.largest > 1e-3 and shown.passed and "information" in shown.verdict
+    assert judged.largest < 1e-5 and judged.passed
+    assert plain.passed
+
+
+@pytest.mark.parametrize("which", ["merged", "merged16"])
+@pytest.mark.parametrize("damage", ["plain", "swapped", "halved"])
+def test_the_check_fails_a_merge_that_is_wrong(
+    base: Path, exported: Path, tmp_path: Path, which: str, damage: str
+) -> None:
+    source, adapter, _ = with_adapter(base, "tl6")
+    broken = shutil.copytree(exported / which, tmp_path / "broken")
+    weights, plain = load_weights(broken), load_weights(base)
+    key, value = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
+    if damage == "plain":  # the update forgotten in one projection
+        weights[key] = plain[key].to(weights[key].dtype)
+    elif damage == "swapped":  # k's rows for v's
+        change = weights[key].float() - plain[key]
+        weights[value] = (plain[value] + change).to(weights[key].dtype)
+    else:  # alpha / r forgotten
+        weights[key] = ((weights[key].float() + plain[key]) / 2).to(weights[key].dtype)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert not all(row.passed for row in verify_export(source, adapter, merged=broken))
+
+
+def test_the_check_fails_a_peft_adapter_that_is_wrong(base: Path, exported: Path, tmp_path: Path) -> None:
+    source, adapter, _ = with_adapter(base, "tl6")
+    broken = shutil.copytree(exported / "peft", tmp_path / "broken")
+    content = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps(content | {"lora_alpha": 6}))
+    rows = verify_export(source, adapter, peft=broken)
+    assert [row.passed for row in rows] == [True, False] and "FAILED" in format_comparisons(rows)
+
+
+def test_the_check_fails_an_adapter_that_changes_nothing(base: Path) -> None:
+    source, _, oracle = with_adapter(base, "tl6")
+    adapter = native_adapter(source, oracle.with_tensors(v=torch.zeros_like(oracle.v)))
+    (row,) = verify_export(source, adapter)
+    assert not row.passed and "changes nothing" in row.verdict
+
+
+# --------------------------------------------------------------------------------------------- the commands
+
+# Runs a tool in this process's stead and says whether deepspeed was imported on the way.
+RUNNER = """
+import runpy, sys
+tool = sys.argv[1]
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(tool, run_name="__main__")
+finally:
+    print("deepspeed" in sys.modules, file=sys.stderr)
+"""
+
+
+def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUNNER, str(ROOT / "tools" / name), *(str(item) for item in arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
+    adapter = exported / "adapter"
+    merged = run_tool("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16")
+    assert merged.returncode == 0, merged.stderr
+    assert f"verify_export.py --adapter {adapter} --merged {tmp_path / 'merged'}" in merged.stdout
+    peft = run_tool("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8)
+    assert peft.returncode == 0, peft.stderr
+    assert "vllm serve" in peft.stdout and "--max-lora-rank 8" in peft.stdout
+    checked = run_tool(
+        "verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.count("ok") == 2
+    for result in (merged, peft, checked):
+        assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+
+
+def test_the_check_command_exits_1_where_an_export_is_wrong(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.verify_export import main
+
+    broken = shutil.copytree(exported / "merged", tmp_path / "broken")
+    weights = load_weights(broken)
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 1.01
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["--adapter", str(exported / "adapter"), "--merged", str(broken)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["merge_adapter.py", "export_peft.py", "verify_export.py"])
+def test_help_reads_without_loading_anything(tool: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"python tools/{tool} --adapter" in result.stdout and "--model M" in result.stdout
+    assert " torch\n" not in result.stderr and " yaml\n" in result.stderr
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no adapter": (["--adapter", "none", "--output", "out"], "none/adapter_config.json: no such file"),
+    "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
+    "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
+    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
+    "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
+    "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists"),
+    "no output": (["--adapter", "adapter"], "--output"),
+    "flag": (["--adapter", "adapter", "--ouput", "out"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line(
+    exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_tiedlora.config.cli import run_command
+    from tools import export_peft as export_tool
+    from tools import merge_adapter as merge_tool
+
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
+    lost = json.loads((exported / "adapter" / "adapter_config.json").read_text())
+    shutil.copytree(exported / "adapter", tmp_path / "lost")
+    (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps(lost | {"base_model": "/gone"}))
+    reseal(tmp_path / "lost")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(item.name for item in tmp_path.iterdir())
+    arguments, message = WRONG[case]
+    for tool in (merge_tool, export_tool):
+        with pytest.raises(SystemExit) as end:
+            run_command(tool.main, arguments)
+        captured = capsys.readouterr()
+        assert end.value.code == 2 and not captured.out
+        assert captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert sorted(item.name for item in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "folder", "message"),
+    [
+        ("--merged", "none", "none/config.json: no such file"),
+        ("--merged", "peft", "peft/config.json: no such file"),
+        ("--peft", "none", "none/adapter_config.json: no such file"),
+        ("--peft", "adapter", "this is no PEFT adapter"),
+        ("--merged", "other", "another model than"),
+        ("--merged", "cut", "not a whole safetensors file"),
+        ("--peft", "cut", "not a whole safetensors file"),
+    ],
+)
+def test_a_folder_that_is_no_export_is_one_line(
+    exported: Path, base: Path, tmp_path: Path, flag: str, folder: str, message: str
+) -> None:
+    from tools.verify_export import main
+
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)
+    shutil.copytree(tmp_path / ("merged" if flag == "--merged" else "peft"), tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError) as error:
+        main(["--adapter", str(tmp_path / "adapter"), flag, str(tmp_path / folder)])
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,220 @@
+"""Answers to a set of samples: shared out over data-parallel ranks, put back in order, cut at the task's stop text."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_ranks import run_on_ranks
+from tiny_decoders import build
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answers import Answer
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.parallel.grid import Grid
+
+NEW_TOKENS = 20
+SIZE = {"vocab_size": 320}  # of the tiny model
+STOP = "s"  # a letter that some of the answers below do hold
+LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
+
+
+def examples(count: int = 13, *, choices: bool = True) -> list[Example]:
+    """Prompts of different lengths in no order of length, each with two to four choices."""
+    draw = random.Random(11)
+    found = []
+    for index in range(count):
+        prompt = "".join(draw.choice("abcdef ") for _ in range(draw.randint(1, 40))) + "?"
+        endings = tuple(
+            "".join(draw.choice("uvwxyz") for _ in range(draw.randint(1, 9))) for _ in range(2 + index % 3)
+        )
+        found.append(Example(prompt, f" {endings[0]}", f"row {index}", choices=endings if choices else ()))
+    return found
+
+
+def task(stop: str | None = STOP) -> Task:
+    return replace(get_task("hellaswag"), stop=stop)
+
+
+def answers(
+    folder: Path, grid: Grid, batch_size: int, *, stop: str | None = STOP, choices: bool = True, **options: Any
+) -> list[Answer] | None:
+    decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
+    rows = examples(choices=choices)
+    scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+    return answer_all(
+        decoder,
+        scored,
+        tokenizer=tokenizer,
+        grid=grid,
+        max_new_tokens=NEW_TOKENS,
+        batch_size=batch_size,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[Answer]:
+    """One sample at a time."""
+    found = answers(folder, Grid(0, 1), 1)
+    assert found is not None
+    return found
+
+
+def same(ours: list[Answer], wanted: list[Answer]) -> bool:
+    return (
+        [answer.prediction for answer in ours] == [answer.prediction for answer in wanted]
+        and [answer.example for answer in ours] == [answer.example for answer in wanted]
+        and all(
+            torch.allclose(torch.tensor(a.choice_scores), torch.tensor(b.choice_scores), atol=1e-4)
+            for a, b in zip(ours, wanted, strict=True)
+        )
+    )
+
+
+def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path, alone: list[Answer]) -> None:
+    assert [answer.example for answer in alone] == examples()
+    tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
+    scored = encode_scored(examples(), task(None), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+    prompts = [prompt.tolist() for prompt in scored.prompts]
+    rows = generate(decoder, prompts, end_ids=scored.end_ids, max_new_tokens=NEW_TOKENS)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]
+    assert any(STOP in text for text in texts) and not all(STOP in text for text in texts)
+
+
+def test_each_choice_has_a_score_of_its_own(alone: list[Answer]) -> None:
+    for answer in alone:
+        assert len(answer.choice_scores) == len(answer.example.choices) == len(set(answer.choice_scores))
+        assert all(score < 0 for score in answer.choice_scores)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 100])
+def test_the_batch_size_changes_nothing(folder: Path, alone: list[Answer], batch_size: int) -> None:
+    found = answers(folder, Grid(0, 1), batch_size)
+    assert found is not None and same(found, alone)
+
+
+def test_samples_without_choices_have_no_scores(folder: Path, alone: list[Answer]) -> None:
+    found = answers(folder, Grid(0, 1), 4, choices=False)
+    assert found is not None and all(answer.choice_scores == () for answer in found)
+    assert [answer.prediction for answer in found] == [answer.prediction for answer in alone]
+
+
+def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
+    """A stop text of several tokens (bytes here), one of which alone must not stop anything."""
+    free = answers(folder, Grid(0, 1), 4, stop=None)
+    assert free is not None
+    text = max((answer.prediction for answer in free), key=len)
+    stop = text[4:7]
+    decoder, tokenizer = build(folder, grid=Grid(0, 1)), load_tokenizer(folder)
+    index = next(i for i, answer in enumerate(free) if answer.prediction == text)
+    scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+    calls: list[int] = []
+    decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
+    found = answer_all(decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4)
+    assert found is not None and found[0].prediction == text.split(stop)[0].strip()
+    assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
+
+
+def _answer_rank(folder: str, world_size: int, tp: int, pp: int) -> Any:
+    grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
+    return [answers(Path(folder), grid, batch_size) for batch_size in (2, 100)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "tp", "pp"), LAYOUTS)
+def test_every_layout_gives_the_same_answers_on_rank_0(
+    folder: Path, alone: list[Answer], ranks: int, tp: int, pp: int, tmp_path: Path
+) -> None:
+    """13 samples over two data-parallel ranks: one of them has a batch less, or a smaller one."""
+    found = run_on_ranks(_answer_rank, str(folder), ranks, tp, pp, ranks=ranks, folder=tmp_path / "ranks")
+    assert all(same(ours, alone) for ours in found[0])
+    assert all(ours is None for others in found[1:] for ours in others)
+
+
+def test_every_rank_agrees_as_often(folder: Path) -> None:
+    """Whatever a rank's own sequences do: it asks after every few tokens, and after every batch."""
+    asked: list[bool] = []
+
+    def never(mine: bool) -> bool:
+        asked.append(mine)
+        return False
+
+    answers(folder, Grid(0, 1), 5, agree=never)
+    assert len(asked) == 3 * (NEW_TOKENS // 8 + 1)
+
+
+def test_a_prompt_that_is_too_long_loses_its_middle(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    scored: ScoredSet = encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
+    lengths = [len(example.prompt) + 1 for example in examples()]  # a byte a token, and BOS
+    assert scored.num_cut == sum(length > 20 for length in lengths) > 0
+    assert [len(prompt) for prompt in scored.prompts] == [min(length, 20) for length in lengths]
+
+
+def test_a_tokenizer_without_eos_is_refused(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="end-of-sequence"):
+        encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[Answer], tmp_path: Path) -> None:
+    """Chat models list several in generation_config.json, of which the tokenizer knows one."""
+    tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
+    text = alone[0].prediction
+    letter = next(letter for letter in text[1:] if letter.isascii() and letter.isalnum())
+    (token,) = tokenizer.encode(letter, add_special_tokens=False)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
+    scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
+    assert scored.end_ids == {tokenizer.eos_token_id, token}
+    found = answer_all(
+        decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4
+    )
+    assert found is not None and found[0].prediction == text.split(letter)[0].strip()
+
+
+def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
+    sample = Example("How many?", " 18", "test.jsonl:3")
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(UserError, match=r"test\.jsonl:3.*#### NUMBER"):
+        encode_scored([sample], get_task("gsm8k"), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("Denver\nQ: who", "\n", "Denver"),
+        ("\n\n Denver\n", "\n", "Denver"),  # a line break before the answer is not its end
+        ("\n \n", "\n", ""),
+        ("18\nQuestion: next", "\nQuestion:", "18"),
+        ("\nQuestion: next", "\nQuestion:", ""),
+        ("18\nSo", "\nQuestion:", "18\nSo"),
+        ("a\nb", None, "a\nb"),
+    ],
+)
+def test_where_a_prediction_ends(folder: Path, text: str, stop: str | None, left: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    row = tokenizer.encode(text, add_special_tokens=False)
+    assert _text(tokenizer, row, stop) == left
+    ends = [_stop_test(tokenizer, stop)(row[: count + 1]) for count in range(len(row))]
+    first = next((count for count, end in enumerate(ends) if end), None)
+    assert (first is None) == (stop is None or text.lstrip("\n ").find(stop.lstrip("\n ") or stop) < 0)
+    if first is not None:
+        assert tokenizer.decode(row[: first + 1]).endswith(str(stop))

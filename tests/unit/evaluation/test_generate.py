@@ -1,0 +1,378 @@
+"""Greedy decoding against transformers' own, at every layout: token for token, with an adapter that is not zero."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_ranks import run_on_ranks
+from oracle import OracleConfig, load_weights, merged_weights
+from tiny_decoders import build
+from tiny_models import EOS_ID, random_adapter, write_tiny_model
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, generate, similar_lengths
+from megatron_tiedlora.evaluation.likelihood import ending_log_likelihoods
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "gqa_tied_llama3": {"tied": True, "llama3_rope": True, "head_dim": 16},
+    "mha": {"num_kv_heads": 4, "attention_bias": True},
+    "qwen2": {"family": "qwen2"},
+    "mha_tied": {"num_kv_heads": 4, "tied": True, "vocab_size": 321},
+}
+LAYOUTS = ((1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1), (1, 1, 3))  # data, tensor, pipeline
+FEW = ("gqa",)  # shapes of what need not be seen for all of them
+NEW_TOKENS = 24
+
+
+def prompts(seed: int = 0, count: int = 32, longest: int = 30) -> list[list[int]]:
+    """Of mixed lengths, one token among them."""
+    draw = random.Random(seed)
+    lengths = [1, longest, *(draw.randint(2, longest) for _ in range(count - 2))]
+    return [[draw.randint(3, 319) for _ in range(length)] for length in lengths]
+
+
+class Reference:
+    """transformers' model of the merged weights, and what it generates alone for each prompt."""
+
+    def __init__(self, folder: Path, **shape: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.folder = write_tiny_model(folder, tokenizer=False, **shape)
+        config = OracleConfig.from_folder(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        merged = merged_weights(load_weights(folder), config, random_adapter("tl6", config, alpha=6))
+        missing, unexpected = self.model.load_state_dict(merged, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+
+    def generate(self, prompt: list[int], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[int]:
+        """transformers' greedy continuation, without EOS and what would follow it."""
+        ids = torch.tensor([prompt])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=eos_id,
+            pad_token_id=eos_id,
+        )
+        new_tokens: list[int] = output[0, len(prompt) :].tolist()
+        return new_tokens[: new_tokens.index(eos_id)] if eos_id in new_tokens else new_tokens
+
+    @torch.no_grad()
+    def check(self, batch: Sequence[list[int]], rows: Sequence[list[int]], expected: Sequence[list[int]]) -> None:
+        """Equal tokens; or, at the first difference, the reference's two best logits closer than 1e-4."""
+        assert len(rows) == len(batch) == len(expected)
+        for prompt, row, wanted in zip(batch, rows, expected, strict=True):
+            if row != wanted:
+                same = next(i for i in range(NEW_TOKENS) if row[i : i + 1] != wanted[i : i + 1])
+                best = self.model(torch.tensor([prompt + wanted[:same]])).logits[0, -1].topk(2).values
+                assert best[0] - best[1] < 1e-4, (prompt, row, wanted)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    root = tmp_path_factory.mktemp("references")
+    return {name: Reference(root / name, **shape) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(references: dict[str, Reference]) -> dict[str, list[list[int]]]:
+    return {name: [reference.generate(prompt) for prompt in prompts()] for name, reference in references.items()}
+
+
+def decode(decoder: Decoder, batch: list[list[int]], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[list[int]]:
+    return generate(decoder, batch, end_ids=(eos_id,), max_new_tokens=new)
+
+
+# One process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_equal_those_of_transformers(
+    references: dict[str, Reference], expected: dict[str, list[list[int]]], shape: str, merged: bool
+) -> None:
+    decoder = build(references[shape].folder, grid=Grid(0, 1), merged=merged)
+    assert (decoder.stage.adapter is None) == merged
+    ours = decode(decoder, prompts())
+    references[shape].check(prompts(), ours, expected[shape])
+    assert len({tuple(tokens) for tokens in ours}) == len(ours) and max(map(len, ours)) == NEW_TOKENS
+
+
+@pytest.fixture(scope="module")
+def decoder(references: dict[str, Reference]) -> Decoder:
+    return build(references["gqa"].folder, grid=Grid(0, 1))
+
+
+def test_a_prompt_decodes_alike_in_any_company(decoder: Decoder) -> None:
+    batch = prompts(seed=1, count=9)
+    together = decode(decoder, batch)
+    order = list(range(len(batch)))
+    random.Random(2).shuffle(order)
+    assert decode(decoder, [batch[i] for i in order]) == [together[i] for i in order]
+    assert [decode(decoder, [prompt])[0] for prompt in batch] == together
+    assert decode(decoder, [batch[3]] * 2) == [together[3]] * 2
+
+
+def test_decoding_ends_at_eos_for_each_prompt_alone(decoder: Decoder, references: dict[str, Reference]) -> None:
+    """EOS is a token that these prompts do produce, at different steps, one of them at the first."""
+    batch = prompts(seed=3, count=9)
+    free = decode(decoder, batch)
+    eos_id, first = free[4][5], free[0][0]
+    for stop in (eos_id, first):
+        ours = decode(decoder, batch, eos_id=stop)
+        assert ours == [row[: row.index(stop)] if stop in row else row for row in free]
+        assert ours == [references["gqa"].generate(prompt, eos_id=stop) for prompt in batch]
+        assert len({len(row) for row in ours}) > 1
+    assert decode(decoder, batch, eos_id=first)[0] == []
+
+
+def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
+    batch = prompts(seed=7, count=5)
+    free = decode(decoder, batch)
+    rows = generate(
+        decoder,
+        batch,
+        end_ids=(EOS_ID,),
+        max_new_tokens=NEW_TOKENS,
+        is_end=lambda row: row[-1] % 7 == 0 and len(row) > 2,
+    )
+    for row, whole in zip(rows, free, strict=True):
+        end = next((i + 1 for i, token in enumerate(whole) if token % 7 == 0 and i > 1), NEW_TOKENS)
+        assert row == whole[:end]
+    assert len({len(row) for row in rows}) > 1
+
+
+def count_calls(decoder: Decoder) -> tuple[list[int], Any]:
+    calls: list[int] = []
+    return calls, decoder.stage.layers["0"].register_forward_hook(lambda *_: calls.append(1))
+
+
+def test_the_model_is_called_once_a_token_and_no_more_once_all_are_done(decoder: Decoder) -> None:
+    (prompt,) = prompts(seed=4)[3:4]
+    row = decode(decoder, [prompt])[0]
+    stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
+    calls, handle = count_calls(decoder)
+    try:
+        decode(decoder, [prompt], eos_id=row[stop])
+        assert len(calls) == stop + 1
+        calls.clear()
+        decode(decoder, [prompt], new=6)
+        assert len(calls) == 6
+        # Another rank has work left: this one is asked on and on, and rests.
+        calls.clear()
+        asked: list[bool] = []
+        again = generate(
+            decoder,
+            [prompt],
+            end_ids=(row[stop],),
+            max_new_tokens=NEW_TOKENS,
+            agree=lambda mine: bool(asked.append(mine)),
+        )
+        assert again == [row[:stop]] and len(calls) == stop + 1
+        steps = range(TOKENS_BETWEEN_AGREEMENTS, NEW_TOKENS + 1, TOKENS_BETWEEN_AGREEMENTS)
+        assert asked == [step > stop for step in steps]
+    finally:
+        handle.remove()
+
+
+def test_ranks_that_call_together_go_on_until_all_are_done(references: dict[str, Reference]) -> None:
+    """Under ZeRO-3 a rank whose sequences have ended keeps calling the model, and its answer stays the same."""
+    decoder, (prompt,) = build(references["gqa"].folder, grid=Grid(0, 1), calls_together=True), prompts(seed=4)[3:4]
+    row = decode(decoder, [prompt])[0]
+    stop = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index])
+    calls, asked = count_calls(decoder)[0], []
+    rows = generate(
+        decoder, [prompt], end_ids=(row[stop],), max_new_tokens=NEW_TOKENS, agree=lambda mine: bool(asked.append(mine))
+    )
+    assert rows == [row[:stop]] and len(calls) == NEW_TOKENS
+    assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
+
+
+def test_ranks_that_call_together_read_their_prompts_in_one_call(references: dict[str, Reference]) -> None:
+    """Whatever the lengths are: a peer's may be alike, and it must call as often."""
+    decoder = build(references["gqa"].folder, grid=Grid(0, 1), calls_together=True)
+    calls = count_calls(decoder)[0]
+    decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
+    assert len(calls) == 1
+    calls.clear()
+    ending_log_likelihoods(decoder, [([5] * 9000, [[6, 7]] * 4)] * 2)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_few_tokens(decoder: Decoder, new: int) -> None:
+    batch = prompts(seed=5, count=9)
+    assert decode(decoder, batch, new=new) == [row[:new] for row in decode(decoder, batch)]
+
+
+@torch.no_grad()
+def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
+    """Its cache is fp32 on a CPU, so its logits are not quite those of a whole pass; the choice is near the top."""
+    folder = write_tiny_model(tmp_path, tokenizer=False)
+    source, batch = find_model(str(folder)), prompts(seed=6, count=9)
+    model = load_model(source, None, dtype=torch.bfloat16)
+    decoded = decode(Decoder(model, ParallelGroups(), source.shape), batch, new=8)
+    for prompt, row in zip(batch, decoded, strict=True):
+        ids = torch.tensor([prompt + row])
+        logits = model.predict(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(row)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen <= 0.03 * logits.abs().amax(1)).all()
+
+
+def test_prompts_of_similar_length_are_computed_together(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert similar_lengths([100, 80, 75, 74, 60, 56, 10]) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert similar_lengths([5000, 5000, 4096, 4096, 4096]) == [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 5)]
+    assert similar_lengths([9]) == [slice(0, 1)]
+    shapes: list[tuple[int, ...]] = []
+    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    try:
+        decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
+    finally:
+        handle.remove()
+    assert shapes == [(2, 30), (2, 12), (1, 3)]
+
+
+# Likelihoods ----------------------------------------------------------------------------------------------------
+
+
+def samples() -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts of different lengths, one token among them, each with four endings of different lengths."""
+    draw = random.Random(8)
+    return [
+        (prompt, [[draw.randint(3, 319) for _ in range(draw.randint(1, 9))] for _ in range(4)])
+        for prompt in prompts(seed=8, count=7)
+    ]
+
+
+@torch.no_grad()
+def reference_likelihoods(model: Any) -> list[list[float]]:
+    """From whole passes over prompt and ending, one by one."""
+    found = []
+    for prompt, endings in samples():
+        scores = []
+        for ending in endings:
+            logits = model(torch.tensor([prompt + ending])).logits[0].double().log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(ending) - 1)
+            scores.append(sum(float(logits[p, token]) for p, token in zip(places, ending, strict=True)))
+        found.append(scores)
+    return found
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha_tied"])
+def test_likelihoods_of_endings_equal_those_of_whole_passes(references: dict[str, Reference], shape: str) -> None:
+    decoder = build(references[shape].folder, grid=Grid(0, 1))
+    ours = ending_log_likelihoods(decoder, samples())
+    wanted = torch.tensor(reference_likelihoods(references[shape].model))
+    assert torch.allclose(torch.tensor(ours), wanted.float(), rtol=1e-5, atol=1e-4)
+    alone = [ending_log_likelihoods(decoder, [sample])[0] for sample in samples()]
+    assert torch.allclose(torch.tensor(ours), torch.tensor(alone), rtol=1e-5, atol=1e-4)
+
+
+def test_a_prompt_is_computed_once_for_all_its_endings(decoder: Decoder) -> None:
+    shapes: list[tuple[int, ...]] = []
+    handle = decoder.stage.layers["0"].register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    try:
+        ending_log_likelihoods(decoder, samples())
+    finally:
+        handle.remove()
+    longest = max(len(prompt) for prompt, _ in samples())
+    longest_ending = max(len(ending) for _, endings in samples() for ending in endings)
+    assert shapes == [(7, longest - 1), (28, longest_ending)]
+
+
+# Several ranks --------------------------------------------------------------------------------------------------
+
+
+def _decode_rank(folders: dict[str, str], world_size: int, tp: int, pp: int) -> dict[str, Any]:
+    grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
+    batch = prompts()[grid.dp_rank :: grid.dp_size]
+    answers: dict[str, Any] = {}
+    for name, folder in folders.items():
+        decoder = build(Path(folder), grid=grid)
+        answers[name] = decode(decoder, batch)
+        answers[name, "eos"] = decode(decoder, batch, eos_id=answers[name][4][5])
+        answers[name, "few"] = decode(decoder, batch[: pp - 1] or batch[:1], new=3)
+        if name in FEW:
+            answers["likelihoods"] = ending_log_likelihoods(decoder, samples())
+            answers["merged"] = decode(build(Path(folder), grid=grid, merged=True), batch)
+            answers["stopped"] = _stopped(decoder, batch)
+    return answers
+
+
+def _stopped(decoder: Decoder, batch: list[list[int]]) -> list[list[int]]:
+    """What is decoded after all ranks stopped in the middle of a batch: nothing of it may still be under way."""
+
+    def refuse(_: bool) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(decoder, batch, end_ids=(EOS_ID,), max_new_tokens=NEW_TOKENS, agree=refuse)
+    return decode(decoder, batch, new=3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("dp", "tp", "pp"), LAYOUTS)
+def test_every_layout_decodes_the_same(
+    references: dict[str, Reference], expected: dict[str, list[list[int]]], dp: int, tp: int, pp: int, tmp_path: Path
+) -> None:
+    """All ranks have all tokens; three stages have parts of 10, 11 and 11 prompts under way."""
+    shapes = FEW if pp > 2 else tuple(references)
+    folders = {name: str(references[name].folder) for name in shapes}
+    world = dp * tp * pp
+    ranks = run_on_ranks(_decode_rank, folders, world, tp, pp, ranks=world, folder=tmp_path / "ranks")
+    for name in shapes:
+        reference, alone = references[name], build(references[name].folder, grid=Grid(0, 1))
+        for rank, answers in enumerate(ranks):
+            grid = Grid(rank, world, tp_size=tp, pp_size=pp)
+            batch, right = (rows[grid.dp_rank :: dp] for rows in (prompts(), expected[name]))
+            rows = answers[name]
+            reference.check(batch, rows, right)
+            assert answers[name, "eos"] == decode(alone, batch, eos_id=rows[4][5])
+            assert answers[name, "few"] == [row[:3] for row in rows[: max(pp - 1, 1)]]
+            if name not in FEW:
+                continue
+            reference.check(batch, answers["merged"], right)
+            assert answers["stopped"] == [row[:3] for row in rows]
+            if grid.pp_rank == pp - 1:
+                wanted = torch.tensor(reference_likelihoods(reference.model))
+                assert torch.allclose(torch.tensor(answers["likelihoods"]), wanted, rtol=1e-5, atol=1e-4)
+            else:
+                assert answers["likelihoods"] == [[]] * len(samples())
+
+
+def _groups_used(folder: str) -> tuple[set[str], set[str]]:
+    """(groups of point-to-point messages, groups of broadcasts) of a batch in two stages."""
+    grid = Grid(torch.distributed.get_rank(), 2, pp_size=2)
+    decoder = build(Path(folder), grid=grid)
+    seen: dict[str, set[str]] = {"isend": set(), "recv": set(), "broadcast": set()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, groups in seen.items():
+            original = getattr(torch.distributed, name)
+
+            def noted(*args: Any, _original: Any = original, _groups: set[str] = groups, **keywords: Any) -> Any:
+                _groups.add(keywords["group"].group_name)
+                return _original(*args, **keywords)
+
+            patch.setattr(torch.distributed, name, noted)
+        decode(decoder, prompts(count=4), new=3)
+    return seen["isend"] | seen["recv"], seen["broadcast"]
+
+
+@pytest.mark.distributed
+def test_choices_travel_apart_from_hidden_states(references: dict[str, Reference], tmp_path: Path) -> None:
+    """Ranks send the two in different orders, and NCCL may keep one queue a group."""
+    for between_stages, from_the_last in run_on_ranks(
+        _groups_used, str(references["gqa"].folder), ranks=2, folder=tmp_path / "ranks"
+    ):
+        assert between_stages and from_the_last and not between_stages & from_the_last

@@ -1,0 +1,241 @@
+"""Files that came from somebody else: what they name is not run, read, overwritten or printed raw."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from folders import ROOT
+from native_files import with_adapter, write_native
+from sweep_runs import LAUNCH, study_arguments, write_study_base
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.batch import plan_batches
+from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.engine.engine_json import load_engine_config
+
+
+def refused(path: Path, zero: Any = None, **sections: Any) -> str:
+    file = path / "engine.json"
+    file.write_text(json.dumps({**sections, "zero_optimization": {"stage": 3, **(zero or {})}}))
+    with pytest.raises(UserError) as caught:
+        load_engine_config(str(file), batches=plan_batches(8, 2, 2), gradient_clipping=0.5)
+    return str(caught.value)
+
+
+# The DeepSpeed JSON -----------------------------------------------------------------------------------------------
+
+
+def test_a_deepspeed_json_names_no_output_file(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    said = refused(tmp_path, flops_profiler={"enabled": True, "output_file": str(notes)})
+    assert "engine.json: flops_profiler.output_file is" in said and "drop it" in said
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize(
+    "offload",
+    [{"device": "nvme"}, {"device": "nvme", "nvme_path": "/"}, {"device": "cpu", "nvme_path": "/"}],
+)
+def test_a_deepspeed_json_names_no_folder_for_swapping(tmp_path: Path, section: str, offload: dict[str, str]) -> None:
+    """DeepSpeed removes what is in it."""
+    said = refused(tmp_path, {section: offload})
+    assert f"zero_optimization.{section} writes outside of the run" in said and '"device": "cpu"' in said
+
+
+# A study's folder and settings -------------------------------------------------------------------------------------
+
+SHELL = "--no_python --no_local_rank /bin/sh -c 'id > {}; exit 1' --"
+
+
+def start_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, LAUNCH / "sweep.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False)
+
+
+def test_launcher_arguments_of_a_strangers_study_start_nothing(tmp_path: Path) -> None:
+    """As in a study that was sent, whose folder alone continues it."""
+    harm = tmp_path / "harm"
+    base, test = write_study_base(tmp_path / "base")
+    arguments = study_arguments(base, test, tmp_path / "study")
+    given = {word[2:].split("=")[0]: word.split("=", 1)[1] for word in arguments}
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "sweep.yaml").write_text(yaml.safe_dump({**given, "launcher_args": SHELL.format(harm)}))
+    done = start_sweep(tmp_path, "--output_dir=study")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error: study/sweep.yaml: its launcher_args are not taken from a file")
+    assert "give --launcher_args again on the command line" in done.stderr
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**given, "launcher_args": SHELL.format(harm)}))
+    done = start_sweep(tmp_path, "--output_dir=new", "--config=mine.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: mine.yaml: its")
+    assert not harm.exists() and not (tmp_path / "new").exists()
+    assert [item.name for item in (tmp_path / "study").iterdir()] == ["sweep.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ("--num_gpus 4", True),
+        ("--num_gpus=4 --master_port 29501 --num_nodes=2", True),
+        ("--include localhost:0,1 -e worker-1@worker-2:3 --bind_cores_to_rank --bind_core_list 0-3,5", True),
+        ("", True),
+        ("--num_gpus 4 train.py", False),
+        ("train.py --num_gpus 4", False),
+        ("--num_gpus --module", False),
+        ("'--num_gpus 4'", False),
+        ("--num_gpu 4", False),
+        ("--incl localhost:0", False),
+        ("-ilocalhost:0", False),
+        ("--include -x", False),
+        ("--include 'a;id'", False),
+        ("--num_gpus ４", False),
+        ("--num_gpus", False),
+        ("-- x", False),
+        *((f"{flag} x", False) for flag in ("--hostfile", "-H", "--launcher", "--launcher_args", "--master_addr")),
+        *((f"{flag} x", False) for flag in ("--venv_script", "--enable_each_rank_log", "--autotuning", "--ssh_port")),
+        *((flag, False) for flag in ("--module", "--no_python", "--no_local_rank", "--save_pid", "--force_multi")),
+    ],
+)
+def test_launcher_arguments_that_a_file_may_give(tmp_path: Path, words: str, taken: bool) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"output_dir": "x", "launcher_args": words}))
+    assert parse_sweep([f"--config={tmp_path}/s.yaml", "--launcher_args=--module"]).settings.launcher_args == "--module"
+    assert parse_sweep([f"--config={tmp_path}/s.yaml", f"--launcher_args={words}"]).settings.launcher_args == words
+    if taken:
+        assert parse_sweep([f"--config={tmp_path}/s.yaml"]).settings.launcher_args == words
+        return
+    with pytest.raises(UserError, match=r"s\.yaml: its launcher_args are not taken from a file"):
+        parse_sweep([f"--config={tmp_path}/s.yaml"])
+
+
+def test_run_py_takes_no_launcher_arguments_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("launcher_args: --no_python\n")
+    with pytest.raises(UserError, match="unknown setting 'launcher_args'"):
+        parse_launch([f"--config={tmp_path}/s.yaml"])
+
+
+# A model folder that is merged -------------------------------------------------------------------------------------
+
+SECRET = "TOPSECRET, nobody else's\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text(SECRET)
+    return tmp_path / "secret" / "key.jinja"
+
+
+def refused_merge(model: Path, folder: Path, output: Path) -> str:
+    """What the merge of an adapter of `model` into its changed copy `folder` is refused with."""
+    adapter = with_adapter(model, "tl6")[1]
+    with pytest.raises(UserError) as caught:
+        merge_adapter(find_model(str(folder)), adapter, output)
+    assert sorted(item.name for item in output.parent.iterdir()) == ["model", "secret"]  # nothing was written
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", "NOTICE.txt", "x.jinja", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+     "additional_chat_templates/a.jinja"],
+)  # fmt: skip
+def test_merging_copies_nothing_from_where_links_lead(model: Path, secret: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    said = refused_merge(model, folder, tmp_path / "output")
+    assert said.startswith(f"{folder / name}: leads to {secret}, out of the model folder") and "remove the link" in said
+    (folder / name).unlink()
+    (folder / name).symlink_to("../model/../secret/key.jinja" if "/" not in name else "../../secret/key.jinja")
+    assert "leads to" in refused_merge(model, folder, tmp_path / "output")
+
+
+def test_merging_follows_no_folder_of_templates(model: Path, secret: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "additional_chat_templates").symlink_to(secret.parent)
+    assert "additional_chat_templates: leads to" in refused_merge(model, folder, tmp_path / "output")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json"])
+def test_merging_waits_for_no_pipe(model: Path, secret: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert "is a pipe, a socket or a device" in refused_merge(model, folder, tmp_path / "output")
+    (folder / name).unlink()
+    with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the name of a socket is short
+        server.bind(name)
+        assert "is a pipe, a socket or a device" in refused_merge(model, folder, tmp_path / "output")
+
+
+def test_merging_takes_the_folders_own_links_and_the_hubs(model: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    folder = hub / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(model.iterdir())):
+        shutil.copy(file, hub / "blobs" / str(number))
+        (folder / file.name).symlink_to(f"../../blobs/{number}")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "LICENSES").mkdir()
+    (folder / "NOTICE").symlink_to("LICENSE")
+    os.link(folder / "LICENSE", folder / "NOTICE.txt")
+    (folder / "NOTICE.old").symlink_to("nothing")
+    source, adapter, _ = with_adapter(folder, "tl6")
+    merge_adapter(source, adapter, tmp_path / "output")
+    for name in ("LICENSE", "NOTICE", "NOTICE.txt"):
+        assert (tmp_path / "output" / name).read_text() == "mine" and not (tmp_path / "output" / name).is_symlink()
+    assert load_tokenizer(tmp_path / "output").get_vocab() == load_tokenizer(model).get_vocab()
+    assert not (tmp_path / "output" / "NOTICE.old").exists()
+
+
+def test_merging_takes_no_tokenizer_that_leads_elsewhere(model: Path, secret: Path, tmp_path: Path) -> None:
+    """That of --tokenizer, which may be a stranger's too."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").symlink_to(secret)
+    write_native(tmp_path / "adapter", model, with_adapter(model, "tl6")[2])
+    given = [f"--adapter={tmp_path / 'adapter'}", f"--model={model}", f"--tokenizer={folder}", "--output=output"]
+    command = [sys.executable, ROOT / "tools" / "merge_adapter.py", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 2 and "chat_template.jinja: leads to" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizers_settings_name_no_other_file(secret: Path, tmp_path: Path, key: str) -> None:
+    """transformers would read it as the vocabulary, and write it again."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("a\n[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\n")
+    settings = {"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]", key: str(secret)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: {key} '.*key.jinja' names another file"):
+        load_tokenizer(folder)
+
+
+def test_weights_that_are_a_link_out_of_the_folder_are_not_merged(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "secret" / "private.safetensors")
+    (folder / "model.safetensors").symlink_to("../secret/private.safetensors")
+    assert "model.safetensors: leads to" in refused_merge(model, folder, tmp_path / "output")

