@@ -24,6 +24,7 @@ from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.qkv import RotatedHeads
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
@@ -123,9 +124,8 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
     counter = BytesTouched()
     with torch.device("meta"):
         kernels = counter.watched(EAGER)
-        layer = NormedLinear(
-            shape.hidden_size, sum(shape.rows), eps=1e-5, bias=False, dtype=torch.bfloat16, kernels=kernels
-        )
+        weight = FrozenWeight.empty(sum(shape.rows), shape.hidden_size, dtype=torch.bfloat16)
+        layer = NormedLinear(weight, eps=1e-5, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
         rotated = RotatedHeads(shape.rows, shape.head_dim, kernels, table)
         adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
