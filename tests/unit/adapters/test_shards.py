@@ -247,6 +247,7 @@ def test_start_values_follow_the_seed_the_name_and_the_layer() -> None:
     tied = start_values(adapter_config("tl6"))
     assert not torch.equal(tied["A"], start_values(adapter_config("tl6", seed=8))["A"])
     assert not torch.equal(tied["A"].flatten()[:50], tied["B"].flatten()[:50])
+    assert not torch.equal(tied["A"], tied["gate_up.A"])  # of one size, drawn for another target
     every, few = start_values(adapter_config("lora"))["A"], start_values(adapter_config("lora", (2, 4)))["A"]
     assert torch.equal(few, every[[1, 3]])  # a layer's values stay when other layers are left out
     assert not torch.equal(every[0], every[1])
