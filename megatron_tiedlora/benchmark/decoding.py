@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.benchmark.timing import (
-    SPEED_HEADER,
-    default_device,
-    describe_setup,
-    setup_line,
-    speed_columns,
-    take_turns,
-)
+from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -35,7 +28,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     """The report of both sides."""
     from transformers import AutoModelForCausalLM
 
-    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
+    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
     examples = load_split("demo", "test", files={}, seed=0, limit=settings.batch_size)
     texts = [example.prompt for example in examples]
@@ -53,12 +46,12 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     return {
         "model": source.name,
         "dtype": settings.dtype,
-        **describe_setup(device),
+        **timing.describe_setup(device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,
         "equal_tokens": share_of_equal_tokens(*rows),
-        "seconds": take_turns(timers, repeats=settings.repeats, uncounted=0),
+        "seconds": timing.take_turns(timers, repeats=settings.repeats, uncounted=0),
     }
 
 
@@ -91,8 +84,8 @@ def decoding_table(report: Mapping[str, Any]) -> list[str]:
         f"{report['model']} in {report['dtype']} on {report['device']}: {report['batch_size']} prompts of"
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
-        setup_line(report),
-        f"{'':<20}{SPEED_HEADER}",
-        *(f"{name:<20}{speed_columns(taken, tokens)}" for name, taken in report["seconds"].items()),
+        timing.setup_line(report),
+        f"{'':<20}{timing.SPEED_HEADER}",
+        *(f"{name:<20}{timing.speed_columns(taken, tokens)}" for name, taken in report["seconds"].items()),
         f"ratio of the medians {theirs / ours:.2f}",
     ]
