@@ -365,15 +365,15 @@ NESTED = {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q"
         # No answer.
         ("squad", changed("squad", answers={"text": [], "answer_start": []}), ["'answers' is an empty list"]),
         ("squad", changed("squad", answers={"text": [""], "answer_start": [0]}), ["'answers' is empty"]),
-        ("squad", changed("squad", answers={}), ["'answers' holds no list"]),
-        ("squad", changed("squad", answers="Lourdes"), ["'answers' holds no list"]),
+        ("squad", changed("squad", answers={}), ["'answers' is not a list"]),
+        ("squad", changed("squad", answers="Lourdes"), ["'answers' is not a list"]),
         ("dialogsum", {"dialogue": "A"}, ["'summary' is missing", "'dialogue'"]),
         ("dialogsum", {"dialogue": "A", "summary1": "a", "summary2": " "}, ["'summary2' is empty"]),
         ("dialogsum", {"dialogue": ["A", "B"], "summary": "a"}, ["'dialogue' is list"]),
         ("iwslt2017", {"de": "Ja.", "en": ""}, ["'en' is empty"]),
         ("gsm8k", changed("gsm8k", answer=5), ["'answer' is int"]),
         ("custom", {"prompt": "a", "completion": "b", "references": []}, ["'references' is an empty list"]),
-        ("custom", {"prompt": "a", "completion": "b", "references": "c"}, ["'references' holds no list"]),
+        ("custom", {"prompt": "a", "completion": "b", "references": "c"}, ["'references' is not a list"]),
         ("custom", {"prompt": "a", "completion": "b", "references": ["c", ""]}, ["'references' is empty"]),
     ],
 )
