@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -149,8 +150,7 @@ def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
         options.method,
         rank=options.rank,
         layers=tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
     if source.folder is None:

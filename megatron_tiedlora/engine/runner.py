@@ -70,9 +70,7 @@ class Runner:
         return 1
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
-        """Run the forward and backward passes of a step; afterwards gradients are accumulated and averaged.
-
-        No parameter has changed then.
+        """Run a step's forward and backward passes: accumulates and averages gradients, and changes no parameter.
 
         Args:
             denominator: each micro-batch's summed loss is divided by it.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import HeadShape
+from megatron_tiedlora.base.shapes import QKV, HeadShape
 from megatron_tiedlora.model.cpu_attention import QueryTile, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
@@ -156,7 +156,8 @@ class Attention(nn.Module):
             cache: of this rank's key and value heads; the new keys and values are added to it.
         """
         rotated = RotatedHeads(self.local_heads.rows, self.local_heads.dim, self.kernels, context.table)
-        query, key, value = self.qkv(hidden, rotated, tensor_parallel, update, num_rows=len(context.positions))
+        qkv_update = None if update is None else update.get(QKV)
+        query, key, value = self.qkv(hidden, rotated, tensor_parallel, qkv_update, num_rows=len(context.positions))
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)

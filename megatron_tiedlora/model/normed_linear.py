@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
@@ -83,7 +83,7 @@ class NormedLinear(nn.Module):
         hidden: torch.Tensor,
         epilogue: Epilogue,
         tensor_parallel: TensorParallel,
-        update: LayerUpdate | None = None,
+        update: LinearUpdate | None = None,
         *,
         num_rows: int,
     ) -> tuple[torch.Tensor, ...]:

@@ -136,7 +136,7 @@ def export(trainer: Trainer) -> list[str]:
         UserError: an export does not compute the same as the adapter.
         RunStopped: a signal came; the other ranks wait where they learn of it.
     """
-    trainer.stop.raise_if_wished()
+    trainer.stop.raise_if_requested()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
     plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_adapter(folder.adapter)

@@ -244,7 +244,7 @@ def test_a_rank_that_its_launcher_abandoned_is_told_to_save(start: Launch, detac
     ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches}, grace=60)
     assert "killed" not in ended.said
     assert ended.status == 1 and ended.signals == [15]
-    assert "the launcher has ended, but not the job" in ended.said and "(rank, python" in ended.said
+    assert "the launcher has ended, but the job has not" in ended.said and "(rank, python" in ended.said
     assert "stopped at step 3" in ended.said
 
 

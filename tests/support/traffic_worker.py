@@ -132,8 +132,9 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
     updates = stage.read_adapter()
     hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]
-    context = block.attention.context(torch.arange(length)[None], plan.dtype)  # kept once for all layers
-    factors = (factor for factor in updates.get(index, ()) if isinstance(factor, torch.Tensor))
+    context = block.attention.context(torch.arange(length)[None], plan.dtype)  # saved once for all layers
+    found = (factor for update in updates.get(index, {}).values() for factor in update)
+    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
     held = [*stage.parameters(), *context.table, *factors]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, torch.Tensor] = {}

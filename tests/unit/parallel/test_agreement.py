@@ -18,6 +18,7 @@ from forked_ranks import run_on_ranks
 from safetensors.torch import save
 from torch import distributed
 
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, NativeAdapter
@@ -52,7 +53,7 @@ def bits(values: list[float]) -> list[bytes]:
 def checkpoint() -> Checkpoint:
     """With every kind of field: texts, numbers, None, tuples, mappings, tensors of several shapes and dtypes."""
     draw = torch.Generator().manual_seed(5)
-    config = make_adapter_config("tl6", rank=3, layers=(1, 3), hidden_size=8, qkv_rows=(8, 4, 4), seed=5)
+    config = make_adapter_config("tl6", rank=3, layers=(1, 3), targets=(qkv_target(8, (8, 4, 4)),), seed=5)
     base = BaseIdentity(TEXT, "c" * 64, "w" * 64, {"num_layers": 3, "head_dim": 2}, "bf16")
     state = {"A": torch.randn(3, 8, generator=draw), "B": torch.tensor([[math.nan, -0.0], [math.inf, 1e-42]])}
     moments = {f"exp_avg.{TEXT}": torch.randn(5, generator=draw).bfloat16(), "count": torch.tensor(7)}

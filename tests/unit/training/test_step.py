@@ -46,7 +46,7 @@ class Rank:
         self.calls.append("step")
         return self.norm
 
-    def wish(self) -> int:
+    def requested_signal(self) -> int:
         return self.number
 
     def agree(self, mine: bool) -> bool:
