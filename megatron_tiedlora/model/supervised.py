@@ -37,7 +37,7 @@ class Supervised(NamedTuple):
         return self.local_rows.chunk(num_parts)[part]
 
 
-def positions_after(num_supervised: int) -> int:
+def padded_positions(num_supervised: int) -> int:
     """m / p, from the number of supervised positions in the part that has most."""
     return padded(max(1, num_supervised))
 
@@ -50,7 +50,7 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1) -> Supervised:
     """
     by_part = labels.reshape(num_parts, -1)
     found = [(part != IGNORED_LABEL).nonzero()[:, 0] for part in by_part]
-    most = positions_after(max(len(rows) for rows in found))
+    most = padded_positions(max(len(rows) for rows in found))
     filled = [torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in found]
     local_rows = torch.cat(filled)
     rows = local_rows + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * by_part.shape[1]
