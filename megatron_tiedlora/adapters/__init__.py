@@ -1,1 +1,1 @@
-"""The paper's methods as data, and the tied adapter built from them."""
+"""The tied adapter: its targets, tensors and low-rank update, and how ranks share, sum and gather it."""

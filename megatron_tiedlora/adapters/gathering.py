@@ -1,4 +1,4 @@
-"""Full tensors out of the ranks' parts, on rank 0: how every file becomes independent of the layout."""
+"""Gathers full tensors from the shards of all ranks on rank 0, so that files do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tiedlora.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Where an adapter lies: which rank holds which part of it.
+    """Which rank holds which part of an adapter.
 
     Attributes:
         stage_layers: adapted layers by pipeline stage.
@@ -25,7 +25,7 @@ class AdapterLayout:
     stage_layers: tuple[tuple[int, ...], ...]
 
     def parts(self) -> dict[int, AdapterPart]:
-        """The part of each rank of data-parallel rank 0, by rank: together they hold all of it."""
+        """The parts of the ranks with data-parallel rank 0, by rank. Together they are the whole adapter."""
         tp_size = self.grid.tp_size
         return {
             self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterPart(self.config, layers, tp_rank, tp_size)
@@ -37,20 +37,20 @@ class AdapterLayout:
 def gather_full(
     names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout
 ) -> dict[str, torch.Tensor]:
-    """Full fp32 CPU tensors on rank 0, nothing elsewhere, sent as CPU tensors. Every rank calls it.
+    """Full fp32 CPU tensors on rank 0, nothing on the others. They are sent as CPU tensors. Every rank calls it.
 
     Args:
-        names: tensors to gather, the same on every rank.
-        local: this rank's parts of them (or of their moments) by name, where its part of the adapter has them.
+        names: the tensors to gather, the same on every rank.
+        local: this rank's parts of them (or of their moments), by name; tensors that it does not have are absent.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, torch.Tensor] = {}
     for name in names:
-        tied, cut = config.factor(name).tied, config.spec(name).dim is not None
+        tied, sharded = config.factor(name).tied, config.spec(name).dim is not None
         owners = [
             rank
             for rank, part in parts.items()
-            if part.exists(name) and (cut or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
+            if part.exists(name) and (sharded or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
         ]
         if grid.rank in owners and grid.rank != 0:
             distributed.send(local[name].detach().to("cpu", torch.float32).contiguous(), dst=0)
@@ -70,7 +70,7 @@ def gather_full(
 
 
 def gather_state(local: Mapping[str, torch.Tensor], layout: AdapterLayout) -> dict[str, torch.Tensor]:
-    """Every tensor in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
+    """All full tensors on rank 0, with ones for those frozen at one; nothing on the others. Every rank calls it."""
     config = layout.config
     stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]
     full = gather_full(stored, local, layout)

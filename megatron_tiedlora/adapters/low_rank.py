@@ -1,11 +1,11 @@
-"""The low-rank update of a linear, z = W x + F A x, as pure functions on one rank's tensors: what the adapter adds.
+"""The low-rank update of a linear, z = W x + F A x, as pure functions on one rank's tensors.
 
-With ax = A x, dy the gradient of z and grad_ax = dy F:
+With ax = A x, dz the gradient of z and grad_ax = dz F:
 
-    dA = grad_ax^T x        dF = dy^T ax        dx = dy W + grad_ax A
+    dA = grad_ax^T x        dF = dz^T ax        dx = dz W + grad_ax A
 
-No matmul here gives anything of the size tokens x out. Rows are flat: (tokens, features). F = (alpha / r) diag(v) B
-diag(u) and what becomes of dF are the bank's (`tied_adapter`), the matmuls with W are the projection's.
+No matmul here creates a (tokens, out) tensor. Rows are flat: (tokens, features). `tied_adapter` computes F = (alpha /
+r) diag(v) B diag(u), and the gradients of B, u and v from dF. The projection computes the matmuls with W.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def add_update_(z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
 
 
 def gradient_of_ax(grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """dy F, (tokens, r), from dy (tokens, out)."""
+    """grad_ax = dz F, (tokens, r), from dz (tokens, out)."""
     return grad_z @ f
 
 
 def gradient_of_f(grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dF = dy^T ax, (out, r), in `dtype`."""
+    """dF = dz^T ax, (out, r), in `dtype`."""
     return wide_matmul(grad_z.t(), ax, dtype)
 
 
@@ -41,7 +41,7 @@ def gradient_of_a(grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) ->
 
 
 def add_share_(grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:
-    """grad_x + grad_ax A in the place of grad_x, both (..., in) and (..., r); `grad_x` alone where nothing is added."""
+    """grad_x + grad_ax A, in place, with grad_x (..., in) and grad_ax (..., r); grad_x alone if one of them is None."""
     if grad_ax is not None and a is not None:
         rows = grad_x.view(-1, grad_x.shape[-1])
         torch.addmm(rows, grad_ax.reshape(-1, grad_ax.shape[-1]), a, out=rows)
@@ -49,12 +49,12 @@ def add_share_(grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tens
 
 
 def beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-    """[wide | narrow | zeros] for one message, with columns that divide by `layers.SIZE_MULTIPLE` where `wide`'s do."""
+    """[wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `layers.SIZE_MULTIPLE` columns."""
     missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
 def apart(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two parts of `beside`, the second of `size` columns; views."""
+    """`wide` and `narrow` from the result of `beside`, as views; `narrow` has `size` columns."""
     width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]

@@ -13,8 +13,8 @@ class Target:
 
     Attributes:
         name: its key in `BlockShape.adaptable`.
-        blocks: output sizes of the parts that are fused, in order.
-        cut: how W is sharded over tensor-parallel ranks: "column", each block's rows; "row", its columns.
+        blocks: output sizes of the fused parts, in order.
+        cut: how W is sharded over tensor-parallel ranks: "column" by the rows of each block, "row" by its columns.
     """
 
     name: str
@@ -24,23 +24,23 @@ class Target:
 
     @property
     def out_size(self) -> int:
-        """Rows of W."""
+        """The number of rows of W."""
         return sum(self.blocks)
 
     def local_sizes(self, tp_size: int) -> tuple[int, int]:
-        """(in, out) of W on one rank."""
+        """(in, out) of one rank's shard of W."""
         if self.cut == "row":
             return self.in_size // tp_size, self.out_size
         return self.in_size, self.out_size // tp_size
 
     @property
     def prefix(self) -> str:
-        """What the names of its tensors begin with."""
+        """The prefix of its tensors' names."""
         return "" if self.name == QKV else f"{self.name}."
 
 
 def targets_of(shape: ModelShape) -> tuple[Target, ...]:
-    """Every linear of the model's blocks that can be adapted."""
+    """All linears of the model's blocks that can be adapted."""
     adaptable = shape.block.adaptable
     return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable.items())
 

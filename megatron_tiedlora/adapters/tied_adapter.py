@@ -1,7 +1,7 @@
-"""The trained tensors of a run: one bank with A, B, u, v of every target for all adapted layers of a rank's stage.
+"""The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
-Owns shapes, cuts, start values, lora_factors(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
-Leaves z = W x + F A x and the gradients of A and F to low_rank, files to checkpoint/, the tie between stages to tying.
+It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). It leaves
+z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron_tiedlora.parallel.step_sum import StepSum
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is, apart from its values.
+    """The description of an adapter, without its values.
 
     Attributes:
         layers: adapted layers, 1-based, ascending.
-        targets: the linears that are adapted in each of them. Each has tensors A, B, u, v of its own.
-        init_std_a: of A's start values, for the first target; of the others as their inputs are more or fewer.
+        targets: the linears that are adapted in each of them. Each has its own tensors A, B, u, v.
+        init_std_a: init std of A for the first target; for another target it is scaled by 1 / sqrt(its inputs / those).
     """
 
     method: str
@@ -51,30 +51,31 @@ class AdapterConfig:
 
     @property
     def row(self) -> Method:
-        """The method's row of the table."""
+        """The method's entry in the table of methods."""
         return find_method(self.method)
 
     @property
     def tensors(self) -> dict[str, tuple[Target, str]]:
-        """Every tensor by its name: the target that it belongs to, and which of A, B, u, v it is."""
+        """Every tensor by name: its target, and which of A, B, u, v it is."""
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """Whether a tensor is tied and trained, and how it starts."""
+        """Whether a tensor is tied and trained, and how it is initialised."""
         return self.row.factor(self.tensors[name][1])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape: A (r, in), B (out, r), u (n, r), v (n, out); A and B get a leading n where they are not tied."""
+        """Full shape: A (r, in), B (out, r), u (n, r), v (n, out). A and B have a leading n if they are not tied."""
         n, r = len(self.layers), self.rank
         target, factor = self.tensors[name]
         shape = {"A": (r, target.in_size), "B": (target.out_size, r), "u": (r,), "v": (target.out_size,)}[factor]
         return shape if self.factor(name).tied else (n, *shape)
 
     def spec(self, name: str) -> ShardSpec:
-        """How a tensor is sharded over tensor-parallel ranks: the one declaration that everything reads.
+        """How a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
 
-        B and v are sharded as the rows of W, A as its columns. Where W is whole along these, a trained tensor is held
-        in parts all the same (see `gathered_dim`), and a frozen one is whole, so that it causes no message. u is whole.
+        B and v are sharded like the rows of W, A like its columns. If W is not sharded along these, a trained tensor is
+        sharded all the same (see `gathered_dim`), and a frozen one is replicated, so that it needs no message. u is
+        replicated.
         """
         target, factor = self.tensors[name]
         last = len(self.shape(name)) - 1
@@ -85,25 +86,25 @@ class AdapterConfig:
         return ShardSpec(last - 1 if factor == "B" else last, target.blocks)
 
     def gathered_dim(self, name: str) -> int | None:
-        """The dimension along which ranks hold parts of a tensor that each needs the whole of."""
+        """The dimension along which a sharded tensor is gathered before use; None if no rank needs the full tensor."""
         return None if self._follows_weight(name) else self.spec(name).dim
 
     def _follows_weight(self, name: str) -> bool:
-        """Whether a tensor lies along the dimension of W that is sharded."""
+        """Whether a tensor extends along the sharded dimension of W."""
         target, factor = self.tensors[name]
         return factor != "u" and (factor == "A") == (target.cut == "row")
 
     def num_trained(self) -> dict[str, int]:
-        """Trained numbers by tensor, frozen tensors left out."""
+        """The number of trained parameters in each trained tensor."""
         return {name: torch.Size(self.shape(name)).numel() for name in self.tensors if self.factor(name).trained}
 
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """What one rank holds of an adapter: its stage's adapted layers, and its tensor-parallel cut.
+    """The part of an adapter that one rank holds: its stage's adapted layers, and its tensor-parallel shard.
 
     Attributes:
-        layers: adapted layers of the stage, a contiguous run of `config.layers`, or none.
+        layers: adapted layers of the stage, a contiguous part of `config.layers`, which may be empty.
     """
 
     config: AdapterConfig
@@ -113,29 +114,29 @@ class AdapterPart:
 
     @staticmethod
     def whole(config: AdapterConfig) -> AdapterPart:
-        """All of it."""
+        """The whole adapter."""
         return AdapterPart(config, config.layers)
 
     @property
     def rows(self) -> slice:
-        """Which entries of a per-layer factor's first dimension are the stage's."""
+        """The stage's entries along the first dimension of a per-layer tensor."""
         start = self.config.layers.index(self.layers[0]) if self.layers else 0
         return slice(start, start + len(self.layers))
 
     def exists(self, name: str) -> bool:
-        """Whether the tensor is there: not frozen at one, and tied or of a layer of this stage."""
+        """Whether the rank has the tensor: it is not frozen at one, and it is tied or the stage has adapted layers."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and (factor.tied or bool(self.layers))
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of this rank's part."""
+        """The shape of this rank's part."""
         shape = self.config.shape(name)
         if not self.config.factor(name).tied:
             shape = (len(self.layers), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def cut(self, name: str, full: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a full tensor (or of anything of its shape, such as a moment)."""
+        """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
         rows = full if self.config.factor(name).tied else full[self.rows]
         return self.config.spec(name).split(rows, self.tp_rank, self.tp_size)
 
@@ -151,14 +152,14 @@ def make_adapter_config(
     init_std_a: float | None = None,
     init_std_b: float | None = None,
 ) -> AdapterConfig:
-    """An AdapterConfig with the defaults filled in: alpha = rank, start widths by method. Raises UserError."""
+    """An AdapterConfig with defaults: alpha = rank, init stds by method. Raises UserError for an unknown method."""
     std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
     std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
 def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """Full fp32 start values of every tensor, functions of the config alone, per layer where they are not tied."""
+    """The full initial fp32 values of every tensor. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
         factor, shape = config.factor(name), config.shape(name)
@@ -176,14 +177,13 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
 
 
 class LinearUpdate(NamedTuple):
-    """The update F A x of one linear as its matmuls take it, on one rank: made once for all layers and calls.
+    """The factors of the update F A x of one linear, on one rank.
 
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: takes A's gradient in A's place: of its shape, in the adapter's dtype, without values. None where A is
-            frozen.
-        grad_f: the same for F. None where B, u and v are frozen.
+        grad_a: stand-in that receives A's gradient: A's shape, the adapter's dtype, no values. None if A is frozen.
+        grad_f: the same for F. None if B, u and v are frozen.
     """
 
     a: torch.Tensor
@@ -192,21 +192,21 @@ class LinearUpdate(NamedTuple):
     grad_f: torch.Tensor | None
 
 
-LayerUpdate = Mapping[str, LinearUpdate]  # of one adapted layer, by the name of the target
+LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
 
 
 def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """scale diag(v) B diag(u), (o, r), or (n, o, r) where one of b, u (n, r) and v (n, o) is per layer."""
+    """scale diag(v) B diag(u), (o, r), or (n, o, r) if b, u (n, r) or v (n, o) is per layer."""
     rows = b if v is None else v[..., None] * b
     scaled = rows if u is None else rows * u[..., None, :]
     return scaled if scale == 1.0 else scaled * scale
 
 
 class _StandIns(torch.autograd.Function):
-    """For each layer what takes the gradient of its F = scale diag(v) B diag(u): F's shape, the adapter's dtype.
+    """Stand-ins that receive the gradient of each layer's F = scale diag(v) B diag(u), in the adapter's dtype.
 
-    autograd casts a gradient to the dtype of the tensor that it is of, and F is in the base's: fp32 gradients need a
-    tensor of fp32, which nobody reads. With the gradients G of F, for all layers at once,
+    autograd casts a gradient to its tensor's dtype, and F has the base's. An fp32 gradient therefore needs an fp32
+    tensor, whose values are never read. With the gradients G of F, for all layers at once,
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -215,7 +215,7 @@ class _StandIns(torch.autograd.Function):
     def forward(
         ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, num_layers: int
     ) -> tuple[torch.Tensor, ...]:
-        # Detached: under ZeRO-3 the Parameter is emptied when the bank's call returns.
+        # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
         ctx.save_for_backward(*(None if tensor is None else tensor.detach() for tensor in (b, u, v)))
         ctx.scale = scale
         return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
@@ -229,7 +229,7 @@ class _StandIns(torch.autograd.Function):
         grad_b = grad_u = grad_v = None
         if needs_b:
             grad_b = _fold(grad_f, u, v, ctx.scale)
-            grad_b = grad_b if b.ndim == grad_b.ndim else grad_b.sum(0)  # tied: one for all layers
+            grad_b = grad_b if b.ndim == grad_b.ndim else grad_b.sum(0)  # tied: one B for all layers
         if needs_u:
             grad_u = (_fold(grad_f, None, v, ctx.scale) * b).sum(-2)
         if needs_v:
@@ -238,14 +238,14 @@ class _StandIns(torch.autograd.Function):
 
 
 class TiedAdapter(nn.Module):
-    """The bank: tensors A, B, u, v of each target on one rank, stacked over the stage's layers where they are per
-    layer, fp32. They are its parameters, by the names of `AdapterConfig.tensors`.
+    """The tensors A, B, u, v of each target on one rank, fp32; per-layer ones are stacked over the stage's layers.
 
-    Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a
-    gradient. A tied factor is one Parameter however many layers use it, and every stage has it.
+    They are the module's parameters, by the names of `AdapterConfig.tensors`. Factors frozen at one (u and v of most
+    methods) do not exist as tensors; factors frozen at random values do, without a gradient. A tied factor is one
+    Parameter for all layers, and every stage has it.
 
     Attributes:
-        u_sum: over the ranks that hold the same u, see `tying.sum_of_u`; set where ranks share layers and train.
+        u_sum: sums u's gradient over the ranks with the same u; training sets it to `tying.sum_of_u`.
     """
 
     def __init__(self, part: AdapterPart, *, dtype: torch.dtype = torch.float32) -> None:
@@ -263,24 +263,24 @@ class TiedAdapter(nn.Module):
 
     @property
     def config(self) -> AdapterConfig:
-        """What the whole adapter is."""
+        """The description of the whole adapter."""
         return self.part.config
 
     def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy this rank's parts of full tensors into the parameters that exist; shapes must agree."""
+        """Copy this rank's parts of full tensors into the parameters; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.cut(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """The updates of each adapted layer of the stage: of A and F what goes with this rank's part of W.
+        """The updates of each adapted layer of the stage: the parts of A and F that match this rank's shard of W.
 
-        With tensor parallelism, factors that ranks hold in parts and need whole are gathered here, once per call. The
-        gradients of these and of u that come back are parts, and are summed here too: by the reduce-scatter that is the
-        gather's adjoint, and u's once a step by `u_sum`.
+        With tensor parallelism, sharded factors that ranks need in full are gathered here, once per call. Each rank
+        has an addend of their gradients and of u's. They are summed here too: by the reduce-scatter that is the
+        gather's adjoint, and for u once per step by `u_sum`.
 
         Args:
-            dtype: of the base.
+            dtype: the base's dtype.
         """
         if not self.part.layers:
             return ()
@@ -296,7 +296,7 @@ class TiedAdapter(nn.Module):
     def _updates(
         self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
     ) -> tuple[LinearUpdate, ...]:
-        """One target's update in each adapted layer."""
+        """The update of one target in each adapted layer."""
         num_layers, scale = len(self.part.layers), self.config.scale
         with torch.no_grad():
             f = _fold(b, u, v, scale)
@@ -308,7 +308,7 @@ class TiedAdapter(nn.Module):
         return self.get_submodule(target.prefix.rstrip("."))
 
     def _whole(self, target: Target, factor: str, tensor_group: RankGroup) -> Any:
-        """A factor as this rank's matmuls need it; None where it is frozen at one."""
+        """A factor as this rank's matmuls need it; None if it is frozen at one."""
         tensor, dim = getattr(self._module(target), factor), self.config.gathered_dim(target.prefix + factor)
         return tensor if dim is None else gather_from_tensor_parallel_region(tensor, tensor_group, dim=dim)
 
@@ -325,8 +325,10 @@ def _stand_ins(
 def lora_factors(
     config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A target's update in one layer (1-based) as a plain LoRA pair: diag(u) A, (r, in), and (alpha / r) diag(v) B,
-    (out, r); `state` has every tensor in full."""
+    """The update of a target in one layer (1-based) as a plain LoRA pair.
+
+    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors.
+    """
     index = config.layers.index(layer)
     names = [target.prefix + factor for factor in FACTORS]
     a, b, u, v = (state[name] if config.factor(name).tied else state[name][index] for name in names)

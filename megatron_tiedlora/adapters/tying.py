@@ -1,8 +1,8 @@
-"""The tie across stages and ranks: one sum of the tied gradients a step, and the proof that replicas are equal.
+"""Tied tensors across stages and ranks: one sum of their gradients per step, and the check that replicas are equal.
 
-A and B stand on every stage and every data-parallel rank. Their gradient is the sum over the stages of the parts that
-the stages' layers give, so it is summed once a step over pipeline x data, in one flat fp32 message. u stands on every
-tensor-parallel and data-parallel rank of its stage, and is summed over those in the same way.
+A and B are replicated on every stage and data-parallel rank. Each stage has the addend of their gradient from its own
+layers, so the gradient is summed once per step over pipeline x data, in one flat fp32 message. u is replicated on the
+tensor-parallel and data-parallel ranks of its stage, and its gradient is summed over those.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.step_sum import StepSum
 
 
-def tied_trained(bank: TiedAdapter) -> list[str]:
-    """The tensors that are tied and trained, in the adapter's order."""
-    return [name for name in bank.config.num_trained() if bank.config.factor(name).tied]
+def tied_trained(adapter: TiedAdapter) -> list[str]:
+    """The tied, trained tensors, in the adapter's order."""
+    return [name for name in adapter.config.num_trained() if adapter.config.factor(name).tied]
 
 
-def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
-    """Replace the gradients of tied tensors by their sum over stages and data-parallel ranks, counted once.
+def sum_tied_gradients_(adapter: TiedAdapter, groups: ParallelGroups) -> list[str]:
+    """Replace the gradients of tied tensors by their sum over stages and data-parallel ranks.
 
-    The sum is left on the data-parallel rank 0 of each stage, and zeros on the others: the engine's own mean over the
-    data-parallel ranks, which comes next, then adds zeros, so that every stage gets the same bits whatever its order of
-    sums or its buckets. (A sum that every rank holds would be summed again in another order on each stage.)
+    Data-parallel rank 0 of each stage gets the sum, the others get zeros. The engine's mean over the data-parallel
+    ranks, which follows, then only adds zeros, so that every stage gets the same bits for any order of sums or buckets.
+    (If every rank had the sum, each stage would add the copies in another order.)
 
-    Only a stage without an adapted layer may be without a gradient. Elsewhere zeros take its place, so that no rank
-    waits for this one, and the caller stops the run.
+    Only a stage without adapted layers may have no gradient. Elsewhere a missing gradient counts as zeros, so that no
+    rank waits for this one, and the caller stops the run.
 
     Returns:
-        the tensors whose gradient is missing on this rank, where it should not be.
+        the tensors whose gradient is missing on this rank although its stage has adapted layers.
     """
-    parameters = [bank.get_parameter(name) for name in tied_trained(bank)]
+    parameters = [adapter.get_parameter(name) for name in tied_trained(adapter)]
     if not parameters:
         return []
     parts, missing = [], []
-    for name, parameter in zip(tied_trained(bank), parameters, strict=True):
-        if parameter.grad is None and bank.part.layers:
+    for name, parameter in zip(tied_trained(adapter), parameters, strict=True):
+        if parameter.grad is None and adapter.part.layers:
             missing.append(name)
         parts.append((torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten())
     flat = torch.cat(parts)
@@ -55,17 +55,17 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
 
 
 def sum_of_u(groups: ParallelGroups) -> StepSum:
-    """How u's gradient is summed: once a step over the ranks of a stage, and left on data-parallel rank 0.
+    """The sum of u's gradient: once per step over the ranks of a stage; only data-parallel rank 0 gets it.
 
-    The engine's mean over the data-parallel ranks, which comes next, adds zeros to it, as in `sum_tied_gradients_`: it
-    is another group for every tensor-parallel rank, and each might add in another order.
+    The engine's mean over the data-parallel ranks, which follows, adds zeros to it, as in `sum_tied_gradients_`. Every
+    tensor-parallel rank has its own data-parallel group, and each might add in another order.
     """
     return StepSum(groups.stage, keeps=groups.data.rank == 0)
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Replicas of one tensor that differ: which ranks' from the first one's, and by how much at most."""
+    """A tensor whose replicas differ: the group's first rank, the ranks that differ from it, the largest difference."""
 
     tensor: str
     across: str
@@ -88,30 +88,30 @@ def replica_groups(part: AdapterPart, groups: ParallelGroups, name: str) -> list
     return found
 
 
-def find_mismatch(bank: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
-    """Compare every replicated tensor bit by bit; the first that differs within a group of this rank, or None.
+def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
+    """Compare every replicated tensor bit by bit. Returns the first that differs within a group of this rank, or None.
 
-    Collective: every rank calls it, and sends the same messages whatever it finds. A group's largest and smallest bit
-    patterns are equal only if all are.
+    Collective: every rank calls it, and the messages do not depend on what it finds. The largest and smallest bit
+    patterns of a group are equal only if all are equal.
     """
     first: Mismatch | None = None
-    for name, parameter in bank.named_parameters():
-        for across, group in replica_groups(bank.part, groups, name):
+    for name, parameter in adapter.named_parameters():
+        for across, group in replica_groups(adapter.part, groups, name):
             if group.size == 1:
                 continue
             bits = parameter.detach().contiguous().view(torch.int32)
             ends = torch.stack((bits, ~bits))
             distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
-            if bool((ends[0] != ~ends[1]).any()):  # on every rank of the group, so that all describe it together
+            if bool((ends[0] != ~ends[1]).any()):  # true on every rank of the group, so all describe it together
                 found = Mismatch(name, across, *_describe(parameter.detach(), group))
                 first = first or found
     return first
 
 
 def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
-    """The group's first rank, those that differ from it, and by how much; all ranks of the group call it together."""
+    """(first rank, ranks that differ from it, largest difference); all ranks of the group call it together."""
     copies = all_gather(tensor[None], group, dim=0)
-    bits = copies.view(torch.int32)  # as they were compared: a nan equals itself, and -0 is not 0
+    bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
     differing = [number for number in range(group.size) if not torch.equal(bits[number], bits[0])]
     assert group.handle is not None
     first, *ranks = (distributed.get_global_rank(group.handle, number) for number in (0, *differing))
@@ -119,22 +119,22 @@ def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, .
 
 
 class GradientGuard:
-    """Watches the gradients of a run's first steps, as autograd hands them to the leaves.
+    """Watches the gradients of a run's first steps with autograd hooks on the parameters.
 
-    At step 1 every trained tensor of an adapted stage must have a gradient; by step 2 a non-zero one, layer by layer
-    for factors that are per layer, on at least one of the ranks that hold it. (With v = 0 or B = 0 at the start, the
-    partner's gradient is exactly zero at step 1.)
+    At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2 it must be non-zero on
+    at least one rank that holds the tensor, and for per-layer factors in every layer. (If v or B starts at zero, the
+    gradient of its partner is exactly zero at step 1.)
     """
 
-    def __init__(self, bank: TiedAdapter) -> None:
-        self._part = bank.part
+    def __init__(self, adapter: TiedAdapter) -> None:
+        self._part = adapter.part
         self._seen: set[str] = set()
-        self._trained = [name for name, parameter in bank.named_parameters() if parameter.requires_grad]
+        self._trained = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
         self._largest: dict[str, torch.Tensor] = {}
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
-            for name, parameter in bank.named_parameters()
-            if parameter.requires_grad and bank.part.layers
+            for name, parameter in adapter.named_parameters()
+            if parameter.requires_grad and adapter.part.layers
         ]
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
@@ -148,11 +148,11 @@ class GradientGuard:
         return self._part.config.factor(name).tied
 
     def missing(self) -> list[str]:
-        """Trained tensors of this rank that no gradient has reached so far."""
+        """The trained tensors of this rank that have had no gradient so far."""
         return [name for name in self._trained if name not in self._seen] if self._part.layers else []
 
     def labels(self) -> list[str]:
-        """What `largest` speaks of, in its order: tied tensors, and per-layer ones layer by layer; alike everywhere."""
+        """The names for the numbers of `largest`: tied tensors, and per-layer ones by layer; the same on every rank."""
         found = []
         for name in self._part.config.num_trained():
             layers = self._part.config.layers
@@ -160,16 +160,16 @@ class GradientGuard:
         return found
 
     def largest(self) -> list[float]:
-        """The largest gradient seen on this rank for each of `labels`; 0 for what it does not hold."""
+        """The largest absolute gradient seen on this rank for each of `labels`; 0 for tensors of other ranks."""
         config, numbers = self._part.config, []
         for name in config.num_trained():
-            mine = self._largest[name].tolist() if name in self._largest else []
+            local = self._largest[name].tolist() if name in self._largest else []
             if self._is_tied(name):
-                numbers += mine or [0.0]
+                numbers += local or [0.0]
             else:
-                whole = [0.0] * len(config.layers)
-                whole[self._part.rows] = mine or [0.0] * len(self._part.layers)
-                numbers += whole
+                full = [0.0] * len(config.layers)
+                full[self._part.rows] = local or [0.0] * len(self._part.layers)
+                numbers += full
         return numbers
 
     def remove(self) -> None:
@@ -178,12 +178,12 @@ class GradientGuard:
             hook.remove()
 
 
-def gradient_norm_counts(bank: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
-    """The trained tensors whose gradient this rank counts in the norm: tied and replicated ones once, shards each."""
-    part = bank.part
+def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
+    """The trained tensors that this rank counts in the gradient norm: every replicated tensor once, every shard."""
+    part = adapter.part
     return [
         name
-        for name, parameter in bank.named_parameters()
+        for name, parameter in adapter.named_parameters()
         if parameter.requires_grad
         and (part.config.spec(name).dim is not None or groups.tensor.rank == 0)
         and (not part.config.factor(name).tied or groups.pipeline.rank == 0)

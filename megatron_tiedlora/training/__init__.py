@@ -1,1 +1,1 @@
-"""Optimizer, schedule, the loop, logs, stopping and resuming."""
+"""A training run: its plan, data, model and engine, the step, the loop, checks, resuming and the end."""

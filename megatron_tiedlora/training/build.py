@@ -40,13 +40,13 @@ from megatron_tiedlora.training.plan import RunPlan
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """This rank's model with base and adapter values in place, and which base that is.
+    """This rank's model with the values of base and adapter, and the base's identity.
 
     Attributes:
         module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
-        process_grid: DeepSpeed's.
-        bytes_read: of base weights, by rank.
-        notes: on how the base compares with the checkpoint's.
+        process_grid: DeepSpeed's grid of process groups.
+        bytes_read: bytes of base weights read, by rank.
+        notes: how the base differs from the checkpoint's.
     """
 
     module: nn.Module
@@ -61,10 +61,10 @@ class BuiltModel:
 def build_model(
     plan: RunPlan, device: torch.device, checkpoint: Checkpoint | None, *, kernels: Kernels = EAGER
 ) -> BuiltModel:
-    """Build this rank's part of the flat list on `device`, read its slices of the base, give the adapter its values.
+    """Build this rank's part of the flat list on `device`, load its shards of the base and its part of the adapter.
 
     Raises:
-        UserError: weights that are missing or do not fit, or a checkpoint of another base.
+        UserError: weights are missing or do not fit, or the checkpoint is of another base.
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), weight_rules(shape)) as weights:
@@ -89,7 +89,7 @@ def build_model(
 
 
 def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """The same with random base weights of the model's shape, drawn in place; nothing is read. For benchmarks."""
+    """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
     module, stage, groups, process_grid = _build_stage(plan, device, kernels)
     _fill_adapter(plan, stage, groups, None)
     draw_base_weights(
@@ -107,7 +107,7 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
 def _fill_adapter(
     plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """Mark the adapter's parameters for DeepSpeed, say who sums, and give them `state`, or their start values."""
+    """Mark the adapter's parameters for DeepSpeed, set up u's sum, and load `state` or the initial values."""
     adapter = stage.adapter
     assert adapter is not None
     mark_parameters(adapter, groups)
@@ -118,7 +118,7 @@ def _fill_adapter(
 def _build_stage(
     plan: RunPlan, device: torch.device, kernels: Kernels
 ) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
-    """(what DeepSpeed gets, the stage, its groups, DeepSpeed's grid)."""
+    """(the module for DeepSpeed, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
     specs = layer_specs(
         plan.source.shape,
@@ -149,7 +149,7 @@ def _build_stage(
 
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
-    """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood."""
+    """The DeepSpeed engine around the model, with optimizer and schedule in the state of the checkpoint."""
     settings, adapter = plan.settings, built.stage.adapter
     assert adapter is not None
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
@@ -179,7 +179,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
-    """Raise UserError where a checkpoint is of another base or adapter than the plan's; reads samples of the base."""
+    """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.shape)) as weights:
         base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
     _check_resumed(plan, base, checkpoint)
@@ -193,20 +193,20 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
 
 
 def _check_same_base(base: BaseIdentity) -> None:
-    """Every host may have its own copy; raise UserError, on every rank, where one has another model or tokenizer."""
+    """Raise UserError, on every rank, if a host's copy of the model or tokenizer differs from rank 0's."""
     hashes = f"{base.config_hash} {base.weights_hash} {base.sample} {base.tokenizer_hash}"
     if differing := num_differing(hashes):
         raise UserError(
-            f"{differing} ranks read another base model or tokenizer than rank 0; give every host the same files"
+            f"{differing} ranks read another base model or tokenizer than rank 0. Give every host the same files"
         )
 
 
 def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
-    """The settings were compared when the checkpoint was found; this is the adapter that lies beside them."""
+    """Compare the checkpoint's adapter with the plan's. (Its settings were compared when it was found.)"""
     for name in ("method", "rank", "alpha", "layers"):
         found, expected = getattr(checkpoint.adapter.config, name), getattr(adapter, name)
         if found != expected:
             raise UserError(
-                f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected};"
-                " resume from another checkpoint"
+                f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected}."
+                " Resume from another checkpoint"
             )

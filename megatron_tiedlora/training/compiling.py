@@ -39,25 +39,25 @@ from megatron_tiedlora.training.plan import RunPlan
 # for half a minute at first, and saves about a quarter of a step.
 LEAST_WORK = 5e9
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-# Each of them lets torch.compile hand back functions as they are.
+# With each of these torch.compile returns functions unchanged.
 _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 @dataclass(frozen=True)
 class ChosenKernels:
-    """Kernels for the layers, and how they came to be in a few words for the user."""
+    """Kernels for the layers, and a few words for the user on how they were chosen."""
 
     kernels: Kernels
     description: str
 
 
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
-    """What --compile asks for, compiled on every rank or on none; all ranks take part.
+    """The kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
 
-    `auto` compiles where the run is long enough to gain by it, and continues without where it cannot be done.
+    `auto` compiles if the run is long enough to repay it, and continues without compiling if that fails.
 
     Raises:
-        UserError: with --compile true, on every rank, where a rank cannot compile.
+        UserError: on every rank, with --compile true, if a rank cannot compile.
     """
     wish = plan.settings.compile
     if wish == "false":
@@ -68,7 +68,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         print("compiling the kernels ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     kernels, failure = EAGER, None
-    # On a CPU one rank of each host before the others: it fills the cache that they then read. GPUs have one each.
+    # On a CPU one rank of each host compiles first and fills the cache for the others. With GPUs all compile at once.
     for turn in (True, False) if device.type == "cpu" else (None,):
         if turn is None or (local_rank() == 0) == turn:
             try:
@@ -77,21 +77,21 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
                 )
             except UserError as error:
                 failure = str(error)
-        sum_over_ranks([0.0])  # all have had their turn
+        sum_over_ranks([0.0])  # wait for all ranks
     failure = first_message(failure)
     return after_compiling(wish, kernels, failure, seconds=time.monotonic() - started)
 
 
 def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds: float) -> ChosenKernels:
-    """What a --compile of `auto` or `true` gives: `kernels`, or after a failure those that are not compiled.
+    """The result of --compile auto or true: `kernels`, or uncompiled ones after a failure.
 
     Raises:
-        UserError: `true` after a failure.
+        UserError: there was a failure and `wish` is "true".
     """
     if failure is None:
         return ChosenKernels(kernels, f"compiled in {seconds:.1f} s")
     if wish == "true":
-        raise UserError(f"--compile true: {failure}; install a C++ compiler, or give --compile auto or false")
+        raise UserError(f"--compile true: {failure}. Install a C++ compiler, or give --compile auto or false")
     return ChosenKernels(EAGER, f"not compiled: {failure}")
 
 
@@ -108,10 +108,10 @@ def compiles(plan: RunPlan) -> bool:
 def compiled_kernels(
     shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1
 ) -> Kernels:
-    """The kernels, compiled for all sizes of a model's layers in `dtype` on `device`, cut over `tp_size` ranks.
+    """The kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
 
     Raises:
-        UserError: they cannot be, in one line.
+        UserError: compiling failed; the reason in one line.
     """
     for name in _SWITCHES:
         if os.environ.get(name) == "1":
@@ -123,18 +123,17 @@ def compiled_kernels(
         warm_up(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
     except UserError:
         raise
-    except Exception as error:  # whatever a compiler or its absence brings about: a run can do without
+    except Exception as error:  # compilers, or a missing one, can raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}") from error
     return kernels
 
 
 def _keep_cache_private() -> None:
-    """Name the folder that torch.compile keeps code in, which it runs: by itself it takes one in the temporary folder
-    that any user can have made before.
+    """Give torch.compile a private cache folder. It runs the code there, and any user could create its default one.
 
     Raises:
-        UserError: a folder of that name is there, and is another user's.
+        UserError: another user owns a folder of that name.
     """
     if _CACHE_VARIABLE not in os.environ:
         folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
@@ -145,10 +144,10 @@ def _keep_cache_private() -> None:
 def _warm_up_all_sizes(
     kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
-    """Call every kernel, forwards and backwards, in each of the forms that training has.
+    """Call every kernel, forwards and backwards, with each kind of shapes that training has.
 
-    A rank's part of the vocabulary and the width between layers are the run's, as a compiler goes over long rows in
-    another way than over short ones. The rest is small.
+    A rank's shard of the vocabulary and the hidden size are the run's own, since compilers treat long and short rows
+    differently. All other sizes are small.
     """
     small = shape.resized(
         vocab_size=-(-shape.vocab_size // tp_size),
@@ -164,8 +163,8 @@ def _warm_up_all_sizes(
 def warm_up_widths(
     kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
-    """Call every kernel, forwards and backwards, with a rank's own widths: with rows of which there will be another
-    number, and forwards with one row."""
+    """Call every kernel with a rank's own widths: forwards and backwards with several rows, whose number is marked as
+    dynamic, and forwards with one row."""
     widths = shape.resized(
         vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=shape.intermediate_size // tp_size,
@@ -187,8 +186,10 @@ def _call_all(
     device: torch.device,
     documents: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
-    """What `shape` describes on zeros, of `num_rows` x `length` tokens, with each of `documents`; backwards where
-    gradients are on, else as far as logits."""
+    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, with each of `documents`.
+
+    It runs forwards and backwards if gradients are enabled, else forwards to the logits.
+    """
     from torch._inductor import config as inductor
 
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(shape), seed=0)
@@ -199,7 +200,7 @@ def _call_all(
     ids = torch.arange(length).expand(num_rows, length)
     labels = Supervised(*(tensor.to(device) for tensor in find_supervised(ids % shape.vocab_size)))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
-    # On this thread alone, backwards too: the patch is a thread's own, and else processes stay that wait for more.
+    # Only on this thread, also backwards: the patch is thread-local, and without it compile workers would stay alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for found in documents:
             packed = None if found is None else found.expand(num_rows, length)

@@ -1,4 +1,4 @@
-"""The training loop: steps, with evaluations, checkpoints, early stopping and stopping together between them."""
+"""The training loop: steps, and between them evaluations, checkpoints, early stopping and agreement on stopping."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from megatron_tiedlora.training.validation import validation_loss
 
 @dataclass
 class Trainer:
-    """One rank's side of a run, from the engine to its end. `progress` says where it stands."""
+    """A run on one rank, from a ready engine to the end. `progress` holds the steps taken and the best score."""
 
     plan: RunPlan
     data: RunData
@@ -58,15 +58,15 @@ class Trainer:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes and shows."""
+        """Whether this rank writes files and shows progress."""
         return self.plan.grid.rank == 0
 
     def run(self) -> str:
-        """Train to the last step or to early stopping; returns the reason of the end.
+        """Train to the last step or to early stopping; returns the reason for the end.
 
         Raises:
-            RunStopped: all ranks agreed to stop; what was done is saved.
-            RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or copies of one
+            RunStopped: all ranks agreed to stop; finished steps are saved.
+            RunFailed: the loss or the gradient norm is not finite, a trained tensor gets no gradient, or replicas
                 differ; nothing was saved after the last good step.
         """
         settings = self.plan.settings
@@ -78,12 +78,12 @@ class Trainer:
                 if self.progress.step == 0:
                     self._evaluate_start(bar)
                 else:
-                    self._evaluate_and_save(bar)  # where a stop came between a step and its evaluation
+                    self._evaluate_and_save(bar)  # if the run was stopped between a step and its evaluation
                 while self.progress.step < settings.max_steps and not self._out_of_patience():
                     self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
                 raise_on_every_rank(self._log_failure)
-                self.save()  # after early stopping the last evaluation may not have been followed by a checkpoint
+                self.save()  # after early stopping there may be no checkpoint of the last evaluation
                 return "early_stopping" if self._out_of_patience() else "max_steps"
             except RunStopped:
                 self.save()
@@ -102,7 +102,7 @@ class Trainer:
         )
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
-        """One optimizer step on this rank's micro-batches; raises RunStopped after it where any rank wishes to stop."""
+        """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank wishes to stop."""
         report = self._step.run(
             step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
         )
@@ -130,7 +130,7 @@ class Trainer:
         )
 
     def _write_log(self, row: dict[str, Any]) -> None:
-        """Write a row on rank 0; a failure is kept until all ranks meet again, so that none waits for this one."""
+        """Write a row on rank 0. A failure is raised later, when all ranks agree, so that none waits for this one."""
         if self.log is not None and self._log_failure is None:
             try:
                 self.log.write(row)
@@ -138,11 +138,11 @@ class Trainer:
                 self._log_failure = error
 
     def evaluate(self) -> float:
-        """Validation loss of the adapter as it stands, the same on every rank."""
+        """Validation loss of the current adapter, the same on every rank."""
         return validation_loss(self.plan, self.runner, self.data, self.stop)
 
     def _evaluate_start(self, bar: Any) -> None:
-        """Validation loss before the first step; for a method that starts off the base, how far the start moves it."""
+        """Log the validation loss before the first step; also how far a non-zero initial update moves it."""
         started = self.evaluate()
         self._log_validation(started, self.score(self.data.scored_validation), bar)
         if self.plan.adapter.row.starts_at_base:
@@ -160,15 +160,15 @@ class Trainer:
         if self.is_main:
             bar.write(
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
-                f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} sets how"
-                " far"
+                f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"
+                " how far"
             )
 
     def score(self, scored: ScoredSet | None) -> dict[str, Score]:
-        """Scores of the adapter as it stands by greedy decoding, by metric, the same on every rank; all take part.
+        """Scores of the current adapter with greedy decoding, by metric, the same on every rank. All ranks call it.
 
         Raises:
-            UserError: answers that cannot be scored.
+            UserError: answers cannot be scored.
             RunStopped: all ranks agreed to stop.
         """
         if scored is None:
@@ -221,13 +221,13 @@ class Trainer:
             self.save(best=improved)
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the last finished step, and the adapter if it is the best; all ranks take part.
+        """Write a checkpoint of the last finished step, and the adapter if it is the best. All ranks call it.
 
-        Nothing is written before the first step, and no checkpoint twice: `latest` names it, so it is never replaced.
+        Nothing is written before the first step. An existing checkpoint is not written again: `latest` names it.
 
         Raises:
-            UserError: it cannot be written, or a row of the log could not; on every rank.
-            RunFailed: the adapter is not finite, or copies of it differ; nothing was written.
+            UserError: the checkpoint or an earlier row of the log cannot be written; on every rank.
+            RunFailed: the adapter is not finite, or its replicas differ; nothing was written.
         """
         new = self._saved_step != self.progress.step
         if self.progress.step == 0 or not (new or best):
@@ -242,7 +242,7 @@ class Trainer:
     def _write(
         self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
     ) -> None:
-        if self._log_failure is not None:  # no checkpoint without its rows: a resume continues after them
+        if self._log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
             raise self._log_failure
         if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
             require_finite("adapter", math.nan, step=self.progress.step, saved_step=self._saved_step)
@@ -273,6 +273,6 @@ class Trainer:
 
 
 def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:
-    """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
+    """Full fp32 A, B, u, v on rank 0's CPU, nothing on the others. All ranks call it."""
     with all_open(runner.adapter, plan.engine):
         return gather_state(dict(runner.adapter.named_parameters()), plan.adapter_layout)

@@ -1,4 +1,4 @@
-"""Where a run starts from and where it goes: the run folder, what is resumed, and what a user reads first."""
+"""The start of a run: the run folder, the checkpoint to resume from, and the first lines for the user."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from megatron_tiedlora.training.run_data import RunData
 def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[], None]], None]) -> RunFolder:
     """Choose the run folder on rank 0, which becomes its owner, and tell every rank.
 
-    A start that cannot continue the run that is there does not take its folder from anybody. What an earlier start has
-    left half-written there is removed at once: from here on none of its writes can end.
+    A start that cannot continue the run in a folder does not take the folder over. Half-written files of an earlier
+    start are removed at once, since from now on none of its writes can finish.
 
     Args:
-        keep: gets, on rank 0, what gives the folder back, to be called at the end.
+        keep: called on rank 0 with the function that releases the folder at the end.
 
     Raises:
-        UserError: it is not free, or holds a run that this start cannot continue; on every rank.
+        UserError: the folder is in use, or holds a run that this start cannot continue; on every rank.
     """
     settings = plan.settings
 
@@ -60,7 +60,7 @@ def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[]
             name=plan.name,
             resume=settings.resume,
             take_over=settings.take_over,
-            before=partial(_refuse_another_run, plan, data),
+            before=partial(_reject_another_run, plan, data),
         )
         keep(lock.release)
         for path in (folder.path, folder.checkpoints, folder.logs):
@@ -71,11 +71,11 @@ def open_run_folder(plan: RunPlan, data: RunData, *, keep: Callable[[Callable[[]
     return RunFolder(Path(path), Owner(Path(path), start, is_main=plan.grid.rank == 0))
 
 
-def _refuse_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
-    """Raise UserError where the run that --resume means cannot be continued with these settings, data or base."""
+def _reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
+    """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
     try:
         checkpoint = _find_checkpoint(plan.settings.resume, folder)
-    except UserError:  # said when the folder is this start's, and what was moved aside has its name again
+    except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
         return
     if checkpoint is not None:
         check_resumed_settings(
@@ -85,7 +85,7 @@ def _refuse_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
-    """Make the folder this run's: what is resumed, run.yaml and the logs. Returns rank 0's log, None elsewhere.
+    """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
 
     Raises:
         UserError: the folder cannot be written; on every rank.
@@ -105,10 +105,10 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
 
 
 def check_same_data(data: RunData) -> None:
-    """Every rank reads the data for itself; raise UserError where one found other samples than rank 0."""
+    """Raise UserError if the data that a rank has read differs from rank 0's."""
     if differing := num_differing(data.shared_sha256):
         raise UserError(
-            f"{differing} ranks read other training, validation or test data than rank 0; give every host the same"
+            f"{differing} ranks read other training, validation or test data than rank 0. Give every host the same"
             " files"
         )
 
@@ -116,12 +116,11 @@ def check_same_data(data: RunData) -> None:
 def find_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
-    Rank 0 reads it and the others get it from there, so that only its host must see the run folder.
-    `auto` in a folder without a checkpoint starts from the beginning, so that one command serves a job's first and
-    every later start.
+    Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
+    checkpoint means a start from the beginning, so that one command serves the first and every later start of a job.
 
     Raises:
-        UserError: no such checkpoint, a broken one, or one whose settings or base contradict the plan.
+        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or base.
     """
     return decided_by_rank_0(lambda: _read_checkpoint(plan, data, folder), kind=Checkpoint | None)
 
@@ -141,8 +140,8 @@ def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpo
             load_adapter(place.parent / f"step_{best}")
             return checkpoint
         except UserError as error:
-            notes = (*notes, f"the best checkpoint is broken, and the next evaluation makes it anew: {error}")
-    # A checkpoint that was taken out of its run: the best one so far is gone, so the next evaluation makes it anew.
+            notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")
+    # The checkpoint was moved out of its run, without the best one. The next evaluation writes a new best one.
     forgotten = replace(
         checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
     )
@@ -156,20 +155,21 @@ def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
         return find_newest_checkpoint(folder.checkpoints)
     path = user_path(resume)
     if not path.is_dir():
-        raise UserError(f"--resume {resume}: no such checkpoint folder; give auto, or a checkpoints/step_N folder")
+        raise UserError(f"--resume {resume}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
-        raise UserError(f"--resume {resume}: {folder.path} holds another run; give a new --output_dir")
+        raise UserError(f"--resume {resume}: {folder.path} holds another run. Give a new --output_dir")
     return load_checkpoint(path)
 
 
 def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """Make `checkpoint` the last one of the run folder, before training goes on from it; on rank 0.
+    """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
 
-    Out of another folder it is copied first, with the best checkpoint and the logs. Then `latest` names it, so that a
-    later start resumes this run, and adapter/ is the best one: a kill between two saves may have left an older.
+    If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
+    that a later start resumes this run, and adapter/ is written from the best one, since a kill between two saves may
+    have left an older one.
 
     Raises:
-        UserError: the folder cannot be written, or what is copied into it is broken.
+        UserError: the folder cannot be written, or a copied file is broken.
     """
     progress, source = checkpoint.progress, checkpoint.folder.resolve()
     if source != folder.checkpoints.resolve() / f"step_{progress.step}":
@@ -192,7 +192,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: every setting as resolved, and the versions that computed it."""
+    """Write run.yaml: every resolved setting, and the versions of the libraries."""
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
@@ -200,7 +200,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 
 def _start(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
-    """Where the run goes on, and whether its rows were made in another way up to there."""
+    """The step from which the run continues, and whether --packing was different before it."""
     if checkpoint is None:
         return ""
     packing, before = plan.settings.packing, checkpoint.settings.get("packing", False)
@@ -217,7 +217,7 @@ def headline(
     chosen: ChosenKernels,
     device: torch.device,
 ) -> list[str]:
-    """What a run is, in a few lines, before its progress bar."""
+    """A summary of the run in a few lines, shown before its progress bar."""
     settings, batches, grid = plan.settings, plan.batches, plan.grid
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.shape)
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
@@ -226,8 +226,8 @@ def headline(
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
-        f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",
-        f"batches    {batches.global_batch_size} samples a step, {plan.cut}, ZeRO-{plan.engine.zero_stage}",
+        f" {data.train.truncated_prompts} prompts truncated to {settings.max_length} tokens",
+        f"batches    {batches.global_batch_size} samples per step, {plan.cut}, ZeRO-{plan.engine.zero_stage}",
     ]
     if grid.tp_size * grid.pp_size > 1:
         cut = ", cut along the sequence" if plan.sequence_parallel else ""
@@ -237,7 +237,7 @@ def headline(
             f" x data {grid.dp_size}"
         )
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
-    lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights a rank")
+    lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights per rank")
     lines.append(f"kernels    {chosen.description}")
     lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
     notes = [] if checkpoint is None else [*checkpoint.notes, *built.notes]

@@ -40,7 +40,7 @@ class StepVotes:
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step that all ranks have taken; equal on every rank but for `seconds`."""
+    """A step that all ranks have taken; equal on every rank except for `seconds`."""
 
     number: int
     loss: float  # mean over the supervised tokens of the global batch
@@ -52,7 +52,7 @@ class StepReport:
 
 @dataclass
 class TrainStep:
-    """The steps of one start of a run. `finished` is the number of the last one."""
+    """Takes the steps of one start of a run. `finished` is the number of the last one."""
 
     plan: RunPlan
     runner: Runner

@@ -28,9 +28,9 @@ from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.plan import RunPlan
 
-# bf16 TFLOP/s by words of the device's name, from the vendor's data sheets: dense, which is half of what they give with
-# sparsity. The first row counts whose words are all in the name. Other devices are measured, and so is fp32, whose rate
-# depends on whether TF32 is allowed.
+# Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
+# first row counts whose words are all in the name. Other devices are measured, and so is fp32, whose rate depends on
+# whether TF32 is allowed.
 _DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"GB200"}), 2500.0),
     (frozenset({"B200"}), 2250.0),
@@ -45,13 +45,13 @@ _DATA_SHEETS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"L40S"}), 362.1),
     (frozenset({"L4"}), 121.0),
 )
-# Seconds that measuring a peak takes, more or less, and of a product that is long enough to be timed.
-_MEASURING, _LONG_PRODUCT = 0.25, 0.02
-_SMALLEST, _LARGEST = 256, 4096  # rows and columns of such products; three matrices of the largest are 100 MB in bf16
+# Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
+_MEASURING, _LONG_MATMUL = 0.25, 0.02
+_SMALLEST, _LARGEST = 256, 4096  # rows and columns of such matmuls; three of the largest matrices are 100 MB in bf16
 
 
 class Peak(NamedTuple):
-    """FLOP/s of bare products, and where the figure is from."""
+    """FLOP/s of plain matmuls, and the source of the figure."""
 
     flops_per_second: float
     source: str
@@ -59,7 +59,7 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True)
 class _Work:
-    """What some steps did: amounts that add up."""
+    """The amounts of work in some steps; they can be added."""
 
     tokens: int
     supervised: int
@@ -79,11 +79,11 @@ class _Work:
 
 @dataclass
 class Meter:
-    """Rates of each step, and of all steps of this start but its first, which warms up.
+    """Rates of each step, and of all steps of this start except the first, which warms up.
 
     Attributes:
         peak: of all ranks together.
-        steps: (first, last) of those that the mean is of; None before the second step.
+        steps: (first, last) step of the mean; None before the second step.
     """
 
     config: ModelShape
@@ -94,7 +94,7 @@ class Meter:
     _total: _Work | None = None
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
-        """Count step `number`, which took `seconds`; returns its rates as they stand in a row of metrics.jsonl."""
+        """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
         flops = sample_flops(
             self.config,
             self.adapter,
@@ -110,7 +110,7 @@ class Meter:
         return self._rates(work)
 
     def mean(self) -> dict[str, float] | None:
-        """Rates of the counted steps together; None where there is none."""
+        """The mean rates of the counted steps; None if there are none."""
         return None if self._total is None else self._rates(self._total)
 
     def _rates(self, work: _Work) -> dict[str, float]:
@@ -123,9 +123,9 @@ class Meter:
 
 
 def start_meter(plan: RunPlan, device: torch.device) -> Meter:
-    """A meter for the run; all ranks take part, each with the peak of its own device.
+    """A meter for the run. All ranks call it, each with its own device's peak.
 
-    Ranks that share a processor measure at the same time, so each finds about its share.
+    Ranks that share a processor measure at the same time, so each measures about its share.
     """
     sum_over_ranks([0.0])  # start together
     mine = find_peak(device, plan.dtype)
@@ -134,7 +134,7 @@ def start_meter(plan: RunPlan, device: torch.device) -> Meter:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What one device can do at most in products of this dtype: by its name where that is known, else measured."""
+    """The peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         listed = listed_peak(torch.cuda.get_device_name(device))
         if listed is not None:
@@ -143,7 +143,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def listed_peak(name: str) -> float | None:
-    """bf16 FLOP/s of a whole device of that name, None where no data sheet is known or it is a part of one."""
+    """bf16 FLOP/s of a device of that name; None if its data sheet is not known or it is a part of a device (MIG)."""
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
@@ -151,11 +151,11 @@ def listed_peak(name: str) -> float | None:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, which grow until one can be timed well; the best of those tried."""
+    """FLOP/s of square matmuls, whose size grows until they can be timed well; the best rate seen."""
     best, size, started = 0.0, _SMALLEST, time.perf_counter()
     while best == 0 or time.perf_counter() - started < _MEASURING:
         best = max(best, product_rate(size, size, size, dtype=dtype, device=device, repeats=2))
-        if 2 * size**3 / best < _LONG_PRODUCT:
+        if 2 * size**3 / best < _LONG_MATMUL:
             size = min(2 * size, _LARGEST)
     return best
 
@@ -163,8 +163,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 def product_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
-    """FLOP/s of a bare product (rows, inner) by (columns, inner) transposed, the best of `repeats`."""
-    draw = torch.Generator(device).manual_seed(0)  # the run's own random stream stays where it is
+    """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random stream is not advanced
     left, right = (
         torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns)
     )
@@ -175,7 +175,7 @@ def product_rate(
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one step, to its end on the device."""
+    """The seconds that one call of `step` takes, until the device has finished."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -184,19 +184,19 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held since it began: allocated by torch on CUDA, else resident."""
+    """The peak memory of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resident_bytes("VmHWM")
     if most is not None:
         return most
-    # Goes on from what the launcher held when it started this process, so only where there is nothing better.
+    # This counter starts at what the launcher held when it started this process, so it is the last resort.
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # macOS counts in bytes
 
 
 def resident_bytes(name: str) -> int | None:
-    """VmRSS (now) or VmHWM (at most) of this process; None where the system does not tell, as others than Linux."""
+    """VmRSS (current) or VmHWM (peak) of this process in bytes; None if the system does not tell (only Linux does)."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)

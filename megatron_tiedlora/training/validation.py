@@ -19,7 +19,7 @@ def validation_loss(plan: RunPlan, runner: Runner, data: RunData, stop: StopWatc
     """Mean loss over all supervised tokens of the validation split, the same on every rank.
 
     Raises:
-        RunStopped: before a batch (a few of them in a pipeline), on every rank.
+        RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
     """
     dataset, grid, size = data.validation, plan.grid, plan.batches.micro_batch_size
     total = num_evaluation_batches(dataset, micro_batch_size=size, dp_size=grid.dp_size)

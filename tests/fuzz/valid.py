@@ -29,8 +29,8 @@ BATCH = 24  # samples a step of the runs that `write_run` writes
 def check_adapter(adapter: NativeAdapter) -> None:
     """It can be used and saved again, its numbers are those of an adapter, and what it says can be printed."""
     config, base = adapter.config, adapter.base
-    bank = TiedAdapter(AdapterPart.whole(config))
-    bank.load_full(adapter.state)
+    tied_adapter = TiedAdapter(AdapterPart.whole(config))
+    tied_adapter.load_full(adapter.state)
     assert set(adapter.state) == set(FACTORS)
     for name, tensor in adapter.state.items():
         assert tensor.dtype == torch.float32 and tensor.isfinite().all(), name

@@ -251,7 +251,7 @@ def test_long_prompts_are_cut_counted_and_told(copy: Base) -> None:
         _add(copy.train, json.dumps({"prompt": LONG, "completion": "yes"}))
     folder = copy.folder / "run"
     ended = run(copy, folder, max_steps=2)
-    assert "27 train, 6 validation samples; 3 prompts cut to 96 tokens" in ended.outputs[0]
+    assert "27 train, 6 validation samples; 3 prompts truncated to 96 tokens" in ended.outputs[0]
 
 
 # The output folder and resuming ---------------------------------------------------------------------------------------

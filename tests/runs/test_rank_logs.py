@@ -122,7 +122,7 @@ def test_the_first_failing_ranks_traceback_is_shown_once(base: Base, tmp_path: P
     for each in (0, 1):
         assert log_of(folder, each).count(f"error: {end['reason']}\n") == 1
     assert "ZeroDivisionError" in log_of(folder, rank) and "gloo" in log_of(folder, 1 - rank)
-    assert "validation loss" in log_of(folder, 0) and "samples a step" not in log_of(folder, 1)
+    assert "validation loss" in log_of(folder, 0) and "samples per step" not in log_of(folder, 1)
 
 
 @pytest.mark.distributed

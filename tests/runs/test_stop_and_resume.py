@@ -124,7 +124,7 @@ def test_resume_of_a_run_with_one_sample_a_row(base: Base, tmp_path: Path, two_r
     run(base, folder, ranks=2, packing=False, prelude=partial(kill_at_step, 5), expect=143)
     ended = run(base, folder, ranks=2, resume="auto")
     assert f"{folder}, resumed from step 5 (until there --packing false, from here true)\n" in ended.outputs[0]
-    assert "samples a step, packed into rows of up to 96 tokens" in ended.outputs[0]
+    assert "samples per step, packed into rows of up to 96 tokens" in ended.outputs[0]
     for split in ("train", "validation"):
         found, expected = ([loss for _, loss in losses(f, split)] for f in (folder, whole))
         assert found == pytest.approx(expected, rel=1e-5)

@@ -221,7 +221,7 @@ def test_a_broken_best_one_is_said_and_made_anew(base: Base, tmp_path: Path) -> 
         **json.loads((folder / "checkpoints" / "step_6" / PROGRESS).read_text())["settings"], "max_steps": 10,
     })  # fmt: skip
     ended = run(base, folder, max_steps=10, resume="auto", prelude=script)
-    assert "the best checkpoint is broken, and the next evaluation makes it anew" in ended.outputs[0]
+    assert "the best checkpoint is broken, so the next evaluation writes a new one" in ended.outputs[0]
     assert status(folder)["state"] == "finished"
 
 

@@ -205,9 +205,9 @@ def test_every_target_has_an_update_of_its_own(method: str) -> None:
     for name, values in state.items():
         if config.factor(name).trained:
             values.uniform_(-1, 1)
-    bank = TiedAdapter(AdapterPart.whole(config))
-    bank.load_full(state)
-    updates = bank(dtype=torch.float32)
+    tied_adapter = TiedAdapter(AdapterPart.whole(config))
+    tied_adapter.load_full(state)
+    updates = tied_adapter(dtype=torch.float32)
     assert [list(update) for update in updates] == [["qkv", "gate_up", "down_proj"]] * 2
     for layer, update in zip(config.layers, updates, strict=True):
         for target in TARGETS:

@@ -58,9 +58,9 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     assert read_by_oracle.layers == (1, 3)
     for name, tensor in oracle.tensors.items():
         assert torch.equal(loaded.state[name], tensor) and torch.equal(read_by_oracle.tensors[name], tensor)
-    bank, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
-    bank.load_full(loaded.state)
-    local = dict(bank.named_parameters())
+    tied_adapter, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
+    tied_adapter.load_full(loaded.state)
+    local = dict(tied_adapter.named_parameters())
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name

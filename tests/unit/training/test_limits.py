@@ -42,8 +42,8 @@ def adapter_config(shape: ModelShape, method: str, layers: tuple[int, ...] = (1,
 def build(shape: ModelShape, adapter: AdapterConfig, dtype: torch.dtype = torch.bfloat16) -> Stage:
     """The model with random weights and an adapter that is not zero."""
     generator = torch.Generator().manual_seed(1)
-    bank = TiedAdapter(AdapterPart.whole(adapter))
-    stage = Stage(layer_specs(shape, dtype=dtype), bank)
+    tied_adapter = TiedAdapter(AdapterPart.whole(adapter))
+    stage = Stage(layer_specs(shape, dtype=dtype), tied_adapter)
     for parameter in stage.parameters():
         parameter.data.normal_(0.0, 0.05, generator=generator)
     return stage
@@ -183,10 +183,10 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(monkeypatch: pyt
     node for each of the two; hooks see one gradient a micro-batch."""
     config = model_config(2)
     model = build(config, adapter_config(config, "tl6"))
-    bank: Any = model.adapter
+    tied_adapter: Any = model.adapter
     seen: dict[str, list[torch.Tensor]] = {"A": [], "B": [], "u": [], "v": []}
     for name, gradients in seen.items():
-        getattr(bank, name).register_hook(gradients.append)
+        getattr(tied_adapter, name).register_hook(gradients.append)
     updates = model.read_adapter()
     of_qkv = [update["qkv"] for update in updates.values()]
     shapes: dict[str, list[tuple[torch.Size, torch.dtype]]] = {"grad_a": [], "grad_f": []}
@@ -199,7 +199,7 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(monkeypatch: pyt
     assert {update.a.dtype for update in of_qkv} == {torch.bfloat16}
     monkeypatch.setattr(model, "read_adapter", lambda: updates)
     model(*batch()).backward()
-    o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], bank.config.rank, config.hidden_size
+    o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], tied_adapter.config.rank, config.hidden_size
     wide = {"grad_a": torch.Size((r, d)), "grad_f": torch.Size((o, r))}
     assert shapes == {name: [(shape, torch.float32)] * config.num_layers for name, shape in wide.items()}
     assert all(len(gradients) == 1 and gradients[0].dtype == torch.float32 for gradients in seen.values())
