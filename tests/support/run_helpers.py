@@ -9,6 +9,7 @@ runs in a rank before the script; see run_preludes.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ ENVIRONMENT = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else importing it starts a pool of processes
     "TOKENIZERS_PARALLELISM": "false",
 }
+_ports = itertools.cycle(random.Random().sample(range(1000), 1000))
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRELOADED = (
     "pytest",
@@ -302,10 +304,16 @@ def _be_rank(
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free now, and that no other worker of this test run is given.
+
+    It is below those that the system gives to outgoing connections, one of which may start before the port is used.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = 12000 + 1000 * (worker % 20) + next(_ports)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # Real commands --------------------------------------------------------------------------------------------------
