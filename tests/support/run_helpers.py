@@ -43,17 +43,6 @@ ENVIRONMENT = {
 }
 _ports = itertools.cycle(random.Random().sample(range(1000), 1000))
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PRELOADED = (
-    "pytest",
-    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
-    "matplotlib.pyplot",
-    "torch.utils.tensorboard",
-    "megatron_tiedlora.evaluation.held_out",
-    "megatron_tiedlora.evaluation.results",
-    "megatron_tiedlora.training.dry_run",
-    "megatron_tiedlora.training.finish",
-    "megatron_tiedlora.training.session",
-)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for what this process itself imports
 
 Prelude = Callable[[], None]
@@ -264,8 +253,10 @@ def run(
 def fork_server() -> Any:
     """A clean process with the imports done, from which ranks are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    with _changed_environment(ENVIRONMENT):
+    context.set_forkserver_preload(["preloaded"])
+    paths = os.pathsep.join([str(SUPPORT), *sys.path])
+    own = {"PYTHONPATH": paths, "OWN_PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    with _changed_environment({**ENVIRONMENT, **own}):
         from multiprocessing import forkserver
 
         forkserver.ensure_running()
