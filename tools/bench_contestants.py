@@ -7,7 +7,7 @@ import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -38,6 +39,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
 from megatron_tiedlora.training.flops_plan import sample_flops
@@ -148,8 +150,7 @@ def _ours(options: Namespace, chosen: ChosenKernels) -> Side:
         options.method,
         rank=options.rank,
         layers=tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
     if source.folder is None:
@@ -186,7 +187,7 @@ def random_stage(
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), None)
     rules = stage_weight_rules(shape, has_embedding=True)
-    draw_base_weights(dict(stage.named_parameters()), rules, access=nullcontext)
+    draw_base_weights(frozen_weights(stage), rules)
     give_adapter(stage, adapter, device)
     return stage
 

@@ -13,7 +13,7 @@ EXAMPLE = """\
 example:
   python tools/merge_adapter.py --adapter runs/demo/adapter --output runs/demo/merged
 
-The base's files are read one by one, so the memory needed is that of one file. DIR appears when it is whole.
+The base's files are read one by one, so it needs the memory of one file. DIR is written atomically.
 """
 
 
@@ -26,26 +26,26 @@ def parser() -> CommandParser:
     )
     described.add_output()
     described.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights [as the base stores each]"
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the written weights [as stored in the base]"
     )
     described.add_argument(
-        "--tokenizer", metavar="T", help="tokenizer to put there: folder, hub id or tokenizer.model [the base's own]"
+        "--tokenizer", metavar="T", help="tokenizer to include: folder, hub id or tokenizer.model [the base's own]"
     )
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Merge; returns the exit status."""
+    """Merge the adapter; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     import torch
 
-    from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.base.output_folder import new_output, reject_existing
     from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 
     output = options.output
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )
     show(f"merged {options.adapter} into {source.name}: {output}")
     if not any(output.glob("tokenizer*")):
-        show(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
+        show(f"{source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
     show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
     return 0
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import ModelShape, NormShape
-from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
+from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
+from megatron_tiedlora.model.attention import Attention, AttentionContext, KeyValueCache
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
+from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear, frozen_parameter
+from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
+from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 # Supervised rows whose logits exist at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
 HEAD_ROWS = 1024
@@ -28,72 +31,75 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
-    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: of d + 2 f numbers a
-    token only d are kept.
+    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: only d of d + 2 f
+    elements per token are saved.
     """
 
-    def __init__(self, *, attention: Attention, mlp_norm: RmsNorm, mlp: SwiGlu, recomputes_gate: bool) -> None:
+    def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
         super().__init__()
         self.recomputes_gate = recomputes_gate
         self.attention = attention
-        self.mlp_norm = mlp_norm
         self.mlp = mlp
 
     def forward(
         self,
         hidden: torch.Tensor,
-        places: Places,
+        context: AttentionContext,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (1, b s / p, d), and the same back; the rest as in Attention."""
-        attention_output = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
-        return self.feed(self.join(hidden, attention_output, tensor_parallel), tensor_parallel)
+        """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
+        attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
+        return self.add_mlp(self.add_attention(hidden, attention_output, tensor_parallel), tensor_parallel)
 
-    def join(
+    def add_attention(
         self, hidden: torch.Tensor, attention_output: torch.Tensor, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
-        """x + attention's output, position by position: of all positions, or of some. Keeps nothing.
+        """x + output projection(attention output), for all positions or some. It saves nothing for backward.
 
         Args:
-            hidden: what came into the block, (b, s, d) or (1, b s / p, d).
+            hidden: the block's input, (b, s, d) or (1, b s / p, d).
             attention_output: (b, s, local heads * head_dim).
         """
         return hidden + self.attention.output(attention_output, tensor_parallel)
 
-    def feed(self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True) -> torch.Tensor:
-        """x + mlp(norm(x)) of what `join` gives, the same shape.
+    def add_mlp(
+        self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True
+    ) -> torch.Tensor:
+        """x + mlp(norm(x)), where x is the result of `add_attention`; the same shape.
 
         Args:
-            recomputes: False to keep gate and up all the same, where the backward pass follows at once.
+            recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
         """
         if self.recomputes_gate and recomputes and torch.is_grad_enabled():
-            opened = checkpoint(self._open, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False)
+            activated = checkpoint(
+                self.mlp.activate, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            opened = self._open(hidden, tensor_parallel)
-        return hidden + self.mlp.close(opened, tensor_parallel)
-
-    def _open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        return self.mlp.open(self.mlp_norm(hidden), tensor_parallel)
+            activated = self.mlp.activate(hidden, tensor_parallel)
+        return hidden + self.mlp.project(activated, tensor_parallel)
 
 
 class Head(nn.Module):
     """Final norm, vocabulary projection and loss.
 
-    With tied embeddings it is made without a weight, and whoever runs the list gives it the embedding's Parameter, or
-    one of its own where the embedding is on another stage.
+    With tied embeddings the stage gives it the embedding's weight (`take_weight`), or a copy of its own if the
+    embedding is on another stage.
     """
 
-    weight: nn.Parameter
+    frozen: FrozenWeight
 
-    def __init__(self, norm: RmsNorm, weight: nn.Parameter | None, *, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(self, norm: RmsNorm, *, vocab_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.norm = norm
-        self.register_parameter("weight", weight)
         self.vocab_size = vocab_size
         self.kernels = kernels
+
+    def take_weight(self, weight: FrozenWeight) -> None:
+        """Use `weight`, (local vocabulary, d)."""
+        self.frozen = register(self, weight)
 
     def forward(
         self,
@@ -103,23 +109,23 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of those positions. Alike on every rank.
+        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (1, b s / p, d); with `supervised` of its `rows` alone,
-                (1, m, d) or (1, m / p, d).
-            summed: False for every position's own loss, (n,), without a gradient.
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
+                `rows`, (1, m, d) or (1, m / p, d).
+            summed: False for the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group
         hidden = enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
         if supervised is None:
-            local_logits = frozen_linear(hidden, self.weight)
+            local_logits = frozen_linear(hidden, self.frozen)
             return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
-        first_id = group.rank * self.weight.shape[0]
-        weight = self.weight[: max(self.vocab_size - first_id, 0)]  # without the padding of the last rank
+        first_id = group.rank * self.frozen.local_shape[0]
+        weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
         losses = sum_token_losses if summed else token_losses
-        rows = hidden[0].index_select(0, supervised.kept)
-        del hidden  # as large as its gradient, which is made next
+        rows = hidden[0].index_select(0, supervised.supervised)
+        del hidden  # frees as much memory as its gradient needs next
         return losses(
             rows,
             weight,
@@ -133,7 +139,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One entry of the flat list: what it is, and how to make it."""
+    """One entry of the flat list: its kind, its index, and a function that builds it."""
 
     kind: str
     index: int
@@ -152,37 +158,48 @@ def layer_specs(
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block;
-    `deterministic`: see `choose_attention`.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
+    `deterministic` see `choose_attention`.
     """
-    d, local_vocabulary = shape.hidden_size, -(-shape.vocab_size // tp_size)
 
-    def norm(norm: NormShape) -> RmsNorm:
-        return RmsNorm(norm.size, eps=norm.eps, dtype=dtype, kernels=kernels)
+    def embedding() -> nn.Module:
+        return VocabularyParallelEmbedding(weight(shape.embedding))
+
+    def weight(linear: LinearShape) -> FrozenWeight:
+        local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
+        return FrozenWeight.empty(*local_shape, dtype=dtype)
+
+    def bias(linear: LinearShape) -> nn.Parameter | None:
+        local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
+        return frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
+
+    def normed(norm: NormShape, linear: LinearShape) -> NormedLinear:
+        return NormedLinear(weight(linear), bias=bias(linear), eps=norm.eps, dtype=dtype, kernels=kernels)
+
+    def row_parallel(linear: LinearShape) -> RowParallelLinear:
+        return RowParallelLinear(weight(linear), bias=bias(linear))
 
     def block() -> nn.Module:
+        parts, heads = shape.block, shape.heads
         attention = Attention(
-            d,
-            local_heads=shape.heads.num // tp_size,
-            local_kv_heads=shape.heads.num_kv // tp_size,
-            head_dim=shape.heads.dim,
-            rope=shape.heads.rope,
-            norm_eps=shape.block.attention_norm.eps,
-            qkv_bias=shape.block.qkv.bias,
-            output_bias=shape.block.output.bias,
-            dtype=dtype,
+            normed(parts.attention_norm, parts.qkv),
+            row_parallel(parts.output),
+            local_heads=replace(heads, num=heads.num // tp_size, num_kv=heads.num_kv // tp_size),
             kernels=kernels,
             deterministic=deterministic,
         )
-        mlp = SwiGlu(d, shape.intermediate_size // tp_size, dtype=dtype, kernels=kernels)
-        return Block(attention=attention, mlp_norm=norm(shape.block.mlp_norm), mlp=mlp, recomputes_gate=recomputes_gate)
+        mlp = SwiGlu(normed(parts.mlp_norm, parts.gate_up), row_parallel(parts.down), kernels=kernels)
+        return Block(attention, mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
-        own = None if shape.tied_embeddings else frozen_parameter(local_vocabulary, d, dtype=dtype)
-        return Head(norm(shape.final_norm), own, vocab_size=shape.vocab_size, kernels=kernels)
+        norm = RmsNorm(shape.final_norm.size, eps=shape.final_norm.eps, dtype=dtype, kernels=kernels)
+        made = Head(norm, vocab_size=shape.vocab_size, kernels=kernels)
+        if not shape.tied_embeddings:
+            made.take_weight(weight(shape.head))
+        return made
 
     return (
-        LayerSpec("embedding", 0, lambda: VocabularyParallelEmbedding(local_vocabulary, d, dtype=dtype)),
+        LayerSpec("embedding", 0, embedding),
         *(LayerSpec("block", index, block) for index in range(1, shape.num_layers + 1)),
         LayerSpec("head", shape.num_layers + 1, head),
     )

@@ -1,4 +1,4 @@
-"""SwiGLU: y = W_down (silu(W_gate x) * (W_up x)), gate and up fused into one product."""
+"""SwiGLU behind its norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), gate and up in one matmul."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region
+from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_tiedlora.parallel.layers import RowParallelLinear
 
 
 class _Gated(torch.autograd.Function):
@@ -30,21 +30,21 @@ class _Gated(torch.autograd.Function):
 
 
 class SwiGlu(nn.Module):
-    """The feed-forward part of a block, in two steps. `open` keeps gate and up for the backward pass."""
+    """The feed-forward part of a block, in two steps. `activate` saves its input, gate and up for the backward pass."""
 
-    def __init__(self, hidden_size: int, local_intermediate: int, *, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(self, gate_up: NormedLinear, down: RowParallelLinear, *, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = ColumnParallelLinear(hidden_size, 2 * local_intermediate, dtype=dtype)
-        self.down = RowParallelLinear(local_intermediate, hidden_size, dtype=dtype)
+        self.gate_up = gate_up
+        self.down = down
 
-    def open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
-        gate_up = self.gate_up(enter_tensor_parallel_region(hidden, tensor_parallel))
+    def activate(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """Activations between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
+        (gate_up,) = self.gate_up(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
         gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
         return gated
 
-    def close(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What `open` gives -> what flows between layers."""
+    def project(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """W_down y: the result of `activate`, (..., local f) -> activations between layers."""
         output: torch.Tensor = self.down(gated, tensor_parallel)
         return output

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.frozen_weight import frozen_parameter
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import frozen_parameter
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class RmsNorm(nn.Module):
-    """RMS norm with a frozen weight. Keeps its input and one number a row for the backward pass."""
+    """RMS norm with a frozen weight. It saves its input and one number per token for the backward pass."""
 
     def __init__(self, hidden_size: int, *, eps: float, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()

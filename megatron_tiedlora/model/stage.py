@@ -1,13 +1,13 @@
-"""A contiguous part of the flat list with the adapter's part beside it: one pipeline stage, or the whole model.
+"""A contiguous part of the flat list with its part of the adapter: one pipeline stage, or the whole model.
 
-Owns how layers are called one after another, recompute, and what makes a stage without trained tensors or without a use
-for its input's gradient go on working. Leaves schedules and messages between stages to DeepSpeed.
+It owns the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained tensors.
+It leaves schedules and messages between stages to DeepSpeed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,30 +19,38 @@ from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended, SupervisedTail
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.layers import frozen_parameter
 
 
 class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.likes = [(s.shape, s.dtype, s.device) for s in sources]
+        ctx.sources = [(s.shape, s.dtype, s.device) for s in sources]
         return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sources)
+
+
+class _Prediction(NamedTuple):
+    """The further arguments of `Stage.predict`."""
+
+    caches: Sequence[KeyValueCache] | None
+    updates: Mapping[int, LayerUpdate] | None
+    wanted: torch.Tensor | None
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of the list, called in order, with the adapter bank beside them.
+    """Some consecutive layers of the list, called in order, with their part of the adapter.
 
-    The bank is read once per call, outside recompute, so its gradients leave through one autograd path per call.
+    The adapter is read once per call, outside recompute, so its gradients take one autograd path per call.
 
-    DeepSpeed wants of every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
-    without adapted layers therefore has an `anchor`, one number that is always zero. Where no adapted layer stands
-    before the stage, the gradient of its input is zeros, and nothing below its first adapted layer has a backward pass.
+    DeepSpeed needs from every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
+    without adapted layers therefore has an `anchor`, one number that is always zero. If no earlier stage has an adapted
+    layer, the gradient of its input is zeros, and no layer before its first adapted one has a backward pass.
     """
 
     anchor: nn.Parameter | None
@@ -61,7 +69,7 @@ class Stage(nn.Module):
         self.blocks = [spec.index for spec in specs if spec.kind == "block"]
         self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
-        if self.head is not None and self.layers[self.head].weight is None:  # tied embeddings
+        if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
         self.adapter = adapter
         self.recompute = recompute
@@ -71,29 +79,30 @@ class Stage(nn.Module):
     def _give_head_its_weight(self) -> None:
         head: Any = self.layers[str(self.head)]
         if self.embedding is not None:
-            head.weight = self.layers[self.embedding].weight
+            embedding: Any = self.layers[self.embedding]
+            head.take_weight(embedding.frozen)
         else:
-            weight = head.norm.weight
+            norm = head.norm.weight
             rows = -(-head.vocab_size // self.tensor_parallel.group.size)
-            head.weight = frozen_parameter(rows, weight.shape[0], dtype=weight.dtype)
+            head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
 
     @property
     def tail(self) -> SupervisedTail:
-        """What follows the last attention, on the stage that has the head."""
+        """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
         return SupervisedTail(block, head)
 
     @property
     def attention(self) -> Attention:
-        """Of the first block; those of the others differ from it in their weights alone."""
+        """The attention of the first block; the other blocks differ from it only in their weights."""
         block: Any = self.layers[str(self.blocks[0])]
         attention: Attention = block.attention
         return attention
 
     @property
     def needs_input_gradient(self) -> bool:
-        """Whether an adapted layer stands before this stage."""
+        """Whether an earlier stage has an adapted layer."""
         return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
 
     def forward(
@@ -103,78 +112,101 @@ class Stage(nn.Module):
         labels: torch.Tensor | Supervised | None = None,
         *,
         documents: torch.Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-        updates: Mapping[int, LayerUpdate] | None = None,
-        wanted: torch.Tensor | None = None,
-        summed: bool = True,
-    ) -> torch.Tensor:
-        """The whole model, or one stage of it while decoding.
-
-        Args:
-            inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
-            positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100; or what `find_supervised` made of them on the host.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
-            caches: one per block, for decoding.
-            updates: see `run_blocks`.
-            wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
-            summed: False for every position's own loss, (b, s), 0 where there is no label, without a gradient; only
-                with `labels` as a tensor.
-
-        Returns:
-            the summed loss over supervised positions when `labels` are given, else logits (b, s, V); what flows between
-            layers where the stage has no head.
-        """
-        tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
-        hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-        reached = self.run_blocks(
-            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
-        )
-        if isinstance(reached, torch.Tensor):
-            return reached
-        if labels is None:
-            return self.tail.logits(reached, tensor_parallel, wanted=wanted)
-        if summed:
-            return self.tail.loss(reached, labels, tensor_parallel)
-        assert isinstance(labels, torch.Tensor), "labels by position"
-        return self.tail.position_losses(reached, labels, tensor_parallel)
-
-    def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
-        """Memory for what flows between layers of so many rows of tokens, on this rank."""
-        norm: torch.Tensor = self.layers[str(self.blocks[0])].attention.qkv.norm  # type: ignore[union-attr, assignment]
-        parts = self.tensor_parallel.sequence_parts
-        shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
-        return norm.new_empty(*shape, len(norm))
-
-    def run(
-        self, inputs: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None = None
+        prediction: _Prediction | None = None,
     ) -> torch.Tensor | Attended:
-        """One stage of a pipeline: tokens (b, s) in the first stage, else what flows between layers -> the same.
+        """The forward pass for training; for predictions call `predict`.
 
         Args:
+            inputs: tokens (b, s) int64 if the stage has the embedding, else activations between layers.
             positions: (b, s) int64.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
+            documents: (b, s) int64, document ids; None: one document per row.
 
         Returns:
-            what flows between layers; where the stage has the head, what its `tail` takes.
+            activations between layers. If the stage has the head: the summed loss over supervised positions, or
+            without `labels` the input of its `tail`.
         """
+        if prediction is not None:
+            return self._predict(inputs, positions, labels, documents, prediction)
         if self.embedding is not None:
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents)
+        output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
+        if labels is None or isinstance(output, torch.Tensor):
+            return output
+        return self.tail.loss(output, labels, self.tensor_parallel)
+
+    def _with_zero_gradients(self, output: torch.Tensor | Attended, inputs: torch.Tensor) -> torch.Tensor | Attended:
+        """The same output, which also gives zero gradients to the anchor and to inputs that need none."""
         sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
         if self.embedding is None and not self.needs_input_gradient:
             sources.append(inputs)
-        if not sources or not torch.is_grad_enabled():
+        if not sources:
             return output
         if isinstance(output, Attended):
             return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
         joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
         return joined
 
+    def predict(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        documents: torch.Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        updates: Mapping[int, LayerUpdate] | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
+
+        Args:
+            inputs, positions, labels, documents: as in `forward`.
+            caches: one per block, for decoding.
+            updates: the result of `read_adapter`, if it was called before.
+            wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V).
+
+        Returns:
+            activations between layers if the stage has no head. A loss is 0 where there is no label.
+        """
+        # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
+        found: torch.Tensor = self(
+            inputs, positions, labels, documents=documents, prediction=_Prediction(caches, updates, wanted)
+        )
+        return found
+
+    def _predict(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor | Supervised | None,
+        documents: torch.Tensor | None,
+        prediction: _Prediction,
+    ) -> torch.Tensor:
+        caches, updates, wanted = prediction
+        tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
+        hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
+        output = self.run_blocks(
+            hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
+        )
+        if isinstance(output, torch.Tensor):
+            return output
+        if isinstance(labels, torch.Tensor):
+            return self.tail.position_losses(output, labels, tensor_parallel)
+        return self.tail.logits(output, tensor_parallel, wanted=wanted)
+
+    def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
+        """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
+        norm: torch.Tensor = self.layers[str(self.blocks[0])].attention.qkv.norm  # type: ignore[union-attr, assignment]
+        parts = self.tensor_parallel.sequence_parts
+        shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
+        return norm.new_empty(*shape, len(norm))
+
     def read_adapter(self) -> dict[int, LayerUpdate]:
-        """The update of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
+        """The updates of the stage's adapted layers, by layer. A trained A is gathered over the tensor group."""
         if self.adapter is None:
             return {}
         dtype = next(self.layers.parameters()).dtype
@@ -182,7 +214,7 @@ class Stage(nn.Module):
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(b, s) int64 -> what flows between layers."""
+        """Tokens (b, s) int64 -> activations between layers."""
         hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
@@ -196,27 +228,27 @@ class Stage(nn.Module):
         caches: Sequence[KeyValueCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
     ) -> torch.Tensor | Attended:
-        """Every block of the stage in order; before a head the last one as far as its attention.
+        """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
         Args:
-            updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
+            updates: the result of `read_adapter`, if it was called before.
         """
         updates = self.read_adapter() if updates is None else updates
         cache = caches[0] if caches else None
-        places = self.attention.places(positions, hidden.dtype, documents=documents, cache=cache)
+        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             stops = self.head is not None and index == self.blocks[-1]
             call = block.attention.attend if stops else block
             cache = caches[number] if caches else None
-            result = self._call(call, hidden, places, tensor_parallel, update=updates.get(index), cache=cache)
+            result = self._call(call, hidden, context, tensor_parallel, update=updates.get(index), cache=cache)
             if stops:
                 return Attended(hidden, result)
             hidden = result
         return hidden
 
     def _call(self, function: Callable[..., torch.Tensor], *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """The function's result, of which only the arguments are kept under recompute."""
+        """The function's result; with full recompute only its arguments are saved."""
         if self.recompute == "full" and torch.is_grad_enabled():
             result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, **keywords)
             return result

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
@@ -102,7 +103,7 @@ class RunPlan:
             self.batches.micro_batch_size,
             self.grid.dp_size,
             packed_length=self.settings.max_length if self.settings.packing else None,
-            least_micro_batches=inputs_to_fill(self.grid.pp_size),
+            min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
 
     def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
@@ -155,13 +156,19 @@ class RunPlan:
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen base."""
-        return DTYPES[self.settings.dtype]
+        return DTYPES[self.dtype_name]
+
+    @property
+    def dtype_name(self) -> str:
+        """The same as --dtype names it."""
+        return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
         """Longest answer that is decoded."""
+        task = get_task(self.settings.task)
         return resolve_max_new_tokens(
-            self.settings.max_new_tokens, self.source.shape.max_positions, self.settings.task
+            self.settings.max_new_tokens, self.source.shape.max_positions, task.max_new_tokens
         )
 
     @property
@@ -173,6 +180,7 @@ class RunPlan:
         """Every setting as a plain value, with what depends on the model and the world filled in."""
         values = self.settings.model_dump()
         values.update(
+            dtype=self.dtype_name,
             layers=list(self.adapter.layers),
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
@@ -194,11 +202,11 @@ def plan_run(
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
-    metrics = get_task(settings.task).metrics
-    if settings.eval_metric not in ("loss", *metrics):
+    task = get_task(settings.task)
+    if settings.eval_metric not in ("loss", *task.metrics):
         raise UserError(
             f"--eval_metric {settings.eval_metric} is no metric of task {settings.task}; give loss or"
-            f" {' or '.join(metrics)}"
+            f" {' or '.join(task.metrics)}"
         )
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
@@ -206,16 +214,19 @@ def plan_run(
         settings.global_batch_size,
         settings.micro_batch_size,
         grid.dp_size,
-        most_rows=default_rows(
-            max_length=settings.max_length, packing=settings.packing, demo=settings.task == "demo", on_gpu=on_gpu
+        max_rows=default_rows(
+            max_length=settings.max_length,
+            packing=settings.packing,
+            on_gpu=on_gpu,
+            otherwise=task.micro_batch_rows,
         ),
-        least_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+        min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # A refusal must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape = found.shape
-    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, settings.task)
+    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
@@ -230,8 +241,7 @@ def plan_run(
         rank=settings.rank,
         alpha=settings.alpha,
         layers=layers,
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=settings.seed,
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,

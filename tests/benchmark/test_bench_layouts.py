@@ -123,7 +123,7 @@ def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (("--against=peft",), "--against peft is for one process without an engine, so not with 2 ranks"),
-        (("--tensor_parallel=3",), "2 ranks do not divide by --tensor_parallel 3"),
+        (("--tensor_parallel=3",), "2 ranks are not a multiple of --tensor_parallel 3"),
         (("--pipeline_parallel=2", "--ds_config=zero2.json"), "ZeRO-2 does not go with --pipeline_parallel 2"),
     ],
 )

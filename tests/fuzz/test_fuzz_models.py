@@ -168,7 +168,7 @@ def test_an_odd_config_means_what_transformers_means(
     positions = torch.arange(20).expand_as(tokens)
 
     def load() -> torch.Tensor:
-        logits: torch.Tensor = load_model(find_model(str(folder)), None, dtype=torch.float32)(tokens, positions)
+        logits: torch.Tensor = load_model(find_model(str(folder)), None, dtype=torch.float32).predict(tokens, positions)
         return logits
 
     def body(draw: Draw) -> object:

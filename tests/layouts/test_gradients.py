@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from oracle import OracleConfig, cast_weights, load_weights
 from oracle_training import oracle_gradients
 from tiny_models import random_adapter, random_batches, write_tiny_model
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -20,6 +20,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"num_layers": 5},
@@ -38,16 +39,15 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
         rank=4,
         alpha=6.0,
         layers=tuple(oracle.layers),
-        hidden_size=source.shape.hidden_size,
-        qkv_rows=source.shape.heads.rows,
+        targets=targets_of(source.shape),
         seed=0,
     )
-    bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
-    bank.load_full(oracle.tensors)
+    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
+    adapter.load_full(oracle.tensors)
     specs = layer_specs(source.shape, dtype=torch.float64, recomputes_gate=recompute == "selective")
-    model = Stage(specs, bank, recompute=recompute)
+    model = Stage(specs, adapter, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.shape)) as weights:
-        load_base_weights(weights, dict(model.named_parameters()), access=lambda parameter: nullcontext(parameter))
+        load_base_weights(weights, frozen_weights(model))
     return model, oracle
 
 

@@ -193,7 +193,7 @@ def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert visible_gpus() == ("3", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(UserError, match="chosen by number"):
+    with pytest.raises(UserError, match="only GPU numbers are supported"):
         visible_gpus()
 
 
@@ -213,7 +213,7 @@ def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
     with lock_study(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
     try:
-        with pytest.raises(UserError, match="a run that a killed one has left"), lock_study(tmp_path):
+        with pytest.raises(UserError, match="a run of a killed sweep"), lock_study(tmp_path):
             pass
     finally:
         left.communicate(b"\n")

@@ -18,6 +18,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
 from megatron_tiedlora.base.shapes import ModelShape
@@ -27,6 +28,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
@@ -80,8 +82,7 @@ class Case:
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            hidden_size=shape.hidden_size,
-            qkv_rows=shape.heads.rows,
+            targets=targets_of(shape),
             seed=0,
         )
 
@@ -169,15 +170,15 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     """This rank's stage with base weights and factors in place, all fp64."""
-    bank = TiedAdapter(case.part(grid), dtype=DTYPE)
-    bank.load_full(case.adapter.tensors)
-    bank.u_sum = sum_of_u(groups)
+    adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
+    adapter.load_full(case.adapter.tensors)
+    adapter.u_sum = sum_of_u(groups)
     specs = layer_specs(
         case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        bank,
+        adapter,
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
     )
@@ -194,9 +195,8 @@ def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid
     """Read a rank's slices of the base into its stage."""
     load_base_weights(
         weights,
-        dict(stage.named_parameters()),
+        frozen_weights(stage),
         stage_weight_rules(shape, has_embedding=stage.embedding is not None),
-        access=lambda parameter: nullcontext(parameter),
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
     )
@@ -205,13 +205,13 @@ def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
     stage = build_stage(case, grid, groups)
-    bank: Any = stage.adapter
+    adapter: Any = stage.adapter
     walk = _Walk(case, stage, grid, groups)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
     loss, input_gradients = 0.0, []
-    bank.u_sum.start(len(batches))
+    adapter.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
         for batch in batches:
             value, gradient = walk.train(batch, num_supervised)
@@ -219,11 +219,11 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
-    factors = {name: p for name, p in bank.named_parameters() if p.requires_grad}
-    before = {name: factors[name].grad.clone() for name in tied_trained(bank) if factors[name].grad is not None}
+    factors = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    before = {name: factors[name].grad.clone() for name in tied_trained(adapter) if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
-            assert not sum_tied_gradients_(bank, groups), "a gradient is missing"
+            assert not sum_tied_gradients_(adapter, groups), "a gradient is missing"
     if grid.dp_size > 1:  # the engine's part: the sum over data-parallel ranks
         for parameter in factors.values():
             distributed.all_reduce(parameter.grad, group=groups.data.handle)
@@ -252,9 +252,9 @@ class _Walk:
         """(loss, gradient of what came from the stage before)."""
         inputs = self._inputs(batch)
         if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
-            loss = self.stage(batch.input_ids, _places(batch)[0], batch.labels) / num_supervised
+            loss = self.stage(batch.input_ids, _position_ids(batch), batch.labels) / num_supervised
         else:
-            output = self.stage.run(inputs, *_places(batch))
+            output = self.stage(inputs, _position_ids(batch), documents=batch.documents)
             if not self._is_last:
                 distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
                 gradient = torch.empty_like(output)
@@ -268,7 +268,7 @@ class _Walk:
     @torch.no_grad()
     def logits(self, batch: OracleBatch) -> torch.Tensor | None:
         """(b, s, V) on the last stage."""
-        output = self.stage.run(self._inputs(batch), *_places(batch))
+        output = self.stage(self._inputs(batch), _position_ids(batch), documents=batch.documents)
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
             return None
@@ -299,11 +299,11 @@ class _Walk:
         return inputs.grad
 
 
-def _places(batch: OracleBatch) -> torch.Tensor:
-    """(1, b, s) positions, or (2, b, s) positions and documents."""
+def _position_ids(batch: OracleBatch) -> torch.Tensor:
+    """(b, s)."""
     if batch.documents is None:
-        return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)[None]
-    return torch.stack((batch.positions, batch.documents))
+        return torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    return batch.positions
 
 
 def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Tensor]:
@@ -312,7 +312,7 @@ def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Ten
     world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
-        spec, tied = config.spec(name), config.row.factor(name).tied
+        spec, tied = config.spec(name), config.factor(name).tied
         by_stage = []
         for pp_rank in range(world.pp_size):
             if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:

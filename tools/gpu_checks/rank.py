@@ -1,7 +1,7 @@
 """One rank of part ranks:  python rank.py ORDER    (records.RankOrder as JSON; ranks and master from the environment)
 
-Takes the steps of each case one after another and leaves losses and the adapter in the order's folder, from rank 0; an
-order without an end takes steps until it is killed, or a peer is.
+It trains each case in turn; rank 0 writes losses and the adapter to the order's folder. An endless order trains until
+this rank or a peer is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ instead of this folder
 
 from gpu_checks.children import end_with_parent
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
@@ -24,7 +24,7 @@ from megatron_tiedlora.runtime.process_group import leave_process_group
 
 
 def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
-    """bench_step.py's options of a case: the same samples at every layout."""
+    """bench_step.py's options for a case: the same samples at every layout."""
     from gpu_checks.running import step_options
 
     rows = order.samples // (world_size // (case.tp * case.pp))
@@ -44,7 +44,7 @@ def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
 
 
 def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: Path) -> None:
-    """Take the steps; rank 0 writes what came of them."""
+    """Train the steps; rank 0 writes the results."""
     import bench_layout
     from safetensors.torch import save_file
 
@@ -63,7 +63,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
 
 
 def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
-    """Take steps of the first case under the eyes of all ranks, as launch/train.py does, until one is gone."""
+    """Train the first case with a heartbeat, as launch/train.py does, until a rank is lost."""
     import bench_layout
 
     from megatron_tiedlora.runtime.ending import reported_end
@@ -97,12 +97,12 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             run_case(case, order, rank, world_size, folder)
-        except UserError as error:  # raised on every rank, so that all continue with the next case
+        except UserError as error:  # raised on every rank, so all of them continue with the next case
             (folder / f"error{rank}").write_text(str(error))
         except Exception:
             (folder / f"error{rank}").write_text(traceback.format_exc())
             traceback.print_exc()
-            os._exit(1)  # at once: peers may wait for this rank, and then so would the end of the group
+            os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
     leave_process_group()
     return 0
 

@@ -1,4 +1,4 @@
-"""Runs whose steps are handed in, as tools/bench_step.py makes them, for several parts."""
+"""Runs for several parts, made as in tools/bench_step.py, whose steps the caller chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_tiedlora.training.plan import RunPlan
 
 
 def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
-    """The options of bench_step.py as its command line gives them."""
+    """The options of bench_step.py, parsed as from its command line."""
     options = bench_step.parser().parse_known_names([f"--model={model}", *flags])
     bench_step.resolve(options, world_size)
     options.layout = True
@@ -35,7 +35,7 @@ def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
 
 
 def write_shape(folder: Path, shape: ModelShape) -> str:
-    """Write a config.json of these sizes for --random_weights; returns the folder as --model takes it."""
+    """Write a config.json of these sizes for --random_weights; returns the folder as a value for --model."""
     values = {
         "model_type": "llama",
         "vocab_size": shape.vocab_size,
@@ -54,10 +54,10 @@ def write_shape(folder: Path, shape: ModelShape) -> str:
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """How many layers of a preset fit into this share of the free memory of the GPU, by the dry run's plan.
+    """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
 
     Raises:
-        UserError: none does.
+        UserError: not even one layer fits.
     """
     free = share * torch.cuda.mem_get_info()[0]
     for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
@@ -69,7 +69,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started]:
-    """One rank's run inside the block; what it holds is free afterwards. `changes` of settings as in `make_plan`."""
+    """One rank's run inside the block, whose memory is freed afterwards. `changes` of settings as in `make_plan`."""
     plan: RunPlan = bench_layout.make_plan(options, rank=0, world_size=1, **changes)
     run = bench_layout.start(plan, options)
     try:
@@ -81,7 +81,7 @@ def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started
 
 
 def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> TrainingLoader:
-    """Steps of the run's shape, over random samples of these lengths."""
+    """A loader of the run's steps over random samples of these lengths."""
     draw = np.random.default_rng(0)
     dataset = TokenDataset(
         tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
@@ -93,7 +93,7 @@ def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> Training
 
 
 def release() -> None:
-    """Give back what nothing holds any more, and start counting peaks again."""
+    """Free unreferenced memory and reset the peak statistics."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,25 +1,27 @@
-"""What --model and the data flags mean to launch/train.py, and so where a host is to look for it.
+"""What --model and the data flags mean to launch/train.py, and so where a host looks for it.
 
-Owns what is a path, two of them, or the id of something on the Hugging Face hub, and what a host's cache of the hub
-holds of a model. What a path holds is probe.py's.
+This module decides whether a value is a path, two paths or a hub id, and looks in a host's hub cache for a model.
+probe.py reads the content of a path.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.sources import is_model_on_hub
 from megatron_tiedlora.cluster.doctor.records import HubRepo
-from megatron_tiedlora.data.demo import demo_model_path
-from megatron_tiedlora.data.readers import is_rows_file, looks_like_path
+from megatron_tiedlora.data.demo import prepared_model
+from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id
 
 _READ_OF_A_MODEL = (".json", ".jinja", ".safetensors", "tokenizer.model")  # the rest of a repository is not downloaded
 _WEIGHTS = ".safetensors"
 
 
 def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRepo]]:
-    """(absolute paths, what a path stands for where no host has it), both by flag.
+    """(absolute paths, the hub repository that a path means if no host has it), both by flag.
 
     Two aligned texts, `A.de,A.en`, are two paths, under `FLAG:1` and `FLAG:2`.
 
@@ -27,27 +29,29 @@ def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRe
         given: the values by flag, as the user gave them.
 
     Raises:
-        UserError: a value that can be no path.
+        UserError: a value is not a valid path.
     """
     paths: dict[str, str] = {}
     hub: dict[str, HubRepo] = {}
     for flag, value in given.items():
-        if flag == "model" and value == "demo":
-            paths[flag] = str(demo_model_path())
+        if flag == "model":
+            paths[flag] = absolute_path(prepared_model(value) or value, flag=flag)
+            if is_model_on_hub(value):
+                hub[flag] = HubRepo(kind="model", id=value)
             continue
-        names = [value] if flag == "model" else _aligned_texts(value, flag)
+        names = _aligned_texts(value, flag)
         for number, name in enumerate(names, start=1):
             paths[flag if len(names) == 1 else f"{flag}:{number}"] = absolute_path(name, flag=flag)
-        if len(names) == 1 and _may_be_hub_id(value, is_model=flag == "model"):
-            hub[flag] = HubRepo(kind="model" if flag == "model" else "dataset", id=value)
+        if len(names) == 1 and may_be_hub_id(value):
+            hub[flag] = HubRepo(kind="dataset", id=value)
     return paths, hub
 
 
-def absolute_path(path: str, *, flag: str) -> str:
-    """A path as the hosts are asked for it: from this folder, and with this user's home.
+def absolute_path(path: str | Path, *, flag: str) -> str:
+    """The absolute path that the hosts are asked for, from this folder and this user's home.
 
     Raises:
-        UserError: it can be no path; the message names the flag.
+        UserError: it is not a valid path; the message names the flag.
     """
     return os.path.abspath(user_path(path, flag=f"--{flag}"))
 
@@ -59,22 +63,8 @@ def _aligned_texts(value: str, flag: str) -> list[str]:
     return names if is_pair and not os.path.exists(absolute_path(value, flag=flag)) else [value]
 
 
-def _may_be_hub_id(value: str, *, is_model: bool) -> bool:
-    """Whether launch/train.py asks the hub for it where there is no such path."""
-    if looks_like_path(value) or (is_model and "/" not in value):
-        return False
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return True
-
-
 def cached_model(hub_id: str) -> str | None:
-    """The folder of a model in this host's cache of the hub (under HF_HOME); None if its weights are not there."""
+    """The folder of a model in this host's hub cache (under HF_HOME); None if its weights are not there."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(hub_id, "config.json")
@@ -83,5 +73,5 @@ def cached_model(hub_id: str) -> str | None:
 
 
 def is_read_of_a_model(name: str) -> bool:
-    """Whether a job reads a file of a model's repository, by its name."""
+    """Whether a job reads this file of a model's repository."""
     return name.endswith(_READ_OF_A_MODEL)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_wei
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -50,7 +50,8 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
     for rule in rules:
         local = torch.full(rule.spec.local_shape(rule.shape, tp_size), float("nan"))
         parameters[rule.name] = torch.nn.Parameter(local, requires_grad=False)
-    draw_base_weights(parameters, rules, access=lambda parameter: nullcontext(parameter), tp_rank=1)
+    targets = {name: FrozenWeight(parameter) for name, parameter in parameters.items()}
+    draw_base_weights(targets, rules, tp_rank=1)
     for rule in rules:
         drawn = parameters[rule.name]
         if len(rule.shape) == 1:
@@ -59,7 +60,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
             assert float(drawn.std()) == pytest.approx(rule.shape[-1] ** -0.5, rel=0.1)
     assert torch.equal(parameters["layers.0.weight"], parameters[rules[-1].name])
     before = parameters["layers.0.weight"].clone()
-    draw_base_weights(parameters, rules, access=lambda parameter: nullcontext(parameter), tp_rank=0)
+    draw_base_weights(targets, rules, tp_rank=0)
     assert not torch.equal(before, parameters["layers.0.weight"]), "ranks have different parts"
 
 
@@ -92,7 +93,7 @@ def test_bytes_read_are_the_stored_bytes(tmp_path: Path) -> None:
     rules = weight_rules(source.shape)
     with BaseWeights(folder, rules) as weights:
         for rule in rules:
-            weights.fill(rule, torch.empty(rule.shape))
+            weights.fill(rule, FrozenWeight(torch.empty(rule.shape)))
         assert weights.bytes_read == sum(
             t.numel() * t.element_size() for t in load_file(next(folder.glob("*.saf*"))).values()
         )
@@ -109,7 +110,7 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int) -> None
         with BaseWeights(folder, rules) as weights:
             for rank in range(tp_size):
                 parts.append(torch.empty(rule.spec.local_shape(rule.shape, tp_size)))
-                weights.fill(rule, parts[-1], tp_rank=rank, tp_size=tp_size)
+                weights.fill(rule, FrozenWeight(parts[-1]), tp_rank=rank, tp_size=tp_size)
             times = tp_size if rule.spec.dim is None else 1
             assert weights.bytes_read == times * 4 * torch.Size(rule.shape).numel()
         assert torch.equal(rule.spec.join(parts), torch.cat([whole[name] for name in rule.hf_names])), rule.name
@@ -123,7 +124,7 @@ def test_a_head_beside_a_tied_embedding_is_not_read(tmp_path: Path) -> None:
     embedding = "model.embed_tokens.weight"
     rewrite(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
     ids = torch.arange(3, 33)[None]
-    ours = load_model(find_model(str(folder)), None, dtype=torch.float32)(ids, torch.arange(30)[None])
+    ours = load_model(find_model(str(folder)), None, dtype=torch.float32).predict(ids, torch.arange(30)[None])
     theirs = oracle_logits(weights, OracleConfig.from_folder(folder), None, ids)
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -184,7 +185,7 @@ def pickled_only(folder: Path) -> str:
 
 def nothing(folder: Path) -> str:
     (folder / "model.safetensors").unlink()
-    return "neither model.safetensors nor"
+    return "has neither model.safetensors nor"
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:

@@ -18,6 +18,7 @@ from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -190,8 +191,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "rank": (edit(rank=0), CONFIG, "rank = 0"),
     "rank text": (edit(rank="4"), CONFIG, "rank = '4'"),
     "head_dim": (edit(head_dim="wide"), CONFIG, "head_dim = 'wide'"),
-    "alpha": (edit(alpha="much"), CONFIG, "wrong kind"),
-    "layers": (edit(layers=7), CONFIG, "wrong kind"),
+    "alpha": (edit(alpha="much"), CONFIG, "wrong type"),
+    "layers": (edit(layers=7), CONFIG, "wrong type"),
     "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not among 1 to 3"),
     "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not among 1 to 3"),
     "layer order": (edit(layers=[3, 1]), CONFIG, "not in ascending order"),
@@ -204,15 +205,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "alpha 0": (edit(alpha=0), CONFIG, "alpha = 0 is not between"),
     "alpha negative": (edit(alpha=-3), CONFIG, "alpha = -3 is not between"),
     "alpha absurd": (edit(alpha=1e300), CONFIG, "alpha = 1e+300 is not between"),
-    "width": (edit(init_std_b=1e9), CONFIG, "init_std_b = 1e+09 is no width"),
+    "width": (edit(init_std_b=1e9), CONFIG, "init_std_b = 1e+09 is not between 0 and 1000"),
     "name": (edit(base_model="x\x1b[2J"), CONFIG, "holds control characters"),
-    "u not one": (edit(method="tl5"), WEIGHTS, "u is not one everywhere, but method tl5 does not train it"),
+    "u not one": (edit(method="tl5"), WEIGHTS, "u is not all ones, but method tl5 does not train it"),
     "huge": (retensor(lambda t: t["A"].mul_(1e35)), WEIGHTS, "its update may reach"),
     "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
-    "no table": (edit(sha256=[1]), CONFIG, "is no table of files and checksums"),
-    "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not fit its own checksum"),
-    "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is no table of files and checksums"),
-    "flipped": (flip_a_bit, WEIGHTS, "does not fit its checksum"),
+    "no table": (edit(sha256=[1]), CONFIG, "is not a table of files and checksums"),
+    "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not match its own checksum"),
+    "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is not a table of files and checksums"),
+    "flipped": (flip_a_bit, WEIGHTS, "does not match its checksum"),
     "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
 }
 
@@ -232,7 +233,8 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     """An adapter that was stored before its record had a class of its own reads, and is written again as it was."""
     adapter = load_adapter(STORED_ADAPTER)
     assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
-    assert (adapter.config.method, adapter.config.layers, adapter.config.qkv_rows) == ("tl6", (1, 3), (32, 16, 16))
+    assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
+    assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
     model = find_model(str(write_tiny_model(tmp_path / "model")))
     assert adapter.base.config_hash == model.base_hash
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)

@@ -59,7 +59,7 @@ def tokens() -> torch.Tensor:
 @torch.no_grad()
 def native_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.Tensor:
     ids = tokens()
-    return load_model(source, adapter, dtype=torch.float32)(ids, torch.arange(32).expand_as(ids))
+    return load_model(source, adapter, dtype=torch.float32).predict(ids, torch.arange(32).expand_as(ids))
 
 
 @torch.no_grad()

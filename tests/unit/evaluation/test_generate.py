@@ -225,7 +225,7 @@ def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
     decoded = decode(Decoder(model, ParallelGroups(), source.shape), batch, new=8)
     for prompt, row in zip(batch, decoded, strict=True):
         ids = torch.tensor([prompt + row])
-        logits = model(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].float()
+        logits = model.predict(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, torch.tensor(row)[:, None])[:, 0]
         assert (logits.amax(1) - chosen <= 0.03 * logits.abs().amax(1)).all()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
+from megatron_tiedlora.adapters.targets import qkv_target, targets_of
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -71,7 +72,7 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     model = load_model(find_model(str(folder)), None, dtype=torch.float32)
     # Theirs in fp64: in fp32 each side is up to 7e-6 off that, not to the same side.
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(tokens()).logits
-    ours = model(tokens(), positions(tokens()))
+    ours = model.predict(tokens(), positions(tokens()))
     assert theirs.std() > 1  # far from uniform, so that a fault shows
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -101,7 +102,7 @@ def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (
     model = load_model(source, None, dtype=torch.float32)
     shape = source.shape
     config = make_adapter_config(
-        method, rank=4, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=1
+        method, rank=4, layers=layers, targets=targets_of(shape), seed=1
     )
     model.adapter = TiedAdapter(AdapterPart.whole(config))
     generator = torch.Generator().manual_seed(2)
@@ -123,7 +124,7 @@ def test_loss_is_the_sum_over_supervised_tokens(folder: Path, share: float) -> N
     labels = some_labels(ids, share)
     assert 0 < (labels != -100).sum() <= ids.numel()
     loss = model(ids, positions(ids), labels)
-    log_p = model(ids, positions(ids)).log_softmax(-1)
+    log_p = model.predict(ids, positions(ids)).log_softmax(-1)
     picked = [-log_p[b, s, labels[b, s]] for b in range(2) for s in range(40) if labels[b, s] != -100]
     plain = torch.stack(picked).sum()
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
@@ -165,7 +166,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
     labels = some_labels(ids, 0.5)
     plain = gradients(model, model(ids, positions(ids), labels))
     calls = []
-    attend, feed = Attention.attend, Block.feed
+    attend, feed = Attention.attend, Block.add_mlp
 
     def counted(self: Attention, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append("attend")
@@ -176,7 +177,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
         return feed(self, *arguments, **keywords)
 
     monkeypatch.setattr(Attention, "attend", counted)
-    monkeypatch.setattr(Block, "feed", counted_too)
+    monkeypatch.setattr(Block, "add_mlp", counted_too)
     model.recompute = "full"
     recomputed = gradients(model, model(ids, positions(ids), labels))
     # Once forwards, once more in the backward pass, which the last MLP has at once.
@@ -195,9 +196,9 @@ def test_layers_without_the_adapter_are_the_base(folder: Path) -> None:
         seen["out"].append(output.detach())
 
     model.layers["2"].register_forward_hook(look)
-    model(ids, positions(ids))
+    model.predict(ids, positions(ids))
     model.adapter = None
-    model(ids, positions(ids))
+    model.predict(ids, positions(ids))
     assert torch.equal(*seen["in"])
     assert not torch.allclose(*seen["out"], rtol=1e-2)
 
@@ -263,7 +264,7 @@ def test_fused_rows_are_cut_by_heads_within_each_block() -> None:
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 does not divide by tensor parallel 4"):
+    with pytest.raises(ValueError, match="6 is not divisible by tensor parallel 4"):
         ShardSpec(0, (8, 6, 6)).split(torch.zeros(20), 0, 4)
 
 
@@ -299,16 +300,15 @@ def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = Non
         method,
         rank=8,
         layers=layers or tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
 
 
 def trained_numbers(config: AdapterConfig) -> int:
     with torch.device("meta"):
-        bank = TiedAdapter(AdapterPart.whole(config))
-    return sum(parameter.numel() for parameter in bank.parameters() if parameter.requires_grad)
+        adapter = TiedAdapter(AdapterPart.whole(config))
+    return sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize(("preset", "counts"), [("llama2-7b", COUNTS_7B), ("llama2-70b", COUNTS_70B)])
@@ -346,7 +346,7 @@ STARTS = {
 
 
 def small_config(method: str, *, layers: tuple[int, ...] = (1, 2, 3, 4), seed: int = 7) -> AdapterConfig:
-    return make_adapter_config(method, rank=8, layers=layers, hidden_size=256, qkv_rows=(256, 64, 64), seed=seed)
+    return make_adapter_config(method, rank=8, layers=layers, targets=(qkv_target(256, (256, 64, 64)),), seed=seed)
 
 
 @pytest.mark.parametrize("method", STARTS)
@@ -365,7 +365,7 @@ def test_start_values_are_the_table(method: str) -> None:
 
 def test_start_widths_can_be_set() -> None:
     config = make_adapter_config(
-        "vera", rank=8, layers=(1,), hidden_size=256, qkv_rows=(256, 64, 64), seed=0, init_std_a=0.5, init_std_b=2.0
+        "vera", rank=8, layers=(1,), targets=(qkv_target(256, (256, 64, 64)),), seed=0, init_std_a=0.5, init_std_b=2.0
     )
     values = start_values(config)
     assert values["A"].std().item() == pytest.approx(0.5, rel=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.topology import make_topology
+from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
 from megatron_tiedlora.parallel import collectives
 from megatron_tiedlora.parallel.early_backward import run_with_early_backward
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
-from megatron_tiedlora.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabularyParallelEmbedding
+from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding
 from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.traffic import TrafficCounter
@@ -27,6 +31,7 @@ SIZES = (2, 3, 4)
 RANKS = 4
 # Some hundred fp64 products and sums in another order.
 TOLERANCE = 1e-12
+EPS = 1e-5
 LENGTH, WIDTH, VOCABULARY = 12, 6, 322  # 12 divides by every size, 322 by 2 alone
 
 
@@ -109,18 +114,24 @@ def count_copies(group: RankGroup) -> int:
     return copies.num
 
 
+empty = partial(FrozenWeight.empty, dtype=torch.float64)
+vector = partial(frozen_parameter, dtype=torch.float64)
+
+
 def try_layers(group: RankGroup) -> dict[bool, Any]:
-    """Column-parallel, then row-parallel, both with a bias; outputs and input gradients by sequence parallelism."""
+    """A norm, a column- and a row-parallel linear with biases; outputs and input gradients by sequence parallelism."""
     found = {}
     for cut in (True, False):
         tensor_parallel = TensorParallel(group, cut)
-        column = ColumnParallelLinear(WIDTH, 2 * LENGTH // group.size, dtype=torch.float64, bias=True)
-        row = RowParallelLinear(2 * LENGTH // group.size, WIDTH, dtype=torch.float64, bias=True)
+        local = 2 * LENGTH // group.size
+        column = NormedLinear(empty(local, WIDTH), bias=vector(local), eps=EPS, dtype=torch.float64, kernels=EAGER)
+        row = RowParallelLinear(empty(WIDTH, local), bias=vector(WIDTH))
         blocks = ShardSpec(0, (LENGTH, LENGTH))
         values = dense_layers()
         for parameter, spec, value in (
             (column.weight, blocks, values[0]),
             (column.bias, blocks, values[1]),
+            (column.norm, ShardSpec(None, ()), values[4]),
             (row.weight, ShardSpec(1, (LENGTH, LENGTH)), values[2]),
             (row.bias, ShardSpec(None, ()), values[3]),
         ):
@@ -130,7 +141,7 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
         if cut:
             hidden, gradient = (part_of(t, group.rank, group.size).clone() for t in (hidden, gradient))
         hidden.requires_grad_()
-        inner = column(collectives.enter_tensor_parallel_region(hidden, tensor_parallel))
+        (inner,) = column(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
         output = row(torch.tanh(inner), tensor_parallel)
         output.backward(gradient)
         found[cut] = output.detach(), hidden.grad
@@ -143,7 +154,7 @@ def part_of(hidden: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def dense_layers() -> tuple[torch.Tensor, ...]:
-    sizes = ((2 * LENGTH, WIDTH), (2 * LENGTH,), (WIDTH, 2 * LENGTH), (WIDTH,))
+    sizes = ((2 * LENGTH, WIDTH), (2 * LENGTH,), (WIDTH, 2 * LENGTH), (WIDTH,), (WIDTH,))
     return tuple(draw(*size, seed=30 + index) for index, size in enumerate(sizes))
 
 
@@ -167,14 +178,14 @@ def try_loss(group: RankGroup) -> dict[torch.dtype, Any]:
         share = -(-VOCABULARY // group.size)
         # With rows of the identity for weights products are exact: a rank's logits, and their gradient in its place.
         here = slice(group.rank * share, (group.rank + 1) * share)
-        rows, weight = logits.clone().requires_grad_(), torch.eye(VOCABULARY, dtype=dtype)[here]
-        loss = sum_token_losses(rows, weight, labels, first_id=here.start, group=group, rows_at_once=3)
+        rows, frozen = logits.clone().requires_grad_(), FrozenWeight(torch.eye(VOCABULARY, dtype=dtype)[here])
+        loss = sum_token_losses(rows, frozen, labels, first_id=here.start, group=group, rows_at_once=3)
         (loss * 0.37).backward()
         assert rows.grad is not None
         found[dtype] = loss.detach(), rows.grad[:, here].clone()
         rows.grad[:, here] = 0
         assert not rows.grad.any()
-        each = token_losses(rows.detach(), weight, labels, first_id=here.start, group=group, rows_at_once=3)
+        each = token_losses(rows.detach(), frozen, labels, first_id=here.start, group=group, rows_at_once=3)
         expected = functional.cross_entropy(logits.double(), labels, reduction="none")
         assert close(each.double(), expected, 4 * torch.finfo(each.dtype).eps)
     return found
@@ -190,7 +201,7 @@ def try_embedding(group: RankGroup) -> dict[bool, torch.Tensor]:
     tokens, table = embedding_inputs()
     found = {}
     for cut in (True, False):
-        layer = VocabularyParallelEmbedding(-(-VOCABULARY // group.size), WIDTH, dtype=torch.float64)
+        layer = VocabularyParallelEmbedding(empty(-(-VOCABULARY // group.size), WIDTH))
         layer.weight.data.copy_(ShardSpec(0, (VOCABULARY,), padded=True).split(table, group.rank, group.size))
         found[cut] = layer(tokens, TensorParallel(group, cut))
     return found
@@ -292,9 +303,10 @@ def test_parts_of_sequences_travel_without_a_copy(of_groups: dict[int, Any], siz
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("size", [1, *SIZES])
 def test_linear_layers_equal_dense_ones(of_groups: dict[int, Any], size: int, cut: bool) -> None:
-    weight, bias, out_weight, out_bias = dense_layers()
+    weight, bias, out_weight, out_bias, norm = dense_layers()
     hidden = draw(2, LENGTH, WIDTH, seed=20).requires_grad_()
-    output = functional.linear(torch.tanh(functional.linear(hidden, weight, bias)), out_weight, out_bias)
+    normed = functional.rms_norm(hidden, (WIDTH,), norm, EPS)
+    output = functional.linear(torch.tanh(functional.linear(normed, weight, bias)), out_weight, out_bias)
     output.backward(draw(2, LENGTH, WIDTH, seed=21))
     assert hidden.grad is not None
     for found in of_groups[size]:

@@ -91,13 +91,13 @@ def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
     done = {some.first + number: case for _, some in others for number, case in enumerate(some.cases)}
     assert [done[number] for number in range(len(done))] == list(ranks.cases_of(8, "cuda"))
     assert limits == pytest.approx([25, 75 / 3, 75 / 2, 75])
-    assert {check.why for check in report.checks} == {"it did not come to its end"}, "nothing was left, nothing passes"
+    assert {check.why for check in report.checks} == {"it did not finish"}, "nothing was left, nothing passes"
 
 
 def test_the_line_that_names_the_dead_rank() -> None:
     named = "error: rank 1 on host, after step 4: killed"
     assert ranks.naming_line(f"x\n{named}\n", 1) == named
-    assert ranks.naming_line(f"x\n{named}\n", 2) is ranks.naming_line("error: rank 10 fell silent", 1) is None
+    assert ranks.naming_line(f"x\n{named}\n", 2) is ranks.naming_line("error: rank 10 stopped responding", 1) is None
     assert ranks.last_error("ValueError: bad\nwarning: later") == "ValueError: bad"
 
 
@@ -128,7 +128,7 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
         assert not rank_orders.wait_for_ranks(started, 30)
         assert started[0].process.returncode == 3 and "here" in started[0].output
         assert ranks.why_not_ended(started, 30) == "here"
-        assert ranks.why_not_ended(started[1:], 30).startswith("not there after 30 s; the last line of rank 0: ")
+        assert ranks.why_not_ended(started[1:], 30).startswith("not finished after 30 s; the last line of rank 0: ")
     assert started[1].process.returncode == -9
 
 

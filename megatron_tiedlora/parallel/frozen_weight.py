@@ -1,0 +1,98 @@
+"""A weight that is never trained: how a rank stores its shard, and every matmul with it.
+
+The forward pass computes x W^T + c, the backward pass dy W. Layers do both through this class, so that another storage
+format is just a subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised parameter without a gradient, on the current default device."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class FrozenWeight:
+    """W (out, in) of a linear, or a vector, in one tensor of the activations' dtype.
+
+    It is not a module: the layer that uses it registers its `parameters`, so that engines move and partition them.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def empty(cls, *local_shape: int, dtype: torch.dtype) -> FrozenWeight:
+        """Uninitialised memory on the current default device."""
+        return cls(frozen_parameter(*local_shape, dtype=dtype))
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that store it, by the name under which the layer registers them."""
+        assert isinstance(self.tensor, nn.Parameter), "a view is never registered"
+        return {"weight": self.tensor}
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's shard."""
+        return tuple(self.tensor.shape)
+
+    @staticmethod
+    def num_bytes(num_elements: int, dtype: torch.dtype) -> int:
+        """Bytes of a weight with `num_elements` elements, for activations of `dtype`."""
+        return num_elements * dtype.itemsize
+
+    def times_transposed(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + bias, (tokens, out), from x (tokens, in); written to `out` if given. Autograd does not record it.
+
+        It avoids `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
+        """
+        transposed = self.tensor.detach().t()
+        return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
+
+    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
+        return torch.mm(grad_y, self.tensor.detach(), out=out)
+
+    def first_rows(self, num_rows: int) -> FrozenWeight:
+        """The first rows of W, in the same memory."""
+        return FrozenWeight(self.tensor.detach()[:num_rows])
+
+    def empty_values(self) -> torch.Tensor:
+        """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        return torch.empty_like(self.tensor)
+
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0) -> None:
+        """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on."""
+        self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
+
+
+def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:
+    """Register the parameters of `weight` with the module that uses it, and return `weight`."""
+    for name, parameter in weight.parameters.items():
+        module.register_parameter(name, parameter)
+    return weight
+
+
+def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
+    """Every frozen weight and vector inside `module`, by its name in the name table (`model/weights.py`).
+
+    A layer stores the FrozenWeight of its matrix in the attribute `frozen`. Biases and norms are plain parameters.
+    """
+    found: dict[str, FrozenWeight] = {}
+    for prefix, layer in module.named_modules():
+        frozen = getattr(layer, "frozen", None)
+        stored = {} if frozen is None else frozen.parameters
+        if frozen is not None:
+            found[f"{prefix}.weight"] = frozen
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name not in stored and not parameter.requires_grad:
+                found[f"{prefix}.{name}"] = FrozenWeight(parameter)
+    return found
