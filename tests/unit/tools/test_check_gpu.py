@@ -19,7 +19,7 @@ import torch
 from gpu_checks import attention, child, children, correct, env, host, output, records
 from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_config
 from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 
 from megatron_tiedlora.runtime import launch_env
 

@@ -21,7 +21,7 @@ from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import step_options, write_shape
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
 TOOL = Path(check_gpu.__file__)
