@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from bench_contestants import random_stage, recompute
 
 from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import kernels_for, shape_of, small_config, training_device
@@ -19,6 +18,7 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage

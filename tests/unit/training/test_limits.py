@@ -12,6 +12,7 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
 from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -20,7 +21,6 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.training.flops_plan import step_flops
-from tools.bench_contestants import saved_by_autograd, storage_bytes
 
 RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}
