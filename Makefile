@@ -6,6 +6,9 @@ VENV ?= .venv
 ARGS ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
+# Tests run in this many processes, a file in one of them; more than there are cores, because many tests wait. -s shows what
+# tests print, which takes one process.
+WORKERS ?= $(if $(filter -s,$(PYTEST_ARGS)),0,4)
 DEEPSPEED_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -37,6 +40,7 @@ help:  ## show this list
 	@echo "make train DEEPSPEED_ARGS='--num_gpus 2'                    settings of the deepspeed launcher"
 	@echo "make test TESTS=tests/unit/tools/test_prepare_demo.py PYTEST_ARGS='-k digits'"
 	@echo "make test PYTEST_ARGS='-m slow'                             the tests that take minutes"
+	@echo "make test WORKERS=0                                         one test at a time"
 	@echo "PYTHON=python3.12 or VENV=other choose the interpreter and the folder"
 
 $(BIN)/python:
@@ -49,7 +53,7 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(call install,test,pytest pytest-timeout)
+	$(call install,test,pytest pytest-timeout pytest-xdist)
 	@touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
@@ -64,7 +68,7 @@ train: demo
 	PATH="$(BIN):$$PATH" deepspeed $(DEEPSPEED_ARGS) launch/train.py --ds_config zero2.json $(ARGS)
 
 test: $(VENV)/.installed-test
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -53,27 +53,30 @@ class StatusFile:
         except UserError:
             return None
 
-    def read_late(self) -> Mapping[str, Any] | None:
+    def read_late(self, seconds: float) -> Mapping[str, Any] | None:
         """As `read`, but wait for a late file: NFS caches for a while that a file was missing."""
-        limit = time.monotonic() + LATE_SECONDS
+        limit = time.monotonic() + seconds
         while (content := self.read()) is None and time.monotonic() < limit and self.folder.path.is_dir():
-            time.sleep(LATE_SECONDS / 10)
+            time.sleep(seconds / 10)
             with suppress(OSError):
                 os.listdir(self.folder.path)  # makes NFS look again
         return content
 
 
-def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int) -> Verdict:
+def judge(
+    file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
+) -> Verdict:
     """Status 0 if the run finished or was stopped by the signal that was passed on; else the launcher's status, or 1.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed it.
         passed_on: the signal that this command received, 0 for none.
+        late_seconds: how long a status that is missing is waited for.
     """
     path = file.folder.path
     ended = f"{launcher} ended with {_in_words(launcher_status)}"
     failed = launcher_status if launcher_status > 0 else 128 - launcher_status if launcher_status else 1
-    content = file.read() if launcher_status else file.read_late()
+    content = file.read() if launcher_status else file.read_late(late_seconds)
     if content is None:
         if not path.is_dir():
             why = f"{path} is not visible on this host: the run did not start, or its folder is on another host"

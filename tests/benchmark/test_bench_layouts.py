@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from engine_runs import write_uneven_data
 from folders import ROOT
-from run_helpers import ENVIRONMENT, Ended, free_port, run_ranks, start_command
+from ranks import ENVIRONMENT, free_port
+from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError

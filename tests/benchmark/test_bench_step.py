@@ -14,7 +14,8 @@ import pytest
 import torch
 from engine_runs import write_uneven_data
 from folders import ROOT
-from run_helpers import ENVIRONMENT, Ended, start_command
+from ranks import ENVIRONMENT
+from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from folders import ROOT
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.examine import find_hosts

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.cluster import verdict
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -29,13 +28,10 @@ def test_a_status_that_is_seen_late_counts_where_the_launcher_ended_well(
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_wait_for_a_status_is_short_and_only_where_the_folder_is(
-    tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verdict, "LATE_SECONDS", 0.5)
+def test_the_wait_for_a_status_is_short_and_only_where_the_folder_is(tmp_path: Path, there: bool) -> None:
     file = StatusFile(RunFolder(tmp_path if there else tmp_path / "nowhere"))
     begun = time.monotonic()
-    found = judge(file, launcher="srun", launcher_status=0, passed_on=0)
+    found = judge(file, launcher="srun", launcher_status=0, passed_on=0, late_seconds=0.5)
     assert found.status == 1 and found.line.endswith("; srun ended with status 0")
     assert (0.5 <= time.monotonic() - begun < 5) is there
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from run_files import assert_same_run, checkpoint_names, files_of, losses
-from run_helpers import Base, fork_server, run, write_base
+from ranks import fork_server
+from run_helpers import Base, run, write_base
 from run_preludes import die_at_event, kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from run_files import assert_same_run, files_of, has_step, metrics, status
-from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, wait_for, write_base
+from ranks import wait_for
+from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, slow_steps
 
 from megatron_tiedlora.runtime.stopping import StopWatch

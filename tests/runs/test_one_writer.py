@@ -19,7 +19,8 @@ import psutil
 import pytest
 from native_files import with_adapter, write_native
 from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
-from run_helpers import EVALUATE, Base, World, run, run_ranks, start_ranks, wait_for, write_base, write_rows
+from ranks import wait_for
+from run_helpers import EVALUATE, Base, World, run, run_ranks, start_ranks, write_base, write_rows
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
 
 RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"

@@ -22,16 +22,8 @@ from run_files import (
     run_settings,
     status,
 )
-from run_helpers import (
-    Base,
-    deepspeed_command,
-    free_port,
-    run,
-    start_command,
-    torchrun_command,
-    wait_for,
-    write_base,
-)
+from ranks import free_port, wait_for
+from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command, write_base
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ranks import wait_for
 from run_files import has_step, status
-from run_helpers import Base, Command, start_command, wait_for
+from run_helpers import Base, Command, start_command
 from sweep_runs import LAUNCH, study_arguments, write_study_base
 
 LIMIT = 600.0

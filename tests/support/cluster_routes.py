@@ -18,7 +18,8 @@ from fake_hosts import FakeCluster
 from folders import ROOT
 from host_commands import Started, wait_until
 from host_needs import host_environment
-from run_helpers import ENVIRONMENT, PRELUDES, TRAIN
+from ranks import ENVIRONMENT
+from run_helpers import PRELUDES, TRAIN
 from slurm_cluster import SlurmCluster
 
 PORT = 29500  # hosts have all their ports to themselves

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked_ranks import start_and_join
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
 from oracle_training import OracleBatch, OracleRun, oracle_train
-from run_helpers import ENVIRONMENT, fork_server, free_port
+from ranks import ENVIRONMENT, fork_server, free_port, start_and_join
 from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -59,7 +58,7 @@ def save_start(adapter: OracleAdapter, path: Path) -> Path:
     return path
 
 
-def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_limit: float = 200) -> list[EngineRun]:
+def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int) -> list[EngineRun]:
     """Run all cases in one start of `ranks` processes; a hang or a failing rank fails the test with its output."""
     for index, case in enumerate(cases):
         case["output"] = str(folder / f"case{index}")
@@ -81,7 +80,7 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int, time_li
         )
         for rank in range(ranks)
     ]
-    codes = start_and_join(workers, time_limit)
+    codes = start_and_join(workers)
     if any(codes):
         tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
         raise AssertionError(f"ranks ended with {codes}:\n{tails}")

@@ -1,46 +1,24 @@
 """Runs a function on some ranks that are joined by gloo and nothing else: no engine, no launcher, no training.
 
-Ranks are forked from the clean process of run_helpers. They meet in a file, every start in one of its own; a hang, or a
+Ranks are forked from the clean process of ranks.py. They meet in a file, every start in one of its own; a hang, or a
 rank that fails, fails the test with what the ranks printed.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from run_helpers import fork_server
+from ranks import fork_server, start_and_join
 from torch import distributed
 
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
-
-TIME_LIMIT = 200.0  # seconds; the longest start takes 30 on two cores
-
-
-def start_and_join(processes: Sequence[Any], time_limit: float) -> list[int | str]:
-    """Start forked processes and wait for all; exit statuses, "hang" for one that had to be killed."""
-    deadline = time.monotonic() + time_limit
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return ["hang" if process.exitcode is None else process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.pid is not None and process.exitcode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-                process.join(10)
 
 
 def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:
@@ -50,7 +28,7 @@ def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: 
         fork_server().Process(target=_be_rank, args=(rank, ranks, str(folder), work, arguments), daemon=True)
         for rank in range(ranks)
     ]
-    codes = start_and_join(processes, TIME_LIMIT)
+    codes = start_and_join(processes)
     if any(codes):
         errors = "\n".join(
             f"--- rank {rank}\n{file.read_text()[-3000:]}"

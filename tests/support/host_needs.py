@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from folders import ROOT
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UNSHARE = ("unshare", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child")

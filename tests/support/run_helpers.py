@@ -8,51 +8,27 @@ runs in a rank before the script; see run_preludes.py.
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
 import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 from folders import ROOT, SUPPORT
+from ranks import ENVIRONMENT, LAUNCHER_VARIABLES, TIME_LIMIT, fork_server, free_port
 
 TRAIN = ROOT / "launch" / "train.py"
 EVALUATE = ROOT / "launch" / "evaluate.py"
 PRELUDES = SUPPORT / "run_preludes.py"
-# Seconds. Imports take up to 20 on a busy machine; what the tests train takes a second or two.
-TIME_LIMIT = 120.0
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else importing it starts a pool of processes
-    "TOKENIZERS_PARALLELISM": "false",
-}
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PRELOADED = (
-    "pytest",
-    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
-    "matplotlib.pyplot",
-    "torch.utils.tensorboard",
-    "megatron_tiedlora.evaluation.held_out",
-    "megatron_tiedlora.evaluation.results",
-    "megatron_tiedlora.training.dry_run",
-    "megatron_tiedlora.training.finish",
-    "megatron_tiedlora.training.session",
-)
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for what this process itself imports
 
 Prelude = Callable[[], None]
 
@@ -258,31 +234,6 @@ def run(
     return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
 
 
-@functools.cache
-def fork_server() -> Any:
-    """A clean process with the imports done, from which ranks are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    with _changed_environment(ENVIRONMENT):
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-    return context
-
-
-@contextmanager
-def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
-    before = os.environ.copy()
-    try:
-        for name in LAUNCHER_VARIABLES:
-            os.environ.pop(name, None)
-        os.environ.update(changes)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def _be_rank(
     command: list[str], environment: dict[str, str], folder: str, out: str, err: str, prelude: Prelude | None
 ) -> None:
@@ -299,13 +250,6 @@ def _be_rank(
     if prelude is not None:
         prelude()
     runpy.run_path(command[0], run_name="__main__")
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # Real commands --------------------------------------------------------------------------------------------------
@@ -386,11 +330,3 @@ def torchrun_command(
 
 def _script(prelude: str | None) -> list[str]:
     return [str(TRAIN)] if prelude is None else [str(PRELUDES), f"--prelude={prelude}"]
-
-
-def wait_for(condition: Callable[[], bool], what: str, *, limit: float = TIME_LIMIT) -> None:
-    """Wait until `condition()`; failing to come true in time fails the test."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {limit} s for {what}"
-        time.sleep(0.05)

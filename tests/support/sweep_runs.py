@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from folders import ROOT
+from ranks import ENVIRONMENT, fork_server, wait_for
 from run_files import has_step
-from run_helpers import ENVIRONMENT, Base, Ended, World, _be_rank, fork_server, wait_for, write_base
+from run_helpers import Base, Ended, World, _be_rank, write_base
 from run_preludes import before_call
 
 LAUNCH = ROOT / "launch"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 
-_POLL_SECONDS, _LAST_SECONDS = 0.2, 10.0
+_POLL_SECONDS = 0.2
 _LAST_WORDS = 2000  # characters at the end of a part's output that are searched for its last line
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 HANG_FIX = (
@@ -26,13 +26,21 @@ STUCK_FIX = (
 )
 
 
-def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: Callable[[Check], None]) -> list[Check]:
+def run_part(
+    part: str,
+    options: CheckOptions,
+    *,
+    command: Sequence[str],
+    hear: Callable[[Check], None],
+    end_seconds: float = 10.0,
+) -> list[Check]:
     """Run a part to its end or its time limit; returns its findings, with a failure at the end if it did not finish.
 
     Args:
         options: their folder gets the part's findings and output.
         command: starts the part; the file for its findings is appended.
         hear: called with each finding as it comes.
+        end_seconds: how long a process may take to end after SIGTERM, and again after SIGKILL.
     """
     folder = Path(options.folder)
     file, log = folder / f"{part}.jsonl", folder / f"{part}.log"
@@ -59,7 +67,7 @@ def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: 
                 read_on()
             hangs = process.poll() is None
         finally:
-            is_gone = _end_session(process)
+            is_gone = _end_session(process, end_seconds)
     read_on()
     seconds = round(time.monotonic() - started, 1)
     if hangs:
@@ -86,16 +94,16 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> bool:
+def _end_session(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """End the process and all that it has started, first with SIGTERM; returns whether it has ended."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_LAST_SECONDS)
+            process.wait(seconds)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
-        process.wait(_LAST_SECONDS)
+        process.wait(seconds)
     return process.poll() is not None
 
 

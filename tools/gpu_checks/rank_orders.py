@@ -17,7 +17,7 @@ from megatron_tiedlora.runtime.launch_env import free_port
 
 SCRIPT = Path(__file__).resolve().parent / "rank.py"
 ADAPTER, RESULT, STEPPING = "adapter.safetensors", "result.json", "stepping"
-_POLL_SECONDS, _GRACE_SECONDS = 0.1, 5.0
+_POLL_SECONDS = 0.1
 
 
 class Case(NamedTuple):
@@ -126,8 +126,8 @@ def wait_for(happened: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def wait_for_ranks(ranks: Sequence[Rank], seconds: float) -> bool:
-    """Whether all ranks succeeded; once one has failed, the others get a few seconds to report why."""
+def wait_for_ranks(ranks: Sequence[Rank], seconds: float, *, grace_seconds: float = 5.0) -> bool:
+    """Whether all ranks succeeded; once one has failed, the others get `grace_seconds` to report why."""
 
     def all_ended() -> bool:
         return all(rank.process.poll() is not None for rank in ranks)
@@ -137,5 +137,5 @@ def wait_for_ranks(ranks: Sequence[Rank], seconds: float) -> bool:
 
     wait_for(over, seconds)
     if not all_ended() and any(rank.process.poll() for rank in ranks):
-        wait_for(all_ended, _GRACE_SECONDS)
+        wait_for(all_ended, grace_seconds)
     return all(rank.process.poll() == 0 for rank in ranks)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from folders import ROOT
 from launcher_jobs import hosts_here, make_job, start
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 
 from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.routes import plan_start

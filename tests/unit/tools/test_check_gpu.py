@@ -19,7 +19,7 @@ import torch
 from gpu_checks import attention, child, children, correct, env, host, output, records
 from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_config
 from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 
 from megatron_tiedlora.runtime import launch_env
 
@@ -86,11 +86,11 @@ def test_the_files_hold_every_finding_and_what_to_do() -> None:
 # Parts in processes of their own --------------------------------------------------------------------------------------
 
 
-def run(code: str, tmp_path: Path, *, seconds: float = 20.0) -> list[Check]:
+def run(code: str, tmp_path: Path, *, seconds: float = 20.0, **limits: float) -> list[Check]:
     """A part that is this code."""
     options = CheckOptions("cpu", seconds=seconds, folder=str(tmp_path))
     heard: list[Check] = []
-    found = children.run_part("p", options, command=[sys.executable, "-c", code], hear=heard.append)
+    found = children.run_part("p", options, command=[sys.executable, "-c", code], hear=heard.append, **limits)
     assert heard == found
     return found
 
@@ -108,11 +108,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
         f"{WRITES} f.write({ROW!r} + '\\n'); import signal, subprocess; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         f" child = subprocess.Popen(['sleep', '100']); open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(100)"
     )
-    children._LAST_SECONDS, before = 0.2, children._LAST_SECONDS
-    try:
-        found, end = run(code, tmp_path, seconds=3.0)
-    finally:
-        children._LAST_SECONDS = before
+    found, end = run(code, tmp_path, seconds=3.0, end_seconds=0.2)
     assert found.name == "found" and end.name == "time limit" and end.status == "fail" and end.fix
     deadline = time.monotonic() + 5
     while _runs(int(pid.read_text())):
@@ -139,9 +135,8 @@ def test_a_part_that_cannot_be_killed_holds_nothing_up(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(children.subprocess, "Popen", Deaf)
     monkeypatch.setattr(children.os, "killpg", lambda *_: None)
-    monkeypatch.setattr(children, "_LAST_SECONDS", 0.2)
     try:
-        (end,) = run("print('here', flush=True); import time; time.sleep(100)", tmp_path, seconds=2.0)
+        (end,) = run("print('here', flush=True); import time; time.sleep(100)", tmp_path, seconds=2.0, end_seconds=0.2)
     finally:
         started[0].kill()
         started[0].wait()

@@ -20,7 +20,7 @@ from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import step_settings, write_shape
-from run_helpers import ENVIRONMENT
+from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
 from megatron_tiedlora.benchmark.plan import make_plan, read_samples
@@ -124,9 +124,8 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
         "import os, time; print('here'); time.sleep(60 * (os.environ['RANK'] == '1')); raise SystemExit(3)"
     )
     monkeypatch.setattr(rank_orders, "SCRIPT", script)
-    monkeypatch.setattr(rank_orders, "_GRACE_SECONDS", 0.1)
     with rank_orders.started_ranks(RankOrder((), str(tmp_path), str(tmp_path), "m", "cpu"), 2) as started:
-        assert not rank_orders.wait_for_ranks(started, 30)
+        assert not rank_orders.wait_for_ranks(started, 30, grace_seconds=0.1)
         assert started[0].process.returncode == 3 and "here" in started[0].output
         assert ranks.why_not_ended(started, 30) == "here"
         assert ranks.why_not_ended(started[1:], 30).startswith("not finished after 30 s; the last line of rank 0: ")

@@ -1,0 +1,66 @@
+"""Imported by the server that ranks are forked from: what each rank would import and look up by itself.
+
+A rank that imports all of it works for 9 s. A forked one works for 0.1 s before it reads its first row, and for 0.8 s
+where the server has not called the two functions and imported what they need.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+
+MODULES = (
+    "pytest",
+    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
+    "deepspeed.runtime.pipe.engine",
+    "deepspeed.module_inject.auto_ep_layer",
+    "PIL.BmpImagePlugin",  # with the next three: PIL imports them as it writes its first image
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PpmImagePlugin",
+    "pydantic.dataclasses",
+    "setuptools",  # torch.utils.cpp_extension, through DeepSpeed's builders
+    "sentencepiece",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_sentencepiece",
+    "megatron_tiedlora.evaluation.held_out",
+    "megatron_tiedlora.evaluation.results",
+    "megatron_tiedlora.model.families.llama",
+    "megatron_tiedlora.runtime.ending",
+    "megatron_tiedlora.training.dry_run",
+    "megatron_tiedlora.training.finish",
+    "megatron_tiedlora.training.session",
+    "forked_ranks",
+    "run_helpers",
+    "run_preludes",
+)
+
+
+def probe_builders() -> None:
+    """DeepSpeed asks the compiler which of its operations can be built, once in each process that was not told."""
+    import deepspeed
+
+    assert deepspeed.ops.__compatible_ops__
+
+
+def draw_once() -> None:
+    """The first figure of a process finds its fonts."""
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots()
+    axes.plot([1, 2], [3, 4], label="train")
+    axes.set_xlabel("step")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(io.BytesIO(), format="png")
+    pyplot.close(figure)
+
+
+for module in MODULES:
+    importlib.import_module(module)
+probe_builders()
+draw_once()
+os.environ["PYTHONPATH"] = os.environ.pop("OWN_PYTHONPATH")  # the other one led here
