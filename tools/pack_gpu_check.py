@@ -42,7 +42,7 @@ PACKAGES = (
     "filelock",
     "py-cpuinfo",
 )
-TOOLS = ("check_gpu.py", "bench_*.py", "write_random_model.py")
+TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"
 # Wheels name the oldest glibc that they run with.
 GLIBCS = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34")

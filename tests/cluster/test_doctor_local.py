@@ -93,7 +93,7 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
     [
         (["--hostfile=none"], "--hostfile none: cannot be read"),
         (["--hostfile=empty"], "--hostfile empty: names no host"),
-        (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--host_file=x"], "unknown argument --host_file (did you mean --hostfile?)"),
         (["--ssh_port=22"], "--ssh_port needs --hostfile"),
         (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),

@@ -8,16 +8,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from bench_contestants import random_stage, recompute
 
 from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import kernels_for, shape_of, small_config, training_device
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
@@ -163,8 +164,7 @@ def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
         rank=RANK,
         alpha=1.5 * RANK,
         layers=tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
 

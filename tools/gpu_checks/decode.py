@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from bench_contestants import random_stage
 
 from gpu_checks.correct import adapter_of, unsettle
 from gpu_checks.package import compute_dtype, shape_of, small_config, training_device
@@ -15,6 +14,7 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate

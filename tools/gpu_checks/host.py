@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from bench_layout import Started
 
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
+from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 
 MICRO_BATCHES = 2  # per step
@@ -38,7 +38,7 @@ def check(report: Report, options: CheckOptions) -> None:
         with report.attempt(name):
             layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
             named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
-            with started(step_options(options.model, *named)) as run:
+            with started(step_settings(options.model, *named)) as run:
                 loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
                 for loader in (*loaders.values(), *loaders.values()):
                     run.train_step.run(next(loader))

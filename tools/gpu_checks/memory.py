@@ -7,7 +7,7 @@ import torch
 
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
 GB = 1e9
 # Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
@@ -42,7 +42,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...]) -> None:
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags, "--supervised=1"))
-    with started(step_options(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
+    with started(step_settings(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             run.train_step.run(next(run.loader))
@@ -66,7 +66,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
 def _fragments(report: Report, label: str, model: str) -> None:
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
-    with started(step_options(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
+    with started(step_settings(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
         torch.cuda.reset_peak_memory_stats()
         draw = np.random.default_rng(0)
         loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))

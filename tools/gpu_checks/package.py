@@ -17,7 +17,7 @@ from gpu_checks.reference import Shape
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
+from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import (
@@ -104,8 +104,8 @@ def takes_documents(name: str) -> bool:
 
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    blocks = find_blocks(ids, query.shape[2], size=block_size(query.shape[1], key.shape[1]))
-    return attend_by_blocks(query, key, value, blocks, EAGER)
+    blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
+    return attend_by_tiles(query, key, value, blocks, EAGER)
 
 
 def _within(attend: Attend) -> Route:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-import bench_layout
-
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, step_options
+from gpu_checks.running import layers_that_fit, release, step_settings
+from megatron_tiedlora.benchmark import layout
 
 LENGTH = 4096
 # Forms of a step with their flags; the others are compared with the first.
@@ -48,10 +47,9 @@ def check(report: Report, options: CheckOptions) -> None:
 def measured(model: str, layers: int, *flags: str) -> dict[str, Any]:
     """bench_step.py's report of one form."""
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
-    found: list[dict[str, Any]] = []
-    options = step_options(model, f"--num_layers={layers}", *base, *flags)
-    bench_layout.measure(options, rank=0, world_size=1, publish=found.append)
-    return found[0]
+    found = layout.measure(step_settings(model, f"--num_layers={layers}", *base, *flags))
+    assert found is not None, "this is rank 0"
+    return found
 
 
 def tell(report: Report, name: str, figures: dict[str, Any]) -> None:

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_layout import Started
 
 from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import shape_of, small_config
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import FACTORS, Document, loss_and_gradients
-from gpu_checks.running import started, step_options, write_shape
+from gpu_checks.reference import Document, loss_and_gradients
+from gpu_checks.running import started, step_settings, write_shape
+from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.engine import all_open
 
@@ -33,7 +33,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
             with report.attempt(label, fix=FIX):
                 # No clipping and an almost constant schedule, so that the reference is plain AdamW.
                 with started(
-                    step_options(model, *flags, "--compile=false", "--micro_batches=2"),
+                    step_settings(model, *flags, "--compile=false", "--micro_batches=2"),
                     learning_rate=RATE,
                     gradient_clipping=0.0,
                 ) as run:
@@ -62,7 +62,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
     shape = shape_of(model_shape, adapter)
     layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}
-    trained = [name for name in FACTORS if adapter.row.factor(name).trained]
+    trained = [name for name in adapter.num_trained()]
     factors = {name: tensor.double() for name, tensor in start.items()}
     optimizer = torch.optim.AdamW(
         [factors[name] for name in trained], lr=settings.learning_rate, weight_decay=settings.weight_decay

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bench_layout
 import check_gpu
 import pytest
 import torch
@@ -20,9 +19,11 @@ from gpu_checks import rank_orders, ranks, run_offline
 from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import step_options, write_shape
+from gpu_checks.running import step_settings, write_shape
 from run_helpers import ENVIRONMENT
 from safetensors.torch import save_file
+
+from megatron_tiedlora.benchmark.plan import make_plan, read_samples
 
 TOOL = Path(check_gpu.__file__)
 
@@ -134,11 +135,10 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
     model = write_shape(tmp_path, small_config())
-    options = step_options(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
-    plan = bench_layout.make_plan(options, rank=0, world_size=1)
-    dataset, _ = bench_layout.read_samples(options, 1000, num_rows=plan.batches.global_batch_size // 4)
-    loader = bench_layout.TrainingLoader(dataset, plan.batch_shape, seed=0, dp_rank=0, pad_id=0)
-    batches = next(loader).micro_batches
+    settings = step_settings(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
+    plan = make_plan(settings)
+    dataset, pad_id = read_samples(plan, settings)
+    batches = next(plan.training_loader(dataset, pad_id=pad_id)).micro_batches
     assert len(batches) == 3 and {batch.input_ids.shape for batch in batches} == {(2, 64)}
     assert all(batch.documents is not None and batch.num_samples == 8 for batch in batches)
 
