@@ -36,7 +36,7 @@ def test_a_run_merges_where_its_task_says_so(
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
     monkeypatch.setattr(finish, "verify_export", lambda *_, **__: [])
     trainer: Any = SimpleNamespace(
-        stop=SimpleNamespace(raise_if_wished=lambda: None),
+        stop=SimpleNamespace(raise_if_requested=lambda: None),
         folder=RunFolder(tmp_path),
         plan=SimpleNamespace(source=None, settings=make_settings({"task": task})),
     )
