@@ -5,7 +5,7 @@ With ax = A x, dy the gradient of z and grad_ax = dy F:
     dA = grad_ax^T x        dF = dy^T ax        dx = dy W + grad_ax A
 
 No matmul here gives anything of the size tokens x out. Rows are flat: (tokens, features). F = (alpha / r) diag(v) B
-diag(u) and what becomes of dF are the bank's (`tied_adapter`), the matmuls with W are the projection's.
+diag(u) and what becomes of dF are the adapter's (`tied_adapter`), the matmuls with W are the projection's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The trained tensors of a run: one bank with A, B, u, v of every target for all adapted layers of a rank's stage.
+"""The trained tensors of a run: A, B, u, v of every target for all adapted layers of a rank's stage.
 
 Owns shapes, cuts, start values, lora_factors(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
 Leaves z = W x + F A x and the gradients of A and F to low_rank, files to checkpoint/, the tie between stages to tying.
@@ -215,7 +215,7 @@ class _StandIns(torch.autograd.Function):
     def forward(
         ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, num_layers: int
     ) -> tuple[torch.Tensor, ...]:
-        # Detached: under ZeRO-3 the Parameter is emptied when the bank's call returns.
+        # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
         ctx.save_for_backward(*(None if tensor is None else tensor.detach() for tensor in (b, u, v)))
         ctx.scale = scale
         return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
@@ -238,7 +238,7 @@ class _StandIns(torch.autograd.Function):
 
 
 class TiedAdapter(nn.Module):
-    """The bank: tensors A, B, u, v of each target on one rank, stacked over the stage's layers where they are per
+    """The adapter: tensors A, B, u, v of each target on one rank, stacked over the stage's layers where they are per
     layer, fp32. They are its parameters, by the names of `AdapterConfig.tensors`.
 
     Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a

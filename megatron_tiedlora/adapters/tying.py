@@ -19,12 +19,12 @@ from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.step_sum import StepSum
 
 
-def tied_trained(bank: TiedAdapter) -> list[str]:
+def tied_trained(adapter: TiedAdapter) -> list[str]:
     """The tensors that are tied and trained, in the adapter's order."""
-    return [name for name in bank.config.num_trained() if bank.config.factor(name).tied]
+    return [name for name in adapter.config.num_trained() if adapter.config.factor(name).tied]
 
 
-def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
+def sum_tied_gradients_(adapter: TiedAdapter, groups: ParallelGroups) -> list[str]:
     """Replace the gradients of tied tensors by their sum over stages and data-parallel ranks, counted once.
 
     The sum is left on the data-parallel rank 0 of each stage, and zeros on the others: the engine's own mean over the
@@ -37,12 +37,12 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
     Returns:
         the tensors whose gradient is missing on this rank, where it should not be.
     """
-    parameters = [bank.get_parameter(name) for name in tied_trained(bank)]
+    parameters = [adapter.get_parameter(name) for name in tied_trained(adapter)]
     if not parameters:
         return []
     parts, missing = [], []
-    for name, parameter in zip(tied_trained(bank), parameters, strict=True):
-        if parameter.grad is None and bank.part.layers:
+    for name, parameter in zip(tied_trained(adapter), parameters, strict=True):
+        if parameter.grad is None and adapter.part.layers:
             missing.append(name)
         parts.append((torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten())
     flat = torch.cat(parts)
@@ -88,15 +88,15 @@ def replica_groups(part: AdapterPart, groups: ParallelGroups, name: str) -> list
     return found
 
 
-def find_mismatch(bank: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
+def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
     """Compare every replicated tensor bit by bit; the first that differs within a group of this rank, or None.
 
     Collective: every rank calls it, and sends the same messages whatever it finds. A group's largest and smallest bit
     patterns are equal only if all are.
     """
     first: Mismatch | None = None
-    for name, parameter in bank.named_parameters():
-        for across, group in replica_groups(bank.part, groups, name):
+    for name, parameter in adapter.named_parameters():
+        for across, group in replica_groups(adapter.part, groups, name):
             if group.size == 1:
                 continue
             bits = parameter.detach().contiguous().view(torch.int32)
@@ -126,15 +126,15 @@ class GradientGuard:
     partner's gradient is exactly zero at step 1.)
     """
 
-    def __init__(self, bank: TiedAdapter) -> None:
-        self._part = bank.part
+    def __init__(self, adapter: TiedAdapter) -> None:
+        self._part = adapter.part
         self._seen: set[str] = set()
-        self._trained = [name for name, parameter in bank.named_parameters() if parameter.requires_grad]
+        self._trained = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
         self._largest: dict[str, torch.Tensor] = {}
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
-            for name, parameter in bank.named_parameters()
-            if parameter.requires_grad and bank.part.layers
+            for name, parameter in adapter.named_parameters()
+            if parameter.requires_grad and adapter.part.layers
         ]
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
@@ -178,12 +178,12 @@ class GradientGuard:
             hook.remove()
 
 
-def gradient_norm_counts(bank: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
+def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
     """The trained tensors whose gradient this rank counts in the norm: tied and replicated ones once, shards each."""
-    part = bank.part
+    part = adapter.part
     return [
         name
-        for name, parameter in bank.named_parameters()
+        for name, parameter in adapter.named_parameters()
         if parameter.requires_grad
         and (part.config.spec(name).dim is not None or groups.tensor.rank == 0)
         and (not part.config.factor(name).tied or groups.pipeline.rank == 0)
