@@ -156,13 +156,13 @@ class End:
         if self.heartbeat is None:
             return
         if self.status:  # a launcher may end all ranks as soon as one has ended
-            self.heartbeat.await_main()
+            self.heartbeat.wait_for_main()
             self.heartbeat.leave()
-            self.heartbeat.await_others()
+            self.heartbeat.wait_for_others()
             return
         with self.stop.deferred():  # rank 0 decides whether the run is stopped now
             try:
-                self.heartbeat.leave_after_main()
+                self.heartbeat.leave_with_main()
             except DistNetworkError:  # rank 0 was killed
                 raise
             except DistError:
@@ -194,7 +194,7 @@ class End:
             details = ""
         self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
         if self.heartbeat is not None:
-            self.heartbeat.part()
+            self.heartbeat.leave_failed()
         self._leave_folder()
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 

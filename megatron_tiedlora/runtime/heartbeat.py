@@ -30,7 +30,7 @@ from megatron_tiedlora.base.errors import one_line
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
 _MISSED_BEATS = 4  # after an exchange has failed, a rank that misses so many counts as lost
-_LEFT, _PARTED = "left", "parted"  # a rank's last heartbeat: after a good end, or after it has reported its failure
+_LEFT, _FAILED = "left", "failed"  # a rank's last heartbeat: after a good end, or after it has reported its failure
 _LOST, _REASON = "lost", "reason"  # keys that rank 0 creates
 
 
@@ -129,7 +129,7 @@ class Heartbeat:
         with suppress(RuntimeError):
             self.store.set(_key(self.rank), _LEFT)
 
-    def leave_after_main(self) -> None:
+    def leave_with_main(self) -> None:
         """End well together: each rank leaves when rank 0 does, however long that takes.
 
         Rank 0 may have files to write, and launchers end the other ranks some time after the first one has ended. Then
@@ -155,9 +155,9 @@ class Heartbeat:
             if not self._main_left:
                 raise
         self.leave()
-        self.await_others(beats=10)
+        self.wait_for_others(beats=10)
 
-    def await_main(self, *, limit: float = 5.0) -> None:
+    def wait_for_main(self, *, limit: float = 5.0) -> None:
         """Wait until rank 0 has left: it has files to write, and launchers end all ranks once one has ended."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
@@ -189,14 +189,14 @@ class Heartbeat:
         self._main_gone = 0 in silent
         return self._share(self._gone_line(silent) if silent else here)
 
-    def part(self) -> None:
+    def leave_failed(self) -> None:
         """Call this last in a failing rank. Rank 0 waits a few heartbeats until the others have read the reason."""
         with suppress(RuntimeError):
             self._over.set()
-            self.store.set(_key(self.rank), _PARTED)
-            self.await_others()
+            self.store.set(_key(self.rank), _FAILED)
+            self.wait_for_others()
 
-    def await_others(self, *, beats: int = 3) -> None:
+    def wait_for_others(self, *, beats: int = 3) -> None:
         """On rank 0, wait until all others have ended, because the store ends with rank 0; other ranks do not wait."""
         deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
@@ -368,7 +368,7 @@ def _ranks(value: bytes, world_size: int) -> frozenset[int]:
 
 
 def _ended(beat: str) -> bool:
-    return beat in (_LEFT, _PARTED)
+    return beat in (_LEFT, _FAILED)
 
 
 def _key(rank: int) -> str:

@@ -160,9 +160,9 @@ def test_explain_without_a_culprit_gives_the_symptom(three: Ranks) -> None:
 def test_a_rank_that_does_not_end_by_itself_is_told_after_the_others_ended(three: Ranks) -> None:
     """Rank 1 hangs in an exchange that does not fail; the others have told their reason and gone."""
     three.lines[2].failed("ValueError: bad")
-    three.lines[2].part()
+    three.lines[2].leave_failed()
     three.lines[0].explain("closed by peer")
-    three.lines[0].part()
+    three.lines[0].leave_failed()
     wait_until(lambda: bool(three.failures[1]))
     assert three.failures[1] == [PeerFailure(f"rank 2 on {HOST}, after step 7: ValueError: bad", False)]
 
@@ -172,12 +172,12 @@ def test_rank_0_parts_last(three: Ranks) -> None:
 
     def end(rank: int) -> None:
         order.append(rank)
-        three.lines[rank].part()
+        three.lines[rank].leave_failed()
 
     timers = [threading.Timer(0.4 * BEAT * rank, end, [rank]) for rank in (1, 2)]
     for timer in timers:
         timer.start()
-    three.lines[0].part()
+    three.lines[0].leave_failed()
     order.append(0)
     for timer in timers:
         timer.join()
@@ -191,7 +191,7 @@ def test_at_a_good_end_all_leave_when_rank_0_does(three: Ranks) -> None:
     def end(rank: int) -> None:
         time.sleep(1.5 * SILENCE * (rank == 0))
         order.append(-1 if rank == 0 else 0)
-        three.lines[rank].leave_after_main()
+        three.lines[rank].leave_with_main()
         order.append(rank)
 
     together([partial(end, rank) for rank in range(3)])
@@ -208,7 +208,7 @@ def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
 
     def wait(rank: int) -> None:
         with pytest.raises(DistError, match=f"^rank 0 on {HOST}, after step 7: UserError: the disk is full"):
-            three.lines[rank].leave_after_main()
+            three.lines[rank].leave_with_main()
 
     together([fail, partial(wait, 1), partial(wait, 2)])
 

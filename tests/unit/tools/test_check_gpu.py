@@ -212,7 +212,7 @@ def test_wrong_flags_are_rejected(flags: list[str], said: str, tmp_path: Path) -
     with pytest.raises(check_gpu.UserError, match=said):
         check_gpu.main([f"--output={tmp_path}", *flags])
     (tmp_path / "file").touch()
-    with pytest.raises(check_gpu.UserError, match="give a folder"):
+    with pytest.raises(check_gpu.UserError, match="give a writable folder"):
         check_gpu.main([f"--output={tmp_path / 'file'}"])
 
 
