@@ -40,8 +40,8 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.training.compiling import ChosenKernels, after_compiling, compiled_kernels
-from megatron_tiedlora.training.flops_plan import sample_flops
 from megatron_tiedlora.training.throughput import peak_memory_bytes, product_rate, resident_bytes
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"

@@ -39,19 +39,18 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.planning.flops import sample_flops
+from megatron_tiedlora.planning.memory import saved_bytes
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
-from megatron_tiedlora.training.flops_plan import sample_flops
-from megatron_tiedlora.training.memory_plan import kept_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
-from megatron_tiedlora.training.traffic_plan import estimated_groups, planned_shapes, step_traffic
 
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
 MAX_STEPS = 1_000_000
@@ -116,14 +115,9 @@ def make_plan(options: Namespace, *, rank: int, world_size: int, **changes: Any)
 
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     """Bytes that a rank's micro-batches keep for the backward pass together, from shapes alone."""
-    stage, parts = plan_stages(plan)[plan.grid.pp_rank], plan.sequence_parts
+    parts = plan.layout.sequence_parts
     return sum(
-        kept_bytes(
-            plan,
-            stage,
-            tokens=batch.labels.numel(),
-            after=len(find_supervised(batch.labels, parts).rows),
-        )
+        saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
         for batch in batches
     )
 
@@ -150,8 +144,7 @@ def measure(options: Namespace, *, rank: int, world_size: int, publish: Callable
     held = restart_peak(device)
     seconds, step = _time_steps(started, options.repeats)
     peak = None if held is None else peak_memory_bytes(device)
-    shapes = planned_shapes(plan, started.dataset, consumed_samples=started.loader.consumed_samples)
-    mine = {"held": held, "peak": peak, **_rank_figures(started, step, step_traffic(plan, shapes))}
+    mine = {"held": held, "peak": peak, **_rank_figures(started, step)}
     ranks = gather_on_rank_0(mine, kind=dict[str, Any]) or []  # on rank 0, which alone makes a report of them
     described = {**_describe(plan, device), "kernels": started.kernels}
     decided_by_rank_0(lambda: publish({**described, **_step_figures(plan, step, seconds, ranks)}))
@@ -183,20 +176,18 @@ def start(plan: RunPlan, options: Namespace) -> Started:
     return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
 
 
-def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) -> dict[str, Any]:
-    """Of this rank alone, after the timed steps; takes more of them.
-
-    Args:
-        predicted: for the next step of the run's loader.
-    """
+def _rank_figures(run: Started, timed_step: TrainingStep) -> dict[str, Any]:
+    """Of this rank alone, after the timed steps; takes more of them."""
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
     rate = matmul_peak(_largest_frozen(plan, runner), timed_step.micro_batches, plan.dtype, device)
-    estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
+    batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
+    shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.train_step.run(next(run.loader))
-    traffic = compare_traffic(counter.traffic, predicted, estimated)
+    most = engine_bytes(plan.stage, num_micro_batches=len(shapes))
+    traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), most)
     watched = next(run.loader)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
@@ -212,7 +203,7 @@ def _rank_figures(run: Started, timed_step: TrainingStep, predicted: Traffic) ->
         "saved_formula": formula,
         "saved_ratio": None if saved is None else saved / formula,
         "traffic": traffic,
-        "as_predicted": all(found["estimated"] or found["as_predicted"] for found in traffic.values()),
+        "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
         "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
     }
@@ -286,7 +277,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
             "tensor_parallel": grid.tp_size,
             "pipeline_parallel": grid.pp_size,
             "data_parallel": grid.dp_size,
-            "sequence_parallel": plan.sequence_parallel,
+            "sequence_parallel": plan.layout.sequence_parallel,
             "zero_stage": plan.engine.zero_stage,
             "recompute": settings.recompute,
             "packing": settings.packing,

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
 
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -147,27 +147,26 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
     for stage, (member, *_) in _by_stage(report["ranks"]).items():
         for group, found in member["traffic"].items():
             counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
-            predicted = f"{found['predicted_messages']:,} / {bytes_in_words(found['predicted_bytes'])}"
+            predicted = bytes_in_words(found["predicted_bytes"])
+            messages = found["predicted_messages"]
+            predicted = f"at most {predicted}" if messages is None else f"{messages:,} / {predicted}"
             name = "all ranks" if group == WORLD else group
-            mark = "~" if found["estimated"] else ""
-            lines.append(f"{stage:<7}{name:<13}{counted:>24}{mark + predicted:>26}   {found['verdict']}")
+            lines.append(f"{stage:<7}{name:<13}{counted:>24}{predicted:>26}   {found['verdict']}")
     others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
     lines.append(
         "every message and byte of all ranks as predicted"
         if not others
         else f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
     )
-    if any(found["estimated"] for member in report["ranks"] for found in member["traffic"].values()):
-        lines.append("(~ depends on how DeepSpeed fills buckets and fetches ahead, and may differ)")
     return lines
 
 
-def compare_traffic(counted: Any, predicted: Any, estimated: frozenset[str]) -> dict[str, dict[str, Any]]:
+def compare_traffic(counted: Any, predicted: Any, data_bytes: int) -> dict[str, dict[str, Any]]:
     """By group with a message, both figures and in words how they compare; they are equal where all kinds are.
 
     Args:
         counted, predicted: `parallel.traffic.Traffic` of one rank and step.
-        estimated: groups whose prediction is not exact.
+        data_bytes: the most that DeepSpeed sends in the data-parallel group, in any number of messages.
     """
     compared = {}
     for group in GROUPS:
@@ -180,15 +179,16 @@ def compare_traffic(counted: Any, predicted: Any, estimated: frozenset[str]) -> 
             for key in kinds
         )
         difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
-        how = "an estimate" if group in estimated else "differs"
+        if group == DATA:
+            expected, expected_size, equal = None, data_bytes, size <= data_bytes
+            difference = f"{size - data_bytes:+,} B"
         compared[group] = {
             "messages": messages,
             "bytes": size,
             "predicted_messages": expected,
             "predicted_bytes": expected_size,
-            "estimated": group in estimated,
             "as_predicted": equal,
-            "verdict": "as predicted" if equal else f"{how}: {difference}",
+            "verdict": "as predicted" if equal else f"differs: {difference}",
         }
     return compared
 

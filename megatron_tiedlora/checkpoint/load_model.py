@@ -12,13 +12,13 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.partition import Stages
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

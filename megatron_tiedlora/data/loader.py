@@ -23,20 +23,7 @@ from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
 from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-
-# Shapes that repeat are kinder to memory and kernels.
-BASE_MULTIPLE = 8
-# On a GPU the allocator keeps blocks of the sizes it was asked for. With fewer sizes it keeps less where expandable
-# segments are off (docs/performance.md).
-GPU_MULTIPLE = 128
-
-
-def pad_multiple(sequence_parts: int = 1, *, on_gpu: bool = False) -> int:
-    """What lengths are padded to a multiple of, so that sequence parallelism can cut them into equal parts.
-
-    8, or 128 on GPUs, for 1, 2, 4 and 8 parts; else the least common multiple. Padding changes no loss.
-    """
-    return math.lcm(GPU_MULTIPLE if on_gpu else BASE_MULTIPLE, sequence_parts)
+from megatron_tiedlora.planning.layout import BASE_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,14 @@ class KeyValueCache:
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values for a base in `dtype`.
+
+    PyTorch's masked attention in bf16 is ten times slower than in fp32 on a CPU (7.6 ms for 0.7 at 24 x 450).
+    """
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the tokens of a call stand, alike for all layers.

@@ -18,7 +18,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.training.flops_plan import step_flops
+from megatron_tiedlora.planning.flops import step_flops
 from tools.bench_contestants import saved_by_autograd, storage_bytes
 
 RANK = 16

@@ -1,57 +1,67 @@
-"""What each pipeline stage of a plan holds, and where its backward pass runs: arithmetic on shapes alone.
+"""What each pipeline stage of a layout holds, and where its backward pass runs: arithmetic on shapes alone.
 
-Ranks of one stage are alike, so a stage is described once, by what each of its ranks holds. Leaves bytes in flight to
-memory_plan and messages to traffic_plan.
+Ranks of one stage are alike, so a stage is described once, by what each of its ranks holds. The bytes of a step are in
+`memory`, its messages in `messages`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.partition import layer_costs
-from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
-from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.partition import layer_costs, partition
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a plan.
+    """One stage of a model under a layout.
 
     Attributes:
         layers: its part of the flat list (embedding 0, blocks from 1, head last).
-        blocks: the blocks among them.
-        first_adapted: the first adapted layer of the whole model.
         part: what a rank holds of the adapter (the first tensor-parallel rank's; all have the same sizes).
         local_base: numbers in each base parameter of a rank, vocabulary padding and a copied head included.
         full_base: the same of the whole stage, without padding.
         cost_share: of the work of all stages.
     """
 
+    shape: ModelShape
+    layout: Layout
     index: int
     layers: range
-    blocks: tuple[int, ...]
-    first_adapted: int
     part: AdapterPart
     local_base: tuple[int, ...]
     full_base: int
     cost_share: float
-    is_first: bool
-    is_last: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the head."""
+        return self.index == self.layout.pp_size - 1
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks among its layers."""
+        return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
+
+    @property
+    def first_adapted(self) -> int:
+        """The first adapted layer of the whole model."""
+        return self.layout.adapter.layers[0]
 
     @property
     def backward_blocks(self) -> tuple[int, ...]:
         """Blocks with a backward pass: nothing below the first adapted layer has one."""
         return tuple(block for block in self.blocks if block >= self.first_adapted)
-
-    @property
-    def starts_backward_chain(self) -> bool:
-        """Whether the model's first adapted layer is here: its QKV's input needs no gradient."""
-        return self.first_adapted in self.blocks
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -76,38 +86,27 @@ class StagePlan:
 
     def local_size(self, factor: str) -> int:
         """Numbers in a rank's part of a factor."""
-        return torch.Size(self.part.local_shape(factor)).numel()
+        return math.prod(self.part.local_shape(factor))
 
 
-def _rules_by_layer(shape: ModelShape, *, has_embedding: bool) -> dict[int, list[WeightRule]]:
-    """The name table of a stage by layer of the flat list."""
-    by_layer: dict[int, list[WeightRule]] = {layer: [] for layer in range(shape.num_layers + 2)}
-    for rule in stage_weight_rules(shape, has_embedding=has_embedding):
-        by_layer[rule.layer].append(rule)
-    return by_layer
-
-
-def plan_stages(plan: RunPlan) -> tuple[StagePlan, ...]:
-    """Every stage of the plan, in order."""
-    shape, tp_size = plan.source.shape, plan.grid.tp_size
-    first_adapted = plan.adapter.layers[0]
-    costs = layer_costs(shape, length=plan.settings.max_length, first_adapted=first_adapted)
-    tables = {first: _rules_by_layer(shape, has_embedding=first) for first in (True, False)}
+def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
+    """Every stage of the model, in order; the layout must fit it (`check_layout`)."""
+    adapter, tp_size = layout.adapter, layout.tp_size
+    costs = layer_costs(shape, length=layout.length, first_adapted=adapter.layers[0])
+    tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}
     stages = []
-    for index, layers in enumerate(plan.stages):
-        rules = [rule for layer in layers for rule in tables[0 in layers][layer]]
+    for index, layers in enumerate(partition(costs, layout.pp_size)):
+        rules = [rule for rule in tables[index == 0] if rule.layer in layers]
         stages.append(
             StagePlan(
-                index=index,
-                layers=layers,
-                blocks=tuple(layer for layer in layers if 1 <= layer <= shape.num_layers),
-                first_adapted=first_adapted,
-                part=AdapterPart(plan.adapter, plan.stage_layers[index], 0, tp_size),
-                local_base=tuple(torch.Size(rule.spec.local_shape(rule.shape, tp_size)).numel() for rule in rules),
+                shape,
+                layout,
+                index,
+                layers,
+                part=AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size),
+                local_base=tuple(math.prod(rule.spec.local_shape(rule.shape, tp_size)) for rule in rules),
                 full_base=sum(rule.num_elements for rule in rules),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
-                is_first=index == 0,
-                is_last=index == len(plan.stages) - 1,
             )
         )
     return tuple(stages)

@@ -1,0 +1,1 @@
+"""What a layout costs, as arithmetic: stages, operations, memory, messages."""

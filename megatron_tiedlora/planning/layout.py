@@ -1,0 +1,128 @@
+"""How a model is trained over ranks, as plain data: with a ModelShape, all that the planners ask for.
+
+A planner that compares layouts makes one `Layout` for each; a run makes one from its settings (`RunPlan.layout`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.parallel.grid import Grid
+
+# Shapes that repeat are kinder to memory and kernels.
+BASE_MULTIPLE = 8
+# On a GPU the allocator keeps blocks of the sizes it was asked for. With fewer sizes it keeps less where expandable
+# segments are off (docs/performance.md).
+GPU_MULTIPLE = 128
+# Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
+# for half a minute at first, and saves about a quarter of a step.
+LEAST_WORK = 5e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the grid of ranks, what they hold and compute, and how.
+
+    Attributes:
+        adapter: what is trained.
+        length: tokens of a row of a micro-batch, at most.
+        rows: of a micro-batch, at most.
+        micro_batches: of a rank in a step, at most.
+        tp_size, pp_size, dp_size: ranks that share each layer, stages, ranks that see different samples.
+        cuts_sequences: whether activations between layers are sharded along the sequence where tp_size is above 1.
+        zero_stage: 0 to 3.
+        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than these.
+        dtype: of the base.
+        recompute: "none", "selective" (gate and up) or "full" (blocks).
+        on_gpu: whether ranks run on GPUs, where rows are padded further and memory goes to more than tensors.
+        compiled: whether kernels are compiled.
+        deterministic: whether sums have one order.
+    """
+
+    adapter: AdapterConfig
+    length: int
+    rows: int = 1
+    micro_batches: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    cuts_sequences: bool = True
+    zero_stage: int = 0
+    live_parameters: int = 1_000_000_000
+    dtype: torch.dtype = torch.bfloat16
+    recompute: str = "none"
+    on_gpu: bool = False
+    compiled: bool = True
+    deterministic: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between layers are sharded along the sequence."""
+        return self.cuts_sequences and self.tp_size > 1
+
+    @property
+    def sequence_parts(self) -> int:
+        """Into how many shards activations between layers are cut along the sequence."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """What lengths are padded to a multiple of, so that sequence parallelism can cut them into equal shards.
+
+        8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding changes no loss.
+        """
+        return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
+
+
+def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int) -> bool:
+    """Whether a run of `num_tokens` on all ranks together is long enough to gain by compiled kernels."""
+    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
+    return num_tokens / grid.dp_size * widths >= LEAST_WORK
+
+
+def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:
+    """Check that the model can be cut over the grid and that the ZeRO stage of `ds_config` goes with it.
+
+    Raises:
+        UserError: the first thing that does not fit, with the numbers that do.
+    """
+    tp, pp = grid.tp_size, grid.pp_size
+    sizes = {
+        "attention heads": shape.heads.num,
+        "key-value heads": shape.heads.num_kv,
+        "hidden size": shape.hidden_size,
+        "feed-forward width": shape.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for s in sizes.values())]
+            raise UserError(
+                f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
+                f" {', '.join(map(str, possible))}"
+            )
+    if (tp - 1) * -(-shape.vocab_size // tp) >= shape.vocab_size:
+        raise UserError(
+            f"--tensor_parallel {tp}: a vocabulary of {shape.vocab_size} leaves a rank without a row; give fewer"
+        )
+    if pp > shape.num_layers:
+        raise UserError(
+            f"--pipeline_parallel {pp}: the model has {shape.num_layers} layers and every stage needs one; give at"
+            f" most {shape.num_layers}"
+        )
+    if pp > 1 and zero_stage > 1:
+        raise UserError(
+            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages"
+            " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
+            " whole gradients of its part of the adapter"
+        )
