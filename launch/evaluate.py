@@ -1,4 +1,4 @@
-"""Decode a task's held-out rows greedily and score the answers: of a base model, an adapter, a merged or PEFT folder.
+"""Answer a task's held-out rows by greedy decoding and score them, for a base model, adapter, merged or PEFT folder.
 
     python launch/evaluate.py                                                          the demo model on the demo task
     deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
@@ -35,11 +35,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
-    # These import transformers, which takes seconds: --help and a wrong flag do not wait for it, and signals are heard
-    # from here on.
+    # These import transformers, which takes seconds. So --help and a wrong flag do not wait for it, and signals are
+    # already handled.
     from megatron_tiedlora.base.output_folder import NewOutput
     from megatron_tiedlora.base.ownership import Owner
-    from megatron_tiedlora.checkpoint.load_model import load_model
+    from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all
     from megatron_tiedlora.evaluation.decoder import Decoder
@@ -55,6 +55,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out)
+    check_same_dtype(plan.dtype_name)
     outputs: list[NewOutput] = []  # rank 0's
 
     def take() -> tuple[Path, str]:
@@ -62,7 +63,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         end.hold(outputs[0].release)
         return outputs[0].partial, outputs[0].lock.owner.start
 
-    # Rejects a folder that is not free before work is done for it.
+    # A folder that is not free is rejected before any work is done.
     end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
@@ -74,12 +75,12 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         groups=groups,
         stages=plan.stages,
         merged=settings.merge_adapter,
-        checks_base=False,  # the plan has
+        checks_base=False,  # the plan has checked it
         progress=is_main,
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_cut, attention))
+        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_truncated, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),

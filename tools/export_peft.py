@@ -34,12 +34,12 @@ def main(argv: Sequence[str]) -> int:
     """Export; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
-    from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.base.output_folder import new_output, reject_existing
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
     from megatron_tiedlora.convert.inputs import open_inputs
 
     output = options.output
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
     rank = export_peft(
         source,

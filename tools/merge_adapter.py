@@ -40,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     import torch
 
-    from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+    from megatron_tiedlora.base.output_folder import new_output, reject_existing
     from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
 
     output = options.output
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     source, adapter = open_inputs(options.adapter, options.model)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     dtype = dtypes[options.dtype]

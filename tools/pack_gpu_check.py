@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.atomic import new_folder
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.output_folder import refuse_existing
+from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     """Pack and say how large it is; returns the exit status."""
     options = parser().parse_known_names(argv)
     pythons = [python.strip() for python in options.pythons.split(",") if python.strip()]
-    refuse_existing(options.output, flag=f"--output {options.output}")
+    reject_existing(options.output, flag=f"--output {options.output}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(options.output) as folder:
         wheels = folder / "wheels"

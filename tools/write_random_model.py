@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.output_folder import refuse_existing
+from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
@@ -54,7 +54,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     Raises:
         UserError: `output` exists, or the disk is too small for it.
     """
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * BYTES
     place = next(parent for parent in output.absolute().parents if parent.exists())

@@ -1,1 +1,1 @@
-"""The ground floor: errors, paths, files and folders, and the words for sizes. It imports nothing of the package."""
+"""The ground floor: errors, paths, files, folders and the wording of sizes. It imports no other package of ours."""

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all: written under a temporary name, synced, renamed.
+"""Atomic writes: a file or folder is written under a temporary name, synced, and then renamed.
 
-A `guard` is called right before the rename, and raises UserError where this process may change the folder no longer.
-See `ownership` for why no change can follow on it once the temporary files were removed.
+A `guard` is called right before the rename. It raises UserError if this process may no longer change the folder.
+`ownership` explains why nothing can change after that, once the temporary files were removed.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, guard: Guard = unguarded, place: Path | None = None) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, replacing what was there.
+def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`. It replaces `path` when the block ends without an error.
 
-    Killed at any point before, the folder at `path` is as it was; an error removes the temporary one.
+    If the process is killed before that, the folder at `path` is unchanged. An error removes the temporary folder.
 
     Args:
-        place: the folder, which is there, for the temporary one (default: that of `path`, which is made).
+        parent: existing folder that holds the temporary one (default: the parent of `path`, which is created).
 
     Raises:
-        UserError: the disk is full or the place cannot be written, naming `path`.
+        UserError: the disk is full or the parent is not writable; the message names `path`.
     """
-    name = path.name if place is None else "output"  # with which the longest name still is one
-    temporary = (place or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
+    name = path.name if parent is None else "output"  # short, since `path` may have the longest name allowed
+    temporary = (parent or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
     try:
-        guard()  # before a folder that was removed comes back
-        temporary.mkdir(parents=place is None)
+        guard()  # before mkdir, which would bring back a folder that was removed
+        temporary.mkdir(parents=parent is None)
         yield temporary
         readable = temporary.stat().st_mode & 0o666
         for item in sorted(temporary.rglob("*")):
             if item.is_file():
-                item.chmod(readable)  # safetensors makes files that only their owner reads
+                item.chmod(readable)  # safetensors creates files that only their owner can read
             sync_path(item)
         sync_path(temporary)
         guard()
         _put_in_place(temporary, path, guard)
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({reason}); nothing was changed") from error
@@ -77,15 +77,15 @@ def new_folder(path: Path, *, guard: Guard = unguarded, place: Path | None = Non
 
 
 def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
-    """Rename `temporary` to `path`; a folder that was there is swapped out at once, then removed."""
+    """Rename `temporary` to `path`. A folder that is already there is swapped out in one step, then removed."""
     if not os.path.lexists(path):
         os.rename(temporary, path)
         sync_path(path.parent)
         return
     old = temporary
     if not _exchange(temporary, path):
-        # Some network file systems cannot swap, and a folder cannot be renamed over a full one: step aside first. A
-        # kill between the two renames leaves the old one under a name from which `restore_interrupted` gets it back.
+        # Some network file systems cannot swap, and a folder cannot be renamed over a non-empty one. So the old one is
+        # moved aside first. After a kill between the two renames, `restore_interrupted` moves it back.
         old = path.parent / f"{_ASIDE_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
         guard()
         os.rename(path, old)
@@ -99,7 +99,7 @@ def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system or the file system cannot."""
+    """Swap two paths in one step. Returns False if the system or the file system cannot do it."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -108,17 +108,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(path: Path, text: str, *, guard: Guard = unguarded) -> None:
-    """Replace a file's content at once. Raises UserError naming the file."""
+    """Replace a file's content atomically. Raises UserError naming the file."""
     with new_file(path, guard=guard) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
-    """A temporary name beside `path` for a file that takes its place when the block ends well.
+    """Yield a temporary name beside `path`. The file replaces `path` when the block ends without an error.
 
     Raises:
-        UserError: it cannot be written, naming `path`.
+        UserError: it cannot be written; the message names `path`.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -130,17 +130,17 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
     finally:
-        with suppress(OSError):  # it is not there, or its name is too long
+        with suppress(OSError):  # it does not exist, or its name is too long
             temporary.unlink()
 
 
 def write_json(path: Path, content: Any, *, guard: Guard = unguarded) -> None:
-    """Replace a JSON file at once. Raises UserError naming the file."""
+    """Replace a JSON file atomically. Raises UserError naming the file."""
     write_text(path, json.dumps(content, indent=2) + "\n", guard=guard)
 
 
 def restore_interrupted(folder: Path) -> None:
-    """Give back their names to folders that a killed writer had moved aside and not replaced yet."""
+    """Rename back the folders that a killed writer had moved aside and not replaced yet."""
     for aside in folder.glob(f"{_ASIDE_PREFIX}*"):
         path = folder / aside.name.removeprefix(_ASIDE_PREFIX).rpartition("-")[0]
         if not path.exists():
@@ -149,21 +149,21 @@ def restore_interrupted(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
-    """Remove what earlier writers left in `folder`, after `restore_interrupted`; for its owner as it begins."""
+    """Run `restore_interrupted`, then remove the temporary files of earlier writers. For a new owner of `folder`."""
     restore_interrupted(folder)
     found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
-    guard()  # after the look: what is removed was there while this process owned the folder, so it is no later owner's
+    guard()  # after the glob: this process owned the folder while these existed, so they are no later owner's
     for item in found:
         gone = folder / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"
         with suppress(OSError):
-            os.rename(item, gone)  # at once: a writer that wakes up meanwhile finds all of it or nothing
+            os.rename(item, gone)  # atomic: a writer that wakes up meanwhile finds all of it or nothing
         remove(gone)
 
 
 def discard(path: Path, *, guard: Guard = unguarded) -> None:
-    """Remove a file or a folder where the guard allows it; what cannot be removed stays.
+    """Remove a file or a folder if the guard allows it. What cannot be removed stays.
 
-    It is moved into a temporary folder first, so that a process that was stopped after the guard moves nothing.
+    It is moved into a temporary folder first. So a process that is suspended after the guard moves nothing later.
     """
     if not os.path.lexists(path):
         return
@@ -178,7 +178,7 @@ def discard(path: Path, *, guard: Guard = unguarded) -> None:
 
 
 def make_way_for_log(file: Path) -> None:
-    """Remove a link or a pipe in the place of a file that is added to: one would be followed, the other waited for."""
+    """Remove `file`, to which a log is appended, if it is a link or a pipe: opening it would follow or block."""
     with suppress(FileNotFoundError):
         mode = file.lstat().st_mode
         if stat.S_ISLNK(mode) or stat.S_ISFIFO(mode):
@@ -186,7 +186,7 @@ def make_way_for_log(file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to) or a folder with all in it, as far as that can be done."""
+    """Remove a file, a link (not its target) or a folder with its content, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return

@@ -1,4 +1,4 @@
-"""The one error type that stands for a user's mistake, and values in its words: never long, never more than a line."""
+"""The one error type for a user's mistake, and how values are shown in its message: short and on one line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _LONGEST = 1200  # characters of a message
 
 
 class UserError(ValueError):
-    """A wrong input, told in one line that names the file, the value and the fix.
+    """A wrong input, described in one line that names the file, the value and the fix.
 
-    Commands print its message without a traceback and exit with status 2. Whatever a broken file put into the message,
-    it is one line without control characters, and of a very long one the middle is left out.
+    Commands print the message without a traceback and exit with status 2. The message is always one line without
+    control characters, even if a broken file supplied a part of it. The middle of a very long one is left out.
 
     Attributes:
-        of_peer: whether another rank met it, and tells of it.
+        of_peer: whether another rank found it, and reports it.
     """
 
     of_peer: bool = False
@@ -25,13 +25,13 @@ class UserError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """A text as one `printable` line, of which the middle is left out where it is very long."""
-    return _cut(printable(_cut(text)))  # cut before too: a message of gigabytes is not gone through
+    """A text as one `printable` line. The middle of a very long one is left out."""
+    return _cut(printable(_cut(text)))  # shortened first, so that `printable` never goes through gigabytes
 
 
 def printable(text: str) -> str:
-    """`text` as one line that is safe to print: new lines and all that a terminal would act on are escaped, letters of
-    every script stay. Names and texts of files may be another user's."""
+    """`text` as one line that is safe to print, since names and contents of files may be another user's. New lines and
+    control characters are escaped. Letters of every script stay."""
     return text if text.isprintable() else "".join(map(_printable, text))
 
 
@@ -40,7 +40,7 @@ def _printable(character: str) -> str:
 
 
 def show(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines, each one `printable`, on `file` (default: standard output)."""
+    """Print lines to `file` (default: standard output), each made `printable`."""
     print("\n".join(map(printable, lines)), file=file, flush=True)
 
 
@@ -51,22 +51,22 @@ def _cut(text: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """`repr` with an end: aliases of a YAML file can make a value larger than the machine's memory."""
+    """A `repr` of bounded length: aliases in a YAML file can make a value larger than the machine's memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
 
     def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write out whole numbers of more than 4,300 digits.
-        return repr(value) if value.bit_length() <= 128 else f"a whole number of {value.bit_length()} bits"
+        # Python raises ValueError for integers of more than 4,300 digits.
+        return repr(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
 
 
 def shown(value: object) -> str:
-    """`repr(value)` for a message, cut short where it is long; of any value that a file can hold."""
+    """`repr(value)` for a message, shortened if it is long. It works for any value that a file can hold."""
     return _Short().repr(value)
 
 
 def as_given(value: object) -> str:
-    """`shown`, but a text stands without quotes, as it was typed."""
+    """Like `shown`, but a string is returned without quotes, as the user typed it."""
     return value if isinstance(value, str) else shown(value)

@@ -1,4 +1,4 @@
-"""JSON objects, with every way to fail told in one line, and fields of exactly their kinds."""
+"""Reads JSON objects and checks the types of their fields strictly. Every failure is a one-line UserError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.text_files import LARGEST_TEXT, read_small_text
 
-# Kinds of fields of `read_fields`: nothing is converted, and a number is finite.
+# Field types for `read_fields`: no value is converted, and numbers are finite.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -24,7 +24,7 @@ Fields = TypeVar("Fields")
 
 
 def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """The object in `file`. Raises UserError naming the file; where it is missing, also what was expected (`kind`)."""
+    """The object in `file`. Raises UserError naming the file, and `kind` (what was expected) if it does not exist."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
     text = read_small_text(file, kind="JSON", largest=largest)
@@ -43,21 +43,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(name)} is there twice")
+        raise ValueError(f"the key {shown(name)} appears twice")
     return found
 
 
 def read_fields(
     file: Path, content: Mapping[str, Any], kind: type[Fields], *, optional: Collection[str] = ()
 ) -> Fields:
-    """The fields of the dataclass `kind` out of the content of `file`, each checked against its type; other keys are
-    passed over.
+    """Build the dataclass `kind` from the content of `file`. Each field is checked against its type, and other keys
+    are ignored.
 
     Args:
-        optional: fields that may be missing, and have their default then.
+        optional: fields that may be missing and then take their default.
 
     Raises:
-        UserError: the first field that is missing or of another kind.
+        UserError: names the first field that is missing or of the wrong type.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in names:
@@ -70,8 +70,8 @@ def read_fields(
 
 
 def first_problem(error: ValidationError) -> str:
-    """A pydantic error's first finding: the field, its value and what is wrong with it."""
+    """The first problem in a pydantic error: the field, its value and what is wrong with it."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    wrong_kind = " is of the wrong kind" if first["type"].endswith("_type") else ""
+    wrong_kind = " has the wrong type" if first["type"].endswith("_type") else ""
     return f"{where} = {shown(first['input'])}{wrong_kind}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,7 +1,7 @@
-"""The paper's configurations as data. This table drives which tensors exist, are tied, are trained, and how they start.
+"""The paper's methods as data: this table says which tensors are tied and trained, and how each is initialised.
 
 The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
-B (o, r), u (r), v (o). "Tied" means one A and one B for all adapted layers; u and v are always per layer.
+B (o, r), u (r), v (o). "Tied" means that all adapted layers share one A and one B; u and v are always per layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FACTORS = ("A", "B", "u", "v")
 
 @dataclass(frozen=True)
 class Factor:
-    """One of A, B, u, v in a method."""
+    """How a method uses one of A, B, u, v."""
 
     tied: bool
     trained: bool
@@ -28,7 +28,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's table."""
+    """A method: one row of the paper's table."""
 
     name: str
     A: Factor
@@ -48,7 +48,7 @@ class Method:
 
 
 def _row(name: str, a: str, b: str, scale: str, b_start: Start, *, tied: bool = True) -> Method:
-    """a and b: trained or frozen. scale: which of u, v are trained."""
+    """A Method from one table row. a and b: "trained" or "frozen"; scale: which of u, v are trained."""
     return Method(
         name,
         A=Factor(tied, a == "trained", "normal"),
@@ -82,14 +82,14 @@ def find_method(name: str) -> Method:
 
 
 def default_std_a(hidden_size: int) -> float:
-    """Width of A's start values: 1 / sqrt(d), so that A x has the size of x's entries."""
+    """Init std of A: 1 / sqrt(d), so that the entries of A x are as large as those of x."""
     return 1.0 / math.sqrt(hidden_size)
 
 
 def default_std_b(method: Method, rank: int) -> float:
-    """Width of B's start values where B starts non-zero: 1 / sqrt(r), so that B A x has the size of x's entries.
+    """Init std of B if B is not initialised to zero: 1 / sqrt(r), so that the entries of B A x are as large as x's.
 
-    A method whose update is not zero at the start (tl1) takes 0.3 of that: at the full width the first loss of a real
-    model was 3.5 instead of 1.43, at 0.3 of it 1.47, and training ended equally well (docs/start_widths.md).
+    A method whose initial update is not zero (tl1) uses 0.3 of that. At the full std the first loss of a real model
+    was 3.5 instead of 1.43; at 0.3 it was 1.47, and training ended equally well (docs/start_widths.md).
     """
     return (1.0 if method.starts_at_base else 0.3) / math.sqrt(rank)

@@ -1,4 +1,4 @@
-"""A folder for what a command writes: free, and in a place that can be written, before any work is done for it."""
+"""A command's output folder: it is checked to be free and writable before any work is done."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from megatron_tiedlora.base.paths import user_path
 
 
 def check_place(path: Path, *, given: str) -> None:
-    """Raise UserError, with the value `given` to --output_dir, where a folder `path` cannot be made or written."""
+    """Raise UserError if the folder `path` cannot be created or written. `given` is the value of --output_dir."""
     place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not place.is_dir():
         raise UserError(f"--output_dir {given}: {place} is a file; give a folder")
     if not os.access(place, os.W_OK):
-        raise UserError(f"--output_dir {given}: {place} cannot be written; give another folder")
+        raise UserError(f"--output_dir {given}: {place} is not writable; give another folder")
 
 
-def refuse_links(*folders: Path) -> None:
-    """Raise UserError where a folder within --output_dir, into which is written, is a link or no folder.
+def reject_links(*folders: Path) -> None:
+    """Raise UserError if a subfolder of --output_dir that is written to is a link, or not a folder.
 
-    One that came from somebody else may hold links to anywhere. The folder that a user names may itself be one.
+    A folder that came from somebody else may hold links to anywhere. The folder that a user names may be a link.
     """
     for folder in folders:
         if folder.is_symlink():
             raise UserError(
-                f"{folder} is a link, so what is written there would lie outside of --output_dir; put a folder in its"
-                " place, or move all of --output_dir to where the link leads"
+                f"{folder} is a link, so files written there would lie outside of --output_dir; replace it with a"
+                " folder, or move all of --output_dir to the link's target"
             )
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is no folder, but a run writes files into it; remove it, or put the folder back")
+            raise UserError(f"{folder} is not a folder, but a run writes into it; remove it, or restore the folder")
 
 
 _LONGEST_NAME = 240  # bytes
@@ -44,10 +44,10 @@ _LONGEST_NAME = 240  # bytes
 
 @dataclass(frozen=True)
 class NewOutput:
-    """A folder that one process makes, and that is at `path` whole or not at all.
+    """An output folder that one process writes. It appears at `path` complete or not at all.
 
-    Until then it lies in PARENT/.NAME.partial, which the process owns: what a killed one has left there is removed by
-    the next that makes the same output.
+    Until then it lies in PARENT/.NAME.partial, which the process owns. The next process that writes the same output
+    removes what a killed one left there.
     """
 
     path: Path
@@ -55,42 +55,42 @@ class NewOutput:
 
     @property
     def partial(self) -> Path:
-        """Where the output is made."""
+        """The folder in which the output is written."""
         return self.lock.owner.folder
 
     @contextmanager
     def written(self) -> Iterator[Path]:
-        """A temporary folder that becomes the output when the block ends well. Raises UserError where it cannot."""
-        with new_folder(self.path, guard=self.guard, place=self.partial) as temporary:
+        """Yield a temporary folder that becomes the output when the block ends. Raises UserError if it cannot."""
+        with new_folder(self.path, guard=self.guard, parent=self.partial) as temporary:
             yield temporary
 
     def guard(self) -> None:
-        """Raise UserError where another process has taken the output over, or where something is there."""
+        """Raise UserError if another process has taken over the output, or if `path` exists by now."""
         self.lock.owner.check()
-        refuse_existing(self.path, flag=str(self.path))
+        reject_existing(self.path, flag=str(self.path))
 
     def release(self) -> None:
-        """Give the place back, and remove what was left of it."""
+        """Give up the partial folder, and remove what is left in it."""
         with suppress(UserError):
             remove_leftovers(self.partial, guard=self.lock.owner.check)
         self.lock.release()
 
 
 def take_output(path: Path, *, take_over: bool = False) -> NewOutput:
-    """Become the one process that makes the output `path`.
+    """Become the one process that writes the output `path`.
 
     Raises:
-        UserError: another process makes it, and `take_over` was not given; or it cannot be written.
+        UserError: another process is writing it and `take_over` is False, or it is not writable.
     """
     partial = path.parent / _partial_name(path.name)
-    hint = "wait for its end, give another folder, or take it over with --take_over"
+    hint = "wait until it ends, give another folder, or take this one over with --take_over"
     output = NewOutput(path, take_folder(partial, take_over=take_over, hint=hint, removed_after=True))
     remove_leftovers(partial, guard=output.lock.owner.check)
     return output
 
 
 def _partial_name(name: str) -> str:
-    """`.NAME.partial`, or a hash of the name in its place where that is too long for a file system."""
+    """`.NAME.partial`, with a hash instead of a name that is too long for a file system."""
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return f".{name}.partial"
@@ -98,7 +98,7 @@ def _partial_name(name: str) -> str:
 
 @contextmanager
 def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
-    """`take_output`, written and released: a temporary folder that is at `path` when the block ends well."""
+    """`take_output`, `written` and `release` in one: yield a temporary folder that becomes `path`."""
     output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:
@@ -107,28 +107,28 @@ def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
         output.release()
 
 
-def refuse_existing(path: Path, *, flag: str) -> None:
-    """Raise UserError, with the flag and value that named it, where `path` holds anything."""
+def reject_existing(path: Path, *, flag: str) -> None:
+    """Raise UserError if `path` is anything but an empty folder. `flag` is the flag with its value, as given."""
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f"{flag} exists; give a new folder")
 
 
 def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:
-    """The folder `given` to --output_dir, which may be empty, or else the first free of PARENT/NAME, PARENT/NAME-2, ...
+    """Take the folder `given` to --output_dir, new or empty; without one, the first free of PARENT/NAME, NAME-2, ...
 
     Raises:
-        UserError: it holds files, cannot be written, or another process makes it.
+        UserError: it holds files, is not writable, or another process is writing it.
     """
     if given is not None:
         path = user_path(given)
         check_place(path, given=given)
-        path = path.resolve() if path.is_dir() else path  # the folder of a link's own end
+        path = path.resolve() if path.is_dir() else path  # the target of a link
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"--output_dir {given} holds other files; give a new folder")
-        refuse_existing(path, flag=f"--output_dir {given}")
+        reject_existing(path, flag=f"--output_dir {given}")
         if os.path.ismount(path):
             raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
-        check_place(path.parent, given=given)  # the output is made beside its place
+        check_place(path.parent, given=given)  # the output is written beside it first
         return take_output(path, take_over=take_over)
     path, number = Path(parent) / name, 2
     while True:

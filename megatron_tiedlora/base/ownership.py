@@ -1,11 +1,11 @@
-"""One writer per folder: which start may change what is in it.
+"""One writer per folder: which start (one launch of a command) may change its content.
 
-OWNER_FILE holds a token (start id, host, process, time). Its owner keeps the file locked, which the kernel ends at the
-owner's death, and renews the file's time of change, which other hosts see too. A start that takes a folder over
-replaces the file, so it waits for nobody, and the former owner finds another token there before its next change.
+OWNER_FILE holds a token (start id, host, process, time). The owner keeps the file locked; the kernel frees the lock
+when the owner dies. It also renews the file's mtime, which other hosts see. A start that takes over a folder replaces
+the file without waiting, and the former owner finds the other token before its next change.
 
-Checks come right before a rename out of a temporary file (`atomic`), and a new owner removes temporary files before it
-reads the folder. So an owner that was stopped between its check and its rename, and wakes up later, changes nothing.
+A check comes right before each rename of a temporary file (`atomic`), and a new owner removes temporary files before
+it reads the folder. So an owner that is suspended between its check and its rename changes nothing when it wakes up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_jso
 
 OWNER_FILE = ".owner"
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
-_LOCK_SECONDS = 5.0  # for what takes a moment among the processes of a machine
+_LOCK_SECONDS = 5.0  # longest wait for a lock that processes of this machine hold only for a moment
 RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,17 +42,17 @@ class FolderTaken(UserError):
 
 
 class OwnerLost(UserError):
-    """This start owns the folder no longer: another took it over, its peers gave it up, or the folder is gone."""
+    """This start no longer owns the folder: another took it over, its peers gave it up, or the folder is gone."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """What OWNER_FILE says of the owner.
+    """The content of OWNER_FILE: who owns the folder.
 
     Attributes:
-        start: id of the start, another one for every start.
-        machine: within which the kernel's lock tells whether the owner lives.
-        since: when it took the folder, seconds since 1970 by its own clock.
+        start: unique id of the start.
+        machine: id of the running kernel, whose lock tells whether the owner lives.
+        since: when it took the folder, in seconds since 1970 by its own clock.
     """
 
     start: Text
@@ -72,10 +72,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Owner:
-    """A start that owns a folder, as each of its ranks knows it.
+    """A start that owns a folder, as seen by each of its ranks.
 
     Attributes:
-        is_main: whether this rank is the one that holds the lock, which the others may give up.
+        is_main: whether this rank holds the lock, which the other ranks may give up.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ class Owner:
     is_main: bool = True
 
     def check(self) -> None:
-        """Raise OwnerLost where this start may change nothing in the folder any more."""
+        """Raise OwnerLost if this start may no longer change the folder."""
         if not self._is_named():
             token = read_token(self.folder)
             if token is not None:
@@ -100,7 +100,7 @@ class Owner:
             )
 
     def _is_named(self) -> bool:
-        """Whether the folder's token is this start's; read at every change, so without checks of its other fields."""
+        """Whether the folder's token is this start's. It is read before every change, so only the id is checked."""
         for _ in range(3):
             try:
                 descriptor = os.open(self.folder / OWNER_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -110,12 +110,12 @@ class Owner:
                     os.close(descriptor)
             except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
                 return False
-            except OSError:  # a network file system may have trouble for a moment
+            except OSError:  # a network file system may fail for a moment
                 time.sleep(0.5)
         return False
 
     def give_up(self) -> None:
-        """Let the next start with --resume take the folder although the lock's holder may wake up; best effort."""
+        """Let the next start with --resume take the folder, even if the lock's holder may wake up. Best effort."""
         with suppress(OSError, UserError):
             token = read_token(self.folder)
             if token is not None and token.start == self.start:
@@ -131,7 +131,7 @@ class FolderLock:
     """A folder that this process owns until `release`.
 
     Attributes:
-        descriptor: of the locked file. Children that inherit it keep the kernel's lock while they live.
+        descriptor: the locked file. Children that inherit it keep the kernel's lock while they live.
     """
 
     owner: Owner
@@ -155,7 +155,7 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Give the folder back, unless a child still holds the lock; folders that were made are removed where empty."""
+        """Give up the folder, unless a child still holds the lock. Folders that `take_folder` made go if empty."""
         if self._over.is_set():
             return
         self._over.set()
@@ -183,23 +183,23 @@ def take_folder(
     removed_after: bool = False,
     before: Callable[[], None] = lambda: None,
 ) -> FolderLock:
-    """Become the owner of a folder, which is made where it is not there.
+    """Become the owner of a folder, which is created if it does not exist.
 
-    A folder is free where nobody owns it, or where its owner died on this machine. One whose owner was given up (by its
-    peers, or because its token was not renewed for STALE_SECONDS) can be taken too, but while the kernel's lock is
-    held, only by a start that resumes.
+    A folder is free if nobody owns it, or if its owner died on this machine. It can also be taken if its owner was
+    given up (by its peers, or because the token was not renewed for STALE_SECONDS). While the kernel's lock is held,
+    only a start that resumes may do that.
 
     Args:
-        hint: what a user can do where it is owned, for the message.
-        new: the folder must not be there yet.
-        take_over: take it whoever owns it.
-        before: called before the folder is taken from a start that is or was there; an error leaves it that one's.
-        removed_after: `release` removes it where it is empty, whoever made it.
+        hint: what a user can do if it is owned, for the message.
+        new: the folder must not exist yet.
+        take_over: take it, whoever owns it.
+        before: called before the folder is taken from an earlier start; if it raises, that start keeps the folder.
+        removed_after: `release` removes the folder if it is empty, whoever made it.
 
     Raises:
-        FolderTaken: another start owns it; says which one and since when.
-        FileExistsError: it is there, and `new`.
-        UserError: it cannot be made or written.
+        FolderTaken: another start owns it; the message says which one and since when.
+        FileExistsError: it exists, and `new` is set.
+        UserError: it cannot be created or written.
     """
     made = _make(folder, new=new)
     token = Token(uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine(), time.time())
@@ -208,7 +208,7 @@ def take_folder(
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
         os.write(descriptor, json.dumps(asdict(token)).encode())
-        with suppress(OSError):  # a file system without locks: the token's time alone counts
+        with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with _one_at_a_time(folder):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
@@ -226,7 +226,7 @@ def take_folder(
 
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
-    """Make the folder and those above it; returns which were made, the innermost first."""
+    """Create the folder and its parents. Returns those that were created, the innermost first."""
     missing: list[Path] = []
     made: list[Path] = []
     try:
@@ -253,14 +253,14 @@ def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
 def _put_token(
     temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]
 ) -> None:
-    """Give `temporary`, which holds a token, the name OWNER_FILE where the folder may be taken."""
+    """Rename `temporary`, which holds a token, to OWNER_FILE if the folder may be taken."""
     folder = temporary.parent
     place = folder / OWNER_FILE
     try:
-        os.link(temporary, place)  # fails where there is a token, also one that another host has just put there
-    except OSError:  # there is one, or no such links
+        os.link(temporary, place)  # fails if there is a token, even one that another host has just written
+    except OSError:  # a token exists, or the file system has no hard links
         if not take_over:
-            _refuse_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
+            _reject_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
         before()
         os.replace(temporary, place)
     else:
@@ -268,18 +268,18 @@ def _put_token(
     _remove_marks(folder)
 
 
-def _refuse_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
+def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
     """Raise FolderTaken unless the folder's owner is dead or was given up.
 
     Args:
-        now: time of change of a file that was just written there, since clocks of hosts differ.
+        now: mtime of a file that was just written there, since the clocks of hosts differ.
     """
     token, free = read_token(folder), _is_unlocked(folder / OWNER_FILE)
     if token is not None and _is_dead(folder, token):
         return
     try:
         renewed = (folder / OWNER_FILE).stat().st_mtime
-    except OSError:  # given back meanwhile
+    except OSError:  # released meanwhile
         return
     marked = token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists()
     if (marked or now - renewed > STALE_SECONDS) and (resumes or free is not False):
@@ -289,18 +289,18 @@ def _refuse_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
 
 
 def _is_dead(folder: Path, token: Token) -> bool:
-    """Whether the owner died on this machine."""
+    """Whether the owner ran on this machine and died."""
     return token.machine == _machine() and _is_unlocked(folder / OWNER_FILE) is True
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Who owns the folder and since when; None where nobody does, or its owner is known to be dead."""
+    """Who owns the folder and since when. None if nobody does, or if its owner is known to be dead."""
     token = read_token(folder)
     return None if token is None or _is_dead(folder, token) else f"{token} since {token.time}"
 
 
 def read_token(folder: Path) -> Token | None:
-    """What the folder's OWNER_FILE says, or None where there is none that can be read."""
+    """The token in the folder's OWNER_FILE, or None if there is no readable one."""
     file = folder / OWNER_FILE
     try:
         return read_fields(file, read_json_object(file, kind="an owner's token"), Token)
@@ -309,12 +309,12 @@ def read_token(folder: Path) -> Token | None:
 
 
 def is_of_owner(name: str) -> bool:
-    """Whether a file of this name in a folder only tells who owns it, or is temporary."""
+    """Whether a file of this name only records who owns the folder, or is temporary."""
     return name.startswith((OWNER_FILE, TEMPORARY_PREFIX))
 
 
 def _is_unlocked(file: Path) -> bool | None:
-    """Whether no process holds the kernel's lock on the file; None where that cannot be told."""
+    """Whether no process holds the kernel's lock on the file. None if that cannot be determined."""
     for mode, lock in ((os.O_RDWR, fcntl.LOCK_EX), (os.O_RDONLY, fcntl.LOCK_SH)):
         try:
             descriptor = os.open(file, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -336,10 +336,10 @@ def _is_unlocked(file: Path) -> bool | None:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Among the processes of this machine, where the file system has locks for folders (network ones may have none)."""
+    """Exclude other processes of this machine, if the file system can lock folders (network ones may not)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS  # who holds it may stand still: tokens are safe enough without it
+        deadline = time.monotonic() + _LOCK_SECONDS  # the holder may be suspended; tokens are safe enough without it
         with suppress(OSError):
             while not _try_lock(descriptor) and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -357,7 +357,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _remove_marks(folder: Path) -> None:
-    """Remove what was said of former owners, and tokens of starts that were killed as they took the folder."""
+    """Remove the marks of former owners, and tokens of starts that were killed while they took the folder."""
     for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
         with suppress(OSError):
             if mark.name.startswith(_GIVEN_UP) or time.time() - mark.stat().st_mtime > STALE_SECONDS:
@@ -366,7 +366,7 @@ def _remove_marks(folder: Path) -> None:
 
 @cache
 def _machine() -> str:
-    """An id of the running kernel, whose locks all processes on it share; containers have a host name of their own."""
+    """An id of the running kernel, whose locks all its processes share; containers differ in host name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

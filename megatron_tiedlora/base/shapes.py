@@ -1,9 +1,9 @@
 """The one description of a decoder-only model, as plain data without torch: its sizes, how each linear is sharded, and
-the Hugging Face tensors that it is stored in.
+the Hugging Face tensors that store it.
 
-Everything that depends on a model's shape is derived from it: weight names and slices, the check of a parallel
-configuration, stage costs, FLOPs, memory and messages, merging and export. A family (`model/families/`) makes one from
-a `config.json`.
+Everything that depends on a model's shape derives from it: weight names and slices, the check of a parallel
+configuration, stage costs, FLOPs, memory and messages, merging and export. A family (`model/families/`) builds one
+from a `config.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class RopeShape:
     """Rotary position embedding: its base frequency and, for Llama 3, how low frequencies are stretched.
 
     Attributes:
-        factor: None for no scaling; the fields after it are then not used.
+        factor: None for no scaling; the fields after it are then unused.
     """
 
     theta: float = 10000.0
@@ -34,8 +34,8 @@ class HeadShape:
     """The attention heads of a block.
 
     Attributes:
-        num: query heads; each `num // num_kv` of them share a key and a value head.
-        dim: numbers per head.
+        num: number of query heads; groups of `num // num_kv` share one key and one value head.
+        dim: elements per head.
     """
 
     num: int
@@ -54,8 +54,8 @@ class NormShape:
     """An RMS norm over `size` numbers: y = w x / sqrt(mean(x^2) + eps).
 
     Attributes:
-        name: of its weight, below its layer.
-        source: the Hugging Face module that stores it, below its layer.
+        name: name of its weight within the layer.
+        source: name of the Hugging Face module that stores it, within the layer.
     """
 
     name: str
@@ -69,9 +69,9 @@ class StoredRows:
     """Rows of a stored Hugging Face tensor.
 
     Attributes:
-        module: the module that the tensor belongs to, below its layer ("self_attn.q_proj").
-        start: the first of the rows.
-        of: rows of the whole tensor; None: those that are meant are all.
+        module: the module that the tensor belongs to, within the layer ("self_attn.q_proj").
+        start: index of the first row.
+        of: number of rows of the whole tensor; None if these rows are all of it.
     """
 
     module: str
@@ -81,15 +81,15 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """y = W x + b with W of shape (out_size, in_size); an embedding is one that is read row by row.
+    """y = W x + b with W of shape (out_size, in_size). An embedding is a linear whose rows are looked up.
 
     Attributes:
-        name: of the layer here, below its entry of the flat list ("attention.qkv").
-        blocks: output sizes of the parts that are fused, in order (query, key, value).
-        cut: how W is sharded over tensor-parallel ranks: "column", each block's rows; "row", its columns;
-            "vocabulary", rows, with zeros behind the last so that all ranks have as many.
+        name: module name within its entry of the flat layer list ("attention.qkv").
+        blocks: output sizes of the fused parts, in order (query, key, value).
+        cut: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": the columns of W;
+            "vocabulary": the rows, padded with zeros so that all ranks have equally many.
         sources: where each block is stored.
-        bias: whether b is there; it is sharded as the rows of W, and whole where those are.
+        bias: whether b exists; it is sharded like the rows of W.
     """
 
     name: str
@@ -106,7 +106,7 @@ class LinearShape:
 
     @property
     def num_weights(self) -> int:
-        """Numbers in W."""
+        """Number of elements of W."""
         return self.in_size * self.out_size
 
 
@@ -115,7 +115,7 @@ class BlockShape:
     """x = x + output(attention(rotated qkv(norm x))), x = x + down(silu(gate) * up), gate and up = gate_up(norm x).
 
     Attributes:
-        source: the Hugging Face module of a block, with {index} for its number from 0 on.
+        source: name of the Hugging Face module of a block, with {index} for its 0-based number.
     """
 
     source: str
@@ -128,7 +128,7 @@ class BlockShape:
     down: LinearShape
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> BlockShape:
-        """The same block with other heads and another width of its feed-forward part."""
+        """The same block with other heads and another MLP width."""
         return replace(
             self,
             heads=heads,
@@ -140,26 +140,26 @@ class BlockShape:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """In the order in which they are computed."""
+        """The linears in the order in which they are computed."""
         return self.qkv, self.output, self.gate_up, self.down
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
-        """Everything with weights, in the order in which it is computed."""
+        """The norms and linears in the order in which they are computed."""
         return self.attention_norm, self.qkv, self.output, self.mlp_norm, self.gate_up, self.down
 
     @property
     def num_weights(self) -> int:
-        """Numbers in the matrices of all linears: multiplications per token."""
+        """Number of elements of all weight matrices, which is the number of multiplications per token."""
         return sum(linear.num_weights for linear in self.linears)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Embedding, `num_layers` equal blocks, final norm and head.
+    """A model: embedding, `num_layers` equal blocks, final norm and head.
 
     Attributes:
-        head: its own weight; with tied embeddings the embedding's, under the head's name.
+        head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
     """
 
     num_layers: int
@@ -172,12 +172,12 @@ class ModelShape:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the model knows."""
+        """Number of token ids."""
         return self.embedding.out_size
 
     @property
     def hidden_size(self) -> int:
-        """Numbers per token between layers."""
+        """Elements per token between layers."""
         return self.embedding.in_size
 
     @property
@@ -187,11 +187,11 @@ class ModelShape:
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the feed-forward part."""
+        """Width of the MLP."""
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> ModelShape:
-        """The same kind of model in another size, with tied embeddings, for what needs a model and no weights."""
+        """The same kind of model in another size, with tied embeddings, for code that needs a model but no weights."""
         return replace(
             self,
             num_layers=num_layers,

@@ -1,4 +1,4 @@
-"""The versions that computed something, for the files that say so."""
+"""The installed versions, for output files that record them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import megatron_tiedlora
 
 
 def installed_versions(*libraries: str) -> dict[str, str]:
-    """Of this package, Python and those of `libraries` that are installed; nothing is imported for it."""
+    """Versions of this package, of Python and of those `libraries` that are installed. Nothing is imported."""
     found = {"megatron_tiedlora": megatron_tiedlora.__version__, "python": platform.python_version()}
     for library in libraries:
         try:
             found[library] = version(library)
-        except PackageNotFoundError:  # a metric that was not asked for needs it
+        except PackageNotFoundError:  # only a metric that was not requested needs it
             continue
     return found

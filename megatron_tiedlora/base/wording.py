@@ -1,4 +1,4 @@
-"""Words for what several packages tell: a size, what an error of another library says, and the nearest known name."""
+"""Wording that several packages share: sizes, the first line of a library's error, and the nearest known name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def bytes_in_words(size: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name nearest to `name`, or '' when none is near."""
+    """' (did you mean X?)' with the known name nearest to `name`, or '' if none is near."""
     if len(name) > _LONGEST_NAME:
         return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,46 +1,53 @@
-"""YAML files of settings: names and plain values, with every way to fail told in one line.
+"""Reads YAML files of settings: names and plain values. Every failure is a one-line UserError.
 
-Owns what of YAML is read: one document without tags, anchors and aliases (which can stand for more than a machine
-holds), and no name twice.
+Owns which part of YAML is read: one document without tags, duplicate names, anchors or aliases. Aliases can expand to
+more than a machine's memory.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.base.wording import first_line
 
-_LARGEST = 2**18  # bytes of a file of settings; PyYAML takes seconds for a megabyte
+_LARGEST = 2**18  # bytes; PyYAML takes seconds for a megabyte
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without anchors and aliases, and with each key of a mapping once."""
+    """PyYAML's safe loader that rejects anchors, aliases and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not read", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if names and names.most_common(1)[0][1] > 1:
-            problem = f"{shown(names.most_common(1)[0][0])} is there twice"
+            problem = f"{shown(names.most_common(1)[0][0])} appears twice"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+def write_yaml(path: Path, content: Mapping[str, Any], *, guard: Guard = unguarded) -> None:
+    """Replace a YAML file at once, names in their order. Raises UserError naming the file."""
+    write_text(path, yaml.safe_dump(dict(content), sort_keys=False), guard=guard)
+
+
 def read_yaml_mapping(file: Path) -> dict[str, Any]:
-    """The names and values of a file that is there; none where it is empty.
+    """The names and values of an existing file. The result is empty if the file is.
 
     Raises:
-        UserError: not such a file, naming it, and the line where known.
+        UserError: the file is not valid; the message names it, and the line if known.
     """
     text = read_small_text(file, kind="YAML", largest=_LARGEST)
     try:
@@ -52,9 +59,9 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}{where}: not valid YAML ({problem})") from None
     except RecursionError:
         raise UserError(f"{file}: not valid YAML (nested too deeply)") from None
-    # PyYAML takes a text that looks like a date or carries a tag for a value of that kind, whatever it is.
+    # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{file}: holds a value that cannot be read ({error}); put texts in quotes") from None
+        raise UserError(f"{file}: holds a value that cannot be read ({error}); put text in quotes") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

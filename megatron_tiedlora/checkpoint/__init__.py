@@ -1,1 +1,1 @@
-"""Base weights from safetensors, the native adapter, and the state a run resumes from."""
+"""Base weights from safetensors, the native adapter, and the checkpoints from which a run resumes."""

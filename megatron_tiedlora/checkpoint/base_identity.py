@@ -1,8 +1,8 @@
-"""Which base model and tokenizer an adapter belongs to, told by hashes that every copy of that model has.
+"""Which base model and tokenizer an adapter belongs to, identified by hashes that are equal for all copies of a model.
 
-A hash of the config says the shape and the computation; a hash of values at fixed places of every tensor says the
-weights. Values are hashed as bf16, so that a copy in another precision is the same base; a change that bf16 does not
-hold, or that lies between the places, is not seen. Very small values are hashed as fp16 holds them.
+A hash of the config identifies shape and computation; a hash of values at fixed positions of every tensor identifies
+the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
+of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 OLD_BASE_NOTE = (
-    "written by an earlier version: its base was compared by config and final norm only, and its files have no checksum"
+    "written by an earlier version: its base was compared only by config and final norm, and its files have no checksum"
 )
 
 
@@ -31,14 +31,14 @@ class BaseIdentity:
 
     Attributes:
         name: as the user gave it to --model.
-        config_hash: of the shape.
-        weights_hash: of the final norm's weight in bf16 and of the record of a merge, since merging changes the values
-            at few places.
-        shape: the fields of the config that the format writes out.
+        config_hash: hash of the shape.
+        weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few of
+            the hashed values.
+        shape: the fields of the config that the file format stores.
         dtype: precision of the base in training.
-        sample: hash of `BaseWeights.sample` of every tensor; None where that is not known.
+        sample: hash of `BaseWeights.sample` of every tensor; None if unknown.
         tokenizer: as the user gave it to --tokenizer; None for the base's own.
-        tokenizer_hash: of its files; None where that is not known.
+        tokenizer_hash: hash of the tokenizer's files; None if unknown.
     """
 
     name: str
@@ -62,7 +62,7 @@ def identify_base(
     Raises:
         UserError: the tokenizer's files cannot be read.
     """
-    # bf16, because the same model is stored in fp32, fp16 and bf16: rounding to bf16 makes those equal.
+    # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
     digest = hashlib.sha256(_bits(weights.read("model.norm.weight")))
     record = weights.folder / MERGE_RECORD
     if record.is_file():
@@ -85,7 +85,7 @@ def sample_hash(weights: BaseWeights) -> str:
     }
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
-        # fp16 rounds what bf16 still holds below 2^-17: so do we, for a copy in fp16 to be the same.
+        # Below 2^-17 fp16 is coarser than bf16. Rounding to fp16 too gives a copy in fp16 the same hash.
         digest.update(_bits(weights.sample(name).to(torch.bfloat16).to(torch.float16)))
     return digest.hexdigest()
 
@@ -103,7 +103,7 @@ def identify_shape(
     tokenizer: str | None = None,
     tokenizer_hash: str | None = None,
 ) -> BaseIdentity:
-    """The identity of a base model whose weights have a hash already."""
+    """The identity of a base model whose weights' hash is known."""
     model_shape = source.shape
     shape = {
         "num_layers": model_shape.num_layers,
@@ -118,7 +118,7 @@ def identify_shape(
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
-    """What of config, weights and tokenizer is another one than in training, as far as both sides know it."""
+    """Which of config, weights and tokenizer differ from those in training, as far as both sides know them."""
     weights_differ = trained.weights_hash != found.weights_hash or _differ(trained.sample, found.sample)
     differ = {
         "config": trained.config_hash != found.config_hash,
@@ -135,14 +135,14 @@ def _differ(one: str | None, other: str | None) -> bool:
 def check_same_base(
     trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False
 ) -> tuple[str, ...]:
-    """Notes on how the base in use compares with the one that an adapter was trained on.
+    """Compare the base in use with the one that an adapter was trained on; returns notes for the user.
 
     Args:
-        source: of the adapter, for messages.
-        differs: value of --base_differs: only the shape must be the same.
+        source: the adapter's name in messages.
+        differs: value of --base_differs; if true, only the shape must be the same.
 
     Raises:
-        UserError: it is another base, or goes with another tokenizer.
+        UserError: it is another base, or has another tokenizer.
     """
     for field, value in trained.shape.items():
         if found.shape[field] != value:
@@ -163,9 +163,9 @@ def check_same_base(
         used = f"the one of {found.name}" if found.tokenizer is None else found.tokenizer
         raise UserError(
             f"{source}: trained with another tokenizer ({own}) than {used}; give that one with --tokenizer or with its"
-            " model, or --base_differs to use this one all the same"
+            " model, or --base_differs to use this one anyway"
         )
     raise UserError(
         f"{source}: trained on {trained.name}, whose {what} differ from {found.name}'s; give its own base with --model,"
-        " or --base_differs to use this one all the same"
+        " or --base_differs to use this one anyway"
     )

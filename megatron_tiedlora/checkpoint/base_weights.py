@@ -1,7 +1,6 @@
-"""Base weights straight from safetensors, tensor by tensor and slice by slice, into parameters that exist already.
+"""Load base weights from safetensors, tensor by tensor and slice by slice, into existing parameters.
 
-Files are memory-mapped, so what is read passes through the page cache and not through anonymous memory. For benchmarks
-weights are drawn in place instead.
+Files are memory-mapped, so reading uses the page cache and no anonymous memory. Benchmarks draw random weights instead.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from megatron_tiedlora.parallel.random_streams import stream_seed
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_LONGEST_NAME = 60  # of a file; model-00001-of-00030.safetensors has half of it
+_LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPARED_ROWS = 4096  # of two tensors at a time
+_COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-SAMPLED_RUNS, RUN_LENGTH = 8, 512  # values of a tensor by which it is told
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """Which file of a Hugging Face folder holds which tensor, from its index or its one file.
+    """The file that holds each tensor of a Hugging Face folder, from its index or its single file.
 
     Raises:
-        UserError: no safetensors weights, a file that the index names but is missing, or one that is not whole.
+        UserError: there are no safetensors weights, or a file that the index names is missing or incomplete.
     """
     index = folder / _INDEX
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-            raise UserError(f"{index}: not a safetensors index (weight_map is no table of tensors and files)")
+            raise UserError(f"{index}: not a safetensors index (weight_map is not a table of tensors and files)")
         for name in sorted(set(entries.values())):
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
@@ -53,24 +52,24 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
-        raise UserError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{hint}")
+        raise UserError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 
 
 def open_weights(file: Path) -> Any:
-    """`safe_open` on the CPU; a truncated or corrupt file is a UserError that names it."""
+    """Open a file with `safe_open` on the CPU. Raises UserError if it is truncated or corrupt."""
     try:
         with file.open("rb") as stream:
             if (header := int.from_bytes(stream.read(8), "little")) > LARGEST_HEADER:
                 raise UserError(f"{file}: not a whole safetensors file (a header of {header:,} bytes)")
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, MemoryError) as error:  # the last one: it cannot be mapped
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: it cannot be mapped
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
 class BaseWeights:
-    """A base checkpoint, opened and checked against the rules before anything is read from it.
+    """A base checkpoint. Opening it checks its tensors against the rules before any value is read.
 
     Attributes:
         bytes_read: bytes of the stored tensors that this process has read so far.
@@ -114,7 +113,7 @@ class BaseWeights:
                     raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
 
     def _check_tied_head(self) -> None:
-        """Raise UserError where a copy of a tied head is none: transformers then ties nothing, and uses that head."""
+        """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
         head, embedding = (self._readers[self._files[name]].get_slice(name) for name in (_HEAD, _EMBEDDING))
         same = head.get_shape() == embedding.get_shape()
         for start in range(0, head.get_shape()[0] if same else 0, _COMPARED_ROWS):
@@ -127,9 +126,9 @@ class BaseWeights:
             )
 
     def sample(self, name: str) -> torch.Tensor:
-        """Values of the stored tensor `name` at places that depend on its shape alone: all, or some thousands.
+        """Values of the stored tensor `name` at positions that depend only on its shape: all, or some thousands.
 
-        They are for comparisons, so they do not count as read.
+        They are used for comparisons and do not count in `bytes_read`.
         """
         file = self._files[name]
         if file not in self._headers:
@@ -145,7 +144,7 @@ class BaseWeights:
         return tensor
 
     def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1) -> None:
-        """Read the rank's part of one weight into `target`, block by block."""
+        """Read this rank's shard of one weight into `target`, block by block."""
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
@@ -168,11 +167,11 @@ def load_base_weights(
     reads: bool = True,
     progress: bool = False,
 ) -> None:
-    """Fill every frozen weight in `targets` with this rank's part of it.
+    """Load this rank's shard of every frozen weight in `targets`.
 
     Args:
-        targets: by the names of their rules, see `frozen_weights`.
-        rules: the name table of the stage; all of the checkpoint's where None.
+        targets: the weights by the names of their rules; see `frozen_weights`.
+        rules: the name table of the stage; None for all rules of the checkpoint.
         access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
         reads: False on ranks that only take part in opening.
         progress: show a bar.
@@ -195,7 +194,7 @@ def draw_base_weights(
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Random values in place of `load_base_weights`, each part drawn on its own device: values differ with the layout.
+    """Draw random values instead of `load_base_weights`, each shard on its own device: values depend on the layout.
 
     Args:
         targets, rules, access, progress: as there.
@@ -205,15 +204,15 @@ def draw_base_weights(
         for rule in tqdm(mine, desc="random weights", unit="tensor", disable=not progress, leave=False):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
-                # By the name that is stored, so that a copy of a tied embedding is one.
+                # Seeded by the stored name, so that copies of a tied embedding are equal.
                 own_seed = stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}")
                 target.load(draw_(target.empty_values(), full_shape=rule.shape, seed=own_seed))
 
 
 def draw_(target: torch.Tensor, *, full_shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Fill a tensor, or a part of one of `full_shape`, with random values that keep activations at their size.
+    """Fill a tensor, or a shard of one of `full_shape`, with random values that preserve the scale of activations.
 
-    Vectors (norms) are one, the rest is N(0, 1 / the full last dimension).
+    Vectors (norms) are set to one; other values are drawn from N(0, 1 / the full last dimension).
 
     Returns:
         `target`.

@@ -1,4 +1,4 @@
-"""A base model with an adapter, without an engine: for checks of exports and for decoding, whole or one rank's part."""
+"""Load a base model with an adapter without an engine, whole or one rank's part, to check exports and to generate."""
 
 from __future__ import annotations
 
@@ -7,20 +7,44 @@ from dataclasses import replace
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import TARGET, AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.partition import Stages
+from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
+    """--dtype, or where it is not given its default for the task on this host: bf16 or fp32."""
+    slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
+    return given or ("fp32" if slow else "bf16")
+
+
+def describe_dtype(given: str | None, resolved: str) -> str:
+    """The precision for a log line, and why it is that of a slow CPU where --dtype is not given."""
+    by_default = given is None and resolved == "fp32"
+    return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
+
+
+def check_same_dtype(resolved: str) -> None:
+    """Raise UserError, on every rank, where the default of --dtype is not the same on all hosts."""
+    if differing := num_differing(resolved):
+        raise UserError(
+            f"--dtype: {differing} ranks have another default than rank 0, as their CPUs differ; give --dtype fp32"
+        )
 
 
 def load_model(
@@ -41,13 +65,13 @@ def load_model(
 
     Args:
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
-        merged: fold the adapter into the weights (added in fp32, cast once) instead of keeping it beside them.
-        checks_base: False where the caller has compared the base with the adapter's.
-        kernels: of the layers, as they stand or compiled.
+        merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
+        checks_base: False if the caller has already compared the base with the adapter's.
+        kernels: of the layers, eager or compiled.
         progress: show a bar.
 
     Raises:
-        UserError: weights that are missing or do not fit, or an adapter of another base.
+        UserError: weights are missing or do not fit, or the adapter belongs to another base.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
@@ -56,15 +80,15 @@ def load_model(
             found = identify_base(source, weights, adapter.base.dtype)
             adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
-        bank = None
+        part = None
         if adapter is not None and not merged:
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-            bank = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
-            bank.load_full(adapter.state)
+            part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+            part.load_full(adapter.state)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
         with torch.device(device):
             model = Stage(
-                specs[layers.start : layers.stop], bank, tensor_parallel=TensorParallel(groups.tensor, False)
+                specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False)
             )
         load_base_weights(
             weights,
@@ -81,7 +105,7 @@ def load_model(
 
 @torch.no_grad()
 def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
-    """W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, from W as it is stored."""
+    """Set W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, with W as stored."""
     targets = frozen_weights(model)
     for rule in weights.rules:
         if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in targets:

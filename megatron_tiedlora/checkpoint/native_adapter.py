@@ -1,4 +1,4 @@
-"""The native adapter: a folder with full fp32 A, B, u, v and what they belong to, independent of any layout."""
+"""The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
-_LARGEST_STD = 1e3  # of start values
+_LARGEST_STD = 1e3  # of the initial values
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NativeAdapter:
     state: Mapping[str, SentTensor]
 
     def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
-        """`base_identity.check_same_base` of the base that this adapter was trained on, and `other`."""
+        """Call `base_identity.check_same_base` with the base that this adapter was trained on and `other`."""
         return check_same_base(self.base, other, source=source, differs=differs)
 
     @property
@@ -53,7 +53,7 @@ class NativeAdapter:
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a converted adapter or model says of the adapter that it was made from."""
+        """The record of this adapter in adapters and models that are converted from it."""
         config = self.config
         return {
             "method": config.method,
@@ -68,7 +68,7 @@ class NativeAdapter:
 def write_adapter_files(
     folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write the two files of the format into `folder`, which exists; see `save_adapter` for an atomic folder."""
+    """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in FACTORS}, folder / WEIGHTS_FILE)
     stored = StoredAdapter.of(config, base).fields()
     content = {"format_version": FORMAT_VERSION, **stored, "version": __version__}
@@ -83,14 +83,14 @@ def save_adapter(
     *,
     guard: Guard = unguarded,
 ) -> None:
-    """Write an adapter folder at once, replacing the one that was there. Raises UserError where it cannot."""
+    """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base, state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter:
-    """The record in adapter_config.json, in its order: what an adapter is and which base it belongs to."""
+    """The record in adapter_config.json, in the order of its fields: an adapter's config and its base."""
 
     method: Text
     rank: Size
@@ -130,19 +130,19 @@ class StoredAdapter:
         )
 
     def fields(self) -> dict[str, Any]:
-        """As they are written: what is not known is left out."""
+        """The fields as they are written, without unknown (None) ones."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def config(self) -> AdapterConfig:
-        """What the adapter is."""
+        """The adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
         shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
         return AdapterConfig(**{**shared, "layers": tuple(self.layers), "qkv_rows": (query, kv, kv)})
 
     @property
     def base(self) -> BaseIdentity:
-        """Which base it belongs to."""
+        """The base that it belongs to."""
         return BaseIdentity(
             self.base_model,
             self.base_hash,
@@ -155,12 +155,12 @@ class StoredAdapter:
         )
 
     def check(self, file: Path) -> None:
-        """Raise UserError, naming `file`, for values that no adapter has."""
+        """Raise UserError, naming `file`, for invalid values."""
         if not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
             raise UserError(f"{file}: alpha = {self.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
         for name in ("init_std_a", "init_std_b"):
             if not 0 <= getattr(self, name) <= _LARGEST_STD:
-                raise UserError(f"{file}: {name} = {getattr(self, name):g} is no width of start values")
+                raise UserError(f"{file}: {name} = {getattr(self, name):g} is not between 0 and {_LARGEST_STD:g}")
         for name in ("base_model", "base_hash", "base_weights_hash", *_OPTIONAL):
             if not (getattr(self, name) or "").isprintable():
                 raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
@@ -181,9 +181,9 @@ def load_adapter(folder: Path) -> NativeAdapter:
     """Read an adapter folder (a checkpoint of a run is one too).
 
     Raises:
-        UserError: not a native adapter, another format version, a field that is missing or of another kind, a tensor
-            that is missing, of the wrong shape, not floating point or not finite, values that no training gives, or
-            files that do not fit their checksums.
+        UserError: it is not a native adapter, or has another format version; a field is missing or has the wrong type;
+            a tensor is missing, of the wrong shape, not floating point or not finite; values are too large; or a
+            checksum does not match.
     """
     config, base, sums = _read_config(folder)
     file = folder / WEIGHTS_FILE
@@ -193,23 +193,23 @@ def load_adapter(folder: Path) -> NativeAdapter:
         again = _read_config(folder)
         if again == (config, base, sums):
             raise
-        config, base, sums = again  # a run has replaced its adapter meanwhile
+        config, base, sums = again  # a run has replaced its adapter in the meantime
         state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
     for name in ("u", "v"):
         if not config.row.factor(name).trained and not bool((state[name] == 1).all()):
-            raise UserError(f"{file}: {name} is not one everywhere, but method {config.method} does not train it")
+            raise UserError(f"{file}: {name} is not all ones, but method {config.method} does not train it")
     check_update(config, state, source=file)
     return NativeAdapter(config, base, state)
 
 
 def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
-    """Raise UserError where values are so large that the update may not be finite in fp32."""
+    """Raise UserError if values are so large that the update may not be finite in fp32."""
     largest = {name: float(state[name].abs().max()) for name in FACTORS}
     if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
         name = max(largest, key=lambda factor: largest[factor])
         raise UserError(
-            f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), which no"
-            " training gives; copy it again"
+            f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), so the"
+            " file is damaged; copy it again"
         )
 
 

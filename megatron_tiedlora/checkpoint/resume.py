@@ -1,7 +1,7 @@
-"""Resumable checkpoints: a native adapter plus the optimizer's moments and where the run stood, full and layout-free.
+"""Resumable checkpoints: a native adapter, the optimizer's moments and the run's progress, independent of the layout.
 
-`checkpoints/step_N` folders appear whole or not at all; `checkpoints/latest`, a text file, moves last. Every file has
-its checksum in a JSON beside it, and a checkpoint that does not fit its own is passed over for the one before.
+`checkpoints/step_N` folders are written atomically; then `checkpoints/latest`, a text file, is updated. Every file has
+its checksum in a JSON beside it, and a checkpoint that does not match is skipped for the one before it.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def moment_name(moment: str, factor: str) -> str:
-    """What a factor's moment (`exp_avg`, `exp_avg_sq`) is called in the file."""
+    """The name in the file of a factor's moment (`exp_avg` or `exp_avg_sq`)."""
     return f"{moment}.adapter.{factor}"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` optimizer steps.
+    """The progress of a run after `step` optimizer steps.
 
-    The order of samples and the learning rate are functions of the settings, the seed and these numbers; nothing in
-    training draws from a random stream, so there is no other random state to keep.
+    The order of samples and the learning rate are functions of the settings, the seed and these numbers. Training draws
+    no random numbers, so there is no random state to save.
     """
 
     step: Count = 0
@@ -74,10 +74,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: progress, adapter, moments by name, and the settings of the run that wrote it.
+    """A loaded checkpoint: progress, adapter, moments by name, and the settings of the run that wrote it.
 
     Attributes:
-        notes: what a user should know of how it was found.
+        notes: what the user should know about how it was chosen.
     """
 
     folder: Path
@@ -100,12 +100,12 @@ def save_checkpoint(
     keep: int = 1,
     guard: Guard = unguarded,
 ) -> Path:
-    """Write `step_N`, then move `latest` to it, then remove every checkpoint but the newest `keep` and the best.
+    """Write `step_N`, then point `latest` to it, then remove every checkpoint but the newest `keep` and the best.
 
-    Those of later steps are removed too: the run went back behind them.
+    Checkpoints of later steps are removed too: the run has resumed from before them.
 
     Raises:
-        UserError: it cannot be written; the previous checkpoint and `latest` are as they were.
+        UserError: it cannot be written; the previous checkpoint and `latest` are unchanged.
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
@@ -124,9 +124,9 @@ def save_checkpoint(
 
 
 def move_latest(checkpoints: Path, step: int, *, guard: Guard = unguarded) -> None:
-    """Let `latest` name the checkpoint of `step`. Raises UserError where it cannot be written."""
+    """Point `latest` to the checkpoint of `step`. Raises UserError if it cannot be written."""
     pointer = checkpoints / LATEST_FILE
-    if pointer.is_dir() and not pointer.is_symlink():  # which a file cannot replace
+    if pointer.is_dir() and not pointer.is_symlink():  # a file cannot replace a folder
         discard(pointer, guard=guard)
     write_text(pointer, f"step_{step}\n", guard=guard)
 
@@ -137,31 +137,31 @@ def _step(folder: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the newest first; a link is none."""
+    """The checkpoints in `folder`, newest first, without links."""
     found = [item for item in folder.glob("step_*") if _step(item) >= 0 and item.is_dir() and not item.is_symlink()]
     return sorted(found, key=_step, reverse=True)
 
 
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """The checkpoint to continue from: the one that `latest` names, or else the newest that is whole; None in a folder
-    without any. Which newer one was passed over, and why, is in its notes. Changes nothing.
+    """The checkpoint to resume from: the one that `latest` names, or else the newest one that is intact; None if the
+    folder has none. Its notes say which newer ones were skipped and why. Changes no files.
 
     Raises:
-        UserError: there are checkpoints, or `latest` names one, and none is whole; or one cannot be read, although it
-            may be whole.
+        UserError: there are checkpoints, or `latest` names one, but none is intact; or one cannot be read now, although
+            it may be intact.
     """
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
         named = named_checkpoint(checkpoints)
         if named is None and found:
-            notes.append(f"{pointer}: is missing or no plain file")
+            notes.append(f"{pointer}: is missing or not a plain file")
     except UserError as error:
         if not found:
             raise UserError(f"{error}; remove it to start from the beginning, or put a checkpoint back") from None
         named = None
         notes.append(str(error))
-    if named is not None:  # a run that went back to an earlier one has not removed the later ones yet
+    if named is not None:  # a run that resumed from an earlier one may not have removed the later ones yet
         limit = _step(named)
         found = [*(f for f in found if _step(f) <= limit), *(f for f in found if _step(f) > limit)]
     for folder in found:
@@ -169,47 +169,47 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             checkpoint = load_checkpoint(folder)
         except UserError as error:
             if isinstance(error.__context__, OSError) and error.__context__.errno not in _NOT_THERE:
-                raise  # a disk or a network that has trouble now: what cannot be read may be whole
-            notes.append(f"passed over {folder.name}: {error}")
+                raise  # a temporary fault of a disk or network: the checkpoint may be intact
+            notes.append(f"skipped {folder.name}: {error}")
         else:
             notes += _later(checkpoints, checkpoint.progress.step, notes)
             return replace(checkpoint, notes=tuple(notes))
     if notes:
-        raise UserError(f"{checkpoints}: no checkpoint is whole ({'; '.join(notes)}); put one back, or start a new run")
+        raise UserError(f"{checkpoints}: no checkpoint is intact ({'; '.join(notes)}); restore one or start a new run")
     return None
 
 
 def _later(checkpoints: Path, step: int, notes: list[str]) -> list[str]:
-    """Notes on the checkpoints after `step` that nobody has looked at."""
-    told = " ".join(notes)
+    """Notes on the checkpoints after `step` that are not in `notes` yet."""
+    known = " ".join(notes)
     later = [item for item in sorted(checkpoints.glob("step_*"), key=_step) if _step(item) > step]
     why = {item.name: "is a link" if item.is_symlink() else f"is later than what {LATEST_FILE} names" for item in later}
-    return [f"passed over {name}: {reason}" for name, reason in why.items() if f"passed over {name}:" not in told]
+    return [f"skipped {name}: {reason}" for name, reason in why.items() if f"skipped {name}:" not in known]
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """The folder that `latest` names, or None where there is none. Raises UserError where it names nothing."""
+    """The folder that `latest` names, or None if there is no such file. Raises UserError if it names no checkpoint."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
     name = read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
-        raise UserError(f"{pointer}: names {shown(name)}, which is no checkpoint in {checkpoints}")
+        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
     return checkpoints / name
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder. Raises UserError naming what is missing, broken or not of this checkpoint."""
+    """Read a checkpoint folder. Raises UserError if anything in it is missing, broken or from another checkpoint."""
     file = folder / PROGRESS_FILE
     content = read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
     sums = check_seal(file, content)
     progress = read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
-        raise UserError(f"{file}: settings is {'no object' if 'settings' in content else 'missing'}")
+        raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
     adapter, state = load_adapter(folder), folder / STATE_FILE
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        check_file(folder / name, sums)  # whole in themselves, they may be of another step
+        check_file(folder / name, sums)  # intact files may still be from another step
     shapes = {
         moment_name(moment, factor): adapter.config.shape(factor)
         for moment in MOMENTS
@@ -228,7 +228,7 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
         if step is not None and step > progress.step:
             raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
-        raise UserError(f"{file}: is of step {progress.step}, which is not its folder's; give that its own name back")
+        raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")
     samples, step = progress.consumed_samples, progress.step
     a_step = settings.get("global_batch_size", samples // step if step else 0)
     if samples != step * a_step or samples < step:
@@ -236,14 +236,14 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
 
 
 def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Copy the files of a checkpoint, and nothing else that lies in its folder, to `target`, there whole or not at all.
+    """Copy the files of a checkpoint, and nothing else in its folder, to `target` atomically.
 
     Raises:
-        UserError: one is missing, or no plain file of the folder itself; or `target` cannot be written.
+        UserError: a file is missing or not a plain file of the folder itself; or `target` cannot be written.
     """
     for name in CHECKPOINT_FILES:
         if (source / name).is_symlink() or not (source / name).is_file():
-            raise UserError(f"{source / name}: is no plain file; a checkpoint that is copied holds its own files")
+            raise UserError(f"{source / name}: is not a plain file; give a checkpoint that has its own files")
     with new_folder(target, guard=guard) as unfinished:
         for name in CHECKPOINT_FILES:
             shutil.copyfile(source / name, unfinished / name)

@@ -13,7 +13,8 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.data.demo import demo_model_path
+from megatron_tiedlora.data.demo import prepared_model
+from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 
@@ -22,23 +23,25 @@ _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model that was found.
+    """A base model.
 
     Attributes:
-        name: what the user called it.
+        name: as the user gave it.
         folder: the Hugging Face folder, or None for a preset shape.
+        from_hub: whether `name` is a hub id, and `folder` lies in the hub's cache.
     """
 
     name: str
     folder: Path | None
     shape: ModelShape
+    from_hub: bool = False
 
     @property
     def base_hash(self) -> str:
-        """Hash of what the config says of the computation; equal for models of the same shape and computation.
+        """Hash of the config's fields that determine the computation; equal for models of the same computation.
 
-        Stored with every adapter and checkpoint, so it never changes: fields are named as they were at first, and one
-        that came later is hashed only where it differs from what all models had before.
+        It is stored with every adapter and checkpoint, so it must never change: fields keep their first names, and a
+        field that was added later is hashed only if its value differs from that of all earlier models.
         """
         shape, block = self.shape, self.shape.block
         fields: dict[str, Any] = {
@@ -70,38 +73,46 @@ class ModelSource:
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:
-    """Resolve --model; a hub id is downloaded (once, into the hub's cache) or taken from that cache.
+    """Resolve --model; a hub id is downloaded once into the hub's cache, or read from there.
 
     Raises:
-        UserError: nothing of that name, a config that is not readable, or a feature that is not implemented.
+        UserError: the model does not exist, its config is not readable, or it has a feature that is not implemented.
     """
     if name in PRESETS:
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
-    folder = _demo_folder() if name == "demo" else _find_folder(name, weights=weights)
+    folder = _local_folder(name)
+    from_hub = folder is None
+    folder = folder or _downloaded(name, weights=weights)
     shape = shape_from_hf(read_hf_config(folder), source=str(folder / "config.json"))
-    return ModelSource(name, folder, shape)
+    return ModelSource(name, folder, shape, from_hub)
 
 
-def _demo_folder() -> Path:
-    folder = demo_model_path()
-    if not folder.is_dir():
+def is_model_on_hub(name: str) -> bool:
+    """Whether --model NAME means OWNER/MODEL on the hub where there is no such folder."""
+    return "/" in name and may_be_hub_id(name)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that --model names; None where the hub is to be asked. Raises UserError where there is neither."""
+    prepared = prepared_model(name)
+    folder = prepared or user_path(name)
+    if folder.is_dir():
+        return folder
+    if prepared is not None:
         raise UserError(
             f"{folder}: the demo model is not prepared; run `python tools/prepare_demo.py` (make train does)"
         )
-    return folder
-
-
-def _find_folder(name: str, *, weights: bool) -> Path:
-    folder = user_path(name)
-    if folder.is_dir():
-        return folder
     if folder.exists():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if not is_model_on_hub(name):
         raise UserError(f"--model {name}: no such folder")
+    return None
+
+
+def _downloaded(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])]))
-    except Exception as error:  # the hub's client raises many kinds; each means that the model is not to be had
-        raise UserError(f"--model {name}: no such folder, and the hub did not give it ({first_line(error)})") from None
+    except Exception as error:  # the hub's client raises many kinds; each means that the model cannot be found
+        raise UserError(f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})") from None

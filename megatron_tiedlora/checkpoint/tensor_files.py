@@ -1,7 +1,6 @@
-"""Safetensors files of known content: names, shapes and sizes are checked before a tensor is read.
+"""Read safetensors files of known content: names, shapes and sizes are checked before a tensor is read.
 
-What does not belong there is rejected by the header alone, so that a small file that stands for a huge one costs
-nothing.
+Wrong files are rejected by their header alone, so a small file that claims to be huge costs no time or memory.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from safetensors.torch import load
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.checkpoint.checksums import check_file
 
-LARGEST_HEADER = 2**23  # bytes; an adapter of every linear of the deepest model has a tenth of it
+LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -31,14 +30,14 @@ FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 def read_tensors(
     file: Path, shapes: Mapping[str, tuple[int, ...]], *, sums: Mapping[str, str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file, which are those of `shapes` and no others, in fp32.
+    """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
         sums: checksums by file name; see `checksums.check_file`.
 
     Raises:
-        UserError: no whole safetensors file; a tensor that is missing, unknown, of another shape, not floating point or
-            not finite; or another checksum.
+        UserError: the file is not a whole safetensors file or has another checksum; or a tensor is missing, unknown, of
+            another shape, not floating point or not finite.
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
@@ -60,11 +59,11 @@ def read_tensors(
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says.
+    """The header of a file.
 
     Attributes:
-        entries: by tensor's name: `dtype`, `shape` and `data_offsets`, in bytes from `begin`.
-        begin: where the values begin.
+        entries: `dtype`, `shape` and `data_offsets` (in bytes from `begin`), by tensor name.
+        begin: offset of the values in the file, in bytes.
     """
 
     entries: Mapping[str, Any]
@@ -72,7 +71,7 @@ class Header:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By tensor's name."""
+        """The shapes by tensor name."""
         return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
 
 
@@ -80,7 +79,7 @@ def read_header(file: Path) -> Header:
     """The header of a file.
 
     Raises:
-        UserError: there is none of any sense, or the file is cut short.
+        UserError: the header is invalid, or the file is truncated.
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
@@ -91,13 +90,13 @@ def read_header(file: Path) -> Header:
 
 
 def read_runs(file: Path, header: Header, name: str, *, count: int, length: int) -> torch.Tensor:
-    """Values of one tensor of a file: `count` runs of `length` neighbours, spread evenly from its first value to its
-    last; all values, where there are no more than that.
+    """Values of one tensor of a file: `count` runs of `length` consecutive values, spread evenly from its first value
+    to its last; all values if it has no more than that.
 
-    Reads them and nothing around them: a map of the file would read ahead, megabytes for each run on some systems.
+    Only these values are read. A memory map would read ahead, by megabytes for each run on some systems.
 
     Raises:
-        UserError: no whole safetensors file, or no tensor of that name and of floating point.
+        UserError: the file is not a whole safetensors file, or has no floating-point tensor of that name.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
@@ -115,7 +114,7 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
 
 
 def _spread(last: int, count: int) -> list[int]:
-    """`count` whole numbers from 0 to `last`, evenly."""
+    """`count` evenly spaced integers from 0 to `last`."""
     return [index * last // (count - 1) for index in range(count)]
 
 
@@ -131,7 +130,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def _read_header(file: Path, stream: BinaryIO) -> Header:
-    """The header without its metadata, of plausible kinds."""
+    """The header without its metadata, with the types of its entries checked."""
     length = int.from_bytes(stream.read(8), "little")
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
@@ -139,7 +138,7 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             raise ValueError(f"a header of {length:,} bytes")
         content = json.loads(raw)
         if not isinstance(content, dict):
-            raise ValueError("its header is no table of tensors")
+            raise ValueError("its header is not a table of tensors")
         content.pop("__metadata__", None)
         if len(content) > _MOST_TENSORS:
             raise ValueError(f"a header of {len(content):,} tensors")
@@ -148,7 +147,7 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             if not isinstance(entry["dtype"], str) or any(
                 type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in sizes
             ):
-                raise ValueError(f"the header's entry {shown(name)} is of another kind")
+                raise ValueError(f"the header's entry {shown(name)} has the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
     return Header(content, 8 + length)
@@ -170,7 +169,7 @@ def _check_header(file: Path, header: Header, shapes: Mapping[str, tuple[int, ..
 
 
 def _fp32(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
-    values = stored.to(torch.float32, copy=True)  # what was read is one buffer, which a part would keep whole
+    values = stored.to(torch.float32, copy=True)  # a copy, because a view would keep the whole file's buffer
     if not values.isfinite().all():
         raise UserError(f"{file}: {name} holds numbers that are not finite")
     return values

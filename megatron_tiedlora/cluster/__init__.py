@@ -1,1 +1,1 @@
-"""Starting, watching and checking a job on several hosts."""
+"""Start, watch and check a job on several hosts."""

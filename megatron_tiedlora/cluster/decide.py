@@ -1,10 +1,10 @@
-"""What to do about a job that has been started: a pure function of what is known of it and what is seen now.
+"""What to do next about a started job: a pure function of its known state and of a new observation.
 
 | stage | it ends when | next stage |
 |---|---|---|
 | RUNNING | every launcher has ended | ENDED |
 | ENDED | no host has a process of the job | OVER |
-| | the time for what is left has passed | TERMINATING: SIGTERM to every process |
+| | the time for the remaining processes has passed | TERMINATING: SIGTERM to every process |
 | TERMINATING | no process is left, or the time has passed | KILLING: SIGKILL to every process |
 | KILLING | no process is left, or `LAST_LOOKS` looks have sent SIGKILL | OVER |
 
@@ -18,44 +18,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from megatron_tiedlora.cluster.reach import Answers, describe
+from megatron_tiedlora.cluster.job_hosts import Answers, describe
 
-PAUSE_SECONDS = 0.5  # between looks while all processes are being ended
-UNREACHED_LOOKS = 2  # at hosts that cannot be reached, after the launchers' end
+PAUSE_SECONDS = 0.5  # between looks while every process is being ended
+UNREACHED_LOOKS = 2  # at unreachable hosts, after the launchers have ended
 LAST_LOOKS = 3
 NEVER, AT_ONCE = float("inf"), float("-inf")
 
 Stage = Enum("Stage", ["RUNNING", "ENDED", "TERMINATING", "KILLING", "OVER"])
-_LAST = (Stage.TERMINATING, Stage.KILLING)  # stages in which signals go to every process of the job
+_LAST = (Stage.TERMINATING, Stage.KILLING)  # in these stages every process of the job gets the signals
 
 
 @dataclass(frozen=True)
 class Times:
-    """Limits of a watch, in seconds."""
+    """Time limits for watching a job, in seconds."""
 
     look: float = 30.0  # between looks at all hosts
-    grace: float = 120.0  # for ranks whose launcher has died, to save
+    grace: float = 120.0  # for ranks to save after their launcher has died
     soon: float = 2.0  # between looks when something is about to end
     linger: float = 15.0  # for a launcher to notice that no rank is left
     unreached: float = 300.0  # the same, while a host that may have ranks gives no answer
-    others: float = 45.0  # for ranks to notice that those of another launcher are gone, and to end
-    helper: float = 10.0  # for what is not a rank, and on SIGTERM for all, before SIGKILL
+    others: float = 45.0  # for ranks to notice that another launcher's ranks are gone, and to end
+    helper: float = 10.0  # for processes that are not ranks, and for all of them after SIGTERM, before SIGKILL
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a job; points in time are of the monotonic clock."""
+    """What is known of a job; times are those of the monotonic clock."""
 
     stage: Stage = Stage.RUNNING
-    asked: Stage | None = None  # the stage in which the look that is under way was begun
-    looked_at: float = AT_ONCE  # when the last look was begun; AT_ONCE: the next one is due
-    passed_on: int = 0  # the first signal that this command was given
-    stop: int = 0  # the signal of each look, 0 for none; until TERMINATING it goes to the ranks that have not had it
-    worked: bool = False  # whether a rank has worked
-    idle_since: float = NEVER  # since when no host has had a rank, after one has worked
-    failed_at: float = NEVER  # when a launcher of several ended badly, or its host was seen at work since
-    deadline: float = NEVER  # until when what is left has time
-    looks: int = 0  # how many more may miss a host (ENDED) or find a process (KILLING)
+    asked: Stage | None = None  # the stage in which the look in progress began
+    looked_at: float = AT_ONCE  # when the last look began; AT_ONCE: the next one is due
+    passed_on: int = 0  # the first signal that this command received
+    stop: int = 0  # the signal that each look sends, 0 for none; before TERMINATING only to ranks that have not had it
+    worked: bool = False  # whether any rank has been seen
+    idle_since: float = NEVER  # since when no host has had a rank, after one had been seen
+    failed_at: float = NEVER  # when one of several launchers failed, or when its host was last seen with ranks
+    deadline: float = NEVER  # when the time of the remaining processes is over
+    looks: int = 0  # how many more looks may miss a host (ENDED) or find a process (KILLING)
     unreached: Mapping[str, str] = field(default_factory=dict)  # why hosts gave no answer to the last look
 
 
@@ -64,11 +64,11 @@ class Observation:
     """What is seen at one moment."""
 
     now: float
-    running: Sequence[str]  # names of the launchers that have not ended
-    failed: tuple[str, int] | None = None  # name and exit status of the first launcher that ended badly
-    signals: Sequence[int] = ()  # all that this command was given, in the order of their arrival
+    running: Sequence[str]  # names of the launchers that still run
+    failed: tuple[str, int] | None = None  # name and exit status of the first launcher that failed
+    signals: Sequence[int] = ()  # all signals that this command has received, in order
     reported: bool = False  # whether the run folder says that the run has ended
-    answers: Answers | None = None  # of a look that has just ended
+    answers: Answers | None = None  # the result of a look that has just ended
 
 
 @dataclass
@@ -76,12 +76,12 @@ class Actions:
     """What to do now."""
 
     say: list[str] = field(default_factory=list)  # lines for the user
-    kill_launchers: bool = False  # SIGKILL to those that run
-    ask: tuple[int, bool] | None = None  # begin a look: a signal, and whether it is for everything (`JobHosts.ask`)
+    kill_launchers: bool = False  # send SIGKILL to those that still run
+    ask: tuple[int, bool] | None = None  # begin a look: (signal, whether every process gets it); see `JobHosts.ask`
 
 
 def decide(state: State, seen: Observation, times: Times) -> tuple[State, Actions]:
-    """The next state, and what to do now."""
+    """Return the next state and what to do now."""
     before, do = state, Actions()
     if seen.now >= state.deadline:
         has_had_time = state.stage is Stage.ENDED and state.deadline > AT_ONCE
@@ -92,7 +92,7 @@ def decide(state: State, seen: Observation, times: Times) -> tuple[State, Action
         is_fresh, state = state.asked is state.stage, replace(state, asked=None, unreached=seen.answers.unreached)
         if is_fresh:
             state = _CONCLUSIONS[state.stage](state, seen, seen.answers, times, do)
-        else:  # begun in an earlier stage, it tells nothing of this one
+        else:  # it began in an earlier stage and says nothing about this one
             state = replace(state, looked_at=AT_ONCE)
     news = (state.stage, state.stop, state.passed_on) != (before.stage, before.stop, before.passed_on)
     is_due = news or seen.now - state.looked_at > _interval(state, seen, times)
@@ -117,10 +117,10 @@ def _end_all(state: State, do: Actions, *, by_force: bool) -> State:
 
 
 def _signals(state: State, seen: Observation, do: Actions) -> State:
-    """Pass on the first signal; a second Ctrl-C leaves no time."""
+    """Pass on the first signal; after a second Ctrl-C kill everything at once."""
     if seen.signals and not state.passed_on:
         first = seen.signals[0]
-        do.say += [f"{signal.Signals(first).name} is passed on; the job saves and ends (Ctrl-C once more: kill)"]
+        do.say += [f"{signal.Signals(first).name} is passed on; the job saves and ends (Ctrl-C again: kill)"]
         state = replace(state, passed_on=first, stop=state.stop or first)
     if signal.SIGINT in seen.signals[1:]:  # schedulers send SIGTERM twice
         do.say += ["killing all"]
@@ -129,10 +129,9 @@ def _signals(state: State, seen: Observation, do: Actions) -> State:
 
 
 def _launchers(state: State, seen: Observation, times: Times, do: Actions) -> State:
-    """Note the launchers' end; stop the ranks some time after one launcher of several has ended badly.
+    """Note that the launchers have ended; stop the ranks some time after one of several launchers has failed.
 
-    torchrun's other agents do not end by themselves then: they start their ranks anew, and wait for the one that is
-    gone from its host.
+    torchrun's other agents do not end by themselves in that case: they restart their ranks and wait for the lost agent.
     """
     if state.stage is Stage.RUNNING and not seen.running:
         return replace(state, stage=Stage.ENDED, looks=UNREACHED_LOOKS)
@@ -142,25 +141,25 @@ def _launchers(state: State, seen: Observation, times: Times, do: Actions) -> St
     if seen.now - state.failed_at < times.others:
         return state
     name, status = seen.failed
-    do.say += [f"{name} has ended with {status}; the others, which wait for it, are stopped"]
+    do.say += [f"{name} has ended with {status}; the others wait for it and are stopped"]
     return replace(state, stop=signal.SIGTERM)
 
 
-def _of_running(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
+def _conclude_running(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
     """Kill launchers that do not notice that no rank is left."""
     if state.looked_at >= state.failed_at and len(answers.working) > len(seen.running):
         state = replace(state, failed_at=seen.now)  # agents and ranks may outlive their ssh
-    worked = state.worked or bool(answers.working) or seen.reported  # nobody may have looked while it worked
+    worked = state.worked or bool(answers.working) or seen.reported  # it may have worked only between two looks
     idle_since = min(state.idle_since, seen.now) if worked and not answers.working else NEVER
     if seen.now - idle_since > (times.unreached if answers.unreached else times.linger):
         names = ", ".join(seen.running)
-        do.say += [f"no rank is left on any host that can be reached, and {names} does not end: killed"]
+        do.say += [f"no rank is left on any host that can be reached, but {names} does not end: killed"]
         do.kill_launchers = True
     return replace(state, worked=worked, idle_since=idle_since)
 
 
-def _of_ended(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
-    """Give what is left its time: ranks are told to stop, and may save."""
+def _conclude_ended(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
+    """Give the remaining processes time to end: ranks are told to stop and may save."""
     if not answers.found:
         over = not answers.unreached or state.looks == 1
         return replace(state, looks=state.looks - 1, stage=Stage.OVER if over else state.stage)
@@ -169,29 +168,29 @@ def _of_ended(state: State, seen: Observation, answers: Answers, times: Times, d
     if state.deadline == NEVER:
         state = replace(state, deadline=seen.now + times.grace)
         if not state.stop:
-            do.say += ["the launcher has ended, but not the job; it is told to save and to stop:"]
+            do.say += ["the launcher has ended, but the job has not; the job is told to save and to stop:"]
             do.say += [f"  {line}" for line in describe(answers)]
             state = replace(state, stop=signal.SIGTERM)
     return state
 
 
-def _of_terminating(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
-    """Wait until no process is left; the time begins when all have been told."""
+def _conclude_terminating(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
+    """Wait until no process is left; the time limit starts when every process has had the signal."""
     if state.stop:
         return replace(state, stop=0, deadline=seen.now + times.helper)
     return state if answers.found else _end_all(state, do, by_force=True)
 
 
-def _of_killing(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
-    """Say what was killed, and in the end what could not be killed."""
+def _conclude_killing(state: State, seen: Observation, answers: Answers, times: Times, do: Actions) -> State:
+    """Report what was killed, and in the end what could not be killed."""
     do.say += [f"{'killed' if state.looks else 'still there'} on {line}" for line in describe(answers)]
     over = not answers.found or not state.looks
     return replace(state, looks=state.looks - 1, stage=Stage.OVER if over else state.stage)
 
 
 _CONCLUSIONS = {
-    Stage.RUNNING: _of_running,
-    Stage.ENDED: _of_ended,
-    Stage.TERMINATING: _of_terminating,
-    Stage.KILLING: _of_killing,
+    Stage.RUNNING: _conclude_running,
+    Stage.ENDED: _conclude_ended,
+    Stage.TERMINATING: _conclude_terminating,
+    Stage.KILLING: _conclude_killing,
 }

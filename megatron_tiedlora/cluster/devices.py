@@ -8,7 +8,7 @@ from megatron_tiedlora.base.errors import UserError
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """GPUs by the launcher's numbers: those of CUDA_VISIBLE_DEVICES (`--include` overrides it), else all."""
+    """The launcher's numbers of the GPUs in CUDA_VISIBLE_DEVICES (which `--include` overrides), or else of all GPUs."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -17,5 +17,5 @@ def visible_gpus() -> tuple[str, ...]:
         return tuple(str(index) for index in range(count))
     names = tuple(name.strip() for name in named.split(","))[:count]
     if not all(name.isdigit() for name in names):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: GPUs are chosen by number here, as in 0,1")
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: only GPU numbers are supported; write them as in 0,1")
     return names

@@ -1,4 +1,4 @@
-"""Signals that tell a command to stop what it has started."""
+"""Note the signals that tell a command to stop what it has started."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and `more` inside `with`, in the order of their arrival; they are noted and nothing else.
+    """Inside `with`, record SIGINT, SIGTERM and `more` in the order of their arrival, and do nothing else with them.
 
-    A terminal that hangs up (SIGHUP) counts as SIGTERM, unless that was to be ignored, as under nohup.
+    SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
     """
 
     def __init__(self, more: Sequence[int] = ()) -> None:
@@ -38,7 +38,7 @@ class StopSignals:
         self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
 
     def _leave_terminals(self) -> None:
-        """What is printed from now on is dropped: to a terminal that is gone it would be an error."""
+        """Discard what is printed from now on: printing to a closed terminal would be an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)

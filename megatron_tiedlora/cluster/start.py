@@ -1,4 +1,4 @@
-"""launch/run.py: from settings to a job that was watched to its end; the table of contents of a start."""
+"""launch/run.py: from settings to a job that has been watched to its end; the table of contents of a start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.devices import visible_gpus
-from megatron_tiedlora.cluster.reach import JobHosts
+from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.remote import Route
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.signals import StopSignals
@@ -29,9 +29,9 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
-_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below those that systems give away by themselves
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
 _PROGRAMS = {"pdsh": ("pdsh", "pgrep"), "openmpi": ("mpirun", "pgrep"), "mpirun": ("mpirun",), "srun": ("srun",)}
-_SRUN_SOON_SECONDS = 10.0  # each look is a step for Slurm's controller
+_SRUN_SOON_SECONDS = 10.0  # each look is a job step, which costs Slurm's controller work
 _TIMES = Times()
 
 
@@ -40,20 +40,20 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
 
     Args:
         scripts: the folder of launch/train.py.
-        times: limits that no setting gives.
+        times: time limits; the settings override two of them.
 
     Raises:
-        UserError: before anything was started: settings, hosts, layout, batch or folder that do not fit.
+        UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
     """
     command, environment = parse_launch(argv), dict(os.environ)
     settings = command.settings
-    launcher, reached, hosts = choose_hosts(settings, environment)
+    launcher, route, hosts = choose_hosts(settings, environment)
     check_layout(command.train, num_ranks(hosts))
     chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)
     folder = RunFolder(chosen.path.absolute())
-    private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # nobody else can look into it
+    private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # only this user can read it
     try:
-        job = make_job(command, launcher, reached, hosts, scripts=scripts, private=private, folder=folder)
+        job = make_job(command, launcher, route, hosts, scripts=scripts, private=private, folder=folder)
         if settings.show_command:
             lines = shown(plan_start(job, environment), job, folder, environment)
             show(*(part for line in lines for part in line.split("\n")))
@@ -67,8 +67,8 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
 def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], folder: RunFolder, times: Times) -> int:
     with StopSignals(more=(signal.SIGUSR1,)) as signals:
         hosts = JobHosts(job, environment, limit=settings.host_seconds)
-        if job.reached == "ssh":
-            job = _met(job, hosts)
+        if job.route == "ssh":
+            job = _with_master_addr(job, hosts)
         plan = plan_start(job, environment)
         for note in plan.notes:
             say(note)
@@ -81,7 +81,7 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
         where = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts)
         say(f"{job.size} ranks on {where} by {job.launcher}, into {folder.path}")
         times = replace(times, look=settings.look_seconds, grace=settings.grace_seconds)
-        if job.reached == "srun":  # Slurm looks after its steps by itself
+        if job.route == "srun":  # Slurm watches its steps itself
             times = replace(times, look=float("inf"), soon=_SRUN_SOON_SECONDS)
         ended = watch(start_all(plan, job.folder), hosts, signals, times, status.is_new)
     verdict = judge(status, launcher=ended.name, launcher_status=ended.status, passed_on=ended.passed_on)
@@ -90,14 +90,14 @@ def _run(job: Job, settings: LaunchSettings, environment: Mapping[str, str], fol
 
 
 def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
-    """Launcher, way and hosts, from a hostfile, a Slurm allocation or this machine.
+    """Launcher, route and hosts, from a hostfile, a Slurm allocation or this machine.
 
     Raises:
-        UserError: there is no such thing, or it does not hold the ranks that are asked for.
+        UserError: the hostfile or allocation does not exist, or has fewer slots than --num_gpus.
     """
     in_slurm = "SLURM_JOB_ID" in environment
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError("srun starts run.py on every task; start it once, without srun: it calls srun itself")
+        raise UserError("srun has started run.py in every task; start it once, without srun: it calls srun itself")
     auto = "pdsh" if settings.hostfile is not None else "srun" if in_slurm else "local"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
@@ -121,7 +121,7 @@ def _allocation(settings: LaunchSettings, environment: Mapping[str, str]) -> tup
 
 
 def check_layout(train: Settings, ranks: int) -> None:
-    """Refuse, before anything is started, a number of ranks that layout and batch do not divide. Raises UserError."""
+    """Raise UserError if layout or batch do not divide the number of ranks; called before anything is started."""
     grid = Grid(0, ranks, tp_size=train.tensor_parallel, pp_size=train.pipeline_parallel)
     plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)
 
@@ -129,23 +129,23 @@ def check_layout(train: Settings, ranks: int) -> None:
 def make_job(
     command: LaunchCommand,
     launcher: str,
-    reached: Route,
+    route: Route,
     hosts: tuple[Host, ...],
     *,
     scripts: Path,
     private: Path,
     folder: RunFolder,
 ) -> Job:
-    """The job with an id of its own; its run folder is named, so that all hosts and we mean the same one."""
+    """The job with a new run id and with --output_dir, so that all hosts and this command use the same run folder."""
     settings, run_id = command.settings, secrets.token_hex(8)
-    # An allocation's first host by its name, as the doctor tries it; of ssh's hosts the address is asked for (`_met`).
-    first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[reached]
+    # In an allocation the first host's name, as in the doctor; over ssh its address is looked up (`_with_master_addr`).
+    first = {"local": "127.0.0.1", "srun": hosts[0].name, "ssh": ""}[route]
     gpus = visible_gpus() if launcher == "local" else ()
     if gpus and hosts[0].slots > len(gpus):
-        raise UserError(f"--num_gpus {hosts[0].slots}: this machine has {len(gpus)} GPUs to give")
+        raise UserError(f"--num_gpus {hosts[0].slots}: only {len(gpus)} GPUs are visible on this machine")
     return Job(
         launcher=launcher,
-        reached=reached,
+        route=route,
         hosts=hosts,
         script=str(scripts / "train.py"),
         arguments=(*_without_output_dir(command.arguments), f"--output_dir={folder.path}"),
@@ -174,7 +174,7 @@ def _without_output_dir(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _stop_seconds(settings: LaunchSettings) -> int | None:
-    """What torchrun's agents give their ranks to save; an earlier torch has no such flag, and gives them 30 s."""
+    """Seconds that torchrun's agents give their ranks to save; None if this torch has no such flag (it uses 30 s)."""
     from torch.distributed.run import get_args_parser  # slow to import
 
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
@@ -184,16 +184,16 @@ def _stop_seconds(settings: LaunchSettings) -> int | None:
 def _check_programs(job: Job) -> None:
     deepspeed = Path(job.python).with_name("deepspeed")
     if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
-        raise UserError(f"{deepspeed}: no such launcher; start run.py with the python that DeepSpeed is installed for")
+        raise UserError(f"{deepspeed}: no such launcher; start run.py with the Python in which DeepSpeed is installed")
     for program in _PROGRAMS.get(job.launcher, ()):
         if shutil.which(program) is None:
             raise UserError(f"--launcher {job.launcher}: there is no {program} on PATH; install it or choose another")
-    if job.reached == "ssh" and shutil.which("ssh") is None:
-        raise UserError("--hostfile: there is no ssh on PATH, by which the hosts are reached")
+    if job.route == "ssh" and shutil.which("ssh") is None:
+        raise UserError("--hostfile: there is no ssh on PATH, which is needed to reach the hosts; install it")
 
 
-def _met(job: Job, hosts: JobHosts) -> Job:
-    """The job with the address where its ranks meet, once every host has been reached. Raises UserError."""
+def _with_master_addr(job: Job, hosts: JobHosts) -> Job:
+    """Reach every host, then return the job with its master address. Raises UserError if a host cannot be used."""
     answers = hosts.check()
     if answers.unreached:
         lines = "; ".join(f"{name}: {reason}" for name, reason in answers.unreached.items())
@@ -204,11 +204,11 @@ def _met(job: Job, hosts: JobHosts) -> Job:
 
 
 def shown(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
-    """What would be started, for --show_command."""
+    """The lines of --show_command: what would be started."""
     lines = [f"run folder  {folder.path}", f"ranks       {job.size}"]
     lines += [f"host        {host.name} slots={host.slots}" for host in job.hosts]
-    if job.reached == "ssh" and not job.master_addr:
-        lines.append("master      the first host's first address, asked for at the start")
+    if job.route == "ssh" and not job.master_addr:
+        lines.append("master      the first host's first address, looked up at the start")
     for path, text in plan.files.items():
         lines += [f"file        {path.name}", *(f"            {line}" for line in text.splitlines())]
     changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}

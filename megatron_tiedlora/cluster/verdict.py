@@ -1,4 +1,4 @@
-"""How a job ended, by its run folder's status file; a launcher's exit status alone may say anything."""
+"""Decide how a job ended, by its run folder's status file; a launcher's exit status alone is not reliable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
-LATE_SECONDS = 3.0  # for a status that was written on another host to be seen here
+LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Verdict:
 
 
 class StatusFile:
-    """run_status.json, as far as it is of this start: ranks remove an earlier one when the folder becomes theirs."""
+    """run_status.json of this start; ranks remove an earlier one when they take the folder."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -41,11 +41,11 @@ class StatusFile:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def is_new(self) -> bool:
-        """Whether this start has written it."""
+        """Whether this start has written the file."""
         return self._stamp() not in (None, self._before)
 
     def read(self) -> Mapping[str, Any] | None:
-        """What it says of this start; None if nothing."""
+        """The file's content if this start has written it; None otherwise."""
         if not self.is_new():
             return None
         try:
@@ -54,21 +54,21 @@ class StatusFile:
             return None
 
     def read_late(self) -> Mapping[str, Any] | None:
-        """What it says of this start, also if that is seen late: NFS remembers for a while that a file was missing."""
+        """As `read`, but wait for a late file: NFS caches for a while that a file was missing."""
         limit = time.monotonic() + LATE_SECONDS
         while (content := self.read()) is None and time.monotonic() < limit and self.folder.path.is_dir():
             time.sleep(LATE_SECONDS / 10)
             with suppress(OSError):
-                os.listdir(self.folder.path)  # makes NFS look anew
+                os.listdir(self.folder.path)  # makes NFS look again
         return content
 
 
 def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int) -> Verdict:
-    """0 if the run finished, or was stopped by the signal that was passed on; else what the launcher says, or 1.
+    """Status 0 if the run finished or was stopped by the signal that was passed on; else the launcher's status, or 1.
 
     Args:
-        launcher_status: its exit status, minus the signal that killed it.
-        passed_on: the signal that was given to this command, 0 for none.
+        launcher_status: the launcher's exit status; -N if signal N killed it.
+        passed_on: the signal that this command received, 0 for none.
     """
     path = file.folder.path
     ended = f"{launcher} ended with {_in_words(launcher_status)}"
@@ -76,9 +76,9 @@ def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: i
     content = file.read() if launcher_status else file.read_late()
     if content is None:
         if not path.is_dir():
-            why = f"{path} is not to be seen on this host: the run did not begin, or its folder is on another"
+            why = f"{path} is not visible on this host: the run did not start, or its folder is on another host"
         else:
-            why = f"{path} says nothing of how this start ended"
+            why = f"{path} does not say how this start ended"
         return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
     line = one_line(f"{path}: {state} at step {step} ({reason})")

@@ -1,7 +1,7 @@
-"""A job from its start to its last process: signals passed on, a launcher's death noticed, nothing left behind.
+"""Start a job and watch it to its last process: pass signals on, notice when a launcher dies, leave nothing behind.
 
-Signals go to the ranks themselves, on every host, and never to a launcher: DeepSpeed's and mpirun's give their ranks
-seconds to save, srun's ends them at once, and a local `deepspeed` dies alone. The job is over when its launchers have
+Signals go to the ranks themselves, on every host, and never to a launcher. DeepSpeed and mpirun give their ranks only
+seconds to save, srun ends them at once, and a local `deepspeed` dies alone. The job is over when its launchers have
 ended and no host has a process of it.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.decide import Observation, Stage, State, Times, decide
-from megatron_tiedlora.cluster.reach import Answers, JobHosts
+from megatron_tiedlora.cluster.job_hosts import Answers, JobHosts
 from megatron_tiedlora.cluster.routes import StartPlan
 from megatron_tiedlora.cluster.signals import StopSignals
 
@@ -34,26 +34,26 @@ _PR_SET_PDEATHSIG = 1
 class Ended:
     """How the launchers ended."""
 
-    name: str  # of the first that failed, else of the first
-    status: int  # its exit status, minus the signal that killed it
+    name: str  # of the first launcher that failed, or else of the first launcher
+    status: int  # its exit status; -N if signal N killed it
     passed_on: int  # the first signal that was passed on, 0 for none
 
 
 def say(line: str) -> None:
-    """A line of this command's own, on stderr."""
+    """Print a line of this command's own on stderr."""
     with suppress(OSError):
         show(f"run.py: {line}", file=sys.stderr)
 
 
 @dataclass
 class Launcher:
-    """A command that was started here, in a session of its own."""
+    """A command that was started here, in its own session."""
 
     name: str
     process: subprocess.Popen[bytes]
 
     def signal(self, number: int) -> None:
-        """Signal it and all that stayed in its group; nothing once it has ended, since its number may be another's."""
+        """Signal it and its process group; do nothing once it has ended, because its pid may be reused."""
         if self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -63,12 +63,12 @@ def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:
     """Start the commands of a plan.
 
     Raises:
-        UserError: one cannot be started; those before it are killed.
+        UserError: a command cannot be started; the ones before it are killed.
     """
     launchers: list[Launcher] = []
     libc = ctypes.CDLL(None)
 
-    def hear_of_our_death(number: int) -> None:
+    def signal_when_we_die(number: int) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, number)
 
     for command in plan.commands:
@@ -78,9 +78,9 @@ def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:
                 cwd=folder,
                 env=dict(plan.environment),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks through us, once
-                # Killed ourselves, the job is to stop and not to go on unseen.
-                preexec_fn=partial(hear_of_our_death, command.orphaned),
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                # If we are killed, the job must stop instead of running on unwatched.
+                preexec_fn=partial(signal_when_we_die, command.orphan_signal),
             )
         except OSError as error:
             for launcher in launchers:
@@ -93,10 +93,10 @@ def start_all(plan: StartPlan, folder: Path) -> list[Launcher]:
 def watch(
     launchers: Sequence[Launcher], hosts: JobHosts, signals: StopSignals, times: Times, reported: Callable[[], bool]
 ) -> Ended:
-    """Observe a job and do what `decide` says, until nothing is left of it or nothing more can be done.
+    """Observe a job and do what `decide` says until nothing is left of it or nothing more can be done.
 
     Args:
-        reported: whether the run folder says that the run has ended; then a launcher that stays is looked after sooner.
+        reported: whether the run folder says that the run has ended; a launcher that stays is then noticed sooner.
     """
     state = State(looked_at=time.monotonic())
     look: Future[Answers] | None = None

@@ -1,4 +1,4 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel width.
+"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel size.
 
 Nothing else sets batch sizes.
 """
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from megatron_tiedlora.base.errors import UserError
 
-DEMO_ROWS = 4
-GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching the kernels of a layer takes longer than running them
+GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels takes longer than running them
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut."""
+    """How a global batch is divided into micro-batches."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -23,18 +22,16 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that each rank runs in one optimizer step: where several samples share a row, at most."""
+        """Micro-batches per rank and optimizer step; with packing, the maximum."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
 
-def default_rows(*, max_length: int, packing: bool, demo: bool, on_gpu: bool) -> int:
-    """Rows of a micro-batch, at most, where --micro_batch_size is not given.
+def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
+    """The maximum number of rows of a micro-batch if --micro_batch_size is not given.
 
-    Packed on a GPU as many as `GPU_MICRO_BATCH_TOKENS` hold; else 1, and 4 for the demo.
+    With packing on a GPU, as many as fit in `GPU_MICRO_BATCH_TOKENS`; otherwise `otherwise`.
     """
-    if on_gpu and packing:
-        return max(1, GPU_MICRO_BATCH_TOKENS // max_length)
-    return DEMO_ROWS if demo else 1
+    return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 
 
 def plan_batches(
@@ -42,19 +39,19 @@ def plan_batches(
     micro_batch_size: int | None,
     data_parallel: int,
     *,
-    most_rows: int = DEMO_ROWS,
-    least_steps: int = 1,
+    max_rows: int = 1,
+    min_steps: int = 1,
 ) -> BatchPlan:
-    """Cut `global_batch_size` samples over `data_parallel` ranks.
+    """Divide `global_batch_size` samples over `data_parallel` ranks.
 
     Args:
-        micro_batch_size: rows per forward pass, or None for the largest divisor of a rank's share up to `most_rows`
-            that leaves `least_steps` accumulation steps, if any does.
-        most_rows: see `default_rows`.
-        least_steps: accumulation steps that the default leaves where the share is large enough.
+        micro_batch_size: rows per forward pass. None: the largest divisor of a rank's share that is at most
+            `max_rows` and leaves `min_steps` accumulation steps, if there is one.
+        max_rows: see `default_rows`.
+        min_steps: minimum accumulation steps with the default, if a rank's share is large enough.
 
     Raises:
-        UserError: the numbers do not divide; names all three and the nearest global batches that do.
+        UserError: the batch does not divide; names all three numbers and the nearest global batches that do.
     """
     unit = (micro_batch_size or 1) * data_parallel
     if global_batch_size % unit:
@@ -67,6 +64,6 @@ def plan_batches(
         )
     if micro_batch_size is None:
         share = global_batch_size // data_parallel
-        largest = max(1, min(most_rows, share // least_steps))
+        largest = max(1, min(max_rows, share // min_steps))
         micro_batch_size = max(rows for rows in range(1, largest + 1) if share % rows == 0)
     return BatchPlan(global_batch_size, micro_batch_size, data_parallel)

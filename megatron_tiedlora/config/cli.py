@@ -1,6 +1,6 @@
-"""From the command line and a YAML file to settings: argparse reads, pydantic checks, the command line wins.
+"""Makes settings from the command line and a YAML file. argparse reads, pydantic checks, the command line wins.
 
-Works for the settings of any command; those of launch/train.py (`Settings`) are the default.
+It works for the settings of any command; those of launch/train.py (`Settings`) are the default.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.settings import Settings
 
-# What a run's run.yaml says of that run alone: passed over, so that the file can be given back with --config.
+# Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
-_COMMAND_LINE_ONLY = ("take_over", "base_differs")  # what a user decides at one start
+_COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these anew at each start
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, in one line, instead of printing its usage and exiting."""
+    """An ArgumentParser that raises a one-line UserError instead of printing its usage and exiting."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
@@ -48,21 +48,21 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(message)
 
     def add_output(self) -> None:
-        """The flags of a command that makes something of an adapter and its base."""
+        """Add the output flags of a command that converts an adapter and its base."""
         self.add_argument(
             "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
         )
         self.add_argument(
-            "--take_over", action="store_true", help="take DIR from another start that is about to write there"
+            "--take_over", action="store_true", help="take DIR over from another start that is writing it"
         )
         self.add_argument(
             "--base_differs",
             action="store_true",
-            help="continue although base or tokenizer differ from those of the training, which the output then says",
+            help="continue although base or tokenizer differ from those of training; the output records this",
         )
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`; an unknown flag is rejected with the nearest known one."""
+        """Parse `argv`. An unknown flag is a UserError with the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -72,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def path_value(given: str) -> Path:
-    """`user_path`, as the type of an argument of a parser."""
+    """`user_path` as the `type` of a parser's argument."""
     try:
         return user_path(given)
     except UserError as error:
@@ -80,8 +80,8 @@ def path_value(given: str) -> Path:
 
 
 def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
-    """(metavar, choices) of a field's type."""
-    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)  # of a Literal it is the second
+    """(metavar, choices) for a field's type."""
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)  # typing.Union if it has a Literal
     options = typing.get_args(annotation) if is_union else (annotation,)
     kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is Literal:
@@ -95,11 +95,11 @@ def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
 
 
 def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
-    """The parser of a command, with one flag per setting, in the groups of `kind`."""
+    """The parser of a command, with one flag per setting in the groups of `kind`."""
     parser = CommandParser(
         prog=kind.prog,
         description=kind.about,
-        epilog="Every flag can stand in the YAML file of --config under the same name; the command line wins.",
+        epilog="The YAML file of --config takes every flag under the same name; the command line wins.",
     )
     groups = {name: parser.add_argument_group(name, text) for name, text in kind.groups.items()}
     groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
@@ -113,13 +113,13 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         flags = field_flags(name, field)
         groups[field_group(field)].add_argument(*flags, help=help_text.replace("%", "%%"), **keywords)
-    # The deepspeed and torch launchers put these before the user's arguments; ranks are read from the environment.
+    # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
 def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, Any]:
-    """The mapping in a YAML file of settings. Raises UserError naming the file, and the line where known."""
+    """The mapping in a YAML file of settings. Raises UserError naming the file, and the line if known."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
@@ -144,10 +144,10 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
 
 
 def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) -> CommandSettings:
-    """Settings of `kind` from the command line, over those of the file given with --config, over the defaults.
+    """Settings of `kind`: the command line wins over the file of --config, which wins over the defaults.
 
     Raises:
-        UserError: anything unknown or out of range, in one line.
+        UserError: something is unknown or out of range.
     """
     values = vars(build_parser(kind).parse_known_names(argv))
     values.pop("local_rank")
@@ -160,7 +160,7 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
 
 @contextmanager
 def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[None]:
-    """Where a UserError is about one of the settings `names`, which came from `file`, let it name the file too."""
+    """Add the file's name to a UserError about one of the settings `names`, which came from `file`."""
     try:
         yield
     except UserError as error:
@@ -170,22 +170,20 @@ def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[Non
 
 
 def keep_from_others() -> None:
-    """Make every file and folder that this process and its children create unwritable for others."""
+    """Set the umask so that others cannot write what this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)
 
 
 def run_command(
     main: Callable[[Sequence[str]], int], argv: Sequence[str], *, reports: Callable[[], bool] = lambda: True
 ) -> NoReturn:
-    """Run a command's `main(argv) -> exit status`; a UserError becomes one line on stderr and status 2, Ctrl-C 130.
+    """Run a command's `main(argv) -> exit status`. A UserError becomes one line on stderr and status 2; Ctrl-C is 130.
 
-    Where what reads its output has ended, as `head` does, so does the command, without a word, and with status 141 if
-    it had no other end.
-
-    Whatever the user's umask, nothing that the command makes can be written by others.
+    If the reader of its output has ended, as `head` does, the command ends silently, with status 141 if it would have
+    been 0. Whatever the user's umask, others cannot write what the command creates.
 
     Args:
-        speaks: whether to print the line; another rank on this host may have said it.
+        reports: whether to print the error; another rank on this host may have printed it.
     """
     keep_from_others()
     status: Any
@@ -209,13 +207,13 @@ def run_command(
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, which is then flushed; what is left of it goes nowhere."""
+    """Whether the reader of standard output has ended. If so, what is still buffered is discarded."""
     output, poll = sys.__stdout__, select.poll()
-    if output is None or sys.stdout is not output:  # closed by who started this, or another stream
+    if output is None or sys.stdout is not output:  # closed by the caller, or replaced
         return False
     try:
         output.flush()
-        poll.register(output, 0)  # a pipe's end tells of this without being asked
+        poll.register(output, 0)  # no events requested: POLLERR of a closed pipe is always reported
         if not poll.poll(0):
             return False
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Every setting of launch/doctor.py: which hosts, what a job there reads and writes, and how its ranks are laid out."""
+"""Every setting of launch/doctor.py: the hosts, the files that a job reads and writes, and its parallel sizes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from megatron_tiedlora.config.fields import CommandSettings, optional_field, set
 from megatron_tiedlora.config.presets import PRESETS
 
 GROUPS = {
-    "run": "which hosts are examined, and where the findings go",
-    "job": "what a job would read and write; give what you will give launch/train.py",
-    "parallel": "how its ranks are laid out (data parallel is what is left of the world)",
-    "limits": "what is still well",
+    "run": "which hosts are checked, and where the findings go",
+    "job": "what a job will read and write; give the same values as for launch/train.py",
+    "parallel": "parallel sizes of the job (data-parallel size = world size / (tensor x pipeline))",
+    "limits": "limits of what counts as healthy",
 }
 ABOUT = """\
-Examine the hosts of a job before it starts: one that is down, another version, a path that is missing, a port in use,
-a clock that is off, a network that does not carry the ranks.
+Check the hosts of a job before it starts. It finds hosts that are down, differing versions, missing paths, ports in
+use, clocks that differ, and networks that do not connect the ranks.
 
     python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
     python launch/doctor.py --model MODEL      inside a Slurm allocation (srun, no ssh), else this machine alone
 
-First every host is asked, all at once. Then the ranks of the wanted layout are started for a moment and all-reduce over
-each tensor, pipeline and data parallel group. Nothing is left behind on any host.
+First all hosts are checked at the same time. Then the job's ranks are started briefly and run an all-reduce in each
+tensor, pipeline and data parallel group. No files or processes are left on any host.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 
 class DoctorSettings(CommandSettings):
-    """The settings of one examination, validated and frozen."""
+    """The settings of one check, validated and frozen."""
 
     prog: ClassVar[str] = "doctor.py"
     about: ClassVar[str] = ABOUT
@@ -44,26 +44,26 @@ class DoctorSettings(CommandSettings):
     )
 
     model: str | None = optional_field(
-        "job", "the base model, the same on every host: a folder, demo, or a hub id (looked for in each host's cache)"
+        "job", "the base model, the same on every host: a folder, demo, or a hub id (searched in each host's cache)"
     )
     train_file: str | None = optional_field(
         "job",
-        "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not looked for: a"
+        "training rows, the same on every host: a file, two aligned texts A.de,A.en, or a hub id (not checked; a"
         " warning says so)",
     )
     validation_file: str | None = optional_field("job", "the same for validation rows")
     test_file: str | None = optional_field("job", "the same for test rows")
-    output_dir: str | None = optional_field("job", "where runs will be written: should be shared by all hosts")
+    output_dir: str | None = optional_field("job", "where runs will be written; should be shared by all hosts")
 
     tensor_parallel: int = setting_field("parallel", "ranks that share each layer", 1, ge=1)
     pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
     master_port: int = setting_field("parallel", "port of the first host where the ranks meet", 29500, ge=1, le=65535)
     allreduce_mb: float = setting_field(
-        "parallel", "megabytes of each rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384
+        "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384
     )
 
     timeout_seconds: float = setting_field(
-        "limits", "longest wait for a host's answers, for ranks to meet, and for an all-reduce", 60.0, ge=5, le=86400
+        "limits", "longest wait for a host's answers, for the rendezvous, and for an all-reduce", 60.0, ge=5, le=86400
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
@@ -72,14 +72,14 @@ class DoctorSettings(CommandSettings):
         if self.model in PRESETS:
             raise ValueError(f"--model {self.model} is a shape without files to look for; give a folder or hub id")
         if self.ssh_port is not None and self.hostfile is None:
-            raise ValueError("--ssh_port only goes with --hostfile: without one no host is reached by ssh")
+            raise ValueError("--ssh_port needs --hostfile: without one no host is reached by ssh")
         for name, value in self.paths().items():
             if not value.strip():
                 raise ValueError(f"--{name}: the path is empty")
         return self
 
     def paths(self) -> dict[str, str]:
-        """What must be there on every host, by flag, as the user gave it."""
+        """The paths that must exist on every host, by flag, as the user gave them."""
         given: dict[str, Any] = {
             name: getattr(self, name) for name in ("model", "train_file", "validation_file", "test_file")
         }

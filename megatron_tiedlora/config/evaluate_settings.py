@@ -1,4 +1,4 @@
-"""Every setting of launch/evaluate.py: which model, cut how, decodes what, and where its answers and scores go."""
+"""Every setting of launch/evaluate.py: the model and its sharding, the rows to answer, and the output folder."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
 
 GROUPS = {
     "run": "where answers and scores go",
-    "model": "what decodes",
-    "parallel": "how the model is cut (data parallel is what is left of the world)",
-    "data": "what is decoded and scored",
+    "model": "the model that generates the answers",
+    "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
+    "data": "the rows that are answered and scored",
 }
 
 
 class EvaluateSettings(CommandSettings):
     """The settings of one evaluation, validated and frozen.
 
-    What depends on the model or the task stays None here and is resolved where that is known: `model` (the adapter's
-    base, or the demo), `output_dir`, `max_length`, `max_new_tokens`, `limit`.
+    Values that depend on the model or the task stay None here and are resolved later: `model` (the adapter's base, or
+    the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
     prog: ClassVar[str] = "evaluate.py"
-    about: ClassVar[str] = "Decode a task's rows greedily and score the answers, with or without an adapter."
+    about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = GROUPS
-    missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, say --task or --test_file"}
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
 
     output_dir: str | None = optional_field("run", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)")
     take_over: bool = setting_field(
-        "run", "take --output_dir from another start that is about to write there, which then writes nothing", False
+        "run", "take --output_dir over from another start that is writing it; that one then writes nothing", False
     )
     seed: int = setting_field(
-        "run", "of a validation part that is carved from training rows: the run's seed gives the run's part", 1234, ge=0
+        "run", "seed for carving the validation split from training rows; the run's seed gives its split", 1234, ge=0
     )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the job fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
@@ -48,17 +48,19 @@ class EvaluateSettings(CommandSettings):
     base_differs: bool = setting_field(
         "model", "use the adapter although base or tokenizer differ from those that it was trained with", False
     )
-    merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it beside", False)
+    merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "precision of the base, and of an adapter that is added to it", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
+        " instructions]",
     )
     max_length: int | None = optional_field(
         "model",
-        "longest prompt, as in a run of this --max_length; longer ones lose their middle (default: the model's"
-        " positions less those of an answer)",
+        "maximum prompt tokens, as in training; longer prompts lose their middle (default: the model's positions minus"
+        " --max_new_tokens)",
         ge=8,
     )
 
@@ -67,21 +69,21 @@ class EvaluateSettings(CommandSettings):
     )
     pipeline_parallel: int = setting_field("parallel", "stages that share the layers", 1, ge=1)
 
-    task: str = setting_field("data", "what the rows are, and how answers are scored", choices=TASK_NAMES)
+    task: str = setting_field("data", "format of the rows, and how answers are scored", choices=TASK_NAMES)
     split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
     test_file: str | None = optional_field(
         "data", "rows of the test split: .jsonl, .json, .parquet or a hub id (default: the task's own)"
     )
     validation_file: str | None = optional_field(
-        "data", "rows of the validation split (default: carved from the training rows, as a run of --seed does)"
+        "data", "rows of the validation split (default: carved from the training rows with --seed, as in training)"
     )
     train_file: str | None = optional_field("data", "training rows, to carve the validation split from")
     prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
     max_new_tokens: int | None = optional_field(
-        "data", "longest answer [500, or half of a shorter context; demo 200]", ge=1
+        "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
-    batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
-    limit: int | None = optional_field("data", "only this many rows, the first ones [all; demo 24]", ge=1)
+    batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
+    limit: int | None = optional_field("data", "answer only the first N rows [all; demo 24]", ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -92,8 +94,8 @@ class EvaluateSettings(CommandSettings):
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", "demo") == "demo" and "adapter" not in filled:
-            filled["task"] = "demo"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL and "adapter" not in filled:
+            filled["task"] = DEFAULT_TASK
         return filled
 
     @model_validator(mode="after")
@@ -103,10 +105,10 @@ class EvaluateSettings(CommandSettings):
         if self.base_differs and self.adapter is None:
             raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:
-            raise ValueError("--train_file is read only where --validation_file is left out; give one of the two")
+            raise ValueError("--train_file is read only without --validation_file; give one of the two")
         unread = ("validation_file", "train_file") if self.split == "test" else ("test_file",)
         for name in unread:
             if getattr(self, name) is not None:
                 other = "validation" if self.split == "test" else "test"
-                raise ValueError(f"--{name} only goes with --split {other}; this one decodes the {self.split} rows")
+                raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
         return self

@@ -1,6 +1,6 @@
-"""What the settings of every command have in common: a field is a name, a type, a default, a help text and a group.
+"""What the settings of all commands have in common: a field has a name, type, default, help text and group.
 
-Owns how fields are declared and how values become frozen settings; which settings there are is each command's, and
+Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
 `cli.py` turns the fields of any command into flags and YAML names.
 """
 
@@ -26,8 +26,8 @@ from pydantic.fields import FieldInfo
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.wording import nearest_name
 
-_BOUND = 2**53  # of a number that is a setting: a float holds every whole one below it
-LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; the clocks below us count milliseconds, some in 32 bits
+_BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
+LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; libraries below us count milliseconds, some in 32 bits
 
 AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
@@ -45,10 +45,10 @@ def setting_field(
 
     Args:
         group: a key of the class's `groups`.
-        default: left out where the command needs the value, or fills it in from other values.
-        choices: of a text, where they are not known when the code is written (else let the type be a Literal).
-        flag: a shorter flag beside the field's name, such as one that pydantic's own attributes take as a name.
-        constraints: pydantic's, such as `ge=1`.
+        default: left out if the command requires the value, or fills it in from other values.
+        choices: allowed strings that are only known at run time (else let the type be a Literal).
+        flag: a second, shorter flag, for example a name that pydantic reserves for an attribute.
+        constraints: pydantic constraints, such as `ge=1`.
     """
     extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
     if flag is not None:
@@ -57,7 +57,7 @@ def setting_field(
 
 
 def optional_field(group: str, help_text: str, **constraints: Any) -> Any:
-    """A field that may be left out, and is None then; the arguments are those of `setting_field`."""
+    """A field that may be left out and is then None. The arguments are those of `setting_field`."""
     return setting_field(group, help_text, None, **constraints)
 
 
@@ -67,13 +67,13 @@ def field_group(field: FieldInfo) -> str:
 
 
 def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
-    """The choices that a field was declared with; None where its type alone says what it takes."""
+    """The choices that a field was declared with; None if only its type limits the values."""
     choices = _extra(field).get("choices")
     return None if choices is None else tuple(choices)
 
 
 def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
-    """The flags that set a field on the command line: the first one is named after it."""
+    """The flags that set a field on the command line. The first one is the field's name."""
     flag = _extra(field).get("flag")
     return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
 
@@ -90,7 +90,7 @@ class CommandSettings(BaseModel):
         prog: the command's file name, for its help.
         about: what the command does, for its help.
         groups: name and description of each group of flags, in the order of the help.
-        missing: by field, what to say beside "is needed" where a value is missing.
+        missing: by field, a hint to add to "is required" if the value is missing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -102,7 +102,7 @@ class CommandSettings(BaseModel):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default of a field as its help shows it; '' where the help text says it, or there is none."""
+        """The default of a field as its help shows it; '' if the help text contains it, or there is none."""
         field = cls.model_fields[name]
         if field.is_required() or field.default is None:
             return ""
@@ -110,22 +110,22 @@ class CommandSettings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1."""
+    def _reject_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would accept true as 1."""
         kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
         parts = value if isinstance(value, list | tuple) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
-            raise ValueError(f"--{info.field_name} {shown(value)}: true and false are no value of it")
+            raise ValueError(f"--{info.field_name} {shown(value)}: expected a number, not a boolean")
         return value
 
     @field_validator("*", mode="after")
     @classmethod
-    def _refuse_extremes(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_extremes(cls, value: Any, info: ValidationInfo) -> Any:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
-                raise ValueError(f"--{info.field_name} {shown(value)}: no such number makes sense there")
+                raise ValueError(f"--{info.field_name} {shown(value)}: out of range")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
-                raise ValueError(f"--{info.field_name} {shown(value)}: holds what is not text")
+                raise ValueError(f"--{info.field_name} {shown(value)}: contains characters that are not text")
         return value
 
     @model_validator(mode="after")
@@ -140,12 +140,12 @@ class CommandSettings(BaseModel):
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
-    """A type and all that it is made of."""
+    """A type and all types that it is made of."""
     return {annotation}.union(*map(_kinds_in, typing.get_args(annotation)))
 
 
 def _is_system_text(text: str) -> bool:
-    """Whether it can name a file; bytes of a name that are not UTF-8 come from the command line as surrogates."""
+    """Whether `text` can name a file. Bytes that are not UTF-8 come from the command line as surrogates."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -157,7 +157,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     """Validate flat names and values into settings of `kind`.
 
     Raises:
-        UserError: an unknown name (with the nearest known one) or a value out of range, in one line.
+        UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
     """
     for name in values:
         if name not in kind.model_fields:
@@ -166,7 +166,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
         return kind(**values)
     except ValidationError as error:
         raise UserError(_one_line(error, kind)) from None
-    except UnicodeEncodeError as error:  # pydantic carries no message with bytes of a name that are not UTF-8
+    except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
         raise UserError(error.object) from None
 
 
@@ -177,18 +177,18 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
         return str(first["ctx"]["error"])
     if first["type"] == "missing":
         hint = kind.missing.get(name)
-        return f"--{name} is needed" + (f": {hint}" if hint else "")
+        return f"--{name} is required" + (f": {hint}" if hint else "")
     return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def shell_words(name: str, text: str | None) -> list[str]:
-    """The words of a setting that is written as in a shell; none where it is not given.
+    """Split a setting that is written in shell syntax into words. The list is empty if `text` is None.
 
     Args:
-        name: of the setting, for the message.
+        name: the setting's name, for the message.
 
     Raises:
-        ValueError: a quotation that is not closed.
+        ValueError: a quotation is not closed.
     """
     try:
         return shlex.split(text or "")

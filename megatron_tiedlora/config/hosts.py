@@ -1,4 +1,4 @@
-"""The hosts of a job, from a hostfile or a Slurm allocation: names, slots, and nothing that talks to them."""
+"""The hosts of a job from a hostfile or a Slurm allocation: names and slots. Nothing here contacts a host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_HOSTS = 1_000_000
 
 @dataclass(frozen=True)
 class Host:
-    """A host and how many ranks it takes."""
+    """A host and how many ranks it runs."""
 
     name: str
     slots: int
@@ -31,15 +31,15 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
     """The hosts of a hostfile as DeepSpeed and OpenMPI read it: `NAME slots=N` lines, comments and blank lines.
 
     Raises:
-        UserError: no such file, no host in it, a line of another form, a host named twice or without slots.
+        UserError: the file does not exist, has no host or a malformed line, or a host twice or without slots.
     """
     file = user_path(path, flag="--hostfile")
-    try:  # a pipe or a device may never end; DeepSpeed takes one for no hostfile at all
+    try:  # a pipe or a device may never end; DeepSpeed treats one as no hostfile
         reason = None if stat.S_ISREG(file.stat().st_mode) else "not a regular file"
     except OSError as error:
         reason = error.strerror or str(error)
     if reason is not None:
-        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line a host")
+        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line per host")
     hosts: dict[str, Host] = {}
     for number, line in enumerate(read_small_text(file).splitlines(), start=1):
         content = line.partition("#")[0].strip()
@@ -48,28 +48,28 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
         match = _LINE.fullmatch(content)
         if match is None or int(match[2]) < 1 or match[1].startswith("-") or not match[1].isprintable():
             raise UserError(
-                f"{file}:{number}: {shown(content)} is not of the form `NAME slots=N` with N from 1 to 999999"
+                f"{file}:{number}: {shown(content)} does not have the form `NAME slots=N` with N from 1 to 999999"
             )
         if match[1] in hosts:
             raise UserError(
-                f"{file}:{number}: {shown(match[1])} is named twice; give each host one line with all its slots"
+                f"{file}:{number}: {shown(match[1])} appears twice; give each host one line with all its slots"
             )
         hosts[match[1]] = Host(match[1], int(match[2]))
     if not hosts:
-        raise UserError(f"--hostfile {path}: names no host; write one `NAME slots=N` line a host")
+        raise UserError(f"--hostfile {path}: names no host; write one `NAME slots=N` line per host")
     return tuple(hosts.values())
 
 
 def in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Whether `srun` started this process; in a batch script's own shell there is no step of tasks."""
+    """Whether `srun` started this process. The shell of a batch script is not in a step of tasks."""
     return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
 
 
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
-    """The hosts of the Slurm step that this process is in, else of the allocation, with their numbers of tasks.
+    """The hosts of this process's Slurm step, or else of its allocation, with their numbers of tasks.
 
     Raises:
-        UserError: not in an allocation, or its variables cannot be read.
+        UserError: this process is not in an allocation, or its variables cannot be read.
     """
     step = in_slurm_step(environment)
     names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
@@ -83,12 +83,12 @@ def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:
-    """Node names of a Slurm list such as `gpu[01-03,7],login`, by `scontrol`, which alone knows all of its forms.
+    """Expand a Slurm node list such as `gpu[01-03,7],login` with `scontrol`, which knows all of its forms.
 
     Raises:
         UserError: there is no `scontrol`, or it rejects the list.
     """
-    if re.fullmatch(r"\w[\w.-]*(,\w[\w.-]*)*", nodelist):  # plain names, as in small allocations: nothing to ask for
+    if re.fullmatch(r"\w[\w.-]*(,\w[\w.-]*)*", nodelist):  # plain names, as in small allocations: nothing to expand
         return tuple(nodelist.split(","))
     try:
         done = subprocess.run(
@@ -96,21 +96,21 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
-            f"scontrol does not expand the node list {nodelist} ({error}); put it on PATH, or set MASTER_ADDR to the"
-            " first node's name"
+            f"scontrol cannot expand the node list {nodelist} ({error}); put scontrol on PATH, or set MASTER_ADDR to"
+            " the first node's name"
         ) from None
     return tuple(done.stdout.split())
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's `2(x3),1` as 2, 2, 2, 1."""
+    """Expand Slurm's `2(x3),1` to 2, 2, 2, 1."""
     counts: list[int] = []
     for part in text.split(","):
         match = _TASKS.fullmatch(part.strip())
         times = int(match[2] or 1) if match else 0
         if match is None or len(counts) + times > _MOST_HOSTS:
             raise UserError(
-                f"SLURM_TASKS_PER_NODE={text} cannot be read: {shown(part)} is not of the form `N` or `N(xHOSTS)`, or"
+                f"SLURM_TASKS_PER_NODE={text} cannot be read: {shown(part)} is neither `N` nor `N(xHOSTS)`, or"
                 f" there are more than {_MOST_HOSTS:,} hosts; start with sbatch or salloc"
             )
         counts += [int(match[1])] * times
@@ -118,15 +118,15 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def started_program(words: Sequence[str]) -> str:
-    """The script or module that a Python command line runs; '' if none."""
+    """The script or module that a Python command line runs, or ''."""
     return next((word for word in words[1:] if word not in ("-u", "-P", "-m")), "")
 
 
 def is_torchrun(words: Sequence[str]) -> bool:
-    """Whether a command line is that of torchrun's agent, which starts ranks and starts them anew."""
+    """Whether a command line is that of torchrun's agent, which starts and restarts ranks."""
     return Path(started_program(words)).name in _TORCHRUN
 
 
 def num_ranks(hosts: Sequence[Host]) -> int:
-    """Ranks that the hosts take together."""
+    """The number of ranks on all hosts together."""
     return sum(host.slots for host in hosts)

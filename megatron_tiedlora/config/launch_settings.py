@@ -1,4 +1,4 @@
-"""Settings of launch/run.py: its own few flags; everything else on its command line is launch/train.py's."""
+"""Settings of launch/run.py: a few flags of its own. All other flags on its command line belong to launch/train.py."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ class LaunchSettings(CommandSettings):
 
     prog: ClassVar[str] = "run.py"
     about: ClassVar[str] = (
-        "Start launch/train.py on the hosts there are, watch it, and say truthfully how it ended.\n\n"
+        "Start launch/train.py on the hosts of a job, watch it, and report how it ended.\n\n"
         "    python launch/run.py --num_gpus 4 ...                  this machine\n"
-        "    python launch/run.py --hostfile hosts ...              hosts that ssh reaches\n"
+        "    python launch/run.py --hostfile hosts ...              hosts reached by ssh\n"
         "    python launch/run.py ...                               in a Slurm allocation: its nodes\n\n"
         "The exit status is 0 if the run finished, or was stopped by a signal given to run.py and saved."
     )
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "launch/train.py's; all other flags are its settings too, which `launch/train.py --help` lists",
+        "run": "passed to launch/train.py, as are all flags not listed here; see `launch/train.py --help`",
         "start": "what is started, and where",
-        "time limits": "how long is waited before a host or a process counts as lost",
+        "time limits": "how long to wait before a host or a process counts as lost",
     }
 
     launcher: Literal["auto", "local", "pdsh", "openmpi", "mpirun", "srun", "torchrun"] = setting_field(
         "start", "auto: pdsh with --hostfile, srun in a Slurm allocation, else the local deepspeed", "auto"
     )
-    hostfile: str | None = optional_field("start", "hosts of the job, one `NAME slots=N` line a host")
+    hostfile: str | None = optional_field("start", "hosts of the job, one `NAME slots=N` line per host")
     num_gpus: int | None = optional_field(
-        "start", "ranks on each host (default: its slots or Slurm tasks; here: all GPUs, or 1 without)", ge=1
+        "start", "ranks per host (default: its slots or Slurm tasks; locally all GPUs, or 1 without GPUs)", ge=1
     )
     master_addr: str | None = optional_field(
-        "start", "address of the first host where the ranks meet (default: its first one; in an allocation its name)"
+        "start", "address of the first host, for the rendezvous (default: its first address; under Slurm its name)"
     )
-    master_port: int | None = optional_field("start", "port where they meet (default: by chance)", ge=1, le=65535)
+    master_port: int | None = optional_field("start", "port of the rendezvous (default: random)", ge=1, le=65535)
     ssh_port: int | None = optional_field("start", "port of the hosts' sshd", ge=1, le=65535)
     launcher_args: str | None = optional_field(
-        "start", 'arguments for pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"'
+        "start", 'arguments of pdsh, mpirun, srun or torchrun itself, e.g. "--cpu-bind=none"'
     )
     max_restarts: int = setting_field(
-        "start", "with torchrun: start anew so often from the last checkpoint, after a failure", 0, ge=0
+        "start", "with torchrun: how often to restart from the last checkpoint after a failure", 0, ge=0
     )
     show_command: bool = setting_field("start", "print hosts, environment and command; start nothing", False)
 
     host_seconds: float = setting_field(
-        "time limits", "for a host to answer when it is looked at", 20.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "longest wait for a host's answer to a check", 20.0, gt=0, le=_LONGEST_WAIT
     )
     look_seconds: float = setting_field(
-        "time limits", "between looks at all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT
+        "time limits", "time between checks of all hosts while the job runs", 30.0, gt=0, le=_LONGEST_WAIT
     )
     grace_seconds: float = setting_field(
         "time limits",
-        "for ranks to save after their launcher has died, before they are killed",
+        "time for ranks to save after their launcher has died, before they are killed",
         120.0,
         ge=0,
         le=_LONGEST_WAIT,
@@ -83,7 +83,7 @@ class LaunchSettings(CommandSettings):
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A start of launch/run.py: its own settings, train.py's, and train.py's arguments as they were given."""
+    """One start of launch/run.py: its own settings, train.py's settings, and train.py's arguments as given."""
 
     settings: LaunchSettings
     train: Settings
@@ -91,14 +91,14 @@ class LaunchCommand:
 
 
 def parse_launch(argv: Sequence[str]) -> LaunchCommand:
-    """Both commands' settings; a `--` may stand between them.
+    """Parse the settings of both commands; `--` may separate them.
 
     Raises:
-        UserError: anything unknown, out of range or that does not go together, in one line.
+        UserError: something is unknown, out of range or contradictory.
     """
     parser = build_parser(LaunchSettings)
     parser.epilog = (
-        "Settings of launch/train.py follow, after -- or directly. A YAML file of --config holds only those."
+        "Settings of launch/train.py follow, after -- or directly. The YAML file of --config holds only those."
     )
     own, given = list(argv), []
     if "--" in own:
@@ -107,13 +107,13 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     named = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     config = named.pop("config", None)
     arguments = (*(("--config", config) if config is not None else ()), *rest, *given)
-    _refuse_unknown(arguments)
+    _reject_unknown(arguments)
     settings, train = validate(named, LaunchSettings), parse_settings(arguments)
     _check(settings, train)
     return LaunchCommand(settings, train, arguments)
 
 
-def _refuse_unknown(arguments: Sequence[str]) -> None:
+def _reject_unknown(arguments: Sequence[str]) -> None:
     unknown = build_parser(Settings).parse_known_args(arguments)[1]
     if unknown:
         name = unknown[0].split("=")[0]
@@ -124,17 +124,17 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
 def _check(settings: LaunchSettings, train: Settings) -> None:
     if train.dry_run:
         raise UserError(
-            "--dry_run starts no job: give it to launch/train.py, or --show_command here to see what would be started"
+            "--dry_run starts no job; give it to launch/train.py, or give --show_command here to see the command"
         )
     if settings.launcher in ("local", "srun") and settings.hostfile is not None:
-        where = "this machine alone" if settings.launcher == "local" else "the nodes of its Slurm allocation"
-        raise UserError(f"--launcher {settings.launcher} runs on {where}; leave --hostfile out")
+        where = "this machine only" if settings.launcher == "local" else "the nodes of its Slurm allocation"
+        raise UserError(f"--launcher {settings.launcher} runs on {where}; remove --hostfile")
     if settings.launcher == "pdsh" and settings.hostfile is None:
-        raise UserError("--launcher pdsh needs --hostfile: one `NAME slots=N` line a host")
+        raise UserError("--launcher pdsh needs --hostfile: one `NAME slots=N` line per host")
     if settings.max_restarts and settings.launcher != "torchrun":
         raise UserError(f"--max_restarts {settings.max_restarts}: only --launcher torchrun restarts a job")
     if settings.max_restarts and train.resume == "none":
         raise UserError(
-            f"--max_restarts {settings.max_restarts} needs --resume auto, so that a restart goes on from the last"
+            f"--max_restarts {settings.max_restarts} needs --resume auto, so that a restart resumes from the last"
             " checkpoint"
         )

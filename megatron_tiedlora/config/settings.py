@@ -1,7 +1,7 @@
-"""Every setting of a training run, once: its name, type, default, help text and group.
+"""Every setting of a training run, declared once: its name, type, default, help text and group.
 
-Owns the values and the checks that need nothing but the values. Checks that need the model, the world size or a file
-live where those are known. `cli.py` turns the fields below into flags; a YAML file holds the same flat names.
+Owns the values and the checks that need only the values. Checks that need the model, the world size or a file are
+made where those are known. `cli.py` turns the fields below into flags; a YAML file uses the same flat names.
 """
 
 from __future__ import annotations
@@ -22,93 +22,76 @@ from megatron_tiedlora.config.fields import (
     validate_settings,
 )
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # beyond any scale that trains
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
 GROUPS = {
-    "run": "where a run goes and how it starts",
+    "run": "the run folder, and how the run starts",
     "model": "the frozen base model",
     "adapter": "what is trained",
-    "parallel": "how the model is cut (data parallel is what is left of the world)",
-    "data": "what it is trained on",
+    "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
+    "data": "the rows to train on",
     "speed": "trade memory for time",
     "optimisation": "batches, steps and learning rate",
-}
-
-# Defaults that differ between the demo and every other task (those are the paper's).
-DEMO_DEFAULTS: dict[str, Any] = {
-    "global_batch_size": 24,
-    "max_steps": 20,
-    "learning_rate": 3e-2,
-    "warmup_steps": 2,
-    "eval_interval": 10,
-    "max_length": 512,
-}
-PAPER_DEFAULTS: dict[str, Any] = {
-    "global_batch_size": 256,
-    "max_steps": 2000,
-    "learning_rate": 1e-4,
-    "warmup_steps": 50,
-    "eval_interval": 30,
-    "max_length": 4096,
 }
 
 
 class Settings(CommandSettings):
     """The settings of one run, validated and frozen.
 
-    Fields left out take the defaults of their task (`DEMO_DEFAULTS` or `PAPER_DEFAULTS`). What depends on the model or
-    the world stays None here and is resolved where that is known: `layers`, `init_std_a`, `init_std_b`,
+    Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
+    model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
     `micro_batch_size`, `output_dir`.
     """
 
     prog: ClassVar[str] = "train.py"
     about: ClassVar[str] = "Fine-tune a LLaMA model with Tied-LoRA."
     groups: ClassVar[Mapping[str, str]] = GROUPS
-    missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, say --task or --train_file"}
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
 
     ds_config: str = setting_field(
-        "run", "DeepSpeed JSON with engine knobs; a bare name is looked up here, then in ds_configs/", "zero2.json"
+        "run", "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json"
     )
     output_dir: str | None = optional_field("run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK)")
-    seed: int = setting_field("run", "seed of start values and of the order of samples", 1234, ge=0)
+    seed: int = setting_field("run", "seed of the initialisation and of the order of samples", 1234, ge=0)
     resume: str = setting_field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"
     )
     keep_checkpoints: int = setting_field(
-        "run", "checkpoints to keep: the newest ones, and the best beside them", 3, ge=1
+        "run", "how many of the newest checkpoints to keep, in addition to the best", 3, ge=1
     )
     take_over: bool = setting_field(
-        "run", "with --resume: take the run folder from a start that still has it, which can then change nothing", False
+        "run", "with --resume: take the run folder over from a start that still has it, which then stops writing", False
     )
     base_differs: bool = setting_field(
         "run", "with --resume: continue although base or tokenizer differ from those of the checkpoint", False
     )
     dry_run: bool = setting_field(
-        "run", "print parameters, layout, memory, messages, batches and one sample; train nothing", False
+        "run", "print parameters, sharding, memory, messages, batches and one sample; train nothing", False
     )
     world_size: int | None = optional_field("run", "with --dry_run: the number of ranks to plan for", ge=1)
     plan_for: Literal["cpu", "gpu"] | None = optional_field(
-        "run", "with --dry_run: what the ranks run on (default: what this machine has)"
+        "run", "with --dry_run: the device type to plan for (default: what this machine has)"
     )
     deterministic: bool = setting_field(
-        "run", "bit-identical runs of one layout on the same hosts and versions; costs time on GPUs", False
+        "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False
     )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
     )
 
     model: str = setting_field(
-        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", "demo"
+        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", DEFAULT_MODEL
     )
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
     )
-    dtype: Literal["bf16", "fp32"] = setting_field(
-        "model", "precision of the frozen base; adapters are always fp32", "bf16"
+    dtype: Literal["bf16", "fp32"] | None = optional_field(
+        "model",
+        "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
     )
-    max_length: int = setting_field("model", "longest sample in tokens; longer prompts lose their middle", ge=8)
+    max_length: int = setting_field("model", "maximum tokens of a sample; longer prompts lose their middle", ge=8)
 
     method: str = setting_field("adapter", "which of the paper's configurations", "tl6", choices=METHOD_NAMES)
     rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
@@ -119,10 +102,10 @@ class Settings(CommandSettings):
         "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
     )
     init_std_a: float | None = optional_field(
-        "adapter", "standard deviation of A's start values (default: by method)", gt=0, le=1e3
+        "adapter", "init std of A (default: by method)", gt=0, le=1e3
     )
     init_std_b: float | None = optional_field(
-        "adapter", "standard deviation of B's, where B starts non-zero (default: by method)", gt=0, le=1e3
+        "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
     )
 
     tensor_parallel: int = setting_field(
@@ -132,10 +115,10 @@ class Settings(CommandSettings):
         "parallel", "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1
     )
     sequence_parallel: bool = setting_field(
-        "parallel", "with tensor parallel: cut activations along the sequence too", True
+        "parallel", "with tensor parallel: shard activations along the sequence too", True
     )
     replica_check_steps: int = setting_field(
-        "parallel", "compare copies of the adapter bit by bit in this many first steps and at saves (0: never)", 3, ge=0
+        "parallel", "compare copies of the adapter bit by bit in the first N steps and at saves (0: never)", 3, ge=0
     )
 
     task: str = setting_field(
@@ -149,29 +132,29 @@ class Settings(CommandSettings):
     validation_file: str | None = optional_field(
         "data", "validation rows, as above (default: carved from the training rows)"
     )
-    test_file: str | None = optional_field("data", "test rows, decoded and scored before and after training")
+    test_file: str | None = optional_field("data", "test rows, answered and scored before and after training")
     prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
     max_new_tokens: int | None = optional_field(
-        "data", "longest answer that is decoded [500, or half of a shorter context; demo 200]", ge=1
+        "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
 
-    eval_batch_size: int = setting_field("data", "prompts that a data-parallel rank decodes at once", 16, ge=1)
+    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
 
-    packing: bool = setting_field("speed", "several samples a row of --max_length, none of which sees another", True)
+    packing: bool = setting_field("speed", "pack samples into rows of --max_length; no attention across samples", True)
     compile: Literal["auto", "true", "false"] = setting_field(
-        "speed", "compile what lies between products (auto: where the run is long enough, and it can be done)", "auto"
+        "speed", "compile elementwise kernels (auto: if possible, and the run is long enough to repay it)", "auto"
     )
     recompute: Literal["none", "selective", "full"] = setting_field(
         "speed",
-        "what is computed again in the backward pass instead of kept: nothing, gate and up of the MLP, or whole layers",
+        "what to recompute in the backward pass instead of saving it: nothing, gate and up of the MLP, or whole layers",
         "none",
     )
 
     global_batch_size: int = setting_field("optimisation", "samples per step over all ranks", ge=1)
     micro_batch_size: int | None = optional_field(
         "optimisation",
-        "rows per forward pass on a rank, at most [1; demo: the largest divisor of its share up to 4; with --packing on"
-        " a GPU: of up to 8,192 tokens together]",
+        "maximum rows per rank and forward pass [1; demo: the largest divisor of a rank's share up to 4; with --packing"
+        " on a GPU: as many as fit in 8,192 tokens]",
         ge=1,
     )
     max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
@@ -179,27 +162,28 @@ class Settings(CommandSettings):
     weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
     warmup_steps: int = setting_field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
     gradient_clipping: float = setting_field(
-        "optimisation", "largest gradient norm; 0 switches clipping off", 1.0, ge=0
+        "optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0
     )
     eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
     eval_metric: str = setting_field(
-        "optimisation", "what chooses the best checkpoint: loss, or a metric of the task", "loss", min_length=1
+        "optimisation", "how to choose the best checkpoint: loss, or a metric of the task", "loss", min_length=1
     )
     eval_samples: int | None = optional_field(
-        "optimisation", "validation rows that are decoded for --eval_metric (default: all)", ge=1
+        "optimisation", "validation rows that are answered for --eval_metric (default: all)", ge=1
     )
     patience: int = setting_field(
         "optimisation", "evaluations without improvement before the run stops early", 10, ge=1
     )
     save_interval: int = setting_field("optimisation", "steps between checkpoints (default: eval_interval)", ge=1)
-    save_interval_minutes: float | None = optional_field("optimisation", "also save when this long has passed", gt=0)
+    save_interval_minutes: float | None = optional_field("optimisation", "also save after this many minutes", gt=0)
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command, and both of the two defaults where the demo has its own."""
-        if name in PAPER_DEFAULTS and name in DEMO_DEFAULTS:
-            return f"{PAPER_DEFAULTS[name]:g}; demo {DEMO_DEFAULTS[name]:g}"
-        return super().default_text(name)
+        """As for every command; the paper's default, and those of the tasks that have their own."""
+        if name not in PAPER_DEFAULTS:
+            return super().default_text(name)
+        by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
+        return "; ".join([f"{PAPER_DEFAULTS[name]:g}", *by_task])
 
     @model_validator(mode="before")
     @classmethod
@@ -209,12 +193,11 @@ class Settings(CommandSettings):
         filled = {name: value for name, value in values.items() if value is not None}
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
-        elif "task" not in filled and filled.get("model", "demo") == "demo":
-            filled["task"] = "demo"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
+            filled["task"] = DEFAULT_TASK
         elif "task" not in filled and filled["model"] in PRESETS:
-            filled["task"] = "custom"  # a shape has no tokenizer, so its dry run reads no data
-        defaults = DEMO_DEFAULTS if filled.get("task") == "demo" else PAPER_DEFAULTS
-        filled = {**defaults, **filled}
+            filled["task"] = "custom"  # a preset has no tokenizer, so its dry run reads no data
+        filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not checked yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
@@ -241,7 +224,7 @@ class Settings(CommandSettings):
     @model_validator(mode="after")
     def _check(self) -> Settings:
         if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1 and stand once each")
+            raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
         if self.layers is not None and list(self.layers) != sorted(self.layers):
             raise ValueError(f"--layers {','.join(map(str, self.layers))}: write them in ascending order")
         if self.warmup_steps > self.max_steps:
@@ -251,14 +234,14 @@ class Settings(CommandSettings):
         if self.task == "custom" and self.train_file is None and self.model not in PRESETS:
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
-            raise ValueError("--world_size only goes with --dry_run; the launcher decides how many ranks train")
+            raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
         if self.plan_for is not None and not self.dry_run:
-            raise ValueError("--plan_for only goes with --dry_run; a run takes the GPUs that it sees")
+            raise ValueError("--plan_for needs --dry_run; a run uses the GPUs that it sees")
         for name in ("take_over", "base_differs"):
             if getattr(self, name) and self.resume == "none":
-                raise ValueError(f"--{name} only goes with --resume; a new run takes a folder and a base of its own")
+                raise ValueError(f"--{name} needs --resume; a new run has a folder and a base of its own")
         if self.eval_samples is not None and self.eval_metric == "loss":
-            raise ValueError("--eval_samples only goes with --eval_metric of the task; the loss is of all rows")
+            raise ValueError("--eval_samples needs --eval_metric with a metric of the task; the loss uses all rows")
         return self
 
 
@@ -266,6 +249,6 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     """Validate flat names and values into Settings.
 
     Raises:
-        UserError: an unknown name (with the nearest known one) or a value out of range, in one line.
+        UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
     """
     return validate_settings(values, Settings)

@@ -1,1 +1,1 @@
-"""Adapters into other tools' formats: merged checkpoints, PEFT adapters, and the check of both."""
+"""Converts adapters to and from other tools' formats: merged checkpoints, PEFT adapters, and the check of both."""

@@ -1,6 +1,6 @@
-"""PEFT LoRA adapters that are exactly the tied one: A' = diag(u) A, B' = (alpha / r) diag(v) B, cut by q, k and v rows.
+"""Exports the exact PEFT LoRA adapter: A' = diag(u) A, B' = (alpha / r) diag(v) B, split into q, k and v rows.
 
-diag(v) B diag(u) A is a rank-r LoRA per layer, so nothing is lost; what is lost is the tie, and with it the small file.
+diag(v) B diag(u) A is a rank-r LoRA per layer, so the export is exact. Only the tie, and so the small file, is lost.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import new_output, refuse_existing
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
 
-# What vLLM takes as --max-lora-rank, which bounds the ranks that it serves; 16 where the flag is left out.
+# The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, torch.Tensor]:
-    """The fp32 tensors of the PEFT file by its names: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
+    """The fp32 tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
     pad = rank - adapter.config.rank
     tensors = {}
     for layer, rule in adapted_projections(source, adapter).items():
@@ -37,16 +36,15 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
         b = torch.nn.functional.pad(b, (0, pad))
         for hf_name, rows in rule.by_stored_tensor(b).items():
             module = f"base_model.model.{hf_name.removesuffix('.weight')}"
-            # safetensors refuses tensors that share storage, and q, k and v share A'
+            # safetensors rejects tensors that share storage, and q, k and v share A'
             tensors[f"{module}.lora_A.weight"] = a.clone()
             tensors[f"{module}.lora_B.weight"] = rows.contiguous().clone()
     return tensors
 
 
 def peft_base(source: ModelSource) -> str:
-    """What PEFT loads the base from: an absolute folder, or the hub id."""
-    by_id = source.folder is None or (source.name != "demo" and not user_path(source.name).is_dir())
-    return source.name if by_id or source.folder is None else str(source.folder.resolve())
+    """The absolute folder or hub id from which PEFT loads the base."""
+    return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
 def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:
@@ -82,21 +80,21 @@ def export_peft(
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
 ) -> int:
-    """Write a PEFT adapter folder, whole or not at all; returns its rank.
+    """Write a PEFT adapter folder atomically, and return its rank.
 
     Args:
-        base_differs: export for this base although the adapter was trained on another one, which the record says.
-        say: gets each note on the base.
-        new: makes the output's folder.
+        base_differs: export for this base although the adapter was trained on another; the record says so.
+        say: called with each note about the base.
+        new: makes the output folder.
 
     Raises:
-        UserError: an adapter of another base, a padded rank below the adapter's, an output that exists, or factors that
-            are not finite, by name.
+        UserError: the adapter is for another base, the padded rank is below the adapter's, the output exists, or a
+            factor is not finite (the message names it).
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
-        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}")
-    refuse_existing(output, flag=f"--output {output}")
+        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; raise it")
+    reject_existing(output, flag=f"--output {output}")
     base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs)
     for note in base.notes:
         say(note)
@@ -112,9 +110,9 @@ def export_peft(
 
 
 def serve_hint(output: Path, base: str, rank: int) -> str:
-    """How to serve the exported adapter with vLLM, and what to do where it does not take the rank."""
+    """How to serve the exported adapter with vLLM, and what to do if vLLM does not accept its rank."""
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
     if fitting is None:
-        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"
+        return f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"
     flags = ["--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
     return f"serve with: {shlex.join(['vllm', 'serve', base, *flags])}"

@@ -1,8 +1,8 @@
-"""A PEFT LoRA adapter of q, k and v read as a native `lora` adapter, which it is exactly: nothing is rounded or fitted.
+"""Reads a PEFT LoRA adapter of q, k and v as the exactly equal native `lora` adapter: nothing is rounded or fitted.
 
-PEFT adds s B_p A_p to projection p, s = lora_alpha / r (/ sqrt(r) with use_rslora). Where A is the same for all
-projections of a layer, that is A and the stacked rows of B. Where it is not, A stacks the A_p and B is block-diagonal,
-so that the rank is the sum. A projection that the adapter leaves alone has zero rows.
+PEFT adds s B_p A_p to projection p, with s = lora_alpha / r (/ sqrt(r) with use_rslora). If all projections of a layer
+have the same A, the native adapter has that A and the stacked rows of B. Otherwise it stacks the A_p, B is
+block-diagonal, and the rank is the sum. Projections without an adapter get zero rows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _LARGEST_RANK = 2**20
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
 _KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
-# Fields of PEFT's config that change nothing in what a LoRA of linear layers computes, or that are read below.
-# Any other field that is set changes the computation, or may do so in a version of PEFT that is yet to come.
+# Fields of PEFT's config that do not change what a LoRA of linear layers computes, or that are read below. Any other
+# field that is set changes the computation, or may change it in a future version of PEFT.
 _HARMLESS = {
     "peft_type",
     "auto_mapping",
@@ -66,53 +66,53 @@ _HARMLESS = {
     "velora_config",
     "ensure_weight_tying",
 }
-# Of the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
+# With the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class _Pair(NamedTuple):
-    """One projection's fp32 lora_A (r, d) and lora_B (rows, r)."""
+    """The fp32 lora_A (r, d) and lora_B (rows, r) of one projection."""
 
     a: torch.Tensor
     b: torch.Tensor
 
 
 def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
-    """What kind of adapter a folder holds.
+    """Which kind of adapter a folder holds.
 
     Raises:
-        UserError: no adapter is there; a run folder and a model folder are told what to give instead.
+        UserError: it holds no adapter; for a run or model folder the message says what to give instead.
     """
-    place = user_path(folder)
-    if not place.is_dir():
+    path = user_path(folder)
+    if not path.is_dir():
         raise UserError(f"--adapter {folder}: no such folder")
-    if not (place / CONFIG_FILE).is_file():
-        if (place / "adapter" / CONFIG_FILE).is_file():
+    if not (path / CONFIG_FILE).is_file():
+        if (path / "adapter" / CONFIG_FILE).is_file():
             raise UserError(f"--adapter {folder}: this is a run folder; give {Path(folder) / 'adapter'}")
-        if (place / "config.json").is_file():
+        if (path / "config.json").is_file():
             raise UserError(f"--adapter {folder}: this is a model folder; give it with --model")
-        raise UserError(f"--adapter {folder}: no {CONFIG_FILE} there; give a native adapter's folder or a PEFT one's")
-    content = read_json_object(place / CONFIG_FILE, kind="an adapter folder")
+        raise UserError(f"--adapter {folder}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
+    content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
     if "peft_type" in content:
         return "peft"
     if "format_version" in content:
         return "native"
-    raise UserError(f"{place / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
+    raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
 
 
 def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
-    """Read a PEFT LoRA adapter as a native one of `source`.
+    """Read a PEFT LoRA adapter as a native adapter of `source`.
 
-    PEFT's files do not say which weights they were trained on, so only shapes are checked, and the adapter's identity
-    is that of `source` itself, with the `tokenizer` given. Where it was exported here, `exported_base` knows more.
+    PEFT's files do not record the weights they were trained on. So only shapes are checked, and the adapter's base is
+    `source` itself with the given `tokenizer`. For our own exports, `exported_base` knows more.
 
     Raises:
-        UserError: not a PEFT LoRA adapter of q_proj, k_proj and v_proj; a feature that is not a plain LoRA; tensors
-            that are missing, unknown, not finite or of other shapes than `source`'s.
+        UserError: it is not a PEFT LoRA adapter of q_proj, k_proj and v_proj; it has a feature beyond plain LoRA; or
+            tensors are missing, unknown, not finite, or do not have the shapes of `source`.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
-    _refuse_features(file, content)
+    _reject_features(file, content)
     rank, scale = _rank_and_scale(file, content)
     modules = _targets(file, content, source)
     pairs = _read_pairs(folder, modules, rank=rank, source=source)
@@ -136,7 +136,7 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
 
 @dataclass(frozen=True)
 class _ExportRecord:
-    """What EXPORT_RECORD says of the base."""
+    """The base as EXPORT_RECORD describes it."""
 
     base_model: Text
     base_hash: Text
@@ -147,7 +147,7 @@ class _ExportRecord:
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
-    """The base that a PEFT adapter in `folder` was exported for; None where it was not exported here.
+    """The base that the PEFT adapter in `folder` was exported for; None if this package did not export it.
 
     Args:
         like: a base of the same shape.
@@ -175,13 +175,13 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
     )
 
 
-def _refuse_features(file: Path, content: Mapping[str, Any]) -> None:
+def _reject_features(file: Path, content: Mapping[str, Any]) -> None:
     if "peft_type" not in content:
-        raise UserError(f"{file}: not a PEFT adapter, it has no peft_type")
+        raise UserError(f"{file}: not a PEFT adapter (it has no peft_type); give another folder")
     if content["peft_type"] != "LORA":
-        raise UserError(f"{file}: peft_type {as_given(content['peft_type'])} cannot be read; LORA can")
+        raise UserError(f"{file}: peft_type {as_given(content['peft_type'])} is not supported; only LORA is")
     if content.get("bias") not in (None, "none"):
-        raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases, which cannot be read; 'none' can")
+        raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
     start = content.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
@@ -190,14 +190,14 @@ def _refuse_features(file: Path, content: Mapping[str, Any]) -> None:
         )
     for name, value in content.items():
         if name not in _HARMLESS and value:
-            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain LoRA, which alone can be read")
+            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain LoRA; only that is supported")
 
 
 def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]:
     rank: Any = content.get("r")
     alpha: Any = content.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
-        raise UserError(f"{file}: r = {shown(rank)} is not a whole number above 0")
+        raise UserError(f"{file}: r = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
     if type(alpha) not in (int, float):
         raise UserError(f"{file}: lora_alpha = {shown(alpha)} is not a number")
     if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
@@ -207,14 +207,14 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
 
 
 def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set[str]:
-    """Names of the q, k and v projections that the config adapts, by PEFT's own rules of matching."""
+    """Names of the q, k and v projections that the config adapts, by PEFT's own matching rules."""
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
             if not isinstance(name, str) or name.rpartition(".")[2] not in _PARTS:
-                raise UserError(f"{file}: target module {as_given(name)} cannot be read; {', '.join(_PARTS)} can")
+                raise UserError(f"{file}: target module {as_given(name)} is not supported; {', '.join(_PARTS)} are")
     elif not isinstance(targets, str) or targets == "all-linear":
-        raise UserError(f"{file}: target_modules = {shown(targets)} cannot be read; a list of {', '.join(_PARTS)} can")
+        raise UserError(f"{file}: target_modules = {shown(targets)} is not supported; list {', '.join(_PARTS)}")
     if not (layers is None or type(layers) is int or isinstance(layers, list)):
         raise UserError(f"{file}: layers_to_transform = {shown(layers)} is neither a layer nor a list of layers")
     chosen = [layers] if isinstance(layers, int) else layers or range(source.shape.num_layers)
@@ -234,11 +234,11 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
         for name in names
         if is_target(name)
         and not is_excluded(name)
-        # layers_to_transform does not hold for a module that is named in full.
+        # layers_to_transform does not apply to a module that is named in full.
         and (name in whole_names or _layer_and_part(name)[0] in of_chosen)
     }
     if not found:
-        raise UserError(f"{file}: target_modules {shown(targets)} name no {', '.join(_PARTS)} of {source.name}")
+        raise UserError(f"{file}: target_modules {shown(targets)} match no {', '.join(_PARTS)} of {source.name}")
     return found
 
 
@@ -250,7 +250,7 @@ def _layer_and_part(module: str) -> tuple[int, str]:
 
 
 def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSource) -> dict[tuple[int, str], _Pair]:
-    """The adapted projections by 1-based layer and name; every tensor is of `modules` and of the right shape."""
+    """The adapted projections by 1-based layer and name. Checks that every tensor is of `modules` and fits in shape."""
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
@@ -259,21 +259,21 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
         match = _KEY.fullmatch(key)
         if match is None:
             parts = ", ".join(_PARTS)
-            raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {parts}, which alone can be read")
+            raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {parts}; only these are supported")
         layer, part, side = int(match[2]), match[3], match[4]
         if layer >= model_shape.num_layers:
             raise UserError(
-                f"{file}: {key} is of layer {layer}, but {source.name} has layers 0 to {model_shape.num_layers - 1};"
+                f"{file}: {key} is for layer {layer}, but {source.name} has layers 0 to {model_shape.num_layers - 1};"
                 " give the adapter's own base with --model"
             )
         if match[1] not in modules:
-            raise UserError(f"{file}: {key} is there, but {CONFIG_FILE} does not target its module")
+            raise UserError(f"{file}: {key} is present, but {CONFIG_FILE} does not target its module")
         rows = model_shape.heads.rows[_PARTS.index(part)]
         shapes[key] = (rank, model_shape.hidden_size) if side == "A" else (rows, rank)
         if found != shapes[key]:
             raise UserError(
-                f"{file}: {key} has shape {shown(found)}, but r and {source.name} make it {shapes[key]}; give the"
-                " adapter's own base with --model"
+                f"{file}: {key} has shape {shown(found)}, but with r and {source.name} it must be {shapes[key]}; give"
+                " the adapter's own base with --model"
             )
     values = read_tensors(file, shapes)
     pairs = {}
@@ -293,8 +293,8 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
 def _joined(
     pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, shape: ModelShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The native A (n, R, d) and B (n, o, R): R is `rank` where each layer has one A, else `rank` for each projection
-    that is adapted anywhere."""
+    """The native A (n, R, d) and B (n, o, R). R is `rank` if each layer has one A, else `rank` times the number of
+    different projections that are adapted."""
     by_layer = [{part: pairs[layer, part] for part in _PARTS if (layer, part) in pairs} for layer in layers]
     parts = [part for part in _PARTS if any(part in here for here in by_layer)]
     shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())

@@ -1,4 +1,4 @@
-"""What every conversion starts from: a native adapter, the base it was trained on, and an output that is free."""
+"""The inputs of every conversion: a native adapter, and the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapt
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 
-EXPORT_RECORD = "tiedlora_export.json"  # in a PEFT folder: which adapter it was made from, for which base
+EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: its native adapter, and the base
 
 
 def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAdapter]:
-    """The adapter in the folder `adapter` and its base: `model`, or the one that the adapter names.
+    """The adapter in the folder `adapter`, and its base: `model`, or else the one that the adapter names.
 
-    Whether that is the base that it was trained on is for `check_base` to say.
+    `check_base` checks whether that is the base that it was trained on.
 
     Raises:
-        UserError: no adapter there, or no such base.
+        UserError: the adapter or the base does not exist.
     """
     folder = user_path(adapter)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
@@ -41,11 +41,11 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
 
 @dataclass(frozen=True)
 class CheckedBase:
-    """A base that an adapter belongs to, or that it is used with all the same.
+    """The base that an adapter belongs to, or is used with nevertheless (--base_differs).
 
     Attributes:
-        differences: what of it is another one than in training (--base_differs).
-        notes: what a user should know of it.
+        differences: how it differs from the base of training.
+        notes: what a user should know about it.
     """
 
     identity: BaseIdentity
@@ -53,7 +53,7 @@ class CheckedBase:
     notes: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """What a converted adapter or model says of the base that it was made for or of."""
+        """The fields that describe the base in the record of a converted adapter or model."""
         differs = {"base_differs": list(self.differences)} if self.differences else {}
         return {
             "base_hash": self.identity.config_hash,
@@ -76,13 +76,13 @@ def check_base(
     """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
 
     Args:
-        tokenizer: the one that is used, where it is not the base's own.
-        uses_tokenizer: False where nothing is tokenised: an adapter that was trained with a tokenizer of its own then
-            goes with any.
+        tokenizer: the tokenizer in use, if it is not the base's own.
+        uses_tokenizer: False if nothing is tokenised; an adapter that was trained with its own tokenizer then fits
+            any.
         differs: value of --base_differs.
 
     Raises:
-        UserError: they are another base's, and not `differs`; or they are missing, or not whole.
+        UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
     with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
         found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)

@@ -1,6 +1,6 @@
-"""Merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
+"""Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-Works file by file over the base's own safetensors shards, so its memory is one shard, whatever the model's size.
+It goes through the base's safetensors shards file by file, so it needs the memory of one shard, whatever the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
-from megatron_tiedlora.base.output_folder import new_output, refuse_existing
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -29,7 +29,7 @@ from megatron_tiedlora.data.tokenizer import save_tokenizer
 from megatron_tiedlora.model.weights import weight_rules
 
 INDEX_FILE = "model.safetensors.index.json"
-# What travels from the base beside its weights; anything else there is not the model's.
+# Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,34 +57,33 @@ def merge_adapter(
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     progress: bool = False,
 ) -> None:
-    """Write a merged Hugging Face checkpoint folder, whole or not at all.
+    """Write a merged Hugging Face checkpoint folder atomically.
 
-    It holds the tensors of the name table and no others, in the base's own files: a copy of a tied head is left out.
+    It holds the tensors of the name table in the base's file layout, and no others: a copy of a tied head is omitted.
 
     Args:
-        dtype: of the written weights (default: as each is stored in the base).
-        tokenizer: folder, hub id or SentencePiece file of the one to save there in place of the base's own.
-        base_differs: merge into this base although the adapter was trained on another one, which the record says.
-        say: gets each note on the base.
-        new: makes the output's folder.
+        dtype: dtype of the written weights (default: each as it is stored in the base).
+        tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
+        base_differs: merge into this base although the adapter was trained on another; the record says so.
+        say: called with each note about the base.
+        new: makes the output folder.
 
     Raises:
-        UserError: an adapter of another base, a base that holds a merge already, an output that exists, a tokenizer
-            that cannot be read, weights that are not finite, by name, or a file beside them that is a link out of the
-            folder.
+        UserError: the adapter is for another base, the base is already merged, the output exists, the tokenizer cannot
+            be read, a weight is not finite (the message names it), or a file is a link out of the folder.
     """
     folder = source.weights_folder()
-    refuse_existing(output, flag=f"--output {output}")
+    reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
-    # The base's own is written anew over its copy: transformers rebuilds some from their class names and loses parts.
+    # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
     saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
     for note in base.notes:
         say(note)
     wanted = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
-    side_files(folder, sorted({file.name for file in files.values()}))  # no links out of the folder here either
+    side_files(folder, sorted({file.name for file in files.values()}))  # rejects links out of the folder here too
     updates = _updates(source, adapter)
     with new(output) as temporary:
         total_size = 0
@@ -126,7 +125,7 @@ def _merged(
     factors: tuple[torch.Tensor, torch.Tensor] | None,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """The weight `name` of `file` as it is written. Raises UserError where it is not finite."""
+    """The weight `name` of `file` as it is written. Raises UserError if it is not finite."""
     out_type = weight.dtype if dtype is None else dtype
     if factors is None:
         merged = weight.to(out_type)

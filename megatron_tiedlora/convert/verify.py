@@ -1,7 +1,7 @@
-"""Do the exports compute what the adapter computes? Logits in fp32 of base + adapter, merged folder and PEFT adapter.
+"""Checks that exports compute what the adapter computes: fp32 logits of base + adapter, merged folder and PEFT adapter.
 
-A folder stored in 16 bits cannot have the adapter's logits, so it is compared with base + adapter rounded to the same
-bits: that difference must vanish, while the one to the unrounded adapter is only shown.
+A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
+dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 
-TOLERANCE = 1e-4  # of the largest logit, in fp32 arithmetic
+TOLERANCE = 1e-4  # as a share of the largest logit, in fp32 arithmetic
 
 Wanted = Literal["equal", "different", "rounded"]
 
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """How far logits stand from the native adapter's.
+    """How much logits differ from the native adapter's.
 
     Attributes:
-        largest, mean: of |difference|, as a share of the largest |logit|.
-        divergence: mean KL(native || other), in nats a position.
+        largest, mean: maximum and mean of |difference|, as a share of the largest |logit|.
+        divergence: mean KL(native || other), in nats per position.
         agreement: share of positions with the same most likely token.
-        wanted: "equal" within TOLERANCE, "different" at all, or "rounded", which is shown and judged by the next row.
+        wanted: "equal" within TOLERANCE, "different" at all, or "rounded": only shown, as the next row is judged.
     """
 
     name: str
@@ -58,7 +58,7 @@ class LogitComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether it is as wanted; a difference that is not a number never is."""
+        """Whether the difference is as wanted; NaN never is."""
         if self.wanted == "different":
             return self.largest > 0
         return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
@@ -69,7 +69,7 @@ class LogitComparison:
         if self.wanted == "different":
             if not self.passed:
                 return "FAILED: the adapter changes nothing"
-            return "differs, as it should" if self.largest > TOLERANCE else "differs too little for a check to see"
+            return "differs, as it should" if self.largest > TOLERANCE else "differs by less than the tolerance"
         if not self.passed:
             return f"FAILED: above {TOLERANCE:.0e}"
         return "ok" if self.wanted == "equal" else "for information"
@@ -91,7 +91,7 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted:
 
 
 def probe_tokens(vocab_size: int, *, batch: int = 2, length: int = 48, seed: int = 0) -> torch.Tensor:
-    """Seeded token ids (batch, length): equality must hold on any input, so the input need not be text."""
+    """Seeded token ids (batch, length). Equality must hold for any input, so it need not be text."""
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -105,10 +105,10 @@ def verify_export(
 ) -> list[LogitComparison]:
     """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter, all in fp32.
 
-    Holds one fp32 model at a time. Whether `source` is the adapter's base is for the caller to check.
+    It holds one fp32 model at a time. The caller checks whether `source` is the adapter's base.
 
     Raises:
-        UserError: a folder that does not load or is of another shape, or PEFT is asked for and not installed.
+        UserError: a folder does not load or has another shape, or PEFT is needed and not installed.
     """
     stored = {} if merged is None else _stored_types(source, merged)
     if peft is not None:
@@ -121,12 +121,12 @@ def verify_export(
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         model = load_model(source, adapter, dtype=torch.float32, checks_base=False, progress=progress)
         native = model.predict(tokens, positions)
-        bank, model.adapter = model.adapter, None
+        trained, model.adapter = model.adapter, None
         results.append(compare_logits("base without adapter", native, model.predict(tokens, positions), "different"))
         if any(dtype.itemsize < 4 for dtype in stored.values()):
             _fold_and_round(model, adapter, source, stored)
             rounded = model.predict(tokens, positions)
-        del model, bank
+        del model, trained
         bar.update()
         if merged is not None:
             logits = _transformers_logits(merged, tokens)
@@ -134,7 +134,7 @@ def verify_export(
                 results.append(compare_logits("merged, in transformers", native, logits, "equal"))
             else:
                 results.append(compare_logits("merged, in transformers", native, logits, "rounded"))
-                results.append(compare_logits("  the rounding taken out", rounded, logits, "equal"))
+                results.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
             bar.update()
         if peft is not None:
             logits = _transformers_logits(source.weights_folder(), tokens, lambda base: _with_peft(base, peft))
@@ -144,7 +144,7 @@ def verify_export(
 
 
 def format_comparisons(results: list[LogitComparison]) -> str:
-    """A table of comparisons, one a line under a heading."""
+    """A table of comparisons, one per line under a heading."""
     heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
     lines = [
         f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
@@ -154,9 +154,9 @@ def format_comparisons(results: list[LogitComparison]) -> str:
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """The dtype of every tensor of the merged folder, which must be the base's in names and shapes."""
+    """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     if shape_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.shape:
-        raise UserError(f"{merged / 'config.json'}: another model than {source.name}; give the base with --model")
+        raise UserError(f"{merged / 'config.json'}: not the model {source.name}; give the base with --model")
     rules = weight_rules(source.shape)
     with BaseWeights(merged, rules):  # checks names and shapes
         pass
@@ -172,7 +172,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 def _fold_and_round(
     model: Stage, adapter: NativeAdapter, source: ModelSource, stored: Mapping[str, torch.dtype]
 ) -> None:
-    """Add the update to the fused weights and round every weight to what the merged folder stores."""
+    """Add the update to the fused weights, and round every weight to the dtype in the merged folder."""
     parameters = dict(model.named_parameters())
     for layer, rule in adapted_projections(source, adapter).items():
         parameters[rule.name].add_(delta_weight(adapter.config, adapter.state, layer))
@@ -183,10 +183,10 @@ def _fold_and_round(
 
 
 def _check_peft(folder: Path, source: ModelSource) -> None:
-    """Raise UserError where PEFT is not there, or is to be given what this version would not read itself."""
+    """Raise UserError if PEFT is not installed, or if this package would not read the adapter itself."""
     content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
     if "peft_type" not in content:
-        raise UserError(f"{folder}: this is no PEFT adapter; make one with tools/export_peft.py")
+        raise UserError(f"{folder}: this is not a PEFT adapter; make one with tools/export_peft.py")
     load_peft_adapter(folder, source)
     if importlib.util.find_spec("peft") is None:
         raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
@@ -210,10 +210,10 @@ def _transformers_logits(
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",  # and not what a config may name, which may be code of a hub
+                attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
             )
             model = wrap(loaded).eval()
-        except Exception as error:  # of many kinds; each means that their users cannot load it either
+        except Exception as error:  # of many types; whatever it is, users of transformers could not load it either
             raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
     logits: torch.Tensor = model(tokens).logits
     return logits
@@ -221,7 +221,7 @@ def _transformers_logits(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own bar for each model (ours counts models), and without its warning about PEFT's calls."""
+    """Disable transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

@@ -1,14 +1,13 @@
 """Tokenised data, stored once under a key that is a hash of everything it depends on.
 
-Of all processes on a host the first to take the file lock tokenises and the others wait for the file, not for
-each other: no process group exists yet, so no collective can time out while a large data set is tokenised.
+The first process on a host to take the file lock tokenises. The others wait for the file, not for each other: no
+process group exists yet, so no collective can time out while a large data set is tokenised.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from megatron_tiedlora.base.atomic import new_file
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
@@ -26,7 +26,7 @@ from megatron_tiedlora.data.examples import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1  # raise it whenever the ids made from the same text may change
+FORMAT_VERSION = 1  # increase it whenever the same text may give other ids
 
 
 def tokenise_once(
@@ -40,8 +40,8 @@ def tokenise_once(
 ) -> TokenDataset:
     """Return the samples as ids, from the cache if the same texts were tokenised with the same tokenizer before.
 
-    cache_dir: default `data.demo.cache_dir()`; files are `tokens/<key>.safetensors` in it. A broken file is made
-    again. Raises UserError as `encode_dataset` does, and when the cache cannot be written.
+    cache_dir: default `data.demo.cache_dir()`; its files are `tokens/<key>.safetensors`. A broken file is written
+    again. Raises UserError as `encode_dataset` does, and if the cache cannot be written.
     """
     if cache_dir is None:
         from megatron_tiedlora.data.demo import cache_dir as default_cache_dir
@@ -51,12 +51,12 @@ def tokenise_once(
     path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, add_bos=add_bos)}.safetensors"
     try:
         make_own_folder(folder.parent)
-        make_own_folder(folder, mode=0o700)  # the texts of a data set can be read in it
-        dataset = _load(path)  # a finished file needs no lock: it is renamed into place whole
+        make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
+        dataset = _load(path)  # a finished file needs no lock: it is renamed into place when complete
         if dataset is not None:
             return dataset
         with FileLock(str(path.with_suffix(".lock"))):
-            dataset = _load(path)  # another process may have made it while we waited
+            dataset = _load(path)  # another process may have written it while we waited
             if dataset is None:
                 dataset = encode_dataset(examples, tokenizer, max_length=max_length, add_bos=add_bos, progress=progress)
                 _save(dataset, path)
@@ -70,13 +70,13 @@ def tokenise_once(
 def cache_key(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, add_bos: bool = True
 ) -> str:
-    """Return the hash of all that the ids depend on: texts, tokenizer, length and this code's format version."""
+    """Return the hash of everything the ids depend on: texts, tokenizer, length and this code's format version."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {add_bos} {len(examples)}\n".encode())
     digest.update(_tokenizer_content(tokenizer))
     for example in examples:
         for text in (example.prompt, example.completion):
             raw = text.encode("utf-8")
-            digest.update(len(raw).to_bytes(8, "little"))  # lengths, so that moved borders change the hash
+            digest.update(len(raw).to_bytes(8, "little"))  # lengths, so that moving a boundary changes the hash
             digest.update(raw)
     return digest.hexdigest()
 
@@ -107,16 +107,12 @@ def _save(dataset: TokenDataset, path: Path) -> None:
         "prompt_lengths": dataset.prompt_lengths,
     }
     metadata = {"truncated_prompts": str(dataset.truncated_prompts), "sha256": _checksum(arrays)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         save_file(arrays, str(temporary), metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> TokenDataset | None:
-    """Return the stored data set, or None when the file is missing or damaged."""
+    """Return the stored data set, or None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -126,7 +122,7 @@ def _load(path: Path) -> TokenDataset | None:
         if metadata["sha256"] != _checksum(arrays):
             return None
         return TokenDataset(**arrays, truncated_prompts=int(metadata["truncated_prompts"]))
-    # The last but one: odd dtypes; the last: a file that stands for more than there is memory.
+    # AttributeError: unusual dtypes. MemoryError: a sparse file larger than memory.
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError):
         return None
 

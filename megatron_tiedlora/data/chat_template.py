@@ -1,8 +1,8 @@
-"""Conversations made prompts by the tokenizer's chat template, which is a program out of a stranger's model folder.
+"""Renders conversations with the tokenizer's chat template, a program that may come from an untrusted model folder.
 
-transformers runs it in Jinja's sandbox, which lets it reach no files and no objects, but lets it take time and memory
-without end, also within one call of a built-in function. So it runs in a process of its own, which is ended where it
-takes too much, and which the kernel gives no more memory. It is forked, since it needs the tokenizer as it is here.
+transformers runs it in Jinja's sandbox. That blocks access to files and objects, but not unlimited time and memory,
+even within one call of a built-in function. So it runs in a forked process, which has the tokenizer in its present
+state. The kernel limits the memory of that process, and it is killed if it takes too long.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import psutil
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
 
-# Templates take milliseconds (the first, which loads Jinja, some tenths of a second) and a few times the text; they add
-# some kB of their own to it.
+# Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
+# the memory of the text, and add some kB to it.
 _SECONDS, _MEMORY = 1.0, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
-_SILENCE = 60.0  # seconds without an answer, of which a process that gets a processor needs none
+_SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
 
 class ChatTemplate:
-    """A tokenizer's chat template in its process, which is started with the first conversation."""
+    """A tokenizer's chat template in its own process, which starts with the first conversation."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -40,11 +40,11 @@ class ChatTemplate:
         self._socket: socket.socket | None = None
 
     def render(self, turns: Sequence[Mapping[str, str]], source: str) -> str:
-        """The prompt of a conversation whose next turn is the assistant's.
+        """Return the prompt for a conversation whose next turn is the assistant's.
 
         Raises:
-            UserError: the template rejects the turns or fails; it takes more than a second of a processor or 256 MiB;
-                its text is longer than 100,000 characters and ten times the conversation's.
+            UserError: the template rejects the turns or fails; it needs more than a second of CPU time or 256 MiB;
+                its text is longer than ten times the conversation's plus 100,000 characters.
         """
         longest = _OWN_CHARACTERS + _RATIO * sum(len(text) for turn in turns for text in turn.values())
         answer = self._ask({"turns": list(turns), "longest": longest})
@@ -67,7 +67,7 @@ class ChatTemplate:
         self._socket = self._process = None
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What the process answers; a reason where it is ended before it does."""
+        """The answer of the process, or a reason if it ends before it answers."""
         if self._process is None or self._socket is None:
             self._start()
         assert self._process is not None and self._socket is not None
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 @contextmanager
 def opened_template(tokenizer: Any) -> Iterator[ChatTemplate | None]:
-    """The tokenizer's chat template, or None where there is none (or no tokenizer); closed at the end."""
+    """Yield the tokenizer's chat template, or None if it has none (or there is no tokenizer). Closes it afterwards."""
     if not getattr(tokenizer, "chat_template", None):
         yield None
         return
@@ -111,10 +111,10 @@ def opened_template(tokenizer: Any) -> Iterator[ChatTemplate | None]:
 
 
 def _seconds(process: psutil.Process) -> float:
-    """Of a processor, that the process has taken so far."""
+    """CPU time that the process has used so far."""
     try:
         times = process.cpu_times()
-    except psutil.Error:  # it has ended, of which its socket tells
+    except psutil.Error:  # it has ended, which its socket shows
         return 0.0
     return float(times.user + times.system)
 
@@ -123,10 +123,10 @@ def _seconds(process: psutil.Process) -> float:
 
 
 def _serve(tokenizer: Any, connection: socket.socket, parent: int) -> NoReturn:
-    """Answer until the other end is closed. Returns to nothing that the parent was about."""
+    """Answer requests until the other end is closed. Never returns into the parent's code."""
     status = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent's handlers are not for this one
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
             signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         with connection.makefile("rwb") as stream, limited(memory=_MEMORY):
@@ -142,22 +142,22 @@ def _render(tokenizer: Any, turns: list[Any], longest: int) -> dict[str, str]:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
-    except Exception as error:  # a template is a program: it may refuse roles, or fail in any other way
-        return {"reason": one_line(f"refuses these messages ({error})")}
+    except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
+        return {"reason": one_line(f"rejects these messages ({error})")}
     if len(text) > longest:
-        return {"reason": f"makes {len(text):,} characters of these messages, where {longest:,} are the most"}
+        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
     return {"text": text}
 
 
 def _send(stream: Any, content: Mapping[str, Any]) -> None:
     message = json.dumps(content).encode()
-    with suppress(BrokenPipeError):  # the other end is gone, of which the next look tells
+    with suppress(BrokenPipeError):  # the other end is closed, which the next read shows
         stream.write(len(message).to_bytes(8, "little") + message)
         stream.flush()
 
 
 def _receive(stream: Any) -> dict[str, Any] | None:
-    """The next message, or None where the other end is closed."""
+    """The next message, or None if the other end is closed."""
     try:
         size = stream.read(8)
         message = stream.read(int.from_bytes(size, "little"))

@@ -1,10 +1,11 @@
 """From text to token ids: the same function for training and for generation.
 
-tokens = [BOS] + prompt + completion + EOS, prompt and completion tokenised apart, so that the ids a model sees
-before it answers do not depend on the answer. Supervised are the positions after the prompt, by position and
-never by id (padding may equal EOS); EOS always is. A prompt that does not fit loses its middle, an answer nothing.
+tokens = [BOS] + prompt + completion + EOS. Prompt and completion are tokenised separately, so that the ids a model
+sees before it answers do not depend on the answer. The positions after the prompt are supervised, including EOS; they
+are chosen by position, never by id (padding may equal EOS). A prompt that does not fit loses its middle; an answer
+is never cut.
 
-Owns ids, lengths and counts. Leaves batches and labels to `loader`, storing to `cache`.
+Owns ids, lengths and counts. Leaves batches and labels to `loader`, and storage to `cache`.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from megatron_tiedlora.data.tokenizer import library_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1000  # samples given to the tokenizer at once: enough for its threads, often enough for the bar
+_CHUNK = 1000  # samples per tokenizer call: enough for its threads, and frequent updates of the progress bar
 
 
 @dataclass(frozen=True)
 class EncodedExample:
     """One sample as ids.
 
-    tokens: (length,) int32, BOS and EOS included.
-    prompt_length: how many of them are not supervised (BOS and prompt).
+    tokens: (length,) int32, including BOS and EOS.
+    prompt_length: number of unsupervised tokens at the start (BOS and prompt).
     truncated: whether the prompt lost its middle.
     """
 
@@ -53,9 +54,9 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """All samples of a split, end to end.
+    """All samples of a split, concatenated.
 
-    tokens: (N,) int32. offsets: (n + 1,) int64, sample i is tokens[offsets[i]:offsets[i + 1]].
+    tokens: (N,) int32. offsets: (n + 1,) int64; sample i is tokens[offsets[i]:offsets[i + 1]].
     prompt_lengths: (n,) int32. truncated_prompts: how many prompts lost their middle.
     """
 
@@ -69,17 +70,17 @@ class TokenDataset:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample, (n,) int64."""
+        """Number of tokens of each sample, (n,) int64."""
         return np.diff(self.offsets)
 
     def lengths_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Tokens of some samples, (len(indices),) int64."""
-        places = np.asarray(indices, dtype=np.int64)
-        return self.offsets[places + 1] - self.offsets[places]
+        """Number of tokens of the given samples, (len(indices),) int64."""
+        samples = np.asarray(indices, dtype=np.int64)
+        return self.offsets[samples + 1] - self.offsets[samples]
 
     @property
     def supervised_counts(self) -> NDArray[np.int64]:
-        """Supervised tokens of each sample, (n,) int64. A first token has no position that could predict it."""
+        """Number of supervised tokens of each sample, (n,) int64. No position predicts the first token."""
         return self.lengths - np.maximum(self.prompt_lengths, 1)
 
     @property
@@ -104,9 +105,9 @@ class TokenDataset:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_length: int, add_bos: bool = True
 ) -> NDArray[np.int32]:
-    """Return [BOS] + prompt ids, at most `max_length` of them (the middle is cut), (length,) int32.
+    """Return [BOS] + prompt ids, (length,) int32. A prompt longer than `max_length` loses its middle.
 
-    For a prompt that fits these are exactly the ids that training puts before the answer.
+    If the prompt fits, these are exactly the ids that training puts before the answer.
     """
     return encode_prompts(tokenizer, [prompt], max_length=max_length, add_bos=add_bos)[0][0]
 
@@ -114,7 +115,7 @@ def encode_prompt(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int, add_bos: bool = True
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """`encode_prompt` for many prompts at once, and how many of them were cut."""
+    """`encode_prompt` for many prompts, and the number of truncated ones."""
     bos = _bos_id(tokenizer) if add_bos else None
     encoded = [_with_bos(ids, bos, room=max_length) for ids in _ids(tokenizer, list(prompts))]
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
@@ -125,8 +126,8 @@ def encode_examples(
 ) -> list[EncodedExample]:
     """Return samples as ids, each of at most `max_length` tokens.
 
-    Raises UserError when the tokenizer has no EOS, or when an answer with BOS, EOS and one token of its prompt
-    does not fit in `max_length` (the sample is named).
+    Raises UserError if the tokenizer has no EOS, or if an answer with BOS, EOS and one token of its prompt does not
+    fit in `max_length` (the message names the sample).
     """
     bos = _bos_id(tokenizer) if add_bos else None
     eos = _eos_id(tokenizer)
@@ -138,7 +139,7 @@ def encode_examples(
         room = max_length - len(answer)
         if room < (bos is not None) + bool(prompt):
             raise UserError(
-                f"{example.source}: the answer of {len(answer)} tokens (EOS included) does not fit in "
+                f"{example.source}: the answer of {len(answer)} tokens (including EOS) does not fit in "
                 f"max_length {max_length} with a prompt before it; raise --max_length or remove the row"
             )
         start, truncated = _with_bos(prompt, bos, room=room)
@@ -157,7 +158,7 @@ def encode_dataset(
 ) -> TokenDataset:
     """Tokenise all samples, with a progress bar if it takes more than a few seconds.
 
-    Raises UserError as `encode_examples` does, and when there is nothing to learn from.
+    Raises UserError as `encode_examples` does, and if no token is supervised.
     """
     encoded: list[EncodedExample] = []
     with tqdm(total=len(examples), desc="tokenising", unit="sample", delay=2, disable=not progress) as bar:
@@ -177,19 +178,19 @@ def encode_dataset(
 
 
 def check_supervised(dataset: TokenDataset, source: str) -> None:
-    """Raise UserError when no token of the data set is supervised, so that there is no loss to compute."""
+    """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
     if dataset.stats.supervised_tokens < 1:
         raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """The text of some ids. Raises UserError naming the tokenizer where its library fails."""
+    """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
 def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
+    """Whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
@@ -197,9 +198,9 @@ def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
-    A tokenizer that prefixes a space would turn " 42" into two spaces and "42" into one. So a leading space
-    is left to it, and a text without one is tokenised behind a newline whose own ids are then dropped (where
-    the newline stays a token by itself; where it merges with what follows, the extra space has to stay).
+    A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
+    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the
+    newline merges with the text into one token, the extra space stays.
     """
     if not adds_prefix_space(tokenizer):
         return _ids(tokenizer, texts)
@@ -215,7 +216,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
 
 
 def _with_bos(ids: list[int], bos: int | None, *, room: int) -> tuple[list[int], bool]:
-    """Return BOS and a prompt within `room` tokens, and whether its middle was cut.
+    """Return BOS and a prompt within `room` tokens, and whether its middle was removed.
 
     A chat template may have written BOS already; a second one is not added.
     """

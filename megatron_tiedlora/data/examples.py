@@ -1,7 +1,7 @@
-"""The unit every task produces: one prompt with the text that has to follow it.
+"""The unit that every task produces: a prompt with the text that follows it.
 
-Owns the `Example` record and the one rule by which an answer is joined to its prompt. Leaves reading rows
-to `readers`, building prompts to `tasks` and `splits`, and tokens to `encode`.
+Owns the `Example` record and the one rule that joins an answer to its prompt. Leaves reading rows to `readers`,
+building prompts to `tasks` and `splits`, and tokens to `encode`.
 
 The full text of a sample is prompt + completion: the completion carries its own leading space.
 """
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 class Example:
     """One sample as text.
 
-    prompt: what the model is given, without a trailing space.
-    completion: what it has to continue with, leading space included, end-of-sequence token not included.
+    prompt: the model's input, without a trailing space.
+    completion: the expected continuation, with its leading space and without the end-of-sequence token.
     source: where it was read, for messages ("train.jsonl:12").
-    references: texts a prediction is scored against, stripped; the stripped completion when none are given.
-    choices: the texts, stripped, of which the answer is one, references[0]; empty where there is no choice.
+    references: stripped texts that a prediction is scored against; by default the stripped completion.
+    choices: stripped texts of a multiple-choice question, including the answer, references[0]; else empty.
     """
 
     prompt: str
@@ -34,10 +34,10 @@ class Example:
 
 
 def join_answer(prompt: str, answer: str) -> str:
-    """Return the completion that follows `prompt`: the answer behind one space.
+    """Return the completion that follows `prompt`: the answer after one space.
 
-    The only place that knows the convention. No space is added where the answer brings its own white space,
-    where the prompt ends with some (a chat template's generation prompt does), or where there is no prompt.
+    Only this function knows the convention. It adds no space if the answer starts with white space, if the prompt
+    ends with it (a chat template's generation prompt does), or if the prompt is empty.
     """
     if not prompt or prompt[-1].isspace() or answer[:1].isspace():
         return answer

@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 
-# A match starts at the start of its white space alone, as looking from each blank of a long row is quadratic.
+# The lookbehind lets a match start only where white space starts; a search from every blank would be quadratic.
 _LINE_BREAK = re.compile(r"(?<!\s)\s*[\r\n]\s*")
 
 
 def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
-    """Return the text of field `name`; raises UserError naming source and field when it is missing or empty."""
+    """Return the text of field `name`. Raises UserError naming source and field if it is missing or empty."""
     value = row.get(name)
     if value is None:
         raise UserError(f"{source}: field {name!r} is missing; the row has {describe_fields(row)}")
@@ -21,7 +21,7 @@ def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
 
 
 def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
-    """Return `value` if it is a text that can be tokenised; raises UserError naming source and field."""
+    """Return `value` if it is text that can be tokenised. Raises UserError naming source and field."""
     if not isinstance(value, str):
         raise UserError(f"{source}: field {name!r} is {type(value).__name__}, not text; put it in quotes")
     if not allow_empty and not value.strip():
@@ -32,7 +32,7 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8; JSON and the command line can make others."""
+    """Whether a string can be encoded as UTF-8. JSON and the command line can produce strings that cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -41,24 +41,24 @@ def is_text(value: str) -> bool:
 
 
 def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
-    """Return the texts of a list out of field `name`; raises UserError when there is none, or one is empty."""
+    """Return the texts of the list in field `name`. Raises UserError if there is none, or one is empty."""
     if not isinstance(value, list | tuple):
-        raise UserError(f"{source}: field {name!r} holds no list of texts; give at least one text, as a list")
+        raise UserError(f"{source}: field {name!r} is not a list of texts; give at least one text, as a list")
     if not value:
         raise UserError(f"{source}: field {name!r} is an empty list; every row needs at least one text in it")
     return tuple(checked_text(text, name, source) for text in value)
 
 
 def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the row's fields but those named: what a prompt may use is all but the answer."""
+    """Return the row's fields without those named. A prompt may use all fields but the answer."""
     return {name: value for name, value in row.items() if name not in names}
 
 
 def one_line(text: str) -> str:
-    """Return the text with each line break, and the white space around it, made one space."""
+    """Return the text with each line break and the white space around it replaced by one space."""
     return _LINE_BREAK.sub(" ", text.strip())
 
 
 def describe_fields(row: Mapping[str, Any]) -> str:
-    """Return the names of a row's fields for a message."""
+    """Return the names of a row's fields, for a message."""
     return ", ".join(repr(str(name)) for name in row) or "no fields"

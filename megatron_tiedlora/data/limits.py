@@ -1,7 +1,7 @@
-"""A limit of memory for what a stranger's file makes libraries do.
+"""A memory limit for libraries that read an untrusted file.
 
-It is the kernel's, so that it also holds inside of a library's own code. It is for the time before ranks meet: memory
-is counted for the whole process, and another thread that asked for much meanwhile would be rejected too.
+The kernel enforces it, so it also holds inside a library's own code. Use it only before the process group is set up:
+it counts the memory of the whole process, so allocations of other threads could fail too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 
 @contextmanager
 def limited(*, memory: int) -> Iterator[None]:
-    """Let the block ask for at most `memory` further bytes. Raises MemoryError where it asks for more."""
+    """Let the block allocate at most `memory` further bytes. Raises MemoryError if it allocates more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + memory
     lower = soft == resource.RLIM_INFINITY or most < soft

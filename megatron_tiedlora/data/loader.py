@@ -1,12 +1,12 @@
-"""Batches for every layout from one plan: which samples make a step does not depend on how many ranks there are.
+"""Batches for every layout from one plan: the samples of a step do not depend on the number of ranks.
 
-A step takes the next global batch of `order.sample_indices` and cuts it into micro-batches of rows: several samples
-packed into a row, or samples sorted by length, one a row. Micro-batch j goes to accumulation step j // dp on
-data-parallel rank j % dp. The supervised tokens of the whole step follow from lengths alone, so every rank knows the
-loss's denominator without a message.
+A step takes the next global batch of `order.sample_indices` and divides it into micro-batches of rows. A row holds
+several packed samples, or one sample; unpacked samples are sorted by length. Micro-batch j goes to accumulation step
+j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone, so
+every rank knows the loss's denominator without a message.
 
-Owns labels, padding and resume by a count of consumed samples. Leaves which samples share a row to `packing`, and
-devices to the engine.
+Owns labels, padding, and resuming by a count of consumed samples. Leaves the choice of samples for a row to `packing`,
+and devices to the engine.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megatron_tiedlora.planning.layout import BASE_MULTIPLE
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows padded on the right to one length (b rows, s positions); causal attention needs no mask for that.
+    """Rows padded on the right to one length (b rows, s positions). Causal attention needs no mask for the padding.
 
-    input_ids: (b, s) int64. labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 where that is
-    supervised, else -100. position_ids: (b, s) int64, from 0 up in each sample.
-    documents: (b, s) int64, the number of each token's sample in its row, padding being one more; None where each row
-    is one sample. lengths: (b,) int64, real tokens of each row. num_samples is 0 for a batch that only fills up.
-    num_tokens: real tokens. num_supervised: labels that are not -100. squared_lengths: sum of the samples' squared
-    lengths.
+    input_ids: (b, s) int64. labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised,
+    else -100. position_ids: (b, s) int64, counted from 0 in each sample.
+    documents: (b, s) int64, document ids: the index of each token's sample in its row, with padding as one more
+    document; None if each row is one sample. lengths: (b,) int64, real tokens of each row. num_samples: 0 for a batch
+    of padding alone. num_tokens: real tokens. num_supervised: labels that are not -100. squared_lengths: sum of the
+    squared lengths of the samples.
     """
 
     input_ids: torch.Tensor
@@ -50,7 +50,7 @@ class MicroBatch:
 
     @property
     def model_input(self) -> StepInput:
-        """What the model is called with."""
+        """The input of the model."""
         return StepInput(self.input_ids, self.position_ids, self.labels, self.documents)
 
 
@@ -58,9 +58,9 @@ class MicroBatch:
 class GlobalBatch:
     """The plan of one optimizer step, the same on every rank.
 
-    micro_batches: of each its rows, and of each row its samples' indices; one sample a row stand shortest first.
-    num_supervised, num_tokens, squared_lengths: of all samples of the step.
-    consumed_samples: samples consumed once this step is done; what a resume starts from.
+    micro_batches: lists of rows of sample indices; unpacked rows are sorted by length.
+    num_supervised, num_tokens, squared_lengths: totals of all samples of the step.
+    consumed_samples: samples consumed after this step; a resumed run starts from it.
     """
 
     micro_batches: Sequence[Rows]
@@ -70,7 +70,7 @@ class GlobalBatch:
     consumed_samples: int
 
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
-        """Return this rank's micro-batches in the order of accumulation."""
+        """Return this rank's micro-batches in accumulation order."""
         if len(self.micro_batches) % dp_size:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
@@ -80,8 +80,8 @@ class GlobalBatch:
 class TrainingStep:
     """One rank's share of a global batch.
 
-    num_supervised, num_tokens, squared_lengths: of the samples of the whole global batch. num_positions: of its
-    micro-batches on all ranks, padding included. consumed_samples: after this step.
+    num_supervised, num_tokens, squared_lengths: totals of the whole global batch. num_positions: positions of all
+    ranks' micro-batches, including padding. consumed_samples: samples consumed after this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -94,32 +94,32 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is cut, the same on every rank.
+    """How a global batch is divided, the same on every rank.
 
     Attributes:
-        micro_batch_size: rows of a micro-batch; packed, at most.
-        packed_length: tokens of a row that holds several samples; None: one sample a row.
-        least_micro_batches: packed, as many for each rank or more, as far as one sample a row would give as many.
+        micro_batch_size: rows of a micro-batch; with packing, the maximum.
+        packed_length: tokens of a packed row; None: one sample per row.
+        min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
     """
 
     global_batch_size: int
     micro_batch_size: int
     dp_size: int
     packed_length: int | None = None
-    least_micro_batches: int = 1
+    min_micro_batches: int = 1
 
     @property
-    def most_micro_batches(self) -> int:
-        """Of a rank in a step: those of one sample a row."""
+    def max_micro_batches(self) -> int:
+        """Micro-batches per rank and step with one sample per row."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
 def plan_global_batch(
     dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int
 ) -> GlobalBatch:
-    """Plan the step that follows `consumed_samples`; a pure function of its arguments.
+    """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
 
-    Packed, the number of micro-batches and that of their rows follow from the samples, and are the same on every rank.
+    With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -135,7 +135,7 @@ def plan_global_batch(
             shape.packed_length,
             group_size=micro,
             multiple=shape.dp_size,
-            least_groups=shape.dp_size * min(shape.least_micro_batches, shape.most_micro_batches),
+            min_groups=shape.dp_size * min(shape.min_micro_batches, shape.max_micro_batches),
         )
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
@@ -147,10 +147,10 @@ def plan_global_batch(
 
 
 class TrainingLoader:
-    """Endless steps of one data-parallel rank, from `consumed_samples` on.
+    """An endless iterator over the steps of one data-parallel rank, starting after `consumed_samples`.
 
-    `consumed_samples` counts the global batches handed out so far; a new loader started with the count of a
-    finished step (`TrainingStep.consumed_samples`) goes on exactly there.
+    `consumed_samples` counts the samples handed out so far. A new loader that starts with the count of a finished
+    step (`TrainingStep.consumed_samples`) continues exactly there.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class TrainingLoader:
 
 
 def num_evaluation_batches(dataset: TokenDataset, *, micro_batch_size: int, dp_size: int) -> int:
-    """Return how many batches `evaluation_batches` gives on each rank."""
+    """Return how many batches `evaluation_batches` yields on each rank."""
     total = -(-len(dataset) // micro_batch_size)
     return -(-total // dp_size)
 
@@ -215,10 +215,10 @@ def evaluation_batches(
     pad_id: int,
     pad_multiple: int = BASE_MULTIPLE,
 ) -> Iterator[MicroBatch]:
-    """Yield one rank's batches of a pass over all samples, sorted by length, each sample once over all ranks.
+    """Yield one rank's batches of a pass over all samples, sorted by length. Each sample is on one rank.
 
-    Every rank gets the same number of batches, so that collectives match; where samples have run out a batch
-    is one padded row without a label.
+    Every rank gets the same number of batches, so that collectives match. When the samples run out, a batch is one
+    padded row without labels.
     """
     order = np.argsort(dataset.lengths, kind="stable")
     for step in range(num_evaluation_batches(dataset, micro_batch_size=micro_batch_size, dp_size=dp_size)):
@@ -235,12 +235,12 @@ def collate(
     pad_multiple: int = BASE_MULTIPLE,
     packed: bool = False,
 ) -> MicroBatch:
-    """Rows of samples, end to end, padded to a common length that is a multiple of `pad_multiple`.
+    """Concatenate the samples of each row, and pad the rows to a common multiple of `pad_multiple`.
 
-    No row at all gives one of padding without a label, and so does a row without a sample.
+    A row without samples becomes padding without labels. An empty `rows` gives one such row.
 
     Args:
-        packed: whether rows may hold several samples; the batch then says which tokens belong together.
+        packed: whether rows may hold several samples; the batch then has document ids.
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
@@ -250,15 +250,15 @@ def collate(
     documents = np.zeros(shape, dtype=np.int64)
     for number, row in enumerate(rows or [[]]):
         start = 0
-        for place, index in enumerate(row):
+        for document, index in enumerate(row):
             sample = dataset.sample(index)
-            first, stop = max(int(dataset.prompt_lengths[index]), 1), start + len(sample)  # `first` is predicted first
+            first, stop = max(int(dataset.prompt_lengths[index]), 1), start + len(sample)  # `first`: first supervised
             input_ids[number, start:stop] = sample
             labels[number, start + first - 1 : stop - 1] = sample[first:]
             positions[number, start:stop] = np.arange(len(sample))
-            documents[number, start:stop] = place
+            documents[number, start:stop] = document
             start = stop
-        # Padding behind one sample goes on counting, as its tokens see that sample; packed it is a document of its own.
+        # Padding after one sample continues its positions, as it attends to it; packed, it is its own document.
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
         documents[number, start:] = len(row)
     return MicroBatch(
@@ -275,15 +275,15 @@ def collate(
 
 
 def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> int:
-    """Positions of micro-batches as `collate` pads them."""
+    """Number of positions of micro-batches as `collate` pads them."""
     return sum(math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches)
 
 
 def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
-    """Tokens of each row; where there is no row, those of the one that stands in."""
+    """Tokens of each row; [0] if there is no row, for the row of padding that `collate` makes."""
     return [int(dataset.lengths_of(row).sum()) for row in rows] or [0]
 
 
 def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
-    """(rows, positions of each) of a micro-batch of rows of these lengths."""
+    """(rows, positions per row) of a micro-batch whose rows have these lengths."""
     return len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple

@@ -1,7 +1,7 @@
-"""The order of samples: a pure function of seed, epoch and how many samples were consumed.
+"""The order of samples: a pure function of seed, epoch and number of consumed samples.
 
-Built on PCG64's raw stream and a stable sort, both of which NumPy promises to keep between versions
-(it does not promise that of `Generator.permutation`), so a run can be resumed under a newer NumPy.
+It uses PCG64's raw stream and a stable sort. NumPy promises that both stay the same between versions, unlike
+`Generator.permutation`, so a run can be resumed with a newer NumPy.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 
 def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
-    """Return a permutation of range(num_items), (num_items,) int64, that depends on (seed, stream) only."""
+    """Return a permutation of range(num_items), (num_items,) int64, that depends only on (seed, stream)."""
     words = [seed % 2**64, stream]
     raw = np.random.PCG64(np.random.SeedSequence(words)).random_raw(num_items)
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
 def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
-    """Return the `count` sample indices that come after the first `consumed` ones, (count,) int64.
+    """Return the `count` sample indices after the first `consumed` ones, (count,) int64.
 
-    Each epoch is its own permutation of all samples, and a request may span several of them, so a data set
-    smaller than a global batch is walked more than once.
+    Each epoch is its own permutation of all samples. A request may span several epochs, so a global batch may be
+    larger than the data set.
 
-    Raises ValueError when there is no sample to draw.
+    Raises ValueError if there are no samples.
     """
     if num_samples < 1:
         raise ValueError("cannot draw samples from an empty data set")

@@ -1,4 +1,4 @@
-"""Samples packed end to end into rows, so that little time goes to padding: first-fit decreasing, then evened out."""
+"""Packs samples into rows, so that little time is spent on padding: first-fit decreasing, then balanced."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ Lengths = Sequence[int] | NDArray[np.int64]
 
 
 def pack(
-    lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, least_groups: int = 1
+    lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1
 ) -> list[Rows]:
-    """Which samples share a row and which rows a group, as indices into `lengths`; longest rows first.
+    """Return groups (micro-batches) of rows of indices into `lengths`; the longest rows come first.
 
-    A function of its arguments alone. First-fit decreasing needs at most 11/9 of the fewest rows possible, and one
-    (Johnson, 1973). Their number decides that of the groups. Then rows are added until all groups have equally many,
-    and samples are spread evenly over them where they fit so, else the fullest rows are halved: no rank waits for a
-    fuller one, and none has nothing to do.
+    It is a pure function of its arguments. First-fit decreasing needs at most 11/9 of the minimum number of rows, plus
+    one (Johnson, 1973). The number of groups follows from that. Then rows are added until all groups have the same
+    number. Samples are spread evenly over the rows if they fit that way; otherwise the fullest rows are halved. So no
+    rank waits for a fuller one, and none is idle.
 
     Args:
         capacity: tokens that a row holds; no sample is longer.
-        group_size: rows of a group, at most.
-        multiple: of which the number of groups is one.
-        least_groups: as many groups or more, however few rows would do.
+        group_size: maximum rows per group.
+        multiple: the number of groups is a multiple of this.
+        min_groups: minimum number of groups, even if fewer would hold all rows.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     if not order:
         return []
     assert int(lengths[order[0]]) <= capacity, "a sample is longer than a row"
     rows = _first_fit(lengths, order, capacity)
-    num_groups = max(-(-len(rows) // group_size), least_groups)
+    num_groups = max(-(-len(rows) // group_size), min_groups)
     num_groups += -num_groups % multiple
     size = -(-len(rows) // num_groups)
     num_rows = size * num_groups
@@ -46,36 +46,35 @@ def _first_fit(lengths: Lengths, order: Sequence[int], capacity: int) -> Rows:
     room: list[int] = []
     for index in order:
         size = int(lengths[index])
-        place = next((row for row, left in enumerate(room) if left >= size), None)
-        if place is None:
+        row = next((row for row, left in enumerate(room) if left >= size), None)
+        if row is None:
             rows.append([])
             room.append(capacity)
-            place = len(rows) - 1
-        rows[place].append(index)
-        room[place] -= size
+            row = len(rows) - 1
+        rows[row].append(index)
+        room[row] -= size
     return rows
 
 
 def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int) -> Rows | None:
-    """`order` over `num_rows` rows, each sample to the row with the fewest tokens; None where that is too full."""
+    """Spread `order` over `num_rows` rows: each sample goes to the shortest row. None if a row would overflow."""
     rows: Rows = [[] for _ in range(num_rows)]
     filled = [0] * num_rows
     for index in order:
-        place = filled.index(min(filled))
-        filled[place] += int(lengths[index])
-        if filled[place] > capacity:
+        row = filled.index(min(filled))
+        filled[row] += int(lengths[index])
+        if filled[row] > capacity:
             return None
-        rows[place].append(index)
+        rows[row].append(index)
     return rows
 
 
 def _halve(lengths: Lengths, rows: Rows, num_rows: int) -> Rows:
-    """`num_rows` rows: the one with most tokens that can be halved is, again and again; empty ones where none can."""
+    """Halve the longest row that has several samples until there are `num_rows`; if none has, add empty rows."""
     rows = list(rows)
     while len(rows) < num_rows:
         longest = max(rows, key=lambda row: _tokens(lengths, row) if len(row) > 1 else 0)
-        place = rows.index(longest)
-        rows[place] = longest[::2]
+        rows[rows.index(longest)] = longest[::2]
         rows.append(longest[1::2])
     return rows
 

@@ -1,7 +1,7 @@
-"""Rows out of files and hub data sets, each with the place it came from.
+"""Reads rows from files and hub data sets. Each row comes with its source, for messages.
 
-Owns formats (.jsonl, .json, .parquet, lines of plain text, a hub id through `datasets`) and their errors. Leaves the
-meaning of the fields to `tasks`.
+Owns the formats (.jsonl, .json, .parquet, lines of plain text, a hub id through `datasets`) and their errors. Leaves
+the meaning of the fields to `tasks`.
 """
 
 from __future__ import annotations
@@ -21,36 +21,50 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 
-# No model reads a sample of the first size, and its JSON becomes some hundred MB of objects at most; a .json file is
-# read whole, into several times its size.
+# No model reads a sample as long as _LONGEST_LINE, and its JSON becomes at most some hundred MB of objects. A .json
+# file is read as a whole, into several times its size.
 _LONGEST_LINE, _LARGEST_JSON = 2**24, 2**28  # bytes
-_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # texts take one to four times their bytes, lists of many small objects more
-# Of a parquet file as Python objects. Text shrinks 3 to 20 times by compression, and becomes up to 4 bytes a character;
-# the constant is for small files of many short rows.
+_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # text takes one to four times its bytes, lists of many small objects more
+# Memory of a parquet file as Python objects. Compression shrinks text 3 to 20 times, and a character takes up to 4
+# bytes. The constant is for small files of many short rows.
 _PARQUET_MEMORY, _PARQUET_RATIO = 2**28, 100
-_PARQUET_ROWS = 64  # decoded at once, since one row can hold much
+_PARQUET_ROWS = 64  # rows decoded at a time; few, since one row can be large
 
 Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
 
 def is_rows_file(name: str) -> bool:
-    """Tell whether the name has the suffix of a file of rows."""
+    """Whether the name has the suffix of a file of rows."""
     return name.lower().endswith(SUFFIXES)
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Tell whether the string can only mean a local file: it has a data suffix or starts like a path."""
+    """Whether the string can only mean a local file: it has a data suffix or starts like a path."""
     return is_rows_file(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether the hub is asked for `name` where there is no such path: its own rules for ids allow it."""
+    if looks_like_path(name):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
     """Read all rows (at most `limit`) of a local file, or of one split of a hub data set.
 
-    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD): its
-    elements are the rows, and the task unfolds them.
+    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
+    list are the rows, and the task unfolds them.
 
-    Raises UserError when the file or data set is missing, unreadable, broken (named by file and line) or empty.
+    Raises UserError if the file or data set is missing, unreadable, broken (naming file and line) or empty.
     """
     name = str(path_or_hub)
     path = user_path(name)
@@ -72,10 +86,10 @@ def read_hub_rows(
 ) -> list[Row]:
     """Read all rows (at most `limit`) of one split of a hub data set.
 
-    parquet_branch: read the copy that the hub keeps of every data set, for a repo whose own form is a loading script
-        (`datasets` runs none from version 4 on); its folders are `config_name`/`split`.
+    parquet_branch: read the hub's parquet copy of the data set, whose folders are `config_name`/`split`. It is for
+        repos with a loading script, which `datasets` no longer runs since version 4.
 
-    Raises UserError with the library's reason when the split cannot be loaded, or when it is empty.
+    Raises UserError with the library's reason if the split cannot be loaded, or if it is empty.
     """
     import datasets
 
@@ -85,7 +99,7 @@ def read_hub_rows(
             data = datasets.load_dataset("parquet", data_files={split: f"{folder}/*.parquet"}, split=split)
         else:
             data = datasets.load_dataset(hub_id, config_name, split=split)
-    except Exception as error:  # the library raises many unrelated kinds, network errors among them
+    except Exception as error:  # the library raises many unrelated types, including network errors
         message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
         raise UserError(f"{message}; give a local file or another hub id") from error
     if not len(data):
@@ -96,9 +110,9 @@ def read_hub_rows(
 
 
 def read_lines(name: str | Path) -> list[str]:
-    r"""Read the lines of a UTF-8 text file, their ends (\n or \r\n) taken off.
+    r"""Read the lines of a UTF-8 text file without their ends (\n or \r\n).
 
-    Raises UserError naming the file (and the line of what is not UTF-8) when it is missing, unreadable or empty.
+    Raises UserError naming the file if it is missing, unreadable or empty, and also the line if that is not UTF-8.
     """
     path = user_path(name)
     _check_file(path, "a text file")
@@ -116,9 +130,9 @@ def read_lines(name: str | Path) -> list[str]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Number and bytes of each line. Lines end at \n alone: `splitlines` also cuts at characters inside of sentences.
+    r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError at a line that is too long to be read.
+    Raises UserError if a line is too long.
     """
     number = 0
     while line := file.readline(_LONGEST_LINE + 1):
@@ -133,8 +147,8 @@ def _check_file(path: Path, expected: str) -> None:
         raise UserError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give {expected}")
-    if not path.is_file():  # reading a pipe may never end, and a file is read more than once
-        raise UserError(f"{path}: is no plain file; give {expected}")
+    if not path.is_file():  # reading a pipe may never end, and files are read more than once
+        raise UserError(f"{path}: is not a regular file; give {expected}")
 
 
 def _read_file(path: Path, *, limit: int | None) -> list[Row]:
@@ -156,7 +170,7 @@ def _read_file(path: Path, *, limit: int | None) -> list[Row]:
 
 def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
     rows: list[Row] = []
-    with path.open("rb") as file:  # bytes: a wrong encoding is named by its line
+    with path.open("rb") as file:  # as bytes, so that a message can name the line of a wrong encoding
         for number, line in _lines(file, path):
             if limit is not None and len(rows) >= limit:
                 break
@@ -184,7 +198,7 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise UserError(f"{path}: holds {_kind(content)}; expected a list of objects or an object with a `data` list")
+        raise UserError(f"{path}: holds {_kind(content)}; expected a list of objects, or an object with a `data` list")
     rows = []
     for number, row in enumerate(content[:limit], start=1):
         source = f"{path}: item {number}"
@@ -193,7 +207,7 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """The file's bytes, up to the first piece with a NUL: no JSON holds one, and a sparse file holds gigabytes."""
+    """The file's bytes up to the first chunk with a NUL, which JSON never has; a sparse file has gigabytes."""
     pieces = []
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -214,9 +228,9 @@ def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
             batches = file.iter_batches(batch_size=size, use_threads=False)
             rows = (row for batch in batches for row in batch.to_pylist())
             return _number_rows(islice(rows, limit), str(path))
-    except MemoryError:  # what is there by then is given back before another try is made
+    except MemoryError:  # raised below, outside the handler, so that the rows read so far are freed
         pass
-    except Exception as error:  # a broken file shows as anything from OSError to a text that is not UTF-8
+    except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
         reason = f"not a readable parquet file ({first_line(error)})"
     raise UserError(f"{path}: {reason}")
 
@@ -229,16 +243,16 @@ _BLANK = object()
 
 
 def _parse_json(raw: bytes, source: str) -> Any:
-    """Return the JSON value in `raw`, or `_BLANK` when there is nothing but white space."""
+    """Return the JSON value in `raw`, or `_BLANK` if there is only white space."""
     text = _decode(raw, source).removeprefix("\ufeff")
     if not text.strip():
         return _BLANK
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        # A .jsonl line already has its number in the source; a .json file gets the line inside it.
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{source}: broken JSON: {error.msg} at {place}") from error
+        # The source of a .jsonl line already has its number; for a .json file the line is added here.
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{source}: broken JSON: {error.msg} at {where}") from error
     except (RecursionError, ValueError) as error:
         raise UserError(f"{source}: broken JSON: {first_line(error)}") from error
 

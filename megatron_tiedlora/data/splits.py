@@ -1,8 +1,8 @@
-"""The samples of a split: rows from files, the hub or a generator, made examples by a task's record.
+"""The samples of a split: a task's record turns rows from files, the hub or a generator into examples.
 
-Owns which source a split has, how validation rows are taken out of training rows, how rows of one sample are merged,
-and the user's prompt template. Leaves file formats to `readers`, a row's meaning to its task, and the answer's leading
-space to `examples.join_answer`.
+Owns which source a split has, how validation rows are carved from training rows, how rows of one sample are merged,
+and the user's prompt template. Leaves file formats to `readers`, the meaning of a row to its task, and the answer's
+leading space to `examples.join_answer`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron_tiedlora.data.task import Parts, Split, Task
 from megatron_tiedlora.data.tasks import get_task
 
 Files = Mapping[str, str | Path | None]
-"""Split name -> local file or hub id; a missing key or None means that none was given."""
+"""Split name -> local file or hub id. A missing key or None means that none was given."""
 
-_CARVE_STREAM = 2**32  # epochs use the streams from 0 up, so the held-out rows are drawn from one far above
+_CARVE_STREAM = 2**32  # epochs use the streams from 0 on, so held-out rows are drawn from a stream far above
 
 
 def load_split(
@@ -42,15 +42,15 @@ def load_split(
     tokenizer: Any = None,
     limit: int | None = None,
 ) -> list[Example]:
-    """Return the samples of one split, in file order (at most `limit`, the first ones).
+    """Return the samples of one split in file order (at most the first `limit`).
 
-    The rows come from `files[split]`; without it from the task's own source (hub or generator), as long as no
-    file of another split was given. Where there is no validation part, one is taken out of train with `seed`,
-    and the train split then leaves those rows out. Held-out rows of one sample (see `Task.merge_by`) become one
-    example, with the references of all of them; on train every row stays an example.
+    The rows come from `files[split]`. Without it they come from the task's own source (hub or generator), if no file
+    of another split was given. If there is no validation part, one is carved from train with `seed`, and the train
+    split then excludes those rows. Held-out rows of one sample (see `Task.merge_by`) become one example with all
+    their references; in the train split every row is an example.
 
-    Raises UserError: unknown task, no source for the split, unreadable file, a row with a missing or empty
-    field (named by file and line), a template with an unknown field.
+    Raises UserError if the task is unknown, the split has no source, a file is unreadable, a field of a row is missing
+    or empty (naming file and line), or the template has an unknown field.
     """
     entry = get_task(task) if isinstance(task, str) else task
     rows = _split_rows(entry, split, files=files, seed=seed)
@@ -63,7 +63,7 @@ def load_split(
 def read_split(
     settings: Settings | EvaluateSettings, split: Split, *, tokenizer: Any, limit: int | None = None
 ) -> list[Example]:
-    """`load_split` of the task, the files, the seed and the template that a command was given."""
+    """`load_split` with the task, files, seed and template of a command's settings."""
     return load_split(
         settings.task,
         split,
@@ -82,7 +82,7 @@ def _find_source(task: Task, split: Split, *, files: Files) -> Literal["file", "
     if files.get(split):
         return "file"
     if any(files.get(name) for name in ("train", "validation", "test")):
-        # A run on the user's own files never mixes in the hub's rows.
+        # A run on the user's own files never mixes them with the hub's rows.
         return "carve" if split == "validation" and files.get("train") else None
     own = task.hub.splits if task.hub else {}
     if task.generate or split in own:
@@ -93,7 +93,7 @@ def _find_source(task: Task, split: Split, *, files: Files) -> Literal["file", "
 def _split_rows(task: Task, split: Split, *, files: Files, seed: int) -> list[Row]:
     source = _find_source(task, split, files=files)
     if source is None:
-        raise UserError(f"--task {task.name} has no {split} data here; give --{split}_file")
+        raise UserError(f"--task {task.name} has no {split} data; give --{split}_file")
     if source == "carve":
         rows = _read_all(task, "train", files=files)
         held_out = _held_out(task, rows, seed=seed)
@@ -110,9 +110,9 @@ def _split_rows(task: Task, split: Split, *, files: Files, seed: int) -> list[Ro
 
 
 def _held_out(task: Task, rows: Sequence[Row], *, seed: int) -> NDArray[np.bool_]:
-    """Return which train rows serve as validation, (num_rows,) bool; none when there is a single sample.
+    """Return which train rows are used for validation, (num_rows,) bool; none if there is only one sample.
 
-    Rows of one sample stay together: a model must not be asked for what it was trained on.
+    Rows of one sample stay together: a model must not be evaluated on what it was trained on.
     """
     numbers = np.array(_sample_numbers(task, rows))
     num_samples = int(numbers.max()) + 1
@@ -124,12 +124,12 @@ def _held_out(task: Task, rows: Sequence[Row], *, seed: int) -> NDArray[np.bool_
 
 
 def _sample_numbers(task: Task, rows: Iterable[Row]) -> list[int]:
-    """The number of each row's sample, counted from 0 in file order: rows that agree in `merge_by` share one."""
+    """The 0-based number of each row's sample in file order. Rows with the same `merge_by` field share a number."""
     seen: dict[Any, int] = {}
     numbers = []
-    for place, (row, _) in enumerate(rows):
+    for index, (row, _) in enumerate(rows):
         key = row.get(task.merge_by) if task.merge_by else None
-        numbers.append(seen.setdefault(key if isinstance(key, str) else place, len(seen)))
+        numbers.append(seen.setdefault(key if isinstance(key, str) else index, len(seen)))
     return numbers
 
 
@@ -155,7 +155,7 @@ def _read_all(task: Task, split: Split, *, files: Files) -> list[Row]:
     if task.unfold:
         rows = [flat for row, source in rows for flat in task.unfold(row, source)]
     if not rows:
-        raise UserError(f"{given or task.name}: holds no samples of task {task.name}")
+        raise UserError(f"{given or task.name}: holds no samples of task {task.name}; give another file")
     return rows
 
 
@@ -163,7 +163,7 @@ def _read_all(task: Task, split: Split, *, files: Files) -> list[Row]:
 
 
 def _to_example(task: Task, rows: Sequence[Row], template: str | None, chat: ChatTemplate | None) -> Example:
-    """The example of a sample: the prompt and the answer of its first row, the references of all."""
+    """The example of a sample: prompt and answer of its first row, and the references of all its rows."""
     parts = [_parts(task, row, source, chat) for row, source in rows]
     first, source = parts[0], rows[0][1]
     if template is not None:
@@ -195,11 +195,11 @@ def _parts(task: Task, row: Mapping[str, Any], source: str, chat: ChatTemplate |
 
 
 def _check_template(template: str) -> str:
-    r"""Return the template with a typed-out \n (all a shell's quotes can hold) made a newline."""
+    r"""Return the checked template, with each typed \n (a shell's quotes hold no newline) replaced by a newline."""
     try:
         names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, and {{{{ for a brace") from error
+        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
     if not is_text(template):
         raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text")
     for name, spec, conversion in names:
@@ -213,8 +213,8 @@ def _fill(template: str, fields: Mapping[str, Any], source: str) -> str:
     for name in names:
         if name not in fields:
             known = ", ".join(sorted(fields)) or "none"
-            raise UserError(f"--prompt_template: {source} has no field {name!r}; fields for the prompt are {known}")
+            raise UserError(f"--prompt_template: {source} has no field {name!r}; the fields for prompts are {known}")
         if not isinstance(fields[name], str):
-            raise UserError(f"--prompt_template: {source}: field {name!r} is not a text")
+            raise UserError(f"--prompt_template: {source}: field {name!r} is not text; use another field")
         checked_text(fields[name], name, source, allow_empty=True)
     return template.format_map(fields)

@@ -1,7 +1,7 @@
-"""What a task is: one small record that says where its rows are, how a prompt is built, and what is scored.
+"""A task is one small record: where its rows are, how a prompt is built, and how answers are scored.
 
-Owns the record. The records themselves are one file each in `tasks`; reading splits by them is left to `splits`, file
-formats to `readers`, and the metrics, which are only named here, to the evaluation package.
+Owns the record's class. The records are in `tasks`, one file each. Leaves reading splits to `splits`, file formats to
+`readers`, and the metrics, which are only named here, to the evaluation package.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a task makes of one row.
+    """The parts that a task makes from one row.
 
     fields: what a prompt template may name: the row's own fields without the answer.
-    prompt: the prompt where the task builds it by itself, else None for "fill the template".
-    answers: accepted texts, at least one; the first is what is trained on.
-    choices: the texts of which the first answer is one, in the row's order; empty where there is no choice.
+    prompt: the prompt if the task builds it itself; None: fill the template.
+    answers: accepted texts, at least one; training uses the first.
+    choices: all choices in the row's order, including the first answer; empty if the task has no choices.
     """
 
     fields: Mapping[str, Any]
@@ -33,10 +33,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a task's own rows are on the hub.
+    """The task's own rows on the hub.
 
-    splits: our split -> the hub's; validation is taken out of train where it is not there.
-    parquet_branch: the repo holds a loading script, which `datasets` refuses: read the hub's parquet copy of it.
+    splits: our split -> the hub's; without validation, it is carved from train.
+    parquet_branch: read the hub's parquet copy, for a repo with a loading script, which `datasets` rejects.
     """
 
     id: str
@@ -49,18 +49,24 @@ class HubSource:
 class Task:
     """One task.
 
-    name: that of its file.
-    fields: what every row must have, for messages too; empty where rows have several shapes.
-    template: the prompt with {field} names; empty where `parts` builds the prompt itself.
+    name: the name of its file.
+    fields: fields that every row must have, also for messages; empty if rows have several shapes.
+    template: the prompt with {field} names; empty if `parts` builds the prompt itself.
     parts: (row, source, chat template or None) -> `Parts`; raises UserError naming source and field.
-    metrics: names of scores in the evaluation package; the first is the task's own.
-    stop: a prediction ends before this text; None where only end-of-sequence ends it.
-    hub: the task's own rows; None where there are none but the user's.
-    validation_rows: how many rows are taken out of a large train part (5 % of a small one).
-    merge_by: held-out rows that agree in this field are one sample with several references.
-    unfold: (row, source) -> flat rows, for files whose rows are nested.
-    read_files: (argument, flag) -> rows, or None for "as any other file": formats that only this task has.
-    generate: split -> rows, for a task without files; whatever the run's seed, so that held-out parts stay comparable.
+    metrics: names of metrics in the evaluation package; the first is the task's own.
+    stop: a prediction ends before this text; None: only end-of-sequence ends it.
+    hub: the task's own rows; None if there are only the user's.
+    validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
+    merge_by: held-out rows with the same value of this field are one sample with several references.
+    unfold: (row, source) -> flat rows, for files with nested rows.
+    read_files: (argument, flag) -> rows, for formats that only this task has; None: read it like any other file.
+    generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
+    scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
+        training only those of a file that is given.
+    max_new_tokens: the default of --max_new_tokens.
+    micro_batch_rows: the default of --micro_batch_size where a GPU does not take more (see `default_rows`).
+    exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
+    fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
     """
 
     name: str
@@ -75,3 +81,8 @@ class Task:
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
     read_files: Callable[[str, str], list[Row] | None] | None = None
     generate: Callable[[Split], Iterable[Row]] | None = None
+    scored_rows: int | None = None
+    max_new_tokens: int = 500
+    micro_batch_rows: int = 1
+    exports_merged: bool = False
+    fp32_on_slow_cpus: bool = False

@@ -1,11 +1,11 @@
-"""Tokenizers out of an HF folder, a hub id, or a bare SentencePiece file, and back into a folder.
+"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, and saves them to a folder.
 
-`tokenizer.json`, where there is one, is what the model was trained with, so it is read as it stands: the
-class names in tokenizer_config.json make transformers 5 rebuild the pre-tokenizer and lose parts of it
-(GPT2Tokenizer drops the splitting into digits, LlamaTokenizer merges a leading space with the dummy prefix).
+If there is a `tokenizer.json`, the model was trained with it, so it is read unchanged. The class names in
+tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose parts of it: GPT2Tokenizer drops
+the splitting into digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
-A bare SentencePiece file gives the ids of `SentencePieceProcessor.encode`, which is checked on load: text that
-spells a control piece ("</s>") is plain text, as it is there. BOS and EOS are never added here; `encode` does.
+A bare SentencePiece file gives the ids of `SentencePieceProcessor.encode`, which is checked on load. As there, text
+that spells a control piece ("</s>") is plain text. BOS and EOS are never added here; `encode` does that.
 """
 
 from __future__ import annotations
@@ -36,53 +36,51 @@ _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 �
 def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of an HF folder, of a hub id, or of a bare SentencePiece `tokenizer.model`.
 
-    Raises UserError naming the place and `--tokenizer` when there is none, or none that can be read.
+    Raises UserError naming the folder, file or id and `--tokenizer` if there is no readable tokenizer.
     """
     name = str(path_or_hub)
     path = user_path(name)
     if path.is_file():
         if path.suffix != ".model":
-            raise _refusal(name, "is neither a folder nor a SentencePiece .model file")
+            raise _rejection(name, "is neither a folder nor a SentencePiece .model file")
         _check_size(path)
         return _named(_load_sentencepiece(path, config_folder=None), name)
     if path.is_dir():
         return _named(_load_folder(path), name)
     if name.startswith(("/", ".", "~")) or name.endswith(".model"):
-        raise _refusal(name, "does not exist")
+        raise _rejection(name, "does not exist")
     return _named(_load_folder(download_tokenizer(name)), name)
 
 
 @contextmanager
 def library_errors(place: str | Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside of a tokenizer's library becomes one line: `place`, `what` and the library's reason.
+    """Turn any error of a tokenizer's library into one line with `place`, `what` and the library's reason.
 
     Raises:
-        UserError: so it did. Ctrl-C, an exit and a run's stop pass through.
+        UserError: the block failed. Ctrl-C, an exit and a run's stop pass through.
     """
     try:
         yield
     except UserError:
         raise
-    except BaseException as error:  # corrupt files surface as anything from KeyError to a panic of the Rust side
+    except BaseException as error:  # a corrupt file raises anything from KeyError to a Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise _refusal(str(place), f"{what} ({first_line(error)})") from error
+        raise _rejection(str(place), f"{what} ({first_line(error)})") from error
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
-    several).
-
-    As in transformers an id that the model cannot give ends nothing, so it is left out.
+    several). As in transformers, ids outside of the model's vocabulary are ignored.
 
     Args:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: the tokenizer has none, or the file holds something else than whole numbers.
+        UserError: the tokenizer has none, or the file contains something other than integers.
     """
     if tokenizer.eos_token_id is None:
-        raise _refusal(tokenizer.name_or_path, "has no end-of-sequence token")
+        raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
     found = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
     more = found if isinstance(found, list) else [] if found is None else [found]
@@ -93,10 +91,10 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_siz
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the tokenizer to `folder` so that transformers 4 and 5 and their users read the same ids from it.
+    """Write the tokenizer to `folder` so that transformers 4 and 5 read the same ids from it.
 
-    The class is written as PreTrainedTokenizerFast: both versions take it as "read tokenizer.json as it
-    stands". Special tokens that are named anyway are left out of the extra ones, whose list form version 4 refuses.
+    The class is written as PreTrainedTokenizerFast, for which both versions read tokenizer.json unchanged. Tokens with
+    a role are removed from the extra special tokens, as version 4 rejects those as a list.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -116,7 +114,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with: the tokenizer's own, else EOS, else 0. Padding is never told apart by its id."""
+    """Return the padding id: the tokenizer's own, else EOS, else 0. Padding is never recognised by its id."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -124,7 +122,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise UserError when the tokenizer can give an id that the model's embedding of `vocab_size` rows lacks."""
+    """Raise UserError if the tokenizer has an id that the model's embedding of `vocab_size` rows lacks."""
     vocabulary = tokenizer.get_vocab()
     ids = [(token_id, token) for token, token_id in vocabulary.items()]
     ids += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
@@ -144,7 +142,7 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
             _check_size(file)
     settings = folder / "tokenizer_config.json"
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
-    for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers reads the file of that name, wherever it is
+    for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers would read the file so named, anywhere
         if isinstance(given.get(name), str) or (name == "fast_tokenizer_files" and given.get(name)):
             raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
     if (folder / "tokenizer.json").is_file():
@@ -155,19 +153,19 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
         has_config = (folder / "tokenizer_config.json").is_file()
         return _load_sentencepiece(preferred[0], config_folder=folder if has_config else None)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
-        raise _refusal(str(folder), "holds no tokenizer (no tokenizer.json and no tokenizer.model)")
+        raise _rejection(str(folder), "contains no tokenizer (no tokenizer.json and no tokenizer.model)")
     return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
-    """Convert a SentencePiece model; `config_folder` holds a tokenizer_config.json with special tokens and template."""
+    """Convert a SentencePiece model. `config_folder` has a tokenizer_config.json with special tokens and template."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
     with library_errors(path, "is not a SentencePiece model"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         expected = [processor.encode(text) for text in _PROBES]
-    # transformers finds the file by its name in a folder, so it is given one that holds nothing else.
+    # transformers finds the file by its name in a folder, so it gets a folder with nothing else.
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(path, Path(scratch, "tokenizer.model"))
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
@@ -178,22 +176,22 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
         tokenizer = _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, split_special_tokens=True))
     for text, ids in zip(_PROBES, expected, strict=True):
         if tokenizer.encode(text, add_special_tokens=False) != ids:
-            raise _refusal(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
+            raise _rejection(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
     return tokenizer
 
 
 def download_tokenizer(hub_id: str) -> Path:
-    """The folder of a hub model's tokenizer files. Raises UserError where the hub does not give them."""
+    """The local folder with a hub model's tokenizer files. Raises UserError if they cannot be downloaded."""
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client raises many unrelated kinds, network errors among them
-        raise _refusal(hub_id, f"is no local folder and cannot be taken from the hub ({first_line(error)})") from error
+    except Exception as error:  # the hub client raises many unrelated types, including network errors
+        raise _rejection(hub_id, f"is not a local folder and cannot be downloaded ({first_line(error)})") from error
 
 
 def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
-    """Call `load` and try what it gives; whatever goes wrong inside the library becomes one line naming `place`."""
+    """Call `load` and try its tokenizer. Any error of the library becomes one line naming `place`."""
     from transformers import PreTrainedTokenizerBase
 
     with library_errors(place, "cannot be read as a tokenizer"):
@@ -205,11 +203,11 @@ def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase
 
 def _check_size(file: Path) -> None:
     if file.is_file() and file.stat().st_size > LARGEST_TOKENIZER:
-        raise _refusal(str(file), f"is larger than {LARGEST_TOKENIZER:,} bytes, which no tokenizer's file is")
+        raise _rejection(str(file), f"is larger than {LARGEST_TOKENIZER:,} bytes, too large for a tokenizer")
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Use a tokenizer as a run will: files of wrong kinds of values load, and fail when they are used."""
+    """Use a tokenizer as a run will, since files with values of wrong types load, and fail only in use."""
     tokenizer(list(_PROBES), add_special_tokens=False)
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
@@ -222,5 +220,5 @@ def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _refusal(place: str, reason: str) -> UserError:
+def _rejection(place: str, reason: str) -> UserError:
     return UserError(f"{place}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")

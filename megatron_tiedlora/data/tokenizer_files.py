@@ -1,6 +1,6 @@
-"""Which tokenizer a folder holds, told by a hash of its files: equal for copies, whoever has written their configs.
+"""Identifies a folder's tokenizer by a hash of its files. Copies have the same hash, whoever wrote their configs.
 
-Imports no transformers: commands that only compare tokenizers do not wait for it.
+It does not import transformers, so commands that only compare tokenizers do not wait for it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.text_files import read_small_text
 
-LARGEST_TOKENIZER = 2**27  # bytes of a file, which libraries read whole; large vocabularies take 20 to 35 MB
-# The first of these that a folder has is what its ids come from; see `tokenizer.load_tokenizer`.
+LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; large vocabularies take 20 to 35 MB
+# The ids come from the first of these that a folder has; see `tokenizer.load_tokenizer`.
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
 def tokenizer_hash(place: str | Path) -> str | None:
-    """Hash of the vocabulary, the tokens at a sequence's ends, and the chat template; None without a vocabulary.
+    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template; None without a vocabulary.
 
     Args:
         place: a folder, a SentencePiece file, or a hub id.
 
     Raises:
-        UserError: a file that cannot be read; or the hub does not give it.
+        UserError: a file cannot be read or downloaded.
     """
     path = user_path(str(place))
     if path.is_file():
@@ -45,7 +45,7 @@ def tokenizer_hash(place: str | Path) -> str | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What else decides on ids: of the special tokens only their texts, since versions write them in several ways."""
+    """The other settings that ids depend on. Special tokens are reduced to their texts, since versions differ."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -58,9 +58,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Tokens that the configs add to those of the vocabulary, which change how a text is cut; None without any."""
+    """Tokens that the configs add to the vocabulary, which change how text is tokenised; None if there are none."""
     file, known = folder / "tokenizer.json", set[str]()
-    with suppress(UserError):  # none there, or one that its library will have something to say of
+    with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")
         known = {str(token.get("content")) for token in listed or () if isinstance(token, dict)}
     entries: list[Any] = []
@@ -78,7 +78,7 @@ def _hash(files: list[Path], settings: dict[str, Any]) -> str:
     for file in files:
         try:
             if file.stat().st_size > LARGEST_TOKENIZER:
-                raise UserError(f"{file}: is larger than {LARGEST_TOKENIZER:,} bytes, which no tokenizer is")
+                raise UserError(f"{file}: is larger than {LARGEST_TOKENIZER:,} bytes, too large for a tokenizer")
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:

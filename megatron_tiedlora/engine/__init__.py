@@ -1,1 +1,1 @@
-"""DeepSpeed: its JSON, topology, the plain and the pipelined runner, and the state of its optimizers."""
+"""DeepSpeed: its JSON, topology, the plain and the pipeline runner, and its optimizer states."""

@@ -1,4 +1,4 @@
-"""The model as a DeepSpeed engine: built in place under ZeRO-3, marked for its norm, initialised with our optimizer.
+"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer.
 
 The engine's JSON has no precision section, so DeepSpeed treats the model as fp32: the frozen base keeps its own dtype,
 and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
@@ -23,9 +23,9 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 def base_construction(
     config: EngineConfig, *, dtype: torch.dtype, device: torch.device, process_grid: Any
 ) -> Iterator[None]:
-    """Build the frozen base inside: its weights come up empty on `device`.
+    """Build the frozen base inside this block: its weights are created on `device` without values.
 
-    Under ZeRO-3 they are partitioned at once, over the data-parallel ranks of DeepSpeed's grid.
+    Under ZeRO-3 they are partitioned at once over the data-parallel ranks of DeepSpeed's grid.
     """
     if config.zero_stage < 3:
         with device:
@@ -33,8 +33,8 @@ def base_construction(
         return
     import deepspeed
 
-    # Without a precision section zero.Init makes fp32 weights, so bf16 is said. fp32 must be left unsaid: where fp16 is
-    # not supported (CPUs), zero.Init takes any dtype that it is given for bf16 (seen in 0.19.8).
+    # Without a precision section zero.Init makes fp32 weights, so bf16 is passed. fp32 must not be passed: on devices
+    # without fp16 (CPUs), zero.Init treats any given dtype as bf16 (seen in 0.19.8).
     with deepspeed.zero.Init(
         config_dict_or_path=dict(config.values),
         dtype=None if dtype == torch.float32 else dtype,
@@ -45,9 +45,9 @@ def base_construction(
 
 
 def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
-    """How to open parameters for writing: whole and shared by its data-parallel ranks under ZeRO-3, else as it is.
+    """Return a function that opens parameters for writing: gathered under ZeRO-3, unchanged otherwise.
 
-    Under ZeRO-3 these ranks must open the same parameters in the same order; what the first of them writes is kept.
+    Under ZeRO-3 the data-parallel ranks must open the same parameters in the same order; the first one's values count.
     """
     if config.zero_stage < 3:
         return nullcontext
@@ -62,19 +62,19 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
 
 @contextmanager
 def all_open(module: nn.Module, config: EngineConfig) -> Iterator[None]:
-    """Every parameter of `module` unpartitioned inside the block, for reading or for writing; all ranks enter it."""
+    """Gather every parameter of `module` inside the block, for reading or writing; all ranks must enter it."""
     with parameter_access(config)(list(module.parameters())):
         yield
 
 
-def mark_parameters(bank: TiedAdapter, groups: ParallelGroups) -> None:
-    """Tell DeepSpeed's norm which parameters have copies (on later stages) and which are parts of a cut tensor.
+def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
+    """Mark for DeepSpeed's norm the parameters that are copies (on later stages) and those that are shards.
 
-    It then counts tied and replicated tensors once and each shard once. Constructing a PipelineModule resets the marks,
-    so they are set after it; they are read off the declarations that cut the tensors.
+    The norm then counts tied and replicated tensors once and each shard once. Constructing a PipelineModule resets the
+    marks, so set them after it. They derive from the declarations by which the tensors are sharded.
     """
-    config = bank.part.config
-    for name, parameter in bank.named_parameters():
+    config = adapter.part.config
+    for name, parameter in adapter.named_parameters():
         parameter.ds_pipe_replicated = config.row.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = config.spec(name).dim is not None  # type: ignore[attr-defined]
 
@@ -87,22 +87,22 @@ def initialize_engine(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     process_grid: Any,
 ) -> Any:
-    """`deepspeed.initialize` with a client optimizer and schedule; the trained parameters are the optimizer's.
+    """Call `deepspeed.initialize` with a client optimizer and schedule; the optimizer holds the trained parameters.
 
-    At ZeRO-0 DeepSpeed's clipping is switched off and `clip_gradients_` takes its place: with several stages it would
-    leave the later stages' own tensors out of the norm (seen in 0.19.8).
+    At ZeRO-0 `clip_gradients_` replaces DeepSpeed's clipping, which leaves the untied tensors of later stages out of
+    the norm if there are several stages (seen in 0.19.8).
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.utils import groups as deepspeed_groups
 
-    deepspeed_groups.mpu = None  # an earlier pipeline engine of the same process leaves its own here
+    deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have left its own here
     values = dict(config.values)
     if config.zero_stage == 0:
         values["gradient_clipping"] = 0.0
     pipelined = isinstance(model, PipelineModule)
     if pipelined:
-        # Partitioned activations are wrong with sequence parallelism, without a word (seen in 0.19.8).
+        # With sequence parallelism partitioned activations are silently wrong (seen in 0.19.8).
         values["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
     engine, _, _, _ = deepspeed.initialize(
         model=model,
@@ -114,27 +114,27 @@ def initialize_engine(
     return engine
 
 
-def trained_parameters(bank: TiedAdapter) -> dict[str, nn.Parameter]:
-    """The parameters with a gradient, by factor."""
-    return {name: parameter for name, parameter in bank.named_parameters() if parameter.requires_grad}
+def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
+    """The trained parameters, by factor."""
+    return {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
-def clip_gradients_(bank: TiedAdapter, groups: ParallelGroups, max_norm: float, device: torch.device) -> float:
-    """Scale the gradients so that their norm over the whole model is at most `max_norm` (0: leave them).
+def clip_gradients_(adapter: TiedAdapter, groups: ParallelGroups, max_norm: float, device: torch.device) -> float:
+    """Scale the gradients so that their norm over the whole model is at most `max_norm` (0: do not scale).
 
     Returns:
-        the 2-norm before, the same on every rank: each tied or replicated tensor counted once and each shard once.
+        the 2-norm before clipping, the same on every rank; each tied or replicated tensor and each shard counts once.
     """
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    for name in gradient_norm_counts(bank, groups):
-        gradient = getattr(bank, name).grad
+    for name in gradient_norm_counts(adapter, groups):
+        gradient = getattr(adapter, name).grad
         if gradient is not None:
             squares += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:
         torch.distributed.all_reduce(squares, group=groups.model.handle)
     norm = float(squares.sqrt())
     if max_norm and norm > max_norm:
-        for parameter in trained_parameters(bank).values():
+        for parameter in trained_parameters(adapter).values():
             if parameter.grad is not None:
                 parameter.grad.mul_(max_norm / (norm + 1e-6))
     return norm

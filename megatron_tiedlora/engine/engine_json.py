@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: found, checked, and completed with what the settings own.
+"""Find the DeepSpeed JSON, check it, and complete it with the values that the settings own.
 
 DeepSpeed ignores unknown keys at its top level, clips at 1.0 when `gradient_clipping` is absent, and casts the adapters
 when a precision section is present, so every key is checked here before an engine sees it.
@@ -19,11 +19,11 @@ from megatron_tiedlora.config.batch import BatchPlan
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
-# Sections that would change the numerics behind the settings' back, and what to use in their place.
-REFUSED_SECTIONS = {
+# Sections that would silently override the settings' numerics, and what to use instead.
+REJECTED_SECTIONS = {
     "bf16": "--dtype (the base's precision; adapters, gradients and optimizer are always fp32)",
     "bfloat16": "--dtype",
-    "fp16": "--dtype (fp16 is not offered: bf16 needs no loss scaling)",
+    "fp16": "--dtype (fp16 is not supported: bf16 needs no loss scaling)",
     "amp": "--dtype",
     "torch_autocast": "--dtype",
     "data_types": "nothing: gradients are always accumulated in fp32",
@@ -71,8 +71,8 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
         _SWITCH,
     ),
     **dict.fromkeys(("comms_logger", "flops_profiler", "aio", "timers"), _SECTION),
-    "steps_per_print": ((int, type(None)), "a whole number"),
-    "log_level": ((str,), "a text"),
+    "steps_per_print": ((int, type(None)), "an integer"),
+    "log_level": ((str,), "a string"),
 }
 
 
@@ -81,8 +81,8 @@ class EngineConfig:
     """A checked DeepSpeed JSON.
 
     Attributes:
-        path: the file it came from.
-        values: what `deepspeed.initialize` gets, complete.
+        path: the file that was read.
+        values: the complete configuration for `deepspeed.initialize`.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class EngineConfig:
 
 
 def find_engine_json(name: str) -> Path:
-    """The file meant by --ds_config: as given, else in the project's ds_configs/. Raises UserError."""
+    """The file that --ds_config names: as given, or else in the project's ds_configs/. Raises UserError."""
     for path in (user_path(name), REPOSITORY_CONFIGS / name):
         if path.is_file():
             return path
@@ -117,14 +117,14 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         gradient_clipping: the settings' value, written explicitly because DeepSpeed's default is 1.0.
 
     Raises:
-        UserError: not JSON, an unknown key, a section or a number that contradicts the settings.
+        UserError: the file is not JSON, has an unknown key, or has a section or number that contradicts the settings.
     """
     path = find_engine_json(name)
     content = read_json_object(path, kind="a DeepSpeed JSON")
     known = ENGINE_KEYS.union(BATCH_KEYS)
     for key in content:
-        if key in REFUSED_SECTIONS:
-            raise UserError(f"{path}: section {key!r} is not read; use {REFUSED_SECTIONS[key]}")
+        if key in REJECTED_SECTIONS:
+            raise UserError(f"{path}: section {key!r} is not read; use {REJECTED_SECTIONS[key]}")
         if key not in known:
             raise UserError(f"{path}: unknown key {shown(key)}{nearest_name(key, known)}")
     ours: dict[str, float] = {
@@ -139,26 +139,26 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
             flag = flags.get(key, "--micro_batch_size")
             found = as_given(content[key])
             raise UserError(
-                f'{path}: {key} is {found} but the settings make it {value:g}; say "auto" or set {flag}'
+                f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}'
             )
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
     if zero.get("compute_grad_norm") is False:
         raise UserError(
-            f"{path}: zero_optimization.compute_grad_norm false: every step's gradient norm is logged; drop it"
+            f"{path}: zero_optimization.compute_grad_norm is false, but each step's gradient norm is logged; remove it"
         )
     _check_switches(path, content)
     zero = {key: value for key, value in zero.items() if value != "auto"}  # DeepSpeed's defaults
     _check_zero_section(path, zero)
     kept = {key: value for key, value in content.items() if value != "auto"}
-    # DeepSpeed's own timer waits for the device twice a micro-batch (0.19.8); the run's log has its throughput.
+    # DeepSpeed's timer waits for the device twice per micro-batch (0.19.8); the run's log has the throughput.
     timers = {"throughput": {"enabled": False}, **kept.get("timers", {})}
     return EngineConfig(path, {**kept, "zero_optimization": zero, "timers": timers, **ours})
 
 
 def _check_switches(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError where a key outside the ZeRO section has a value that DeepSpeed would stumble over much later."""
+    """Raise UserError for a value outside the ZeRO section on which DeepSpeed would fail much later."""
     for key, (kinds, expected) in _KINDS.items():
         value = content.get(key, "auto")
         if value != "auto" and type(value) not in kinds:
@@ -166,13 +166,13 @@ def _check_switches(path: Path, content: Mapping[str, Any]) -> None:
     profile = content.get("flops_profiler", {})
     if profile != "auto" and profile.get("output_file") is not None:  # DeepSpeed overwrites whatever is there
         raise UserError(
-            f"{path}: flops_profiler.output_file is {shown(profile['output_file'])}; drop it: the profile is printed,"
-            " and rank 0's is kept in the run's logs/"
+            f"{path}: flops_profiler.output_file is {shown(profile['output_file'])}; remove it: the profile is printed,"
+            " and rank 0's is also in the run's logs/"
         )
 
 
 def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
-    # Imported here: converting and merging read settings too, and must run without DeepSpeed.
+    # Imported here because converting and merging also read settings and must run without DeepSpeed.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -186,9 +186,9 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
     for section in ("offload_optimizer", "offload_param"):
         offload = zero.get(section)
         if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
-            # It makes folders at that path and removes what stands in them.
+            # DeepSpeed makes folders at that path and removes what is in them.
             raise UserError(
-                f"{path}: zero_optimization.{section} writes outside of the run (device \"nvme\" or nvme_path); use"
+                f"{path}: zero_optimization.{section} writes outside the run folder (device \"nvme\" or nvme_path); use"
                 ' "device": "cpu" without nvme_path'
             )
     try:
@@ -197,9 +197,9 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg']}") from None
-    except Exception as error:  # DeepSpeed's own checks fail in any way on values of a kind that they do not expect
+    except Exception as error:  # DeepSpeed's own checks raise anything on values of an unexpected type
         raise UserError(f"{path}: zero_optimization cannot be read ({type(error).__name__}: {error})") from None
-    if checked.allgather_bucket_size <= 0:  # DeepSpeed takes it, and divides by it
+    if checked.allgather_bucket_size <= 0:  # DeepSpeed accepts it and divides by it
         raise UserError(
             f"{path}: zero_optimization.allgather_bucket_size is {shown(zero['allgather_bucket_size'])}; give a number"
             " of elements above 0, such as 500000000"

@@ -1,7 +1,7 @@
-"""The optimizer's moments by name, out of any ZeRO stage and into any other.
+"""Read the optimizer's moments by name from any ZeRO stage and write them into any other.
 
-Owns what DeepSpeed keeps where. Values leave and enter as fp32 tensors of the rank's parameter, whole over its
-data-parallel ranks; adapters/gathering joins what tensor and pipeline parallelism have cut. Reading and writing are
+This module knows where DeepSpeed stores them. Values are fp32 tensors of the rank's parameter, gathered over its
+data-parallel ranks; adapters/gathering joins the shards of tensor and pipeline parallelism. Reading and writing are
 collective: every rank calls them.
 """
 
@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def read_moments(
     engine: Any, parameters: Mapping[str, nn.Parameter], zero_stage: int
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """fp32 moments after at least one step, by moment and parameter name, of the parameters' shapes."""
+    """The moments after at least one step, by moment and parameter name: fp32, in the parameters' shapes."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
@@ -42,9 +42,9 @@ def write_moments(
     step: int,
     dp_rank: int,
 ) -> None:
-    """Put moments, by moment and parameter name, and the step count into an engine that has not stepped yet.
+    """Write moments, by moment and parameter name, and the step count into an engine that has not stepped yet.
 
-    torch's AdamW makes its state at the first step, so it is made here first, in the layout of the engine's partitions.
+    torch's AdamW creates its state at the first step, so it is created here, in the layout of the engine's partitions.
     """
     if zero_stage == 0:
         for name, parameter in parameters.items():
@@ -78,7 +78,7 @@ def _write_partition(
 
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         return
-    # DeepSpeed's own ZeRO-3 setter fails where a parameter does not divide by the ranks: the last partition is padded.
+    # DeepSpeed's ZeRO-3 setter fails if the ranks do not divide a parameter, whose last partition is then padded.
     partition, _ = optimizer._get_fp32_opt_state_partition(
         parameter, release_swap_buffers=False, optim_state_key=moment
     )

@@ -1,7 +1,7 @@
-"""The flat list as DeepSpeed pipeline stages: our partition, our layers, its 1F1B schedule.
+"""The flat list of layers as DeepSpeed pipeline stages: our partition and layers, DeepSpeed's 1F1B schedule.
 
-Every stage takes (tokens or hidden states, positions, documents where rows hold several); hidden states travel from
-stage to stage, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator.
+Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). Stages send hidden states to
+each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
 
 
 class PipelinedModel(PipelineModule):
-    """This rank's stage of the list, as DeepSpeed's pipeline engine wants it."""
+    """This rank's stage of the list, in the form that DeepSpeed's pipeline engine expects."""
 
     stage: Stage
     groups: ParallelGroups
@@ -36,27 +36,27 @@ class PipelinedModel(PipelineModule):
 
         Args:
             stages: the layers of each.
-            build_stage: from this rank's process groups and its stage's specs to the stage.
+            build_stage: builds the stage from this rank's process groups and the stage's specs.
         """
         self._stages = stages
         self._parallel_grid = grid
         self._build_stage = build_stage
         with quiet():
-            # Lengths differ between micro-batches, so no buffer is for the next one too.
+            # Lengths differ between micro-batches, so no buffer can be reused for the next one.
             super().__init__(layers=list(specs), topology=make_topology(grid), loss_fn=self._loss, dynamic_shape=True)
 
     def _partition_layers(self, method: str = "") -> None:
-        """Called by the base class; its own methods balance trained parameters, and ours balance work."""
+        """Called by the base class, whose own methods balance trained parameters; ours balances work."""
         self.parts = [stage.start for stage in self._stages] + [self._stages[-1].stop]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _build(self) -> None:
-        """Called by the base class once its process groups are there."""
+        """Called by the base class once its process groups exist."""
         self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
-        """(tokens or hidden, positions, documents if any) -> hidden; on the last stage the input of the loss."""
+        """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
         tokens_or_hidden, positions, *documents = inputs
         output: torch.Tensor | Attended = self.stage(
             tokens_or_hidden, positions, documents=documents[0] if documents else None

@@ -1,4 +1,4 @@
-"""One optimizer step and a forward pass on an engine, alike for one stage and for several.
+"""One optimizer step and a forward pass on an engine, with one interface for one stage and for several.
 
 Losses are sums over supervised tokens. Each is divided by N_global / (accumulation steps x dp) before its backward
 pass, so that DeepSpeed's own division by the accumulation steps and its mean over the data-parallel ranks give the
@@ -26,9 +26,9 @@ _LARGEST_SQUARE = torch.finfo(torch.float32).max
 
 
 class StepInput(NamedTuple):
-    """One micro-batch: tokens, positions and labels (the next token or -100), each (b, s) int64, on the host.
+    """One micro-batch: tokens, position ids and labels (the next token or -100), each (b, s) int64, on the host.
 
-    `documents` says which tokens of a row belong together, (b, s) int64; None: all.
+    `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
     """
 
     tokens: torch.Tensor
@@ -38,64 +38,66 @@ class StepInput(NamedTuple):
 
 
 def inputs_to_fill(num_stages: int) -> int:
-    """How many micro-batches keep stages busy: four to a stage leave a fifth of the time to the pipeline's filling."""
+    """How many micro-batches keep the stages busy: with four per stage the pipeline bubble is a fifth of the time."""
     return 4 * num_stages if num_stages > 1 else 1
 
 
 @dataclass
 class Runner:
-    """An engine with what it runs: this rank's stage and groups. `PlainRunner` or `PipelineRunner`."""
+    """An engine with this rank's stage and groups. Its subclasses are `PlainRunner` and `PipelineRunner`."""
 
     engine: Any
     stage: Stage
     groups: ParallelGroups
     config: EngineConfig
     device: torch.device
-    missing_gradients: list[str] = field(default_factory=list)  # tied tensors of this rank, in the step's sum
+    missing_gradients: list[str] = field(default_factory=list)  # tied tensors without a gradient in the step's sum
 
     @property
-    def bank(self) -> TiedAdapter:
+    def adapter(self) -> TiedAdapter:
         """The adapter's part on this rank."""
         assert self.stage.adapter is not None
         return self.stage.adapter
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss goes into a sum over all ranks: those of one tensor-parallel group are equal."""
+        """Whether a sum over all ranks includes this rank's loss, which is equal within a tensor-parallel group."""
         return self.stage.head is not None and self.groups.tensor.rank == 0
 
     @property
     def inputs_at_once(self) -> int:
-        """How many micro-batches `evaluate` takes best."""
+        """The preferred number of micro-batches per call of `evaluate`."""
         return 1
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
-        """Forward and backward passes of a step; gradients stand summed and averaged afterwards, and nothing has moved.
+        """Run the forward and backward passes of a step; afterwards gradients are accumulated and averaged.
+
+        No parameter has changed then.
 
         Args:
-            denominator: what each micro-batch's summed loss is divided by.
-            between: called after a micro-batch where all ranks can stop together; may raise.
+            denominator: each micro-batch's summed loss is divided by it.
+            between: called after a micro-batch if all ranks can stop together there; may raise.
 
         Returns:
-            the summed loss of this rank's micro-batches; 0 where another rank counts it.
+            the summed loss of this rank's micro-batches; 0 if another rank counts it.
         """
         raise NotImplementedError
 
     def evaluate(self, batches: Sequence[StepInput]) -> float:
-        """Summed loss of some micro-batches without gradients; 0 where another rank counts it."""
+        """The summed loss of some micro-batches without gradients; 0 if another rank counts it."""
         raise NotImplementedError
 
     def take_step(self) -> float:
         """Clip and take the optimizer step; returns the gradient norm before clipping.
 
-        It is inf or nan where its square is no finite number in fp32, in which second moments are kept: the step is
-        then not to be saved. This is one rule for all stages. ZeRO 1 and 2 sum squares in fp32, skip the step and
-        report inf (0.19.8) or -1 (earlier versions); ZeRO-0 and ZeRO-3 sum them in fp64 and take the step.
+        The norm is inf or nan if its square is not finite in fp32, the dtype of the second moments. Such a step must
+        not be saved. This rule holds for all ZeRO stages. ZeRO 1 and 2 sum squares in fp32, skip the step and report
+        inf (0.19.8) or -1 (earlier versions); ZeRO-0 and ZeRO-3 sum them in fp64 and take the step.
         """
         norm = None
         if self.config.zero_stage == 0:
             max_norm = float(self.config.values["gradient_clipping"])
-            norm = clip_gradients_(self.bank, self.groups, max_norm, self.device)
+            norm = clip_gradients_(self.adapter, self.groups, max_norm, self.device)
         self._step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
@@ -107,14 +109,14 @@ class Runner:
         raise NotImplementedError
 
     def _supervised(self, batch: StepInput) -> Supervised:
-        """The batch's supervised positions, found on the host, for the last layers of this rank's stage."""
+        """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         found = find_supervised(batch.labels, self.stage.tensor_parallel.sequence_parts)
         return Supervised(*map(self._on_device, found))
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":
             return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)  # out of other memory a copy waits
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
 
 class PlainRunner(Runner):
@@ -124,23 +126,23 @@ class PlainRunner(Runner):
         """Summed loss of a micro-batch, a scalar."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
-        # Documents stay on the host, where their bounds are found.
+        # Document ids stay on the host, where their boundaries are computed.
         loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
         return loss
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
         """See Runner."""
         self.engine.train()
-        self.bank.u_sum.start(len(batches))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once: no micro-batch is waited for
+        self.adapter.u_sum.start(len(batches))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # read once, after all micro-batches
         for index, batch in enumerate(batches, start=1):
-            # Packed steps differ in their number of micro-batches, so DeepSpeed is not left to count them.
+            # The number of micro-batches varies between packed steps, so DeepSpeed cannot count them itself.
             self.engine.set_gradient_accumulation_boundary(index == len(batches))
             loss = self.forward(batch)
             self.engine.backward(loss / denominator)
             total += loss.detach()
             if index < len(batches):
-                self.engine.step()  # moves nothing before the last micro-batch
+                self.engine.step()  # changes no parameter before the last micro-batch
                 between()
         return float(total) if self.counts_loss else 0.0
 
@@ -158,10 +160,10 @@ class PlainRunner(Runner):
 class PipelineRunner(Runner):
     """Several stages: DeepSpeed's PipelineEngine, its 1F1B schedule with our tied sum.
 
-    The schedule's optimizer step is put off to `take_step`, so that all ranks can agree on the loss before weights
-    move. Every rank of a pipeline has the micro-batches, so hidden states are all that goes from stage to stage, and
-    nobody waits for a shape: the engine would send shapes ahead and read them (0.19.8). The engine looks its
-    instructions up in a map, and that is where they are replaced.
+    The schedule's optimizer step is deferred to `take_step`, so that all ranks can agree on the loss before weights
+    change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their shapes;
+    the engine would send the shapes first and wait for them (0.19.8). The engine looks up its instructions in a map, in
+    which they are replaced.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -178,7 +180,7 @@ class PipelineRunner(Runner):
         }
 
     def _sum_tied_gradients(self) -> None:
-        self.missing_gradients = sum_tied_gradients_(self.bank, self.groups)
+        self.missing_gradients = sum_tied_gradients_(self.adapter, self.groups)
 
     @property
     def inputs_at_once(self) -> int:
@@ -186,11 +188,11 @@ class PipelineRunner(Runner):
         return inputs_to_fill(self.groups.pipeline.size)
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
-        """See Runner; stages run ahead of each other, so there is no moment between micro-batches to stop at."""
+        """See Runner; stages run different micro-batches at a time, so `between` is never called."""
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
         self.engine.module.train()
-        self.bank.u_sum.start(len(batches))
+        self.adapter.u_sum.start(len(batches))
         return self._run(TrainSchedule, batches, denominator)
 
     @torch.no_grad()
@@ -211,7 +213,7 @@ class PipelineRunner(Runner):
         return float(self.engine.total_loss) * denominator if self.counts_loss else 0.0
 
     def _load(self, buffer_id: int) -> None:
-        """What the first and the last stage take of the next micro-batch beside hidden states."""
+        """Load what the first and the last stage need of the next micro-batch besides hidden states."""
         batch = next(self._to_load)
         if self.stage.embedding is not None:
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._position_ids(batch))
@@ -222,12 +224,12 @@ class PipelineRunner(Runner):
         return *self._supervised(batch), self._denominator
 
     def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
-        """Positions, and documents where rows hold several; these stay on the host, where their bounds are found."""
+        """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries."""
         positions = self._on_device(batch.positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _receive(self, buffer_id: int) -> None:
-        """The next micro-batch's hidden states, of a shape that follows from its tokens'."""
+        """Receive the next micro-batch's hidden states, whose shape follows from that of its tokens."""
         from deepspeed.runtime.pipe import p2p
 
         batch = next(self._to_receive)

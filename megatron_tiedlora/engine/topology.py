@@ -1,4 +1,4 @@
-"""Process groups of the (pp, dp, tp) grid, made by DeepSpeed's own topology, and a few more of our own."""
+"""Process groups of the (pp, dp, tp) grid: DeepSpeed's topology makes most of them, this module a few more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tiedlora.parallel.groups import ALONE, ParallelGroups, RankGroup
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed prints its topology, seeds and partition from rank 0; our own report says what a run is."""
+    """Suppress stdout: DeepSpeed prints its topology, seeds and partition on rank 0, which our own report replaces."""
     with redirect_stdout(io.StringIO()):
         yield
 
@@ -39,14 +39,14 @@ def make_process_grid(grid: Grid) -> Any:
 
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
-    """The groups of this rank, out of DeepSpeed's grid, with those for sums and for choices; every rank calls it.
+    """The groups of this rank: those of DeepSpeed's grid, and those for tied sums and choices; every rank calls it.
 
-    A group is made only where none that is there has its ranks.
+    A group is made only if no existing group has the same ranks.
     """
     choices = None
     if grid.pp_size > 1:
-        tied = _new_groups(grid, lambda place: place.tp_rank)
-        choices = _new_groups(grid, lambda place: (place.dp_rank, place.tp_rank))
+        tied = _new_groups(grid, lambda at: at.tp_rank)
+        choices = _new_groups(grid, lambda at: (at.dp_rank, at.tp_rank))
     else:
         tied = process_grid.get_data_parallel_group()
     return ParallelGroups(
@@ -67,18 +67,18 @@ def _stage_ranks(grid: Grid, process_grid: Any) -> Any:
         return process_grid.get_slice_parallel_group()
     if grid.pp_size == 1:
         return distributed.group.WORLD
-    return _new_groups(grid, lambda place: place.pp_rank)
+    return _new_groups(grid, lambda at: at.pp_rank)
 
 
-def _new_groups(grid: Grid, alike: Callable[[Grid], Any]) -> Any:
-    """Make a group of all ranks whose places are `alike`, for each kind of place; returns this rank's."""
+def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
+    """Make a group of the ranks with the same `key`, for each value of it; returns this rank's group."""
     import deepspeed
 
     members: dict[Any, list[int]] = {}
     for rank in range(grid.world_size):
-        members.setdefault(alike(grid.at(rank)), []).append(rank)
-    handles = {kind: deepspeed.comm.new_group(ranks) for kind, ranks in members.items()}  # with the run's time limit
-    return handles[alike(grid)]
+        members.setdefault(key(grid.at(rank)), []).append(rank)
+    handles = {value: deepspeed.comm.new_group(ranks) for value, ranks in members.items()}  # with the run's time limit
+    return handles[key(grid)]
 
 
 def _group(handle: Any) -> RankGroup:

@@ -1,4 +1,4 @@
-"""From held-out samples to answers: which rank decodes what, and how texts come back in the samples' order."""
+"""From held-out samples to answers: how samples are divided over ranks, and texts are put back in order."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ScoredSet:
     """Held-out samples as ids.
 
     Attributes:
-        prompts: BOS and prompt of each sample.
-        endings: of each sample, the ids of each of its choices behind the prompt; empty where it has none.
-        num_cut: how many prompts lost their middle.
+        prompts: ids of BOS and prompt, by sample.
+        endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
+        num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
     """
 
@@ -44,12 +44,12 @@ class ScoredSet:
     examples: tuple[Example, ...]
     prompts: tuple[NDArray[np.int32], ...]
     endings: tuple[tuple[tuple[int, ...], ...], ...]
-    num_cut: int
+    num_truncated: int
     end_ids: frozenset[int]
 
     @property
     def sha256(self) -> str:
-        """Of prompts, references and choices: what ranks must share."""
+        """Hash of prompts, references and choices, which must be the same on all ranks."""
         digest = hashlib.sha256()
         for example, prompt in zip(self.examples, self.prompts, strict=True):
             digest.update(repr((prompt.tolist(), example.references, example.choices)).encode())
@@ -65,22 +65,23 @@ def encode_scored(
     model_folder: Path,
     vocab_size: int,
 ) -> ScoredSet:
-    """Tokenise samples as training does, prompts cut to `longest_prompt` tokens.
+    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
 
     Args:
-        model_folder: says which tokens end a sequence, beside the tokenizer.
+        model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
 
     Raises:
-        UserError: a tokenizer without an end token, an example that the task's metrics cannot score, or a choice
-            without a token.
+        UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
+            token.
     """
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
     for metric in metrics:
         for example in examples:
             metric.check(example)
-    prompts, num_cut = encode_prompts(tokenizer, [example.prompt for example in examples], max_length=longest_prompt)
+    questions = [example.prompt for example in examples]
+    prompts, num_truncated = encode_prompts(tokenizer, questions, max_length=longest_prompt)
     reads_choices = any(metric.needs_choice_scores for metric in metrics)
     choices = [[join_answer(e.prompt, choice) for choice in e.choices] if reads_choices else [] for e in examples]
     ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts]))
@@ -88,7 +89,7 @@ def encode_scored(
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_cut, ends)
+    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends)
 
 
 def answer_all(
@@ -102,17 +103,18 @@ def answer_all(
     agree: Agree = bool,
     progress: bool = False,
 ) -> list[Answer] | None:
-    """Decode every prompt greedily, data-parallel ranks sharing them; on rank 0 all answers, in the samples' order.
+    """Answer every prompt by greedy decoding. Returns all answers in the samples' order on rank 0, None elsewhere.
 
-    All ranks go through the same number of batches, so that they can agree on stopping, and because under ZeRO-3 every
-    call of the model is a collective; a rank without prompts left decodes the first one again and does not count it.
+    Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
+    stopping, and because every call of the model is a collective under ZeRO-3. A rank without prompts left decodes
+    the first prompt again and discards the result.
 
     Args:
-        batch_size: samples that a data-parallel rank decodes at once.
-        agree: from "this rank's sequences are done" to "those of all ranks are"; may raise.
-        progress: show a bar.
+        batch_size: samples that a data-parallel rank decodes together.
+        agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
+        progress: show a progress bar.
     """
-    # The longest first: what does not fit into memory then fails at once, and not after hours.
+    # Longest first, so that running out of memory shows at once and not after hours.
     order = sorted(range(len(scored.prompts)), key=lambda index: -len(scored.prompts[index]))
     batch_size = min(batch_size, -(-len(order) // grid.dp_size))
     num_batches = -(-len(order) // (batch_size * grid.dp_size))
@@ -140,9 +142,9 @@ def answer_all(
             for index, row, scores in zip(indices, rows, choice_scores, strict=False):
                 mine[index] = (_text(tokenizer, row, scored.task.stop), tuple(scores))
             bar.update(min(batch_size * grid.dp_size, len(order) - number * batch_size * grid.dp_size))
-    # Tensor-parallel ranks have the same answers, and log-likelihoods are the last stage's.
-    tells = grid.tp_rank == 0 and decoder.is_last
-    gathered = gather_on_rank_0(mine if tells else {}, kind=dict[int, tuple[str, tuple[float, ...]]])
+    # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
+    sends = grid.tp_rank == 0 and decoder.is_last
+    gathered = gather_on_rank_0(mine if sends else {}, kind=dict[int, tuple[str, tuple[float, ...]]])
     if gathered is None:
         return None
     found = {index: answer for part in gathered for index, answer in part.items()}
@@ -150,13 +152,13 @@ def answer_all(
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
-    """Whether new tokens hold the stop text; asked after each token, so only the last ones need to be read."""
+    """A test whether new tokens contain the stop text. It runs after each token, so it looks at the last ones first."""
     if stop is None:
         return lambda _: False
-    width = len(stop.encode())  # a token is a byte at least
+    width = len(stop.encode())  # a token is at least one byte
 
     def ends(row: Sequence[int]) -> bool:
-        # The whole text is read only where the last tokens hold the stop.
+        # The whole text is decoded only if the last tokens contain the stop text.
         return stop in _decoded(tokenizer, row[-width:]) and _cut(_decoded(tokenizer, row), stop) is not None
 
     return ends
@@ -169,14 +171,14 @@ def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | No
 
 
 def _cut(text: str, stop: str) -> int | None:
-    """Where the text ends before the stop; None where it does not hold it.
+    """The position of the stop text; None if the text does not contain it.
 
-    A stop of white space counts behind something visible only: models that were not taught the task often put a line
-    break before their answer.
+    A stop text of white space counts only after something visible: models that were not trained on the task often
+    write a line break before their answer.
     """
     first = 0 if stop.strip() else len(text) - len(text.lstrip())
-    place = text.find(stop, first)
-    return place if place >= 0 else None
+    position = text.find(stop, first)
+    return position if position >= 0 else None
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What a model answered to one example, as text and as likelihoods: the unit that every metric scores."""
+"""A model's answer to one example, as text and as log-likelihoods: the unit that every metric scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Answer:
     Attributes:
         prediction: the generated text, without the prompt, cut at the task's stop text.
         choice_scores: log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
-            empty where none were computed.
+            empty if none were computed.
     """
 
     prediction: str
@@ -24,7 +24,7 @@ class Answer:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The texts that the prediction is scored against: those of the example that are not blank, one at least.
+        """The texts that the prediction is scored against: the example's references that are not blank.
 
         Raises:
             UserError: the example has none.

@@ -1,7 +1,7 @@
-"""A model that continues token sequences: this rank's stage, its key-value caches, and what travels between stages.
+"""A model that continues token sequences: this rank's stage, its key-value caches, and messages between stages.
 
-A batch is cut into as many parts as there are stages. While one stage works on a part its neighbours work on others:
-hidden states go from stage to stage, and the last stage tells the others of its pipeline which tokens it chose.
+A batch is divided into as many parts as there are stages, so that the stages work on different parts at the same time.
+Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages of its pipeline.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
 class Decoder:
-    """Calls of one stage with caches; alike on every rank of a tensor-parallel group and of a pipeline.
+    """Calls one stage with caches. All ranks of a tensor-parallel group and of a pipeline make the same calls.
 
-    The adapter is read and folded once, when the decoder is made: make a new one when its values have changed. Until
-    then F is a copy, but A may be the parameter's own memory (in fp32, where nothing is cast or gathered), so after an
-    optimizer step the two would not belong together.
+    The adapter is read and folded once, when the decoder is built. Build a new one after an optimizer step: F is a
+    copy, but A may share the parameter's memory (in fp32, where nothing is cast or gathered), so the two would no
+    longer match.
     """
 
     def __init__(
         self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """Take a stage in evaluation mode.
+        """The stage must be in evaluation mode.
 
         Args:
-            calls_together: whether all ranks must call the model equally often (ZeRO-3, which gathers weights in it).
+            calls_together: whether all ranks must call the model equally often, as ZeRO-3 gathers weights in each call.
         """
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
@@ -48,7 +48,7 @@ class Decoder:
 
     @property
     def num_parts(self) -> int:
-        """How many parts of a batch are under way at one time."""
+        """How many parts of a batch are in flight at the same time."""
         return self.pipeline.size
 
     @property
@@ -57,7 +57,7 @@ class Decoder:
         return self.pipeline.rank == self.pipeline.size - 1
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Empty caches for the blocks of the stage, `capacity` tokens a sequence."""
+        """Empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         local_kv_heads = self.shape.heads.num_kv // self.stage.tensor_parallel.group.size
         return [
@@ -73,10 +73,10 @@ class Decoder:
         wanted: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """One call of the stage on a part of the batch: logits, or with labels each position's loss, (b, s).
+        """Call the stage on a part of the batch. Returns logits, or with labels the loss of each position, (b, s).
 
-        The last stage has the answer; the others pass hidden states on and return None. Arguments as in
-        `Stage.predict`, tokens on every stage (which read their shape).
+        Only the last stage returns them; the others send hidden states to the next stage and return None. Arguments
+        are as in `Stage.predict`, but every stage gets tokens, for their shape.
         """
         inputs = tokens
         if self.pipeline.rank > 0:
@@ -92,9 +92,9 @@ class Decoder:
         return None
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Chosen:
-        """Send the last stage's choice, (batch,) int64, to every stage of the pipeline; None on the others.
+        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.
 
-        Shares must be waited for in the order in which they were made.
+        Results must be waited for in the order in which they were shared.
         """
         if self.pipeline.size > 1 and chosen is not None:
             self._keep(distributed.broadcast(chosen, **self._from_last(), async_op=True), chosen)
@@ -109,27 +109,27 @@ class Decoder:
         return chosen
 
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
-        """Hold what is being sent; an entry two rounds old has long been taken, or nothing could have followed it."""
+        """Hold a tensor while it is sent. An entry two rounds old was received, or nothing could have followed it."""
         self._in_flight.append((work, tensor))
         while len(self._in_flight) > 2 * self.num_parts:
             self._in_flight.popleft()[0].wait()
 
     def finish(self) -> None:
-        """Wait until everything that was sent has been taken."""
+        """Wait until everything that was sent has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
 
 
 @dataclass
 class Chosen:
-    """The next tokens of a part of the batch, as they come from the last stage."""
+    """The next tokens of a part of the batch, which come from the last stage."""
 
     decoder: Decoder
     tokens: torch.Tensor | None
     batch: int
 
     def wait(self) -> torch.Tensor:
-        """(batch,) int64, on every stage."""
+        """Return the tokens, (batch,) int64, on every stage."""
         if self.tokens is None:
             self.tokens = self.decoder._receive_choice(self.batch)
         return self.tokens

@@ -1,7 +1,7 @@
-"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, at any layout.
+"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout.
 
-Prompts are padded on the right and every sequence writes its next token at its own position, so padding is never seen.
-Prompts of similar length are computed together, so that little of it is computed.
+Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
+padding. Prompts of similar length are computed together, so that little padding is computed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import torch
 from megatron_tiedlora.evaluation.decoder import Chosen, Decoder
 from megatron_tiedlora.model.attention import KeyValueCache
 
-# Prompts are computed together until they are so many tokens with their padding, which bounds what stands in memory at
-# one time, or until one is shorter than this share of the longest.
+# Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
+# than this share of the longest.
 PROMPT_TOKENS_AT_ONCE = 8192
-LEAST_SHARE_OF_LONGEST = 0.75
+MIN_SHARE_OF_LONGEST = 0.75
 
-# Ranks that decode independently of each other ask one another this often whether to stop: a sum over all ranks waits
-# for the last of them.
+# Ranks that decode independently agree on stopping only this often, since a sum over all ranks waits for the slowest.
 TOKENS_BETWEEN_AGREEMENTS = 8
 
 Item = TypeVar("Item")
 
 Agree = Callable[[bool], bool]
-"""From "this rank's sequences are done" to "those of all ranks are"; called by all ranks together, and may raise."""
+"""Maps "this rank's sequences are done" to "those of all ranks are". All ranks call it together, and it may raise."""
 
 
 @torch.no_grad()
@@ -43,15 +42,15 @@ def generate(
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
     Args:
-        prompts: token ids, none empty; lengths may differ. The same on all ranks of a pipeline and tensor group.
+        prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
         end_ids: tokens that end a sequence.
-        is_end: asked with a sequence's new tokens after each of them.
+        is_end: called with all new tokens of a sequence after each of them.
 
     Returns:
-        the new tokens of each prompt, without the end; on every rank of the pipeline.
+        the new tokens of each prompt without the end token, on every rank of the pipeline.
 
     Raises:
-        whatever `agree` does, when nothing is under way between the stages.
+        whatever `agree` raises; then no message is in flight between the stages.
     """
     parts = [
         _Part(decoder, some, end_ids=end_ids, max_new_tokens=max_new_tokens, is_end=is_end)
@@ -63,7 +62,7 @@ def generate(
             part.advance()
         if step % every and step < max_new_tokens:
             continue
-        for part in parts:  # nothing may be under way while all ranks meet: stages would wait for each other crosswise
+        for part in parts:  # no message may be in flight when all ranks meet, or stages would wait for each other
             part.collect()
         decoder.finish()
         if agree(all(part.is_done for part in parts)):
@@ -72,29 +71,29 @@ def generate(
 
 
 def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
-    """At most `num_parts` runs of `items`, none empty, whose lengths differ by one at most."""
+    """Split `items` into at most `num_parts` non-empty runs, whose lengths differ by at most one."""
     count = min(num_parts, len(items))
-    borders = [len(items) * index // count for index in range(count + 1)]
-    return [items[start:stop] for start, stop in itertools.pairwise(borders)]
+    boundaries = [len(items) * index // count for index in range(count + 1)]
+    return [items[start:stop] for start, stop in itertools.pairwise(boundaries)]
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[slice]:
-    """Runs of descending `lengths` that are worth computing together; see the constants."""
+    """Split descending `lengths` into runs that are computed together; see the constants above."""
     runs, start = [], 0
-    for place in range(1, len(lengths) + 1):
+    for stop in range(1, len(lengths) + 1):
         longest = lengths[start]
         if (
-            place == len(lengths)
-            or lengths[place] < LEAST_SHARE_OF_LONGEST * longest
-            or longest * (place + 1 - start) > PROMPT_TOKENS_AT_ONCE
+            stop == len(lengths)
+            or lengths[stop] < MIN_SHARE_OF_LONGEST * longest
+            or longest * (stop + 1 - start) > PROMPT_TOKENS_AT_ONCE
         ):
-            runs.append(slice(start, place))
-            start = place
+            runs.append(slice(start, stop))
+            start = stop
     return runs
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    """Rows of different lengths as one (b, longest) int64 tensor."""
+    """Pad rows of different lengths with `fill` to one (b, longest) int64 tensor."""
     longest = max(len(row) for row in rows)
     padded = torch.full((len(rows), longest), fill, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -103,7 +102,7 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) ->
 
 
 class _Part:
-    """Sequences that go through the stages together."""
+    """A part of the batch: sequences that go through the stages together."""
 
     def __init__(
         self,
@@ -117,23 +116,23 @@ class _Part:
         self.decoder = decoder
         self.end_ids = end_ids
         self.is_end = is_end
-        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first
+        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # longest first
         self.prompts = [prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
         self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + max_new_tokens)
         self.rows: list[list[int]] = [[] for _ in prompts]
-        self.tokens = torch.empty(0)  # the last ones, once there are some
+        self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once there is one
         self.ended = [False] * len(prompts)
         self.num_chosen = 0
         self.waiting: Chosen | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether every sequence has ended, as far as the tokens collected tell."""
+        """Whether every sequence has ended, judging by the tokens collected so far."""
         return all(self.ended)
 
     def advance(self) -> None:
-        """One more token for every sequence; the choice is collected before the next, so that stages run ahead."""
+        """Compute one more token for every sequence. It is collected at the next call, so that stages run ahead."""
         self.collect()
         if self.is_done and not self.decoder.calls_together:
             return
@@ -149,10 +148,10 @@ class _Part:
             self.collect()
 
     def _read_prompts(self) -> torch.Tensor | None:
-        """Fill the caches and choose every sequence's first token, (b,) on the last stage."""
+        """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
         found = []
         runs = similar_lengths([len(prompt) for prompt in self.prompts])
-        if self.decoder.calls_together:  # a rank's own prompts must not decide how often it calls the model
+        if self.decoder.calls_together:  # the number of calls must not depend on a rank's own prompts
             runs = [slice(0, len(self.prompts))]
         for rows in runs:
             tokens = pad_right(self.prompts[rows], 0, self.decoder.device)
@@ -166,12 +165,12 @@ class _Part:
         return torch.cat(found) if found else None
 
     def in_given_order(self) -> list[list[int]]:
-        """The new tokens of each prompt."""
+        """The new tokens of each prompt, in the order of the prompts."""
         found = dict(zip(self.order, self.rows, strict=True))
         return [found[index] for index in range(len(found))]
 
     def collect(self) -> None:
-        """Take the tokens that the last stage chose, where some are under way."""
+        """Receive the tokens that the last stage chose, if there are any."""
         if self.waiting is None:
             return
         chosen = self.waiting.wait()

@@ -1,4 +1,4 @@
-"""The rows that an evaluation decodes: read and tokenised by every rank, and the same on each."""
+"""The rows that an evaluation answers. Every rank reads and tokenises them, and all must get the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The samples to decode, and their tokenizer."""
+    """The samples to answer, and their tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     scored: ScoredSet
@@ -28,7 +28,7 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
     """Read, check and tokenise the rows of the plan's split.
 
     Raises:
-        UserError: files, rows, tokenizer or vocabulary that do not fit, named.
+        UserError: names the files, rows, tokenizer or vocabulary that do not fit.
     """
     settings = plan.settings
     tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
@@ -46,6 +46,6 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
 
 
 def check_same_rows(held_out: HeldOut) -> None:
-    """Every rank reads the rows for itself; raise UserError where one found others than rank 0."""
+    """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
     if differing := num_differing(held_out.scored.sha256):
         raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")

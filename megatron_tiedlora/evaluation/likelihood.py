@@ -1,4 +1,4 @@
-"""Log-likelihoods of several endings of one prompt, with the prompt computed once."""
+"""Log-likelihoods of several endings of one prompt. The prompt is computed only once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import pad_right, split_evenly
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
-# Tokens of prompts and endings, each ending with a copy of its prompt, that stand in the caches at one time.
+# Maximum tokens in the caches at one time: prompts and endings, where each ending has a copy of its prompt.
 ENDING_TOKENS_AT_ONCE = 32768
 
 Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
-"""A prompt's ids and those of its endings, none of them empty."""
+"""The ids of a prompt and of each of its endings, none of them empty."""
 
 
 @torch.no_grad()
 def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:
     """Summed log-likelihood of each ending after its prompt, in nats.
 
-    The last token of a prompt predicts the first of an ending, so it is computed with the endings; all before it goes
-    through the model once and is kept in the cache.
+    The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
+    before it go through the model once, and stay in the cache.
 
     Returns:
-        by sample and ending on ranks of the last stage; elsewhere an empty list a sample.
+        values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
     """
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.num_parts):
@@ -36,13 +36,13 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample]) -> list[
 
 
 def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
-    """Runs of samples whose caches, a copy for each ending, are of a bounded size; one run where it must be whole."""
+    """Split samples into runs whose caches, with a copy per ending, have a bounded size; with `whole`, into one run."""
     start, rows, longest = 0, 0, 0
-    for place, (prompt, endings) in enumerate(samples):
+    for index, (prompt, endings) in enumerate(samples):
         grown = max(longest, len(prompt) + max(map(len, endings)))
-        if not whole and place > start and (rows + len(endings)) * grown > ENDING_TOKENS_AT_ONCE:
-            yield samples[start:place]
-            start, rows, grown = place, 0, len(prompt) + max(map(len, endings))
+        if not whole and index > start and (rows + len(endings)) * grown > ENDING_TOKENS_AT_ONCE:
+            yield samples[start:index]
+            start, rows, grown = index, 0, len(prompt) + max(map(len, endings))
         rows, longest = rows + len(endings), grown
     yield samples[start:]
 
@@ -58,7 +58,7 @@ def _score(decoder: Decoder, samples: Sequence[Sample]) -> list[list[float]]:
     if longest:
         prompts = pad_right(before, 0, device)
         positions = torch.arange(longest, device=device).expand_as(prompts)
-        # One position's logits, which nobody reads: the head has no answer without any.
+        # The head needs at least one position; these logits are not used.
         decoder.forward(prompts, positions, caches, wanted=torch.zeros(len(samples), dtype=torch.int64, device=device))
     tokens = pad_right([row[:-1] for row in after], 0, device)
     labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)

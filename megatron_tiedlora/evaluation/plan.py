@@ -1,4 +1,4 @@
-"""Everything an evaluation is, decided and checked before weights are read or a rank is waited for."""
+"""The plan of an evaluation: decided and checked before weights are read and ranks meet."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt, resolve_max_new_tokens
+from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
@@ -27,21 +28,23 @@ from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.planning.layout import check_layout
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
+from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A checked evaluation: its settings with what follows from them, the model and the number of ranks.
+    """A checked evaluation: its settings, and what follows from them, the model and the number of ranks.
 
     Attributes:
-        kind: of the model: base, merged (a folder that an adapter was merged into), native or peft.
-        longest_prompt: in tokens; a longer one loses its middle.
-        limit: of samples; None is all.
-        notes: what a user should know before they trust the scores.
+        kind: kind of model: base, merged (a folder with a merged adapter), native or peft.
+        longest_prompt: maximum prompt tokens; a longer prompt loses its middle.
+        limit: maximum number of samples; None: all.
+        notes: what a user should know before trusting the scores.
     """
 
     settings: EvaluateSettings
     task: Task
+    dtype_name: str
     source: ModelSource
     adapter: NativeAdapter | None
     kind: str
@@ -54,12 +57,12 @@ class EvaluationPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base."""
-        return DTYPES[self.settings.dtype]
+        """The dtype of the base."""
+        return DTYPES[self.dtype_name]
 
     @property
     def adapter_name(self) -> str:
-        """METHOD-rRANK, or base where there is no adapter."""
+        """METHOD-rRANK, or the kind of model if there is no adapter."""
         if self.adapter is None:
             return self.kind
         method = "peft" if self.kind == "peft" else self.adapter.config.method
@@ -67,44 +70,46 @@ class EvaluationPlan:
 
     @property
     def name(self) -> str:
-        """MODEL-TASK-ADAPTER, for the folder."""
+        """MODEL-TASK-ADAPTER, for the output folder's name."""
         model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
-    def headline(self, num_samples: int, num_cut: int, attention: AttentionRoute) -> list[str]:
-        """What is evaluated, in a few lines, before its progress bar.
+    def headline(self, num_samples: int, num_truncated: int, attention: AttentionRoute) -> list[str]:
+        """A few lines about the evaluation, to print before its progress bar.
 
         Args:
-            num_samples: that are decoded.
-            num_cut: of them have prompts that do not fit whole.
-            attention: what computes the attention of prompts.
+            num_samples: number of samples to answer.
+            num_truncated: how many of their prompts lose their middle.
+            attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
+        dtype = describe_dtype(settings.dtype, self.dtype_name)
         adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
-        cut = f", {num_cut} of them without their middle to fit" if num_cut else ""
+        cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
         return [
-            f"model      {self.source.name} in {settings.dtype}{adapter}{merged}",
+            f"model      {self.source.name} in {dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
-            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once on a rank",
+            f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
             f"attention  {attention}",
             *(f"note       {note}" for note in self.notes),
         ]
 
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
-        """Every setting as a plain value, with what depends on the model, the task and the world filled in."""
+        """Every setting as a plain value, including those that depend on the model, the task and the ranks."""
         return {
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
             "model": self.source.name,
+            "dtype": self.dtype_name,
             "max_length": self.settings.max_length or self.source.shape.max_positions,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
         }
 
     def model_facts(self) -> dict[str, Any]:
-        """What decoded, and in which layout: kind of model, adapter and ranks, for results.json."""
+        """Kind of model, adapter and parallel layout, for results.json."""
         adapter = None
         if self.adapter is not None:
             config = self.adapter.config
@@ -125,11 +130,12 @@ class EvaluationPlan:
 
 
 def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -> EvaluationPlan:
-    """Find model and adapter, and check that settings, model and world fit each other.
+    """Find the model and adapter, and check that settings, model and number of ranks fit together.
 
     Raises:
-        UserError: the first thing that does not fit, with the fix.
+        UserError: names the first thing that does not fit, with the fix.
     """
+    task = get_task(settings.task)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
@@ -139,17 +145,15 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
             f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"
             " give at most that"
         )
-    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, settings.task)
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, task.max_new_tokens)
     prompt = longest_prompt(settings.max_length, model_shape.max_positions, max_new_tokens)
-    limit = settings.limit
-    if limit is None and settings.task == "demo":
-        limit = DEMO_SCORED_SAMPLES
     if adapter is None:
-        source = find_model(source.name)  # until now without the weights of a hub model
-        source.weights_folder()  # refuses a shape
+        source = find_model(source.name)  # so far a hub model's weights were not downloaded
+        source.weights_folder()  # rejects a preset, which has no weights
     return EvaluationPlan(
         settings=settings,
-        task=get_task(settings.task),
+        task=task,
+        dtype_name=resolve_dtype(settings.dtype, task, on_gpu=uses_gpu()),
         source=source,
         adapter=adapter,
         kind=kind,
@@ -157,23 +161,23 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         stages=partition(layer_costs(model_shape, length=prompt, first_adapted=None), grid.pp_size),
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
-        limit=limit,
+        limit=settings.limit or task.scored_rows,
         notes=(*notes, *_notes(settings, source, kind)),
     )
 
 
 def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterator[str]:
-    """Where an adapter was trained on another base or with other prompts, as far as the files beside it tell."""
+    """Notes if the files beside an adapter show that it was trained on another base or with other prompts."""
     if settings.adapter is None:
         return
     folder = user_path(settings.adapter)
     if kind == "peft" and not (folder / EXPORT_RECORD).is_file():
         named = _named_base(folder)
         if named and named != source.name and not _same_folder(source, named):
-            yield f"{folder} names the base {named}; PEFT files do not tell whether {source.name} is the same"
+            yield f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same"
     run_file = folder.parent / "run.yaml"
     trained: dict[str, Any] = {}
-    with suppress(UserError):  # a file of another kind or version: there is nothing to compare with
+    with suppress(UserError):  # a file of another kind or version cannot be compared
         trained = read_yaml(str(run_file)) if run_file.is_file() else {}
     for name in ("task", "prompt_template", "tokenizer"):
         if name in trained and trained[name] != getattr(settings, name):
@@ -184,10 +188,10 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     """(base, adapter, kind of model, notes).
 
     Raises:
-        UserError: either is not there, or they do not belong together, or go with another tokenizer.
+        UserError: one is missing, they do not belong together, or they need another tokenizer.
     """
     if settings.adapter is None:
-        source = find_model(settings.model or "demo", weights=False)
+        source = find_model(settings.model or DEFAULT_MODEL, weights=False)
         return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
         source, native = open_inputs(settings.adapter, settings.model)
@@ -214,7 +218,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
 
 
 def _named_base(folder: Path) -> str:
-    """What a PEFT folder calls its base; '' where it does not say."""
+    """The name of the base in a PEFT folder; '' if there is none."""
     named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
     return named if isinstance(named, str) else ""
 
@@ -224,6 +228,6 @@ def _is_merged(source: ModelSource) -> bool:
 
 
 def _same_folder(source: ModelSource, named: str) -> bool:
-    with suppress(UserError):  # a name that can be no path
+    with suppress(UserError):  # the name cannot be a path
         return user_path(named).resolve() == source.weights_folder().resolve()
     return False

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: predictions.jsonl, a line a sample, results.json, and a table on the screen."""
+"""The output of an evaluation: predictions.jsonl (one line per sample), results.json and a table on the screen."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
 
 
 def take_output(plan: EvaluationPlan) -> NewOutput:
-    """Where the files are going to be, for this process alone.
+    """Take the output folder for this process alone.
 
     Raises:
-        UserError: other files are there, none can be written, or another process is about to write there.
+        UserError: it holds other files, is not writable, or another process is writing it.
     """
     settings = plan.settings
     return take_output_folder(
@@ -34,7 +34,7 @@ def take_output(plan: EvaluationPlan) -> NewOutput:
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
-    """One line of predictions.jsonl: texts, `score` by the task's own (first) metric, the others under their names."""
+    """One line of predictions.jsonl: the texts, `score` by the task's own (first) metric, and other metrics by name."""
     first, *others = metrics
     example = answer.example
     row: dict[str, Any] = {
@@ -50,7 +50,7 @@ def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    """Readable in any language; what some readers take for the end of a line is escaped."""
+    """The row as JSON with readable non-ASCII text. Characters that some readers treat as line ends are escaped."""
     text = json.dumps(row, ensure_ascii=False)
     for separator in ("\x85", "\u2028", "\u2029"):
         text = text.replace(separator, f"\\u{ord(separator):04x}")
@@ -58,7 +58,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """The content of results.json: the task's own score, all scores, what decoded, settings and versions."""
+    """The content of results.json: the task's own score, all scores, model, settings and versions."""
     first = plan.task.metrics[0]
     described = {name: score.plain() for name, score in scores.items()}
     return {
@@ -77,10 +77,10 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
 def write_results(
     plan: EvaluationPlan, answers: Sequence[Answer], scores: Mapping[str, Score], output: NewOutput
 ) -> None:
-    """Write both files at once, in a folder that is there whole or not at all.
+    """Write both files atomically: the folder appears complete or not at all.
 
     Raises:
-        UserError: another process has taken the folder over meanwhile, or it cannot be written.
+        UserError: another process has taken over the folder meanwhile, or it cannot be written.
     """
     rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
     with output.written() as temporary:
@@ -89,7 +89,7 @@ def write_results(
 
 
 def score_table(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> list[str]:
-    """What a user reads at the end: scores in per cent with intervals, by which rule, and where the files are."""
+    """The lines that a user sees at the end: scores with intervals, their signatures, and the files."""
     count = next(iter(scores.values())).num_samples
     width = max(len("metric"), *map(len, scores))
     lines = [

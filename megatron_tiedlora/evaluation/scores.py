@@ -1,7 +1,7 @@
-"""Scores of many answers: each metric's value with a 95 % interval by bootstrap over the samples.
+"""Scores of many answers: each metric's value with a 95 % bootstrap interval over the samples.
 
-Resample number i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It depends
-on nothing else, so that all metrics, and all models that are scored on one test set, see the same resamples.
+Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It depends on
+nothing else, so all metrics, and all models that are scored on one test set, use the same resamples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import Metric, find_metric
 
 _PERCENTILES = (2.5, 97.5)
-# Numbers drawn at a time, which bounds the memory.
+# Random numbers drawn at a time; this bounds the memory.
 _DRAWN_AT_ONCE = 2_000_000
 
 
@@ -29,7 +29,7 @@ class Score:
     Attributes:
         value: in per cent.
         low, high: ends of the 95 % percentile bootstrap interval, in per cent.
-        signature: by which rule, library and version.
+        signature: the rule, library and version of the metric.
     """
 
     metric: str
@@ -40,7 +40,7 @@ class Score:
     signature: str
 
     def plain(self) -> dict[str, Any]:
-        """What files keep of it."""
+        """The score as it is written to files."""
         return {
             "score": self.value,
             "n": self.num_samples,
@@ -71,7 +71,7 @@ def score_answers(
 
 
 def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resamples: int) -> tuple[float, Any]:
-    """The value, and (resamples,) values of the resamples."""
+    """The metric's value, and its values on the resamples, (resamples,)."""
     num = len(answers)
     if metric.statistics is None or metric.combine is None:
         samples = [metric.sample(answer) for answer in answers]
@@ -85,7 +85,7 @@ def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resample
 
 
 def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
-    """Sums over the samples of each resample of `table`, (num, k), in pieces of (some, k)."""
+    """Yield the sums over the samples of each resample of `table` (num, k), in chunks of (some, k)."""
     num = len(table)
     draw = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // num)

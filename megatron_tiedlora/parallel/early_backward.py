@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
-from megatron_tiedlora.parallel.kernels import upcast
+from megatron_tiedlora.parallel.kernels import scaled
 
 
 class _EarlyBackward(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (of_hidden,) = ctx.saved_tensors
-        return (upcast(of_hidden) * gradient).to(of_hidden.dtype), None
+        return scaled(of_hidden, gradient), None
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -230,6 +230,15 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
     if results is None:
         return None
     return tuple(results) if len(results) > 1 else results[0]
+
+
+def scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """tensor * factor in the tensor's dtype, (..., n); the product is in max(fp32, that dtype), some rows at a time."""
+    return cast(torch.Tensor, run_in_parts(_scaled, (as_rows(tensor), factor), [True, False])).view(tensor.shape)
+
+
+def _scaled(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (upcast(rows) * factor).to(rows.dtype)
 
 
 def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:

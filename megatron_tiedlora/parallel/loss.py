@@ -15,7 +15,7 @@ from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 from megatron_tiedlora.parallel.layers import padded
 
 IGNORED_LABEL = -100
@@ -72,17 +72,13 @@ class _SumTokenLosses(torch.autograd.Function):
                 _subtract_labels_(local_logits, found)
                 weight.times(local_logits, out=gradient[part])
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
-        ctx.rows_at_once = rows_at_once
         return loss
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_rows,) = ctx.saved_tensors
-        scaled = torch.empty_like(grad_rows)
-        for rows, result in zip(grad_rows.split(ctx.rows_at_once), scaled.split(ctx.rows_at_once), strict=True):
-            result.copy_(upcast(rows) * gradient)
-        return scaled, *(None,) * 6
+        return scaled(grad_rows, gradient), *(None,) * 6
 
 
 def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,10 +15,10 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.parallel.grid import Grid
 
-# Shapes that repeat are kinder to memory and kernels.
+# Repeated shapes need less memory and fewer kernels.
 BASE_MULTIPLE = 8
-# On a GPU the allocator keeps blocks of the sizes it was asked for. With fewer sizes it keeps less where expandable
-# segments are off (docs/performance.md).
+# On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
+# are off (docs/performance.md).
 GPU_MULTIPLE = 128
 # Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
 # for half a minute at first, and saves about a quarter of a step.
@@ -78,9 +78,10 @@ class Layout:
 
     @property
     def pad_multiple(self) -> int:
-        """What lengths are padded to a multiple of, so that sequence parallelism can cut them into equal shards.
+        """Lengths are padded to a multiple of this, so that sequence parallelism can divide them into equal shards.
 
-        8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding changes no loss.
+        It is 8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding does not change the
+        loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
 

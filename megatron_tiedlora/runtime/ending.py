@@ -1,7 +1,7 @@
-"""How a run ends, told truthfully: run_status.json, the last line on the screen, and the exit status.
+"""How a run ends: run_status.json, the last line on the screen, and the exit status, which is 0 only if it finished.
 
-Whichever rank knows first why a run fails says so, once; its peers give the same reason, and whoever of them is left
-and sees the run folder writes it down.
+The first rank to know why a run fails reports it, once. Its peers give the same reason, and any remaining rank that
+sees the run folder writes it down.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_tiedlora.runtime.heartbeat import (
     gpu_failure_line,
     is_lost_exchange,
     lost_exchange_line,
-    place_line,
+    rank_line,
 )
 from megatron_tiedlora.runtime.launch_env import first_to_fail
 from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
@@ -47,19 +47,19 @@ _RESERVED_BYTES = 1 << 16
 
 @dataclass
 class End:
-    """What is known of a run while it goes on; filled in as it becomes known.
+    """What is known of a running run; filled in as it becomes known.
 
     Attributes:
-        folder: the run folder, once this run has written its settings there and if this rank sees it; until then it is
-            left as it is.
-        finished_step: gives the number of the last finished step.
+        folder: the run folder, once this run has written its settings there and if this rank sees it; before that the
+            folder is not touched.
+        finished_step: returns the number of the last finished step.
         first_step: the last step of earlier starts.
-        unsaved: what to say where a signal came and nothing was saved.
-        reason: of a good end.
+        unsaved: what to report if a signal arrives and nothing was saved.
+        reason: the reason of a good end.
         status: the exit status of a run that did not raise.
-        owner: of the folder that rank 0 writes to, once it is chosen.
+        owner: the owner of the folder that rank 0 writes to, once it is chosen.
         release: gives back the folder that rank 0 writes to.
-        gpu: of this rank, in words.
+        gpu: this rank's GPU as text.
     """
 
     rank: int
@@ -85,8 +85,8 @@ class End:
         return self.finished_step()
 
     def watch_peers(self, timeout_minutes: float) -> None:
-        """From here on a rank that falls silent ends the run on every host; all ranks take part."""
-        self.gpu = own_gpu()  # now: a GPU that has failed answers nothing
+        """Start the heartbeat: from now on a lost rank ends the run on every host; all ranks take part."""
+        self.gpu = own_gpu()  # read now, because a failed GPU does not answer
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             silence = min(SILENCE_SECONDS, limit.total_seconds())
@@ -101,18 +101,18 @@ class End:
             ).start()
 
     def hold(self, release: Callable[[], None]) -> None:
-        """Rank 0 owns the folder that it writes to until its end, when it calls `release`."""
+        """Let rank 0 own the folder that it writes to until the run ends; `release` is called then."""
         self.release = release
 
     def give_back(self) -> None:
-        """The folder is free for another start."""
+        """Free the folder for another start."""
         if self.release is not None:
             self.release()
 
     def enter(self, folder: RunFolder) -> None:
-        """The run folder is this run's now: keep a log there, and the end. All ranks take part.
+        """The run folder belongs to this run now: write logs and the status there. All ranks take part.
 
-        On other hosts it may be another folder of the same name: theirs is told by what run.yaml holds.
+        On another host it may be a different folder of the same name; the content of run.yaml tells them apart.
         """
 
         def digest() -> str:
@@ -124,43 +124,43 @@ class End:
 
         if decided_by_rank_0(digest_of_owner, kind=str) == digest():
             self.folder = folder
-            with suppress(OSError):  # given back before the status is written: a full disk may be what ends the run
+            with suppress(OSError):  # freed before the status is written, because a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))
-        guard = folder.guard if self.rank == 0 else unguarded  # others may not see the folder, and have one of its name
+        guard = folder.guard if self.rank == 0 else unguarded  # others may have another folder of this name
         self._open.enter_context(self.log.kept(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
-        """Write run_status.json, once the folder is this run's (a start that failed before that changes nothing)."""
+        """Write run_status.json if the folder belongs to this run; a start that fails earlier changes nothing."""
         if self.folder is not None:
             self._reserve.close()
             self.folder.write_status(state, step=self.step, reason=reason)
 
     def stopped(self, stop: RunStopped) -> None:
-        """All ranks have agreed to stop, or this one was told to before there was anything to agree on."""
+        """All ranks have agreed to stop, or this one got a signal before the ranks could agree."""
         self.status, reason = exit_status(stop.signal_number), str(stop)
         if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
-            # A job that is put back into the queue without a step would come back for ever. Batch scripts are told by
-            # the status, or by the reason where torchrun's own status hides it.
+            # A job that returns to the queue without having made a step would return forever. Batch scripts see that in
+            # the status, or in the reason if torchrun's own status hides it.
             self.status, reason = FAILED_STATUS, f"{stop} before a step of this start"
         if self.rank == 0:
             self.record("stopped", reason)
-            saved = f"saved at step {self.step}; go on with --resume auto" if self.step else self.unsaved
+            saved = f"saved at step {self.step}; continue with --resume auto" if self.step else self.unsaved
             self.log.say(f"stopped by {stop}, {saved}")
         if self.heartbeat is not None:
-            self.heartbeat.failed(f"stopped by {stop}")  # for peers that wait for this one, where it was told alone
+            self.heartbeat.failed(f"stopped by {stop}")  # if only this rank got a signal, its peers wait for it
         self.leave()
         self.stop.end_agent()
 
     def leave(self) -> None:
-        """A good end, or one that all agreed on; rank 0 leaves first, since it has written what there is to write."""
+        """Leave after a good end or an agreed stop; rank 0 leaves first, when it has written all files."""
         if self.heartbeat is None:
             return
-        if self.status:  # a launcher may end all as soon as one has
+        if self.status:  # a launcher may end all ranks as soon as one has ended
             self.heartbeat.await_main()
             self.heartbeat.leave()
             self.heartbeat.await_others()
             return
-        with self.stop.deferred():  # whether the run is stopped now is for rank 0 to say
+        with self.stop.deferred():  # rank 0 decides whether the run is stopped now
             try:
                 self.heartbeat.leave_after_main()
             except DistNetworkError:  # rank 0 was killed
@@ -170,8 +170,8 @@ class End:
                 raise
 
     def failed(self, error: BaseException) -> int:
-        """Say why, or leave it to the rank that knows; returns the exit status."""
-        self.stop.ignore()  # a launcher tells the others to stop as soon as one has ended
+        """Report why the run failed, or leave that to the rank that knows; returns the exit status."""
+        self.stop.ignore()  # a launcher signals the other ranks as soon as one has ended
         text = str(error) or type(error).__name__
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
         lost = self.heartbeat is not None and is_lost_exchange(error)
@@ -179,17 +179,17 @@ class End:
             own = self.heartbeat.with_names(lost_exchange_line(error))
         if said := gpu_failure_line(error):
             own = f"{self.gpu}: {said}" if self.gpu else said
-        here = place_line(self.rank, socket.gethostname(), self.step, own)
-        writes = self._record_failure(here)  # at once: a launcher may give this rank a second only
+        here = rank_line(self.rank, socket.gethostname(), self.step, own)
+        writes = self._record_failure(here)  # at once, because a launcher may give this rank only a second
         if self.heartbeat is None:
             failure = PeerFailure(here, first_to_fail())
         else:
-            tells = not lost and not (isinstance(error, UserError) and error.of_peer)
-            failure = self.heartbeat.failed(own) if tells else self.heartbeat.explain(own)
+            is_own = not lost and not (isinstance(error, UserError) and error.of_peer)
+            failure = self.heartbeat.failed(own) if is_own else self.heartbeat.explain(own)
         if writes:
             self._record_failure(failure.reason, again=True)
         details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if lost or not failure.reports:  # a peer's end, of which this rank's traceback says nothing
+        if lost or not failure.reports:  # this rank's traceback says nothing about a peer's failure
             self.log.note(details)
             details = ""
         self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
@@ -199,7 +199,7 @@ class End:
         return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """In the heartbeat's thread: the main one waits for a peer that is gone, and cannot be woken."""
+        """Runs in the heartbeat's thread: the main thread waits for a lost peer and cannot be woken."""
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -207,30 +207,30 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Rank 0 gives the folder back; where it is gone the others give it up, in case that it is only silent."""
+        """Rank 0 gives the folder back; if rank 0 is lost, the others revoke it, in case rank 0 still runs."""
         self.give_back()
         if self.rank and self.owner is not None and self.heartbeat is not None and self.heartbeat.main_lost:
             self.owner.give_up()
 
     def _show(self, failure: PeerFailure, text: str) -> None:
-        """On the screen where this rank reports for all, else in its log alone."""
+        """Show `text` on the screen if this rank reports for all; otherwise write it to its log only."""
         if failure.reports:
             self.log.say(text)
         else:
             self.log.note(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write it down unless a peer has, or again with a better reason; whether this rank did."""
+        """Write the status unless a peer has (or `again`, with a better reason); returns whether this rank did."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
-        with suppress(UserError):  # the disk may be what failed; the first error is the one to tell
+        with suppress(UserError):  # the disk may be what failed; the first error is the one to report
             self.record("failed", reason)
         return True
 
 
 @contextmanager
 def _space(folder: Path) -> Iterator[None]:
-    """Hold a little of the disk, in a file without a name."""
+    """Reserve some disk space with an unnamed file."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(_RESERVED_BYTES))
         yield
@@ -240,10 +240,10 @@ def _space(folder: Path) -> Iterator[None]:
 def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
     """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
 
-    Where it failed, that is said, and the process ends.
+    A failure is reported and ends the process.
 
     Raises:
-        SystemExit: failed, as the only rank.
+        SystemExit: the run failed and this is its only rank.
     """
     end = End(rank, world_size, stop)
     with ExitStack() as last, end._open, end._reserve:
@@ -253,13 +253,13 @@ def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
             if rank == 0:
                 end.record("finished", end.reason)
             end.leave()
-            stop.ignore()  # what is decided is not to be changed by a launcher that ends
+            stop.ignore()  # a launcher that ends must not change the result any more
             leave_process_group()
         except RunStopped as stopped:
             end.stopped(stopped)
         except BaseException as error:
             status = end.failed(error)
-            if world_size > 1:  # not through the libraries' own ends, which may wait for peers that are gone
+            if world_size > 1:  # skip the libraries' exit handlers, which may wait for lost peers
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)

@@ -1,4 +1,4 @@
-"""Each rank's log file in the run folder. Rank 0 also shows on the screen, the others only where they have a say."""
+"""Each rank's log file in the run folder. Rank 0 also prints to the screen, the others only what they must report."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LOGS_FOLDER = "logs"
 
 
 class _Tee:
-    """A text stream that also writes whole lines to a log; of a progress bar, which rewrites its line, the last state.
+    """A text stream that also writes whole lines to a log; of a progress bar, only the last state of its line.
 
-    What else a stream can do, such as telling whether it is a terminal, is the screen's.
+    Everything else that a stream can do, such as `isatty`, is delegated to the screen.
     """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self._screen, self._log, self._line = screen, log, ""
 
     def write(self, text: str) -> int:
-        """Write to the screen, and what makes up whole lines to the log."""
+        """Write to the screen, and write complete lines to the log."""
         *lines, self._line = (self._line + text).split("\n")
         self._line = self._line.rpartition("\r")[2] if len(self._line) > 1 << 16 else self._line
-        with suppress(OSError, ValueError):  # a full disk must not end the run at a line of its log
+        with suppress(OSError, ValueError):  # a full disk must not end the run because of a log line
             self._log.writelines(f"{line.rstrip(chr(13)).rpartition(chr(13))[2]}\n" for line in lines)
         try:
             self._screen.write(text)
@@ -47,7 +47,7 @@ class _Tee:
             self._leave_screen()
 
     def _leave_screen(self) -> None:
-        """Who looked on is gone, such as the ssh connection that it went over: no reason to fail, the log goes on."""
+        """The screen is gone, for example its ssh connection: do not fail, and continue the log."""
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._screen.fileno())
@@ -62,15 +62,15 @@ class RankLog:
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
-        self._screen: TextIO | None = None  # of a rank whose output goes to its log alone
+        self._screen: TextIO | None = None  # the screen of a rank whose output goes only to its log
 
     @contextmanager
     def kept(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
-        """Inside, output goes to RUN/logs/rank_N.log, which is added to; rank 0's to the screen as well.
+        """Inside, append the output to RUN/logs/rank_N.log; rank 0's output also goes to the screen.
 
-        What an earlier start has written is copied into a file of its own: should that start be still there, unheard
-        of, it adds nothing to this one's. What libraries in C write shows on rank 0's screen alone. Where the file
-        cannot be written (a run folder that only rank 0 sees may be read-only elsewhere), all goes on as before.
+        An earlier start's lines are copied into a new file, so that an earlier process that still runs cannot add to
+        this start's log. Output of C libraries appears only on rank 0's screen. If the file cannot be written (a run
+        folder that only rank 0 sees may be read-only elsewhere), nothing changes.
         """
         file = folder / LOGS_FOLDER / f"rank_{rank}.log"
         try:
@@ -90,15 +90,15 @@ class RankLog:
             yield
 
     def say(self, text: str) -> None:
-        """Show `text` on the screen, and keep it in the log."""
-        with suppress(OSError):  # who looked on may be gone
+        """Show `text` on the screen and write it to the log."""
+        with suppress(OSError):  # the screen may be gone
             show(*text.split("\n"), file=sys.stderr)
         if self._screen is not None:
             with suppress(OSError):
                 show(*text.split("\n"), file=self._screen)
 
     def note(self, text: str) -> None:
-        """Keep `text` in the log alone; where there is none it is lost."""
+        """Write `text` to the log only; without a log it is lost."""
         if self._log is not None:
             with suppress(OSError, ValueError):  # closed already
                 self._log.write(f"{text}\n")

@@ -1,4 +1,4 @@
-"""The run folder: what is in it, who may use it, and the logs that rank 0 writes there."""
+"""The run folder: its files, its owner, and the logs that rank 0 writes there."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import check_place, refuse_links
+from megatron_tiedlora.base.output_folder import check_place, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
-_BOUND = 1e300  # of a number in a log: NaN and infinity are none, and a figure can be drawn of the others
+_BOUND = 1e300  # of numbers in a log: excludes NaN and infinity, and values that cannot be drawn
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and what is written there.
+    """The paths of one run, and functions that write some of them.
 
     Attributes:
-        owner: the start that writes; None for one that only reads.
+        owner: the start that writes; None to read only.
     """
 
     path: Path
@@ -41,7 +40,7 @@ class RunFolder:
 
     @property
     def guard(self) -> Guard:
-        """Raises UserError where this start may change the folder no longer."""
+        """A check that raises UserError if this start no longer owns the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     @property
@@ -51,7 +50,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """What each rank printed."""
+        """The output of each rank."""
         return self.path / LOGS_FOLDER
 
     @property
@@ -76,12 +75,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def scores(self) -> Path:
-        """What greedy decoding scored before and after training."""
+        """The scores of greedy decoding before and after training."""
         return self.path / "scores.json"
 
     @property
@@ -90,8 +89,8 @@ class RunFolder:
         return self.settings.is_file()
 
     def write_settings(self, content: Mapping[str, Any]) -> None:
-        """Write run.yaml and remove an earlier end's status. Raises UserError where the folder cannot be written."""
-        write_text(self.settings, yaml.safe_dump(dict(content), sort_keys=False), guard=self.guard)
+        """Write run.yaml and remove an earlier run_status.json. Raises UserError if the folder cannot be written."""
+        write_yaml(self.settings, content, guard=self.guard)
         discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
@@ -104,7 +103,7 @@ class RunFolder:
 
 
 def run_name(settings: Settings) -> str:
-    """MODEL-TASK-METHOD-rRANK, for the run folder; needs nothing but the settings."""
+    """MODEL-TASK-METHOD-rRANK, the name of the run folder."""
     return f"{last_name(settings.model)}-{settings.task}-{settings.method}-r{settings.rank}"
 
 
@@ -116,13 +115,13 @@ def take_run_folder(
     take_over: bool = False,
     before: Callable[[RunFolder], None] = lambda folder: None,
 ) -> tuple[RunFolder, FolderLock]:
-    """Choose the folder of a run, and become its owner; a new folder is made. Arguments as in `choose_run_folder`.
+    """Choose the folder of a run and become its owner; make it if it is new. Arguments as in `choose_run_folder`.
 
     Args:
-        before: called before the folder is taken from a start that is or was there, which an error leaves as it is.
+        before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
 
     Raises:
-        UserError: as there; or another start owns the folder, and `take_over` was not given.
+        UserError: as there; or another start owns the folder and `take_over` was not given.
     """
     while True:
         folder = choose_run_folder(output_dir, name=name, resume=resume)
@@ -134,29 +133,28 @@ def take_run_folder(
                 resumes=resume != "none",
                 take_over=take_over,
                 before=partial(before, folder),
-                hint=f"wait for its end, give another --output_dir, or take it over with {force}",
+                hint=f"wait until it ends, give another --output_dir, or take it over with {force}",
             )
-        except FileExistsError:  # another start was faster: that folder is not free any more
+        except FileExistsError:  # another start was faster, so the folder is no longer free
             if not folder.path.exists():
-                raise UserError(f"{folder.path}: is a link to nothing; give another --output_dir") from None
+                raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
         return RunFolder(folder.path, lock.owner), lock
 
 
 def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
-    """The folder of a run, which may be a link, while the folders in it that are written into may not.
+    """Choose the folder of a run. The folder may be a link, but the folders in it that the run writes to may not.
 
     Args:
-        output_dir: as given, or None for runs/NAME: the first free of NAME, NAME-2, NAME-3, ...; to resume, the last,
-            or the run that the checkpoint given to --resume belongs to.
+        output_dir: as given, or None for runs/NAME: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
+            last of these, or the run of the checkpoint given to --resume.
         resume: value of --resume.
 
     Raises:
-        UserError: the folder holds another run (or anything else) and --resume was not given, or links; or cannot be
-            written.
+        UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
     folder = _named_or_next(output_dir, name=name, resume=resume)
-    refuse_links(folder.checkpoints, folder.logs, folder.tensorboard)
+    reject_links(folder.checkpoints, folder.logs, folder.tensorboard)
     return folder
 
 
@@ -185,13 +183,13 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. After a resume, lines beyond the resumed step are dropped: they come again.
+    """metrics.jsonl and TensorBoard. After a resume, rows beyond the resumed step are removed: they are written again.
 
-    metrics.jsonl is replaced and opened once, so that what a start adds which has lost the folder goes nowhere.
+    metrics.jsonl is replaced and opened once, so that a start which has lost the folder cannot add rows to it.
     """
 
     def __init__(self, folder: RunFolder, *, resumed_step: int, evaluated_step: int | None = None) -> None:
-        """Open the logs of a run that goes on from `resumed_step`, having evaluated after `evaluated_step`."""
+        """Open the logs of a run that resumes from `resumed_step` and was last evaluated after `evaluated_step`."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._folder = folder
@@ -202,27 +200,27 @@ class MetricsLog:
             self._stream = folder.metrics.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
-        folder.guard()  # the one file that no later check can take back, under a name of its own
+        folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
         try:
             self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
         except OSError as error:
             raise UserError(
-                f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder of your own, or"
-                " remove it"
+                f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder that you own,"
+                " or remove it"
             ) from error
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row: `step`, `split`, and numbers, unrounded.
+        """Append one row: `step`, `split`, and unrounded numbers.
 
         Raises:
-            UserError: the disk is full, or another start has taken the folder over.
+            UserError: the disk is full, or another start has taken over the folder.
         """
         self._folder.guard()
         try:
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
-            while line:  # of a line that does not fit a part may be written; the next try says why
+            while line:  # on a full disk only a part may be written; the next write raises the reason
                 line = line[self._stream.write(line) :]
             for name, value in row.items():
                 if name not in ("step", "split"):
@@ -238,23 +236,23 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what is none, such as a line that a kill cut short, is left out.
+    """The rows of a metrics.jsonl; malformed lines (for example truncated by a kill) are skipped.
 
     Raises:
-        UserError: the file is there and cannot be read.
+        UserError: the file exists and cannot be read.
     """
     if not file.is_file():
         return []
     try:
         with file.open("rb") as stream:
-            lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # of a longer one each piece is no row
+            lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # pieces of a longer line are malformed
             return [row for row in map(metrics_row, islice(lines, _MOST_ROWS)) if row is not None]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """The row of one line: `step`, `split`, and finite numbers, `loss` among them; None where it is another thing."""
+    """The row of one line: `step`, `split` and finite numbers, including `loss`; None if it is malformed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -268,12 +266,12 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
-    """Replace the rows of a metrics.jsonl. Raises UserError where it cannot be written."""
+    """Replace the rows of a metrics.jsonl. Raises UserError if it cannot be written."""
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Draw training and validation loss over steps into a PNG. Raises UserError where it cannot be written."""
+    """Plot training and validation loss over steps as a PNG. Raises UserError if it cannot be written."""
     from matplotlib import pyplot
 
     plain_figures()
@@ -296,7 +294,7 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
 
 
 def plain_figures() -> None:
-    """Draw without a screen, and by its defaults: a matplotlibrc in the current folder could start programs."""
+    """Draw without a screen and with default settings: a matplotlibrc in the current folder could start programs."""
     import matplotlib
 
     matplotlib.rcdefaults()
@@ -304,7 +302,7 @@ def plain_figures() -> None:
 
 
 def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
-    """Write a matplotlib figure as a PNG, whole or not at all, the same bytes for the same drawing; and close it.
+    """Write a matplotlib figure as a PNG atomically, with the same bytes for the same figure, and close it.
 
     Raises:
         UserError: it cannot be written.

@@ -1,7 +1,7 @@
-"""Stopping together: signals, a launcher that died, and the ranks' agreement on both.
+"""Stop all ranks together, on a signal or when a launcher has died.
 
-A rank that wants to stop must not leave while its peers wait for it in a collective, so a wish is only noted here, and
-acted on where all ranks have agreed by a reduction.
+A rank that should stop must not leave while its peers wait for it in a collective. So a stop request is only noted
+here, and the ranks act on it after they have agreed in a reduction.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.runtime.launch_env import deepspeed_runner
 
-# Slurm sends the last one some time before a job's limit (`#SBATCH --signal=USR1@120`).
+# Slurm sends SIGUSR1 some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Processes that start ranks and are their parents: of mpirun, srun and torchrun, on each host.
+# Parents of the ranks on each host under mpirun and srun.
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 
 
 class RunStopped(BaseException):
     """All ranks have agreed to stop; the exit status is 128 + `signal_number`.
 
-    Like KeyboardInterrupt no Exception: it can be raised anywhere, and must not be taken for a library's failure.
+    Like KeyboardInterrupt it is not an Exception: it can be raised anywhere and must not look like a library's failure.
     """
 
     def __init__(self, signal_number: int, reason: str) -> None:
@@ -38,11 +38,11 @@ class RunStopped(BaseException):
 
 
 def launcher_processes() -> list[psutil.Process]:
-    """The launchers above this rank whose death means that the run is to stop.
+    """The launchers above this rank whose death means that the run must stop.
 
-    A local `deepspeed` that is told to stop dies at once and leaves its per-node launcher and the ranks running, so
-    both are watched; where ssh started that launcher, the session of sshd, which ends with the connection; likewise the
-    agent of torchrun and the daemons of mpirun and srun. Other parents (a shell) may come and go.
+    A local `deepspeed` dies at once on a signal and leaves its per-node launcher and the ranks running, so both are
+    watched. If ssh started that launcher, its sshd session is watched, which ends with the connection. The agent of
+    torchrun and the daemons of mpirun and srun are watched too. Other parents (a shell) may end without effect.
     """
     watched = []
     try:
@@ -55,13 +55,13 @@ def launcher_processes() -> list[psutil.Process]:
             watched = [parent, *_ssh_sessions(parent)]
         elif parent and parent.name().startswith(_LAUNCHERS):
             watched = [parent]
-    except psutil.Error:  # it died between two looks: is_running() tells of it for those found so far
+    except psutil.Error:  # it died in between; is_running() shows that for the processes found so far
         pass
     return watched
 
 
 def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
-    """The session of sshd whose command line started `process`, not one in which a user typed it in a shell.
+    """The sshd session whose command started `process`, but not an interactive session in which a user started it.
 
     sshd runs a command through the user's shell as `SHELL -c COMMAND`; a login shell has no `-c`.
     """
@@ -83,9 +83,9 @@ class StopVotes(NamedTuple):
 
 @dataclass
 class StopWatch:
-    """Notes the wish to stop. Outside `deferred()` a signal raises RunStopped at once.
+    """Notes requests to stop. Outside `deferred()` a signal raises RunStopped at once.
 
-    The first signal counts: a launcher that was interrupted itself sends its ranks another one while they end.
+    Only the first signal counts: an interrupted launcher sends its ranks another one while they end.
     """
 
     launchers: list[psutil.Process] = field(default_factory=launcher_processes)
@@ -104,30 +104,31 @@ class StopWatch:
             self.raise_if_wished()
 
     def stopped(self, number: int, reason: str) -> RunStopped:
-        """The exception to raise; from now on signals are ignored, so that the end is not interrupted."""
+        """Return the exception to raise, and ignore signals from now on so that they do not interrupt the end."""
         self.ignore()
         return RunStopped(number, reason)
 
     def ignore(self) -> None:
-        """From now on signals change nothing: the run ends already.
+        """Ignore signals from now on: the run is ending already.
 
-        The system ignores them, since Python gives handlers up before it has ended: `srun --kill-on-bad-exit` tells
-        the others to stop as soon as one has, and its exit status is that of whoever dies of it.
+        The kernel ignores them, because Python removes its handlers before the process has ended. Otherwise
+        `srun --kill-on-bad-exit`, which signals the other ranks when one ends, would return the status of a rank that
+        the signal killed.
         """
         self._stopping = True
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def raise_if_wished(self) -> None:
-        """Raise RunStopped where this rank wishes to stop. Only where no other rank waits for it."""
+        """Raise RunStopped if this rank should stop. Call it only where no other rank waits for this one."""
         if number := self.wish():
             raise self.stopped(number, signal.Signals(number).name)
 
     def stop_if_any(self, count: float, total: float) -> None:
-        """Raise RunStopped where `count` ranks wish to stop, by signals whose numbers sum up to `total`; on every rank.
+        """Raise RunStopped on every rank if `count` ranks should stop, by signals whose numbers sum to `total`.
 
-        Where a terminal interrupts the ranks they have the same signal; of several kinds, SIGTERM counts: one of them
-        says more than that time is nearly over, so the job is not to come back by itself.
+        If the ranks have different signals, SIGTERM counts: then one of them is not SIGUSR1, the time limit's signal,
+        so the job must not return to the queue.
         """
         if count:
             alike = next((number for number in STOP_SIGNALS if total == count * number), None)
@@ -136,10 +137,10 @@ class StopWatch:
             raise self.stopped(alike, "SIGTERM or the launcher's end" if alike == signal.SIGTERM else alike.name)
 
     def agree(self, mine: bool) -> bool:
-        """Whether `mine` holds on every rank; all ranks ask together, and stop together where any of them wishes to.
+        """Whether `mine` is true on every rank; all ranks call it together and stop together if any of them should.
 
         Raises:
-            RunStopped: one does; on every rank.
+            RunStopped: a rank should stop; on every rank.
         """
         wish = self.wish()
         votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(wish > 0), float(wish))))
@@ -148,7 +149,7 @@ class StopWatch:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note signals inside; the caller asks `wish()` where all ranks can answer together."""
+        """Inside, only note signals; the caller checks `wish()` where all ranks can do so together."""
         self._deferred = True
         try:
             yield
@@ -156,9 +157,9 @@ class StopWatch:
             self._deferred = False
 
     def end_agent(self) -> None:
-        """The last thing of a rank that stops: torchrun is told to end, where the ssh session that started it is gone.
+        """Call this last in a rank that stops: it ends torchrun if the ssh session that started torchrun is gone.
 
-        It takes the ranks' end for a failure, and would start them anew with nobody there to see it.
+        torchrun takes the ranks' end for a failure and would restart them unwatched.
         """
         lost = [process for process in self.launchers if not alive(process)]
         if lost and os.environ.get("LOCAL_RANK") == "0":
@@ -168,7 +169,7 @@ class StopWatch:
                         process.terminate()
 
     def wish(self) -> int:
-        """The signal that this rank was told to stop by (SIGTERM where its launcher died), or 0."""
+        """The signal that told this rank to stop (SIGTERM if its launcher died), or 0."""
         if not self._signal and any(not alive(process) for process in self.launchers):
             self._signal = signal.SIGTERM
         return int(self._signal)
@@ -183,5 +184,5 @@ def alive(process: psutil.Process) -> bool:
 
 
 def exit_status(signal_number: int) -> int:
-    """The shell's status for a process that a signal stopped: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
+    """The shell's exit status of a process stopped by a signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + signal_number

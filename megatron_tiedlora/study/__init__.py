@@ -1,1 +1,1 @@
-"""The paper's study on a model and task of one's own: its grid of runs, their scores, tables and figures."""
+"""The paper's study on any model and task: a grid of runs, their scores, tables and figures."""

@@ -1,6 +1,6 @@
-"""Figures 2 and 3: scores by rank, averaged over the tasks and for each task; error bars are 95 % intervals.
+"""Figures 2 and 3: scores by rank, averaged over the tasks and for each task. Error bars are 95 % intervals.
 
-Where the paper published a score of the same model, task, method and rank, Figure 3 shows it as a hollow mark.
+If the paper published a score for the same model, task, method and rank, Figure 3 shows it as a hollow mark.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_tiedlora.study.scores import Study, TestScore
 from megatron_tiedlora.study.text import METRIC_TITLES, model_title, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
-# Colours that differ also for eyes that tell red and green apart badly, and marks that differ too.
+# Colours that red-green colour-blind readers can distinguish, with different marks.
 STYLES: Mapping[str, tuple[str, str]] = {
     "lora": ("#000000", "o"),
     "vera": ("#999999", "s"),
@@ -36,7 +36,7 @@ NAMES = {"lora": "LoRA", "vera": "VeRA", **{f"tl{i}": f"TL{i}" for i in range(1,
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """A score by rank with the lengths of its error bar below and above, in per cent."""
+    """A score at a rank, with the lengths of its error bar below and above, in per cent."""
 
     rank: int
     value: float
@@ -45,9 +45,9 @@ class PlotPoint:
 
 
 def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
-    """By method, the mean over the studies by rank, where all of them have a score at that rank.
+    """The mean over the studies, by method and rank, for the ranks at which all studies have a score.
 
-    The tasks' test sets are independent, so the lengths of their error bars add as squares.
+    The test sets of the tasks are independent, so the squares of their error bars add up.
     """
     found: dict[str, list[PlotPoint]] = {}
     for method in METHOD_NAMES:
@@ -67,7 +67,7 @@ def _mean(rank: int, scores: Sequence[TestScore]) -> PlotPoint:
 
 
 def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
-    """All methods, and the best ones beside LoRA and VeRA. Raises UserError where it cannot be written."""
+    """Draw all methods, and the best ones with LoRA and VeRA. Raises UserError if it cannot be written."""
     figure, axes = _panels(2)
     data = lines(studies)
     best = {name: points for name, points in data.items() if name in BEST_METHODS}
@@ -78,7 +78,7 @@ def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
 
 
 def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
-    """One panel for each task. Raises UserError where it cannot be written."""
+    """Draw one panel per task. Raises UserError if it cannot be written."""
     figure, axes = _panels(len(studies))
     for panel, study in zip(axes, studies, strict=True):
         base, data = study.base, lines([study])
@@ -124,10 +124,10 @@ def _draw(
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):
         colour, mark = STYLES[method]
-        # Marks of one rank stand a little beside each other, so that their error bars can be told apart.
-        beside = 2 ** (0.04 * (index - (len(data) - 1) / 2))
+        # Marks at the same rank are shifted a little, so that their error bars do not overlap.
+        shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
         axes.errorbar(
-            [point.rank * beside for point in points],
+            [point.rank * shift for point in points],
             [point.value for point in points],
             yerr=[[point.below for point in points], [point.above for point in points]],
             label=NAMES[method],
@@ -141,8 +141,8 @@ def _draw(
         theirs = (published or {}).get(method, {})
         if theirs:
             ranks |= theirs.keys()
-            places, scores = [rank * beside for rank in theirs], list(theirs.values())
-            axes.plot(places, scores, mark, color=colour, markerfacecolor="none", markersize=9)
+            positions, scores = [rank * shift for rank in theirs], list(theirs.values())
+            axes.plot(positions, scores, mark, color=colour, markerfacecolor="none", markersize=9)
             axes.plot([], [], "o", color="#444444", markerfacecolor="none", markersize=9, label=PAPER_LABEL)
     values = [point.value for points in data.values() for point in points]
     if base is not None and values:
@@ -151,7 +151,7 @@ def _draw(
         shown = low - span < base < high + span
         if shown:
             axes.axhline(base, color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
-        else:  # drawn, it would press the curves together
+        else:  # the line would compress the curves
             axes.plot([], [], color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
         title += f"\nbase model {base:.2f}" + ("" if shown else ", outside of the plot")
     axes.set_title(title, fontsize=10)
@@ -165,7 +165,7 @@ def _draw(
 
 
 def _save(figure: Any, axes: Sequence[Any], target: Path, guard: Guard) -> None:
-    """One legend for all panels beneath them."""
+    """Add one legend for all panels below them, and save the figure."""
     entries: dict[str, Any] = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()

@@ -1,6 +1,6 @@
-"""Which runs a study is made of: points (an adapter that is scored) and, for each, one run by learning rate.
+"""The runs of a study: points (adapters that are scored) and, for each point, one run per learning rate.
 
-Owns names, order and counts of trained parameters; starts and reads nothing.
+Owns names, order and counts of trained parameters. It starts and reads nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAPER_LAYER_STEP = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """What the number of trained parameters depends on: layers L, hidden size d, and rows of Q, K and V."""
+    """The sizes that decide the number of trained parameters: layers L, hidden size d, and rows of Q, K and V."""
 
     num_layers: Size
     hidden_size: Size
@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Point:
-    """An adapter of the study: a method at a rank, on all layers or on one (1-based)."""
+    """An adapter of the study: a method and a rank, on all layers or on one (1-based)."""
 
     method: str
     rank: int
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """METHOD-rRANK-lrRATE[-layerN], its folder's name."""
+        """METHOD-rRANK-lrRATE[-layerN], the name of its folder."""
         point = self.point
         layer = "" if point.layer is None else f"-layer{point.layer}"
         return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{layer}"
@@ -76,8 +76,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The points of a study. `table` are those of Table 2 and the figures, `single` and `rival` those of Table 3."""
+class SweepGrid:
+    """The points of a study: `table` for Table 2 and the figures, `single` and `rival` for Table 3."""
 
     table: tuple[Point, ...]
     single: tuple[Point, ...]
@@ -86,24 +86,24 @@ class Grid:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """All of them, each once, in the order in which they are trained."""
+        """All points, each once, in training order."""
         extra = (self.rival,) if self.rival is not None else ()
         return tuple(dict.fromkeys((*self.table, *self.single, *extra)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
-        """The runs of a point, one by learning rate, as they were given."""
+        """The runs of a point, one per learning rate, in the order given."""
         return tuple(Run(point, rate) for rate in self.learning_rates)
 
 
-def make_grid(settings: SweepSettings, num_layers: int) -> Grid:
-    """The grid that `settings` ask for on a model of `num_layers` layers.
+def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
+    """The grid of `settings` for a model with `num_layers` layers.
 
     Raises:
-        UserError: a layer beyond the model.
+        UserError: the model does not have a layer.
     """
     layers = single_layers(settings.single_layers, num_layers)
     rank = settings.single_layer_rank
-    return Grid(
+    return SweepGrid(
         table=tuple(Point(method, r) for method in settings.methods for r in settings.ranks),
         single=tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers),
         rival=Point(SINGLE_LAYER_RIVAL, rank) if layers else None,
@@ -112,7 +112,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> Grid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """The layers that are adapted one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
+    """The layers to adapt one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
@@ -123,7 +123,7 @@ def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as it stands in names: 1e-4, 2.5e-5, 3e-2; different rates have different texts."""
+    """A learning rate as it is written in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
     sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
     assert not sign and isinstance(exponent, int)
     text = "".join(map(str, digits))

@@ -1,6 +1,6 @@
-"""The order of a study's commands: what waits for what, what runs at once, and what happens when one fails or all stop.
+"""Schedules the commands of a study: what waits for what, what runs at once, and what a failure or signal does.
 
-Knows nothing of training: a job says what it waits for, what to start, and how it ended.
+It knows nothing about training. A job says what it waits for, what to start, and how it ended.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Job:
     """A run or a score.
 
     Attributes:
-        needs: names of jobs that must have ended, well or not.
-        command: what to start, given the launcher's arguments; None where there is nothing left to do it on.
-        failure: after the end: None, or why it is not finished.
-        done: which part of it is done, 0 to 1, and a few words on where it stands.
-        vital: where it fails, nothing else is started.
+        needs: names of jobs that must have ended, successfully or not.
+        command: what to start, given the launcher's arguments; None if there is nothing to do.
+        failure: called after its end: None, or why it is not finished.
+        done: the part that is done, 0 to 1, and a few words about its state.
+        vital: if it fails, nothing else is started.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Job:
 
 @dataclass
 class Outcome:
-    """How the jobs ended: reasons by name of those that failed, the signal that stopped the rest (0: none), and
-    whether they were given up because a vital one failed."""
+    """How the jobs ended: the reasons of failed jobs by name, the signal that stopped the others (0: none), and
+    whether they were given up because a vital job failed."""
 
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: int = 0
@@ -68,14 +68,14 @@ def run_jobs(
     stop: StopSignals,
     finished: int,
 ) -> Outcome:
-    """Run all jobs, each in a free slot as soon as what it needs has ended; the first of the list that can goes first.
+    """Run all jobs. Each starts in a free slot once the jobs it needs have ended; earlier ones in the list go first.
 
-    A signal is passed on to what runs, nothing more is started, and its end is waited for; a second Ctrl-C kills.
-    An error of the sweep's own (a full disk) does the same as SIGTERM, and is raised when all have ended.
+    A signal is passed on to the running commands, no more are started, and their ends are awaited; a second Ctrl-C
+    kills them. An error of the sweep itself (a full disk) acts like SIGTERM, and is raised when all have ended.
 
     Args:
-        slots: launcher arguments of each place.
-        finished: jobs that an earlier start has finished, for the progress bar.
+        slots: launcher arguments of each slot.
+        finished: number of jobs that an earlier start has finished, for the progress bar.
     """
     outcome, pending = Outcome(), list(jobs)
     running: list[_Running] = []
@@ -86,17 +86,17 @@ def run_jobs(
             if len(stop.received) > heard:
                 _pass_on(stop.received[heard:], running, bar, first=not outcome.stopped_by)
                 outcome.stopped_by, heard, pending = stop.received[0], len(stop.received), []
-            for place in [place for place in running if place.child.ended()]:
-                running.remove(place)
-                waited_for.discard(place.job.name)
+            for active in [active for active in running if active.child.ended()]:
+                running.remove(active)
+                waited_for.discard(active.job.name)
                 if outcome.stopped_by or outcome.given_up:
                     continue
-                _note_end(place, outcome, bar)
-                if place.job.vital and place.job.name in outcome.failures:
+                _note_end(active, outcome, bar)
+                if active.job.vital and active.job.name in outcome.failures:
                     outcome.given_up, pending = True, []
                     for other in running:
                         other.child.interrupt(signal.SIGTERM)
-            free = sorted(set(range(len(slots))) - {place.slot for place in running})
+            free = sorted(set(range(len(slots))) - {active.slot for active in running})
             for job in [job for job in pending if not waited_for & set(job.needs)]:
                 if not free:
                     break
@@ -114,24 +114,24 @@ def run_jobs(
 
 @contextmanager
 def _none_left_running(running: Sequence[_Running], stop: StopSignals, bar: Any) -> Iterator[None]:
-    """Where the block raises, tell what runs to stop and wait for its end; Ctrl-C kills."""
+    """If the block raises, interrupt the running commands and wait for their ends; Ctrl-C kills them."""
     try:
         yield
     except BaseException as error:
         heard, left = len(stop.received), list(running)
-        for place in left:
-            with suppress(Exception):  # whatever is wrong with one, the others are told too
-                place.child.interrupt(signal.SIGTERM)
+        for active in left:
+            with suppress(Exception):  # an error with one must not keep the signal from the others
+                active.child.interrupt(signal.SIGTERM)
         if left:
             with suppress(Exception):
-                bar.write(printable(f"stopping: {', '.join(place.job.name for place in left)} save first ({error})"))
+                bar.write(printable(f"stopping: {', '.join(active.job.name for active in left)} save first ({error})"))
         while left:
-            left = [place for place in left if not _is_gone(place.child)]
+            left = [active for active in left if not _is_gone(active.child)]
             if signal.SIGINT in stop.received[heard:]:
                 heard = len(stop.received)
-                for place in left:
+                for active in left:
                     with suppress(Exception):
-                        place.child.kill()
+                        active.child.kill()
             time.sleep(POLL_SECONDS)
         raise
 
@@ -139,27 +139,27 @@ def _none_left_running(running: Sequence[_Running], stop: StopSignals, bar: Any)
 def _is_gone(child: Child) -> bool:
     with suppress(Exception):
         return child.ended()
-    return True  # nothing can be learnt of it
+    return True  # its state cannot be read any more
 
 
 def _pass_on(signals: Sequence[int], running: Sequence[_Running], bar: Any, *, first: bool) -> None:
-    """The first signal to every command, once; after it only a Ctrl-C counts: schedulers send SIGTERM twice."""
-    for place in running:
+    """Send the first signal to every command, once. After that only Ctrl-C counts: schedulers send SIGTERM twice."""
+    for active in running:
         if first:
-            place.child.interrupt(signals[0])
+            active.child.interrupt(signals[0])
         if signal.SIGINT in signals[1 if first else 0 :]:
-            place.child.kill()
+            active.child.kill()
     if first and running:
-        names = ", ".join(place.job.name for place in running)
+        names = ", ".join(active.job.name for active in running)
         bar.write(printable(f"stopping: {names} save first (Ctrl-C once more: kill)"))
 
 
-def _note_end(place: _Running, outcome: Outcome, bar: Any) -> None:
-    reason = place.job.failure()
-    words = f"FAILED: {reason}" if reason is not None else place.job.done()[1]
+def _note_end(active: _Running, outcome: Outcome, bar: Any) -> None:
+    reason = active.job.failure()
+    words = f"FAILED: {reason}" if reason is not None else active.job.done()[1]
     if reason is not None:
-        outcome.failures[place.job.name] = reason
-    bar.write(printable(f"{place.job.name:<28} {words}  [{_duration(time.monotonic() - place.started)}]"))
+        outcome.failures[active.job.name] = reason
+    bar.write(printable(f"{active.job.name:<28} {words}  [{_duration(time.monotonic() - active.started)}]"))
 
 
 def _duration(seconds: float) -> str:
@@ -181,6 +181,6 @@ def _show(bar: Any, running: Sequence[_Running], *, total: int, left: int) -> No
     if time.monotonic() - getattr(bar, "shown_at", 0.0) < SHOW_SECONDS and left:
         return
     bar.shown_at = time.monotonic()
-    states = [(place.job.name, *place.job.done()) for place in running]
+    states = [(active.job.name, *active.job.done()) for active in running]
     bar.set_postfix_str(printable("; ".join(f"{name} {words}" for name, _, words in states)), refresh=False)
     bar.update(total - left + sum(part for _, part, _ in states) - bar.n)

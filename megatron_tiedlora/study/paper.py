@@ -1,4 +1,4 @@
-"""The numbers that the paper published (its Tables 2 and 3), and when a study may be set beside them."""
+"""The numbers that the paper published (its Tables 2 and 3), and which studies are comparable with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-# The paper's name of a metric, and ours for what it measured.
+# The paper's name of a metric -> our metrics that measure the same.
 METRICS = {
     "em": frozenset({"squad", "gsm8k", "exact_match"}),
     "rougeL": frozenset({"rougeL"}),
@@ -34,27 +34,26 @@ class PaperCell:
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """Which of the paper's models a base is: LLaMA-2 7B by all sizes of its shape, GPT-2B-001 by its name
-    without folders."""
+    """The paper's model that a base is, if any: LLaMA-2 7B by its shape, GPT-2B-001 by its name without folders."""
     if shape == shape_from_hf(PRESETS["llama2-7b"], source="llama2-7b"):
         return "llama2-7b"
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
 
 def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:
-    """The paper's cell for a method, or None where it has none. LoRA stands in the first section only."""
+    """The paper's cell for a method, or None if it has none. LoRA is in the first section only."""
     found = _table2().get((model or "", section, method, task))
     return found[1] if found is not None and metric in METRICS[found[0]] else None
 
 
 def table2_points(model: str | None, method: str, task: str, metric: str) -> dict[int, float]:
-    """All scores of a method on a task that the paper's Table 2 gives, by rank."""
+    """All scores of a method on a task in the paper's Table 2, by rank."""
     cells = (table2_cell(model, section, method, task, metric) for section in (LORA_RANK, BEST_RANK))
     return dict(sorted((cell.rank, cell.score) for cell in cells if cell is not None))
 
 
 def table3_scores(model: str | None, task: str, metric: str) -> dict[str, float]:
-    """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} where it has none."""
+    """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
     found = _table3().get(task) if model == TABLE3_MODEL else None
     return found[1] if found is not None and metric in METRICS[found[0]] else {}
 

@@ -1,7 +1,7 @@
-"""What a study starts: checked settings, its jobs, and the command of each run and score.
+"""The plan of a study: checked settings, its jobs, and the command of each run and score.
 
-Owns what launch/train.py and launch/evaluate.py are told; leaves the order of the jobs to jobs.py, and how commands are
-started to processes.py.
+Owns the flags of launch/train.py and launch/evaluate.py. Leaves the order of the jobs to jobs.py, and starting
+commands to processes.py.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
-from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
+from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.jobs import Job
 from megatron_tiedlora.study.processes import Command, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
     StudyFolder,
     check_folder,
-    check_goes_on,
+    check_resumable,
     describe_base,
     last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
 from megatron_tiedlora.training.plan import plan_run
 
-# Training settings that the test set is decoded with as well.
+# Training settings that the evaluation on the test set shares.
 _SHARED_WITH_EVALUATE = (
     *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "max_length", "tensor_parallel", "pipeline_parallel"),
     *("task", "test_file", "prompt_template", "max_new_tokens"),
@@ -52,14 +52,14 @@ class SweepPlan:
     """A checked study.
 
     Attributes:
-        test_limit: test rows that are scored, the first ones; None is all.
+        test_limit: how many test rows are scored, from the first on; None: all.
     """
 
     command: SweepCommand
     folder: StudyFolder
     source: ModelSource
     base: BaseRecord
-    grid: Grid
+    grid: SweepGrid
     test_limit: int | None
 
     @property
@@ -68,7 +68,7 @@ class SweepPlan:
         return self.command.settings
 
     def slots(self) -> tuple[tuple[str, ...], ...]:
-        """Launcher arguments of each place for a command."""
+        """Launcher arguments of each slot in which a command can run."""
         gpus = () if self.settings.gpus_per_run is None else visible_gpus()
         return launcher_slots(
             launcher_args=self.settings.launcher_args,
@@ -78,12 +78,12 @@ class SweepPlan:
         )
 
     def jobs(self, lock: int) -> list[Job]:
-        """What is not finished yet, in order: the base model's score, then by point its runs and its score."""
+        """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
         jobs = [] if self._scored(BASE_NAME) else [self._score_base(lock)]
         for point in self.grid.points:
             runs = self._unfinished(point)
             jobs += [self._train(run, lock) for run in runs]
-            # What is scored is known when the runs have ended, so the score is a job wherever a run is one.
+            # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
             if runs or not self._point_scored(point):
                 jobs.append(self._score(point, tuple(run.name for run in runs), lock))
         return jobs
@@ -93,7 +93,7 @@ class SweepPlan:
         return {"take_over": True} if self.settings.take_over else {}
 
     def num_finished(self) -> int:
-        """Jobs of the whole study that are done."""
+        """The number of finished jobs of the whole study."""
         runs = [run for point in self.grid.points for run in self.grid.runs(point)]
         open_runs = [run for point in self.grid.points for run in self._unfinished(point)]
         scores = [p for p in self.grid.points if not self._unfinished(p) and self._point_scored(p)]
@@ -106,7 +106,7 @@ class SweepPlan:
         return read_score(self.folder.score(name)) is not None
 
     def best(self, point: Point) -> Run | None:
-        """The run that is scored."""
+        """The run of a point that is scored."""
         return best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
 
     def _point_scored(self, point: Point) -> bool:
@@ -177,7 +177,7 @@ class SweepPlan:
 
     def _evaluate(self, name: str, adapter: Path | None, log: str, slot: tuple[str, ...], lock: int) -> Command:
         folder = self.folder.score(name)
-        discard(folder, guard=self.folder.guard)  # without a result in it
+        discard(folder, guard=self.folder.guard)  # it has no result
         settings = {
             **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
             "adapter": adapter,
@@ -189,7 +189,7 @@ class SweepPlan:
         return Command("evaluate", settings, with_port(slot), self.folder.log(log), lock)
 
     def dry_run_lines(self) -> list[str]:
-        """Every run with its state and trained parameters."""
+        """A table of all runs with their states and trained parameters."""
         points, base = self.grid.points, self.base
         runs = [run for point in points for run in self.grid.runs(point)]
         lines = [
@@ -209,22 +209,22 @@ class SweepPlan:
 
 
 def plan_sweep(command: SweepCommand) -> SweepPlan:
-    """Check all that can be checked before anything is started: folder, model, grid, task and every run's settings.
+    """Check everything that can be checked before a start: folder, model, grid, task and the settings of every run.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: names the first thing that does not fit.
     """
     settings, train = command.settings, command.train
     folder = StudyFolder(user_path(settings.output_dir))
     check_folder(folder)
     task = get_task(train.task)
-    # Not on as many ranks as the launcher will start, which only it knows: on as few as the layout can have.
+    # Only the launcher knows how many ranks it will start, so the check uses the fewest that the layout allows.
     ranks = train.tensor_parallel * train.pipeline_parallel
     with _no_accelerator_needed():
         source = plan_run(train, rank=0, world_size=ranks, weights=False).source
     files = {name: getattr(train, name) for name in ("train_file", "validation_file", "test_file")}
     base = describe_base(source, task=task.name, metric=task.metrics[0], files=files.values())
-    check_goes_on(folder, command, base)
+    check_resumable(folder, command, base)
     grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):
         make_settings({**command.given, **run.settings})
@@ -235,22 +235,22 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
 
 
 def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. Of the demo task launch/evaluate.py by itself scores a few rows only: here it is told to score all.
+    """--test_limit. By default launch/evaluate.py scores only some rows of some tasks; a sweep scores all of them.
 
     Raises:
-        UserError: the rows of the demo task cannot be had.
+        UserError: the rows of such a task cannot be read.
     """
     train, limit = command.train, command.settings.test_limit
-    if limit is None and train.task == "demo":
+    if limit is None and get_task(train.task).scored_rows is not None:
         return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return limit
 
 
 @contextmanager
 def _no_accelerator_needed() -> Iterator[None]:
-    """Where there is no GPU, DeepSpeed, whose schema checks the engine's JSON, warns of it unless it is told so.
+    """Tell DeepSpeed, whose schema checks the engine's JSON, that there is no GPU; otherwise it prints a warning.
 
-    For this process alone: a command may start on another host.
+    This holds for this process alone, since a command may start on another host.
     """
     told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
     if not told:
@@ -262,12 +262,12 @@ def _no_accelerator_needed() -> Iterator[None]:
             del os.environ["DS_ACCELERATOR"]
 
 
-def _each_run(grid: Grid) -> Iterator[Run]:
+def _each_run(grid: SweepGrid) -> Iterator[Run]:
     return (run for point in grid.points for run in grid.runs(point))
 
 
 def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
-    """Raise UserError where a local file is not there; hub ids, and formats that only a task knows, are left alone."""
+    """Raise UserError if a local file does not exist. Hub ids, and formats that only a task reads, are not checked."""
     for value in files.values():
         if value is not None and not read_by_task and (looks_like_path(value) or user_path(value).exists()):
             read_rows(value, limit=1)
@@ -279,13 +279,13 @@ def _score_name(point: Point) -> str:
 
 
 def _reason(log: Path, recorded: str = "") -> str:
-    """Why a command failed: the error line of its log, else what it recorded of itself, else that there is neither."""
+    """Why a command failed: the error line of its log, else its recorded reason, else that there is neither."""
     lines = [line for line in last_lines(log, 40) if line.startswith("error: ")]
     return lines[-1].removeprefix("error: ") if lines else recorded or "it ended without a result"
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """The last whole row of a metrics.jsonl that grows."""
+    """The last complete row of a metrics.jsonl that is still being written."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))

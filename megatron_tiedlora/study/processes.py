@@ -1,7 +1,7 @@
-"""How the commands of a study are started, watched and stopped; which commands, and when, is jobs.py's.
+"""Starts, watches and stops the commands of a study; jobs.py decides which commands run, and when.
 
 A command is launch/train.py or launch/evaluate.py under the `deepspeed` launcher. Its end is judged by the files that
-it leaves and not by its exit status, which a launcher may lose.
+it writes, not by its exit status, which a launcher may lose.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import psutil
 
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.travelling import read_user_file
+from megatron_tiedlora.cluster.forwarded_env import read_user_file
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.runtime.stopping import alive
 
-LOG_MARK = "$ "  # before the command, at every start that a log tells of
-LOOK_SECONDS = 5.0  # between looks at what a launcher has started, for the case that it dies
+LOG_MARK = "$ "  # precedes the command line of each start in a log
+LOOK_SECONDS = 5.0  # between scans of the processes that a launcher has started, in case it dies
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Command:
     Attributes:
         settings: the script's flags, by name.
         launcher: arguments of the `deepspeed` launcher.
-        log: what it prints is added to this file.
+        log: its output is appended to this file.
         lock: descriptor that the launcher keeps open, so that the study stays locked while it lives.
     """
 
@@ -50,7 +50,7 @@ class Command:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The settings as flags; None is left out."""
+        """The settings as flags, without those that are None."""
         return tuple(f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
 
 
@@ -58,20 +58,20 @@ class Child(Protocol):
     """A command that was started."""
 
     def ended(self) -> bool:
-        """Whether it and all that it started are gone."""
+        """Whether it and all processes that it started have ended."""
 
     def interrupt(self, number: int) -> None:
-        """Tell it to stop, by a signal; it saves and ends in its own time."""
+        """Signal it to stop; it saves first, and then ends."""
 
     def kill(self) -> None:
-        """End it at once, with all that it started."""
+        """Kill it with all processes that it started."""
 
 
 Start = Callable[[Command], Child]
 
 
 def flag_text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -79,41 +79,42 @@ def flag_text(value: Any) -> str:
 
 @dataclass
 class LaunchedChild:
-    """A `deepspeed` launcher in a session of its own, with its ranks.
+    """A `deepspeed` launcher in its own session, with its ranks.
 
-    A launcher that is told to stop ends before its ranks, which save first; so their ends are waited for too. One that
-    is told while it starts may end without having told those that it was about to start: `script` tells them by their
-    command line, and they are told here.
+    A signalled launcher ends before its ranks, which save first, so their ends are awaited too. If it is signalled
+    while it starts, it may end without signalling the ranks that it was about to start. These are recognised by
+    `script` in their command line, and signalled here.
     """
 
     process: subprocess.Popen[bytes]
     script: str
     _started: list[psutil.Process] = field(default_factory=list)
     _looked: float = field(default_factory=time.monotonic)
-    _told: int = 0
-    _untold: list[psutil.Process] = field(default_factory=list)  # not the script yet when the launcher was told
+    _signal: int = 0  # the one it was sent
+    _unsignalled: list[psutil.Process] = field(default_factory=list)  # did not run the script yet at the signal
 
     def ended(self) -> bool:
-        """Whether launcher and ranks are gone."""
-        alone = self.process.poll() is not None
-        if self._told or alone or time.monotonic() - self._looked > LOOK_SECONDS:
-            newcomers = self._remember()
-            if self._told:
-                self._untold = [process for process in [*self._untold, *newcomers] if not self._tell_late(process)]
+        """Whether launcher and ranks have ended."""
+        launcher_ended = self.process.poll() is not None
+        if self._signal or launcher_ended or time.monotonic() - self._looked > LOOK_SECONDS:
+            new = self._remember()
+            if self._signal:
+                self._unsignalled = [one for one in [*self._unsignalled, *new] if not self._signal_late(one)]
         self._started = [process for process in self._started if alive(process)]
-        return alone and not self._started
+        return launcher_ended and not self._started
 
     def interrupt(self, number: int) -> None:
-        """Signal the launcher, whose ranks notice its end; remember them."""
+        """Signal the launcher, whose ranks notice its end, and remember its processes."""
         self._remember()
-        self._told, self._untold = number, [process for process in self._started if not self._is_script(process)]
+        self._signal = number
+        self._unsignalled = [process for process in self._started if not self._is_script(process)]
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to all, and to what is just being started as soon as it is seen."""
+        """Send SIGKILL to all, and to processes that are just being started as soon as they are seen."""
         self._remember()
-        self._told, self._untold = signal.SIGKILL, []
+        self._signal, self._unsignalled = signal.SIGKILL, []
         for process in self._started:
             with suppress(psutil.Error):
                 process.kill()
@@ -121,7 +122,7 @@ class LaunchedChild:
             self.process.kill()
 
     def _remember(self) -> list[psutil.Process]:
-        """Note what has been started in the launcher's session since the last look; returns it."""
+        """Remember and return the processes that were started in the launcher's session since the last call."""
         self._looked = time.monotonic()
         known = {self.process.pid, *(process.pid for process in self._started)}
         found = [process for process in psutil.process_iter() if process.pid not in known and self._is_mine(process)]
@@ -134,14 +135,14 @@ class LaunchedChild:
         except OSError:  # it has just ended
             return False
 
-    def _tell_late(self, process: psutil.Process) -> bool:
-        """Signal it once it is the script, which a fork becomes a moment later; whether that is done."""
+    def _signal_late(self, process: psutil.Process) -> bool:
+        """Signal a process once it runs the script, shortly after its fork. Returns whether that is done."""
         if not alive(process):
             return True
         if not self._is_script(process):
             return False
         with suppress(psutil.Error):
-            process.send_signal(self._told)
+            process.send_signal(self._signal)
         return True
 
     def _is_script(self, process: psutil.Process) -> bool:
@@ -152,10 +153,10 @@ class LaunchedChild:
 
 
 def deepspeed_starter(scripts: Path) -> Start:
-    """Starts the scripts in folder `scripts` with the `deepspeed` of this interpreter.
+    """Return a function that starts the scripts in folder `scripts` with the `deepspeed` of this interpreter.
 
     Raises:
-        UserError: there is none; from the starter: the log cannot be written, or the launcher cannot be started.
+        UserError: there is no launcher; the function raises it if the log or the launcher cannot be opened.
     """
     launcher = Path(sys.executable).with_name("deepspeed")
     if not launcher.is_file():
@@ -169,7 +170,7 @@ def deepspeed_starter(scripts: Path) -> Start:
             make_way_for_log(command.log)
             with command.log.open("a+b", buffering=0) as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - 1))
-                cut = log.read(1) not in (b"", b"\n")  # by a kill, in the middle of a progress bar
+                cut = log.read(1) not in (b"", b"\n")  # a kill may leave a part of a progress bar
                 mark = f"\n{LOG_MARK}" if cut else LOG_MARK
                 log.write(f"{mark}{shlex.join(words)}\n".encode())
                 return LaunchedChild(_launch(words, log, command.lock), script)
@@ -180,9 +181,9 @@ def deepspeed_starter(scripts: Path) -> Start:
 
 
 def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
-    sent = os.memfd_create("deepspeed_env")  # may hold secrets, so no other process finds it
+    sent = os.memfd_create("deepspeed_env")  # may hold secrets, so it is not a file that others can read
     try:
-        # On other hosts DeepSpeed puts the current folder before PYTHONPATH; what this file says comes after that.
+        # On other hosts DeepSpeed sets PYTHONPATH to start with the current folder; this file overrides it.
         named = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         named |= read_user_file(os.environ) if any(word.startswith(("-H", "--ho")) for word in words) else {}
         os.write(sent, "".join(f"{name}={value}\n" for name, value in named.items()).encode())
@@ -193,7 +194,7 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen
             stderr=subprocess.STDOUT,
             # The current folder may hold another user's Python files.
             env={**os.environ, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
-            start_new_session=True,  # a Ctrl-C in the terminal reaches it through the sweep, once
+            start_new_session=True,  # so that Ctrl-C in the terminal reaches it only once, through the sweep
             pass_fds=(lock, sent),
         )
     except OSError as error:
@@ -208,25 +209,25 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen
 def launcher_slots(
     *, launcher_args: str | None, gpus_per_run: int | None, runs_at_once: int, gpus: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Launcher arguments of each place where a command can run at the same time as those in the others.
+    """Launcher arguments of each slot. Commands in different slots can run at the same time.
 
     Args:
-        gpus: of this machine, as the launcher counts them.
+        gpus: GPUs of this machine, as the launcher numbers them.
 
     Raises:
-        UserError: fewer GPUs than a run is to have.
+        UserError: there are fewer GPUs than `gpus_per_run`.
     """
     if gpus_per_run is None:
         return (tuple(shlex.split(launcher_args or "")),) * runs_at_once
     count = len(gpus) // gpus_per_run
     if not count:
-        raise UserError(f"--gpus_per_run {gpus_per_run}: this machine has {len(gpus)} GPUs to give")
-    places = (gpus[index * gpus_per_run : (index + 1) * gpus_per_run] for index in range(count))
-    return tuple(("--include", f"localhost:{','.join(place)}") for place in places)
+        raise UserError(f"--gpus_per_run {gpus_per_run}: this machine has {len(gpus)} GPUs; give a smaller number")
+    shares = (gpus[index * gpus_per_run : (index + 1) * gpus_per_run] for index in range(count))
+    return tuple(("--include", f"localhost:{','.join(share)}") for share in shares)
 
 
 def with_port(launcher: Sequence[str]) -> tuple[str, ...]:
-    """Launcher arguments with a port of its own for the ranks to meet, unless they name one."""
+    """Launcher arguments with a free port for the rendezvous, unless they name one."""
     if names_port(launcher):
         return tuple(launcher)
     return (*launcher, "--master_port", str(free_port()))

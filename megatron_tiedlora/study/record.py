@@ -1,7 +1,7 @@
-"""A study's folder: what it was started with, so that a later start goes on with the same study or is refused.
+"""A study's folder records its settings, so that a later start resumes the same study or is rejected.
 
-`sweep.yaml` holds the settings (and can be given back with --config), `base.json` what the base model and the task are,
-so that tables need neither, and what the files of rows held, and `sweep_status.json` how the last start ended.
+`sweep.yaml` holds the settings (and can be given to --config). `base.json` describes the base model and the task, so
+that tables need neither, and has the hashes of the row files. `sweep_status.json` says how the last start ended.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json, write_text
+from megatron_tiedlora.base.atomic import Guard, discard, remove_leftovers, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
-from megatron_tiedlora.base.output_folder import refuse_links
+from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.sweep_settings import (
@@ -39,10 +38,10 @@ from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
 RUNS, SCORES, LOGS = "runs", "scores", "logs"
-# Of the settings that a resumed run may change, those that say what a study is about.
+# A resumed run may change these settings, but a resumed study may not.
 _SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
-_OWN_PLACE = {"output_dir", "dry_run", "tables_from", "take_over"}
+_UNRECORDED = {"output_dir", "dry_run", "tables_from", "take_over"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class StudyFolder:
     """Paths of a study.
 
     Attributes:
-        owner: the sweep that writes; None for one that only reads.
+        owner: the sweep that writes; None for a reader.
     """
 
     path: Path
@@ -58,22 +57,22 @@ class StudyFolder:
 
     @property
     def guard(self) -> Guard:
-        """Raises UserError where this sweep may change the folder no longer."""
+        """A guard that raises UserError if this sweep may no longer change the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     @property
     def settings(self) -> Path:
-        """What it was started with."""
+        """The file with its settings."""
         return self.path / SWEEP_FILE
 
     @property
     def base(self) -> Path:
-        """What the base model and the task are."""
+        """The file that describes the base model and the task."""
         return self.path / "base.json"
 
     @property
     def status(self) -> Path:
-        """How the last start ended; absent while one is at work."""
+        """The file that says how the last start ended; it does not exist while a sweep runs."""
         return self.path / "sweep_status.json"
 
     def run(self, run: Run) -> Path:
@@ -81,39 +80,39 @@ class StudyFolder:
         return self.path / RUNS / run.name
 
     def score(self, name: str) -> Path:
-        """What launch/evaluate.py wrote on the adapter of the run called `name`, or on `base`."""
+        """The folder that launch/evaluate.py writes for the run called `name`, or for `base`."""
         return self.path / SCORES / name
 
     def log(self, name: str) -> Path:
-        """What the command called `name` printed."""
+        """The output of the command called `name`."""
         return self.path / LOGS / f"{name}.log"
 
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """What a study is about, apart from its settings.
+    """The base model and the task of a study.
 
     Attributes:
-        file_sha256: of the local files of rows, by name; None in the record of a study that noted none.
+        file_sha256: hashes of the local row files, by name; None if an older version wrote the record.
     """
 
     model: Text
     base_hash: Text
     shape: Shape
-    paper_model: Text | None  # whose published numbers stand beside the study's
+    paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
     task: Text
     metric: Text
     file_sha256: dict[Text, Text] | None = None
 
 
 def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterable[str | None]) -> BaseRecord:
-    """The record of a study of `task` on a model.
+    """Make the record of a study of `task` on a model.
 
     Args:
-        files: what stands for rows: local files (two of aligned text with a comma between them) or hub ids.
+        files: local row files (two aligned text files have a comma between them) or hub ids.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
     model_shape = source.shape
     shape = Shape(model_shape.num_layers, model_shape.hidden_size, model_shape.heads.rows)
@@ -136,10 +135,10 @@ def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
 
 
 def check_folder(folder: StudyFolder) -> None:
-    """Raise UserError where the folder holds anything but a study, or links in it, or is a file. A start that was cut
-    off before it had written its settings does not count."""
+    """Raise UserError if the path is a file, or the folder holds something other than a study, or links. A start that
+    was killed before it wrote its settings is no obstacle."""
     path = folder.path
-    refuse_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
+    reject_links(*(path / name for name in (RUNS, SCORES, LOGS)), *(path / RUNS).glob("*"))
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
@@ -148,15 +147,15 @@ def check_folder(folder: StudyFolder) -> None:
         raise UserError(f"--output_dir {path} holds other files and no sweep; give a new folder")
 
 
-def check_goes_on(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> None:
-    """Raise UserError where the study in the folder was started with settings that `now` contradicts, by name."""
+def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> None:
+    """Raise UserError, with the setting's name, if `now` contradicts the settings of the study in the folder."""
     if not folder.settings.is_file():
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
     _check_extended(before.settings, now.settings, base.shape.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
-    # Of the same point, so that what follows from the rank (alpha) is compared where it was given.
+    # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.
     theirs, ours = resolve_train(now.settings, before.given), now.train
     for name in type(ours).model_fields:
         free = (LAYOUT_SETTINGS - _SAME_STUDY) | DECIDED_BY_SWEEP.keys()
@@ -169,15 +168,15 @@ def check_goes_on(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> N
         return
     found = read_base(folder)
     if found.base_hash != base.base_hash:
-        raise UserError(f"{folder.base}: --model {base.model} is another model now than the sweep's {found.model} was")
+        raise UserError(f"{folder.base}: --model {base.model} is not the sweep's model {found.model}; give that one")
     if found.file_sha256 is None:
         return
     sums = base.file_sha256 or {}
     for name in [*found.file_sha256, *sums]:
         if found.file_sha256.get(name) != sums.get(name):
             raise UserError(
-                f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); put the"
-                " former file back, or give another --output_dir"
+                f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); restore the"
+                " former file, or give another --output_dir"
             )
 
 
@@ -191,8 +190,8 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         missing = [value for value in old if value not in new]
         if missing:
             raise UserError(
-                f"{where} --{name} {','.join(map(str, old))}, now {missing[0]} is missing; more may be added, none left"
-                " out"
+                f"{where} --{name} {','.join(map(str, old))}, now {missing[0]} is missing; values may be added, but not"
+                " removed"
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
         raise UserError(
@@ -200,15 +199,15 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         )
 
 
-def occupy(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
-    """Write what the study is, before its first command starts. Raises UserError where it cannot be written."""
+def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
+    """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
     remove_leftovers(folder.path, guard=folder.guard)
     own = {
-        name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _OWN_PLACE
+        name: _plain(getattr(command.settings, name)) for name in SweepSettings.model_fields if name not in _UNRECORDED
     }
     given = {name: _plain(getattr(command.train, name)) for name in command.given}
     content = {name: value for name, value in {**own, **given}.items() if value is not None}
-    write_text(folder.settings, yaml.safe_dump(content, sort_keys=False), guard=folder.guard)
+    write_yaml(folder.settings, content, guard=folder.guard)
     write_json(folder.base, asdict(base), guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 
@@ -218,14 +217,14 @@ def _plain(value: Any) -> Any:
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:
-    """What the study in the folder was started with. Raises UserError."""
+    """The settings of the study in the folder. Raises UserError."""
     values = read_sweep_yaml(str(folder.settings))
     with naming_file(folder.settings, values):
         return make_command({**values, "output_dir": str(folder.path)})
 
 
 def read_base(folder: StudyFolder) -> BaseRecord:
-    """base.json. Raises UserError naming what is broken."""
+    """Read base.json. Raises UserError naming what is broken."""
     content = read_json_object(folder.base, kind="a sweep's folder")
     return read_fields(folder.base, content, BaseRecord, optional=("file_sha256",))
 
@@ -234,7 +233,7 @@ def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *
     """Write sweep_status.json: how this start ended, and for every failure its reason and the last lines of its log.
 
     Args:
-        reason: why the sweep itself could not go on.
+        reason: why the sweep itself failed.
     """
     failed = [
         {"name": name, "reason": reason, "log": str(folder.log(name)), "last_lines": last_lines(folder.log(name))}
@@ -245,7 +244,7 @@ def write_status(folder: StudyFolder, state: str, failures: Mapping[str, str], *
 
 
 def last_lines(log: Path, count: int = 12) -> list[str]:
-    """The last lines that a command's last start printed, without the states of its progress bars."""
+    """The last lines of output of a command's last start, without progress bars."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:
@@ -258,7 +257,7 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
 
 
 def read_json_or_none(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none or a kill has cut it short."""
+    """A JSON object, or None if there is none or a kill has truncated it."""
     with suppress(OSError, UserError):
         return read_json_object(file, kind="a JSON object")
     return None

@@ -1,6 +1,6 @@
-"""What a study's folder says: how each run ended, which learning rate is the better one, and what the test set gave.
+"""Reads a study's results from its folder: how each run ended, the best learning rate, and the test scores.
 
-Reads files that launch/train.py and launch/evaluate.py have written; decides nothing else. Scores are in per cent.
+It reads the files that launch/train.py and launch/evaluate.py wrote. Scores are in per cent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
-from megatron_tiedlora.study.grid import Grid, Point, Run, make_grid
+from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
 
 BASE_NAME = "base"
@@ -26,9 +26,9 @@ _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template"
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a run stands: `finished`, `failed`, `stopped`, `cut off` (killed, or at work) or `to do`.
+    """The state of a run: `finished`, `failed`, `stopped`, `cut off` (killed, or still running) or `to do`.
 
-    A run that ended without a finite value on validation, by which it would be chosen, has failed.
+    A run that ended without a finite value on validation has failed, since it cannot be compared.
     """
 
     state: str
@@ -49,11 +49,11 @@ class TestScore:
 
 @dataclass(frozen=True)
 class Result:
-    """A point of a study.
+    """The result of a point of a study.
 
     Attributes:
-        run: of the better learning rate on validation, None while no run of the point is finished.
-        missing: runs of other learning rates that are not finished, so that the choice is not the last word.
+        run: the run whose learning rate is best on validation; None if no run of the point is finished.
+        missing: unfinished runs of other learning rates, which may still be better.
     """
 
     point: Point
@@ -68,13 +68,13 @@ class Study:
     """A study with its results, in the order of its grid.
 
     Attributes:
-        base_score: the model's without an adapter.
-        own_rows: settings that were given and may make rows or prompts other than the paper's.
+        base_score: the score of the model without an adapter.
+        own_rows: settings that were given and may make rows or prompts differ from the paper's.
     """
 
     folder: Path
     base: BaseRecord
-    grid: Grid
+    grid: SweepGrid
     base_score: TestScore | None
     results: tuple[Result, ...]
     own_rows: tuple[str, ...] = ()
@@ -85,12 +85,12 @@ class Study:
 
     @property
     def table_results(self) -> tuple[Result, ...]:
-        """Those of Table 2 and the figures that have a score."""
+        """The results for Table 2 and the figures that have a score."""
         return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
 
 
 def read_run(folder: Path) -> RunEnd:
-    """How a run stands, by its folder."""
+    """The state of the run in a folder."""
     run = RunFolder(folder)
     if not run.is_run:
         return RunEnd("to do")
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> RunEnd:
     if status is None:
         return RunEnd("cut off")
     state, reason, best = status.get("state"), status.get("reason", ""), None
-    with suppress(UserError):  # names none, or a broken one
+    with suppress(UserError):  # there is no checkpoint, or it is broken
         last = named_checkpoint(run.checkpoints)
         progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
         best = _number(progress.get("best_metric"))
@@ -116,10 +116,10 @@ def _number(value: Any) -> float | None:
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """The finished run that is best on validation; of equals the first. None where no run is finished.
+    """The finished run that is best on validation, the first of equals. None if no run is finished.
 
     Args:
-        metric: of --eval_metric: `loss`, of which less is better, or a score.
+        metric: the value of --eval_metric: `loss`, where less is better, or a score.
     """
     ends = {run: read_run(folder.run(run)) for run in runs}
     sign = 1.0 if metric == "loss" else -1.0
@@ -132,10 +132,10 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
 
 
 def read_score(folder: Path) -> TestScore | None:
-    """The score that launch/evaluate.py left in `folder`, or None where there is none yet.
+    """The score that launch/evaluate.py wrote to `folder`, or None if there is none yet.
 
     Raises:
-        UserError: a results.json of another kind.
+        UserError: results.json has other content.
     """
     file = folder / RESULTS_FILE
     if not file.is_file():
@@ -147,18 +147,18 @@ def read_score(folder: Path) -> TestScore | None:
         if None not in numbers:
             score, low, high = (float(number) for number in numbers if number is not None)
             return TestScore(score, low, high, count)
-    raise UserError(f"{file}: is not what launch/evaluate.py writes; remove the folder and start again")
+    raise UserError(f"{file}: was not written by launch/evaluate.py; remove the folder and start again")
 
 
 def read_study(path: Path) -> Study:
-    """A study from its folder, as far as it has come.
+    """A study with its results so far, from its folder.
 
     Raises:
-        UserError: no study, or a broken file.
+        UserError: there is no study, or a file is broken.
     """
     folder = StudyFolder(path)
     if not folder.settings.is_file():
-        raise UserError(f"{path}: holds no sweep; give the --output_dir of one")
+        raise UserError(f"{path}: holds no sweep; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
     grid = make_grid(command.settings, base.shape.num_layers)
     metric = command.train.eval_metric
@@ -168,7 +168,7 @@ def read_study(path: Path) -> Study:
     return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results, own_rows)
 
 
-def _read_result(folder: StudyFolder, grid: Grid, point: Point, base: BaseRecord, metric: str) -> Result:
+def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseRecord, metric: str) -> Result:
     runs = grid.runs(point)
     chosen = best_run(folder, runs, metric=metric)
     return Result(

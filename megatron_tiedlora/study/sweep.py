@@ -1,4 +1,4 @@
-"""A study from its settings to its tables: what is started, and what is written at the end; plan.py has its jobs."""
+"""Runs a study from its settings to its tables: starts the jobs of plan.py, and writes the tables at the end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.jobs import Outcome, run_jobs
-from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
+from megatron_tiedlora.study.lock import lock_study, reject_left_behind
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.processes import Start
-from megatron_tiedlora.study.record import StudyFolder, last_lines, occupy, write_status
+from megatron_tiedlora.study.record import StudyFolder, last_lines, write_record, write_status
 from megatron_tiedlora.study.scores import Study, read_study
 from megatron_tiedlora.study.tables import table3
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
@@ -27,14 +27,14 @@ _SHOWN_FAILURES = 3
 
 
 def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
-    """Run or continue a study; returns the exit status: 0 all finished, 1 something failed, 130 or 143 stopped.
+    """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130 or 143 stopped.
 
     Args:
-        starter: makes what starts commands; raises UserError where that cannot be.
+        starter: makes the function that starts commands; raises UserError if it cannot.
 
     Raises:
-        UserError: before anything was started: settings, model, task or folder that do not fit; or after what ran
-            was told to stop and has ended: a file that cannot be written, a launcher that cannot be started.
+        UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
+            be written or started. In that case the running commands have been stopped and have ended.
     """
     command = parse_sweep(argv)
     settings = command.settings
@@ -44,14 +44,14 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
     if settings.dry_run:
         show(*plan.dry_run_lines())
         return 0
-    plan.source.weights_folder()  # refuses a shape
+    plan.source.weights_folder()  # rejects a preset, which has no weights
     start, slots = starter(), plan.slots()
-    refuse_left_behind(plan.folder.path)  # before the folder is taken from anybody, and again when it is
+    reject_left_behind(plan.folder.path)  # before the folder is taken over, and again afterwards
     with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
         folder = StudyFolder(plan.folder.path, lock.owner)
         plan = replace(plan, folder=folder)
-        refuse_left_behind(folder.path)
-        occupy(folder, command, plan.base)
+        reject_left_behind(folder.path)
+        write_record(folder, command, plan.base)
         try:
             jobs, finished = plan.jobs(lock.descriptor), plan.num_finished()
             outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=finished)
@@ -66,7 +66,7 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
         write_status(folder, "stopped", outcome.failures)
-        show(f"stopped; the same command, or --output_dir {folder.path} alone, goes on")
+        show(f"stopped; the same command, or --output_dir {folder.path} alone, resumes it")
         return 128 + outcome.stopped_by
     write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:
@@ -87,19 +87,19 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
 
 
 def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = False) -> int:
-    """Tables and figures of several studies, one a task, in the folder `target`; returns the exit status 0.
+    """Write tables and figures of several studies, one per task, to the folder `target`. Returns exit status 0.
 
     Raises:
-        UserError: no studies, the same task twice, or different base models.
+        UserError: a folder holds no study, a task appears twice, or the base models differ.
     """
     studies = [read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):
         if any(study.base.task == other.base.task for other in studies[:index]):
-            raise UserError(f"{study.folder}: task {study.base.task} is there twice; give one sweep for each task")
+            raise UserError(f"{study.folder}: task {study.base.task} appears twice; give one sweep for each task")
         if study.base.base_hash != studies[0].base.base_hash:
             raise UserError(
-                f"{study.folder}: its base model {study.base.model} is another than {studies[0].base.model} of"
-                f" {studies[0].folder}"
+                f"{study.folder}: its base model {study.base.model} is not {studies[0].base.model} of"
+                f" {studies[0].folder}; give sweeps of one model"
             )
     with lock_study(target, take_over=take_over) as lock:
         show(*(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
@@ -107,7 +107,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 
 def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
-    """Write both tables (the third where single layers were trained) and figures; returns the files."""
+    """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
     texts = {"table2.md": table2_markdown(studies), "table2.csv": table2_csv(studies)}
     if table3(studies):
         texts |= {"table3.md": table3_markdown(studies), "table3.csv": table3_csv(studies)}

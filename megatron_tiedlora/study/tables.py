@@ -1,10 +1,10 @@
-"""The paper's Table 2 and Table 3, from studies of one task each, as values; text.py writes them out.
+"""The paper's Table 2 and Table 3 as values, from studies of one task each; text.py writes them.
 
-P% is a method's trained parameters in per cent of those of LoRA at LoRA's best rank. The average decline of a method
-against LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores, over the tasks, LoRA at its
-best rank. Of the definitions that the paper may have meant it alone comes to its figures for tl6 at LoRA's best rank:
-1.95 % with GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300; the
-mean of the tasks' own declines would be 5.07 and 1.63). For one task it is the decline in per cent of LoRA's score.
+P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method against
+LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores over the tasks, with LoRA at its best
+rank. Among the possible definitions only this one matches the paper's figures for tl6 at LoRA's best rank: 1.95 % with
+GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300). The mean of the
+tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BASE_ROW = "base"
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a task: its result, P% and decline in per cent, and the paper's cell; None: unknown."""
+    """A method on a task: its result, P% and decline in per cent, and the paper's cell. Unknown values are None."""
 
     result: Result | None
     params_percent: float | None = None
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A method's cells, one a task, with their mean and the average decline where no task lacks a score."""
+    """A method's cells, one per task, with mean and average decline, which are None if a task has no score."""
 
     section: str
     method: str
@@ -55,9 +55,9 @@ class Row:
 
 
 def table2(studies: Sequence[Study]) -> list[Row]:
-    """The rows of Table 2: all methods at LoRA's best rank, then each but LoRA at its own best rank.
+    """The rows of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
 
-    The best rank is that of the best score on the test set, as in the paper; of equal scores the smaller rank.
+    The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank.
     """
     methods = [name for name in METHOD_NAMES if any(name == p.method for s in studies for p in s.grid.table)]
     rows = []
@@ -97,13 +97,13 @@ def _value(result: Result) -> float:
 
 
 def best_result(study: Study, method: str, *, rank: int | None = None) -> Result | None:
-    """The method's result of the best test score, at `rank` or at any; None where there is no score."""
+    """The method's result with the best test score, at `rank` or at any rank; None if there is no score."""
     found = [r for r in study.table_results if r.point.method == method and rank in (None, r.point.rank)]
     return max(found, key=lambda r: (_value(r), -r.point.rank)) if found else None
 
 
 def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
-    """The average decline of `scores` against LoRA's on the same tasks, in per cent; None where LoRA's are all zero."""
+    """The average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are all zero."""
     return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
 
 
@@ -117,16 +117,16 @@ def _averages(studies: Sequence[Study], cells: Sequence[Cell]) -> tuple[float | 
 
 
 def tensors_text(method: str) -> str:
-    """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are left out."""
-    row = find_method(method)
+    """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
+    spec = find_method(method)
 
     def state(name: str) -> str:
-        factor = row.factor(name)
+        factor = spec.factor(name)
         return ("tied" if factor.tied else "per layer") + ("" if factor.trained else ", frozen")
 
     both = state("A") == state("B")
     parts = [f"A, B {state('A')}"] if both else [f"A {state('A')}", f"B {state('B')}"]
-    scales = [name for name in ("u", "v") if row.factor(name).trained]
+    scales = [name for name in ("u", "v") if spec.factor(name).trained]
     return "; ".join(parts + ([", ".join(scales)] if scales else []))
 
 
@@ -135,7 +135,7 @@ def tensors_text(method: str) -> str:
 
 @dataclass(frozen=True)
 class SingleCell:
-    """A column of Table 3 on a task: `layer_8` or the tied method, its result and the paper's score."""
+    """A cell of Table 3: its column (`layer_8` or the tied method), its result and the paper's score."""
 
     column: str
     result: Result
@@ -144,7 +144,7 @@ class SingleCell:
 
 @dataclass(frozen=True)
 class SingleRow:
-    """LoRA on single layers of one study, and the tied method of the same rank."""
+    """A row of Table 3: LoRA on single layers in one study, and the tied method at the same rank."""
 
     study: Study
     rank: int
@@ -152,7 +152,7 @@ class SingleRow:
 
 
 def table3(studies: Sequence[Study]) -> list[SingleRow]:
-    """The rows of Table 3, one for each study that trained single layers."""
+    """The rows of Table 3, one per study that trained single layers."""
     rows = []
     for study in studies:
         rival = study.grid.rival

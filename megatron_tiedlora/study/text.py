@@ -1,6 +1,6 @@
-"""The tables as Markdown, to read, and as CSV, with unrounded numbers, one cell a line.
+"""The tables as Markdown for readers, and as CSV with unrounded numbers and one cell per line.
 
-table2.csv and table3.csv begin with the columns of the paper's own numbers as the package holds them.
+table2.csv and table3.csv begin with the same columns as the package's files of the paper's numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def title(study: Study) -> str:
 
 
 def model_title(study: Study) -> str:
-    """The base model as the user called it, without its folder."""
+    """The base model's name as the user gave it, without its folder."""
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -51,7 +51,7 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def table2_markdown(studies: Sequence[Study]) -> str:
-    """Table 2 for a reader."""
+    """Table 2 as Markdown."""
     rows, several = table2(studies), len(studies) > 1
     with_paper = [any(row.cells[i].paper is not None for row in rows) for i in range(len(studies))]
     header = ["method", "tensors"]
@@ -135,17 +135,17 @@ def _notes2(studies: Sequence[Study], rows: Sequence[Row], *, with_paper: bool) 
 
 
 def _other_rows_notes(studies: Sequence[Study]) -> list[str]:
-    """Where the paper's numbers may not be of the same rows or prompts as the study's."""
+    """Notes for studies whose rows or prompts may differ from the paper's."""
     return [
-        f"- {study.base.task}: the paper's numbers are of its own rows and prompts;"
-        f" {', '.join(f'--{n}' for n in study.own_rows)} may make others here."
+        f"- {study.base.task}: the paper's numbers are for its own rows and prompts;"
+        f" {', '.join(f'--{n}' for n in study.own_rows)} may make them differ here."
         for study in studies
         if study.own_rows and study.base.paper_model is not None
     ]
 
 
 def table2_csv(studies: Sequence[Study]) -> str:
-    """Table 2 with one cell a line."""
+    """Table 2 as CSV, with one cell per line."""
     lines: list[list[Any]] = [
         ["model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"]
         + ["low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"]
@@ -188,7 +188,7 @@ def _result_values(result: Result) -> list[Any]:
 
 
 def table3_markdown(studies: Sequence[Study]) -> str:
-    """Table 3 for a reader: a row for each task, and the paper's beneath it where it has one."""
+    """Table 3 as Markdown: a row per task, with the paper's row below it if there is one."""
     rows = table3(studies)
     lines = [f"# Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all", ""]
     columns = _columns(rows)
@@ -228,7 +228,7 @@ def _single_text(result: Result) -> str:
 
 
 def table3_csv(studies: Sequence[Study]) -> str:
-    """Table 3 with one cell a line."""
+    """Table 3 as CSV, with one cell per line."""
     lines: list[list[Any]] = [
         ["model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"]
         + ["learning_rate", "trained_parameters", "all_rates_finished", "paper_score"]

@@ -14,6 +14,7 @@ from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
+from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.engine.engine import (
@@ -67,8 +68,9 @@ def build_model(
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), weight_rules(shape)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
         _check_same_base(base)
+        check_same_dtype(plan.dtype_name)
         notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
         _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
@@ -98,7 +100,7 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
         seed=plan.settings.seed,
         progress=plan.grid.rank == 0,
     )
-    base = identify_shape(plan.source, plan.settings.dtype, weights_hash="random")
+    base = identify_shape(plan.source, plan.dtype_name, weights_hash="random")
     return BuiltModel(module, stage, groups, process_grid, base, (0,) * plan.grid.world_size)
 
 
@@ -106,11 +108,11 @@ def _fill_adapter(
     plan: RunPlan, stage: Stage, groups: ParallelGroups, state: Mapping[str, torch.Tensor] | None
 ) -> None:
     """Mark the adapter's parameters for DeepSpeed, say who sums, and give them `state`, or their start values."""
-    bank = stage.adapter
-    assert bank is not None
-    mark_parameters(bank, groups)
-    bank.u_sum = sum_of_u(groups)
-    bank.load_full(start_values(plan.adapter) if state is None else state)
+    adapter = stage.adapter
+    assert adapter is not None
+    mark_parameters(adapter, groups)
+    adapter.u_sum = sum_of_u(groups)
+    adapter.load_full(start_values(plan.adapter) if state is None else state)
 
 
 def _build_stage(
@@ -126,11 +128,11 @@ def _build_stage(
         recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
     )
-    bank = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
+    adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
-        return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
+        return Stage(specs, adapter, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
 
     if grid.pp_size == 1:
         process_grid = make_process_grid(grid)
@@ -148,8 +150,8 @@ def _build_stage(
 
 def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpoint: Checkpoint | None) -> Runner:
     """The DeepSpeed engine around the model, its optimizer and schedule standing where the checkpoint stood."""
-    settings, bank = plan.settings, built.stage.adapter
-    assert bank is not None
+    settings, adapter = plan.settings, built.stage.adapter
+    assert adapter is not None
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
     optimizer = make_optimizer(trained, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
@@ -160,13 +162,13 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
         moments = {
             moment: {
                 name: plan.part.cut(name, checkpoint.moments[moment_name(moment, name)])
-                for name in trained_parameters(bank)
+                for name in trained_parameters(adapter)
             }
             for moment in MOMENTS
         }
         write_moments(
             engine,
-            trained_parameters(bank),
+            trained_parameters(adapter),
             plan.engine.zero_stage,
             moments=moments,
             step=checkpoint.progress.step,
@@ -179,7 +181,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another base or adapter than the plan's; reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.shape)) as weights:
-        base = identify_base(plan.source, weights, plan.settings.dtype, tokenizer=plan.settings.tokenizer)
+        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
     _check_resumed(plan, base, checkpoint)
 
 

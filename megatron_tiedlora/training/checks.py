@@ -35,7 +35,7 @@ class StepChecks:
         self._runner = runner
         self._check_steps = check_steps
         self._steps = 0
-        self._guard: GradientGuard | None = GradientGuard(runner.bank)
+        self._guard: GradientGuard | None = GradientGuard(runner.adapter)
 
     def before_step(self, step: int, *, ranks_missing: float = 0.0) -> None:
         """With the gradients of `step` in place and before anything moves.
@@ -63,7 +63,7 @@ class StepChecks:
 
     def _stop_where_missing(self, step: int) -> None:
         names = [*self._runner.missing_gradients, *(self._guard.missing() if self._guard else [])]
-        layers = ", ".join(map(str, self._runner.bank.part.layers))
+        layers = ", ".join(map(str, self._runner.adapter.part.layers))
         text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
         if found := first_message(text if names else None):
             raise RunFailed(f"step {step}: {found}; nothing was changed by this step")
@@ -79,8 +79,8 @@ class StepChecks:
             self._compare(step)
 
     def _compare(self, step: int) -> None:
-        with all_open(self._runner.bank, self._runner.config):  # under ZeRO-3 data ranks have parts and no copies
-            mismatch = find_mismatch(self._runner.bank, self._runner.groups)
+        with all_open(self._runner.adapter, self._runner.config):  # under ZeRO-3 data ranks have parts and no copies
+            mismatch = find_mismatch(self._runner.adapter, self._runner.groups)
         if found := first_message(str(mismatch) if mismatch else None):
             raise RunFailed(
                 f"after step {step} {found}; the ranks no longer train one adapter; this step was not saved"

@@ -13,6 +13,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adap
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
@@ -31,12 +32,12 @@ def score(trainer: Trainer) -> dict[str, Score]:
 
 def use_best_adapter(trainer: Trainer) -> None:
     """Put the best adapter's values into the model (not into the optimizer: training is over)."""
-    bank, folder = trainer.runner.bank, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
+    adapter, folder = trainer.runner.adapter, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
     # Others may not see the run folder.
     best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
-        with all_open(bank, trainer.plan.engine):
-            bank.load_full(best.state)
+        with all_open(adapter, trainer.plan.engine):
+            adapter.load_full(best.state)
         trainer.stop.agree(True)
 
 
@@ -127,9 +128,9 @@ def _number(value: float | None, name: str = "") -> str:
 
 
 def export(trainer: Trainer) -> list[str]:
-    """Plot and export to PEFT, and for the demo also merge and verify both; on rank 0. Returns the lines to print.
+    """Plot and export to PEFT, and where the task asks for it merge and verify both; on rank 0. Returns lines to print.
 
-    Merging and verifying take a model's size in disk and memory, so for other runs they are left to the tools.
+    Merging and verifying take a model's size in disk and memory, so other tasks leave them to the tools.
 
     Raises:
         UserError: an export that does not compute what the adapter computes.
@@ -142,7 +143,7 @@ def export(trainer: Trainer) -> list[str]:
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # of an earlier end of this run, whose best adapter may have been another
     export_peft(source, adapter, peft, new=folder.new_folder)
-    if settings.task != "demo":
+    if not get_task(settings.task).exports_merged:
         return []
     discard(merged, guard=folder.guard)
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)

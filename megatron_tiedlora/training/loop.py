@@ -147,13 +147,13 @@ class Trainer:
         self._log_validation(started, self.score(self.data.scored_validation), bar)
         if self.plan.adapter.row.starts_at_base:
             return
-        bank: Any = self.runner.bank
-        with all_open(bank, self.plan.engine):
-            kept = bank.B.detach().clone()
-            bank.B.data.zero_()
+        adapter: Any = self.runner.adapter
+        with all_open(adapter, self.plan.engine):
+            kept = adapter.B.detach().clone()
+            adapter.B.data.zero_()
         base = self.evaluate()
-        with all_open(bank, self.plan.engine):
-            bank.B.data.copy_(kept)
+        with all_open(adapter, self.plan.engine):
+            adapter.B.data.copy_(kept)
         if self.is_main:
             bar.write(
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
@@ -259,7 +259,7 @@ class Trainer:
             save_adapter(self.folder.adapter, self.plan.adapter, self.base, state, guard=self.folder.guard)
 
     def _full_moments(self) -> dict[str, torch.Tensor]:
-        trained = trained_parameters(self.runner.bank)
+        trained = trained_parameters(self.runner.adapter)
         moments = read_moments(self.runner.engine, trained, self.plan.engine.zero_stage)
         names = list(self.plan.adapter.num_trained())
         return {
@@ -271,5 +271,5 @@ class Trainer:
 
 def full_adapter_state(plan: RunPlan, runner: Runner) -> dict[str, torch.Tensor]:
     """Full fp32 A, B, u, v on rank 0's CPU, nothing elsewhere; all ranks take part."""
-    with all_open(runner.bank, plan.engine):
-        return gather_state(dict(runner.bank.named_parameters()), plan.adapter_layout)
+    with all_open(runner.adapter, plan.engine):
+        return gather_state(dict(runner.adapter.named_parameters()), plan.adapter_layout)

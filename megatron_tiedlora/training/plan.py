@@ -13,7 +13,7 @@ import torch
 from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
@@ -100,7 +100,7 @@ class RunPlan:
             cuts_sequences=settings.sequence_parallel,
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
-            dtype=DTYPES[settings.dtype],
+            dtype=DTYPES[self.dtype_name],
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,
@@ -125,7 +125,7 @@ class RunPlan:
             self.batches.micro_batch_size,
             self.grid.dp_size,
             packed_length=self.settings.max_length if self.settings.packing else None,
-            least_micro_batches=inputs_to_fill(self.grid.pp_size),
+            min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
@@ -191,10 +191,16 @@ class RunPlan:
         return self.layout.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """The same as --dtype names it."""
+        return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
+
+    @property
     def max_new_tokens(self) -> int:
         """Longest answer that is decoded."""
+        task = get_task(self.settings.task)
         return resolve_max_new_tokens(
-            self.settings.max_new_tokens, self.source.shape.max_positions, self.settings.task
+            self.settings.max_new_tokens, self.source.shape.max_positions, task.max_new_tokens
         )
 
     @property
@@ -206,6 +212,7 @@ class RunPlan:
         """Every setting as a plain value, with what depends on the model and the world filled in."""
         values = self.settings.model_dump()
         values.update(
+            dtype=self.dtype_name,
             layers=list(self.adapter.layers),
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
@@ -227,11 +234,11 @@ def plan_run(
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
-    metrics = get_task(settings.task).metrics
-    if settings.eval_metric not in ("loss", *metrics):
+    task = get_task(settings.task)
+    if settings.eval_metric not in ("loss", *task.metrics):
         raise UserError(
             f"--eval_metric {settings.eval_metric} is no metric of task {settings.task}; give loss or"
-            f" {' or '.join(metrics)}"
+            f" {' or '.join(task.metrics)}"
         )
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
@@ -239,16 +246,19 @@ def plan_run(
         settings.global_batch_size,
         settings.micro_batch_size,
         grid.dp_size,
-        most_rows=default_rows(
-            max_length=settings.max_length, packing=settings.packing, demo=settings.task == "demo", on_gpu=on_gpu
+        max_rows=default_rows(
+            max_length=settings.max_length,
+            packing=settings.packing,
+            on_gpu=on_gpu,
+            otherwise=task.micro_batch_rows,
         ),
-        least_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+        min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # A refusal must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape = found.shape
-    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, settings.task)
+    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_tiedlora.config.decoding import DEMO_SCORED_SAMPLES, longest_prompt
+from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.cache import tokenise_once
 from megatron_tiedlora.data.encode import TokenDataset
@@ -93,10 +93,11 @@ def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """What is decoded before and after training: the demo's first samples, or the test rows that were given."""
-    if settings.task == "demo":
-        return read_split(settings, "test", tokenizer=tokenizer, limit=DEMO_SCORED_SAMPLES)
-    return [] if settings.test_file is None else read_split(settings, "test", tokenizer=tokenizer)
+    """What is decoded before and after training: the test rows that the task's record or the user asks for."""
+    limit = get_task(settings.task).scored_rows
+    if limit is None and settings.test_file is None:
+        return []
+    return read_split(settings, "test", tokenizer=tokenizer, limit=limit)
 
 
 def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> ScoredSet | None:

@@ -15,6 +15,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
@@ -219,9 +220,10 @@ def headline(
     """What a run is, in a few lines, before its progress bar."""
     settings, batches, grid = plan.settings, plan.batches, plan.grid
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.shape)
+    dtype = describe_dtype(settings.dtype, plan.dtype_name)
     layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
     lines = [
-        f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {settings.dtype}, frozen",
+        f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts cut to {settings.max_length} tokens",

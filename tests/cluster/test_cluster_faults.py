@@ -119,11 +119,12 @@ def check_fault(
 
 def blamed(route: str, fault: str) -> str:
     """What a failed run's reason begins with, as a regular expression: which rank it was, on which host, after what."""
-    first, last = (rf"rank {rank} on {host} fell silent after step \d" for rank, host in enumerate(("nodea", "nodeb")))
+    hosts = enumerate(("nodea", "nodeb"))
+    first, last = (rf"rank {rank} on {host} stopped responding after step \d" for rank, host in hosts)
     if fault == "rank" and needed(route) == "openmpi":  # mpirun ends the others before they have looked who it was
         return rf"{last}|rank 0 on nodea, after step \d+: an exchange with a peer failed \(.*\[rank 1 on nodeb\]"
     if fault == "link":  # each side has lost the other, and here both write the same file
-        return rf"{last}|{first}.*, says rank 1 on nodeb"
+        return rf"{last}|{first}.*, as seen by rank 1 on nodeb"
     return {"rank": last, "host": last, "rank 0": first}.get(fault, r"rank \d on node[ab].* after step \d")
 
 

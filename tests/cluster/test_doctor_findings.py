@@ -22,7 +22,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     Probe,
 )
 from megatron_tiedlora.cluster.doctor.text import host_table
-from megatron_tiedlora.cluster.remote import Done, Way
+from megatron_tiedlora.cluster.remote import Done, Transport
 
 NAMES = ("nodea", "nodeb", "nodec")
 SLOTS = 2
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "disk",
         "warning",
         ["nodeb"],
-        "9 MiB free",
+        "9.44 MB free",
     ),
     "port": (
         {"nodea": {"port": Port(number=29500, free=False, holder="python (process 7 of me)", next_free=29502)}},
@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "port 29500 is in use by python (process 7 of me)",
     ),
     "Debian": ({"nodeb": {"name_addresses": ["127.0.1.1"]}}, "loopback_name", "error", ["nodeb"], "127.0.1.1"),
-    "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, is not known"),
+    "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, does not resolve"),
     "stranger": ({"nodeb": {"master_addresses": []}}, "name_unknown", "error", ["nodeb"], "first host's name, nodea"),
     "itself": ({"nodeb": {"master_addresses": ["127.0.0.1"]}}, "master_address", "error", ["nodeb"], "nodeb itself"),
     "interface": (
@@ -179,7 +179,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "GLOO_SOCKET_IFNAME=ib0",
     ),
     "twice": ({"nodeb": {"machine": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
-    "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "64 MiB"),
+    "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "67.11 MB"),
     "files": ({"nodeb": {"nofile": 256}}, "nofile", "warning", ["nodeb"], "may open 256 files"),
     "locked": ({"nodeb": {"infiniband": ["mlx5_0"]}}, "memlock", "warning", ["nodeb"], "mlx5_0"),
     "cores": ({"nodeb": {"num_cores": 1}}, "cores", "warning", ["nodeb"], "2 ranks on 1 cores"),
@@ -246,7 +246,7 @@ def test_caches_of_the_hub_that_differ_are_warned_of() -> None:
 
     (finding,) = examined(hosts({"nodea": cached("1 a"), "nodeb": cached("1 b"), "nodec": cached("1 a")}))
     assert (finding.code, finding.level, finding.hosts) == ("path_differs", "warning", ["nodeb"])
-    assert "--model owner/name is not that of the other hosts: config.json" in finding.message
+    assert "--model owner/name differs from the other hosts': config.json" in finding.message
 
 
 def test_of_two_files_each_is_named_without_its_number() -> None:
@@ -305,8 +305,8 @@ def test_gpus(change: Changes, code: str, level: str) -> None:
 def test_free_memory_of_gpus_is_in_the_table_and_makes_no_host_an_odd_one() -> None:
     lines = host_table(hosts({"nodea": h100s(79, 79), "nodeb": h100s(79, 75), "nodec": h100s(78, 79)}))
     assert "GPU memory free" in lines[0]
-    for line, free in zip(lines[1:], (79, 75, 78), strict=True):
-        assert "2 x H100  8 " in line and f"  {free} GiB of 80 GiB  " in line
+    for line, free in zip(lines[1:], ("84.83", "80.53", "83.75"), strict=True):
+        assert "2 x H100  8 " in line and f"  {free} GB of 85.90 GB  " in line
     assert "GPU memory" not in host_table(hosts())[0]
 
 
@@ -365,7 +365,7 @@ SILENCES: dict[str, tuple[int | None, str, str]] = {
 @pytest.mark.parametrize("case", SILENCES)
 def test_why_a_host_is_silent(case: str) -> None:
     status, words, code = SILENCES[case]
-    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Way("ssh"), limit=30)
+    finding = explain_silence(Done("nodeb", status, "", f"noise\n{words}\n", 1.0), Transport("ssh"), limit=30)
     assert (finding.code, finding.level, finding.hosts) == (code, "error", ["nodeb"])
     assert "nodeb" in finding.message and finding.fix
 

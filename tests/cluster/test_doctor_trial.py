@@ -23,7 +23,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     Report,
 )
 from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.cluster.remote import Done, Way
+from megatron_tiedlora.cluster.remote import Done, Transport
 
 LARGE = 64_000_000
 LAYOUT = Layout(
@@ -188,7 +188,7 @@ def test_ranks_that_do_not_start_meet_or_finish() -> None:
     assert "timed out after 60000ms" in explain_trial(HOSTS, LAYOUT, apart, limit=60)[0].message
     stuck = trial(dict.fromkeys(range(4), "joined"), ended=ended)
     assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
-    assert "no end in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
+    assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
 
 
 def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +199,8 @@ def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measure, "run_on_hosts", nothing_starts)
     monkeypatch.setattr(measure, "_missed_by_slurm", lambda names: names[1:])
-    assert measure._unreachable(["nodea", "nodeb"], Way("srun"), []) == ["nodeb"]
-    assert measure._unreachable(["nodea", "nodeb"], Way("ssh"), []) == ["nodea", "nodeb"]
+    assert measure._unreachable(["nodea", "nodeb"], Transport("srun"), []) == ["nodeb"]
+    assert measure._unreachable(["nodea", "nodeb"], Transport("ssh"), []) == ["nodea", "nodeb"]
 
 
 def report(findings: Sequence[Finding]) -> Report:

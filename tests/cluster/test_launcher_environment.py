@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.travelling import (
+from megatron_tiedlora.cluster.forwarded_env import (
+    forward_env,
     is_secret,
     read_user_file,
-    travelling,
     why_left,
     without_bad_exports,
 )
@@ -44,7 +44,7 @@ SPOILED = ("a\nb", 'say "x"', "$HOME", "`id`", "a\\b", " a", "a ", "a\tb", "\x1b
 
 
 def test_what_training_reads_travels_and_the_rest_of_the_shell_stays() -> None:
-    sent = travelling({**TRAVELS, **STAYS})
+    sent = forward_env({**TRAVELS, **STAYS})
     assert sent.variables == dict(sorted(TRAVELS.items())) and not sent.left
 
 
@@ -53,8 +53,8 @@ def test_a_secret_stays_whoever_named_it(name: str) -> None:
     assert is_secret(name) and is_secret(name.lower())
     for in_words in (True, False):
         for sent in (
-            travelling({name: "s3cret", "OMP_A": "1"}, in_words=in_words),
-            travelling({"OMP_A": "1"}, given={name: "s3cret"}, in_words=in_words),
+            forward_env({name: "s3cret", "OMP_A": "1"}, in_words=in_words),
+            forward_env({"OMP_A": "1"}, given={name: "s3cret"}, in_words=in_words),
         ):
             assert sent.variables == {"OMP_A": "1"}
             assert "s3cret" not in sent.file_text() + "".join(sent.left)
@@ -72,10 +72,10 @@ def test_names_that_only_look_like_a_secret_travel(name: str) -> None:
 
 @pytest.mark.parametrize("value", SPOILED)
 def test_a_value_that_a_shell_would_spoil_is_left_behind_by_name(value: str) -> None:
-    sent = travelling({"OMP_A": "1", "NCCL_B": value}, in_words=True)
+    sent = forward_env({"OMP_A": "1", "NCCL_B": value}, in_words=True)
     assert sent.variables == {"OMP_A": "1"}
     assert [line.split()[0] for line in sent.left] == ["NCCL_B"] and "\n" not in sent.left[0]
-    assert travelling({"NCCL_B": value}).variables == {"NCCL_B": value}  # mpirun and ssh take it as it is
+    assert forward_env({"NCCL_B": value}).variables == {"NCCL_B": value}  # mpirun and ssh take it as it is
     kept, lines = without_bad_exports({"PYTHONFOO": value, "OMP_A": value})
     assert kept == {"OMP_A": value} and lines[0].startswith("PYTHONFOO is not sent")
 
@@ -83,7 +83,7 @@ def test_a_value_that_a_shell_would_spoil_is_left_behind_by_name(value: str) -> 
 @pytest.mark.parametrize("in_words", [True, False])
 def test_an_address_with_a_password_stays_whatever_its_name(in_words: bool) -> None:
     value = "https://me:s3cret@hub.example/x"
-    sent = travelling({"HF_ENDPOINT": value, "HF_HOME": "http://h:80/a@b"}, given={"proxy": value}, in_words=in_words)
+    sent = forward_env({"HF_ENDPOINT": value, "HF_HOME": "http://h:80/a@b"}, given={"proxy": value}, in_words=in_words)
     assert sent.variables == {"HF_HOME": "http://h:80/a@b"}
     assert [line.split()[0] for line in sent.left] == ["HF_ENDPOINT", "proxy"] and "s3cret" not in "".join(sent.left)
     assert without_bad_exports({"MLFLOW_TRACKING_URI": value})[0] == {}

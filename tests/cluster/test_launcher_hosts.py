@@ -56,16 +56,16 @@ def test_a_hostfile_is_read_as_the_launchers_read_it(tmp_path: Path) -> None:
     [
         ("", "names no host"),
         ("# nothing\n\n", "names no host"),
-        ("node1\n", ":1: 'node1' is not of the form"),
-        ("node1 slots=2\nnode2 slots=0\n", ":2: 'node2 slots=0' is not of the form"),
-        ("node1 slots=two\n", "is not of the form"),
-        ("node1 slots=2 max_slots=4\n", "is not of the form"),
-        ("-oProxyCommand=x slots=2\n", "is not of the form"),
+        ("node1\n", ":1: 'node1' does not have the form"),
+        ("node1 slots=2\nnode2 slots=0\n", ":2: 'node2 slots=0' does not have the form"),
+        ("node1 slots=two\n", "does not have the form"),
+        ("node1 slots=2 max_slots=4\n", "does not have the form"),
+        ("-oProxyCommand=x slots=2\n", "does not have the form"),
         ("node1 slots=1000000\n", "with N from 1 to 999999"),
         ("node1 slots=" + "9" * 5000 + "\n", "with N from 1 to 999999"),  # Python's int() would take no such text
-        ("node1 slots=٣\n", "is not of the form"),
-        ("node\0 slots=2\n", "is not of the form"),
-        ("node1 slots=2\nnode1 slots=2\n", ":2: 'node1' is named twice"),
+        ("node1 slots=٣\n", "does not have the form"),
+        ("node\0 slots=2\n", "does not have the form"),
+        ("node1 slots=2\nnode1 slots=2\n", ":2: 'node1' appears twice"),
     ],
 )
 def test_a_hostfile_that_does_not_say_what_it_means_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -94,7 +94,7 @@ def test_a_hostfile_that_may_never_end_is_not_waited_for(tmp_path: Path) -> None
 
 
 def test_the_home_of_a_user_who_is_not_there_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--hostfile '~nosuchuser/hosts': is no path"):
+    with pytest.raises(UserError, match="--hostfile '~nosuchuser/hosts': is not a path"):
         read_hostfile("~nosuchuser/hosts")
     monkeypatch.setenv("HOME", str(hostfile(tmp_path, "node1 slots=4\n").parent))
     assert read_hostfile("~/hosts") == (Host("node1", 4),)
@@ -130,7 +130,7 @@ def test_a_step_counts_before_its_allocation() -> None:
 @pytest.mark.parametrize("nodes", [",", "n1,", "-o", "n1,-o"])
 def test_a_node_list_without_names_is_not_taken_for_hosts(nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="scontrol does not expand"):
+    with pytest.raises(UserError, match="scontrol cannot expand"):
         slurm_hosts({**ALLOCATION, "SLURM_JOB_NODELIST": nodes})
 
 
@@ -147,13 +147,13 @@ def test_variables_of_slurm_that_contradict_each_other_are_refused() -> None:
 
 def test_node_lists_in_brackets_are_expanded_by_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"scontrol does not expand the node list gpu\[01-02\]"):
+    with pytest.raises(UserError, match=r"scontrol cannot expand the node list gpu\[01-02\]"):
         expand_nodelist("gpu[01-02]")
     program = tmp_path / "scontrol"
     program.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && printf "gpu01\\ngpu02\\n"\n')
     program.chmod(0o755)
     assert expand_nodelist("gpu[01-02]") == ("gpu01", "gpu02")
-    with pytest.raises(UserError, match="does not expand"):
+    with pytest.raises(UserError, match="cannot expand"):
         expand_nodelist("gpu[03]")
 
 
@@ -184,8 +184,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         choose_hosts(LaunchSettings(launcher="srun"), {})
     with pytest.raises(UserError, match="start it once, without srun"):
         choose_hosts(LaunchSettings(), {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "2"})
-    assert "leave --hostfile out" in refusal("--launcher", "srun", "--hostfile", "f")
-    assert "leave --hostfile out" in refusal("--launcher", "local", "--hostfile", "f")
+    assert "remove --hostfile" in refusal("--launcher", "srun", "--hostfile", "f")
+    assert "remove --hostfile" in refusal("--launcher", "local", "--hostfile", "f")
     assert "--launcher pdsh needs --hostfile" in refusal("--launcher", "pdsh")
 
 

@@ -16,8 +16,16 @@ import psutil
 import pytest
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.leftovers import RUN_ID, Found, Report, find, main, read_report, tell
-from megatron_tiedlora.cluster.reach import JobHosts, describe
+from megatron_tiedlora.cluster.job_hosts import JobHosts, describe
+from megatron_tiedlora.cluster.job_processes import (
+    RUN_ID,
+    HostProcesses,
+    JobProcess,
+    find_processes,
+    main,
+    read_report,
+    signal_processes,
+)
 from megatron_tiedlora.config.hosts import Host
 
 pytestmark = pytest.mark.timeout(90)
@@ -60,7 +68,7 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
         return process
 
     yield run
-    tell(find(RUN, script=""), signal.SIGKILL, everything=True)
+    signal_processes(find_processes(RUN, script=""), signal.SIGKILL, everything=True)
     for process in started:
         process.kill()
         process.wait()
@@ -81,7 +89,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def kinds(report: Report) -> dict[int, str]:
+def kinds(report: HostProcesses) -> dict[int, str]:
     return {found.pid: found.kind for found in report.processes}
 
 
@@ -94,8 +102,8 @@ def test_ranks_agents_and_launchers_of_one_start_are_told_apart(spawn: Spawn, sc
     for other in (None, RUN[:-1], f"{RUN}4"):
         spawn(sys.executable, script, mark, run_id=other)
     expected = {rank.pid: "rank", agent.pid: "agent", launcher.pid: "launcher"}
-    wait_for(lambda: expected.items() <= kinds(find(RUN, script=script)).items())
-    report = find(RUN, script=script)
+    wait_for(lambda: expected.items() <= kinds(find_processes(RUN, script=script)).items())
+    report = find_processes(RUN, script=script)
     assert report.host == socket.gethostname() and len(report.processes) == 3
     assert main(["--run_id", "none", "--script", script]) == 0
 
@@ -104,10 +112,10 @@ def test_the_fork_of_a_rank_is_no_rank(spawn: Spawn, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, time\nos.fork()\ntime.sleep(60)\n")
     rank = spawn(sys.executable, str(script))
-    wait_for(lambda: len(find(RUN, script=str(script)).processes) == 2)
-    found = find(RUN, script=str(script))
+    wait_for(lambda: len(find_processes(RUN, script=str(script)).processes) == 2)
+    found = find_processes(RUN, script=str(script))
     assert [pid for pid, kind in kinds(found).items() if kind == "rank"] == [rank.pid]
-    tell(found, signal.SIGKILL, everything=True)
+    signal_processes(found, signal.SIGKILL, everything=True)
     rank.wait(10)
 
 
@@ -126,29 +134,30 @@ def test_whom_a_signal_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(psutil, "Process", Process)
     ranks, launcher, agent = (
-        (Found(1, "rank", "r"), Found(2, "rank", "r")),
-        Found(3, "launcher", "l"),
-        Found(4, "agent", "a"),
+        (JobProcess(1, "rank", "r"), JobProcess(2, "rank", "r")),
+        JobProcess(3, "launcher", "l"),
+        JobProcess(4, "agent", "a"),
     )
-    report = Report("here", (*ranks, launcher))
-    assert not tell(Report("here", (Found(9, "rank", "another by now"),)), 15).processes[0].told and not sent
-    told = tell(report, 15)
-    assert sent == [1, 2] and [found.told for found in told.processes] == [True, True, False]
+    report = HostProcesses("here", (*ranks, launcher))
+    reused = HostProcesses("here", (JobProcess(9, "rank", "another by now"),))
+    assert not signal_processes(reused, 15).processes[0].signalled and not sent
+    told = signal_processes(report, 15)
+    assert sent == [1, 2] and [found.signalled for found in told.processes] == [True, True, False]
     sent.clear()
-    tell(report, 15, but=[1])
+    signal_processes(report, 15, skip=[1])
     assert sent == [2]
     sent.clear()
-    tell(Report("here", (*ranks, launcher, agent)), 15)  # which passes it on, and starts no rank anew
+    signal_processes(HostProcesses("here", (*ranks, launcher, agent)), 15)  # it passes it on and restarts no rank
     assert sent == [4]
     sent.clear()
-    tell(Report("here", (*ranks, launcher, agent)), 9, everything=True)
+    signal_processes(HostProcesses("here", (*ranks, launcher, agent)), 9, everything=True)
     assert sent == [3, 4, 1, 2]
 
 
 def test_an_answer_is_found_below_what_a_shell_says() -> None:
-    process = '{"pid": 3, "kind": "rank", "name": "python", "told": true}'
+    process = '{"pid": 3, "kind": "rank", "name": "python", "signalled": true}'
     line = f'{{"host": "n", "address": "10.0.0.2", "processes": [{process}]}}'
-    expected = Report("n", (Found(3, "rank", "python", told=True),), "10.0.0.2")
+    expected = HostProcesses("n", (JobProcess(3, "rank", "python", signalled=True),), "10.0.0.2")
     assert read_report(f"Welcome!\n{{}}\n[1]\n{line}\nbye\n") == expected
     for text in ("", "Welcome!\n", "{}", '{"processes": 3}', '["host"]'):
         assert read_report(text) is None
@@ -181,14 +190,15 @@ def test_a_host_under_several_names_is_told_once(spawn: Spawn, script: str, tmp_
 
 @pytest.mark.usefixtures("ssh")
 def test_a_rank_on_another_host_is_told_once(tmp_path: Path) -> None:
-    answer = '{"host": "far", "address": "", "processes": [{"pid": 7, "kind": "rank", "name": "python", "told": true}]}'
+    process = '{"pid": 7, "kind": "rank", "name": "python", "signalled": true}'
+    answer = f'{{"host": "far", "address": "", "processes": [{process}]}}'
     calls = tmp_path / "calls"
     write_program(tmp_path / "bin", "ssh", f"#!/bin/sh\necho \"$*\" >> {calls}\necho '{answer}'\n")
     hosts = JobHosts(make_job(tmp_path / "job", run_id=RUN, hosts=(Host("far", 1),)), dict(os.environ), limit=30)
     for everything in (False, False, True):
         assert [found.pid for _, found in hosts.ask(signal.SIGTERM, everything=everything).found] == [7]
     told, again, ended = (line.partition(" --signal ")[2] for line in calls.read_text().splitlines())
-    assert (told, again, ended) == ("15 --to ranks", "15 --to ranks --but 7", "15 --to all")
+    assert (told, again, ended) == ("15 --to ranks", "15 --to ranks --skip 7", "15 --to all")
 
 
 @pytest.mark.usefixtures("ssh")

@@ -14,8 +14,8 @@ import pytest
 from launcher_jobs import given, hosts_here, make_job, start, write_program
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.cluster.forwarded_env import pdsh_word
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
-from megatron_tiedlora.cluster.travelling import pdsh_word
 from megatron_tiedlora.config.hosts import Host
 
 NASTY = (
@@ -119,7 +119,7 @@ def test_words_and_variables_get_through_mpirun(tmp_path: Path, hosts: dict[str,
     variables = {"NCCL_A": nccl, "TORCH_B": "$x `y` \"z\" 'q' \\ %h", "HF_HOME": "/data"}
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     job = make_job(
-        tmp_path / "job", launcher=launcher, reached="local", hosts=(Host("localhost", 2),), arguments=NASTY[:-3],
+        tmp_path / "job", launcher=launcher, route="local", hosts=(Host("localhost", 2),), arguments=NASTY[:-3],
         launcher_args=("--mca", "btl_tcp_if_include", "lo"),
     )  # fmt: skip
     plan = plan_start(job, {**hosts, **variables, **allowed, "HF_TOKEN": "s3cret", "HYDRA_X": "1"})
@@ -181,7 +181,7 @@ def rank_of(job: Job) -> tuple[str, ...]:
 
 
 def test_local(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "job", launcher="local", reached="local", hosts=(Host("localhost", 2),))
+    job = make_job(tmp_path / "job", launcher="local", route="local", hosts=(Host("localhost", 2),))
     plan = plan_start(job, {"HF_TOKEN": "mine", "A": "1"})
     command = words(plan)
     assert Path(command[0]).name == "deepspeed" and command[-3:] == [job.script, *job.arguments]
@@ -259,12 +259,12 @@ def test_openmpi(tmp_path: Path) -> None:
 
 def test_srun(tmp_path: Path) -> None:
     job = make_job(
-        tmp_path / "job", launcher="srun", reached="srun", hosts=(Host("a", 4), Host("b", 4)), master_addr=""
+        tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 4)), master_addr=""
     )
     command = words(plan_start(job, {}))
     assert {"--kill-on-bad-exit=1", "--export=ALL", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(command)
     assert "--nodelist=a,b" in command and follows(command, *rank_of(job))
-    uneven = make_job(tmp_path / "job", launcher="srun", reached="srun", hosts=(Host("a", 4), Host("b", 1)))
+    uneven = make_job(tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 1)))
     command = words(plan_start(uneven, {}))
     assert "--ntasks=5" in command and not any(word.startswith("--ntasks-per-node") for word in command)
     assert plan_start(uneven, {}).environment["MASTER_PORT"] == "29400"
@@ -288,13 +288,13 @@ def test_torchrun_on_hosts(tmp_path: Path) -> None:
 
 def test_torchrun_by_srun_and_here(tmp_path: Path) -> None:
     hosts = (Host("a", 4), Host("b", 4))
-    job = make_job(tmp_path / "job", launcher="torchrun", reached="srun", hosts=hosts, master_addr="")
+    job = make_job(tmp_path / "job", launcher="torchrun", route="srun", hosts=hosts, master_addr="")
     command = words(plan_start(job, {"SLURM_CPUS_PER_TASK": "3"}))
     assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=12", "--kill-on-bad-exit=1"} <= set(command)
     assert {"--nproc-per-node=4", "--rdzv-endpoint=a:29400"} <= set(command)
     with pytest.raises(UserError, match="the same number of ranks on every node"):
-        plan_start(make_job(tmp_path / "job", launcher="torchrun", reached="srun", hosts=(*hosts, Host("c", 1))), {})
-    here = make_job(tmp_path / "job", launcher="torchrun", reached="local", hosts=hosts[:1], master_addr="127.0.0.1")
+        plan_start(make_job(tmp_path / "job", launcher="torchrun", route="srun", hosts=(*hosts, Host("c", 1))), {})
+    here = make_job(tmp_path / "job", launcher="torchrun", route="local", hosts=hosts[:1], master_addr="127.0.0.1")
     command = words(plan_start(here, {}))
     assert command[:4] == [job.python, "-P", "-m", "torch.distributed.run"]
     assert "--rdzv-endpoint=127.0.0.1:29400" in command

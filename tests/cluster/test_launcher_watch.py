@@ -167,8 +167,8 @@ def earlier_run(folder: Path) -> None:
     [
         ({"state": "finished"}, {}, 0, "finished at step 3 (so it was)"),
         ({"state": "finished"}, {"status": 3}, 0, "finished at step 3"),
-        ({}, {}, 1, "says nothing of how this start ended; mpirun ended with status 0"),
-        ({"status": 7}, {}, 7, "says nothing of how this start ended; mpirun ended with status 7"),
+        ({}, {}, 1, "does not say how this start ended; mpirun ended with status 0"),
+        ({"status": 7}, {}, 7, "does not say how this start ended; mpirun ended with status 7"),
         ({"status": 7}, {"status": 0}, 1, "mpirun ended with status 0"),
         ({"state": "failed", "status": 1}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 1"),
         ({"state": "failed"}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 0"),
@@ -187,7 +187,7 @@ def test_the_status_file_decides(
 
 @pytest.mark.parametrize(
     ("rank", "status", "said"),
-    [({}, 1, "says nothing of how this start"), ({"state": "failed"}, 1, "failed at step 3")],
+    [({}, 1, "does not say how this start"), ({"state": "failed"}, 1, "failed at step 3")],
 )
 def test_the_end_of_an_earlier_start_does_not_count(
     start: Launch, rank: dict[str, Any], status: int, said: str
@@ -200,7 +200,7 @@ def test_the_end_of_an_earlier_start_does_not_count(
 def test_a_run_folder_that_is_not_seen_from_here_is_no_success(start: Launch, tmp_path: Path) -> None:
     (tmp_path / "scripts" / "train.py").write_text("")
     ended = start({})
-    assert ended.status == 1 and "is not to be seen on this host" in ended.said
+    assert ended.status == 1 and "is not visible on this host" in ended.said
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

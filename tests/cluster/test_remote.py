@@ -13,9 +13,9 @@ import psutil
 import pytest
 from host_commands import wait_until
 
-from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Way, run_on_hosts
+from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport, run_on_hosts
 
-LOCAL = Way("local")
+LOCAL = Transport("local")
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -32,7 +32,7 @@ def runs(pid: int) -> bool:
 
 
 def test_how_each_host_ended() -> None:
-    done = run_on_hosts(["a", "b"], shell("echo out; echo oops >&2; exit 3"), limit=20, way=LOCAL)
+    done = run_on_hosts(["a", "b"], shell("echo out; echo oops >&2; exit 3"), limit=20, transport=LOCAL)
     assert set(done) == {"a", "b"}
     for host, end in done.items():
         assert (end.host, end.status, end.stdout, end.last_words) == (host, 3, "out\n", "oops")
@@ -45,7 +45,7 @@ def test_a_limit_holds_for_all_that_was_started(tmp_path: Path) -> None:
     for script in (stubborn, background):
         pids.write_text("")
         begin = time.monotonic()
-        done = run_on_hosts(["a"], shell(script), limit=1, way=LOCAL)["a"]
+        done = run_on_hosts(["a"], shell(script), limit=1, transport=LOCAL)["a"]
         assert done.status is None and time.monotonic() - begin < 8
         started = [int(pid) for pid in pids.read_text().split()]
         assert started
@@ -60,7 +60,7 @@ def test_the_input_ends_with_the_caller_and_lines_are_answered() -> None:
             command.close_input()
 
     script = 'echo ready; read line; echo "got $line"; cat; echo over'
-    done = run_on_hosts(["a"], shell(script), limit=20, way=LOCAL, on_line=answer)["a"]
+    done = run_on_hosts(["a"], shell(script), limit=20, transport=LOCAL, on_line=answer)["a"]
     assert (done.status, done.stdout) == (0, "ready\ngot go\nover\n")
 
 
@@ -86,34 +86,34 @@ def test_an_error_in_the_callers_code_ends_the_commands() -> None:
         raise RuntimeError(line)
 
     with pytest.raises(RuntimeError, match=r"\d+"):
-        run_on_hosts(["a", "b"], shell("echo $$; exec sleep 61"), limit=50, way=LOCAL, on_line=fail)
+        run_on_hosts(["a", "b"], shell("echo $$; exec sleep 61"), limit=50, transport=LOCAL, on_line=fail)
     assert not any("61" in child.cmdline() for child in psutil.Process().children(recursive=True))
 
 
 def test_words_arrive_as_they_were(tmp_path: Path) -> None:
     odd = ["it's", "a b", '$HOME "x"', "*", "a;b", "%h"]
-    way = Way("local", environment={"ODD": "it's $HOME"}, folder=tmp_path)
+    transport = Transport("local", environment={"ODD": "it's $HOME"}, folder=tmp_path)
     command = ["sh", "-c", 'pwd; printf "%s\\n" "$ODD" "$@"', "name", *odd]
-    done = run_on_hosts(["a"], command, limit=20, way=way)["a"]
+    done = run_on_hosts(["a"], command, limit=20, transport=transport)["a"]
     assert done.stdout.splitlines() == [str(tmp_path.resolve()), "it's $HOME", *odd]
     # ssh hands one line to the host's shell, which takes it apart to the same words.
-    line = Way("ssh", environment={"ODD": "it's $HOME"}, folder=tmp_path).words("a", command, limit=9)[-1]
+    line = Transport("ssh", environment={"ODD": "it's $HOME"}, folder=tmp_path).words("a", command, limit=9)[-1]
     assert subprocess.check_output(["sh", "-c", line], text=True, timeout=20) == done.stdout
 
 
 def test_ssh_asks_nothing_and_gives_up(tmp_path: Path) -> None:
-    words = Way("ssh", ssh_port=2222).words("node", ["true"], limit=4)
+    words = Transport("ssh", ssh_port=2222).words("node", ["true"], limit=4)
     assert words[0] == "ssh" and words[-2:] == ["node", "exec true"]
     for option in ("BatchMode=yes", "ConnectTimeout=4", "ServerAliveInterval=5", "ControlPath=none"):
         assert option in words
     assert words[words.index("-p") + 1] == "2222"
-    step = Way("srun", folder=tmp_path).words("node", ["true"], limit=4)
+    step = Transport("srun", folder=tmp_path).words("node", ["true"], limit=4)
     assert step[0] == "srun" and "--nodelist=node" in step
     assert step[-1] == f"cd {shlex.quote(str(tmp_path))} && exec true"
 
 
 def test_a_program_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_on_hosts(["a"], ["no-such-program"], limit=20, way=LOCAL)["a"].status == 127
+    assert run_on_hosts(["a"], ["no-such-program"], limit=20, transport=LOCAL)["a"].status == 127
     monkeypatch.setenv("PATH", os.devnull)
-    done = run_on_hosts(["a"], ["true"], limit=20, way=Way("srun"))["a"]
+    done = run_on_hosts(["a"], ["true"], limit=20, transport=Transport("srun"))["a"]
     assert done.status == 127 and "srun" in done.last_words

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.cluster.decide import AT_ONCE, NEVER, Actions, Observation, Stage, State, Times, decide
-from megatron_tiedlora.cluster.leftovers import Found, Kind, Report
-from megatron_tiedlora.cluster.reach import Answers
+from megatron_tiedlora.cluster.job_hosts import Answers
+from megatron_tiedlora.cluster.job_processes import HostProcesses, JobProcess, Kind
 
 TIMES = Times(look=30, grace=120, soon=2, linger=15, unreached=300, others=45, helper=10)
 RUNNING, ENDED, TERMINATING, KILLING, OVER = Stage
@@ -19,17 +19,17 @@ NOW = 1000.0
 
 def answers(kind: Kind, hosts: str = "a", *, unreached: str = "") -> Answers:
     """One process of a kind on each host."""
-    reports = {host: Report(host, (Found(7, kind, "python"),)) for host in hosts}
+    reports = {host: HostProcesses(host, (JobProcess(7, kind, "python"),)) for host in hosts}
     return Answers(reports, dict.fromkeys(unreached, "slow"))
 
 
-NOTHING = Answers({"a": Report("a", ())})
-NO_ANSWER = Answers({"a": Report("a", ())}, {"b": "slow"})
+NOTHING = Answers({"a": HostProcesses("a", ())})
+NO_ANSWER = Answers({"a": HostProcesses("a", ())}, {"b": "slow"})
 SLOW = {"b": "slow"}
-PASSED_ON = "SIGTERM is passed on; the job saves and ends (Ctrl-C once more: kill)"
-NO_RANK = "no rank is left on any host that can be reached, and mpirun does not end: killed"
-NOT_THE_JOB = "the launcher has ended, but not the job; it is told to save and to stop:"
-OTHERS = "torchrun on a has ended with 5; the others, which wait for it, are stopped"
+PASSED_ON = "SIGTERM is passed on; the job saves and ends (Ctrl-C again: kill)"
+NO_RANK = "no rank is left on any host that can be reached, but mpirun does not end: killed"
+NOT_THE_JOB = "the launcher has ended, but the job has not; the job is told to save and to stop:"
+OTHERS = "torchrun on a has ended with 5; the others wait for it and are stopped"
 
 
 def known(stage: Stage = RUNNING, **values: Any) -> State:

@@ -78,7 +78,7 @@ def test_a_checkpoint_is_of_the_step_that_its_folder_says(native: NativeAdapter,
     checkpoints = write_run(area / "run", native).checkpoints
     (checkpoints / "step_4").rename(checkpoints / "step_7")
     found = outcome(lambda: load_checkpoint(checkpoints / "step_7"), unchanged=area, names=("step_7",))
-    assert isinstance(found, UserError) and "is of step 4" in str(found)
+    assert isinstance(found, UserError) and "its step is 4" in str(found)
 
 
 def _link(path: Path, target: Path | str) -> None:
@@ -97,7 +97,7 @@ def test_links_in_a_checkpoint_are_not_copied(native: NativeAdapter, area: Path,
     shutil.copy(theirs.checkpoints / f"step_{step}" / name, real)
     _link(theirs.checkpoints / f"step_{step}" / name, real)
     loaded = load_checkpoint(theirs.checkpoints / "step_4")
-    with pytest.raises(UserError, match=f"step_{step}/{name}: is no plain file"):
+    with pytest.raises(UserError, match=f"step_{step}/{name}: is not a plain file"):
         adopt_checkpoint(RunFolder(area / "mine"), loaded)
     assert not list((area / "mine").rglob(f"step_{step}/*"))
 

@@ -25,7 +25,7 @@ def test_a_pipe_is_not_waited_for(area: Path, name: str) -> None:
     found = outcome(
         lambda: load_split("iwslt2017", "test", files={"test": given}, seed=0), unchanged=area, names=(name,)
     )
-    assert isinstance(found, UserError) and "is no plain file" in str(found)
+    assert isinstance(found, UserError) and "is not a regular file" in str(found)
 
 
 @pytest.mark.parametrize("changes", [

@@ -11,8 +11,8 @@ from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.leftovers import read_report
-from megatron_tiedlora.cluster.travelling import read_user_file, travelling
+from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
+from megatron_tiedlora.cluster.job_processes import read_report
 from megatron_tiedlora.cluster.verdict import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
@@ -99,7 +99,7 @@ def test_a_broken_file_of_variables(tmp_path: Path, examples: int) -> None:
         found = outcome(lambda: read_user_file({"DS_ENV_FILE": str(file)}), unchanged=tmp_path, names=(str(file),))
         if not isinstance(found, UserError):
             for in_words in (False, True):
-                sent = travelling({"PATH": "/bin"}, given=found, in_words=in_words)
+                sent = forward_env({"PATH": "/bin"}, given=found, in_words=in_words)
                 assert all(name.isidentifier() for name in sent.variables)
                 printable(*sent.left)
         return found
@@ -109,7 +109,7 @@ def test_a_broken_file_of_variables(tmp_path: Path, examples: int) -> None:
 
 REPORT = {
     "host": "node1", "address": "10.0.0.2",
-    "processes": [{"pid": 7, "created": 1.5, "kind": "rank", "told": False, "command": "python train.py"}],
+    "processes": [{"pid": 7, "created": 1.5, "kind": "rank", "signalled": False, "command": "python train.py"}],
 }  # fmt: skip
 
 

@@ -42,10 +42,10 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
         qkv_rows=source.shape.heads.rows,
         seed=0,
     )
-    bank = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
-    bank.load_full(oracle.tensors)
+    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
+    adapter.load_full(oracle.tensors)
     specs = layer_specs(source.shape, dtype=torch.float64, recomputes_gate=recompute == "selective")
-    model = Stage(specs, bank, recompute=recompute)
+    model = Stage(specs, adapter, recompute=recompute)
     with BaseWeights(folder, weight_rules(source.shape)) as weights:
         load_base_weights(weights, frozen_weights(model))
     return model, oracle

@@ -348,7 +348,7 @@ def test_a_latest_that_names_nothing_is_one_line(base: Path, tmp_path: Path) -> 
     assert find_newest_checkpoint(tmp_path) is None
     for text in ("step_9\n", "../elsewhere", ""):
         (tmp_path / "latest").write_text(text)
-        with pytest.raises(UserError, match="which is no checkpoint in") as error:
+        with pytest.raises(UserError, match="which is not a checkpoint in") as error:
             find_newest_checkpoint(tmp_path)
         assert "\n" not in str(error.value)
 

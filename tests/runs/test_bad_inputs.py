@@ -95,7 +95,7 @@ def _shard_and_truncate(folder: Path) -> None:
         (lambda m: edit_json(m / "config.json", model_type="bert"), ["config.json", "'bert'"]),
         (lambda m: edit_json(m / "config.json", sliding_window=64), ["config.json", "sliding_window = 64"]),
         (lambda m: edit_json(m / "config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
-        (lambda m: (m / "model.safetensors").unlink(), ["model", "model.safetensors", "is there"]),
+        (lambda m: (m / "model.safetensors").unlink(), ["model", "model.safetensors", "has neither"]),
         (lambda m: truncate(m / "model.safetensors"), ["model.safetensors", "not a whole safetensors file"]),
         (lambda m: (m / "model.safetensors").write_bytes(b"no weights"), ["model.safetensors", "not a whole"]),
         (_shard_and_lose, ["model-2.safetensors", "no such file"]),
@@ -347,7 +347,7 @@ def test_broken_checkpoint(base: Base, stopped: Path, tmp_path: Path, damage: Br
     damage(folder / "checkpoints")
     refused_in(base, folder, parts, resume=folder / "checkpoints" / "step_3")
     (folder / "checkpoints" / "step_2" / "adapter_config.json").unlink()
-    refused_in(base, folder, ["no checkpoint is whole", *parts, "step_2"], resume="auto")
+    refused_in(base, folder, ["no checkpoint is intact", *parts, "step_2"], resume="auto")
 
 
 def test_resume_path_that_is_no_checkpoint_of_this_run(base: Base, stopped: Path, tmp_path: Path) -> None:

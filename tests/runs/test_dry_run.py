@@ -273,10 +273,10 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     length = 256
     specs = layer_specs(plan.source.shape, dtype=plan.dtype, recomputes_gate=recompute == "selective")
     block = specs[1].build()
-    bank = TiedAdapter(plan.part)
-    bank.load_full(start_values(plan.adapter))
+    adapter = TiedAdapter(plan.part)
+    adapter.load_full(start_values(plan.adapter))
     places = block.attention.places(torch.arange(length)[None], plan.dtype)
-    update = bank(dtype=plan.dtype)[0]
+    update = adapter(dtype=plan.dtype)[0]
     factors = (factor for factor in update if factor is not None)
     own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *places.table)}
     saved: dict[int, torch.Tensor] = {}

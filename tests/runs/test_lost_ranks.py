@@ -42,7 +42,7 @@ def test_a_killed_rank_is_named(base: Base, tmp_path: Path, rank: int) -> None:
     prelude = partial(kill_at_step, 3, signal.SIGKILL, rank=rank)
     ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
-    assert f"rank {rank} on {os.uname().nodename} fell silent after step 2" in status(folder)["reason"]
+    assert f"rank {rank} on {os.uname().nodename} stopped responding after step 2" in status(folder)["reason"]
     shown = ended.errors[1 - rank]
     assert shown.count("error: ") == 1 and f"error: {status(folder)['reason']}\n" in shown
     assert "Traceback" not in shown
@@ -70,7 +70,7 @@ def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: 
     arguments = base.arguments(output_dir=folder, **parts)
     ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
-    assert f"rank {rank} on {os.uname().nodename} fell silent after step" in status(folder)["reason"]
+    assert f"rank {rank} on {os.uname().nodename} stopped responding after step" in status(folder)["reason"]
     assert "after step 0" not in status(folder)["reason"], "killed in the first step"
     seconds = (folder / "run_status.json").stat().st_mtime - mark.stat().st_mtime
     print(f"\nrank {rank} was killed in {point}: its peer wrote the reason {seconds:.1f} s later")
@@ -86,7 +86,8 @@ def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path
     try:
         world.processes[1 - rank].join(90)
         assert world.processes[1 - rank].exitcode == 1
-        assert f"rank {rank} on " in status(folder)["reason"] and "fell silent after step 2" in status(folder)["reason"]
+        reason = status(folder)["reason"]
+        assert f"rank {rank} on " in reason and "stopped responding after step 2" in reason
     finally:
         world.kill()
 

@@ -259,7 +259,7 @@ def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str
     wait_for(is_stopped(old), "the stop")
     old.processes[1].join(60)
     assert old.processes[1].exitcode == 1
-    assert "rank 0 on " in status(folder)["reason"] and "fell silent" in status(folder)["reason"]
+    assert "rank 0 on " in status(folder)["reason"] and "stopped responding" in status(folder)["reason"]
     marked = Path(shutil.copytree(folder, tmp_path / "marked"))
     assert len(list(marked.glob(".owner-given-up-*"))) == 1
     run(base, folder, ranks=2, resume="auto")

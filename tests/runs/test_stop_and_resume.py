@@ -165,7 +165,7 @@ def test_resume_of_an_earlier_version_s_checkpoint(
 def test_sigint_ends_with_130(base: Base, tmp_path: Path) -> None:
     ended = run(base, tmp_path / "run", prelude=partial(kill_at_step, 3, signal.SIGINT), expect=130)
     assert status(tmp_path / "run") == {"state": "stopped", "step": 3, "reason": "SIGINT"}
-    assert "saved at step 3; go on with --resume auto" in ended.errors[0]
+    assert "saved at step 3; continue with --resume auto" in ended.errors[0]
     assert "Traceback" not in ended.errors[0]
 
 

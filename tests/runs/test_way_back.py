@@ -90,13 +90,13 @@ def gone(checkpoints: Path) -> None:
 DAMAGE: dict[Callable[[Path], None], str] = {
     cut: "not a whole safetensors file",
     zeroed: "not a whole safetensors file",
-    a_flip_in_a_factor: "does not fit its checksum",
-    a_flip_in_a_moment: "does not fit its checksum",
-    an_edit_of_the_progress: "does not fit its own checksum",
-    an_edit_of_the_config: "does not fit its own checksum",
-    swapped_adapters: "does not fit its checksum",
-    swapped_moments: "does not fit its checksum",
-    gone: "names 'step_6', which is no checkpoint",
+    a_flip_in_a_factor: "does not match its checksum",
+    a_flip_in_a_moment: "does not match its checksum",
+    an_edit_of_the_progress: "does not match its own checksum",
+    an_edit_of_the_config: "does not match its own checksum",
+    swapped_adapters: "does not match its checksum",
+    swapped_moments: "does not match its checksum",
+    gone: "names 'step_6', which is not a checkpoint",
 }
 
 
@@ -162,7 +162,7 @@ def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: P
         assert latest.read_text() == "step_12\n" and "step_12" not in (folder / "run.yaml").read_text()
         return
     ended = run(base, folder, resume="auto")
-    assert f"{latest}: is missing or no plain file" in ended.outputs[0] and "resumed from step 6" in ended.outputs[0]
+    assert f"{latest}: is missing or not a plain file" in ended.outputs[0] and "resumed from step 6" in ended.outputs[0]
     whole = Path(shutil.copytree(stopped, tmp_path / "whole"))
     run(base, whole, resume="auto")
     assert_same_run(folder, whole)
@@ -176,12 +176,12 @@ def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path) -> Non
         flip(folder / "checkpoints" / f"step_{step}" / ADAPTER, -5)
     before = files_of(folder / "checkpoints")
     line = run(base, folder, resume="auto", expect=2).error_line()
-    assert all(f"passed over step_{step}" in line for step in (4, 6)) and "no checkpoint is whole" in line
+    assert all(f"skipped step_{step}" in line for step in (4, 6)) and "no checkpoint is intact" in line
     assert files_of(folder / "checkpoints") == before
     for step in (2, 4, 6):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
     line = run(base, folder, resume="auto", expect=2).error_line()
-    assert "names 'step_6', which is no checkpoint" in line and "remove it to start from the beginning" in line
+    assert "names 'step_6', which is not a checkpoint" in line and "remove it to start from the beginning" in line
 
 
 def test_a_checkpoint_that_is_a_link_is_passed_over(native: NativeAdapter, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_is_a_link_is_passed_over(native: NativeAdapter, tmp_p
     (tmp_path / "step_4").rename(tmp_path / "elsewhere")
     (tmp_path / "step_4").symlink_to(tmp_path / "elsewhere")
     found = find_newest_checkpoint(tmp_path)
-    assert found is not None and found.folder.name == "step_2" and "passed over step_4: is a link" in found.notes
+    assert found is not None and found.folder.name == "step_2" and "skipped step_4: is a link" in found.notes
 
 
 def test_what_cannot_be_read_now_is_not_passed_over(
@@ -234,7 +234,7 @@ def test_a_run_that_went_back_continues_from_there(base: Base, stopped: Path, fr
     assert checkpoint_names(folder) == {"step_2", "step_4", "step_6"}
     ended = run(base, folder, resume="auto")
     assert "resumed from step 4" in ended.outputs[0]
-    assert "note       passed over step_6: is later than what latest names" in ended.outputs[0]
+    assert "note       skipped step_6: is later than what latest names" in ended.outputs[0]
     assert_same_run(folder, from_four)
 
 

@@ -23,7 +23,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.signals import StopSignals
 from megatron_tiedlora.runtime.run_folder import take_run_folder
-from megatron_tiedlora.study.lock import lock_study, refuse_left_behind
+from megatron_tiedlora.study.lock import lock_study, reject_left_behind
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 from megatron_tiedlora.study.record import last_lines
 from megatron_tiedlora.study.sweep import sweep
@@ -76,12 +76,12 @@ def test_ranks_that_their_launcher_has_left_are_found(study: tuple[Base, Path], 
     with pytest.raises(UserError) as error:
         sweep(study_arguments(*study, folder), lambda: no_start)
     pid = (tmp_path / "pid").read_text()
-    line = f"--output_dir {folder}: process {pid} that an earlier sweep has left is at work in {target}"
-    assert str(error.value) == f"{line}; wait for its end, or end it"
+    line = f"--output_dir {folder}: process {pid} of an earlier sweep is still writing {target}"
+    assert str(error.value) == f"{line}; wait until it ends, or end it"
     assert list(folder.iterdir()) == []
     left.__exit__(None, None, None)
     until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
-    refuse_left_behind(folder)
+    reject_left_behind(folder)
 
 
 def no_start(_: Any) -> Any:
@@ -111,9 +111,9 @@ def test_which_processes_are_at_work_in_a_study(
         place = tmp_path / "link" if link else folder
         if found:
             with pytest.raises(UserError, match=f"process {pid} "):
-                refuse_left_behind(place)
+                reject_left_behind(place)
         else:
-            refuse_left_behind(place)
+            reject_left_behind(place)
 
 
 # Errors of the sweep's own --------------------------------------------------------------------------------------------

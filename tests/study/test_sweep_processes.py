@@ -213,7 +213,7 @@ def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
     with lock_study(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
     try:
-        with pytest.raises(UserError, match="a run that a killed one has left"), lock_study(tmp_path):
+        with pytest.raises(UserError, match="a run of a killed sweep"), lock_study(tmp_path):
             pass
     finally:
         left.communicate(b"\n")

@@ -15,10 +15,10 @@ from sweep_runs import study_arguments
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-from megatron_tiedlora.evaluation.plan import DEMO_SCORED_SAMPLES as EVALUATE_LIMIT
+from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import occupy
+from megatron_tiedlora.study.record import write_record
 from megatron_tiedlora.study.sweep import sweep
 
 
@@ -77,7 +77,7 @@ def write_started(base: Base, folder: Path, *flags: str, file: Path | None = Non
     """The folder of a sweep that was started, and cut off before its first command."""
     plan = plan_sweep(parse_sweep([*study_arguments(base, file or base.validation, folder, **changes), *flags]))
     folder.mkdir()
-    occupy(plan.folder, plan.command, plan.base)
+    write_record(plan.folder, plan.command, plan.base)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> N
 
     def processes(*flags: str) -> tuple[Any, ...]:
         plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
-        occupy(plan.folder, plan.command, plan.base)
+        write_record(plan.folder, plan.command, plan.base)
         return plan.settings.launcher_args, plan.settings.gpus_per_run, plan.settings.runs_at_once
 
     assert processes() == ("--num_gpus 2", None, 3)
@@ -111,7 +111,7 @@ def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) 
     del old["file_sha256"]
     (folder / "base.json").write_text(json.dumps(old))
     plan = plan_sweep(parse_sweep(again))
-    occupy(plan.folder, plan.command, plan.base)
+    write_record(plan.folder, plan.command, plan.base)
     found = json.loads((folder / "base.json").read_text())["file_sha256"]
     assert found == {**known, str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
 
@@ -126,7 +126,8 @@ def test_all_test_rows_of_the_demo_are_scored(base: Base, tmp_path: Path, flags:
     plan = plan_sweep(parse_sweep([*argv, *(flag.format(file=file) for flag in flags)]))
     score = plan.jobs(0)[0].command(())
     assert score is not None and f"--limit={rows}" in score.arguments
-    assert EVALUATE_LIMIT < 30  # else the limit would not be needed
+    limit = TASKS["demo"].scored_rows
+    assert limit is not None and limit < 30  # else the limit would not be needed
 
 
 REFUSED = [
@@ -134,14 +135,14 @@ REFUSED = [
     ("--methods=", "--methods is empty"),
     ("--ranks=", "--ranks is empty"),
     ("--learning_rates=", "--learning_rates is empty"),
-    ("--ranks=2,0", "--ranks 0: ranks count from 1"),
+    ("--ranks=2,0", "--ranks 0: ranks start at 1"),
     ("--ranks=2,4,2", "--ranks has 2 twice"),
     ("--ranks=two", "--ranks two: input should be a valid integer"),
     ("--methods=tl6,tl6", "--methods has tl6 twice"),
     ("--learning_rates=1e-4,0.0001", "--learning_rates has 0.0001 twice"),
-    ("--learning_rates=-1", "--learning_rates -1: learning rates are above 0"),
+    ("--learning_rates=-1", "--learning_rates -1: a learning rate must be above 0"),
     ("--learning_rates=inf", "--learning_rates inf: input should be a finite number"),
-    ("--single_layers=0", "--single_layers 0: single layers count from 1"),
+    ("--single_layers=0", "--single_layers 0: single layers start at 1"),
     ("--single_layers=4", "--single_layers 4: the model has layers 1 to 3"),
     ("--single_layers=none", "--single_layers none: "),
     ("--rank=4", "--rank cannot be given to a sweep: the sweep trains those of --ranks"),
@@ -160,12 +161,12 @@ REFUSED = [
     ("--tensor_parallel=3", "--tensor_parallel 3 does not divide"),
     ("--eval_metric=bleu", "--eval_metric bleu is no metric of task custom"),
     ("--model=nowhere/", "--model nowhere/: no such folder"),
-    ("--gpus_per_run=1 --launcher_args=x", "leave --launcher_args out"),
-    ("--gpus_per_run=1 --runs_at_once=2", "leave --runs_at_once out"),
+    ("--gpus_per_run=1 --launcher_args=x", "remove --launcher_args"),
+    ("--gpus_per_run=1 --runs_at_once=2", "remove --runs_at_once"),
     ("--runs_at_once=2 --launcher_args=--master_port=7", "--runs_at_once 2: the runs cannot share the --master_port"),
     ("--launcher_args='x", "--launcher_args 'x: no closing quotation"),
-    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs to give"),
-    ("--tables_from=a", "does not go with --tables_from"),
+    ("--gpus_per_run=1", "--gpus_per_run 1: this machine has 0 GPUs; give"),
+    ("--tables_from=a", "cannot be combined with --tables_from"),
 ]
 
 

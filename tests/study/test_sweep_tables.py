@@ -201,7 +201,7 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
 )
 def test_other_rows_or_prompts_than_the_papers_are_noted(tmp_path: Path, setting: dict[str, Any]) -> None:
     study = read_study(single_layer_study(tmp_path / "study", **setting))
-    line = f"its own rows and prompts; --{next(iter(setting))} may make others here"
+    line = f"its own rows and prompts; --{next(iter(setting))} may make them differ here"
     whole = read_study(single_layer_study(tmp_path / "whole"))
     for table in (table2_markdown, table3_markdown):
         assert line in table([study]) and "its own rows and prompts" not in table([whole])
@@ -298,11 +298,11 @@ def test_files_are_written_and_the_same_each_time(tmp_path: Path, capsys: Any) -
 
 def test_studies_that_do_not_go_together(tmp_path: Path) -> None:
     one, other = write_study(tmp_path / "a"), write_study(tmp_path / "b")
-    with pytest.raises(UserError, match="task squad is there twice"):
+    with pytest.raises(UserError, match="task squad appears twice"):
         sweep.join_studies([str(one), str(other)], tmp_path / "out")
     third = write_study(tmp_path / "c", task="gsm8k")
     (third / "base.json").write_text((third / "base.json").read_text().replace("0" * 64, "1" * 64))
-    with pytest.raises(UserError, match="is another than"):
+    with pytest.raises(UserError, match=r"base model .* is not .*; give sweeps of one model"):
         sweep.join_studies([str(one), str(third)], tmp_path / "out")
     with pytest.raises(UserError, match="holds no sweep"):
         sweep.join_studies([str(tmp_path)], tmp_path / "out")

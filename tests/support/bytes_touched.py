@@ -127,13 +127,13 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         )
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
         rotated = RotatedHeads(shape.rows, shape.head_dim, kernels, table)
-        bank = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
+        adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)
         ]
-    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if bank is None else bank(dtype=torch.bfloat16)
-    trained = [] if bank is None else [parameter for parameter in bank.parameters() if parameter.requires_grad]
+    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if adapter is None else adapter(dtype=torch.bfloat16)
+    trained = [] if adapter is None else [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     with counter:
         outputs = [
             head

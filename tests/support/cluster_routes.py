@@ -64,7 +64,7 @@ class Task:
         return [*script, *self.arguments]
 
     @property
-    def travelling(self) -> dict[str, str]:
+    def forwarded_env(self) -> dict[str, str]:
         """What every rank must have in its environment."""
         kept = {name: value for name, value in host_environment().items() if name.startswith(("PYTHON", "TORCH"))}
         return {**ENVIRONMENT, **kept, **self.environment, "MEGATRON_TIEDLORA_CACHE": str(self.cache)}
@@ -151,7 +151,7 @@ def start_openmpi(task: Task) -> Job:
 
 
 def _start_deepspeed(task: Task, *options: str) -> Job:
-    lines = {**task.travelling, **MPI_ENVIRONMENT}.items()
+    lines = {**task.forwarded_env, **MPI_ENVIRONMENT}.items()
     (task.folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in lines))
     command = [_beside_python("deepspeed"), "--hostfile", task.cluster.hostfile(), *options, *task.options]
     return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=SSH_ENVIRONMENT)])
@@ -159,7 +159,7 @@ def _start_deepspeed(task: Task, *options: str) -> Job:
 
 def start_mpirun(task: Task) -> Job:
     """Plain mpirun; ranks are found by DeepSpeed's discovery."""
-    variables = [word for name, value in task.travelling.items() for word in ("-x", f"{name}={value}")]
+    variables = [word for name, value in task.forwarded_env.items() for word in ("-x", f"{name}={value}")]
     ranks = ["-np", str(len(task.cluster.hosts)), "--hostfile", str(task.cluster.hostfile())]
     command = ["mpirun", *ranks, *task.options, *variables, sys.executable, *task.script]
     return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=SSH_ENVIRONMENT)])
@@ -171,7 +171,7 @@ def start_torchrun(task: Task) -> Job:
     meeting = ["--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={task.cluster.first.name}:{PORT}"]
     words = [*command, *meeting, *task.options, *task.script]
     hosts = task.cluster.hosts.values()
-    return Job(task, [host.start(words, cwd=task.folder, env=task.travelling) for host in hosts])
+    return Job(task, [host.start(words, cwd=task.folder, env=task.forwarded_env) for host in hosts])
 
 
 def start_slurm(task: Task, name: str = "slurm.sbatch") -> Job:
@@ -182,7 +182,7 @@ def start_slurm(task: Task, name: str = "slurm.sbatch") -> Job:
     script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus")))
     write_script(task, task.folder / "launch")
     size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", "--cpus-per-task=1", "--output=slurm-%j.out"]
-    environment = {**task.travelling, "PYTHON": sys.executable}
+    environment = {**task.forwarded_env, "PYTHON": sys.executable}
     words = [*size, *task.options, str(script), *task.arguments]
     return Job(task, [], task.slurm.submit(words, cwd=task.folder, env=environment))
 
@@ -198,9 +198,9 @@ def start_watched(task: Task, launcher: str, *, in_batch: bool = False) -> Job:
         assert task.slurm is not None
         wrapped = f"exec {shlex.join([*command, *task.arguments])}"
         size = [f"--nodes={len(task.cluster.hosts)}", "--ntasks-per-node=1", f"--wrap={wrapped}"]
-        return Job(task, [], task.slurm.submit(size, cwd=task.folder, env=task.travelling))
+        return Job(task, [], task.slurm.submit(size, cwd=task.folder, env=task.forwarded_env))
     command += ["--hostfile", str(task.cluster.hostfile()), *task.arguments]
-    environment = {**task.travelling, **MPI_ENVIRONMENT}
+    environment = {**task.forwarded_env, **MPI_ENVIRONMENT}
     return Job(task, [task.cluster.first.start(command, cwd=task.folder, env=environment)])
 
 

@@ -61,7 +61,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
         trainer.save = lambda **_: None  # it has no moments to save
     trainer.run()
     save_file(
-        {name: parameter.detach().clone() for name, parameter in runner.bank.named_parameters()},
+        {name: parameter.detach().clone() for name, parameter in runner.adapter.named_parameters()},
         folder.path / f"rank{rank}.safetensors",
     )
     state = full_adapter_state(plan, runner)

@@ -58,16 +58,16 @@ def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
 
 def tied_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """Every stage trains its own A and B."""
-    patch.setattr(f"{RUNNING}.sum_tied_gradients_", lambda bank, groups: [])
+    patch.setattr(f"{RUNNING}.sum_tied_gradients_", lambda adapter, groups: [])
 
 
 def tied_sum_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """What was summed over the stages is summed over them again."""
     tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
 
-    def twice(bank: Any, groups: Any) -> Any:
-        tied_sum(bank, groups)
-        return tied_sum(bank, groups)
+    def twice(adapter: Any, groups: Any) -> Any:
+        tied_sum(adapter, groups)
+        return tied_sum(adapter, groups)
 
     patch.setattr(f"{RUNNING}.sum_tied_gradients_", twice)
 
@@ -76,10 +76,10 @@ def tied_sum_divided_twice(patch: pytest.MonkeyPatch) -> None:
     """The tied sum is divided by the data-parallel ranks, and then the engine takes their mean."""
     tied_sum = importlib.import_module(RUNNING).sum_tied_gradients_
 
-    def divided(bank: Any, groups: Any) -> Any:
-        missing = tied_sum(bank, groups)
+    def divided(adapter: Any, groups: Any) -> Any:
+        missing = tied_sum(adapter, groups)
         for name in ("A", "B"):
-            getattr(bank, name).grad.div_(groups.data.size)
+            getattr(adapter, name).grad.div_(groups.data.size)
         return missing
 
     patch.setattr(f"{RUNNING}.sum_tied_gradients_", divided)
@@ -144,9 +144,9 @@ def shard_mark_forgotten(patch: pytest.MonkeyPatch) -> None:
 def _remark(patch: pytest.MonkeyPatch, mark: str) -> None:
     mark_parameters = importlib.import_module(BUILD).mark_parameters
 
-    def forget(bank: Any, groups: Any) -> None:
-        mark_parameters(bank, groups)
-        for parameter in bank.parameters():
+    def forget(adapter: Any, groups: Any) -> None:
+        mark_parameters(adapter, groups)
+        for parameter in adapter.parameters():
             setattr(parameter, mark, False)
 
     patch.setattr(f"{BUILD}.mark_parameters", forget)
@@ -157,12 +157,12 @@ def tied_counted_per_stage(patch: pytest.MonkeyPatch) -> None:
     counts = importlib.import_module(ENGINE).gradient_norm_counts
     patch.setattr(
         f"{ENGINE}.gradient_norm_counts",
-        lambda bank, groups: list(dict.fromkeys([*counts(bank, groups), *_of_rank_0(bank, groups, ("A", "B"))])),
+        lambda part, groups: list(dict.fromkeys([*counts(part, groups), *_of_rank_0(part, groups, ("A", "B"))])),
     )
 
 
-def _of_rank_0(bank: Any, groups: Any, names: Sequence[str]) -> list[str]:
-    return [name for name in names if bank.part.config.spec(name).dim is not None or groups.tensor.rank == 0]
+def _of_rank_0(adapter: Any, groups: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if adapter.part.config.spec(name).dim is not None or groups.tensor.rank == 0]
 
 
 def shards_counted_on_rank_0(patch: pytest.MonkeyPatch) -> None:
@@ -170,14 +170,14 @@ def shards_counted_on_rank_0(patch: pytest.MonkeyPatch) -> None:
     counts = importlib.import_module(ENGINE).gradient_norm_counts
     patch.setattr(
         f"{ENGINE}.gradient_norm_counts",
-        lambda bank, groups: counts(bank, groups) if groups.tensor.rank == 0 else [],
+        lambda adapter, groups: counts(adapter, groups) if groups.tensor.rank == 0 else [],
     )
 
 
 def replicas_counted_per_rank(patch: pytest.MonkeyPatch) -> None:
     """ZeRO-0: u counts on every tensor-parallel rank."""
     counts = importlib.import_module(ENGINE).gradient_norm_counts
-    patch.setattr(f"{ENGINE}.gradient_norm_counts", lambda bank, groups: sorted({*counts(bank, groups), "u"}))
+    patch.setattr(f"{ENGINE}.gradient_norm_counts", lambda adapter, groups: sorted({*counts(adapter, groups), "u"}))
 
 
 # Start values and the loss ----------------------------------------------------------------------------------------
@@ -187,16 +187,16 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
     """Every rank draws as many numbers as it holds, from the same seed, instead of cutting the full draw."""
     module = importlib.import_module(ADAPTER)
 
-    def draw(bank: Any, values: Any) -> None:
-        config = bank.config
-        for name, parameter in bank.named_parameters():
+    def draw(adapter: Any, values: Any) -> None:
+        config = adapter.config
+        for name, parameter in adapter.named_parameters():
             factor = config.row.factor(name)
             if factor.start == "normal" and factor.tied:
                 std = config.init_std_a if name == "A" else config.init_std_b
                 drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
                 parameter.data.copy_(drawn)
             else:
-                parameter.data.copy_(bank.part.cut(name, values[name]))
+                parameter.data.copy_(adapter.part.cut(name, values[name]))
 
     patch.setattr(f"{ADAPTER}.TiedAdapter.load_full", draw)
 
@@ -261,7 +261,7 @@ def change_copy(
 
     def change(made: Any, number: int) -> None:
         if number == step and torch.distributed.get_rank() == rank:
-            parameter = getattr(made._runner.bank, tensor)
+            parameter = getattr(made._runner.adapter, tensor)
             held = parameter.data if parameter.numel() else parameter.ds_tensor  # ZeRO-3 keeps this rank's piece there
             flat = held.view(-1)
             if value is None:
@@ -323,23 +323,23 @@ def _change_factor(
     layers: Sequence[int] | None,
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Pass a factor of some layers (all: None) through `change` where the bank reads it; a tied one on their stages."""
+    """Pass a factor of some layers (all: None) through `change` where it is read; a tied one on their stages."""
     adapter = importlib.import_module(ADAPTER).TiedAdapter
     forward = adapter.forward
 
-    def changed(bank: Any, *positional: Any, **keywords: Any) -> Any:
-        parameter = getattr(bank, tensor)
-        mine = [layers is None or layer in layers for layer in bank.part.layers]
+    def changed(module: Any, *positional: Any, **keywords: Any) -> Any:
+        parameter = getattr(module, tensor)
+        mine = [layers is None or layer in layers for layer in module.part.layers]
         if parameter is None or not any(mine):
-            return forward(bank, *positional, **keywords)
-        if bank.config.row.factor(tensor).tied:
+            return forward(module, *positional, **keywords)
+        if module.config.row.factor(tensor).tied:
             factor = change(parameter)
         else:
             factor = torch.stack([change(row) if chosen else row for row, chosen in zip(parameter, mine, strict=True)])
-        bank._parameters[tensor] = factor
+        module._parameters[tensor] = factor
         try:
-            return forward(bank, *positional, **keywords)
+            return forward(module, *positional, **keywords)
         finally:
-            bank._parameters[tensor] = parameter
+            module._parameters[tensor] = parameter
 
     patch.setattr(adapter, "forward", changed)

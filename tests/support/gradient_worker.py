@@ -170,15 +170,15 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     """This rank's stage with base weights and factors in place, all fp64."""
-    bank = TiedAdapter(case.part(grid), dtype=DTYPE)
-    bank.load_full(case.adapter.tensors)
-    bank.u_sum = sum_of_u(groups)
+    adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
+    adapter.load_full(case.adapter.tensors)
+    adapter.u_sum = sum_of_u(groups)
     specs = layer_specs(
         case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        bank,
+        adapter,
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
     )
@@ -205,13 +205,13 @@ def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
     stage = build_stage(case, grid, groups)
-    bank: Any = stage.adapter
+    adapter: Any = stage.adapter
     walk = _Walk(case, stage, grid, groups)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
     loss, input_gradients = 0.0, []
-    bank.u_sum.start(len(batches))
+    adapter.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
         for batch in batches:
             value, gradient = walk.train(batch, num_supervised)
@@ -219,11 +219,11 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
-    factors = {name: p for name, p in bank.named_parameters() if p.requires_grad}
-    before = {name: factors[name].grad.clone() for name in tied_trained(bank) if factors[name].grad is not None}
+    factors = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    before = {name: factors[name].grad.clone() for name in tied_trained(adapter) if factors[name].grad is not None}
     with tied_counter:
         if grid.pp_size > 1:
-            assert not sum_tied_gradients_(bank, groups), "a gradient is missing"
+            assert not sum_tied_gradients_(adapter, groups), "a gradient is missing"
     if grid.dp_size > 1:  # the engine's part: the sum over data-parallel ranks
         for parameter in factors.values():
             distributed.all_reduce(parameter.grad, group=groups.data.handle)

@@ -51,7 +51,7 @@ def make_job(place: Path, **changes: Any) -> Job:
     script.write_text(DUMP)
     values: dict[str, Any] = {
         "launcher": "pdsh",
-        "reached": "ssh",
+        "route": "ssh",
         "hosts": (Host("node1", 1), Host("node2", 1)),
         "script": str(script),
         "arguments": ("--max_steps", "3"),

@@ -62,29 +62,29 @@ class Judge:
 
     def plain(self, dtype: torch.dtype) -> Answer:
         """Plain PyTorch's answer in this dtype, from the stage's own weights."""
-        bank = self.stage.adapter
-        assert bank is not None
+        adapter = self.stage.adapter
+        assert adapter is not None
         trained = [name for name in FACTORS if self.adapter.row.factor(name).trained]
         weights = {
             name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name
         }
         factors = {
-            name: factor.detach().to(max(dtype, torch.float32, key=_bits)) for name, factor in bank.named_parameters()
+            name: value.detach().to(max(dtype, torch.float32, key=_bits)) for name, value in adapter.named_parameters()
         }
         flat = [document for row in self.documents for document in row]
         return Answer(*loss_and_gradients(shape_of(self.config, self.adapter), weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Answer:
         """The package's answer, with rows packed or one document a row."""
-        stage, bank = self.stage, self.stage.adapter
-        assert bank is not None
+        stage, adapter = self.stage, self.stage.adapter
+        assert adapter is not None
         give_kernels(stage, kernels)
         recompute(stage, how)
         tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
         stage.zero_grad()
         loss = stage(tokens, positions, labels, documents=ids)
         loss.backward()
-        gradients = {name: factor.grad.clone() for name, factor in bank.named_parameters() if factor.grad is not None}
+        gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
         return Answer(float(loss.detach()), gradients)
 
     def errors(self, answer: Answer) -> dict[str, float]:
@@ -172,13 +172,13 @@ def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
 def unsettle(stage: Stage) -> None:
     """Move norms off one and the adapter off its start, so that nothing that is left out stays unseen."""
     draw = torch.Generator().manual_seed(1)
-    bank = stage.adapter
-    assert bank is not None
+    adapter = stage.adapter
+    assert adapter is not None
     with torch.no_grad():
         for name, parameter in stage.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw).to(parameter))
-        for name, factor in bank.named_parameters():
+        for name, factor in adapter.named_parameters():
             drawn = torch.randn(factor.shape, generator=draw)
             factor.copy_(drawn * SCALES[name] if name in SCALES else 1 + 0.3 * drawn)
 

@@ -14,6 +14,7 @@ import torch
 
 from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
 
@@ -44,8 +45,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.cuda.init()
     except Exception as error:
-        said = str(error).strip().splitlines()[0]
-        return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {said}"
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {first_line(error)}"
     return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; look at nvidia-smi"
 
 

@@ -51,9 +51,9 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
     """The adapter's tensors as they stand, whole."""
-    bank = run.runner.bank
-    with all_open(bank, run.plan.engine):
-        return {name: factor.detach().clone() for name, factor in bank.named_parameters()}
+    adapter = run.runner.adapter
+    with all_open(adapter, run.plan.engine):
+        return {name: factor.detach().clone() for name, factor in adapter.named_parameters()}
 
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""What is wrong with a set of hosts, by what they answered: one pure function for each kind of thing.
+"""Find what is wrong with a set of hosts from their answers: one pure function per subject.
 
-A value is wrong where it differs from what most hosts have (the first host decides a draw), so the odd one is named
-and not all others.
+A value is wrong if it differs from that of most hosts (the first host decides a tie). So the odd host is named, and
+not all the others.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Probe
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
+from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 
 Value = TypeVar("Value", bound=Hashable)
 
 _PACKAGE = "megatron_tiedlora"
-# A package that computes or decides something on every rank must be the same everywhere; the rest may matter.
+# A different version of these is an error, because every rank computes with them; of other packages it is a warning.
 _STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
 NO_GPU = "none"
-_LEAST_SHM = 1 << 30  # NCCL and data loaders
-_FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to each other rank, in a few groups
+_LEAST_SHM = 1 << 30  # for NCCL and data loaders
+_FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a few groups, and other files
 
 
 def error(code: str, hosts: Sequence[str], message: str, fix: str) -> Finding:
-    """Something with which no job should start."""
+    """A finding with which no job should start."""
     return Finding(level="error", code=code, hosts=list(hosts), message=message, fix=fix)
 
 
 def warning(code: str, hosts: Sequence[str], message: str, fix: str) -> Finding:
-    """Something that a job may live with."""
+    """A finding that need not stop a job."""
     return Finding(level="warning", code=code, hosts=list(hosts), message=message, fix=fix)
 
 
@@ -40,14 +41,14 @@ def answering(hosts: Sequence[HostReport]) -> list[tuple[HostReport, Probe]]:
 
 
 def usual_value(values: Sequence[Value]) -> Value:
-    """What most have; the first one decides a draw."""
+    """The most frequent value; the first one decides a tie."""
     counts = Counter(values)
     return max(values, key=lambda value: counts[value])
 
 
 @dataclass(frozen=True)
 class Odd(Generic[Value]):
-    """Hosts with another value than most, and the most."""
+    """Hosts whose value differs from that of most hosts, and those hosts."""
 
     value: Value
     hosts: list[str]
@@ -55,13 +56,13 @@ class Odd(Generic[Value]):
     others: list[str]
 
     def text(self, title: str) -> str:
-        """What is where, in words."""
+        """Say which hosts have which value."""
         here, there = enumerate_names(self.hosts), enumerate_names(self.others)
         return f"{title} is {self.value} on {here}, but {self.usual} on {there}"
 
 
 def odd_ones(hosts: Sequence[HostReport], value_of: Callable[[Probe], Value]) -> list[Odd[Value]]:
-    """The hosts with another value than most, by that value."""
+    """The hosts whose value differs from that of most hosts, grouped by value."""
     names: dict[Value, list[str]] = {}
     for host, probe in answering(hosts):
         names.setdefault(value_of(probe), []).append(host.name)
@@ -75,7 +76,7 @@ def odd_ones(hosts: Sequence[HostReport], value_of: Callable[[Probe], Value]) ->
 
 
 def compare_versions(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Python and packages that are not the same on every host."""
+    """Versions of Python and packages that differ between hosts."""
     names = {name: None for _, probe in answering(hosts) for name in probe.versions}
     for name in names:
         for odd in odd_ones(hosts, lambda probe, name=name: probe.versions.get(name, "none")):  # type: ignore[misc]
@@ -93,7 +94,7 @@ def compare_versions(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def compare_sources(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """The same version of this package, but other files: a checkout that was not updated."""
+    """Hosts with the same version of this package but different files: a checkout that was not updated."""
     other_versions = {name for odd in odd_ones(hosts, lambda probe: probe.versions.get(_PACKAGE)) for name in odd.hosts}
     alike = [host for host in hosts if host.name not in other_versions]
     for odd in odd_ones(alike, lambda probe: probe.source_hash):
@@ -101,7 +102,7 @@ def compare_sources(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             "source",
             odd.hosts,
             odd.text(f"the code of {_PACKAGE} (hash of its files)"),
-            "bring its checkout or installation up to date there",
+            "update its checkout or installation there",
         )
 
 
@@ -113,7 +114,7 @@ def look_at_torch(hosts: Sequence[HostReport]) -> Iterator[Finding]:
                 "torch_broken",
                 [host.name],
                 f"{host.name}: torch cannot be imported ({probe.torch_error})",
-                f"see what `{probe.executable} -c 'import torch'` says there",
+                f"run `{probe.executable} -c 'import torch'` there and correct what it reports",
             )
 
 
@@ -121,7 +122,7 @@ def look_at_torch(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """GPUs of another kind or too few of them, or memory of theirs that is in use."""
+    """GPUs of another kind, too few GPUs, or GPU memory that is in use."""
     if not any(probe.gpus for _, probe in answering(hosts)):
         return
     for odd in odd_ones(hosts, _kind_of_gpus):
@@ -132,7 +133,7 @@ def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             odd.text("the kind of GPU"),
             "find out why torch sees no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES), or keep the hosts of one kind"
             if without
-            else "expect the pace of the slowest one, or keep the hosts of one kind",
+            else "expect the speed of the slowest one, or keep the hosts of one kind",
         )
     for host, probe in answering(hosts):
         if probe.gpus and host.slots > len(probe.gpus):
@@ -148,8 +149,8 @@ def compare_gpus(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "gpu_memory_used",
                 [host.name],
-                f"{host.name}: memory of GPU {', '.join(map(str, used))} is in use, {size_text(least)} free",
-                "see with nvidia-smi whose process that is",
+                f"{host.name}: memory of GPU {', '.join(map(str, used))} is in use, {bytes_in_words(least)} free",
+                "find the process with nvidia-smi",
             )
 
 
@@ -158,7 +159,7 @@ def _kind_of_gpus(probe: Probe) -> str:
 
 
 def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Shared memory, open files, locked memory and cores that may be too few."""
+    """Limits on shared memory, open files, locked memory and cores that may be too low."""
     num_ranks = sum(host.slots for host in hosts)
     wanted_files = _FILES_PER_RANK * num_ranks + _FILES_BESIDE
     for host, probe in answering(hosts):
@@ -166,21 +167,21 @@ def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield warning(
                 "shm",
                 [host.name],
-                f"{host.name}: /dev/shm has {size_text(probe.shm_bytes)} free",
-                "ranks of one host share memory there: in a container, start it with --shm-size=1g or --ipc=host",
+                f"{host.name}: /dev/shm has {bytes_in_words(probe.shm_bytes)} free",
+                "ranks of one host share memory there; start a container with --shm-size=1g or --ipc=host",
             )
         if probe.nofile is not None and probe.nofile < wanted_files:
             yield warning(
                 "nofile",
                 [host.name],
-                f"{host.name}: a process may open {probe.nofile} files, {num_ranks} ranks want {wanted_files}",
+                f"{host.name}: a process may open {probe.nofile} files, {num_ranks} ranks need {wanted_files}",
                 f"ulimit -n {wanted_files}, or nofile in /etc/security/limits.conf",
             )
         if probe.infiniband and probe.memlock is not None:
             yield warning(
                 "memlock",
                 [host.name],
-                f"{host.name}: a process may lock {size_text(probe.memlock)} of memory, but InfiniBand"
+                f"{host.name}: a process may lock only {bytes_in_words(probe.memlock)} of memory, but InfiniBand"
                 f" ({', '.join(probe.infiniband)}) locks its buffers",
                 "ulimit -l unlimited, or memlock in /etc/security/limits.conf",
             )
@@ -194,7 +195,7 @@ def look_at_limits(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
-    """Clocks that are off by more than `max_skew` seconds, for sure."""
+    """Clocks that are certainly off by more than `max_skew` seconds."""
     for host in hosts:
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
             direction = "ahead of" if host.clock.skew > 0 else "behind"
@@ -202,5 +203,5 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
                 "clock",
                 [host.name],
                 f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's",
-                "let chrony or systemd-timesyncd set it; times in logs and of files mislead until then",
+                "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead",
             )

@@ -1,4 +1,4 @@
-"""The examination from hosts to report: ask, compare, try the shared folder, start ranks where that can help."""
+"""The examination from hosts to report: ask, compare, test the shared folder, and start ranks if that can help."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.doctor import compare, compare_places
+from megatron_tiedlora.cluster.doctor import compare, compare_network
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
 from megatron_tiedlora.cluster.doctor.job_files import absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.measure import explain_trial, group_results, judge_groups, start_ranks
 from megatron_tiedlora.cluster.doctor.records import Backend, Finding, GroupResult, HostReport, Layout, Report
 from megatron_tiedlora.cluster.doctor.wording import count_text
-from megatron_tiedlora.cluster.remote import Route, Way
-from megatron_tiedlora.cluster.travelling import read_user_file, travelling
+from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
+from megatron_tiedlora.cluster.remote import Route, Transport
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.parallel.grid import Grid
 
-# Errors about files, with which ranks can still be tried.
+# Errors about files do not prevent a trial of the ranks.
 _NOT_IN_THE_WAY = frozenset({"path_missing", "path_unreadable", "path_differs", "output_not_writable"})
 
 Say = Callable[[str], None]
@@ -31,15 +31,15 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     """Examine the hosts that the settings or the allocation name.
 
     Args:
-        environment: of this shell: where the allocation is found, and what travels to the hosts.
-        say: called with a line at each step, for whoever waits.
+        environment: variables of this shell: they describe the allocation, and some are forwarded to the hosts.
+        say: called with a line of progress at each step.
 
     Raises:
-        UserError: a hostfile that names no host, a layout that does not divide the ranks, a value that can be no
-            path, a variable that cannot be read.
+        UserError: a hostfile that names no host, a layout that does not divide the ranks, an invalid path, or a
+            variable that cannot be read.
     """
     route, named = find_hosts(settings, environment)
-    way = Way(route, settings.ssh_port, _variables(route, environment), Path.cwd())
+    transport = Transport(route, settings.ssh_port, _variables(route, environment), Path.cwd())
     hosts = _place_ranks([HostReport(name=host.name, slots=host.slots, first_rank=0) for host in named])
     _make_layout(hosts, settings)
     paths, hub = job_files(settings.paths())
@@ -51,7 +51,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     say(f"asking {count_text(len(hosts), 'host')}{over} ...")
     hosts, findings = ask_hosts(
         hosts,
-        way,
+        transport,
         paths=paths,
         hub=hub,
         output_dir=output_dir,
@@ -63,14 +63,14 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
     layout = _make_layout(hosts, settings)
     findings += compare_hosts(hosts, layout, max_skew=settings.max_clock_skew)
     seconds["ask"] = time.monotonic() - begin
-    say(f"{len(compare.answering(hosts))} of {len(hosts)} answered ({seconds['ask']:.1f} s)")
+    say(f"{len(compare.answering(hosts))} of {len(hosts)} hosts answered ({seconds['ask']:.1f} s)")
 
     there = [host for host, _ in compare.answering(hosts)]
     if settings.output_dir is not None and hosts[0] in there and len(there) > 1:
         begin = time.monotonic()
-        findings += try_shared(there, way)
+        findings += try_shared(there, transport)
         seconds["shared"] = time.monotonic() - begin
-        say(f"looked from every host for a file in --output_dir ({seconds['shared']:.1f} s)")
+        say(f"tested whether all hosts share --output_dir ({seconds['shared']:.1f} s)")
 
     groups: list[GroupResult] = []
     skipped = _why_no_ranks(findings, layout)
@@ -79,41 +79,41 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) 
         say(f"starting {count_text(layout.num_ranks, 'rank')} for an all-reduce over each group ...")
         large_bytes = max(4, round(settings.allreduce_mb * 1e6) // 4 * 4)
         trial, limit = start_ranks(
-            hosts, layout, way, large_bytes=large_bytes, timeout=settings.timeout_seconds, say=say
+            hosts, layout, transport, large_bytes=large_bytes, timeout=settings.timeout_seconds, say=say
         )
         groups = group_results(hosts, layout, trial, large_bytes=large_bytes)
         findings += [*explain_trial(hosts, layout, trial, limit=limit), *judge_groups(groups)]
         seconds["ranks"] = time.monotonic() - begin
-        say(f"ranks are gone ({seconds['ranks']:.1f} s)")
+        say(f"the ranks have ended ({seconds['ranks']:.1f} s)")
     return make_report(route, layout, hosts, groups, skipped, findings, seconds)
 
 
 def find_hosts(settings: DoctorSettings, environment: Mapping[str, str]) -> tuple[Route, tuple[Host, ...]]:
-    """Whom to examine: the hostfile's hosts, else the whole allocation's, else this machine."""
+    """The hosts to examine: those of the hostfile, else all of the allocation, else this machine."""
     if settings.hostfile is not None:
         return "ssh", read_hostfile(settings.hostfile)
     if "SLURM_JOB_NODELIST" in environment:
         if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
             raise UserError("srun has started several doctors; start one: it finds the allocation's nodes by itself")
-        # An interactive step has one node: what counts is the allocation around it.
+        # An interactive step has one node: use the whole allocation.
         return "srun", slurm_hosts({name: value for name, value in environment.items() if "_STEP_" not in name})
     return "local", (Host(socket.gethostname(), settings.tensor_parallel * settings.pipeline_parallel),)
 
 
 def compare_hosts(hosts: Sequence[HostReport], layout: Layout, *, max_skew: float) -> list[Finding]:
-    """All that is wrong with the answers; pure."""
+    """All findings about the answers; a pure function."""
     return [
         *compare.look_at_torch(hosts),
         *compare.compare_versions(hosts),
         *compare.compare_sources(hosts),
-        *compare_places.look_at_names(hosts),
-        *compare_places.look_at_port(hosts),
-        *compare_places.compare_paths(hosts),
-        *compare_places.look_at_output(hosts),
+        *compare_network.look_at_names(hosts),
+        *compare_network.look_at_port(hosts),
+        *compare_network.compare_paths(hosts),
+        *compare_network.look_at_output(hosts),
         *compare.compare_gpus(hosts),
         *compare.look_at_limits(hosts),
         *compare.compare_clocks(hosts, max_skew=max_skew),
-        *compare_places.look_at_layout(hosts, layout),
+        *compare_network.look_at_layout(hosts, layout),
     ]
 
 
@@ -126,7 +126,7 @@ def make_report(
     findings: Sequence[Finding],
     seconds: Mapping[str, float],
 ) -> Report:
-    """Count and conclude; errors come first."""
+    """Count the findings, errors first, and conclude."""
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = [finding for finding in findings if finding.level == "warning"]
     return Report(
@@ -147,20 +147,20 @@ def make_report(
 
 
 def _variables(route: Route, environment: Mapping[str, str]) -> dict[str, str]:
-    """What to set on the hosts: srun and this machine have this shell's own already."""
+    """The variables to set on the hosts: with srun and on this machine the shell's own are there already."""
     own = read_user_file(environment)
-    return dict(travelling(environment, given=own).variables) if route == "ssh" else own
+    return dict(forward_env(environment, given=own).variables) if route == "ssh" else own
 
 
 def _place_ranks(hosts: Sequence[HostReport]) -> list[HostReport]:
-    """The hosts with the number of each one's first rank: by the order of the hosts, as all launchers do but
-    torchrun, which sorts their names as text."""
+    """The hosts with the number of each one's first rank, in the order of the hosts. All launchers do that except
+    torchrun, which sorts host names as text."""
     firsts = accumulate((host.slots for host in hosts), initial=0)
     return [host.model_copy(update={"first_rank": first}) for host, first in zip(hosts, firsts, strict=False)]
 
 
 def _fit_to_gpus(hosts: Sequence[HostReport]) -> list[HostReport]:
-    """A machine alone has a rank for each GPU; one without GPUs one for each part of the model."""
+    """A single machine has a rank for each GPU; without GPUs it has a rank for each part of the model."""
     return [
         host.model_copy(update={"slots": len(host.probe.gpus)}) if host.probe is not None and host.probe.gpus else host
         for host in hosts
@@ -186,8 +186,8 @@ def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings) -> Layou
 
 
 def _why_no_ranks(findings: Sequence[Finding], layout: Layout) -> str | None:
-    """Why no ranks are to be started; None where they are."""
+    """Why no ranks are started; None if they are."""
     in_the_way = [finding for finding in findings if finding.level == "error" and finding.code not in _NOT_IN_THE_WAY]
     if in_the_way:
-        return f"no ranks were started: {count_text(len(in_the_way), 'error')} must be put right first"
-    return "one rank has nobody to send to" if layout.num_ranks == 1 else None
+        return f"no ranks were started: correct {count_text(len(in_the_way), 'error')} first"
+    return "no ranks were started: a single rank has no communication to test" if layout.num_ranks == 1 else None

@@ -1,9 +1,9 @@
-"""Starts the doctor's ranks on a host and sees to their end.
+"""Start the doctor's ranks on a host and make sure that they end.
 
     python -m megatron_tiedlora.cluster.doctor.host_ranks ORDER    (a record as JSON)
 
 They end when one of them fails, when the standard input ends (with ssh or the doctor), on a signal, or when the
-order's time is over, whatever comes first; nothing is left.
+order's time is over, whichever comes first; no process is left.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from megatron_tiedlora.cluster.doctor.records import RankOrder
 
 _MODULE = "megatron_tiedlora.cluster.doctor.rank"
 _LOOK_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 2.0  # for the other ranks to say how they fail
+_LAST_WORDS_SECONDS = 2.0  # for the other ranks to report how they fail
 
 
 def start_rank(order: RankOrder, local_rank: int) -> subprocess.Popen[bytes]:
     """Start one rank, with the variables that torch's launchers set."""
-    place = {
+    launch_env = {
         "RANK": order.first_rank + local_rank,
         "LOCAL_RANK": local_rank,
         "WORLD_SIZE": order.num_ranks,
         "MASTER_ADDR": order.master_host,
         "MASTER_PORT": order.master_port,
     }
-    variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in place.items()}}
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in launch_env.items()}}
     words = [sys.executable, "-P", "-m", _MODULE, order.model_dump_json()]
     return subprocess.Popen(words, env=variables, stdin=subprocess.DEVNULL)
 
 
 def input_ended() -> bool:
-    """Whether the standard input has ended, after a look of a moment."""
+    """Whether the standard input has ended; waits at most `_LOOK_SECONDS`."""
     return bool(select.select([0], [], [], _LOOK_SECONDS)[0]) and not os.read(0, 4096)
 
 
 def watch(order: RankOrder, ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for the ranks; returns an exit status, 0 if all have ended well."""
+    """Wait for the ranks; returns an exit status, 0 if all have succeeded."""
     limit = time.monotonic() + order.seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < limit:
         if input_ended():
@@ -58,7 +58,7 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def main() -> int:
-    """Start, watch, clean up."""
+    """Start the ranks, watch them and clean up."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
     order = RankOrder.model_validate_json(sys.argv[1])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.sources import is_model_on_hub
 from megatron_tiedlora.cluster.doctor.records import HubRepo
-from megatron_tiedlora.data.demo import demo_model_path
-from megatron_tiedlora.data.readers import is_rows_file, looks_like_path
+from megatron_tiedlora.data.demo import prepared_model
+from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id
 
 _READ_OF_A_MODEL = (".json", ".jinja", ".safetensors", "tokenizer.model")  # the rest of a repository is not downloaded
 _WEIGHTS = ".safetensors"
@@ -32,18 +34,20 @@ def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRe
     paths: dict[str, str] = {}
     hub: dict[str, HubRepo] = {}
     for flag, value in given.items():
-        if flag == "model" and value == "demo":
-            paths[flag] = str(demo_model_path())
+        if flag == "model":
+            paths[flag] = absolute_path(prepared_model(value) or value, flag=flag)
+            if is_model_on_hub(value):
+                hub[flag] = HubRepo(kind="model", id=value)
             continue
-        names = [value] if flag == "model" else _aligned_texts(value, flag)
+        names = _aligned_texts(value, flag)
         for number, name in enumerate(names, start=1):
             paths[flag if len(names) == 1 else f"{flag}:{number}"] = absolute_path(name, flag=flag)
-        if len(names) == 1 and _may_be_hub_id(value, is_model=flag == "model"):
-            hub[flag] = HubRepo(kind="model" if flag == "model" else "dataset", id=value)
+        if len(names) == 1 and may_be_hub_id(value):
+            hub[flag] = HubRepo(kind="dataset", id=value)
     return paths, hub
 
 
-def absolute_path(path: str, *, flag: str) -> str:
+def absolute_path(path: str | Path, *, flag: str) -> str:
     """A path as the hosts are asked for it: from this folder, and with this user's home.
 
     Raises:
@@ -57,20 +61,6 @@ def _aligned_texts(value: str, flag: str) -> list[str]:
     names = [name.strip() for name in value.split(",")]
     is_pair = len(names) == 2 and all(names) and not any(map(is_rows_file, names))
     return names if is_pair and not os.path.exists(absolute_path(value, flag=flag)) else [value]
-
-
-def _may_be_hub_id(value: str, *, is_model: bool) -> bool:
-    """Whether launch/train.py asks the hub for it where there is no such path."""
-    if looks_like_path(value) or (is_model and "/" not in value):
-        return False
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return True
 
 
 def cached_model(hub_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Starts the ranks of the wanted layout on all hosts for a moment, and tells from what they say how the network is.
+"""Start the ranks of the wanted layout on all hosts for a short trial, and judge the network by what they report.
 
 host_ranks.py runs on each host, rank.py in each rank.
 """
@@ -25,47 +25,47 @@ from megatron_tiedlora.cluster.doctor.records import (
     RankOrder,
 )
 from megatron_tiedlora.cluster.doctor.wording import enumerate_names
-from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Way, run_on_hosts
+from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport, run_on_hosts
 
-_LAST_WORDS_SECONDS = 4.0  # after the first host that fails: for the others to say how far they were
-_AGAIN_SECONDS = 12.0  # to see which host is still there, after a failure
-_SLOW = 0.5  # of the median of its kind
+_LAST_WORDS_SECONDS = 4.0  # after the first host has failed: for the others to report how far they were
+_AGAIN_SECONDS = 12.0  # after a failure: to see which hosts can still be reached
+_SLOW = 0.5  # of the median bandwidth of its kind
 
 
 @dataclass
 class Trial:
-    """What the ranks said, and how each host's command ended; filled while they run."""
+    """What the ranks reported, and how each host's command ended; filled while they run."""
 
     events: dict[int, list[RankEvent]] = field(default_factory=dict)
     ended: list[Done] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
 
     def last(self, rank: int) -> str:
-        """The last thing that a rank has come to; '' before it has started."""
+        """The last event of a rank; '' before it has started."""
         events = self.events.get(rank)
         return events[-1].event if events else ""
 
     def reached(self, rank: int, event: str) -> bool:
-        """Whether a rank came to that."""
+        """Whether a rank has reported `event`."""
         return any(seen.event == event for seen in self.events.get(rank, ()))
 
 
 def start_ranks(
     hosts: Sequence[HostReport],
     layout: Layout,
-    way: Way,
+    transport: Transport,
     *,
     large_bytes: int,
     timeout: float,
     say: Callable[[str], None],
 ) -> tuple[Trial, float]:
-    """Run the trial to its end, at most a little more than the limit; returns it with that limit.
+    """Run the trial to its end, or little longer than its time limit; returns the trial and that limit in seconds.
 
-    The first host that fails ends it for all. Then the hosts are tried once more, to tell one that is gone from one
-    that only waited for it.
+    The first host that fails ends the trial for all. Then every host is tried again, to tell a lost host from one that
+    only waited for it.
 
     Args:
-        timeout: seconds that a rank waits for others; all is over after twice as long.
+        timeout: seconds that a rank waits for others; the limit of the whole trial is twice as long.
         say: called with a line when all ranks have met.
     """
     limit, trial, lock = 2 * timeout, Trial(), threading.Lock()
@@ -102,30 +102,30 @@ def start_ranks(
                 timers.append(threading.Timer(_LAST_WORDS_SECONDS, running.end_all))
                 timers[0].start()
 
-    running = HostCommands(way, limit=limit, on_line=hear, on_done=see, at_once=len(hosts))
+    running = HostCommands(transport, limit=limit, on_line=hear, on_done=see, at_once=len(hosts))
     try:
         running.run(commands)
     finally:
         for timer in timers:
             timer.cancel()
-    if way.route != "local" and any(done.status != 0 for done in trial.ended):
-        trial.unreachable = _unreachable([host.name for host in hosts], way, trial.ended)
+    if transport.route != "local" and any(done.status != 0 for done in trial.ended):
+        trial.unreachable = _unreachable([host.name for host in hosts], transport, trial.ended)
     return trial, limit
 
 
-def _unreachable(names: Sequence[str], way: Way, ended: Sequence[Done]) -> list[str]:
-    """The hosts where nothing can be started any more."""
-    lost = [done.host for done in ended if way.route == "ssh" and done.status == 255]
+def _unreachable(names: Sequence[str], transport: Transport, ended: Sequence[Done]) -> list[str]:
+    """The hosts on which no command can be started any more."""
+    lost = [done.host for done in ended if transport.route == "ssh" and done.status == 255]
     others = [name for name in names if name not in lost]
-    again = run_on_hosts(others, ["true"], limit=_AGAIN_SECONDS, way=way)
+    again = run_on_hosts(others, ["true"], limit=_AGAIN_SECONDS, transport=transport)
     lost += [name for name in others if again[name].status != 0]
-    if way.route == "srun" and len(lost) == len(names):  # Slurm ends the whole allocation when it misses a node
+    if transport.route == "srun" and len(lost) == len(names):  # Slurm ends the whole allocation when a node is lost
         lost = _missed_by_slurm(names) or lost
     return [name for name in names if name in lost]
 
 
 def _missed_by_slurm(names: Sequence[str]) -> list[str]:
-    """The nodes that Slurm calls down, or not responding by a `*`; none where it does not say."""
+    """The nodes that Slurm reports as down, or marks with `*` as not responding; empty if it gives no answer."""
     command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_AGAIN_SECONDS)
@@ -135,11 +135,11 @@ def _missed_by_slurm(names: Sequence[str]) -> list[str]:
     return [name for name in names if re.search(r"\*|down|fail", states.get(name, ""), re.IGNORECASE)]
 
 
-# What it says --------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------
 
 
 def group_results(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, large_bytes: int) -> list[GroupResult]:
-    """Figures of every group whose ranks have all measured both sizes; its slowest rank counts."""
+    """Results of every group whose ranks have all measured both sizes; the slowest rank's time counts."""
     results = []
     for kind, groups in group_members(layout).items():
         for ranks in groups:
@@ -165,7 +165,7 @@ def group_results(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, 
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, limit: float) -> list[Finding]:
-    """Why the ranks did not come to their end; empty where all did. A host that is gone explains all others."""
+    """Why ranks did not finish; empty if all did. If a host was lost, only that is reported."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     if trial.unreachable:
         return [_explain_lost(name, ranks_of[name], trial) for name in trial.unreachable]
@@ -176,21 +176,21 @@ def explain_trial(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, 
     if late:
         said = f" ({words[late[0]]})" if words.get(late[0]) else ""
         message = f"ranks did not start on {enumerate_names(late)}{said}"
-        return [error("not_started", late, message, "see what `python -c 'import torch'` says and how long it takes")]
+        return [error("not_started", late, message, "run `python -c 'import torch'` there and see how long it takes")]
     failed = [event for events in trial.events.values() for event in events if event.event == "failed"]
-    reason = failed[0].reason if failed else f"no end in {limit:.0f} s"
+    reason = failed[0].reason if failed else f"not finished in {limit:.0f} s"
     apart = [name for name, ranks in ranks_of.items() if not all(trial.reached(rank, "joined") for rank in ranks)]
     if apart:
         message = f"the ranks on {enumerate_names(apart)} could not meet at {layout.master_host} ({reason})"
         fix = (
-            f"open the hosts' firewalls to each other: port {layout.master_port} of {layout.master_host} and those"
-            " that ranks choose; or name the network in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+            f"open the hosts' firewalls to each other, for port {layout.master_port} of {layout.master_host} and for"
+            " the ports that ranks choose; or name the network in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
         )
         return [error("not_joined", apart, message, fix)]
     stuck = [name for name, ranks in ranks_of.items() if not all(trial.reached(rank, "done") for rank in ranks)]
     message = f"the ranks on {enumerate_names(stuck)} did not finish their all-reduces ({reason})"
     return [
-        error("allreduce_failed", stuck, message, "see the hosts' network, or raise --timeout_seconds if it is slow")
+        error("allreduce_failed", stuck, message, "check the hosts' network, or raise --timeout_seconds if it is slow")
     ]
 
 
@@ -202,12 +202,12 @@ def _explain_lost(name: str, ranks: Sequence[int], trial: Trial) -> Finding:
         "link_lost",
         [name],
         f"{name}: answered at first, but was lost {stage}",
-        "see whether it still runs, and its cable, switch or interface",
+        "check whether it still runs, and its cable, switch or interface",
     )
 
 
 def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
-    """Sums that are wrong, and groups that are much slower than the others of their kind."""
+    """Wrong sums, and groups that are much slower than the others of their kind."""
     findings = []
     speeds: Mapping[str, list[float]] = {
         kind: [other.bus_bytes_per_second for other in results if other.kind == kind]
@@ -217,8 +217,8 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
         name = f"the {result.kind} parallel group of ranks {', '.join(map(str, result.ranks))}"
         where = enumerate_names(result.hosts)
         if not result.correct:
-            fix = "leave out one of its hosts at a time to find which; then test its memory and network card"
-            findings.append(error("wrong_sum", result.hosts, f"{name} ({where}) adds up wrong", fix))
+            fix = "leave out one of its hosts at a time to find the cause; then test its memory and network card"
+            findings.append(error("wrong_sum", result.hosts, f"{name} ({where}) computes wrong sums", fix))
         usual = median(speeds[result.kind])
         if len(speeds[result.kind]) > 2 and result.bus_bytes_per_second < _SLOW * usual:
             share = result.bus_bytes_per_second / usual

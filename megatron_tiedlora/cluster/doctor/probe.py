@@ -1,9 +1,9 @@
-"""What a host says of itself: runs there, prints one record, then tells its clock as often as it is asked.
+"""What a host reports about itself: the probe runs there, prints one record, then its clock each time it is asked.
 
     python -m megatron_tiedlora.cluster.doctor.probe QUESTION    (the question is a record as JSON)
 
-Lines with a mark of their own carry the answers, since a login shell may print others. Ends with its standard input,
-and by itself after the question's time limit. Writes nothing.
+Lines that begin with a mark carry the answers, because a login shell may print other lines. The probe ends with its
+standard input, or after the question's time limit. It writes no files.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from megatron_tiedlora.cluster.doctor.records import (
 PROBE_MARK, CLOCK_MARK, CLOCK_QUESTION = "doctor-probe ", "doctor-clock ", "clock"
 LIBRARIES = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
 SOCKET_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-_SMALL_FILE = 1 << 20  # bytes; smaller ones are compared by what is in them: configs and tokenizers
+_SMALL_FILE = 1 << 20  # bytes; smaller files are compared by content: configs and tokenizers
 _MOST_FILES = 10_000
 _PORTS_TRIED = 100
 
 
 def examine(question: Question) -> Probe:
-    """Everything about this host that the question asks for."""
+    """Collect everything about this host that the question asks for."""
     torch_error, cuda, nccl, gpus = _examine_torch()
     addresses = addresses_by_interface()
     memory, hostname = psutil.virtual_memory(), socket.gethostname()
@@ -85,7 +85,7 @@ def examine(question: Question) -> Probe:
 
 
 def source_hash(folder: Path) -> str:
-    """A hash of the Python files below `folder` and of their names."""
+    """A hash of the names and contents of the Python files below `folder`."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode())
@@ -106,7 +106,7 @@ def _examine_torch() -> tuple[str | None, str | None, str | None, list[Gpu]]:
             free, total = torch.cuda.mem_get_info(index)
             gpus.append(Gpu(name=torch.cuda.get_device_name(index), total_bytes=total, free_bytes=free))
         return None, torch.version.cuda, nccl, gpus
-    except Exception as error:  # a missing library, a driver that is too old: whatever it is, the report tells it
+    except Exception as error:  # a missing library, a driver that is too old: the report shows any reason
         return first_line(error), None, None, []
 
 
@@ -133,7 +133,7 @@ def addresses_by_interface() -> dict[str, list[str]]:
 
 
 def resolve(name: str) -> list[str]:
-    """The addresses that a host's name stands for here, in the resolver's order; empty where it knows none."""
+    """The addresses that a host's name resolves to here, in the resolver's order; empty if it does not resolve."""
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -142,12 +142,12 @@ def resolve(name: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address never leaves its host, as Debian's 127.0.1.1 for the host's own name."""
+    """Whether an address is only valid within its host, like Debian's 127.0.1.1 for the host's own name."""
     return ipaddress.ip_address(address).is_loopback
 
 
 def address_towards(name: str) -> str | None:
-    """This host's own address on the route to another one; nothing is sent for it."""
+    """This host's own address on the route to another one; sends nothing."""
     with suppress(OSError):
         family, kind, protocol, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -157,7 +157,7 @@ def address_towards(name: str) -> str | None:
 
 
 def look_at_port(number: int) -> Port:
-    """Whether ranks can listen on a port here; if not, who does and which one they could take."""
+    """Whether ranks can listen on a port here; if not, which process does and which port is free."""
     if _can_listen(number):
         return Port(number=number, free=True)
     following = range(number + 1, min(number + _PORTS_TRIED, 65535))
@@ -165,7 +165,7 @@ def look_at_port(number: int) -> Port:
 
 
 def _can_listen(number: int) -> bool:
-    """As torch's store does: on all addresses of both families, over connections of the past."""
+    """Try what torch's store does: listen on all addresses of both families, despite connections in TIME_WAIT."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -179,7 +179,7 @@ def _can_listen(number: int) -> bool:
 
 
 def _holder(number: int) -> str | None:
-    """Who listens on a port, as far as this user may know."""
+    """The process that listens on a port, if this user may see it."""
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr.port == number and connection.pid is not None:
@@ -192,8 +192,8 @@ def _holder(number: int) -> str | None:
 
 
 def job_content(path: str, repo: HubRepo | None) -> PathContent:
-    """What a path holds; where it is not there, what of `repo` this host has. A data set of the hub is not looked for:
-    its library keeps it in a form that depends on how it was loaded."""
+    """What a path holds; if it does not exist, what this host has of `repo`. A data set of the hub is not looked for:
+    its library stores it in a form that depends on how it was loaded."""
     content = path_content(path)
     if content.kind != "missing" or repo is None:
         return content
@@ -207,7 +207,7 @@ def job_content(path: str, repo: HubRepo | None) -> PathContent:
 
 
 def path_content(path: str) -> PathContent:
-    """What a file or folder holds, by name and size, and by content where a file is small."""
+    """The names and sizes of the files at a path, with hashes of the small ones."""
     if os.path.isfile(path):
         return PathContent(path=path, kind="file", files={os.path.basename(path): _file_content(path)})
     if not os.path.isdir(path):
@@ -227,7 +227,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _file_content(path: str) -> str:
-    """`SIZE`, for a small file `SIZE HASH`."""
+    """`SIZE`, or `SIZE HASH` for a small file."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -238,7 +238,7 @@ def _file_content(path: str) -> str:
 
 
 def output_folder(path: str) -> OutputFolder:
-    """Where a run folder would be made: the nearest folder that is there, and what its file system has left."""
+    """Where a run folder would be made: the nearest existing folder and the free space of its file system."""
     existing = Path(path)
     while not existing.is_dir() and existing != existing.parent:
         existing = existing.parent
@@ -251,7 +251,7 @@ def output_folder(path: str) -> OutputFolder:
 
 
 def main() -> None:
-    """Answer the question on the command line, then tell the clock until nobody asks any more."""
+    """Answer the question on the command line, then print the clock each time it is asked for."""
     question = Question.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(question.seconds))
     print(f"{PROBE_MARK}{examine(question).model_dump_json()}", flush=True)

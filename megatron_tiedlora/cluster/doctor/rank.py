@@ -1,9 +1,9 @@
-"""One rank of the doctor's trial: meets the others as a job does, and all-reduces over each of its groups.
+"""One rank of the doctor's trial: it meets the others as a job's ranks do and all-reduces over each of its groups.
 
     python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a record as JSON; ranks and master from the environment)
 
-Says how far it has come in lines with a mark of their own. Every wait has the order's timeout, subgroups' too, and an
-alarm ends the process when all else fails.
+It reports its progress in lines that begin with RANK_MARK. Every wait, also in subgroups, has the order's timeout, and
+an alarm ends the process if everything else fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RANK_MARK = "doctor-rank "
 SMALL_BYTES = 4096
 _ITEM = 4  # bytes of a float32
-_PERIOD = 251  # of the pattern that is summed: a prime, so that no cut of a message falls on it
+_PERIOD = 251  # of the pattern that is summed: a prime, so that it is not aligned with the chunks of a message
 _MOST_TURNS, _WANTED_SECONDS = 20, 0.5
 
 
@@ -37,9 +37,9 @@ class Trial:
         self._order, self._rank = order, rank
 
     def say(self, event: Any, **more: Any) -> None:
-        """One line for the doctor."""
+        """Print one line for the doctor."""
         line = RankEvent(rank=self._rank, event=event, **more).model_dump_json(exclude_defaults=True)
-        sys.stdout.write(f"{RANK_MARK}{line}\n")  # in one piece, since all ranks of a host share the stream
+        sys.stdout.write(f"{RANK_MARK}{line}\n")  # in one call, because all ranks of a host share the stream
         sys.stdout.flush()
 
     def run(self) -> None:
@@ -53,7 +53,7 @@ class Trial:
 
         timeout, backend = timedelta(seconds=self._order.timeout), self._order.backend
         if backend != "gloo":
-            prepare_cuda()  # as a run does, so that an error of a GPU can be said
+            prepare_cuda()  # as a run does, so that a GPU error can be reported
         self.say("started")
         device = torch.device("cpu") if backend == "gloo" else choose_device()
         meet(device, timeout)
@@ -66,12 +66,12 @@ class Trial:
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
-        max_over_ranks([0.0])  # all have measured
+        max_over_ranks([0.0])  # wait until all have measured
         self.say("done")
         distributed.destroy_process_group()
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
-        """Both sizes; groups of one kind run at the same time, as they do in a job."""
+        """Measure both message sizes; groups of one kind run at the same time, as they do in a job."""
         for num_bytes in (SMALL_BYTES, self._order.large_bytes):
             part, whole = self._pattern(num_bytes, ranks, device)
             correct, first = self._reduce(part, whole, handle, turns=1)
@@ -80,7 +80,7 @@ class Trial:
             self.say("measured", kind=kind, ranks=ranks, num_bytes=num_bytes, seconds=seconds, correct=correct)
 
     def _pattern(self, num_bytes: int, ranks: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this rank's values, their sum over `ranks`): whole numbers, which float32 adds without an error."""
+        """(this rank's values, their sum over `ranks`): integers, which float32 adds exactly."""
         import torch
 
         base = torch.arange(max(1, num_bytes // _ITEM), device=device).remainder_(_PERIOD).float()
@@ -102,7 +102,7 @@ class Trial:
         return torch.equal(sums, whole), seconds / turns
 
     def _agreed_turns(self, seconds: float) -> int:
-        """How often to measure: by the slowest rank, the same on all."""
+        """How often to measure: the same number on all ranks, set by the slowest one."""
         from megatron_tiedlora.parallel.agreement import max_over_ranks
 
         (longest,) = max_over_ranks([seconds])
@@ -116,16 +116,16 @@ class Trial:
 
 
 def main() -> int:
-    """Run the trial; a failure is said in a line and by the exit status."""
+    """Run the trial; report a failure in a line and in the exit status."""
     order = RankOrder.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
     trial = Trial(order, int(os.environ["RANK"]))
     try:
         trial.run()
-    except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks do not come together
+    except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks cannot communicate
         trial.say("failed", reason=first_line(error)[:500])
         sys.stdout.flush()
-        os._exit(1)  # without waiting for threads of a group that is broken
+        os._exit(1)  # without waiting for the threads of a broken group
     return 0
 
 

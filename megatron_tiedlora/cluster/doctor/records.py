@@ -1,6 +1,6 @@
-"""What the doctor knows, as records: what a host is asked and answers, what was measured, found and concluded.
+"""The doctor's records: what a host is asked and answers, what was measured, found and concluded.
 
-Their field names are those of the JSON report; scripts rely on them.
+The field names are those of the JSON report, so scripts rely on them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ UNREADABLE = "unreadable"
 
 
 class Record(BaseModel):
-    """A frozen record. One from a host with another version of this package may have fields that are not known here."""
+    """A frozen record. A host with another version of this package may send fields that are unknown here."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -22,7 +22,7 @@ class Record(BaseModel):
 
 
 class HubRepo(Record):
-    """Something on the Hugging Face hub."""
+    """A repository on the Hugging Face hub."""
 
     kind: Literal["model", "dataset"]
     id: str
@@ -33,13 +33,13 @@ class Question(Record):
 
     Attributes:
         host: its name in the hostfile or the allocation.
-        peer: another host, towards which the address in use is looked up; None where there is none.
+        peer: another host; the probe looks up the local address on the route to it. None if there is no other host.
         first_host: where the ranks meet.
-        master_port: looked at on the first host alone, where this is not None.
-        paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` where one flag names two files.
-        hub: what a flag stands for where its path is not there.
-        output_dir: where it writes.
-        seconds: after which the probe ends itself.
+        master_port: the port to check, on the first host only; None on the others.
+        paths: what a job reads, by flag; `FLAG:1` and `FLAG:2` if one flag names two files.
+        hub: the repository that a flag means if its path does not exist.
+        output_dir: where the job writes.
+        seconds: time limit, after which the probe ends itself.
     """
 
     host: str
@@ -64,8 +64,8 @@ class Port(Record):
     """A port that the ranks will listen on.
 
     Attributes:
-        holder: who listens on it now, as far as this user may know.
-        next_free: the next port after it that nothing listens on.
+        holder: the process that listens on it now, if this user may see that.
+        next_free: the next higher port that nothing listens on.
     """
 
     number: int
@@ -75,13 +75,13 @@ class Port(Record):
 
 
 class PathContent(Record):
-    """A file or folder that a job reads, or what stands for it on the Hugging Face hub.
+    """A file or folder that a job reads, or a repository on the Hugging Face hub.
 
     Attributes:
-        path: the path; the id for what is on the hub.
-        kind: `cached` (a model in this host's cache of the hub), `not_cached`, or `unchecked` (a hub's data set).
-        files: size of each file by its path below the folder (a file's own name for a file), with a hash of what is in
-            it where that is small; or UNREADABLE.
+        path: the path; for a repository its id.
+        kind: of a repository: `cached` (a model in this host's hub cache), `not_cached`, or `unchecked` (a data set).
+        files: size of each file by its path below the folder (or by the file's own name), with a hash of its content
+            if it is small; or UNREADABLE.
     """
 
     path: str
@@ -90,7 +90,7 @@ class PathContent(Record):
 
 
 class OutputFolder(Record):
-    """Where a job writes: the nearest folder that is there already, and its file system."""
+    """Where a job writes: the nearest existing folder and its file system."""
 
     path: str
     existing: str
@@ -99,19 +99,19 @@ class OutputFolder(Record):
 
 
 class Probe(Record):
-    """What a host says of itself.
+    """What a host reports about itself.
 
     Attributes:
-        machine: the same for two names of one machine.
-        versions: of Python and packages, by name; a package that is not installed is left out.
-        source_hash: of this package's own files: two checkouts may call themselves the same version.
+        machine: an id of the machine, the same for two names of one machine.
+        versions: of Python and packages, by name, without packages that are not installed.
+        source_hash: hash of this package's own files, because two checkouts may have the same version number.
         torch_error: why torch cannot be imported; the fields about GPUs are then empty.
-        name_addresses: what the host's own name stands for, on the host itself.
-        master_addresses: what the first host's name stands for.
-        peer_address: the address that other hosts see, by the route to one of them.
+        name_addresses: what the host's own name resolves to on the host itself.
+        master_addresses: what the first host's name resolves to.
+        peer_address: the host's own address on the route to another host.
         interfaces: addresses by interface.
-        socket_names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME where they are set.
-        nofile, memlock: limits of a process (open files, locked bytes); None for none.
+        socket_names: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME if they are set.
+        nofile, memlock: limits of a process (open files, locked bytes); None for unlimited.
     """
 
     hostname: str
@@ -141,14 +141,14 @@ class Probe(Record):
 
 
 class Clock(Record):
-    """A host's clock beside the caller's: it is ahead by `skew` seconds, give or take `margin`."""
+    """A host's clock compared with the caller's: it is ahead by `skew` +- `margin` seconds."""
 
     skew: float
     margin: float
 
 
 class HostReport(Record):
-    """A host and all that it answered; `probe` is None where it did not."""
+    """A host and its answers; `probe` is None if it gave none."""
 
     name: str
     slots: int
@@ -166,12 +166,12 @@ GroupKind = Literal["tensor", "pipeline", "data"]
 
 
 class RankOrder(Record):
-    """What the ranks of a host are told.
+    """What the ranks of a host are to do.
 
     Attributes:
-        large_bytes: of each rank in the all-reduce that measures bandwidth.
-        timeout: seconds that a rank waits for others, at most.
-        seconds: after which all end by themselves.
+        large_bytes: bytes per rank in the all-reduce that measures bandwidth.
+        timeout: longest time in seconds that a rank waits for the others.
+        seconds: time limit, after which all ranks end by themselves.
     """
 
     first_rank: int
@@ -188,14 +188,14 @@ class RankOrder(Record):
 
 
 class RankEvent(Record):
-    """What a rank has come to.
+    """How far a rank has come.
 
     Attributes:
         event: `started` (torch is imported), `joined` (all ranks have met), `measured` (an all-reduce over one of its
             groups), `done`, `failed`.
-        ranks: of the group.
-        seconds: of one all-reduce, on this rank.
-        reason: of a failure.
+        ranks: the ranks of the group.
+        seconds: duration of one all-reduce on this rank.
+        reason: why the rank failed.
     """
 
     rank: int
@@ -212,8 +212,8 @@ class GroupResult(Record):
     """An all-reduce over one group of ranks.
 
     Attributes:
-        bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds of the large one: what a link carries, whatever n is.
-        latency_seconds: of the small one.
+        bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds of the large all-reduce: bandwidth per link for any n.
+        latency_seconds: duration of the small all-reduce.
     """
 
     kind: GroupKind
@@ -233,8 +233,8 @@ class Finding(Record):
     """One thing that is wrong (`error`: no job should start) or may become so (`warning`).
 
     Attributes:
-        code: what kind of thing; stable, for scripts.
-        hosts: whom it is about.
+        code: kind of the finding; scripts rely on it.
+        hosts: the hosts that it concerns.
     """
 
     level: Literal["error", "warning"]
@@ -245,7 +245,7 @@ class Finding(Record):
 
 
 class Layout(Record):
-    """How the ranks are laid out, and where they meet."""
+    """The parallel configuration of the ranks, and where they meet."""
 
     num_ranks: int
     tensor_parallel: int
@@ -257,11 +257,11 @@ class Layout(Record):
 
 
 class Report(Record):
-    """All of an examination; what --json writes.
+    """The whole examination, as --json writes it.
 
     Attributes:
-        seconds: by phase, those that were run.
-        groups: empty where no ranks were started; `skipped` then says why.
+        seconds: duration of each phase that was run.
+        groups: empty if no ranks were started; `skipped` then says why.
     """
 
     verdict: Literal["ready", "not ready"]

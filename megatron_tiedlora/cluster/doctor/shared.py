@@ -1,4 +1,4 @@
-"""Whether hosts see the same folder: one writes a token into a file there, the others read it, and it is removed.
+"""Check whether hosts share a folder: one writes a token to a file there, the others read it, and it is removed.
 
 python -m megatron_tiedlora.cluster.doctor.shared write FILE TOKEN SECONDS    until its standard input ends
 python -m megatron_tiedlora.cluster.doctor.shared read FILE TOKEN SECONDS
@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.2
 
 
 def write(path: str, token: str) -> None:
-    """Write the file, say so, and remove it when nobody listens any more or this process is told to end."""
+    """Write the file, report it, and remove it when the standard input ends or a signal tells this process to end."""
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
     try:
@@ -33,7 +33,7 @@ def write(path: str, token: str) -> None:
         try:
             with open(file, "w") as writer:
                 writer.write(token)
-        except OSError as error:  # a full disk takes a name, and no content
+        except OSError as error:  # a full disk may accept the name but no content
             _say(error.strerror or str(error))
             return
         _say(WRITTEN)
@@ -44,11 +44,11 @@ def write(path: str, token: str) -> None:
 
 
 def read(path: str, token: str, seconds: float) -> None:
-    """Say whether the token comes to be read there; a network file system may show it late."""
+    """Report whether the token can be read there within `seconds`; a network file system may show it late."""
     limit = time.monotonic() + seconds
     while not _holds(path, token) and time.monotonic() < limit:
         with suppress(OSError):
-            os.listdir(os.path.dirname(path))  # asks the server anew
+            os.listdir(os.path.dirname(path))  # asks the server again
         time.sleep(_LOOK_SECONDS)
     _say(SEEN if _holds(path, token) else NOT_SEEN)
 
@@ -68,7 +68,7 @@ def _leave(_number: int, _frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the command that the command line names."""
     what, path, token, seconds = *sys.argv[1:4], float(sys.argv[4])
     if what == "write":
         signal.alarm(math.ceil(seconds))

@@ -1,4 +1,4 @@
-"""The report for a reader: a row for each host and for each kind of group, findings with their fixes, the verdict."""
+"""The report as text: a row for each host and each kind of group, the findings with their fixes, and the verdict."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
-from megatron_tiedlora.cluster.doctor.compare_places import interface_in_use
+from megatron_tiedlora.cluster.doctor.compare_network import interface_in_use
 from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
-from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, size_text, time_text
+from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, time_text
 
 ODD_MARK = "*"
 _OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
 
 
 def report_text(report: Report) -> str:
-    """All of it, to print."""
+    """The whole report, to print."""
     parts = [[_headline(report)], host_table(report.hosts)]
     if report.groups:
         parts.append(group_table(report.groups))
@@ -37,7 +38,7 @@ def verdict_line(report: Report) -> str:
 
 
 def finding_lines(finding: Finding) -> list[str]:
-    """What is wrong, and below it what to do."""
+    """The problem, and below it what to do."""
     return [f"{finding.level}: {finding.message}", f"  fix: {finding.fix}"]
 
 
@@ -55,7 +56,7 @@ def _layout_text(layout: Layout) -> str:
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
 
-_SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # what should be the same on all hosts
+_SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # values that should be the same on all hosts
     ("python", lambda probe: probe.versions.get("python", "-")),
     ("torch", lambda probe: "broken" if probe.torch_error else probe.versions.get("torch", "-")),
     ("deepspeed", lambda probe: probe.versions.get("deepspeed", "-")),
@@ -67,7 +68,7 @@ _SAME: tuple[tuple[str, Callable[[Probe], str]], ...] = (  # what should be the 
 
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
-    """A row for each host; what differs from most hosts has a mark."""
+    """A row for each host; a value that differs from that of most hosts is marked."""
     on_gpus = any(probe.gpus for _, probe in answering(hosts))
     free = ["memory free", *(["GPU memory free"] if on_gpus else [])]
     header = ["host", "ranks", *(title for title, _ in _SAME), *free, "clock", "interface"]
@@ -82,10 +83,10 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
             differs = value(host.probe) != usual[title]
             odd = odd or differs
             row.append(value(host.probe) + (ODD_MARK if differs else ""))
-        memory = f"{size_text(host.probe.free_memory_bytes)} of {size_text(host.probe.memory_bytes)}"
+        memory = f"{bytes_in_words(host.probe.free_memory_bytes)} of {bytes_in_words(host.probe.memory_bytes)}"
         row += [memory, *([_gpu_memory_text(host.probe)] if on_gpus else [])]
         rows.append([*row, _clock_text(host), _interface_text(host.probe)])
-    return [*aligned(rows), *([f"{ODD_MARK} not as on most hosts"] if odd else [])]
+    return [*aligned(rows), *([f"{ODD_MARK} differs from most hosts"] if odd else [])]
 
 
 def _gpus_text(probe: Probe) -> str:
@@ -96,11 +97,11 @@ def _gpus_text(probe: Probe) -> str:
 
 
 def _gpu_memory_text(probe: Probe) -> str:
-    """Of the GPU with the least free memory: a job has no more than that on each."""
+    """The memory of the GPU with the least free memory: a job can use no more than that on each."""
     if not probe.gpus:
         return "-"
     least = min(probe.gpus, key=lambda gpu: gpu.free_bytes)
-    return f"{size_text(least.free_bytes)} of {size_text(least.total_bytes)}"
+    return f"{bytes_in_words(least.free_bytes)} of {bytes_in_words(least.total_bytes)}"
 
 
 def _clock_text(host: HostReport) -> str:
@@ -120,7 +121,7 @@ def _interface_text(probe: Probe) -> str:
 
 
 def group_table(groups: Sequence[GroupResult]) -> list[str]:
-    """A row for each kind of group, with the slowest one by its hosts."""
+    """A row for each kind of group, with its slowest group and that group's hosts."""
     rows = [["all-reduce", "groups x ranks", "latency", "bytes", "time", "bus bandwidth", "median", "slowest group"]]
     for kind in dict.fromkeys(group.kind for group in groups):
         alike = [group for group in groups if group.kind == kind]
@@ -143,6 +144,6 @@ def group_table(groups: Sequence[GroupResult]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width; a row may end early."""
+    """Pad the cells to columns of equal width; a row may have fewer cells than the first one."""
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Names and sizes in words."""
+"""Names, times and counts as text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ _MOST_NAMES = 8
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """`a, b and c`; of many the first ones and how many more."""
+    """`a, b and c`; a long list is cut to its first names and the number of the others."""
     if len(names) > _MOST_NAMES:
         return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes with the unit that fits: `640 B`, `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}" if num_bytes < 999.5 else f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} TiB" if num_bytes < 999.5 else f"{num_bytes:.0f} TiB"
 
 
 def time_text(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The tasks, one file each: a module that defines `TASK` is found by being here, under its file's name."""
+"""The tasks, one file each. Every module in this folder defines `TASK`, and is found under its file's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TASKS: Mapping[str, Task] = _discover()
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`; raises UserError with the known names."""
+    """Return the task called `name`. Raises UserError with the known names."""
     if name not in TASKS:
-        raise UserError(f"--task {name!r} is not known; tasks are {', '.join(sorted(TASKS))}")
+        raise UserError(f"--task {name!r} is unknown; the tasks are {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -1,8 +1,7 @@
-"""Your own rows, in four shapes that are recognised row by row.
+"""Your own rows, in four shapes. The shape is recognised for each row.
 
-Owns how a shape becomes a prompt and an answer. Turns of a conversation go through the tokenizer's chat
-template when it has one, else they become `Role: content` lines. A row of any shape may list further accepted answers
-in `references`.
+Owns how a shape becomes a prompt and an answer. The tokenizer's chat template renders the turns of a conversation;
+without one they become `Role: content` lines. A row of any shape may list more accepted answers in `references`.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _ALPACA = (
 
 
 def _parts(row: Mapping[str, Any], source: str, chat: ChatTemplate | None) -> Parts:
-    """The template's fields are the row's own without the answers, and `prompt`: what would be used without one.
+    """A template may use the row's fields without the answers, and `prompt`, which is the default prompt.
 
-    Raises UserError naming source, the fields it has and the shapes, or the field that is empty.
+    Raises UserError naming the source with its fields and the shapes, or the field that is empty.
     """
     if "messages" in row:
         prompt, answer = _from_messages(row["messages"], source, chat)
@@ -62,15 +61,15 @@ def _from_alpaca(row: Mapping[str, Any], source: str) -> tuple[str, str]:
 
 
 def _from_messages(messages: Any, source: str, chat: ChatTemplate | None) -> tuple[str, str]:
-    """The last message, which must be the assistant's, is the answer; all before it are the prompt."""
+    """The last message, which must be the assistant's, is the answer. All messages before it are the prompt."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise UserError(f"{source}: field 'messages' is not a list of at least two messages")
     turns: list[dict[str, str]] = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise UserError(f"{source}: message {number} is not an object with 'role' and 'content'")
-        place = f"{source}, message {number}"
-        turns.append({name: required_text(message, name, place) for name in ("role", "content")})
+        where = f"{source}, message {number}"
+        turns.append({name: required_text(message, name, where) for name in ("role", "content")})
     if turns[-1]["role"] != "assistant":
         raise UserError(f"{source}: the last message is from {turns[-1]['role']!r}, not from 'assistant'")
     return _render_turns(turns[:-1], source, chat), turns[-1]["content"]

@@ -10,7 +10,7 @@ from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 
 def question_parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
-    """`Parts` of a row with `question` and `answer`, the whole worked answer being what is trained on."""
+    """`Parts` of a row with `question` and `answer`; training uses the whole worked answer."""
     required_text(row, "question", source)
     return Parts(without(row, "answer"), None, (required_text(row, "answer", source),))
 
@@ -21,8 +21,8 @@ TASK = Task(
     template="Question: {question}\nAnswer:",
     parts=question_parts,
     metrics=("gsm8k",),
-    # Worked answers have several lines, so one line break ends none of them; but a model that was not trained to end
-    # goes on with a question of its own, in the form of the prompt.
+    # Worked answers have several lines, so a line break does not end them. But a model that was not trained to stop
+    # continues with another question in the form of the prompt.
     stop="\nQuestion:",
     hub=HubSource("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
     validation_rows=473,  # leaves 7,000 to train on

@@ -1,7 +1,7 @@
-r"""HellaSwag: the start of a scene and four endings, one of them right.
+r"""HellaSwag: the start of a scene and four endings, one of which is correct.
 
-A prompt is `{activity_label}: {ctx_a} {ctx_b.capitalize()}`, cleaned, and the answer is the text of the right ending,
-cleaned in the same way. The prompt does not show the endings; a template can, with {context} and {endings}.
+A prompt is `{activity_label}: {ctx_a} {ctx_b.capitalize()}`, cleaned. The answer is the text of the correct ending,
+cleaned in the same way. The prompt does not show the endings, but a template can, with {context} and {endings}.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
-# Headings and steps of the WikiHow articles that half of the rows come from. Where no bracket closes on its line, none
-# that opens behind it does either: all of it is one match, which stays, as a look from each would be quadratic.
+# Headings and steps of the WikiHow articles that half of the rows come from. If a bracket is not closed on its line, no
+# later one is either. The rest of the line is then one match, which stays: a search from each would be quadratic.
 _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
 def clean(text: str) -> str:
-    """The public definition: " [title]" ends a sentence, other brackets go, and so do double spaces.
+    """Clean a text by the public definition: " [title]" ends a sentence; other brackets and double spaces are removed.
 
-    Unlike there, nothing is left at the ends either: an answer has one space before it.
+    Unlike there, the ends are stripped too, since an answer has exactly one space before it.
     """
     text = text.strip().replace(" [title]", ". ")
     text = _BRACKETS.sub(lambda found: "" if found[0].endswith("]") else found[0], text)
@@ -34,23 +34,23 @@ def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
     start = f"{required_text(row, 'ctx_a', source)} {second}"
     context = clean(f"{required_text(row, 'activity_label', source)}: {start}")
     endings = required_texts(row["endings"], "endings", source)
-    choices = tuple(clean(ending) or ending.strip() for ending in endings)  # one of brackets alone keeps them
+    choices = tuple(clean(ending) or ending.strip() for ending in endings)  # an ending of only brackets keeps them
     numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(choices, start=1))
     fields = {**without(row, "label"), "context": context, "endings": numbered}
     return Parts(fields, None, (choices[_label(row, len(choices), source)],), choices)
 
 
 def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
-    """The place of the right ending, counted from 0: a number in the original release, a digit on the hub."""
+    """The 0-based index of the correct ending: a number in the original release, a digit as text on the hub."""
     label = row.get("label")
     if label is None or str(label).strip() in ("", "-1"):
         raise UserError(
             f"{source}: field 'label' is missing or empty, so nothing can be scored: HellaSwag's test split has no "
-            "labels; give its validation split (Rowan/hellaswag's, or hellaswag_val.jsonl) in its place"
+            "labels; give its validation split instead (Rowan/hellaswag's, or hellaswag_val.jsonl)"
         )
     text = str(label).strip()
     if isinstance(label, bool | float) or text not in map(str, range(num_endings)):
-        raise UserError(f"{source}: field 'label' is {shown(label)}; it counts the {num_endings} endings from 0")
+        raise UserError(f"{source}: field 'label' is {shown(label)}; expected 0 to {num_endings - 1}")
     return int(text)
 
 
@@ -61,7 +61,7 @@ TASK = Task(
     parts=_parts,
     metrics=("accuracy", "accuracy_loglikelihood"),
     stop="\n",  # an ending is one line
-    # The hub's test part has no labels: its validation part is what papers report.
+    # The hub's test part has no labels; papers report the validation part.
     hub=HubSource("Rowan/hellaswag", {"train": "train", "test": "validation"}),
     validation_rows=2000,  # 5 % of 39,905: a standard error of one point
 )

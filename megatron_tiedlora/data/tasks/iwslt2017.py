@@ -1,7 +1,7 @@
 """IWSLT 2017, German to English: one sentence of a talk and its translation.
 
-Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}; or two text files whose lines are aligned,
-given as `train.de,train.en`.
+Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files
+with aligned lines, given as `train.de,train.en`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _LANGUAGES = ("de", "en")
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
-    # A line break inside a sentence would be where decoding stops.
+    # Decoding would stop at a line break inside a sentence.
     german, english = (one_line(required_text(row, name, source)) for name in _LANGUAGES)
     return Parts({**without(row, "en"), "de": german}, None, (english,))
 
 
 def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
-    """Yield the row with the languages of its `translation` as fields of its own; a flat row is yielded as it is."""
+    """Yield the row with the languages of its `translation` as fields. A flat row is yielded unchanged."""
     pair = row.get("translation")
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
 def _read_aligned(argument: str, flag: str) -> list[Row] | None:
-    """The rows of two text files "GERMAN,ENGLISH", or None where the argument is one file of rows.
+    """The rows of two text files "GERMAN,ENGLISH", or None if the argument is one file of rows.
 
-    Which is which is told by the last of their suffixes that is .de or .en, else by their order.
+    The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     if len(names) == 1:
@@ -73,14 +73,14 @@ TASK = Task(
     template="{de}\nEnglish:",
     parts=_parts,
     metrics=("bleu",),
-    stop="\n",  # one sentence a line
+    stop="\n",  # one sentence per line
     hub=HubSource(
         "IWSLT/iwslt2017",
         {"train": "train", "validation": "validation", "test": "test"},
         config="iwslt2017-de-en",
         parquet_branch=True,
     ),
-    validation_rows=888,  # as many as the official part has
+    validation_rows=888,  # the size of the official part
     unfold=_unfold,
     read_files=_read_aligned,
 )

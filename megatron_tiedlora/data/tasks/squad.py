@@ -1,4 +1,4 @@
-"""SQuAD 1.1: a question on a paragraph, answered by a span of it; several people's answers are accepted."""
+"""SQuAD 1.1: a question about a paragraph, answered by a span of it. Several people's answers are accepted."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
 
 
 def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
-    """Yield flat rows from an article of nested SQuAD (paragraphs[].qas[]); a flat row is yielded as it is."""
+    """Yield flat rows from an article of nested SQuAD (paragraphs[].qas[]). A flat row is yielded unchanged."""
     if "paragraphs" not in row:
         yield dict(row), source
         return
     for number, paragraph in enumerate(_objects(row, "paragraphs", source), start=1):
-        place = f"{source}, paragraph {number}"
-        for index, question in enumerate(_objects(paragraph, "qas", place), start=1):
+        where = f"{source}, paragraph {number}"
+        for index, question in enumerate(_objects(paragraph, "qas", where), start=1):
             flat = {"context": paragraph.get("context"), "title": row.get("title"), **question}
-            yield flat, f"{place}, question {index}"
+            yield flat, f"{where}, question {index}"
 
 
 def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str, Any]]:
     items = row.get(name)
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise UserError(f"{source}: field {name!r} is not a list of objects, as nested SQuAD has it")
+        raise UserError(f"{source}: field {name!r} is not a list of objects, as in nested SQuAD; correct the row")
     return items
 
 
@@ -47,8 +47,8 @@ TASK = Task(
     template="Context: {context} Question: {question} Answer:",
     parts=_parts,
     metrics=("squad", "squad_f1"),
-    stop="\n",  # answers are spans of one paragraph; a base model goes on with a paragraph of its own
-    # The hub has no public test part: its validation part is what papers report.
+    stop="\n",  # answers are spans of one paragraph, and a base model continues with another paragraph
+    # The hub has no public test part; papers report the validation part.
     hub=HubSource("rajpurkar/squad", {"train": "train", "test": "validation"}),
     validation_rows=4800,
     unfold=_unfold,

@@ -1,4 +1,4 @@
-"""The metrics by name. Definitions are the tasks' own or their reference libraries'; nothing is downloaded."""
+"""The metrics by name. Their definitions come from the tasks or from reference libraries; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ METRICS: Mapping[str, Metric] = {
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of that name. Raises UserError naming all of them."""
+    """The metric called `name`. Raises UserError with the known names."""
     if name not in METRICS:
-        raise UserError(f"metric {name!r} is unknown; there are {', '.join(METRICS)}")
+        raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
     return METRICS[name]
 
 

@@ -1,8 +1,8 @@
-"""BLEU by sacrebleu with its defaults, on detokenised text: a value of the whole corpus, from summed n-gram counts.
+"""BLEU by sacrebleu with its defaults, on detokenised text. The corpus value comes from summed n-gram counts.
 
-A single sentence has a score too, sacrebleu's sentence BLEU (with effective order, as it advises there); the corpus's
-value is not their mean. A sample may have any number of references. sacrebleu is imported when the first answer is
-scored, since a run may never score one.
+The score of a sample is sacrebleu's sentence BLEU (with effective order, as sacrebleu advises). The corpus value is
+not the mean of these. A sample may have any number of references. sacrebleu is imported when the first answer is
+scored, since many runs never score one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def sentence_bleu(answer: Answer) -> float:
 
 
 def bleu_statistics(answer: Answer) -> tuple[int, ...]:
-    """Prediction's length, closest reference's length, matched n-grams of each order, predicted n-grams of each."""
+    """Lengths of prediction and closest reference, then matched and predicted n-grams, both for each order."""
     found = _sentence(answer)
     return (found.sys_len, found.ref_len, *found.counts, *found.totals)
 
 
 def corpus_bleu(sums: Sequence[int]) -> float:
-    """sacrebleu's corpus BLEU of summed statistics, its `corpus_score` to the last bit."""
+    """sacrebleu's corpus BLEU of summed statistics, bit-identical to its `corpus_score`."""
     from sacrebleu.metrics import BLEU
 
     corpus = BLEU()
@@ -52,12 +52,12 @@ def corpus_bleu(sums: Sequence[int]) -> float:
 
 
 def bleu_signature(answers: Sequence[Answer]) -> str:
-    """sacrebleu's own; it depends on the answers by their numbers of references alone."""
+    """sacrebleu's own signature. It depends only on the numbers of references of the answers."""
     from sacrebleu.metrics import BLEU
 
     counts = [len(answer.references) for answer in answers]
     fewest, most = min(counts), max(counts)
-    # sacrebleu knows its signature once it has scored something: two sentences with the extreme numbers are enough.
+    # sacrebleu knows its signature only after scoring; two sentences with the extreme numbers are enough.
     streams: list[Any] = [["x", "x" if number < fewest else None] for number in range(most)]
     scorer = BLEU()
     scorer.corpus_score(["x", "x"], streams)

@@ -1,7 +1,7 @@
-"""Accuracy where an example has several endings of which its first reference is the right one.
+"""Accuracy for examples with several endings, where the first reference is the correct one.
 
-`accuracy` reads the ending off the generated text; `accuracy_loglikelihood` takes the ending that the model finds the
-most likely per character. The variant without that normalisation, lm-evaluation-harness's `acc`, favours short endings
+`accuracy` finds the ending in the generated text. `accuracy_loglikelihood` takes the ending with the highest
+log-likelihood per character. The variant without normalisation, `acc` of lm-evaluation-harness, favours short endings
 and is not reported.
 """
 
@@ -17,10 +17,10 @@ from megatron_tiedlora.evaluation.metrics.metric import Metric, fixed
 
 
 def checked_choices(answer: Answer) -> tuple[str, ...]:
-    """The endings. Raises UserError where there are none, one is blank, or none of them is the right one."""
+    """The endings. Raises UserError if there are none, one is blank, or the correct one is not among them."""
     example = answer.example
     if not example.choices:
-        raise UserError(f"{example.source}: no endings to choose from; accuracy needs a task of several endings a row")
+        raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
     if not all(choice.strip() for choice in example.choices):
         raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty")
     if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
@@ -29,15 +29,15 @@ def checked_choices(answer: Answer) -> tuple[str, ...]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, single spaces."""
+    """The text in lower case with single spaces."""
     return " ".join(text.lower().split())
 
 
 def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
-    """Which ending a generated text means, in lower case and with single spaces; None where it means none.
+    """The ending that a generated text means, in lower case with single spaces; None if it means no ending.
 
-    It is the ending that equals the text but for case and white space; otherwise the ending with the highest SQuAD F1
-    to it. Where two different endings share the highest F1, and where all have 0 (an empty text, say), it is none.
+    It is the ending that equals the text, ignoring case and white space; otherwise the ending with the highest SQuAD
+    F1. It is None if two different endings share the highest F1, or if all have 0 (for example with an empty text).
     """
     text = _plain(prediction)
     endings = list(dict.fromkeys(map(_plain, choices)))
@@ -49,15 +49,15 @@ def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 def accuracy(answer: Answer) -> float:
-    """100 where the generated text means the right ending."""
+    """100 if the generated text means the correct ending, else 0."""
     return 100.0 * (chosen_ending(answer.prediction, checked_choices(answer)) == _plain(answer.references[0]))
 
 
 def accuracy_loglikelihood(answer: Answer) -> float:
-    """100 where the right ending has the highest log-likelihood per character, the first of equals.
+    """100 if the correct ending has the highest log-likelihood per character (the first of equals), else 0.
 
-    A character is a Unicode code point of the ending, its leading space not counted: `acc_norm` of
-    lm-evaluation-harness. Scores that are not numbers choose nothing.
+    Characters are the Unicode code points of the ending without its leading space, as in `acc_norm` of
+    lm-evaluation-harness. If a score is NaN, the result is 0.
     """
     choices = checked_choices(answer)
     assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"

@@ -1,4 +1,4 @@
-"""Exact match in three definitions, and SQuAD's F1; each is right where it is right for any of the references."""
+"""Exact match in three definitions, and SQuAD's F1. All of them take the best of the references."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(answer: Answer) -> float:
-    """100 where the prediction equals a reference, white space at the ends apart."""
+    """100 if the prediction equals a reference, ignoring white space at the ends, else 0."""
     return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
 
 
 def final_number(text: str) -> str | None:
-    """The first number behind `#### `, commas dropped, as GSM8K's own script extracts it; None where there is none."""
+    """The first number after `#### `, without commas, as GSM8K's own script extracts it; None if there is none."""
     match = _FINAL_NUMBER.search(text)
     return match.group(1).replace(",", "") if match else None
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """100 where the final number equals a reference's, as strings; a prediction without one is wrong."""
+    """100 if the final number equals a reference's as a string, else 0; also 0 if the prediction has none."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 
 
 def has_final_number(example: Example) -> None:
-    """Raise UserError where no reference has a final number, so that no prediction could be right."""
+    """Raise UserError if no reference has a final number, since no prediction could then be correct."""
     if not any(final_number(reference) for reference in example.references):
         raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
 
 
 def normalise_squad(text: str) -> str:
-    """SQuAD v1.1: lower case, then no (ASCII) punctuation, then no articles, then single spaces."""
+    """SQuAD v1.1: lower the case, then remove (ASCII) punctuation, then articles, then repeated spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def squad_exact_match(answer: Answer) -> float:
-    """100 where the normalised prediction equals any normalised reference."""
+    """100 if the normalised prediction equals any normalised reference, else 0."""
     found = normalise_squad(answer.prediction)
     return 100.0 * any(found == normalise_squad(reference) for reference in answer.references)
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 in 0..1 between the two bags of normalised tokens, 2 |common| / (|prediction| + |reference|).
+    """F1 in 0..1 of the two bags of normalised tokens, 2 |common| / (|prediction| + |reference|).
 
-    The same number as SQuAD's 2 p r / (p + r), in one division, so that equal F1 are equal floats. Without a common
-    token it is 0, also where both texts are empty once normalised, as in the v1.1 script (v2.0's differs there).
+    It equals SQuAD's 2 p r / (p + r), but with one division, so that equal F1 are equal floats. Without a common token
+    it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs there).
     """
     found, wanted = normalise_squad(prediction).split(), normalise_squad(reference).split()
     common = sum((Counter(found) & Counter(wanted)).values())

@@ -1,4 +1,4 @@
-"""What a metric is: a score for one answer, and how the scores of many make one value."""
+"""A metric: the score of one answer, and how the scores of many answers become one value."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def _accepts(_: Example) -> None:
 class Metric:
     """One metric. Every score is in per cent, 0 to 100, and higher is better.
 
-    The value of many answers is the mean of `sample`, unless the metric is one of a whole corpus: it then has
-    `statistics`, whose sums over the answers `combine` turns into the value.
+    The value of many answers is the mean of `sample`. A corpus metric has `statistics` instead: `combine` turns their
+    sums over the answers into the value.
 
     Attributes:
         name: its key in `METRICS`.
         sample: the score of one answer.
-        signature: says by which rule, library and version these answers are scored; two values compare only where
-            their signatures agree.
-        needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a pass of the model for each choice.
-        check: raises UserError for an example that the metric can never score as right, before anything is decoded.
-        statistics: the counts of one answer, always the same number of them.
-        combine: the corpus's value from the counts, summed over its answers.
+        signature: the rule, library and version by which these answers are scored. Two values are comparable only if
+            their signatures are equal.
+        needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a model pass per choice.
+        check: raises UserError, before decoding, for an example that the metric can never score as correct.
+        statistics: a fixed number of counts of one answer.
+        combine: computes the corpus value from the counts, summed over the answers.
     """
 
     name: str

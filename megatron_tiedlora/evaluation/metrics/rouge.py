@@ -1,7 +1,7 @@
 """ROUGE-L by Google's rouge-score: F of the longest common subsequence of stemmed tokens.
 
-Its tokens are runs of a-z and 0-9 in lower case, so a text in another script has none and scores 0. The library and
-its stemmer read no data files; they are imported when the first answer is scored, since a run may never score one.
+Its tokens are runs of a-z and 0-9 in lower case, so text in another script has none and scores 0. The library and its
+stemmer read no data files. They are imported when the first answer is scored, since many runs never score one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from megatron_tiedlora.evaluation.metrics.metric import Metric
 
 
 def rouge_l(answer: Answer) -> float:
-    """100 times the F of ROUGE-L, of the reference that gives the highest.
+    """100 times the F of ROUGE-L for the best reference.
 
-    The library's tokens and definition. Its own search fills a table of all pairs of tokens, which for a long text
-    takes minutes and gigabytes.
+    Tokens and definition are the library's. Its own search fills a table of all pairs of tokens, which takes minutes
+    and gigabytes for a long text.
     """
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -37,24 +37,24 @@ def _f(reference: Sequence[str], prediction: Sequence[str]) -> float:
 def common_length(one: Sequence[str], other: Sequence[str]) -> int:
     """Length of the longest common subsequence of two sequences.
 
-    One bit for each token of `one`, all in a whole number: a step for a token of `other` adds and masks it (Crochemore
+    An integer has one bit per token of `one`. Each token of `other` takes one step of additions and masks (Crochemore
     et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem", 2001). A zero bit
-    stands where the length grows.
+    marks a position at which the length grows.
     """
     bits = {token: bytearray(len(one) // 8 + 1) for token in other}
     for index, token in enumerate(one):
         if token in bits:
             bits[token][index // 8] |= 1 << index % 8
-    places = {token: int.from_bytes(marks, "little") for token, marks in bits.items()}
+    positions = {token: int.from_bytes(marks, "little") for token, marks in bits.items()}
     row = mask = (1 << len(one)) - 1
     for token in other:
-        matches = row & places[token]
+        matches = row & positions[token]
         row = ((row + matches) | (row - matches)) & mask
     return len(one) - row.bit_count()
 
 
 def rouge_signature(_: Sequence[Answer]) -> str:
-    """Library, variant and how several references count."""
+    """Library, variant, and how several references count."""
     return f"rouge-score {version('rouge-score')}, rougeL F, stemmer; best of the references of each sample"
 
 

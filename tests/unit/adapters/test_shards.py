@@ -179,9 +179,9 @@ def test_start_values_do_not_depend_on_the_layout(method: str) -> None:
         for rank, part in parts.items():
             torch.manual_seed(rank)
             torch.rand(rank)
-            bank = TiedAdapter(part)
-            bank.load_full(start_values(config))
-            for factor, tensor in bank.named_parameters():
+            adapter = TiedAdapter(part)
+            adapter.load_full(start_values(config))
+            for factor, tensor in adapter.named_parameters():
                 local[factor][rank] = tensor.detach()
         for factor, by_rank in local.items():
             if by_rank:

@@ -58,7 +58,7 @@ PRINT = {
     ("megatron_tiedlora/training/finish.py", "export"),  # format_comparisons
     ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
     ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
-    ("megatron_tiedlora/cluster/leftovers.py", "main"),
+    ("megatron_tiedlora/cluster/job_processes.py", "main"),
     ("launch/doctor.py", "main"),  # report_text, JSON
     ("launch/train.py", "main"),  # dry_run_report
     ("tools/verify_export.py", "main"),  # format_comparisons

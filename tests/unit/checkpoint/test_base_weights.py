@@ -185,7 +185,7 @@ def pickled_only(folder: Path) -> str:
 
 def nothing(folder: Path) -> str:
     (folder / "model.safetensors").unlink()
-    return "neither model.safetensors nor"
+    return "has neither model.safetensors nor"
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:

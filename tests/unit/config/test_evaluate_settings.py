@@ -10,6 +10,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.data.tasks import get_task
 
 
 def test_flags_are_those_of_the_interface() -> None:
@@ -37,11 +38,11 @@ def test_the_task_that_is_meant(argv: list[str], task: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--model=x"], ["--task is needed", "--test_file"]),
-        (["--adapter=x"], ["--task is needed"]),
+        (["--model=x"], ["--task is required", "--test_file"]),
+        (["--adapter=x"], ["--task is required"]),
         (["--merge_adapter"], ["--merge_adapter needs --adapter"]),
-        (["--train_file=f"], ["--train_file only goes with --split validation"]),
-        (["--split=validation", "--test_file=f"], ["--test_file only goes with --split test"]),
+        (["--train_file=f"], ["--train_file needs --split validation"]),
+        (["--split=validation", "--test_file=f"], ["--test_file needs --split test"]),
         (["--task=gsm8"], ["--task gsm8", "'squad'", "did you mean gsm8k?"]),
         (["--split=train"], ["--split train", "'validation'"]),
         (["--limit=0"], ["--limit 0"]),
@@ -84,10 +85,10 @@ def test_yaml_holds_the_same_names(tmp_path: Path) -> None:
     ],
 )
 def test_longest_answer(value: int | None, positions: int, task: str, found: int) -> None:
-    assert resolve_max_new_tokens(value, positions, task) == found
+    assert resolve_max_new_tokens(value, positions, get_task(task).max_new_tokens) == found
 
 
 @pytest.mark.parametrize("value", [256, 300])
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(value: int) -> None:
     with pytest.raises(UserError, match=f"--max_new_tokens {value} .* 256 positions"):
-        resolve_max_new_tokens(value, 256, "squad")
+        resolve_max_new_tokens(value, 256, 500)

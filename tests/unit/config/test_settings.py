@@ -16,8 +16,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import DEMO_DEFAULTS, GROUPS, PAPER_DEFAULTS, Settings
-from megatron_tiedlora.engine.engine_json import REFUSED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
+from megatron_tiedlora.config.settings import GROUPS, Settings
+from megatron_tiedlora.config.tasks import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
+from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
@@ -56,7 +57,13 @@ def test_help_is_grouped_and_short_enough_to_read() -> None:
     assert positions == sorted(positions)
     for field in Settings.model_fields.values():
         assert field.description
-    assert f"[{PAPER_DEFAULTS['learning_rate']:g}; demo {DEMO_DEFAULTS['learning_rate']:g}]" in " ".join(text.split())
+    assert "[0.0001; demo 0.03]" in " ".join(text.split())
+
+
+def test_defaults_by_task_are_of_known_tasks_and_settings() -> None:
+    assert set(TASK_DEFAULTS) <= set(TASK_NAMES)
+    for defaults in TASK_DEFAULTS.values():
+        assert set(defaults) <= set(PAPER_DEFAULTS)
 
 
 def test_demo_defaults() -> None:
@@ -64,7 +71,7 @@ def test_demo_defaults() -> None:
     assert (settings.model, settings.task, settings.method, settings.rank) == ("demo", "demo", "tl6", 8)
     assert settings.global_batch_size == 24
     for ranks in (1, 2, 3, 8):
-        assert plan_batches(24, settings.micro_batch_size, ranks).accumulation_steps >= 1
+        assert plan_batches(24, settings.micro_batch_size, ranks, max_rows=4).accumulation_steps >= 1
     assert settings.alpha == 8 and settings.packing
 
 
@@ -178,7 +185,7 @@ def test_refused_yaml(tmp_path: Path, text: str, parts: list[str]) -> None:
 
 @pytest.mark.parametrize(("world", "micro", "steps"), [(1, 4, 6), (2, 4, 3), (3, 4, 2), (8, 3, 1), (24, 1, 1)])
 def test_micro_batch_is_the_largest_divisor_up_to_four(world: int, micro: int, steps: int) -> None:
-    plan = plan_batches(24, None, world)
+    plan = plan_batches(24, None, world, max_rows=4)
     assert (plan.micro_batch_size, plan.accumulation_steps) == (micro, steps)
 
 
@@ -256,7 +263,7 @@ def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
         ({"zero_optimization": 2}, ["zero_optimization must be an object"]),
         ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 0}}, ["allgather_bucket_size is 0", "above 0"]),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, ["reduce_bucket_size", "greater than 0"]),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm false", "drop it"]),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ["compute_grad_norm is false", "remove it"]),
         ({"train_batch_size": 16}, ["train_batch_size is 16", "make it 8", "--global_batch_size"]),
         ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "make it 2", "--micro_batch_size"]),
         ({"gradient_accumulation_steps": 1}, ["is 1", "make it 2", "--micro_batch_size"]),
@@ -278,8 +285,8 @@ def test_refused_json(tmp_path: Path, content: Any, parts: list[str]) -> None:
 def test_refused_sections_name_the_flag(tmp_path: Path, section: str) -> None:
     with pytest.raises(UserError) as caught:
         load_json(tmp_path, {section: {"enabled": True}})
-    assert f"section {section!r}" in str(caught.value) and REFUSED_SECTIONS[section] in str(caught.value)
-    assert "--" in REFUSED_SECTIONS[section]
+    assert f"section {section!r}" in str(caught.value) and REJECTED_SECTIONS[section] in str(caught.value)
+    assert "--" in REJECTED_SECTIONS[section]
 
 
 def test_missing_json_names_the_nearest() -> None:

@@ -157,7 +157,7 @@ def refusal(base: Path, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "VERA"}, "peft_type VERA cannot be read; LORA can"),
+        ({"peft_type": "VERA"}, "peft_type VERA is not supported; only LORA is"),
         ({"use_dora": True}, "use_dora = True is not a plain LoRA"),
         ({"bias": "lora_only"}, "bias = 'lora_only' trains biases"),
         ({"lora_bias": True}, "lora_bias = True is not a plain LoRA"),
@@ -168,16 +168,16 @@ def refusal(base: Path, folder: Path) -> str:
         ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the base weights too"),
-        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj cannot be read; q_proj, k_proj, v_proj can"),
-        ({"target_modules": "all-linear"}, "target_modules = 'all-linear' cannot be read"),
-        ({"target_modules": None}, "target_modules = None cannot be read"),
-        ({"target_modules": "q_proj"}, "target_modules 'q_proj' name no q_proj"),  # a whole name has to match it
+        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj is not supported; q_proj, k_proj, v_proj are"),
+        ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
+        ({"target_modules": None}, "target_modules = None is not supported"),
+        ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it
         ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not read; letters, .* Write a list of names"),
         ({"exclude_modules": 3}, "exclude_modules = 3 is neither a pattern nor a list of names. Write a list of names"),
         ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
         ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),
-        ({"r": 0}, "r = 0 is not a whole number above 0"),
-        ({"r": True}, "r = True is not a whole number"),
+        ({"r": 0}, "r = 0 is not an integer from 1 to"),
+        ({"r": True}, "r = True is not an integer"),
         ({"lora_alpha": None}, "lora_alpha = None is not a number"),
         ({"lora_alpha": 0}, "lora_alpha = 0 is not between"),
         ({"lora_alpha": -2}, "lora_alpha = -2 is not between"),
@@ -201,15 +201,15 @@ Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.mod
     [
         ({f"{Q1}.lora_A.weight": None}, f"{Q1}.lora_A.weight is missing, but {CONFIG} targets its module"),
         ({f"{Q1}.lora_B.weight": None}, f"{Q1}.lora_B.weight is missing"),
-        ({f"{Q1}.lora_A.weight": torch.ones(2, 32)}, r"\S* has shape \(2, 32\), but r and .* make it \(3, 32\)"),
-        ({f"{Q1}.lora_A.weight": torch.ones(3, 64)}, r"\S* has shape \(3, 64\), but r and .* make it \(3, 32\)"),
-        ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but r and .* make it \(48, 3\)"),
+        ({f"{Q1}.lora_A.weight": torch.ones(2, 32)}, r"\S* has shape \(2, 32\), but .* it must be \(3, 32\)"),
+        ({f"{Q1}.lora_A.weight": torch.ones(3, 64)}, r"\S* has shape \(3, 64\), but .* it must be \(3, 32\)"),
+        ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but .* it must be \(48, 3\)"),
         ({f"{Q1}.lora_B.weight": torch.full((48, 3), torch.inf)}, r"\S* holds numbers that are not finite"),
         ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is I8, not floating point"),
         ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, k_proj, v_proj"),
         ({f"{LAYERS}.0.self_attn.o_proj.lora_A.weight": torch.ones(3, 48)}, r"\S*o_proj\S* is not a LoRA factor"),
-        ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is of layer 3, but .* 0 to 2; give"),
-        ({f"{LAYERS}.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is there, but \S* does not target"),
+        ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is for layer 3, but .* 0 to 2; give"),
+        ({f"{LAYERS}.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is present, but \S* does not target"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -224,7 +224,7 @@ def test_tensors_that_do_not_fit_are_refused(
 def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
     assert refusal(base, tmp_path).startswith(f"{CONFIG}: no such file; expected a PEFT adapter folder")
     (tmp_path / CONFIG).write_text("{}")
-    assert refusal(base, tmp_path) == f"{CONFIG}: not a PEFT adapter, it has no peft_type"
+    assert refusal(base, tmp_path) == f"{CONFIG}: not a PEFT adapter (it has no peft_type); give another folder"
     shutil.copy(plain / CONFIG, tmp_path)
     assert refusal(base, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
@@ -242,7 +242,7 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
         tmp_path / "run": f"--adapter {tmp_path}/run: this is a run folder; give {tmp_path}/run/adapter",
         tmp_path / "none": f"--adapter {tmp_path}/none: no such folder",
         base: f"--adapter {base}: this is a model folder; give it with --model",
-        tmp_path / "empty": f"--adapter {tmp_path}/empty: no {CONFIG} there; give a native adapter's folder or",
+        tmp_path / "empty": f"--adapter {tmp_path}/empty: has no {CONFIG}; give the folder of a native or",
         tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",
     }.items():
         with pytest.raises(UserError, match=f"^{re.escape(said)}"):

@@ -312,7 +312,7 @@ def test_cache_hit_and_damage(tokenizer, tmp_path, monkeypatch):
     examples = [example(), example("Question: " + "dog " * 99)]
     first = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
     (path,) = (tmp_path / "tokens").glob("*.safetensors")
-    assert not list((tmp_path / "tokens").glob("*.tmp"))
+    assert not list((tmp_path / "tokens").glob(".writing-*"))
     with monkeypatch.context() as patch:
         patch.setattr(cache, "encode_dataset", lambda *_, **__: pytest.fail("tokenised twice"))
         again = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)

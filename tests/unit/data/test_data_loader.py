@@ -225,7 +225,7 @@ def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(m
         truncated_prompts=0,
     )
     assert (dataset.lengths == lengths).all()
-    shape = BatchShape(12, micro, dp_size, packed_length=4096, least_micro_batches=least)
+    shape = BatchShape(12, micro, dp_size, packed_length=4096, min_micro_batches=least)
     plan = plan_global_batch(dataset, shape, seed=7, consumed_samples=24)
     assert [len(row) for part in plan.micro_batches for row in part] == rows
     shares = [plan.on_rank(rank, dp_size=dp_size) for rank in range(dp_size)]

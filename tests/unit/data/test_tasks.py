@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from task_files import HUB_ROWS, refusal, write, write_rows
 
-from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.task_names import TASK_NAMES
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.tasks import TASK_NAMES
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Parts
@@ -75,6 +76,14 @@ def test_the_table() -> None:
         "squad": (("squad", "squad_f1"), "\n"),
     }
     assert tuple(TASKS) == TASK_NAMES and all(get_task(name).name == name for name in TASK_NAMES)
+
+
+def test_what_a_record_says_of_defaults_stands_in_the_help() -> None:
+    for kind in (Settings, EvaluateSettings):
+        assert kind.model_fields["max_new_tokens"].description.endswith("[500, or half of a shorter context; demo 200]")
+    assert EvaluateSettings.model_fields["limit"].description.endswith("[all; demo 24]")
+    own = {name: (task.scored_rows, task.max_new_tokens) for name, task in TASKS.items()}
+    assert own.pop("demo") == (24, 200) and set(own.values()) == {(None, 500)}
 
 
 def test_settings_know_the_same_names() -> None:
@@ -346,12 +355,12 @@ NESTED = {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q"
         ("hellaswag", changed("hellaswag", label=""), ["'label'", "test split has no labels", "validation split"]),
         ("hellaswag", changed("hellaswag", label=None), ["'label'", "validation split"]),
         ("hellaswag", changed("hellaswag", label=-1), ["'label'", "validation split"]),
-        ("hellaswag", changed("hellaswag", label="4"), ["'label' is '4'", "4 endings from 0"]),
+        ("hellaswag", changed("hellaswag", label="4"), ["'label' is '4'", "expected 0 to 3"]),
         ("hellaswag", changed("hellaswag", label=True), ["'label' is True"]),
         ("hellaswag", changed("hellaswag", label="B"), ["'label' is 'B'"]),
         ("hellaswag", changed("hellaswag", endings=[]), ["'endings' is an empty list"]),
         ("hellaswag", changed("hellaswag", endings=["a", " "]), ["'endings' is empty"]),
-        ("hellaswag", changed("hellaswag", endings="a"), ["'endings' holds no list"]),
+        ("hellaswag", changed("hellaswag", endings="a"), ["'endings' is not a list"]),
         ("hellaswag", changed("hellaswag", ctx_b=None), ["'ctx_b' is missing"]),
         # No answer.
         ("squad", changed("squad", answers={"text": [], "answer_start": []}), ["'answers' is an empty list"]),

@@ -164,7 +164,7 @@ def test_a_prompt_that_is_too_long_loses_its_middle(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     scored: ScoredSet = encode_scored(examples(), task(), tokenizer, longest_prompt=20, model_folder=folder, **SIZE)
     lengths = [len(example.prompt) + 1 for example in examples()]  # a byte a token, and BOS
-    assert scored.num_cut == sum(length > 20 for length in lengths) > 0
+    assert scored.num_truncated == sum(length > 20 for length in lengths) > 0
     assert [len(prompt) for prompt in scored.prompts] == [min(length, 20) for length in lengths]
 
 

@@ -55,8 +55,8 @@ def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(mod
     lengths = [min(1 + len(example.prompt), 256 - 246) for example in scored.examples]  # one token a letter, and BOS
     assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
     num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
-    assert 0 < num_cut == scored.num_cut < NUM_ROWS
-    lines = plan.headline(NUM_ROWS, scored.num_cut, ROUTE)
+    assert 0 < num_cut == scored.num_truncated < NUM_ROWS
+    lines = plan.headline(NUM_ROWS, scored.num_truncated, ROUTE)
     assert f"{num_cut} of them without their middle" in lines[1]
     assert lines[-1] == "attention  blocks of queries (a CPU)"
 
@@ -80,7 +80,7 @@ def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[
     here, there = read_held_out(plan).scored, prepare_data(training, progress=False).scored
     assert there is not None and plan.max_new_tokens == training.max_new_tokens
     assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
-    assert 0 < here.num_cut == there.num_cut < NUM_ROWS
+    assert 0 < here.num_truncated == there.num_truncated < NUM_ROWS
 
 
 def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) -> None:

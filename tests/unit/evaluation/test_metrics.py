@@ -292,7 +292,7 @@ def test_blank_references_do_not_count(metric: str) -> None:
 
 
 def test_unknown_metric_and_no_answers() -> None:
-    with pytest.raises(UserError, match=r"^metric 'rouge1' is unknown; there are exact_match, gsm8k, [^\n]*$"):
+    with pytest.raises(UserError, match=r"^metric 'rouge1' is unknown; the metrics are exact_match, gsm8k, [^\n]*$"):
         find_metric("rouge1")
     with pytest.raises(UserError, match="no answers to score"):
         score_answers(["squad"], [])

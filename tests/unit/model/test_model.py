@@ -307,8 +307,8 @@ def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = Non
 
 def trained_numbers(config: AdapterConfig) -> int:
     with torch.device("meta"):
-        bank = TiedAdapter(AdapterPart.whole(config))
-    return sum(parameter.numel() for parameter in bank.parameters() if parameter.requires_grad)
+        adapter = TiedAdapter(AdapterPart.whole(config))
+    return sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize(("preset", "counts"), [("llama2-7b", COUNTS_7B), ("llama2-70b", COUNTS_70B)])

@@ -67,6 +67,17 @@ def test_parts_give_what_the_whole_gives(
         assert sum(calls) == ROWS and max(calls) == rows_at_once, name
 
 
+def test_a_gradient_is_scaled_in_parts_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 7 * 24)
+    sizes, upcast = [], module.upcast
+    monkeypatch.setattr(module, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
+    gradient, factor = torch.randn(1, ROWS, 24).bfloat16(), torch.tensor(1 / 3)
+    found = module.scaled(gradient, factor)
+    assert sizes == [7] * 7 + [1]
+    assert torch.equal(found, (gradient.float() * factor).bfloat16())
+    assert not torch.equal(found, gradient * factor.bfloat16())
+
+
 def test_a_cpu_runs_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "run_in_parts", lambda *_: pytest.fail("in parts"))
     for name, arguments in arguments_of_kernels(torch.float32).items():

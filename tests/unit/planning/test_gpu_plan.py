@@ -44,7 +44,7 @@ def test_a_plan_is_for_what_is_here_or_for_what_is_asked(
 
 
 def test_only_a_dry_run_plans_for_another_machine() -> None:
-    with pytest.raises(UserError, match="--plan_for only goes with --dry_run"):
+    with pytest.raises(UserError, match="--plan_for needs --dry_run"):
         parse_settings(["--plan_for=gpu"])
 
 
@@ -108,8 +108,8 @@ def test_what_was_chosen_is_told() -> None:
 
 def test_defaults_on_cpus_are_as_they_were() -> None:
     assert planned("--plan_for=cpu").batches.micro_batch_size == 1
-    assert default_rows(max_length=512, packing=True, demo=True, on_gpu=False) == 4
-    assert plan_batches(24, None, 1).micro_batch_size == 4
+    assert default_rows(max_length=512, packing=True, on_gpu=False, otherwise=4) == 4
+    assert plan_batches(24, None, 1, max_rows=4).micro_batch_size == 4
 
 
 # Memory ------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_silent_rank_is_named_to_all_and_one_says_so(three: Ranks, dead: int) 
     assert SILENCE - 3 * BEAT < seconds < 4 * SILENCE
     for rank in left:
         (failure,) = three.failures[rank]
-        assert failure.reason.startswith(f"rank {dead} on {HOST} fell silent after step 7")
+        assert failure.reason.startswith(f"rank {dead} on {HOST} stopped responding after step 7")
         assert failure.reports == (rank == 0)
     assert not three.failures[dead]
 
@@ -109,7 +109,7 @@ def test_rank_0_silent_while_the_store_lives(three: Ranks) -> None:
     wait_until(lambda: bool(three.failures[1] and three.failures[2]))
     for rank in (1, 2):
         (failure,) = three.failures[rank]
-        assert failure.reason.startswith(f"rank 0 on {HOST} fell silent") and failure.reports == (rank == 1)
+        assert failure.reason.startswith(f"rank 0 on {HOST} stopped responding") and failure.reports == (rank == 1)
 
 
 def test_the_store_gone(three: Ranks) -> None:
@@ -119,9 +119,9 @@ def test_the_store_gone(three: Ranks) -> None:
     for line in three.lines[1:]:
         line.store = Gone()  # type: ignore[assignment]
     wait_until(lambda: bool(three.failures[1] and three.failures[2]))
-    assert all(f"says rank {rank} on" in three.failures[rank][0].reason for rank in (1, 2))
+    assert all(f"as seen by rank {rank} on" in three.failures[rank][0].reason for rank in (1, 2))
     failure = three.lines[1].explain("closed by peer")
-    assert failure.reason.startswith(f"rank 0 on {HOST} fell silent") and failure.reports
+    assert failure.reason.startswith(f"rank 0 on {HOST} stopped responding") and failure.reports
 
 
 class Gone:
@@ -148,7 +148,7 @@ def test_explain_names_who_is_gone_within_a_few_beats(three: Ranks) -> None:
     failures = together([lambda: three.lines[0].explain("closed"), lambda: three.lines[2].explain("closed")])
     assert time.monotonic() - started < SILENCE, "before silence alone would tell"
     found = [failure for failure in failures if isinstance(failure, PeerFailure)]
-    assert len(found) == 2 and all(f"rank 1 on {HOST} fell silent" in failure.reason for failure in found)
+    assert len(found) == 2 and all(f"rank 1 on {HOST} stopped responding" in failure.reason for failure in found)
     assert sorted(failure.reports for failure in found) == [False, True]
 
 
@@ -320,7 +320,7 @@ def test_a_foreign_value_hides_no_silent_rank(three: Ranks) -> None:
     finally:
         stop.set()
         writer.join()
-    assert three.failures[0][0].reason.startswith(f"rank 1 on {HOST} fell silent")
+    assert three.failures[0][0].reason.startswith(f"rank 1 on {HOST} stopped responding")
 
 
 def test_what_a_stranger_says_is_shown_as_one_line(three: Ranks) -> None:

@@ -88,14 +88,14 @@ def test_nothing_is_a_world_of_one(bare: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("world", ["1", "4"])
 def test_another_world_than_was_meant_is_refused(bare: pytest.MonkeyPatch, world: str) -> None:
-    with pytest.raises(UserError, match=f"a world of {world}, but 2 ranks were to be started"):
+    with pytest.raises(UserError, match=f"a world of {world}, but 2 ranks should have started"):
         start(bare, RANK="0", WORLD_SIZE=world, MEGATRON_TIEDLORA_EXPECTED_RANKS="2")
     assert start(bare, RANK="0", WORLD_SIZE="2") == (0, 2)
 
 
 @pytest.mark.parametrize("said", ["2x8", "2.0", "-2", "²", "two", "9" * 5000])
 def test_an_expected_world_that_is_no_number_is_refused(bare: pytest.MonkeyPatch, said: str) -> None:
-    with pytest.raises(UserError, match=r"^MEGATRON_TIEDLORA_EXPECTED_RANKS=.* is no number of ranks; set it to"):
+    with pytest.raises(UserError, match=r"^MEGATRON_TIEDLORA_EXPECTED_RANKS=.* is not a number of ranks; correct it"):
         start(bare, RANK="0", WORLD_SIZE="2", MEGATRON_TIEDLORA_EXPECTED_RANKS=said)
 
 
@@ -131,7 +131,7 @@ class Runner:
         ("deepspeed --hostfile hosts --include=node1 train.py", ""),
         ("deepspeed train.py --hostfile hosts", ""),
         ("deepspeed --hostfile none train.py", "none: cannot be read"),
-        ("deepspeed --hostfile ~nosuchuser/hosts train.py", "is no path"),
+        ("deepspeed --hostfile ~nosuchuser/hosts train.py", "is not a path"),
     ],
 )
 def test_slots_of_deepspeeds_hostfile_are_the_world(

@@ -77,7 +77,7 @@ def test_more_ranks_than_gpus(bare: pytest.MonkeyPatch) -> None:
         bare.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert str(choose_device()) == device
     bare.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"rank 2 of host .* has no GPU, it has 2"):
+    with pytest.raises(UserError, match=r"no GPU for local rank 2 on host .*, which has 2"):
         choose_device()
 
 
@@ -122,7 +122,7 @@ def meet_with(names: list[str], shares: str = "") -> str:
     [
         (["", "", ""], "", "met"),
         (["GPU-a", "GPU-b", "GPU-c"], "", "met"),
-        (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank a GPU"),
+        (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank per GPU"),
         (["GPU-a", "GPU-b", "GPU-a"], "1", "met"),  # NCCL's own switch for it
         (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; see what `nvidia-smi`"),
     ],

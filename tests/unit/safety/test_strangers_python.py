@@ -13,7 +13,7 @@ from folders import ROOT
 from launcher_jobs import hosts_here, make_job, start
 from run_helpers import ENVIRONMENT
 
-from megatron_tiedlora.cluster.reach import JobHosts
+from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.routes import plan_start
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.runtime.launch_env import free_port

@@ -97,7 +97,7 @@ def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
 def test_the_line_that_names_the_dead_rank() -> None:
     named = "error: rank 1 on host, after step 4: killed"
     assert ranks.naming_line(f"x\n{named}\n", 1) == named
-    assert ranks.naming_line(f"x\n{named}\n", 2) is ranks.naming_line("error: rank 10 fell silent", 1) is None
+    assert ranks.naming_line(f"x\n{named}\n", 2) is ranks.naming_line("error: rank 10 stopped responding", 1) is None
     assert ranks.last_error("ValueError: bad\nwarning: later") == "ValueError: bad"
 
 

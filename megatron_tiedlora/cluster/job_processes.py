@@ -1,7 +1,7 @@
-"""The processes of one start on this host: found by the run id in their environment, and signalled.
+"""Find the processes of one start on this host by the run id in their environment, and signal them.
 
-`python -m megatron_tiedlora.cluster.leftovers --run_id ID --script FILE [--signal N ...]` is run on each host and
-answers in one line of JSON. It imports little, so that it is quick, and looks at the user's own processes only.
+`python -m megatron_tiedlora.cluster.job_processes --run_id ID --script FILE [--signal N ...]` runs on each host and
+prints one line of JSON. It imports little, so that it is quick, and looks at the user's own processes only.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ Kind = Literal["rank", "agent", "launcher"]
 
 
 @dataclass(frozen=True)
-class Found:
+class JobProcess:
     """A process of the start.
 
     Attributes:
-        kind: `rank` runs the script; `agent` is torchrun's, which starts its ranks anew when they end badly; all else
-            is `launcher`, helpers of ranks included.
-        told: whether it has just been signalled.
-        created: when it was started, since its number may be another's later.
+        kind: `rank` runs the script; `agent` is torchrun's agent, which restarts its ranks when they fail; everything
+            else is `launcher`, including helper processes of ranks.
+        signalled: whether this call has signalled it.
+        created: its start time, because the pid may be reused later.
     """
 
     pid: int
     kind: Kind
     name: str
-    told: bool = False
+    signalled: bool = False
     created: float = 0.0
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found on a host, which may be known by other names too, and its first address."""
+class HostProcesses:
+    """The processes of the start on one host, the host's own name and its first address."""
 
     host: str
-    processes: tuple[Found, ...]
+    processes: tuple[JobProcess, ...]
     address: str = ""
 
 
-def find(run_id: str, *, script: str) -> Report:
-    """The processes of start `run_id` on this host, without this one and those above it.
+def find_processes(run_id: str, *, script: str) -> HostProcesses:
+    """The processes of start `run_id` on this host, except this process and its parents.
 
     Args:
-        script: what the ranks run, as it stands in their command line.
+        script: the script that the ranks run, as written in their command line.
     """
     above = {os.getpid()}
     with suppress(psutil.Error):
@@ -75,8 +75,8 @@ def find(run_id: str, *, script: str) -> Report:
         with suppress(psutil.Error):
             if kind == "rank" and kinds.get(process.ppid()) == "rank":  # a fork of a rank, to read data or to compile
                 kind = "launcher"
-            found.append(Found(pid, kind, process.name(), created=process.create_time()))
-    return Report(socket.gethostname(), tuple(found))
+            found.append(JobProcess(pid, kind, process.name(), created=process.create_time()))
+    return HostProcesses(socket.gethostname(), tuple(found))
 
 
 def _kind(process: psutil.Process, script: str) -> Kind:
@@ -89,16 +89,18 @@ def _kind(process: psutil.Process, script: str) -> Kind:
     return "agent" if is_torchrun(words) else "launcher"
 
 
-def tell(report: Report, number: int, *, everything: bool = False, but: Sequence[int] = ()) -> Report:
-    """Signal the ranks (torchrun's agents where there are any, which pass it on), or all there is, parents first.
+def signal_processes(
+    report: HostProcesses, number: int, *, everything: bool = False, skip: Sequence[int] = ()
+) -> HostProcesses:
+    """Signal the ranks (or torchrun's agents if there are any: they pass it on), or every process, parents first.
 
     Args:
-        but: processes that have been told before.
+        skip: pids that have had the signal already.
 
     Returns:
-        The report, with those that were signalled marked.
+        The report, in which the processes that were signalled are marked.
     """
-    by_kind: dict[Kind, list[Found]] = {"launcher": [], "agent": [], "rank": []}
+    by_kind: dict[Kind, list[JobProcess]] = {"launcher": [], "agent": [], "rank": []}
     for found in report.processes:
         by_kind[found.kind].append(found)
     chosen = (
@@ -106,28 +108,28 @@ def tell(report: Report, number: int, *, everything: bool = False, but: Sequence
         if everything
         else (by_kind["agent"] or by_kind["rank"])
     )
-    told = set()
+    done = set()
     for found in chosen:
         with suppress(psutil.Error):
             process = psutil.Process(found.pid)
-            if found.pid not in but and process.create_time() == found.created:
+            if found.pid not in skip and process.create_time() == found.created:
                 process.send_signal(number)
-                told.add(found.pid)
-    return replace(report, processes=tuple(replace(found, told=found.pid in told) for found in report.processes))
+                done.add(found.pid)
+    return replace(report, processes=tuple(replace(found, signalled=found.pid in done) for found in report.processes))
 
 
-def read_report(text: str) -> Report | None:
-    """The report in what a host has printed, below whatever its shell says at a login; None if there is none."""
+def read_report(text: str) -> HostProcesses | None:
+    """The report in a host's output, which may begin with what its login shell prints; None if there is no report."""
     for line in reversed(text.splitlines()):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             content = json.loads(line)
-            processes = tuple(Found(**found) for found in content["processes"])
-            return Report(str(content["host"]), processes, str(content["address"]))
+            processes = tuple(JobProcess(**found) for found in content["processes"])
+            return HostProcesses(str(content["host"]), processes, str(content["address"]))
     return None
 
 
 def first_address() -> str:
-    """The first address of this host, as `hostname -I` gives it, which DeepSpeed's launchers go by; '' if none."""
+    """The first address that `hostname -I` prints here, which DeepSpeed's launchers use; '' if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:
             if address.family == socket.AF_INET and not address.address.startswith("127.") and _is_up(name):
@@ -140,17 +142,17 @@ def _is_up(interface: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Find, signal, answer."""
-    parser = argparse.ArgumentParser(prog="leftovers", description=__doc__)
+    """Find the processes, signal them and print the report."""
+    parser = argparse.ArgumentParser(prog="job_processes", description=__doc__)
     parser.add_argument("--run_id", required=True)
     parser.add_argument("--script", required=True)
     parser.add_argument("--signal", type=int)
     parser.add_argument("--to", choices=("ranks", "all"), default="ranks")
-    parser.add_argument("--but", type=int, nargs="*", default=[])
+    parser.add_argument("--skip", type=int, nargs="*", default=[])
     options = parser.parse_args(argv)
-    report = find(options.run_id, script=options.script)
+    report = find_processes(options.run_id, script=options.script)
     if options.signal is not None:
-        report = tell(report, options.signal, everything=options.to == "all", but=options.but)
+        report = signal_processes(report, options.signal, everything=options.to == "all", skip=options.skip)
     print(json.dumps({**asdict(report), "address": first_address()}), flush=True)
     return 0
 

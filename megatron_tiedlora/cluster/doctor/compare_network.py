@@ -1,23 +1,24 @@
-"""What is wrong with names, addresses, ports, layout and files, by what the hosts answered: as in compare.py."""
+"""Find what is wrong with names, addresses, ports, layout and files; as compare.py does for the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
 from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.probe import is_loopback
 from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, Layout, PathContent
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names, size_text
+from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 
-_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far below it; logs and an exported model are not
-_MOST_NAMED = 3  # files that differ
+_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
+_MOST_NAMED = 3  # of the files that differ
 
 # Names, addresses, ports -------------------------------------------------------------------------------------------
 
 
 def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Names that lead nowhere or back to the host itself, interfaces that are not there, a machine that comes twice."""
+    """Names that do not resolve or resolve to the host itself, missing interfaces, a machine listed twice."""
     first = hosts[0].name
     names: dict[str, list[str]] = {}
     for host, probe in answering(hosts):
@@ -28,7 +29,7 @@ def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
                     "no_interface",
                     [host.name],
                     f"{host.name}: {variable}={value}, but its interfaces are {', '.join(probe.interfaces)}",
-                    f"set {variable} to an interface that every host has, or leave it out",
+                    f"set {variable} to an interface that every host has, or unset it",
                 )
         if len(hosts) == 1:
             continue
@@ -45,7 +46,7 @@ def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
             yield error(
                 "master_address",
                 [host.name],
-                f"on {host.name} the first host's name, {first}, stands for {host.name} itself"
+                f"on {host.name} the first host's name, {first}, resolves to {host.name} itself"
                 f" ({', '.join(probe.master_addresses)})",
                 f"correct {first} in its /etc/hosts",
             )
@@ -55,17 +56,18 @@ def look_at_names(hosts: Sequence[HostReport]) -> Iterator[Finding]:
                 "same_machine",
                 twice,
                 f"{enumerate_names(twice)} are one machine",
-                "keep one line of the hostfile for it, with all its slots",
+                "keep one line for it in the hostfile, with all its slots",
             )
 
 
 def _look_at_own_name(host: HostReport, name: str, addresses: Sequence[str], *, on_gpus: bool) -> Iterator[Finding]:
-    """gloo listens where the host's own name leads. NCCL looks for an interface itself."""
+    """gloo listens on the address that the host's own name resolves to. NCCL looks for an interface itself."""
     if addresses and not all(map(is_loopback, addresses)):
         return
     probe = host.probe
     interface = None if probe is None else interface_in_use(probe.interfaces, probe.peer_address)
-    found = f"stands for {', '.join(addresses)}, where no other host reaches it" if addresses else "is not known there"
+    there = f"resolves to {', '.join(addresses)}, which other hosts cannot reach"
+    found = there if addresses else "does not resolve there"
     yield (warning if on_gpus else error)(
         "loopback_name",
         [host.name],
@@ -75,12 +77,12 @@ def _look_at_own_name(host: HostReport, name: str, addresses: Sequence[str], *, 
 
 
 def interface_in_use(interfaces: Mapping[str, Sequence[str]], address: str | None) -> str | None:
-    """The interface that has an address."""
+    """The interface that has `address`."""
     return next((name for name, addresses in interfaces.items() if address in addresses), None)
 
 
 def _matches(variable: str, value: str, interface: str) -> bool:
-    """As the library reads its variable: gloo takes names; NCCL prefixes, `=eth0` for a name, `^eth0` for any other."""
+    """Match as the library does: gloo takes names; NCCL takes prefixes, `=eth0` for a name, `^eth0` for any other."""
     if variable == "GLOO_SOCKET_IFNAME":
         return interface in value.split(",")
     negated, exact = value.startswith("^"), value.lstrip("^").startswith("=")
@@ -90,7 +92,7 @@ def _matches(variable: str, value: str, interface: str) -> bool:
 
 
 def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """The port where ranks meet, if something listens on it already."""
+    """Report the port where ranks meet if something listens on it already."""
     for host, probe in answering(hosts):
         if probe.port is not None and not probe.port.free:
             holder = f" by {probe.port.holder}" if probe.port.holder else ""
@@ -98,7 +100,7 @@ def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
                 "port_in_use",
                 [host.name],
                 f"{host.name}: port {probe.port.number} is in use{holder}",
-                f"--master_port {probe.port.next_free} is free; or end what holds it, perhaps a job of before",
+                f"use --master_port {probe.port.next_free}, which is free, or end that process, perhaps an earlier job",
             )
 
 
@@ -106,16 +108,16 @@ def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Finding]:
-    """Tensor parallel groups that do not fit into a host: they send the most messages."""
-    places = [hosts_of_ranks(hosts, ranks) for ranks in group_members(layout).get("tensor", ())]
-    spread = [where for where in places if len(where) > 1]
+    """Tensor parallel groups that span hosts: they send the most messages."""
+    groups = [hosts_of_ranks(hosts, ranks) for ranks in group_members(layout).get("tensor", ())]
+    spread = [where for where in groups if len(where) > 1]
     if spread:
         yield warning(
             "tensor_parallel_across_hosts",
             list(dict.fromkeys(name for where in spread for name in where)),
             f"{len(spread)} tensor parallel group(s) span hosts, the first {enumerate_names(spread[0])}; every layer"
             " waits for their network",
-            "choose --tensor_parallel that divides the slots of every host, and cut by --pipeline_parallel",
+            "choose a --tensor_parallel that divides the slots of every host, and use --pipeline_parallel across hosts",
         )
 
 
@@ -123,11 +125,11 @@ def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Find
 
 
 def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Files that a job reads and that are missing, cannot be read, or are not the same."""
+    """Input files of a job that are missing, cannot be read or differ."""
     keys = {key: None for _, probe in answering(hosts) for key in probe.paths}
     for key in keys:
         contents = {host.name: probe.paths[key] for host, probe in answering(hosts)}
-        flag = key.partition(":")[0]  # one of two files has its number
+        flag = key.partition(":")[0]  # a flag that names two files has them as FLAG:1 and FLAG:2
         yield from _look_for_paths(flag, contents)
         there = {name: content for name, content in contents.items() if content.kind in ("file", "folder", "cached")}
         for name, content in there.items():
@@ -141,11 +143,11 @@ def compare_paths(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[Finding]:
-    """What is not there, or was not looked for."""
+    """Paths that are missing, or were not checked."""
     local = next((content.path for content in contents.values() if content.kind in ("file", "folder")), None)
     by_kind: dict[str, list[str]] = {}
     for name, content in contents.items():
-        # What is a path on one host is no hub's id on another.
+        # A path that exists on one host is not taken for a hub id on another.
         is_missing = local is not None and content.kind in ("not_cached", "unchecked")
         by_kind.setdefault("missing" if is_missing else content.kind, []).append(name)
     for kind, names in by_kind.items():
@@ -156,12 +158,12 @@ def _look_for_paths(flag: str, contents: Mapping[str, PathContent]) -> Iterator[
             fix = "correct the path, or download it first" if everywhere else "copy it there, or mount its file system"
             yield error("path_missing", names, f"{given} is missing on {where}", fix)
         elif kind == "not_cached":
-            message = f"{given} is no folder, and not in the Hugging Face cache of {where}"
-            fix = "`hf download` it, or set HF_HOME to a cache that has it; else a job asks the hub for it"
+            message = f"{given} is not a folder, and is not in the Hugging Face cache of {where}"
+            fix = "`hf download` it, or set HF_HOME to a cache that has it; otherwise a job downloads it"
             yield warning("hub_not_cached", names, message, fix)
         elif kind == "unchecked":
-            message = f"{given} is no file on {where}; whether the hub's data set of that name is there was not checked"
-            fix = "see that the hosts reach the hub, or load it there first; or give files"
+            message = f"{given} is not a file on {where}; whether it is cached as a data set of the hub was not checked"
+            fix = "make sure that the hosts reach the hub, or load the data set there first, or give files"
             yield warning("hub_not_checked", names, message, fix)
 
 
@@ -170,23 +172,23 @@ def _compare_contents(flag: str, contents: Mapping[str, PathContent]) -> Iterato
         return
     keys = {name: tuple(sorted(content.files.items())) for name, content in contents.items()}
     usual = dict(usual_value(list(keys.values())))
-    copy = "copy it again, from a host where it is right"
+    copy = "copy it again from a host where it is right"
     for name, content in contents.items():
         if content.files == usual or UNREADABLE in content.files.values():
             continue
         other = [file for file in sorted({*content.files, *usual}) if content.files.get(file) != usual.get(file)]
         more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
-        # The hub's client itself brings a cache up to date, where it has a network.
+        # The hub's client updates its cache itself if it has a network.
         yield (warning if content.kind == "cached" else error)(
             "path_differs",
             [name],
-            f"{name}: --{flag} {content.path} is not that of the other hosts: {', '.join(other[:_MOST_NAMED])}{more}",
+            f"{name}: --{flag} {content.path} differs from the other hosts': {', '.join(other[:_MOST_NAMED])}{more}",
             "`hf download` it again" if content.kind == "cached" else copy,
         )
 
 
 def look_at_output(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Output folders that cannot be written, or have little space."""
+    """Output folders that are not writable or have little space."""
     for host, probe in answering(hosts):
         if probe.output is None:
             continue
@@ -195,12 +197,12 @@ def look_at_output(hosts: Sequence[HostReport]) -> Iterator[Finding]:
                 "output_not_writable",
                 [host.name],
                 f"{host.name}: --output_dir {probe.output.path}: no right to write in {probe.output.existing}",
-                "choose another one, or have the right given",
+                "choose another folder, or get the permission",
             )
         if probe.output.free_bytes < _LITTLE_SPACE:
             yield warning(
                 "disk",
                 [host.name],
-                f"{host.name}: --output_dir {probe.output.path}: {size_text(probe.output.free_bytes)} free",
-                "make room: a save that does not fit ends the run",
+                f"{host.name}: --output_dir {probe.output.path}: {bytes_in_words(probe.output.free_bytes)} free",
+                "free some space: a save that does not fit ends the run",
             )

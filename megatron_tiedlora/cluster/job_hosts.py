@@ -1,4 +1,4 @@
-"""All hosts of a job at once: which of its processes run there, told to stop, or ended."""
+"""Find, signal and end the processes of a job on all of its hosts at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_tiedlora.cluster.leftovers import Found, Report, find, read_report, tell
+from megatron_tiedlora.cluster.job_processes import (
+    HostProcesses,
+    JobProcess,
+    find_processes,
+    read_report,
+    signal_processes,
+)
 from megatron_tiedlora.cluster.remote import Done, HostCommands
 from megatron_tiedlora.cluster.routes import Job
 
-MODULE = "megatron_tiedlora.cluster.leftovers"
+MODULE = "megatron_tiedlora.cluster.job_processes"
 
 
 @dataclass(frozen=True)
@@ -19,16 +25,16 @@ class Answers:
 
     Attributes:
         reports: by the hosts' own names.
-        unreached: by the name in the hostfile or allocation, why there was no answer.
-        addresses: by those names, each host's first address.
+        unreached: why a host gave no answer, by its name in the hostfile or allocation.
+        addresses: each host's first address, by the same names.
     """
 
-    reports: Mapping[str, Report]
+    reports: Mapping[str, HostProcesses]
     unreached: Mapping[str, str] = field(default_factory=dict)
     addresses: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def found(self) -> list[tuple[str, Found]]:
+    def found(self) -> list[tuple[str, JobProcess]]:
         """Every process with its host."""
         return [(host, found) for host, report in self.reports.items() for found in report.processes]
 
@@ -39,34 +45,35 @@ class Answers:
 
 
 class JobHosts:
-    """The hosts of a job, and this one, where its launcher runs."""
+    """The hosts of a job, and this host, where its launcher runs."""
 
     def __init__(self, job: Job, environment: Mapping[str, str], *, limit: float) -> None:
-        """Args: limit: seconds for a host to answer."""
+        """Args: limit: seconds that a host has to answer."""
         here = socket.gethostname()
         own = {"localhost", here, here.split(".")[0], environment.get("SLURMD_NODENAME", here)}
         self._job, self._limit = job, limit
-        self._others = () if job.reached == "local" else tuple(h.name for h in job.hosts if h.name not in own)
+        self._others = () if job.route == "local" else tuple(h.name for h in job.hosts if h.name not in own)
         named = {name: environment[name] for name in ("PYTHONPATH",) if name in environment}
-        self._way = job.way(named if job.reached == "ssh" else {})
-        self._told: dict[str, set[int]] = {}  # by the name that a host is asked by
-        self._here, self._aliases = here, set[str]()  # names of a hostfile that turned out to be this host's
+        self._transport = job.transport(named if job.route == "ssh" else {})
+        self._signalled: dict[str, set[int]] = {}  # by the name that is used to reach a host
+        self._here, self._aliases = here, set[str]()  # names in a hostfile that turned out to be this host's
 
     def check(self) -> Answers:
-        """Whether every host, this one too where it is one, can be reached as the launcher will reach it."""
-        names = [] if self._job.reached == "local" else [host.name for host in self._job.hosts]
+        """Whether every host of the job, which may include this one, can be reached as the launcher will reach it."""
+        names = [] if self._job.route == "local" else [host.name for host in self._job.hosts]
         return self._answers(self._run(dict.fromkeys(names, self._command())), {})
 
     def ask(self, number: int = 0, *, everything: bool = False) -> Answers:
-        """What runs where.
+        """Which processes of the job run on which host.
 
         Args:
-            number: a signal for what is found, 0 for none.
-            everything: send it to all processes, and not only to the ranks (or torchrun's agents) not told yet.
+            number: a signal to send to them, 0 for none.
+            everything: send it to all processes, and not only to the ranks (or torchrun's agents) not signalled yet.
         """
-        here = find(self._job.run_id, script=self._job.script)
+        here = find_processes(self._job.run_id, script=self._job.script)
         if number:
-            here = tell(here, number, everything=everything, but=() if everything else [*self._told.get("", ())])
+            done = () if everything else [*self._signalled.get("", ())]
+            here = signal_processes(here, number, everything=everything, skip=done)
         others = [name for name in self._others if name not in self._aliases]
         commands = {name: self._command(number, everything=everything, name=name) for name in others}
         return self._answers(self._run(commands), {"": here})
@@ -75,14 +82,14 @@ class JobHosts:
         words = [self._job.python, "-P", "-m", MODULE, "--run_id", self._job.run_id, "--script", self._job.script]
         if number:
             words += ["--signal", str(int(number)), "--to", "all" if everything else "ranks"]
-            if not everything and (told := self._told.get(name)):
-                words += ["--but", *map(str, sorted(told))]
+            if not everything and (done := self._signalled.get(name)):
+                words += ["--skip", *map(str, sorted(done))]
         return words
 
     def _run(self, commands: Mapping[str, list[str]]) -> Mapping[str, Done]:
-        return HostCommands(self._way, limit=self._limit).run(commands) if commands else {}
+        return HostCommands(self._transport, limit=self._limit).run(commands) if commands else {}
 
-    def _answers(self, answered: Mapping[str, Done], reports: Mapping[str, Report]) -> Answers:
+    def _answers(self, answered: Mapping[str, Done], reports: Mapping[str, HostProcesses]) -> Answers:
         by_name, unreached = dict(reports), {}
         for name, done in answered.items():
             report = read_report(done.stdout) if done.status == 0 else None
@@ -92,7 +99,7 @@ class JobHosts:
                 by_name[name] = report
                 self._aliases |= {name} if report.host == self._here else set()
         for name, report in by_name.items():
-            self._told.setdefault(name, set()).update(found.pid for found in report.processes if found.told)
+            self._signalled.setdefault(name, set()).update(found.pid for found in report.processes if found.signalled)
         addresses = {name: report.address for name, report in by_name.items()}
         return Answers({report.host: report for report in by_name.values()}, unreached, addresses)
 
@@ -103,7 +110,7 @@ class JobHosts:
 
 
 def describe(answers: Answers) -> list[str]:
-    """A line for each host with processes of the job."""
+    """One line for each host that has processes of the job."""
     lines = []
     for host, report in answers.reports.items():
         processes = ", ".join(f"{found.pid} ({found.kind}, {found.name})" for found in report.processes)

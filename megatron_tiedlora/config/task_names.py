@@ -1,9 +1,0 @@
-"""The names of the tasks, for `--task`: those of the files in data/tasks, which imports go past and not through."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
-
-TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
