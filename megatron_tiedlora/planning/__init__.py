@@ -1,1 +1,1 @@
-"""What a layout costs, as arithmetic: stages, operations, memory, messages."""
+"""Arithmetic that predicts what a layout costs: stages, FLOPs, memory and messages."""

@@ -1,6 +1,6 @@
-"""How a model is trained over ranks, as plain data: with a ModelShape, all that the planners ask for.
+"""The layout of a run over its ranks, as plain data. The planners read nothing beside it and a ModelShape.
 
-A planner that compares layouts makes one `Layout` for each; a run makes one from its settings (`RunPlan.layout`).
+A run makes one `Layout` from its settings (`RunPlan.layout`). A comparison of layouts makes one for each.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ BASE_MULTIPLE = 8
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
 GPU_MULTIPLE = 128
-# Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
-# for half a minute at first, and saves about a quarter of a step.
+# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
+# first, and saves about a quarter of each step.
 LEAST_WORK = 5e9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of the grid of ranks, what they hold and compute, and how.
+    """How a model and its adapter are trained over the ranks.
 
     Attributes:
-        adapter: what is trained.
-        length: tokens of a row of a micro-batch, at most.
-        rows: of a micro-batch, at most.
-        micro_batches: of a rank in a step, at most.
-        tp_size, pp_size, dp_size: ranks that share each layer, stages, ranks that see different samples.
-        cuts_sequences: whether activations between layers are sharded along the sequence where tp_size is above 1.
-        zero_stage: 0 to 3.
-        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than these.
-        dtype: of the base.
-        recompute: "none", "selective" (gate and up) or "full" (blocks).
-        on_gpu: whether ranks run on GPUs, where rows are padded further and memory goes to more than tensors.
+        adapter: the adapter that is trained.
+        length: the most tokens in a row of a micro-batch.
+        rows: the most rows in a micro-batch.
+        micro_batches: the most micro-batches of a rank in one step.
+        tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
+        cuts_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
+        zero_stage: the ZeRO stage, 0 to 3.
+        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
+        dtype: the dtype of the base.
+        recompute: "none", "selective" (gate and up) or "full" (whole blocks).
+        on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
-        deterministic: whether sums have one order.
+        deterministic: whether every sum has a fixed order.
     """
 
     adapter: AdapterConfig
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def sequence_parts(self) -> int:
-        """Into how many shards activations between layers are cut along the sequence."""
+        """The number of shards that activations between layers are cut into along the sequence."""
         return self.tp_size if self.sequence_parallel else 1
 
     @property
@@ -87,7 +87,7 @@ class Layout:
 
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int) -> bool:
-    """Whether a run of `num_tokens` on all ranks together is long enough to gain by compiled kernels."""
+    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= LEAST_WORK
 

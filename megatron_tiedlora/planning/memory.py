@@ -1,8 +1,8 @@
-"""Bytes that a rank of each stage needs, by what they are for: arithmetic on shapes.
+"""Arithmetic for the bytes that a rank of each stage needs, by purpose.
 
-Activations are in_flight x tokens x blocks with a backward pass x bytes that a block saves for each token, less for the
-last block, and what one of them holds for a moment. What DeepSpeed's engines keep beside is counted apart (hidden
-states of a pipeline, gathered weights of ZeRO-3), and so is what a GPU's libraries take without PyTorch's knowledge.
+Activations are in_flight x tokens x blocks with a backward pass x bytes that a block saves for a token (the last block
+saves less), plus the temporary tensors of one block. Two more figures stand apart: what DeepSpeed's engines hold
+(hidden states of a pipeline, gathered weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.stages import StagePlan
 
 FP32 = 4
-# Estimates. NCCL's is by what users report: 0.3 to 0.7 GB on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
+# Estimates. Users report 0.3 to 0.7 GB for NCCL on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
 CONTEXT_BYTES = 0.5e9
 COMMUNICATOR_BYTES = 0.5e9
-# cuBLAS's on an H100, for the thread that runs forward and the one that runs backward: 32 MiB each.
+# cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
 WORKSPACE_BYTES = 2 * 2.0**25
-MULTIPROCESSORS = 132  # of an H100, by which flash attention's deterministic backward pass divides its work
+MULTIPROCESSORS = 132  # of an H100; flash attention's deterministic backward pass divides its work by them
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each rank of a stage; `libraries` is what PyTorch does not allocate."""
+    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries`."""
 
     base: float
     adapter: float
@@ -43,21 +43,22 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """The sum."""
         return sum(astuple(self))
 
     @property
     def allocated(self) -> float:
-        """What PyTorch's allocator gives out at the peak of a step."""
+        """The bytes that PyTorch allocates at the peak of a step."""
         return self.total - self.libraries
 
 
 def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: int | None = None) -> StageMemory:
-    """What a rank of `stage` needs.
+    """The bytes that a rank of `stage` needs.
 
     Args:
-        tokens: of its largest micro-batch, padding included.
-        documents: in that micro-batch, and `longest`: tokens of the longest one (None: all).
+        tokens: the tokens of its largest micro-batch, padding included.
+        documents: the documents in that micro-batch.
+        longest: the tokens of the longest document; None means all.
     """
     layout, trained = stage.layout, sum(stage.trained)
     attention = attention_memory(
@@ -70,7 +71,7 @@ def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: 
         base=base_bytes(stage) / of_weights,
         adapter=FP32 * sum(stage.held) / of_weights,
         gradients=FP32 * trained / of_gradients,
-        # Two moments; from ZeRO-1 on also a copy of the values that is stepped.
+        # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
         optimizer=(2 if layout.zero_stage == 0 else 3) * FP32 * trained / of_moments,
         activations=_activation_bytes(stage, tokens=tokens, attention=attention),
         engine=_engine_bytes(stage, tokens=tokens),
@@ -79,24 +80,24 @@ def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: 
 
 
 def num_communicators(stage: StagePlan) -> int:
-    """NCCL communicators of a rank: one for each group of more than one rank and each neighbour in the pipeline."""
+    """A rank's NCCL communicators: one for each group of several ranks and for each neighbour in the pipeline."""
     layout = stage.layout
     tensor, pipeline, data = (size > 1 for size in (layout.tp_size, layout.pp_size, layout.dp_size))
-    groups = [tensor, data, tensor or pipeline, tensor and data]  # the model's; of u, over tensor x data
-    if pipeline:  # the pipeline's, that for choices and the tied tensors'
+    groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the model's, and that of u
+    if pipeline:  # the groups of the pipeline, of choices and of the tied tensors
         groups += [True] * 3 + [not stage.is_first, not stage.is_last]
     return sum(groups)
 
 
 def base_bytes(stage: StagePlan) -> int:
-    """Of the base weights that a rank of the stage holds, before ZeRO-3 cuts them over data-parallel ranks."""
+    """The bytes of the base weights of a rank of the stage, before ZeRO-3 shards them over data-parallel ranks."""
     return sum(stage.local_base) * stage.layout.dtype.itemsize
 
 
 def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
-    """Keys and values of a decoded batch on a rank of the stage, `tokens` in each of the sequences.
+    """The bytes of keys and values on a rank of the stage while it decodes sequences of up to `tokens` tokens.
 
-    A pipeline has a part of the batch on each stage, so every rank holds the caches of the whole batch.
+    Each stage of a pipeline works on another part of the batch, so every rank holds the caches of the whole batch.
     """
     heads, layout = stage.shape.heads, stage.layout
     dtype = cache_dtype(layout.dtype, torch.device("cuda" if layout.on_gpu else "cpu"))
@@ -105,22 +106,22 @@ def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
 
 
 def micro_batches_in_flight(stage: StagePlan) -> int:
-    """How many micro-batches 1F1B has begun and not ended on a stage."""
+    """The most micro-batches that 1F1B has started and not finished on a stage."""
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes of one token on a rank of a layout.
+    """The bytes that a rank needs for one token.
 
     Attributes:
-        whole: hidden states, on a rank that has all of them.
-        hidden: the same as they lie between layers, sharded along the sequence where sequences are cut.
-        gathered: of a gradient between layers, whole again where sequences are cut.
-        attended: attention's result.
+        whole: its hidden state, inside a layer.
+        hidden: the same between layers, where it may be sharded along the sequence.
+        gathered: the gradient of a hidden state that is gathered; 0 if sequences are not cut.
+        attended: the output of attention.
         gate: gate and up.
-        saved: what one adapted block saves for its backward pass.
-        after_attention: of `saved`, what comes after attention: the second norm's, gate and up.
+        saved: all that one adapted block saves for its backward pass.
+        after_attention: the part of `saved` that follows attention: the second norm's input, gate and up.
     """
 
     whole: float
@@ -133,12 +134,12 @@ class TokenBytes:
 
 
 def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
-    """Of one token of the whole sequence, on a rank.
+    """The bytes of one token of the whole sequence on a rank of the layout.
 
-    On one rank that holds all a block saves 4 d + 2 k + 2 f + r numbers (inputs of two norms; q, k, v and attention's
-    result; gate and up; and A x where a factor's gradient needs it), and in fp32 one for each norm and attention head.
-    Without gate, up and the second norm's number where these are computed again; of a block that is, as a whole, while
-    it is there.
+    Without parallelism a block saves 4 d + 2 k + 2 f + r numbers (the inputs of two norms; q, k, v and the output of
+    attention; gate and up; A x if the gradient of a factor needs it), and one fp32 number for each norm and head.
+    Selective recompute does not save gate, up and the second norm's number. With full recompute this is what a block
+    saves while it is recomputed.
     """
     heads, itemsize, parts, tp_size = shape.heads, layout.dtype.itemsize, layout.sequence_parts, layout.tp_size
     queries = heads.rows[0]
@@ -163,11 +164,11 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
 
 
 def saved_bytes(stage: StagePlan, *, tokens: int, after: int | None = None) -> float:
-    """What autograd saves of a micro-batch on a rank of `stage`, beside parameters and what is as small as indices.
+    """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices.
 
     Args:
-        tokens: of the micro-batch, padding included.
-        after: positions that what comes after the last attention computes; None: all. Of each the gradient is kept.
+        tokens: the tokens of the micro-batch, padding included.
+        after: the positions that are computed after the last attention; None means all. The gradient of each is saved.
     """
     after = tokens if after is None else after
     of_token, recomputes = token_bytes(stage.shape, stage.layout), stage.layout.recompute == "full"
@@ -180,7 +181,7 @@ def saved_bytes(stage: StagePlan, *, tokens: int, after: int | None = None) -> f
 
 
 def _factor_bytes(stage: StagePlan) -> int:
-    """Of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which a micro-batch's layers share."""
+    """The bytes of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which all layers of a stage share."""
     part, adapter, itemsize = stage.part, stage.layout.adapter, stage.layout.dtype.itemsize
     if not part.layers:
         return 0
@@ -195,11 +196,11 @@ def _factor_bytes(stage: StagePlan) -> int:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """What attention's kernel on a GPU needs beside its arguments and result.
+    """The bytes that attention's kernel on a GPU needs beside its inputs and output.
 
     Attributes:
-        saved: of a block from its forward to its backward pass, beside one fp32 number a token and head.
-        backward: at the worst moment of its backward pass: gradients of its arguments and result, and workspace.
+        saved: what a block saves for its backward pass, beside one fp32 number for each token and head.
+        backward: the peak of its backward pass: the gradients of its inputs and output, and a workspace.
     """
 
     saved: int
@@ -209,10 +210,10 @@ class AttentionMemory:
 def attention_memory(
     shape: ModelShape, layout: Layout, *, tokens: int, documents: int, longest: int
 ) -> AttentionMemory:
-    """By how many documents there are in a micro-batch of `tokens`, and how long the longest is.
+    """The memory of attention for a micro-batch of `tokens` in so many documents, the longest of `longest` tokens.
 
-    Counted for PyTorch's own kernels (2.11): flash in 16 bits, and flash_attn's is alike; the memory-efficient one in
-    fp32. A CPU goes by blocks of queries, whose scores are small.
+    The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
+    memory-efficient kernel in fp32. A CPU computes blocks of queries, whose scores are small.
     """
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
     heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size
@@ -220,12 +221,12 @@ def attention_memory(
     saved, workspace = 0, 0
     grouped = shape.heads.num_kv < shape.heads.num
     if layout.on_gpu and layout.dtype == torch.float32:
-        square = documents * padded(longest, 32)  # it sees a batch of rows that are as long as the longest document
+        square = documents * padded(longest, 32)  # the kernel gets rows as long as the longest document
         saved = FP32 * heads * max(square - tokens, 0)
         workspace = FP32 * query * max(square, tokens) + 2 * FP32 * query * tokens * grouped
     elif layout.on_gpu:
-        # An fp32 gradient of the queries, of documents that are padded by up to 128; each of `copies` of it gets a
-        # part of the keys where sums must have one order; and gradients of keys and values for every query head.
+        # The fp32 gradient of the queries, with documents padded by up to 128. If sums must have a fixed order, each of
+        # several copies gets some of the keys. The gradients of keys and values exist for every query head.
         rows, copies = tokens + 128 * documents, 1
         if layout.deterministic:
             copies = -(-MULTIPROCESSORS // (documents * heads))
@@ -235,15 +236,15 @@ def attention_memory(
 
 
 def _activation_bytes(stage: StagePlan, *, tokens: int, attention: AttentionMemory) -> float:
-    """At the worst moment: the last block's MLP and the head, or the backward pass of a block before it."""
+    """The peak: the last block's MLP and the head, or the backward pass of an earlier block."""
     if not stage.backward_blocks:
         return 0.0
     layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
     recomputes = layout.recompute == "full"
     saved = saved_bytes(stage, tokens=tokens)
-    # Under full recomputation, the factors are held as arguments of what is computed again.
+    # With full recompute, the factors are inputs of what is recomputed.
     saved += _factor_bytes(stage) if recomputes else len(stage.backward_blocks) * attention.saved
-    after_attention = tokens * of_token.after_attention  # free again as attention's backward pass begins
+    after_attention = tokens * of_token.after_attention  # freed before the backward pass of attention
     in_attention = attention.backward
     if recomputes:
         in_attention += attention.saved + tokens * of_token.saved - after_attention
@@ -251,39 +252,39 @@ def _activation_bytes(stage: StagePlan, *, tokens: int, attention: AttentionMemo
     in_mlp = tokens * again + _mlp_gradient_bytes(stage, tokens)
     moment = max(in_mlp, in_attention - (0.0 if recomputes else after_attention))
     if stage.is_last:
-        # What the last block of the model has saved is given back before another's backward pass begins.
+        # The last block of the model frees what it has saved before the backward pass of another begins.
         last = tokens * (of_token.hidden if recomputes else of_token.saved - of_token.after_attention)
         moment = max(moment - last, _head_bytes(stage, tokens), in_attention)
     return micro_batches_in_flight(stage) * saved + moment + (WORKSPACE_BYTES if layout.on_gpu else 0.0)
 
 
 def _mlp_gradient_bytes(stage: StagePlan, tokens: int) -> float:
-    """Gradients of gate, up and their product, what the kernel holds beside them, and the gradient that came in."""
+    """The gradients of gate, up and their product, the kernel's temporary tensors, and the gathered gradient."""
     of_token = token_bytes(stage.shape, stage.layout)
     return tokens * (1.5 * of_token.gate + of_token.gathered) + eager_bytes(stage.shape, stage.layout, tokens)
 
 
 def eager_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
-    """The most that a kernel which is not compiled holds beside its arguments and its result.
+    """The most temporary bytes that a kernel needs if it is not compiled.
 
-    That is `gate_gradient`: for each pair of a gate and an up that it takes at once eight fp32 numbers, or five where
-    nothing has to be made fp32.
+    That kernel is `gate_gradient`. It needs eight fp32 numbers for each pair of gate and up that it processes at once,
+    or five if these are fp32 already.
     """
     numbers = 2 * tokens * shape.intermediate_size / layout.tp_size
     return _at_once(layout, numbers) / 2 * FP32 * (8 if layout.dtype.itemsize < FP32 else 5)
 
 
 def _at_once(layout: Layout, numbers: float) -> float:
-    """Of the numbers of a kernel's widest argument, those that it goes over at one time where it is not compiled."""
+    """How many of the `numbers` of its widest input a kernel processes at once if it is not compiled, else 0."""
     if layout.compiled:
         return 0.0
     return min(numbers, NUMBERS_AT_ONCE) if layout.on_gpu else numbers
 
 
 def _head_bytes(stage: StagePlan, tokens: int) -> float:
-    """From the last attention to the loss and back at once: inputs of two norms, gate and up, then logits or gradients.
+    """The peak after the last attention: the inputs of two norms, gate and up, then logits or gradients.
 
-    The input of the last block's QKV is counted with what is saved.
+    `saved_bytes` counts the input of the last block's QKV.
     """
     shape, layout = stage.shape, stage.layout
     of_token = token_bytes(shape, layout)
@@ -291,17 +292,17 @@ def _head_bytes(stage: StagePlan, tokens: int) -> float:
     logits = min(tokens, HEAD_ROWS) * shape.vocab_size / layout.tp_size
     at_loss = 3 * tokens * of_token.whole + logits * layout.dtype.itemsize + _at_once(layout, logits) * FP32
     attended = 0.0
-    if layout.recompute == "full" and layout.pp_size == 1:  # else it is the engine's
+    if layout.recompute == "full" and layout.pp_size == 1:  # else the engine holds it
         attended = tokens * of_token.attended
     return norms + tokens * of_token.gate + max(at_loss, _mlp_gradient_bytes(stage, tokens)) + attended
 
 
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
-    """What DeepSpeed's pipeline engine keeps of a micro-batch in flight beside what autograd does (0.19.8).
+    """The bytes that DeepSpeed's pipeline engine holds for a micro-batch in flight, beside autograd's (0.19.8).
 
-    Of 2 d numbers a token: what came in, of which the stage gets a copy, and what went out. The first stage has no
-    hidden states coming in. What the last one gives its head is saved by autograd, but for attention's result where
-    that is computed again. Tokens, positions and labels, up to 24 bytes a token and 32 a label, are left out.
+    These are 2 d numbers a token: the input, which the stage copies, and the output. The first stage has no hidden
+    states as input. Autograd saves the output of the last stage, but not attention's output if that is recomputed.
+    Tokens, positions and labels are not counted (up to 24 bytes a token and 32 a label).
     """
     of_token = token_bytes(stage.shape, stage.layout)
     came_in = 0.0 if stage.is_first else of_token.hidden
@@ -311,9 +312,9 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
 
 
 def engine_bytes_once(stage: StagePlan, *, tokens: int) -> float:
-    """What the engine keeps however many micro-batches are in flight: the buffer that gradients arrive in.
+    """The bytes that the engine holds for any number of micro-batches in flight: the buffer for received gradients.
 
-    On the last stage, which gets none, what its head was given of the micro-batch before.
+    The last stage receives none. It holds the input of its head from the previous micro-batch.
     """
     of_token = token_bytes(stage.shape, stage.layout)
     if not stage.is_last:
@@ -322,7 +323,7 @@ def engine_bytes_once(stage: StagePlan, *, tokens: int) -> float:
 
 
 def gathered_bytes(stage: StagePlan) -> float:
-    """Of the base weights that ZeRO-3 has gathered at one time: it stops once they are more than a setting (0.19.8)."""
+    """The most bytes of base weights that ZeRO-3 holds gathered; it stops above `live_parameters` (0.19.8)."""
     if stage.layout.zero_stage < 3 or stage.layout.dp_size == 1:
         return 0.0
     most = stage.layout.live_parameters + max(stage.local_base)

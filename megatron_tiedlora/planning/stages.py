@@ -1,7 +1,7 @@
-"""What each pipeline stage of a layout holds, and where its backward pass runs: arithmetic on shapes alone.
+"""Arithmetic for what each pipeline stage of a layout holds, and for the blocks that have a backward pass.
 
-Ranks of one stage are alike, so a stage is described once, by what each of its ranks holds. The bytes of a step are in
-`memory`, its messages in `messages`.
+The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that a
+stage needs, and `traffic` the messages that it sends.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class StagePlan:
     """One stage of a model under a layout.
 
     Attributes:
-        layers: its part of the flat list (embedding 0, blocks from 1, head last).
-        part: what a rank holds of the adapter (the first tensor-parallel rank's; all have the same sizes).
-        local_base: numbers in each base parameter of a rank, vocabulary padding and a copied head included.
-        full_base: the same of the whole stage, without padding.
-        cost_share: of the work of all stages.
+        layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
+        part: the part of the adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        local_base: the numbers in each base parameter of a rank, with padding of the vocabulary and a copied head.
+        full_base: the numbers in the base parameters of all ranks of the stage together, without padding.
+        cost_share: the stage's share of the work of all stages.
     """
 
     shape: ModelShape
@@ -60,12 +60,12 @@ class StagePlan:
 
     @property
     def backward_blocks(self) -> tuple[int, ...]:
-        """Blocks with a backward pass: nothing below the first adapted layer has one."""
+        """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
         return tuple(block for block in self.blocks if block >= self.first_adapted)
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """Numbers in each trained tensor of a rank, in the engine's order; a stage without one has its anchor."""
+        """The numbers in each trained tensor of a rank; a stage without one has an anchor of one number."""
         row = self.part.config.row
         names = [name for name in FACTORS if row.factor(name).trained and self.part.exists(name)]
         anchor = () if self.part.layers else (1,)
@@ -73,24 +73,24 @@ class StagePlan:
 
     @property
     def trained_tied(self) -> int:
-        """Numbers in the trained tied tensors of a rank: what is summed over the stages."""
+        """The numbers in the trained tied tensors of a rank, whose gradients are summed over the stages."""
         row = self.part.config.row
         return sum(self.local_size(name) for name in FACTORS if row.factor(name).trained and row.factor(name).tied)
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Numbers in each tensor beside the base of a rank: `trained`, and frozen factors."""
+        """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
         row = self.part.config.row
         frozen = [name for name in FACTORS if self.part.exists(name) and not row.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
 
     def local_size(self, factor: str) -> int:
-        """Numbers in a rank's part of a factor."""
+        """The numbers in a rank's part of a factor."""
         return math.prod(self.part.local_shape(factor))
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
-    """Every stage of the model, in order; the layout must fit it (`check_layout`)."""
+    """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     adapter, tp_size = layout.adapter, layout.tp_size
     costs = layer_costs(shape, length=layout.length, first_adapted=adapter.layers[0])
     tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}

@@ -1,13 +1,13 @@
-"""What a rank sends in one training step, as arithmetic on the shapes of its micro-batches.
+"""Arithmetic for the messages that a rank sends in one training step, from the shapes of its micro-batches.
 
-`step_traffic` says what parallel.traffic.TrafficCounter counts around a step, message by message, for any rank of any
-layout, without starting one. A step after the first ones is meant, whose checks send a little more. The data-parallel
-group is DeepSpeed's alone, which fills buckets and fetches ahead: `engine_bytes` bounds what it sends there.
+`step_traffic` predicts, message by message, what parallel.traffic.TrafficCounter counts around a step on any rank of
+any layout. The checks of a run's first steps send a little more. In the data-parallel group only DeepSpeed sends, which
+fills buckets and fetches ahead. `engine_bytes` is an upper bound of the bytes that it sends there.
 
-With h the bytes of a micro-batch's hidden states (rows x length x d), each adapted block sends 8 messages of h with
-sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward) or 4 without. Under
-sequence parallelism two of the 8 also carry r columns of the adapter, filled up to a multiple of 8. After the last
-attention h is of supervised positions only.
+Let h be the bytes of a micro-batch's hidden states (rows x length x d). Each adapted block sends 8 messages of h with
+sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward), and 4 without. With
+sequence parallelism two of the 8 also carry r columns of the adapter, padded to a multiple of 8. After the last
+attention h counts supervised positions only.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from megatron_tiedlora.planning.stages import StagePlan
 from megatron_tiedlora.runtime.stopping import StopVotes
 
 FP32, FP64 = 4, 8  # bytes
-# What StopWatch.agree sums after each micro-batch but the last of a step that follows a long one, with one stage.
+# If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
 SampleRow = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Samples of a row, end to end: the length of each, and the first of its tokens that is supervised (1 or above)."""
+"""The samples of a row, end to end: the length of each, and the index of its first supervised token (at least 1)."""
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What of a micro-batch its messages depend on.
+    """The sizes of a micro-batch that its messages depend on.
 
     Attributes:
-        num_after: positions that what comes after the last attention computes; see `Supervised`.
+        num_after: the positions that are computed after the last attention; see `Supervised`.
     """
 
     num_rows: int
@@ -50,14 +50,14 @@ class MicroBatchShape:
 
     @property
     def num_tokens(self) -> int:
-        """Positions, padding included."""
+        """The positions, padding included."""
         return self.num_rows * self.length
 
 
 def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
-    """A rank's micro-batches where there is no data: full rows of one sample, all of whose tokens are supervised.
+    """A rank's micro-batches for a run without data: each row is one full sample, and all its tokens are supervised.
 
-    A sample's first token has no position that could predict it.
+    No position predicts the first token of a sample.
     """
     row = np.full(1, layout.length), np.ones(1, dtype=np.int64)
     return (micro_batch_shape(layout, [row] * layout.rows),) * layout.micro_batches
@@ -66,7 +66,7 @@ def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
 def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
     """The shape of a micro-batch of these rows.
 
-    A sample's tokens from its first supervised one on are supervised, each by the position before it.
+    All tokens of a sample from its first supervised one on are supervised. The position before a token predicts it.
     """
     longest = max(int(lengths.sum()) for lengths, _ in rows)
     length, num_parts = padded(max(longest, 1), layout.pad_multiple), layout.sequence_parts
@@ -81,20 +81,20 @@ def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchSh
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """Messages and bytes that a rank of the stage sends in one step, in all groups but the data-parallel one."""
+    """The messages that a rank of the stage sends in one step, in all groups but the data-parallel one."""
     layout, traffic = stage.layout, Traffic()
     for shape in micro_batches:
         if layout.tp_size > 1:
             _add_layers(traffic, stage, shape)
             _add_adapter(traffic, stage)
-        # Forward, hidden states; backward, their gradient (zeros where none is needed).
+        # Hidden states forward, and their gradient backward (zeros if none is needed).
         hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
         traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
     if layout.pp_size > 1 and stage.trained_tied:
         traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
     if layout.tp_size > 1 and stage.part.layers and layout.adapter.row.u.trained:
         traffic.add(_stage_group(layout), "all-reduce", FP32 * stage.local_size("u"))
-    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the norm
+    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm
         traffic.add(MODEL, "all-reduce", _norm_bytes(layout))
     if layout.world_size > 1:
         traffic.add(WORLD, "all-reduce", FP64 * len(StepVotes._fields))
@@ -102,11 +102,11 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
 
 
 def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
-    """The most that DeepSpeed sends in the data-parallel group in one step (0.19.8, at the settings of ds_configs/).
+    """The most bytes that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
 
-    Gradients are summed once a step, and after each micro-batch where they are partitioned; then the norm is, and what
-    was stepped is gathered. Under ZeRO-3 every parameter is gathered for each pass of each micro-batch at most: some
-    are kept from one pass to the next.
+    It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
+    gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it
+    keeps some from one pass to the next.
     """
     zero_stage, dp_size = stage.layout.zero_stage, stage.layout.dp_size
     if dp_size == 1:
@@ -130,7 +130,7 @@ def _norm_bytes(layout: Layout) -> int:
 
 
 def _stage_group(layout: Layout) -> str:
-    """What the ranks of a stage count as: see `named_handles`."""
+    """The name of the group of a stage's ranks; see `named_handles`."""
     if layout.dp_size == 1:
         return TENSOR
     return WORLD if layout.pp_size == 1 else STAGE
@@ -141,10 +141,10 @@ def _hidden_bytes(stage: StagePlan, num_tokens: int) -> int:
 
 
 def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> None:
-    """Tensor-parallel messages of a micro-batch in embedding, blocks and head.
+    """Add the tensor-parallel messages of a micro-batch in embedding, blocks and head.
 
-    Recomputing a block stops once all that its backward pass needs is there again, so its last exit is not repeated;
-    recomputing gate and up enters the MLP's region again. What comes after the last attention is not recomputed.
+    Recomputing a block stops as soon as its backward pass has all it needs, so the last exit is not repeated.
+    Recomputing gate and up enters the MLP's region again. Nothing after the last attention is recomputed.
     """
     layout, sent = stage.layout, _Regions(traffic, stage)
     if stage.is_first:
@@ -184,9 +184,9 @@ def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> N
 
 @dataclass(frozen=True)
 class _Regions:
-    """What entering and leaving a tensor-parallel region sends, by the number of positions.
+    """Adds the messages of entering and leaving a tensor-parallel region with a number of positions.
 
-    `columns` of the adapter travel beside the hidden states.
+    `columns` of the adapter are sent in the same message as the hidden states.
     """
 
     traffic: Traffic
@@ -216,7 +216,7 @@ class _Regions:
 
 
 def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
-    """Once per micro-batch and stage, however many layers: A gathered, its gradient summed."""
+    """Add the gather of A and the sum of its gradient: one each per micro-batch and stage, for any number of layers."""
     if stage.part.layers and stage.part.config.row.A.trained:
         size = FP32 * stage.local_size("A") * stage.part.tp_size
         traffic.add(TENSOR, "all-gather", size)

@@ -31,7 +31,7 @@ from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
-    """The whole report as text. Plans for --world_size ranks, else for as many as were launched.
+    """The whole report as text, for --world_size ranks or else for as many as were launched.
 
     Raises:
         UserError: as a run would, before anything starts.
@@ -51,7 +51,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The data of a run, and which of it makes the first step."""
+    """The data of a run, and the plan of its first step."""
 
     data: RunData
     batch: GlobalBatch
@@ -106,7 +106,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     longest = layout.length if first is None else int(first.data.train.lengths.max())
     length = padded(layout.length if packing else longest, layout.pad_multiple)
     documents = layout.rows
-    if first is not None and packing:  # its samples and, a row each, padding
+    if first is not None and packing:  # a micro-batch's samples, and the padding of each row
         documents = max(sum(map(len, rows)) + len(rows) for rows in first.batch.micro_batches)
     else:
         longest = length
@@ -129,8 +129,8 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         f"bytes per rank, ZeRO-{layout.zero_stage}, {layout.dp_size} data-parallel ranks, micro-batches of"
         f" up to {layout.rows} x {length} tokens, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *_stage_table(header, cells),
-        f"  (a block keeps {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB a token of each micro-batch in"
-        " flight, the last one less, as its MLP has its backward pass at once)",
+        f"  (a block saves {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB a token of each micro-batch in"
+        " flight; the last block saves less, as its MLP runs its backward pass at once)",
         _kernels_line(plan, tokens=layout.rows * length),
         *_engine_line(plan),
         *_libraries_line(plan),
@@ -139,43 +139,43 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
 
 
 def _kernels_line(plan: RunPlan, *, tokens: int) -> str:
-    """What the activations count for kernels that are not compiled, where any are."""
+    """A line on the temporary bytes of kernels that are not compiled."""
     size = eager_bytes(plan.source.shape, plan.layout, tokens)
     if not size:
-        return "  (activations with compiled kernels; --compile false shows those of a node without a compiler)"
-    return f"  (of the activations {bytes_in_words(size)} are for a moment in kernels that are not compiled)"
+        return "  (compiled kernels are assumed; --compile false shows the activations of a node without a compiler)"
+    return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
 
 
 def _libraries_line(plan: RunPlan) -> list[str]:
-    """What the table's column of a GPU's libraries is."""
+    """The note on the table's column `CUDA, NCCL`."""
     if not plan.on_gpu:
         return []
     counts = sorted({num_communicators(stage) for stage in plan.stages})
     return [
-        f"  (CUDA, NCCL: estimates of what PyTorch does not allocate, {bytes_in_words(CONTEXT_BYTES)} of context and"
+        f"  (CUDA, NCCL: estimates of memory outside PyTorch, {bytes_in_words(CONTEXT_BYTES)} of context and"
         f" {bytes_in_words(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
         " communicators)"
     ]
 
 
 def _engine_line(plan: RunPlan) -> list[str]:
-    """What the table's column of the engine is."""
+    """The note on the table's column `engine`."""
     if plan.layout.zero_stage == 3 and plan.layout.dp_size > 1:
         return [
-            "  (engine: base weights that ZeRO-3 has gathered at one time, more where --ds_config says a larger"
-            " stage3_max_live_parameters)"
+            "  (engine: base weights that ZeRO-3 holds gathered, more with a larger stage3_max_live_parameters in"
+            " --ds_config)"
         ]
     if plan.layout.pp_size == 1:
         return []
-    size = 2 * token_bytes(plan.source.shape, plan.layout).hidden
+    kilobytes = 2 * token_bytes(plan.source.shape, plan.layout).hidden / 1e3
     return [
-        "  (engine: what DeepSpeed's pipeline keeps of hidden states beside that, up to"
-        f" {size / 1e3:,.1f} kB a token of each micro-batch in flight)"
+        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB a token of each micro-batch"
+        " in flight)"
     ]
 
 
 def _decoding(plan: RunPlan, data: RunData) -> list[str]:
-    """What decoding takes beside the weights, where the run decodes anything."""
+    """A line on the memory of decoding, if the run decodes anything."""
     sets = [part for part in (data.scored, data.scored_validation) if part is not None]
     if not sets:
         return []
@@ -188,7 +188,7 @@ def _decoding(plan: RunPlan, data: RunData) -> list[str]:
 
 
 def _messages(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
-    """By group, for a rank of each stage; bytes are of whole tensors, as parallel.traffic counts them."""
+    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
     if first is None:
         shapes, of = assumed_micro_batches(plan.layout), f"samples of {plan.layout.length:,} tokens, all supervised"
     else:
@@ -207,19 +207,19 @@ def _messages(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         rows[-1] += [f"at most {bytes_in_words(at_most)}"] * (plan.grid.dp_size > 1)
     header = ["all ranks" if group == WORLD else group for group in groups] + [DATA] * (plan.grid.dp_size > 1)
     lines += _stage_table(header, rows)
-    lines.append("  (of whole tensors; a step after the first ones, whose checks send a little more)")
+    lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
     if plan.grid.dp_size > 1:
-        lines.append("  (data: sent by DeepSpeed alone, which decides how many messages it takes)")
+        lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
     if plan.grid.pp_size == 1 and len(shapes) > 1:
         lines.append(
-            f"  (where steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more of"
+            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more messages of"
             f" {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
 
 
 def _stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each stage; neighbours with equal cells share one."""
+    """One line for each stage; neighbours with equal cells share a line."""
     labels: list[tuple[int, int]] = []
     for index, row in enumerate(rows):
         if index and list(row) == list(rows[index - 1]):
@@ -264,7 +264,7 @@ def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
 
 
 def _fill(plan: RunPlan, first: FirstStep) -> str:
-    """How many of the first step's positions hold a token."""
+    """A line on how many positions of the first step hold a token."""
     step = first.batch
     positions = num_positions(first.data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
     num_rows = sum(len(rows) for rows in step.micro_batches)

@@ -83,7 +83,7 @@ class RunPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """What the planners read of the run, beside its model's shape."""
+        """The record that the planners read, beside the model's shape."""
         settings, grid, engine = self.settings, self.grid, self.engine
         num_tokens = settings.max_steps * settings.global_batch_size * settings.max_length
         compiled = settings.compile == "true"
@@ -129,7 +129,7 @@ class RunPlan:
         )
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
-        """The step on `dataset` that follows `consumed_samples`."""
+        """The plan of the step that follows `consumed_samples`."""
         seed = self.settings.seed
         return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
 
