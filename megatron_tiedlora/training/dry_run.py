@@ -169,8 +169,8 @@ def _engine_line(plan: RunPlan) -> list[str]:
         return []
     kilobytes = 2 * token_bytes(plan.source.shape, plan.layout).hidden / 1e3
     return [
-        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB a token of each micro-batch"
-        " in flight)"
+        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB a token of each"
+        " micro-batch in flight)"
     ]
 
 
@@ -212,8 +212,8 @@ def _messages(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
     if plan.grid.pp_size == 1 and len(shapes) > 1:
         lines.append(
-            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more messages of"
-            f" {STOP_VOTES_BYTES} B, to stop in time)"
+            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more messages"
+            f" of {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
 
