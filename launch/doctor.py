@@ -3,7 +3,7 @@
     python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
     python launch/doctor.py --model MODEL                      inside a Slurm allocation, else this machine alone
 
-Start it once, where you would start the job; it starts what it needs on the hosts and leaves nothing there.
+Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_tiedlora.config.doctor_settings import DoctorSettings
 
 
 def main(argv: Sequence[str]) -> int:
-    """Examine and report; returns 0 where a job can start, else 1."""
+    """Examine and report; returns 0 if a job can start, else 1."""
     settings = parse_settings(argv, DoctorSettings)
     to_file = settings.json_file not in (None, "-")
     file = user_path(str(settings.json_file), flag="--json")
     if to_file and not file.absolute().parent.is_dir():
-        raise UserError(f"--json {settings.json_file}: no such folder")
+        raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     if settings.json_file == "-":

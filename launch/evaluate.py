@@ -94,7 +94,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         )
     if answers is None:  # the answers are on rank 0
         return
-    stop.raise_if_wished()
+    stop.raise_if_requested()
     scores = score_answers(plan.task.metrics, answers)
     with stop.deferred():  # this takes a moment, and is then done
         write_results(plan, answers, scores, outputs[0])

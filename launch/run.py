@@ -2,9 +2,9 @@
 
     python launch/run.py --num_gpus 4 --ds_config zero2.json                      this machine
     python launch/run.py --hostfile hosts --model meta-llama/Llama-2-7b-hf ...    hosts that ssh reaches
-    python launch/run.py --launcher torchrun --max_restarts 3 --resume auto ...   go on by itself after a failure
+    python launch/run.py --launcher torchrun --max_restarts 3 --resume auto ...   restart after a failure
 
-Its exit status is 0 if the run finished, or saved and stopped on a signal that was given to run.py.
+The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to run.py.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it, and
-        # signals are heard from here on.
+        # signals are handled from here on.
         from megatron_tiedlora.checkpoint.resume import Progress
         from megatron_tiedlora.training import build, compiling, finish, session
         from megatron_tiedlora.training.loop import Trainer

@@ -1,21 +1,21 @@
-"""What this machine's GPUs can do with this package, measured here: right numbers, speed, memory, several ranks.
+"""Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
 
-    python tools/check_gpu.py                                8 minutes on one H100; nothing is read from a network
-    python tools/check_gpu.py --parts env,attention,correct  the parts that judge correctness, on one GPU
+    python tools/check_gpu.py                                8 minutes on one H100; uses no network
+    python tools/check_gpu.py --parts env,attention,correct  the parts that check correctness, on one GPU
 
-    env        versions, driver, what attention and kernels will use and why, variables that matter, two ceilings:
-               a matmul and a copy
-    attention  every attention kernel that is here against fp64, its time, and its first call on a new shape
+    env        versions, driver, the attention and kernels in use and why, important variables, and the peak rates
+               of a matmul and a copy
+    attention  every available attention kernel against fp64, its time, and its first call on a new shape
     correct    losses and gradients of the model against plain PyTorch in fp64, packed, compiled, recomputed; ZeRO 0-3
     speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
-    memory     allocated and reserved memory beside what --dry_run plans; rows of many lengths
+    memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
     host       launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
     decode     greedy decoding: the same tokens as without a cache, milliseconds per token
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
-Each part runs in a process of its own with a time limit. --output gets report.json, report.md and the output of each
-part. Exit status: 0 nothing failed, 1 something failed, and the table says what to do, 2 no GPU (env alone runs) or a
-wrong flag, 130 or 143 stopped by Ctrl-C or a signal, which ends what the parts have started too.
+Each part runs in its own process with a time limit. --output gets report.json, report.md and the output of each part.
+Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2 no GPU (only env runs) or a wrong flag,
+130 or 143 stopped by Ctrl-C or a signal, which also ends what the parts have started.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
 
-# Parts with the seconds that each may take of 8 minutes; what one leaves is the next one's.
+# Seconds of 8 minutes for each part; what a part does not use goes to the next one.
 SHARES = {
     "env": 50,
     "attention": 35,
@@ -49,7 +49,7 @@ SHARES = {
     "decode": 30,
     "ranks": 100,
 }
-RANKS_OF_SEVERAL = 340  # seconds of part ranks on several GPUs, where all parts then take 12 minutes
+RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
 CHILD = Path(__file__).resolve().parent / "gpu_checks" / "child.py"
 
@@ -57,24 +57,24 @@ CHILD = Path(__file__).resolve().parent / "gpu_checks" / "child.py"
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="check_gpu.py", description=__doc__)
-    described.add_argument("--parts", default=",".join(SHARES), metavar="P,P", help="what to check, in order [all]")
+    described.add_argument("--parts", default=",".join(SHARES), metavar="P,P", help="parts to run, in order [all]")
     described.add_argument(
-        "--minutes", type=float, metavar="X", help="for the given parts together [8; on several GPUs 12]"
+        "--minutes", type=float, metavar="X", help="time for the given parts together [8; on several GPUs 12]"
     )
     described.add_argument(
-        "--model", default="llama2-7b", choices=sorted(PRESETS), help="whose widths are measured; as many layers as fit"
+        "--model", default="llama2-7b", choices=sorted(PRESETS), help="whose widths are used; as many layers as fit"
     )
     described.add_argument(
         "--output", default=Path("runs/check_gpu"), type=path_value, metavar="DIR", help="folder [runs/check_gpu]"
     )
     described.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the checks' own logic without a GPU [cuda]"
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: test the checks' own logic without a GPU [cuda]"
     )
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check and report; returns the exit status."""
+    """Run the checks and report; returns the exit status."""
     options = parser().parse_known_names(argv)
     parts = _parts(options.parts)
     if options.minutes is not None and not options.minutes > 0:
@@ -100,13 +100,13 @@ def main(argv: Sequence[str]) -> int:
     checks = _run(limits, shared, about)
     show("", f"{summary_line(checks)}; {options.output}/report.md and report.json")
     if missing is not None:
-        show(f"no GPU, so env alone: {missing}", file=sys.stderr)
+        show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
         return NO_GPU_STATUS
     return int(any(check.status == "fail" for check in checks))
 
 
 def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Seconds that each part may take: of `minutes` for all of `parts`, or of what all parts of the command have."""
+    """Seconds for each part: shares of `minutes` for all of `parts`, or of the command's default time."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in parts)
@@ -114,21 +114,21 @@ def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -
 
 
 def _make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be made or written."""
+    """Make the folder. Raises UserError if it cannot be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text("{}\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror or error}; give a folder that can be written") from None
+        raise UserError(f"--output {folder}: {error.strerror or error}; give a writable folder") from None
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
-    """End by an exception, so that the part that runs is ended first."""
+    """Exit with an exception, so that the running part is ended first."""
     sys.exit(128 + number)
 
 
 def _run(limits: Mapping[str, float], shared: CheckOptions, about: dict[str, Any]) -> list[Check]:
-    """All findings; the files are written after each part."""
+    """Run the parts and return all findings; the files are written after each part."""
     checks: list[Check] = []
     folder, deadline = Path(shared.folder), time.monotonic()
     for part, seconds in limits.items():
@@ -148,7 +148,7 @@ def _run(limits: Mapping[str, float], shared: CheckOptions, about: dict[str, Any
 
 
 def _parts(given: str) -> list[str]:
-    """The named parts in the order of the command. Raises UserError for one that is not known, or for none."""
+    """The named parts in the command's order. Raises UserError if one is unknown or none is given."""
     names = [name.strip() for name in given.split(",") if name.strip()]
     unknown = [name for name in names if name not in SHARES]
     if unknown or not names:

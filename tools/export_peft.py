@@ -1,4 +1,4 @@
-"""Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp. Nothing is lost but the tie."""
+"""Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EXAMPLE = """\
 example:
   python tools/export_peft.py --adapter runs/demo/adapter --output runs/demo/peft
 
-Padding the rank with zeros changes nothing in what the adapter computes; it is for programs that take certain ranks
-only. DIR appears when it is whole.
+Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
+ranks. DIR is written atomically.
 """
 
 
@@ -26,12 +26,12 @@ def parser() -> CommandParser:
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
     described.add_output()
-    described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, filled up with zeros")
+    described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, padded with zeros")
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export; returns the exit status."""
+    """Export the adapter; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.base.output_folder import new_output, reject_existing

@@ -13,7 +13,7 @@ EXAMPLE = """\
 example:
   python tools/merge_adapter.py --adapter runs/demo/adapter --output runs/demo/merged
 
-The base's files are read one by one, so the memory needed is that of one file. DIR appears when it is whole.
+The base's files are read one by one, so it needs the memory of one file. DIR is written atomically.
 """
 
 
@@ -26,16 +26,16 @@ def parser() -> CommandParser:
     )
     described.add_output()
     described.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights [as the base stores each]"
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the written weights [as stored in the base]"
     )
     described.add_argument(
-        "--tokenizer", metavar="T", help="tokenizer to put there: folder, hub id or tokenizer.model [the base's own]"
+        "--tokenizer", metavar="T", help="tokenizer to include: folder, hub id or tokenizer.model [the base's own]"
     )
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Merge; returns the exit status."""
+    """Merge the adapter; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     import torch
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     )
     show(f"merged {options.adapter} into {source.name}: {output}")
     if not any(output.glob("tokenizer*")):
-        show(f"{source.name} holds no tokenizer, so none is there; --tokenizer adds one")
+        show(f"{source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
     show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
     return 0
 

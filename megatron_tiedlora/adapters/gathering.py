@@ -9,7 +9,6 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
-from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.parallel.grid import Grid
 
 
@@ -41,13 +40,13 @@ def gather_full(
     """Full fp32 CPU tensors on rank 0, nothing elsewhere, sent as CPU tensors. Every rank calls it.
 
     Args:
-        names: factors to gather, the same on every rank.
-        local: this rank's parts of them (or of their moments) by factor, where its part of the adapter has them.
+        names: tensors to gather, the same on every rank.
+        local: this rank's parts of them (or of their moments) by name, where its part of the adapter has them.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, torch.Tensor] = {}
     for name in names:
-        tied, cut = config.row.factor(name).tied, config.spec(name).dim is not None
+        tied, cut = config.factor(name).tied, config.spec(name).dim is not None
         owners = [
             rank
             for rank, part in parts.items()
@@ -71,10 +70,10 @@ def gather_full(
 
 
 def gather_state(local: Mapping[str, torch.Tensor], layout: AdapterLayout) -> dict[str, torch.Tensor]:
-    """All four factors in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
-    row = layout.config.row
-    tensors = [name for name in FACTORS if row.factor(name).trained or row.factor(name).start != "one"]
-    full = gather_full(tensors, local, layout)
+    """Every tensor in full on rank 0, those frozen at one as ones; nothing elsewhere. Every rank calls it."""
+    config = layout.config
+    stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]
+    full = gather_full(stored, local, layout)
     if layout.grid.rank != 0:
         return {}
-    return {name: full[name] if name in full else torch.ones(layout.config.shape(name)) for name in FACTORS}
+    return {name: full[name] if name in full else torch.ones(config.shape(name)) for name in config.tensors}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tiedlora.parallel.layers import padded, wide_product
+from megatron_tiedlora.parallel.layers import padded, wide_matmul
 
 
 def reduce_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -32,12 +32,12 @@ def gradient_of_ax(grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 def gradient_of_f(grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """dF = dy^T ax, (out, r), in `dtype`."""
-    return wide_product(grad_z.t(), ax, dtype)
+    return wide_matmul(grad_z.t(), ax, dtype)
 
 
 def gradient_of_a(grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """dA = grad_ax^T x, (r, in), in `dtype`, from grad_ax (tokens, r) and x (tokens, in)."""
-    return wide_product(grad_ax.t(), x, dtype)
+    return wide_matmul(grad_ax.t(), x, dtype)
 
 
 def add_share_(grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None) -> torch.Tensor:

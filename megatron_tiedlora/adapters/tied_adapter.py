@@ -1,27 +1,28 @@
-"""The trained tensors of a run: one bank with A, B, u, v for all adapted layers of a rank's stage.
+"""The trained tensors of a run: one bank with A, B, u, v of every target for all adapted layers of a rank's stage.
 
-Owns shapes, cuts, start values, delta_weight(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
+Owns shapes, cuts, start values, lora_factors(), and what layers get of it: A and F = (alpha / r) diag(v) B diag(u).
 Leaves z = W x + F A x and the gradients of A and F to low_rank, files to checkpoint/, the tie between stages to tying.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.methods import FACTORS, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.adapters.targets import Target
+from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.step_sum import StepSum
-
-TARGET = "attention.qkv"  # the linear of every block that is adapted
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,18 @@ class AdapterConfig:
 
     Attributes:
         layers: adapted layers, 1-based, ascending.
-        hidden_size: d, input width of the adapted linear.
-        qkv_rows: rows of Q, K and V in the fused projection; o is their sum.
+        targets: the linears that are adapted in each of them. Each has tensors A, B, u, v of its own.
+        init_std_a: of A's start values, for the first target; of the others as their inputs are more or fewer.
     """
 
     method: str
     rank: int
     alpha: float
     layers: tuple[int, ...]
-    hidden_size: int
-    qkv_rows: tuple[int, int, int]
+    targets: tuple[Target, ...]
     seed: int
     init_std_a: float
     init_std_b: float
-
-    @property
-    def out_size(self) -> int:
-        """o, output width of the fused projection."""
-        return sum(self.qkv_rows)
 
     @property
     def scale(self) -> float:
@@ -59,30 +54,48 @@ class AdapterConfig:
         """The method's row of the table."""
         return find_method(self.method)
 
-    def shape(self, factor: str) -> tuple[int, ...]:
-        """Full shape: A (r, d), B (o, r), u (n, r), v (n, o); A and B get a leading n where they are not tied."""
+    @property
+    def tensors(self) -> dict[str, tuple[Target, str]]:
+        """Every tensor by its name: the target that it belongs to, and which of A, B, u, v it is."""
+        return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
+
+    def factor(self, name: str) -> Factor:
+        """Whether a tensor is tied and trained, and how it starts."""
+        return self.row.factor(self.tensors[name][1])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape: A (r, in), B (out, r), u (n, r), v (n, out); A and B get a leading n where they are not tied."""
         n, r = len(self.layers), self.rank
-        shape = {"A": (r, self.hidden_size), "B": (self.out_size, r), "u": (r,), "v": (self.out_size,)}[factor]
-        return shape if self.row.factor(factor).tied else (n, *shape)
+        target, factor = self.tensors[name]
+        shape = {"A": (r, target.in_size), "B": (target.out_size, r), "u": (r,), "v": (target.out_size,)}[factor]
+        return shape if self.factor(name).tied else (n, *shape)
 
-    def spec(self, factor: str) -> ShardSpec:
-        """How the factor is cut over tensor-parallel ranks: the one declaration that everything reads.
+    def spec(self, name: str) -> ShardSpec:
+        """How a tensor is sharded over tensor-parallel ranks: the one declaration that everything reads.
 
-        B and v are cut by heads, as W_qkv. A trained A is held in parts along d, whatever its rank r; a frozen A is
-        whole on every rank, so that it causes no message. u is whole.
+        B and v are sharded as the rows of W, A as its columns. Where W is whole along these, a trained tensor is held
+        in parts all the same (see `gathered_dim`), and a frozen one is whole, so that it causes no message. u is whole.
         """
-        last = len(self.shape(factor)) - 1
-        if factor == "B":
-            return ShardSpec(last - 1, self.qkv_rows)
-        if factor == "v":
-            return ShardSpec(last, self.qkv_rows)
-        if factor == "A" and self.row.A.trained:
-            return ShardSpec(last, (self.hidden_size,))
-        return ShardSpec(None, ())
+        target, factor = self.tensors[name]
+        last = len(self.shape(name)) - 1
+        if factor == "u" or not (self.factor(name).trained or self._follows_weight(name)):
+            return ShardSpec(None, ())
+        if factor == "A":
+            return ShardSpec(last, (target.in_size,))
+        return ShardSpec(last - 1 if factor == "B" else last, target.blocks)
+
+    def gathered_dim(self, name: str) -> int | None:
+        """The dimension along which ranks hold parts of a tensor that each needs the whole of."""
+        return None if self._follows_weight(name) else self.spec(name).dim
+
+    def _follows_weight(self, name: str) -> bool:
+        """Whether a tensor lies along the dimension of W that is sharded."""
+        target, factor = self.tensors[name]
+        return factor != "u" and (factor == "A") == (target.cut == "row")
 
     def num_trained(self) -> dict[str, int]:
-        """Trained numbers by factor, frozen factors left out."""
-        return {name: torch.Size(self.shape(name)).numel() for name in FACTORS if self.row.factor(name).trained}
+        """Trained numbers by tensor, frozen tensors left out."""
+        return {name: torch.Size(self.shape(name)).numel() for name in self.tensors if self.factor(name).trained}
 
 
 @dataclass(frozen=True)
@@ -109,22 +122,22 @@ class AdapterPart:
         start = self.config.layers.index(self.layers[0]) if self.layers else 0
         return slice(start, start + len(self.layers))
 
-    def exists(self, factor: str) -> bool:
-        """Whether the factor is a tensor here: not frozen at one, and tied or of a layer of this stage."""
-        entry = self.config.row.factor(factor)
-        return (entry.trained or entry.start != "one") and (entry.tied or bool(self.layers))
+    def exists(self, name: str) -> bool:
+        """Whether the tensor is there: not frozen at one, and tied or of a layer of this stage."""
+        factor = self.config.factor(name)
+        return (factor.trained or factor.start != "one") and (factor.tied or bool(self.layers))
 
-    def local_shape(self, factor: str) -> tuple[int, ...]:
+    def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of this rank's part."""
-        shape = self.config.shape(factor)
-        if not self.config.row.factor(factor).tied:
+        shape = self.config.shape(name)
+        if not self.config.factor(name).tied:
             shape = (len(self.layers), *shape[1:])
-        return self.config.spec(factor).local_shape(shape, self.tp_size)
+        return self.config.spec(name).local_shape(shape, self.tp_size)
 
-    def cut(self, factor: str, full: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a full factor (or of anything of its shape, such as a moment)."""
-        rows = full if self.config.row.factor(factor).tied else full[self.rows]
-        return self.config.spec(factor).split(rows, self.tp_rank, self.tp_size)
+    def cut(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a full tensor (or of anything of its shape, such as a moment)."""
+        rows = full if self.config.factor(name).tied else full[self.rows]
+        return self.config.spec(name).split(rows, self.tp_rank, self.tp_size)
 
 
 def make_adapter_config(
@@ -132,37 +145,28 @@ def make_adapter_config(
     *,
     rank: int,
     layers: tuple[int, ...],
-    hidden_size: int,
-    qkv_rows: tuple[int, int, int],
+    targets: tuple[Target, ...],
     seed: int,
     alpha: float | None = None,
     init_std_a: float | None = None,
     init_std_b: float | None = None,
 ) -> AdapterConfig:
     """An AdapterConfig with the defaults filled in: alpha = rank, start widths by method. Raises UserError."""
-    row = find_method(method)
-    return AdapterConfig(
-        method=method,
-        rank=rank,
-        alpha=float(rank if alpha is None else alpha),
-        layers=layers,
-        hidden_size=hidden_size,
-        qkv_rows=qkv_rows,
-        seed=seed,
-        init_std_a=default_std_a(hidden_size) if init_std_a is None else init_std_a,
-        init_std_b=default_std_b(row, rank) if init_std_b is None else init_std_b,
-    )
+    std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
+    std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
+    return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
 def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """Full fp32 start values of A, B, u, v; a function of the config alone, per layer where a factor is not tied."""
+    """Full fp32 start values of every tensor, functions of the config alone, per layer where they are not tied."""
     values = {}
-    for name in FACTORS:
-        factor, shape = config.row.factor(name), config.shape(name)
+    for name, (target, letter) in config.tensors.items():
+        factor, shape = config.factor(name), config.shape(name)
         if factor.start != "normal":
             values[name] = torch.full(shape, 1.0 if factor.start == "one" else 0.0)
             continue
-        std = config.init_std_a if name == "A" else config.init_std_b
+        wider = target.in_size / config.targets[0].in_size
+        std = config.init_std_a / math.sqrt(wider) if letter == "A" else config.init_std_b
         if factor.tied:
             values[name] = draw_normal(shape, std=std, seed=config.seed, name=name)
         else:
@@ -171,13 +175,14 @@ def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
     return values
 
 
-class LayerUpdate(NamedTuple):
-    """One adapted layer's update F A x as its matmuls take it, on one rank: made once for all layers and calls.
+class LinearUpdate(NamedTuple):
+    """The update F A x of one linear as its matmuls take it, on one rank: made once for all layers and calls.
 
     Attributes:
-        a: A, (r, d), in the base's dtype; no gradient.
-        f: F = (alpha / r) diag(v) B diag(u), (local_o, r), in the base's dtype; no gradient.
-        grad_a: takes A's gradient in A's place: (r, d), in the adapter's dtype, without values. None where A is frozen.
+        a: A, (r, local in), in the base's dtype; no gradient.
+        f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
+        grad_a: takes A's gradient in A's place: of its shape, in the adapter's dtype, without values. None where A is
+            frozen.
         grad_f: the same for F. None where B, u and v are frozen.
     """
 
@@ -185,6 +190,9 @@ class LayerUpdate(NamedTuple):
     f: torch.Tensor
     grad_a: torch.Tensor | None
     grad_f: torch.Tensor | None
+
+
+LayerUpdate = Mapping[str, LinearUpdate]  # of one adapted layer, by the name of the target
 
 
 def _fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -230,7 +238,8 @@ class _StandIns(torch.autograd.Function):
 
 
 class TiedAdapter(nn.Module):
-    """The bank: parameters A, B, u, v of one rank, stacked over the stage's layers where they are per layer, fp32.
+    """The bank: tensors A, B, u, v of each target on one rank, stacked over the stage's layers where they are per
+    layer, fp32. They are its parameters, by the names of `AdapterConfig.tensors`.
 
     Factors that are frozen at one (u and v of most methods) do not exist as tensors; frozen random ones do, without a
     gradient. A tied factor is one Parameter however many layers use it, and every stage has it.
@@ -243,10 +252,14 @@ class TiedAdapter(nn.Module):
         super().__init__()
         self.part = part
         self.u_sum = StepSum()
-        for name in FACTORS:
+        for target in part.config.targets:
+            if target.prefix:
+                self.add_module(target.name, nn.Module())
+        for name, (target, factor) in part.config.tensors.items():
             empty = torch.empty(part.local_shape(name), dtype=dtype) if part.exists(name) else None
-            trained = part.config.row.factor(name).trained
-            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=trained))
+            trained = part.config.factor(name).trained
+            parameter = None if empty is None else nn.Parameter(empty, requires_grad=trained)
+            self._module(target).register_parameter(factor, parameter)
 
     @property
     def config(self) -> AdapterConfig:
@@ -254,35 +267,50 @@ class TiedAdapter(nn.Module):
         return self.part.config
 
     def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy this rank's parts of full tensors A, B, u, v into the parameters that exist; shapes must agree."""
+        """Copy this rank's parts of full tensors into the parameters that exist; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.cut(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """The update of each adapted layer of the stage: A whole, this rank's rows of F.
+        """The updates of each adapted layer of the stage: of A and F what goes with this rank's part of W.
 
-        With tensor parallelism a trained A is gathered here, once per call. The gradients of A and u that come back are
-        parts (of each rank's rows of B), and are summed here too: A's by the reduce-scatter that is its gather's
-        adjoint, u's once a step by `u_sum`.
+        With tensor parallelism, factors that ranks hold in parts and need whole are gathered here, once per call. The
+        gradients of these and of u that come back are parts, and are summed here too: by the reduce-scatter that is the
+        gather's adjoint, and u's once a step by `u_sum`.
 
         Args:
             dtype: of the base.
         """
-        num_layers, scale = len(self.part.layers), self.config.scale
-        if not num_layers:
+        if not self.part.layers:
             return ()
-        a, b, u, v = (getattr(self, name) for name in FACTORS)
-        if self.config.row.A.trained:
-            a = gather_from_tensor_parallel_region(a, tensor_group, dim=-1)
+        targets = self.config.targets
+        a, b, u, v = ([self._whole(target, factor, tensor_group) for target in targets] for factor in FACTORS)
         if self.config.row.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
-            u = self.u_sum.of(u)
+            u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
+        updates = map(partial(self._updates, dtype), a, b, u, v)
+        names = [target.name for target in targets]
+        return tuple(dict(zip(names, layer, strict=True)) for layer in zip(*updates, strict=True))
+
+    def _updates(
+        self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
+    ) -> tuple[LinearUpdate, ...]:
+        """One target's update in each adapted layer."""
+        num_layers, scale = len(self.part.layers), self.config.scale
         with torch.no_grad():
             f = _fold(b, u, v, scale)
             narrow = [tensor.detach().to(dtype).expand(num_layers, -1, -1).unbind(0) for tensor in (a, f)]
         wide = [_stand_ins(num_layers, *factors) for factors in ((a, None, None, 1.0), (b, u, v, scale))]
-        return tuple(map(LayerUpdate, *narrow, *wide))
+        return tuple(map(LinearUpdate, *narrow, *wide))
+
+    def _module(self, target: Target) -> nn.Module:
+        return self.get_submodule(target.prefix.rstrip("."))
+
+    def _whole(self, target: Target, factor: str, tensor_group: RankGroup) -> Any:
+        """A factor as this rank's matmuls need it; None where it is frozen at one."""
+        tensor, dim = getattr(self._module(target), factor), self.config.gathered_dim(target.prefix + factor)
+        return tensor if dim is None else gather_from_tensor_parallel_region(tensor, tensor_group, dim=dim)
 
 
 def _stand_ins(
@@ -294,21 +322,12 @@ def _stand_ins(
     return stand_ins
 
 
-def delta_weight(config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
-    """(alpha / r) diag(v) B diag(u) A of one adapted layer, (o, d), in the state's dtype.
-
-    Args:
-        state: full A, B, u, v.
-        layer: 1-based; must be in `config.layers`.
-    """
-    a, b = lora_factors(config, state, layer)
-    return b @ a
-
-
 def lora_factors(
-    config: AdapterConfig, state: Mapping[str, torch.Tensor], layer: int
+    config: AdapterConfig, state: Mapping[str, torch.Tensor], target: Target, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's update as a plain LoRA pair: diag(u) A, (r, d), and (alpha / r) diag(v) B, (o, r)."""
+    """A target's update in one layer (1-based) as a plain LoRA pair: diag(u) A, (r, in), and (alpha / r) diag(v) B,
+    (out, r); `state` has every tensor in full."""
     index = config.layers.index(layer)
-    a, b, u, v = (state[name] if config.row.factor(name).tied else state[name][index] for name in FACTORS)
+    names = [target.prefix + factor for factor in FACTORS]
+    a, b, u, v = (state[name] if config.factor(name).tied else state[name][index] for name in names)
     return u[:, None] * a, _fold(b, None, v, config.scale)

@@ -20,8 +20,8 @@ from megatron_tiedlora.parallel.step_sum import StepSum
 
 
 def tied_trained(bank: TiedAdapter) -> list[str]:
-    """The factors that are tied and trained, in the order of the table."""
-    return [name for name in bank.config.num_trained() if bank.config.row.factor(name).tied]
+    """The tensors that are tied and trained, in the adapter's order."""
+    return [name for name in bank.config.num_trained() if bank.config.factor(name).tied]
 
 
 def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
@@ -37,7 +37,7 @@ def sum_tied_gradients_(bank: TiedAdapter, groups: ParallelGroups) -> list[str]:
     Returns:
         the tensors whose gradient is missing on this rank, where it should not be.
     """
-    parameters = [getattr(bank, name) for name in tied_trained(bank)]
+    parameters = [bank.get_parameter(name) for name in tied_trained(bank)]
     if not parameters:
         return []
     parts, missing = [], []
@@ -79,11 +79,11 @@ class Mismatch:
         return f"{where}: rank {ranks} from rank {self.first} by up to {self.largest:.3g}"
 
 
-def replica_groups(part: AdapterPart, groups: ParallelGroups, factor: str) -> list[tuple[str, RankGroup]]:
-    """The groups whose ranks hold equal copies of a factor, with a name for each."""
-    tied = part.config.row.factor(factor).tied
+def replica_groups(part: AdapterPart, groups: ParallelGroups, name: str) -> list[tuple[str, RankGroup]]:
+    """The groups whose ranks hold equal copies of a tensor, with a name for each."""
+    tied = part.config.factor(name).tied
     found = [("stages and data-parallel ranks", groups.tied) if tied else ("data-parallel ranks", groups.data)]
-    if part.config.spec(factor).dim is None:
+    if part.config.spec(name).dim is None:
         found.append(("tensor-parallel ranks", groups.tensor))
     return found
 
@@ -145,7 +145,7 @@ class GradientGuard:
         self._largest[name] = largest if before is None else torch.maximum(before, largest)
 
     def _is_tied(self, name: str) -> bool:
-        return self._part.config.row.factor(name).tied
+        return self._part.config.factor(name).tied
 
     def missing(self) -> list[str]:
         """Trained tensors of this rank that no gradient has reached so far."""
@@ -186,5 +186,5 @@ def gradient_norm_counts(bank: TiedAdapter, groups: ParallelGroups) -> Sequence[
         for name, parameter in bank.named_parameters()
         if parameter.requires_grad
         and (part.config.spec(name).dim is not None or groups.tensor.rank == 0)
-        and (not part.config.row.factor(name).tied or groups.pipeline.rank == 0)
+        and (not part.config.factor(name).tied or groups.pipeline.rank == 0)
     ]

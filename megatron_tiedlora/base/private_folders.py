@@ -7,6 +7,18 @@ import stat
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+
+CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
+
+
+def user_cache() -> Path:
+    """The folder for what is downloaded or made once; it may not exist yet.
+
+    `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
+    """
+    configured = os.environ.get(CACHE_VARIABLE)
+    return user_path(configured).absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
 
 
 def make_own_folder(path: Path, *, mode: int = 0o755) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Cut = Literal["column", "row", "vocabulary"]
+QKV = "qkv"  # the target whose tensors have no prefix in files: A, B, u and v
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,11 @@ class BlockShape:
     def linears(self) -> tuple[LinearShape, ...]:
         """The linears in the order in which they are computed."""
         return self.qkv, self.output, self.gate_up, self.down
+
+    @property
+    def adaptable(self) -> dict[str, LinearShape]:
+        """The linears that an adapter can change, by the names that users and files have for them."""
+        return {QKV: self.qkv}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:

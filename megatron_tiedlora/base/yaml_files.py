@@ -39,7 +39,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def write_yaml(path: Path, content: Mapping[str, Any], *, guard: Guard = unguarded) -> None:
-    """Replace a YAML file at once, names in their order. Raises UserError naming the file."""
+    """Replace a YAML file atomically, keeping the order of names. Raises UserError naming the file."""
     write_text(path, yaml.safe_dump(dict(content), sort_keys=False), guard=guard)
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import TARGET, AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -28,22 +29,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
-    """--dtype, or where it is not given its default for the task on this host: bf16 or fp32."""
+    """The value of --dtype, or its default for the task on this host: bf16 or fp32."""
     slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
     return given or ("fp32" if slow else "bf16")
 
 
 def describe_dtype(given: str | None, resolved: str) -> str:
-    """The precision for a log line, and why it is that of a slow CPU where --dtype is not given."""
+    """The precision for a log line, with the reason if fp32 is the default on this CPU."""
     by_default = given is None and resolved == "fp32"
     return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
 
 
 def check_same_dtype(resolved: str) -> None:
-    """Raise UserError, on every rank, where the default of --dtype is not the same on all hosts."""
+    """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
         raise UserError(
-            f"--dtype: {differing} ranks have another default than rank 0, as their CPUs differ; give --dtype fp32"
+            f"--dtype: {differing} ranks have another default than rank 0, because their CPUs differ; give --dtype fp32"
         )
 
 
@@ -99,20 +100,18 @@ def load_model(
             progress=progress,
         )
         if adapter is not None and merged:
-            _merge(model, adapter, weights, grid)
+            _merge(model, adapter, weights, shape, grid)
     return model.eval()
 
 
 @torch.no_grad()
-def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, grid: Grid) -> None:
+def _merge(model: Stage, adapter: NativeAdapter, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
     """Set W' = W + (alpha / r) diag(v) B diag(u) A in every adapted layer of the stage, with W as stored."""
-    targets = frozen_weights(model)
-    for rule in weights.rules:
-        if rule.linear != TARGET or rule.layer not in adapter.config.layers or rule.name not in targets:
+    frozen = frozen_weights(model)
+    for rule, a, b in adapter.updates(shape):
+        if rule.name not in frozen:
             continue
-        target = targets[rule.name]
-        wide = target.empty_values().float()
+        wide = frozen[rule.name].empty_values().float()
         weights.fill(rule, FrozenWeight(wide), tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        delta = delta_weight(adapter.config, adapter.state, rule.layer)
-        wide += rule.spec.split(delta, grid.tp_rank, grid.tp_size).to(wide.device)
-        target.load(wide)
+        wide += rule.spec.split(b @ a, grid.tp_rank, grid.tp_size).to(wide.device)
+        frozen[rule.name].load(wide)

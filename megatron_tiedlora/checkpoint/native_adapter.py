@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,18 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.adapters.targets import qkv_target
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
-from megatron_tiedlora.base.methods import FACTORS, METHODS
+from megatron_tiedlora.base.methods import METHODS
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.messages import SentTensor
 
 FORMAT_VERSION = 1
@@ -34,7 +37,7 @@ _LARGEST_STD = 1e3  # of the initial values
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and full fp32 A, B, u, v."""
+    """A loaded adapter: its config, its base, and its full fp32 tensors."""
 
     config: AdapterConfig
     base: BaseIdentity
@@ -44,11 +47,19 @@ class NativeAdapter:
         """Call `base_identity.check_same_base` with the base that this adapter was trained on and `other`."""
         return check_same_base(self.base, other, source=source, differs=differs)
 
+    def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
+        """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r) of its
+        update: W' = W + B' A'."""
+        targets = {shape.block.adaptable[target.name].name: target for target in self.config.targets}
+        for rule in weight_rules(shape):
+            if rule.linear in targets and rule.layer in self.config.layers:
+                yield rule, *lora_factors(self.config, self.state, targets[rule.linear], rule.layer)
+
     @property
     def sha256(self) -> str:
         """Hash of the tensors, in hexadecimal."""
         digest = hashlib.sha256()
-        for name in FACTORS:
+        for name in self.config.tensors:
             digest.update(self.state[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -69,7 +80,7 @@ def write_adapter_files(
     folder: Path, config: AdapterConfig, base: BaseIdentity, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
-    save_file({name: state[name].contiguous() for name in FACTORS}, folder / WEIGHTS_FILE)
+    save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     stored = StoredAdapter.of(config, base).fields()
     content = {"format_version": FORMAT_VERSION, **stored, "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
@@ -138,7 +149,8 @@ class StoredAdapter:
         """The adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
         shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
-        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "qkv_rows": (query, kv, kv)})
+        targets = (qkv_target(self.hidden_size, (query, kv, kv)),)
+        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
     @property
     def base(self) -> BaseIdentity:
@@ -188,15 +200,16 @@ def load_adapter(folder: Path) -> NativeAdapter:
     config, base, sums = _read_config(folder)
     file = folder / WEIGHTS_FILE
     try:
-        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
+        state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     except UserError:
         again = _read_config(folder)
         if again == (config, base, sums):
             raise
         config, base, sums = again  # a run has replaced its adapter in the meantime
-        state = read_tensors(file, {name: config.shape(name) for name in FACTORS}, sums=sums)
-    for name in ("u", "v"):
-        if not config.row.factor(name).trained and not bool((state[name] == 1).all()):
+        state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
+    for name in config.tensors:
+        factor = config.factor(name)
+        if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
             raise UserError(f"{file}: {name} is not all ones, but method {config.method} does not train it")
     check_update(config, state, source=file)
     return NativeAdapter(config, base, state)
@@ -204,13 +217,14 @@ def load_adapter(folder: Path) -> NativeAdapter:
 
 def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
     """Raise UserError if values are so large that the update may not be finite in fp32."""
-    largest = {name: float(state[name].abs().max()) for name in FACTORS}
-    if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
-        name = max(largest, key=lambda factor: largest[factor])
-        raise UserError(
-            f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), so the"
-            " file is damaged; copy it again"
-        )
+    for target in config.targets:
+        largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
+        if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
+            name = max(largest, key=lambda name: largest[name])
+            raise UserError(
+                f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), so"
+                " the file is damaged; copy it again"
+            )
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:

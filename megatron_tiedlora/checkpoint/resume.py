@@ -51,9 +51,9 @@ _MEAN_OF_SQUARES = MOMENTS[1]
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-def moment_name(moment: str, factor: str) -> str:
-    """The name in the file of a factor's moment (`exp_avg` or `exp_avg_sq`)."""
-    return f"{moment}.adapter.{factor}"
+def moment_name(moment: str, name: str) -> str:
+    """The name in the file of the moment (`exp_avg` or `exp_avg_sq`) of one of the adapter's tensors."""
+    return f"{moment}.adapter.{name}"
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         check_file(folder / name, sums)  # intact files may still be from another step
     shapes = {
-        moment_name(moment, factor): adapter.config.shape(factor)
+        moment_name(moment, name): adapter.config.shape(name)
         for moment in MOMENTS
-        for factor in adapter.config.num_trained()
+        for name in adapter.config.num_trained()
     }
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():

@@ -88,12 +88,12 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
 
 
 def is_model_on_hub(name: str) -> bool:
-    """Whether --model NAME means OWNER/MODEL on the hub where there is no such folder."""
+    """Whether --model NAME means OWNER/MODEL on the hub if there is no such folder."""
     return "/" in name and may_be_hub_id(name)
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder that --model names; None where the hub is to be asked. Raises UserError where there is neither."""
+    """The folder that --model names; None if it is a hub id. Raises UserError if it is neither."""
     prepared = prepared_model(name)
     folder = prepared or user_path(name)
     if folder.is_dir():

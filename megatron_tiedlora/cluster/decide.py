@@ -1,6 +1,6 @@
 """What to do next about a started job: a pure function of its known state and of a new observation.
 
-| stage | it ends when | next stage |
+| phase | it ends when | next phase |
 |---|---|---|
 | RUNNING | every launcher has ended | ENDED |
 | ENDED | no host has a process of the job | OVER |
@@ -25,8 +25,8 @@ UNREACHED_LOOKS = 2  # at unreachable hosts, after the launchers have ended
 LAST_LOOKS = 3
 NEVER, AT_ONCE = float("inf"), float("-inf")
 
-Stage = Enum("Stage", ["RUNNING", "ENDED", "TERMINATING", "KILLING", "OVER"])
-_LAST = (Stage.TERMINATING, Stage.KILLING)  # in these stages every process of the job gets the signals
+Phase = Enum("Phase", ["RUNNING", "ENDED", "TERMINATING", "KILLING", "OVER"])
+_LAST = (Phase.TERMINATING, Phase.KILLING)  # in these phases every process of the job gets the signals
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Times:
 class State:
     """What is known of a job; times are those of the monotonic clock."""
 
-    stage: Stage = Stage.RUNNING
-    asked: Stage | None = None  # the stage in which the look in progress began
+    phase: Phase = Phase.RUNNING
+    asked: Phase | None = None  # the phase in which the look in progress began
     looked_at: float = AT_ONCE  # when the last look began; AT_ONCE: the next one is due
     passed_on: int = 0  # the first signal that this command received
     stop: int = 0  # the signal that each look sends, 0 for none; before TERMINATING only to ranks that have not had it
@@ -84,36 +84,36 @@ def decide(state: State, seen: Observation, times: Times) -> tuple[State, Action
     """Return the next state and what to do now."""
     before, do = state, Actions()
     if seen.now >= state.deadline:
-        has_had_time = state.stage is Stage.ENDED and state.deadline > AT_ONCE
+        has_had_time = state.phase is Phase.ENDED and state.deadline > AT_ONCE
         state = _end_all(state, do, by_force=not has_had_time)
-    elif state.stage in (Stage.RUNNING, Stage.ENDED):
+    elif state.phase in (Phase.RUNNING, Phase.ENDED):
         state = _launchers(_signals(state, seen, do), seen, times, do)
     if seen.answers is not None:
-        is_fresh, state = state.asked is state.stage, replace(state, asked=None, unreached=seen.answers.unreached)
+        is_fresh, state = state.asked is state.phase, replace(state, asked=None, unreached=seen.answers.unreached)
         if is_fresh:
-            state = _CONCLUSIONS[state.stage](state, seen, seen.answers, times, do)
-        else:  # it began in an earlier stage and says nothing about this one
+            state = _CONCLUSIONS[state.phase](state, seen, seen.answers, times, do)
+        else:  # it began in an earlier phase and says nothing about this one
             state = replace(state, looked_at=AT_ONCE)
-    news = (state.stage, state.stop, state.passed_on) != (before.stage, before.stop, before.passed_on)
+    news = (state.phase, state.stop, state.passed_on) != (before.phase, before.stop, before.passed_on)
     is_due = news or seen.now - state.looked_at > _interval(state, seen, times)
-    if is_due and state.asked is None and state.stage is not Stage.OVER:
-        state, do.ask = replace(state, asked=state.stage, looked_at=seen.now), (state.stop, state.stage in _LAST)
+    if is_due and state.asked is None and state.phase is not Phase.OVER:
+        state, do.ask = replace(state, asked=state.phase, looked_at=seen.now), (state.stop, state.phase in _LAST)
     return state, do
 
 
 def _interval(state: State, seen: Observation, times: Times) -> float:
-    if state.stage in _LAST:
+    if state.phase in _LAST:
         return PAUSE_SECONDS
-    soon = state.stage is Stage.ENDED or state.stop or state.idle_since < NEVER or seen.reported
+    soon = state.phase is Phase.ENDED or state.stop or state.idle_since < NEVER or seen.reported
     return times.soon if soon else times.look
 
 
 def _end_all(state: State, do: Actions, *, by_force: bool) -> State:
     state = replace(state, deadline=NEVER)
     if not by_force:
-        return replace(state, stage=Stage.TERMINATING, stop=signal.SIGTERM)
+        return replace(state, phase=Phase.TERMINATING, stop=signal.SIGTERM)
     do.kill_launchers = True
-    return replace(state, stage=Stage.KILLING, stop=signal.SIGKILL, looks=LAST_LOOKS)
+    return replace(state, phase=Phase.KILLING, stop=signal.SIGKILL, looks=LAST_LOOKS)
 
 
 def _signals(state: State, seen: Observation, do: Actions) -> State:
@@ -133,9 +133,9 @@ def _launchers(state: State, seen: Observation, times: Times, do: Actions) -> St
 
     torchrun's other agents do not end by themselves in that case: they restart their ranks and wait for the lost agent.
     """
-    if state.stage is Stage.RUNNING and not seen.running:
-        return replace(state, stage=Stage.ENDED, looks=UNREACHED_LOOKS)
-    if state.stage is Stage.ENDED or state.stop or seen.failed is None:
+    if state.phase is Phase.RUNNING and not seen.running:
+        return replace(state, phase=Phase.ENDED, looks=UNREACHED_LOOKS)
+    if state.phase is Phase.ENDED or state.stop or seen.failed is None:
         return state
     state = replace(state, failed_at=min(state.failed_at, seen.now))
     if seen.now - state.failed_at < times.others:
@@ -162,7 +162,7 @@ def _conclude_ended(state: State, seen: Observation, answers: Answers, times: Ti
     """Give the remaining processes time to end: ranks are told to stop and may save."""
     if not answers.found:
         over = not answers.unreached or state.looks == 1
-        return replace(state, looks=state.looks - 1, stage=Stage.OVER if over else state.stage)
+        return replace(state, looks=state.looks - 1, phase=Phase.OVER if over else state.phase)
     if not answers.working:
         return replace(state, deadline=min(state.deadline, seen.now + times.helper))
     if state.deadline == NEVER:
@@ -185,12 +185,12 @@ def _conclude_killing(state: State, seen: Observation, answers: Answers, times: 
     """Report what was killed, and in the end what could not be killed."""
     do.say += [f"{'killed' if state.looks else 'still there'} on {line}" for line in describe(answers)]
     over = not answers.found or not state.looks
-    return replace(state, looks=state.looks - 1, stage=Stage.OVER if over else state.stage)
+    return replace(state, looks=state.looks - 1, phase=Phase.OVER if over else state.phase)
 
 
 _CONCLUSIONS = {
-    Stage.RUNNING: _conclude_running,
-    Stage.ENDED: _conclude_ended,
-    Stage.TERMINATING: _conclude_terminating,
-    Stage.KILLING: _conclude_killing,
+    Phase.RUNNING: _conclude_running,
+    Phase.ENDED: _conclude_ended,
+    Phase.TERMINATING: _conclude_terminating,
+    Phase.KILLING: _conclude_killing,
 }

@@ -121,11 +121,7 @@ def read_user_file(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_bad_exports(environment: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Remove what DeepSpeed would export on its own but must not.
-
-    Returns:
-        (the rest of `environment`, a line for each variable that was removed).
-    """
+    """(`environment` without what DeepSpeed would wrongly export on its own, a line for each removed variable)."""
     reasons = {
         name: reason
         for name, value in environment.items()

@@ -6,13 +6,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_tiedlora.cluster.job_processes import (
-    HostProcesses,
-    JobProcess,
-    find_processes,
-    read_report,
-    signal_processes,
-)
+from megatron_tiedlora.cluster.job_processes import HostProcesses, JobProcess, find_processes, read_report, send_signal
 from megatron_tiedlora.cluster.remote import Done, HostCommands
 from megatron_tiedlora.cluster.routes import Job
 
@@ -73,7 +67,7 @@ class JobHosts:
         here = find_processes(self._job.run_id, script=self._job.script)
         if number:
             done = () if everything else [*self._signalled.get("", ())]
-            here = signal_processes(here, number, everything=everything, skip=done)
+            here = send_signal(here, number, everything=everything, skip=done)
         others = [name for name in self._others if name not in self._aliases]
         commands = {name: self._command(number, everything=everything, name=name) for name in others}
         return self._answers(self._run(commands), {"": here})

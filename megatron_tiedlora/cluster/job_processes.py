@@ -89,7 +89,7 @@ def _kind(process: psutil.Process, script: str) -> Kind:
     return "agent" if is_torchrun(words) else "launcher"
 
 
-def signal_processes(
+def send_signal(
     report: HostProcesses, number: int, *, everything: bool = False, skip: Sequence[int] = ()
 ) -> HostProcesses:
     """Signal the ranks (or torchrun's agents if there are any: they pass it on), or every process, parents first.
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     report = find_processes(options.run_id, script=options.script)
     if options.signal is not None:
-        report = signal_processes(report, options.signal, everything=options.to == "all", skip=options.skip)
+        report = send_signal(report, options.signal, everything=options.to == "all", skip=options.skip)
     print(json.dumps({**asdict(report), "address": first_address()}), flush=True)
     return 0
 

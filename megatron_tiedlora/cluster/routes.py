@@ -281,10 +281,8 @@ def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
         sent = _sent(job, environment)
         transport = job.transport({**sent.variables, **own})
         starts = [
-            StartCommand(
-                f"torchrun on {host.name}", tuple(transport.words(host.name, agent(host), limit=CONNECT_SECONDS))
-            )
-            for host in job.hosts
+            StartCommand(f"torchrun on {h.name}", tuple(transport.words(h.name, agent(h), limit=CONNECT_SECONDS)))
+            for h in job.hosts
         ]
         return StartPlan(tuple(starts), {**environment, **own}, notes=sent.left)
     slots = {host.slots for host in job.hosts}

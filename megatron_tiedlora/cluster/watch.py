@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.cluster.decide import Observation, Stage, State, Times, decide
+from megatron_tiedlora.cluster.decide import Observation, Phase, State, Times, decide
 from megatron_tiedlora.cluster.job_hosts import Answers, JobHosts
 from megatron_tiedlora.cluster.routes import StartPlan
 from megatron_tiedlora.cluster.signals import StopSignals
@@ -101,7 +101,7 @@ def watch(
     state = State(looked_at=time.monotonic())
     look: Future[Answers] | None = None
     with ThreadPoolExecutor(1) as pool:
-        while state.stage is not Stage.OVER:
+        while state.phase is not Phase.OVER:
             answers = look.result() if look is not None and look.done() else None
             ends = [(launcher.name, launcher.process.poll()) for launcher in launchers]
             seen = Observation(

@@ -29,7 +29,7 @@ class BatchPlan:
 def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
     """The maximum number of rows of a micro-batch if --micro_batch_size is not given.
 
-    With packing on a GPU, as many as fit in `GPU_MICRO_BATCH_TOKENS`; otherwise `otherwise`.
+    With packing on a GPU it is as many as fit in `GPU_MICRO_BATCH_TOKENS`, else the value of `otherwise`.
     """
     return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 

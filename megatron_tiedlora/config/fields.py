@@ -1,4 +1,4 @@
-"""What the settings of all commands have in common: a field has a name, type, default, help text and group.
+"""The common ground of all commands' settings: a field has a name, type, default, help text and group.
 
 Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
 `cli.py` turns the fields of any command into flags and YAML names.

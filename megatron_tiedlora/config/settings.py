@@ -179,7 +179,7 @@ class Settings(CommandSettings):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command; the paper's default, and those of the tasks that have their own."""
+        """As for every command, but with the paper's default and those of tasks that have their own."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]

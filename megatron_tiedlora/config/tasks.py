@@ -1,4 +1,4 @@
-"""What settings know of the tasks, which lie in data/ above them: their names, and the defaults that differ by task."""
+"""The names of the tasks, and the defaults that differ by task. The tasks are in data/, which config cannot import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 
 TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
 
-# What a command does that is given neither a model nor a task.
+# For a command that is given neither a model nor a task.
 DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
 
 PAPER_DEFAULTS: Mapping[str, Any] = {
@@ -21,7 +21,7 @@ PAPER_DEFAULTS: Mapping[str, Any] = {
     "eval_interval": 30,
     "max_length": 4096,
 }
-# By task, where it does not train with the paper's.
+# Defaults of tasks that do not use the paper's.
 TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "global_batch_size": 24,

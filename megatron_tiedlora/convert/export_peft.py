@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base
 
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -30,13 +29,12 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
     """The fp32 tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
     pad = rank - adapter.config.rank
     tensors = {}
-    for layer, rule in adapted_projections(source, adapter).items():
-        a, b = lora_factors(adapter.config, adapter.state, layer)
+    for rule, a, b in adapter.updates(source.shape):
         a = torch.nn.functional.pad(a, (0, 0, 0, pad))
         b = torch.nn.functional.pad(b, (0, pad))
         for hf_name, rows in rule.by_stored_tensor(b).items():
             module = f"base_model.model.{hf_name.removesuffix('.weight')}"
-            # safetensors rejects tensors that share storage, and q, k and v share A'
+            # safetensors rejects tensors that share storage, and the parts of a fused linear share A'
             tensors[f"{module}.lora_A.weight"] = a.clone()
             tensors[f"{module}.lora_B.weight"] = rows.contiguous().clone()
     return tensors
@@ -49,6 +47,7 @@ def peft_base(source: ModelSource) -> str:
 
 def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:
     """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1."""
+    linears = [source.shape.block.adaptable[target.name] for target in adapter.config.targets]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,7 +56,7 @@ def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> di
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [stored.module.rpartition(".")[2] for stored in source.shape.block.qkv.sources],
+        "target_modules": [rows.module.rpartition(".")[2] for linear in linears for rows in linear.sources],
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,

@@ -1,8 +1,8 @@
-"""Reads a PEFT LoRA adapter of q, k and v as the exactly equal native `lora` adapter: nothing is rounded or fitted.
+"""Reads a PEFT LoRA adapter as the exactly equal native `lora` adapter: nothing is rounded or fitted.
 
-PEFT adds s B_p A_p to projection p, with s = lora_alpha / r (/ sqrt(r) with use_rslora). If all projections of a layer
-have the same A, the native adapter has that A and the stacked rows of B. Otherwise it stacks the A_p, B is
-block-diagonal, and the rank is the sum. Projections without an adapter get zero rows.
+PEFT adds s B_p A_p to module p, with s = lora_alpha / r (/ sqrt(r) with use_rslora). If all modules that are fused in
+one linear here have the same A, the native adapter has that A and the stacked rows of B. Otherwise it stacks the A_p,
+B is block-diagonal, and the rank is the sum. Modules without an adapter get zero rows.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import BlockShape, LinearShape
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
@@ -32,9 +35,6 @@ from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.model.weights import weight_rules
 
 _LARGEST_RANK = 2**20
-_PARTS = ("q_proj", "k_proj", "v_proj")
-_MODULE = re.compile(r"model\.layers\.(\d+)\.self_attn\.(q_proj|k_proj|v_proj)")
-_KEY = re.compile(rf"base_model\.model\.({_MODULE.pattern})\.lora_([AB])\.weight")
 # Fields of PEFT's config that do not change what a LoRA of linear layers computes, or that are read below. Any other
 # field that is set changes the computation, or may change it in a future version of PEFT.
 _HARMLESS = {
@@ -71,10 +71,19 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class _Pair(NamedTuple):
-    """The fp32 lora_A (r, d) and lora_B (rows, r) of one projection."""
+    """The fp32 lora_A (r, in) and lora_B (rows, r) of one module."""
 
     a: torch.Tensor
     b: torch.Tensor
+
+
+def _modules(block: BlockShape) -> dict[str, tuple[int, int]]:
+    """(in, out) of the stored modules that are adaptable linears or parts of one, by their names below the block."""
+    return {
+        stored.module: (linear.in_size, size)
+        for linear in block.adaptable.values()
+        for stored, size in zip(linear.sources, linear.blocks, strict=True)
+    }
 
 
 def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
@@ -107,29 +116,29 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
     `source` itself with the given `tokenizer`. For our own exports, `exported_base` knows more.
 
     Raises:
-        UserError: it is not a PEFT LoRA adapter of q_proj, k_proj and v_proj; it has a feature beyond plain LoRA; or
+        UserError: it is not a PEFT LoRA adapter of adaptable linears; it has a feature beyond plain LoRA; or
             tensors are missing, unknown, not finite, or do not have the shapes of `source`.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
     _reject_features(file, content)
     rank, scale = _rank_and_scale(file, content)
-    modules = _targets(file, content, source)
-    pairs = _read_pairs(folder, modules, rank=rank, source=source)
-    layers = tuple(sorted({layer for layer, _ in pairs}))
-    a, b = _joined(pairs, layers, rank=rank, shape=source.shape)
+    chosen = _chosen(file, content, source)
+    pairs = _read_pairs(folder, chosen, rank=rank, source=source)
+    layers, adaptable = tuple(sorted({layer for layer, _ in pairs})), source.shape.block.adaptable
+    joined = {
+        target: _joined(pairs, layers, rank=rank, linear=adaptable[target.name]) for target in targets_of(source.shape)
+    }
+    full_rank = max(a.shape[1] for a, _ in joined.values())
     config = make_adapter_config(
-        "lora",
-        rank=a.shape[1],
-        alpha=scale * a.shape[1],
-        layers=layers,
-        hidden_size=source.shape.hidden_size,
-        qkv_rows=source.shape.heads.rows,
-        seed=0,
+        "lora", rank=full_rank, alpha=scale * full_rank, layers=layers, targets=tuple(joined), seed=0
     )
     with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
         base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
-    state = {"A": a, "B": b, "u": torch.ones(config.shape("u")), "v": torch.ones(config.shape("v"))}
+    state = {name: torch.ones(config.shape(name)) for name in config.tensors}
+    for target, (a, b) in joined.items():
+        state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
+        state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     check_update(config, state, source=folder / WEIGHTS_FILE)
     return NativeAdapter(config, base, state)
 
@@ -206,15 +215,17 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
     return rank, alpha / (math.sqrt(rank) if content.get("use_rslora") else rank)
 
 
-def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set[str]:
-    """Names of the q, k and v projections that the config adapts, by PEFT's own matching rules."""
+def _chosen(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[int, str]]:
+    """The modules that the config adapts, by PEFT's own rules: 1-based layer and name below it, by whole name."""
+    block, modules = source.shape.block, _modules(source.shape.block)
+    words = [module.rpartition(".")[2] for module in modules]
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
-            if not isinstance(name, str) or name.rpartition(".")[2] not in _PARTS:
-                raise UserError(f"{file}: target module {as_given(name)} is not supported; {', '.join(_PARTS)} are")
+            if not isinstance(name, str) or name.rpartition(".")[2] not in words:
+                raise UserError(f"{file}: target module {as_given(name)} is not supported; {', '.join(words)} are")
     elif not isinstance(targets, str) or targets == "all-linear":
-        raise UserError(f"{file}: target_modules = {shown(targets)} is not supported; list {', '.join(_PARTS)}")
+        raise UserError(f"{file}: target_modules = {shown(targets)} is not supported; list {', '.join(words)}")
     if not (layers is None or type(layers) is int or isinstance(layers, list)):
         raise UserError(f"{file}: layers_to_transform = {shown(layers)} is neither a layer nor a list of layers")
     chosen = [layers] if isinstance(layers, int) else layers or range(source.shape.num_layers)
@@ -226,50 +237,47 @@ def _targets(file: Path, content: Mapping[str, Any], source: ModelSource) -> set
             )
     is_target = name_matcher(targets, what=f"{file}: target_modules")
     is_excluded = name_matcher(content.get("exclude_modules") or [], what=f"{file}: exclude_modules")
-    names = [f"model.layers.{layer}.self_attn.{part}" for layer in range(source.shape.num_layers) for part in _PARTS]
-    whole_names = frozenset(targets if isinstance(targets, list) else ())
-    of_chosen = frozenset(chosen)
+    whole_names, of_chosen = frozenset(targets if isinstance(targets, list) else ()), frozenset(chosen)
     found = {
-        name
-        for name in names
-        if is_target(name)
+        name: (layer + 1, module)
+        for layer in range(source.shape.num_layers)
+        for module in modules
+        if is_target(name := f"{block.source.format(index=layer)}.{module}")
         and not is_excluded(name)
         # layers_to_transform does not apply to a module that is named in full.
-        and (name in whole_names or _layer_and_part(name)[0] in of_chosen)
+        and (name in whole_names or layer in of_chosen)
     }
     if not found:
-        raise UserError(f"{file}: target_modules {shown(targets)} match no {', '.join(_PARTS)} of {source.name}")
+        raise UserError(f"{file}: target_modules {shown(targets)} match no {', '.join(words)} of {source.name}")
     return found
 
 
-def _layer_and_part(module: str) -> tuple[int, str]:
-    """0-based layer and projection of a module's name."""
-    match = _MODULE.fullmatch(module)
-    assert match is not None, module
-    return int(match[1]), match[2]
-
-
-def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSource) -> dict[tuple[int, str], _Pair]:
-    """The adapted projections by 1-based layer and name. Checks that every tensor is of `modules` and fits in shape."""
+def _read_pairs(
+    folder: Path, chosen: Mapping[str, tuple[int, str]], *, rank: int, source: ModelSource
+) -> dict[tuple[int, str], _Pair]:
+    """The chosen modules by 1-based layer and name. Checks that every tensor is of one of them and fits in shape."""
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    model_shape, shapes = source.shape, {}
+    num_layers, modules, shapes = source.shape.num_layers, _modules(source.shape.block), {}
+    layers = re.escape(source.shape.block.source).replace(re.escape("{index}"), r"(\d+)")
+    names = "|".join(map(re.escape, modules))
+    pattern = re.compile(rf"base_model\.model\.({layers}\.({names}))\.lora_([AB])\.weight")
     for key, found in read_header(file).shapes.items():
-        match = _KEY.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is None:
-            parts = ", ".join(_PARTS)
-            raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {parts}; only these are supported")
-        layer, part, side = int(match[2]), match[3], match[4]
-        if layer >= model_shape.num_layers:
+            words = ", ".join(module.rpartition(".")[2] for module in modules)
+            raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {words}; only these are supported")
+        name, layer, module, side = match.groups()
+        if int(layer) >= num_layers:
             raise UserError(
-                f"{file}: {key} is for layer {layer}, but {source.name} has layers 0 to {model_shape.num_layers - 1};"
+                f"{file}: {key} is for layer {int(layer)}, but {source.name} has layers 0 to {num_layers - 1};"
                 " give the adapter's own base with --model"
             )
-        if match[1] not in modules:
+        if name not in chosen:
             raise UserError(f"{file}: {key} is present, but {CONFIG_FILE} does not target its module")
-        rows = model_shape.heads.rows[_PARTS.index(part)]
-        shapes[key] = (rank, model_shape.hidden_size) if side == "A" else (rows, rank)
+        in_size, out_size = modules[module]
+        shapes[key] = (rank, in_size) if side == "A" else (out_size, rank)
         if found != shapes[key]:
             raise UserError(
                 f"{file}: {key} has shape {shown(found)}, but with r and {source.name} it must be {shapes[key]}; give"
@@ -277,34 +285,34 @@ def _read_pairs(folder: Path, modules: set[str], *, rank: int, source: ModelSour
             )
     values = read_tensors(file, shapes)
     pairs = {}
-    for module in modules:
-        keys = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+    for name, place in chosen.items():
+        keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
         for key in keys:
             if key not in values:
                 raise UserError(
                     f"{file}: {key} is missing, but {CONFIG_FILE} targets its module; copy the adapter again, or give"
                     " its own base with --model"
                 )
-        layer, part = _layer_and_part(module)
-        pairs[layer + 1, part] = _Pair(*(values[key] for key in keys))
+        pairs[place] = _Pair(*(values[key] for key in keys))
     return pairs
 
 
 def _joined(
-    pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, shape: ModelShape
+    pairs: Mapping[tuple[int, str], _Pair], layers: tuple[int, ...], *, rank: int, linear: LinearShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The native A (n, R, d) and B (n, o, R). R is `rank` if each layer has one A, else `rank` times the number of
-    different projections that are adapted."""
-    by_layer = [{part: pairs[layer, part] for part in _PARTS if (layer, part) in pairs} for layer in layers]
-    parts = [part for part in _PARTS if any(part in here for here in by_layer)]
+    """The native A (n, R, in) and B (n, out, R) of a fused linear. R is `rank` if each layer has one A, else `rank`
+    times the number of different modules that are adapted."""
+    modules = [stored.module for stored in linear.sources]
+    by_layer = [{module: pairs[layer, module] for module in modules if (layer, module) in pairs} for layer in layers]
+    used = [module for module in modules if any(module in here for here in by_layer)]
     shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())
-    full_rank = rank if shared else rank * len(parts)
-    starts = dict(zip(_PARTS, (0, shape.heads.rows[0], sum(shape.heads.rows[:2])), strict=True))
-    a = torch.zeros(len(layers), full_rank, shape.hidden_size)
-    b = torch.zeros(len(layers), sum(shape.heads.rows), full_rank)
+    full_rank = rank if shared else rank * len(used)
+    starts = dict(zip(modules, accumulate((0, *linear.blocks[:-1])), strict=True))
+    a = torch.zeros(len(layers), full_rank, linear.in_size)
+    b = torch.zeros(len(layers), linear.out_size, full_rank)
     for index, here in enumerate(by_layer):
-        for part, pair in here.items():
-            column = 0 if shared else rank * parts.index(part)
+        for module, pair in here.items():
+            column = 0 if shared else rank * used.index(module)
             a[index, column : column + rank] = pair.a
-            b[index, starts[part] : starts[part] + len(pair.b), column : column + rank] = pair.b
+            b[index, starts[module] : starts[module] + len(pair.b), column : column + rank] = pair.b
     return a, b

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.adapters.tied_adapter import TARGET
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, BaseIdentity, base_differences, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import weight_rules
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: its native adapter, and the base
 
@@ -94,9 +93,3 @@ def check_base(
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     notes = adapter.check_base(found, source="--adapter", differs=differs)
     return CheckedBase(found, base_differences(adapter.base, found), notes)
-
-
-def adapted_projections(source: ModelSource, adapter: NativeAdapter) -> dict[int, WeightRule]:
-    """The adapted weight of every adapted layer, by 1-based layer."""
-    rules = {rule.layer: rule for rule in weight_rules(source.shape) if rule.linear == TARGET}
-    return {layer: rules[layer] for layer in adapter.config.layers}

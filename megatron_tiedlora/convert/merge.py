@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
@@ -23,7 +22,7 @@ from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import adapted_projections, check_base
+from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
 from megatron_tiedlora.model.weights import weight_rules
@@ -109,10 +108,9 @@ def merge_adapter(
 
 
 def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted projection, by its Hugging Face name."""
+    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name."""
     factors = {}
-    for layer, rule in adapted_projections(source, adapter).items():
-        a, b = lora_factors(adapter.config, adapter.state, layer)
+    for rule, a, b in adapter.updates(source.shape):
         for name, rows in rule.by_stored_tensor(b).items():
             factors[name] = (a, rows)
     return factors

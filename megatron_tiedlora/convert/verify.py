@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from megatron_tiedlora.adapters.tied_adapter import delta_weight
 from megatron_tiedlora.base.errors import UserError, printable
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import first_line
@@ -27,7 +26,6 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
-from megatron_tiedlora.convert.inputs import adapted_projections
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
@@ -174,8 +172,8 @@ def _fold_and_round(
 ) -> None:
     """Add the update to the fused weights, and round every weight to the dtype in the merged folder."""
     parameters = dict(model.named_parameters())
-    for layer, rule in adapted_projections(source, adapter).items():
-        parameters[rule.name].add_(delta_weight(adapter.config, adapter.state, layer))
+    for rule, a, b in adapter.updates(source.shape):
+        parameters[rule.name].add_(b @ a)
     for rule in weight_rules(source.shape):
         blocks = parameters[rule.name].split(rule.spec.blocks, dim=rule.spec.dim or 0)
         for name, block in zip(rule.hf_names, blocks, strict=True):

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from megatron_tiedlora.base.atomic import new_file
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.private_folders import make_own_folder
+from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.examples import Example
 
@@ -40,14 +40,10 @@ def tokenise_once(
 ) -> TokenDataset:
     """Return the samples as ids, from the cache if the same texts were tokenised with the same tokenizer before.
 
-    cache_dir: default `data.demo.cache_dir()`; its files are `tokens/<key>.safetensors`. A broken file is written
+    cache_dir: default `user_cache()`; its files are `tokens/<key>.safetensors`. A broken file is written
     again. Raises UserError as `encode_dataset` does, and if the cache cannot be written.
     """
-    if cache_dir is None:
-        from megatron_tiedlora.data.demo import cache_dir as default_cache_dir
-
-        cache_dir = default_cache_dir()
-    folder = Path(cache_dir) / "tokens"
+    folder = Path(cache_dir or user_cache()) / "tokens"
     path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, add_bos=add_bos)}.safetensors"
     try:
         make_own_folder(folder.parent)

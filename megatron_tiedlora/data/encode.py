@@ -1,4 +1,4 @@
-"""From text to token ids: the same function for training and for generation.
+"""Turns text into token ids, with the same function for training and for generation.
 
 tokens = [BOS] + prompt + completion + EOS. Prompt and completion are tokenised separately, so that the ids a model
 sees before it answers do not depend on the answer. The positions after the prompt are supervised, including EOS; they

@@ -45,7 +45,7 @@ def looks_like_path(path_or_hub: str) -> bool:
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether the hub is asked for `name` where there is no such path: its own rules for ids allow it."""
+    """Whether `name` can be a hub id by the hub's own rules, if no such path exists."""
     if looks_like_path(name):
         return False
     from huggingface_hub.errors import HFValidationError

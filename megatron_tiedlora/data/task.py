@@ -64,7 +64,7 @@ class Task:
     scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
         training only those of a file that is given.
     max_new_tokens: the default of --max_new_tokens.
-    micro_batch_rows: the default of --micro_batch_size where a GPU does not take more (see `default_rows`).
+    micro_batch_rows: the default of --micro_batch_size, except with packing on a GPU (see `default_rows`).
     exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
     fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
     """

@@ -75,7 +75,7 @@ def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
     """
     config = adapter.part.config
     for name, parameter in adapter.named_parameters():
-        parameter.ds_pipe_replicated = config.row.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
+        parameter.ds_pipe_replicated = config.factor(name).tied and groups.pipeline.rank > 0  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = config.spec(name).dim is not None  # type: ignore[attr-defined]
 
 
@@ -115,7 +115,7 @@ def initialize_engine(
 
 
 def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
-    """The trained parameters, by factor."""
+    """The trained parameters, by name."""
     return {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
@@ -127,7 +127,7 @@ def clip_gradients_(adapter: TiedAdapter, groups: ParallelGroups, max_norm: floa
     """
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for name in gradient_norm_counts(adapter, groups):
-        gradient = getattr(adapter, name).grad
+        gradient = adapter.get_parameter(name).grad
         if gradient is not None:
             squares += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Runner:
     config: EngineConfig
     device: torch.device
     missing_gradients: list[str] = field(default_factory=list)  # tied tensors without a gradient in the step's sum
+    each_forward: Callable[[], AbstractContextManager[None]] = nullcontext  # around each forward pass, for benchmarks
 
     @property
     def adapter(self) -> TiedAdapter:
@@ -70,9 +72,7 @@ class Runner:
         return 1
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
-        """Run the forward and backward passes of a step; afterwards gradients are accumulated and averaged.
-
-        No parameter has changed then.
+        """Run a step's forward and backward passes: accumulates and averages gradients, and changes no parameter.
 
         Args:
             denominator: each micro-batch's summed loss is divided by it.
@@ -127,7 +127,8 @@ class PlainRunner(Runner):
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         # Document ids stay on the host, where their boundaries are computed.
-        loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
+        with self.each_forward():
+            loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
         return loss
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
@@ -173,6 +174,7 @@ class PipelineRunner(Runner):
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
             schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
+            schedule.ForwardPass: lambda _engine, buffer_id: self._forward(buffer_id),
             schedule.RecvActivation: lambda _engine, buffer_id: self._receive(buffer_id),
             schedule.SendActivation: lambda _engine, buffer_id: self._send(buffer_id),
             schedule.ReduceTiedGrads: lambda _engine: self._sum_tied_gradients(),
@@ -227,6 +229,10 @@ class PipelineRunner(Runner):
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries."""
         positions = self._on_device(batch.positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
+
+    def _forward(self, buffer_id: int) -> None:
+        with self.each_forward():
+            self.engine._exec_forward_pass(buffer_id)
 
     def _receive(self, buffer_id: int) -> None:
         """Receive the next micro-batch's hidden states, whose shape follows from that of its tokens."""

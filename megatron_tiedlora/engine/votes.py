@@ -13,5 +13,5 @@ class StepVotes(NamedTuple):
     save_due: float  # whether rank 0 wants a checkpoint after this step
     failed: float  # whether rank 0 has a failure to raise
     missing_gradients: float  # ranks that miss the gradient of a tied tensor
-    stopping: float  # ranks that wish to stop
-    signals: float  # sum of the signal numbers of these wishes
+    stopping: float  # ranks that should stop
+    signals: float  # sum of their signal numbers

@@ -1,4 +1,4 @@
-"""From held-out samples to answers: how samples are divided over ranks, and texts are put back in order."""
+"""Answers held-out samples: divides them over ranks, and puts the answers back in order."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The LLaMA family as one flat list of layers."""
+"""The base model as one flat list of layers, its families, and the stages made of it."""

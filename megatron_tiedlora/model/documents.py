@@ -1,4 +1,4 @@
-"""Where documents that lie end to end in rows begin and end: what attention on GPUs is told of its tokens."""
+"""Start and end of the documents packed into rows, for attention on GPUs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class Documents(NamedTuple):
-    """The documents of rows (b, s), end to end: document i is tokens bounds[i] to bounds[i + 1] - 1 of (b s).
+    """The n documents of concatenated rows (b s): document i is tokens bounds[i] to bounds[i + 1] - 1.
 
     Attributes:
-        bounds: on the host, 0 first and b s last.
-        offsets: the same, (n + 1,) int32 on the device.
-        longest: tokens of the longest.
+        bounds: n + 1 numbers on the host, from 0 to b s.
+        offsets: the same numbers, (n + 1,) int32 on the device.
+        longest: the number of tokens in the longest document.
     """
 
     bounds: list[int]
@@ -23,9 +23,9 @@ class Documents(NamedTuple):
 
 
 def find_documents(ids: torch.Tensor, device: torch.device) -> Documents:
-    """Where the documents of `ids` (b, s) int64 begin and end: a new id or a new row begins one.
+    """The documents of `ids` (b, s) int64: a document begins with each new id and each new row.
 
-    Waits for nothing where `ids` are on the host.
+    It does not synchronise with the device if `ids` are on the host.
     """
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -35,7 +35,7 @@ def find_documents(ids: torch.Tensor, device: torch.device) -> Documents:
 
 
 def whole_rows(size: int, length: int, device: torch.device) -> Documents:
-    """Rows (size, length) that hold one document each."""
+    """The documents of rows (size, length) that hold one document each."""
     bounds = list(range(0, (size + 1) * length, length))
     offsets = torch.arange(0, (size + 1) * length, length, dtype=torch.int32, device=device)
     return Documents(bounds, offsets, length)

@@ -1,18 +1,18 @@
-"""Causal attention on GPUs: one call of a fused kernel for all documents of all rows, and which kernel that is.
+"""Causal attention on GPUs: one call of a fused kernel for all documents of all rows, and the choice of that kernel.
 
-A row that is not packed is one document, so packed and other rows take one path, and no kernel sees a shape that it
-makes a plan for (cuDNN, which PyTorch prefers for rows on Hopper, makes one for each new length). In this order, the
-first that runs on the device with the dtype and the head dim:
+A row that is not packed is one document, so packed and unpacked rows take the same path. cuDNN, which PyTorch prefers
+for rows on Hopper, is not a candidate, since it makes a plan for each new length. The first kernel in this order is
+used that runs on the device with the dtype and the head dim:
 
-    FlashAttention 3            16 bits, compute capability 9.x, where `flash_attn_interface` is installed
-    flash_attn                  16 bits, from 8.0 on, where FlashAttention 2 is installed
+    FlashAttention 3            16 bits, compute capability 9.x, if `flash_attn_interface` is installed
+    flash_attn                  16 bits, from 8.0 on, if FlashAttention 2 is installed
     PyTorch's flash             16 bits, from 8.0 on
     PyTorch's memory-efficient  fp32, and 16 bits on older GPUs or with heads of more than 256; copies keys and values
                                 for every query head that shares them
-    one after another           PyTorch's attention, document by document: whatever is left
+    one after another           PyTorch's attention, document by document, in all other cases
 
-PyTorch's own two are called as operators: their first arguments are the same from 2.6 to 2.15, the public function for
-different lengths (2.10 on) is not, and may choose cuDNN. CPUs have `blocks.py` instead.
+PyTorch's two kernels are called as operators, whose first arguments are the same from 2.6 to 2.15. The public function
+for different lengths (2.10 on) differs between versions and may choose cuDNN. CPUs use `cpu_attention.py`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from megatron_tiedlora.model.documents import Documents
 from megatron_tiedlora.parallel.layers import padded
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float], torch.Tensor]
-"""From queries (tokens, heads, head_dim), keys and values (tokens, kv heads, head_dim), documents and the scale of the
-scores to the attention output, as the queries."""
+"""(query, key, value, documents, scale of the scores) -> attention output, in the queries' shape.
+
+Queries are (tokens, heads, head_dim), keys and values (tokens, kv heads, head_dim)."""
 
 HALF = (torch.bfloat16, torch.float16)
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query sees keys up to its own position
@@ -41,12 +42,12 @@ _CAUSAL = 1  # the memory-efficient kernel's mask type: a query sees keys up to 
 
 @dataclass(frozen=True)
 class AttentionRoute:
-    """What computes attention on a device.
+    """The kernel that computes attention on a device.
 
     Attributes:
-        name: for the user.
-        reason: why it and not one that comes before it.
-        attend: None on a CPU, where `blocks.attend_by_blocks` does it.
+        name: as shown to the user.
+        reason: why no earlier candidate was chosen.
+        attend: None on a CPU, where `cpu_attention.attend_by_tiles` is used.
     """
 
     name: str
@@ -61,28 +62,28 @@ class AttentionRoute:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False
 ) -> AttentionRoute:
-    """The first route that runs on `device`: each is tried forwards and backwards on a few tokens.
+    """The first candidate that runs on `device`. Each is tried forwards and backwards on a few tokens.
 
     Args:
-        deterministic: gradients must be the same bits every time. flash_attn's kernels are told so, and are left out
-            where they cannot; PyTorch's own obey torch.use_deterministic_algorithms(True), which is the caller's part.
+        deterministic: gradients must be bit-equal every time. flash_attn gets this as an argument and is not chosen if
+            it rejects it. PyTorch's kernels obey torch.use_deterministic_algorithms(True), which the caller sets.
     """
     if device.type == "cpu":
-        return AttentionRoute("blocks of queries", "a CPU", None)
-    passed_over: list[str] = []
+        return AttentionRoute("tiles of queries", "a CPU", None)
+    rejected: list[str] = []
     for candidate in CANDIDATES if device.type == "cuda" else ():
         obstacle = candidate.obstacle(torch.cuda.get_device_capability(device), dtype, head_dim)
         if obstacle is None:
             try:
                 attend = candidate.make(deterministic)
                 _try(attend, device, dtype, head_dim)
-                return AttentionRoute(candidate.name, "; ".join(passed_over) or "the first choice", attend)
-            except torch.OutOfMemoryError:  # no fault of the kernel's
+                return AttentionRoute(candidate.name, "; ".join(rejected) or "the first choice", attend)
+            except torch.OutOfMemoryError:  # says nothing about the kernel
                 raise
-            except Exception as error:  # whatever a library of another build brings about: a run can do without it
+            except Exception as error:  # a library built for another torch or GPU can raise anything
                 obstacle = f"does not run here: {type(error).__name__}: {first_line(error)}"
-        passed_over.append(f"{candidate.name} {obstacle}")
-    reason = "; ".join(passed_over) or f"fused kernels are for CUDA, not for {device.type}"
+        rejected.append(f"{candidate.name} {obstacle}")
+    reason = "; ".join(rejected) or f"fused kernels are for CUDA, not for {device.type}"
     return AttentionRoute("PyTorch's attention, one document after another", reason, one_by_one)
 
 
@@ -93,13 +94,13 @@ def attend_within(
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
-        attend: of a route.
+        attend: the function of an AttentionRoute.
 
     Returns:
         (b, s, heads * head_dim).
     """
     size, _, length, head_dim = query.shape
-    missing = padded(head_dim) - head_dim  # kernels load 8 numbers at once
+    missing = padded(head_dim) - head_dim  # kernels load 8 elements at once
 
     def by_tokens(heads: torch.Tensor) -> torch.Tensor:
         rows = heads.transpose(1, 2).flatten(0, 1)
@@ -112,7 +113,7 @@ def attend_within(
 def one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
 ) -> torch.Tensor:
-    """PyTorch's attention of each document by itself; of all at once where they are equally long."""
+    """PyTorch's attention for one document at a time, or for all at once if they have the same length."""
     grouped = query.shape[1] != key.shape[1]
 
     def within(length: int, *rows: torch.Tensor) -> torch.Tensor:
@@ -136,27 +137,27 @@ class Candidate:
     """A fused kernel, and where it runs.
 
     Attributes:
-        make: of `deterministic`.
-        least: compute capability by dtype; other dtypes it does not have.
-        below: the first compute capability that it is not for.
-        most: head dim.
-        module: that must be installed.
+        make: from `deterministic` to the function.
+        min_capability: the lowest compute capability by dtype; other dtypes are not supported.
+        below: the first compute capability that is not supported.
+        max_head_dim: the largest head dim; None: any.
+        module: the Python module that must be installed.
     """
 
     name: str
     make: Callable[[bool], Attend]
-    least: dict[torch.dtype, tuple[int, int]]
+    min_capability: dict[torch.dtype, tuple[int, int]]
     below: tuple[int, int] | None = None
-    most: int | None = None
+    max_head_dim: int | None = None
     module: str | None = None
 
     def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why it cannot run, in a few words that follow its name."""
-        if dtype not in self.least:
+        """Why it cannot run, in words that follow its name; None if it can."""
+        if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
-        if capability < self.least[dtype] or (self.below is not None and capability >= self.below):
+        if capability < self.min_capability[dtype] or (self.below is not None and capability >= self.below):
             return f"is not for compute capability {capability[0]}.{capability[1]}"
-        if self.most is not None and head_dim > self.most:
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
         if self.module is not None and find_spec(self.module) is None:
             return "is not installed"
@@ -164,14 +165,14 @@ class Candidate:
 
 
 def _from_library(module: str, deterministic: bool) -> Attend:
-    """`flash_attn_varlen_func` of a library: FlashAttention 2 and 3 name these arguments alike."""
+    """`flash_attn_varlen_func` of a library: FlashAttention 2 and 3 use the same names for these arguments."""
     function = importlib.import_module(module).flash_attn_varlen_func
-    further = {"deterministic": True} if deterministic else {}
+    options = {"deterministic": True} if deterministic else {}
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
     ) -> torch.Tensor:
-        found = function(
+        result = function(
             query,
             key,
             value,
@@ -181,9 +182,9 @@ def _from_library(module: str, deterministic: bool) -> Attend:
             max_seqlen_k=documents.longest,
             softmax_scale=scale,
             causal=True,
-            **further,
+            **options,
         )
-        output: torch.Tensor = found[0] if isinstance(found, tuple) else found  # early versions of 3 add log sums
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add log sums
         return output
 
     return attend
@@ -214,7 +215,7 @@ def _torch_efficient(
 
 
 def _obedient(attend: Attend) -> Callable[[bool], Attend]:
-    """A kernel of PyTorch's, which does as torch.use_deterministic_algorithms says."""
+    """A kernel of PyTorch, which obeys torch.use_deterministic_algorithms."""
     return lambda deterministic: attend
 
 
@@ -225,11 +226,11 @@ CANDIDATES = (
         partial(_from_library, "flash_attn_interface"),
         dict.fromkeys(HALF, (9, 0)),
         below=(10, 0),
-        most=256,
+        max_head_dim=256,
         module="flash_attn_interface",
     ),
-    Candidate("flash_attn", partial(_from_library, "flash_attn"), _AMPERE, most=256, module="flash_attn"),
-    Candidate("PyTorch's flash kernel", _obedient(_torch_flash), _AMPERE, most=256),
+    Candidate("flash_attn", partial(_from_library, "flash_attn"), _AMPERE, max_head_dim=256, module="flash_attn"),
+    Candidate("PyTorch's flash kernel", _obedient(_torch_flash), _AMPERE, max_head_dim=256),
     Candidate(
         "PyTorch's memory-efficient kernel",
         _obedient(_torch_efficient),
@@ -239,7 +240,7 @@ CANDIDATES = (
 
 
 def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Forwards and backwards on two short documents with grouped queries; raises what goes wrong."""
+    """Run forwards and backwards on two short documents with grouped queries; any error is raised."""
     documents = Documents([0, 3, 8], torch.tensor([0, 3, 8], dtype=torch.int32, device=device), 5)
     with torch.enable_grad():
         query, key, value = (
@@ -248,4 +249,4 @@ def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int
         )
         attend(query, key, value, documents, 1.0).sum().backward()
     if query.is_cuda:
-        torch.cuda.synchronize(device)  # a kernel that is not for this GPU may say so late
+        torch.cuda.synchronize(device)  # a kernel that does not support this GPU may fail late

@@ -1,6 +1,6 @@
-"""The decoder that many families share: RMS norms, grouped queries, rotary embedding, SwiGLU; names of transformers.
+"""The decoder that many families share: RMS norms, grouped queries, rotary embedding, SwiGLU; transformers' names.
 
-A family says which of its linears have a bias, and rejects what it does not compute (`model/families/`).
+A family says which of its linears have a bias, and rejects features that are not implemented (`model/families/`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def gated_decoder(
     """The shape that the fields common to these families describe.
 
     Args:
-        max_positions, num_kv_heads: what the family means where the field is absent; None: as many as heads.
+        max_positions, num_kv_heads: the family's defaults for absent fields; None: the number of heads.
 
     Raises:
-        UserError: a field that is missing or wrong, by name.
+        UserError: the name of a field that is missing or wrong.
     """
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented; 'silu' is")
+        raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Only 'silu' is")
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers, heads = config.size("num_hidden_layers"), _heads(config, d, num_kv_heads)
     eps = config.small_number("rms_norm_eps", 1e-6)
@@ -60,5 +60,5 @@ def _heads(config: HfConfig, hidden_size: int, num_kv_heads: int | None) -> Head
         raise UserError(f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}")
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
-        raise UserError(f"{config.source}: {num} heads do not divide by num_key_value_heads {num_kv}")
+        raise UserError(f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}")
     return HeadShape(num, num_kv, dim, config.rope(dim))

@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json`, read field by field: each is used, known to be harmless, or rejected by name."""
+"""A Hugging Face `config.json`, read field by field: a field is used, known to be harmless, or rejected by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.shapes import RopeShape
 
-# What says nothing about the computation: written by transformers, or about tokens, generation and training.
+# Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS = frozenset(
     {
         "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
@@ -29,16 +29,16 @@ _HARMLESS = frozenset(
         "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_safetensors",
     }
 )
-# Beyond any model: a table of weights is made of the layers, and products of two sizes are numbers of weights.
+# Larger than any model. The limits keep the name table and numbers of weights within bounds.
 _LARGEST_SIZE, _LARGEST = 2**28, {"num_hidden_layers": 4096}
-_LARGEST_NUMBER = 1e30  # of the rotary embedding, so that fp32 holds it
+_LARGEST_NUMBER = 1e30  # of the rotary embedding: fp32 can hold it
 
 
 class HfConfig:
-    """The fields of one config, and which of them have been read.
+    """The fields of one config. It records which of them have been read.
 
     Attributes:
-        source: names the file in messages.
+        source: the name of the file in error messages.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
@@ -47,30 +47,31 @@ class HfConfig:
         self._read = {"model_type"}
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field as it is stored, or `default` where the field is absent."""
+        """The stored value of a field, or `default` if the field is absent."""
         self._read.add(name)
         return self._values.get(name, default)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1 on; `default` where the field is absent or null, which without one is an error.
+        """A positive integer, or `default` if the field is absent or null.
 
         Raises:
-            UserError: it is missing, or no such number.
+            UserError: the field is missing without a default, or not such an integer.
         """
         value = self.get(name, default)
         if name not in self._values and value is None:
             raise UserError(f"{self.source}: {name} is missing")
         if value is None:
             value = default
-        if type(value) is not int or not 1 <= value <= _LARGEST.get(name, _LARGEST_SIZE):
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a whole number that a model can have there")
+        largest = _LARGEST.get(name, _LARGEST_SIZE)
+        if type(value) is not int or not 1 <= value <= largest:
+            raise UserError(f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}")
         return value
 
     def small_number(self, name: str, default: float) -> float:
         """A number from 0 to 1. Raises UserError."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a small number")
+            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -81,29 +82,29 @@ class HfConfig:
         return bool(value)
 
     def reject_unless(self, name: str, *off: Any) -> None:
-        """Reject a feature that is not implemented: a field that is there must have a value of `off`, or be null.
+        """Reject a feature that is not implemented: the field must be absent, null or one of `off`.
 
         Raises:
-            UserError: it has another value.
+            UserError: the field has another value.
         """
         value = self.get(name)
         if value is not None and value not in off:
             raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented")
 
     def reject_other_layers(self) -> None:
-        """Reject layers that are not of full attention. Raises UserError."""
+        """Reject layers without full attention. Raises UserError."""
         kinds = self.get("layer_types") or []
         for kind in kinds if isinstance(kinds, list) else [kinds]:
             if kind != "full_attention":
                 raise UserError(
-                    f"{self.source}: layer_types has {shown(kind)}, which is not implemented; 'full_attention' is"
+                    f"{self.source}: layer_types has {shown(kind)}, which is not implemented. Only 'full_attention' is"
                 )
 
     def reject_unread(self) -> None:
-        """Reject fields that nothing has read and that are not known to be harmless.
+        """Reject fields that have not been read and are not known to be harmless.
 
         Raises:
-            UserError: the first of them, by name.
+            UserError: the name of the first such field.
         """
         for name, value in self._values.items():
             if name not in self._read and name not in _HARMLESS:
@@ -113,13 +114,13 @@ class HfConfig:
                 )
 
     def rope(self, head_dim: int) -> RopeShape:
-        """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before); the latter counts, as there.
+        """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before 5), which take precedence.
 
         Raises:
-            UserError: a kind of scaling that is not implemented, or numbers that give no frequencies.
+            UserError: the kind of scaling is not implemented, or numbers do not define frequencies.
         """
         if head_dim % 2:
-            raise UserError(f"{self.source}: head_dim is {head_dim}; rotary embedding needs an even one")
+            raise UserError(f"{self.source}: head_dim is {head_dim}, but rotary embedding needs an even number")
         new = self.get("rope_parameters")
         scaling, theta = self.get("rope_scaling") or new or {}, self.get("rope_theta") or 10000.0
         if not isinstance(scaling, Mapping):
@@ -132,7 +133,7 @@ class HfConfig:
         if kind in (None, "default"):
             return self._checked_rope(RopeShape(theta))
         if kind != "llama3":
-            raise UserError(f"{self.source}: rope_type {shown(kind)} is not implemented; 'default' and 'llama3' are")
+            raise UserError(f"{self.source}: rope_type {shown(kind)} is not implemented. 'default' and 'llama3' are")
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         for name in names:
             if name not in scaling:
@@ -144,8 +145,8 @@ class HfConfig:
             value = getattr(rope, field.name)
             positive = type(value) in (int, float) and 0 < value < _LARGEST_NUMBER
             if (value is not None or field.name != "factor") and not positive:
-                said = f"{field.name} = {shown(value)}"
-                raise UserError(f"{self.source}: of the rotary embedding, {said} is no number above 0")
+                problem = f"{field.name} = {shown(value)} of the rotary embedding is not a positive number"
+                raise UserError(f"{self.source}: {problem}")
         low, high = rope.low_freq_factor, rope.high_freq_factor
         if rope.factor is not None and low >= high:
             raise UserError(f"{self.source}: low_freq_factor {low} is not below high_freq_factor {high}")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
-from megatron_tiedlora.model.attention import Attention, KeyValueCache, Places
+from megatron_tiedlora.model.attention import Attention, AttentionContext, KeyValueCache
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import RmsNorm
 from megatron_tiedlora.model.normed_linear import NormedLinear
@@ -29,10 +29,10 @@ HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
-    """x = x + attention(x); x = x + mlp(x), each behind a norm of its own.
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
-    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: of d + 2 f numbers a
-    token only d are kept.
+    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: only d of d + 2 f
+    elements per token are saved.
     """
 
     def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
@@ -44,44 +44,48 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        places: Places,
+        context: AttentionContext,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (1, b s / p, d), and the same back; the rest as in Attention."""
-        attention_output = self.attention.attend(hidden, places, tensor_parallel, update=update, cache=cache)
-        return self.feed(self.join(hidden, attention_output, tensor_parallel), tensor_parallel)
+        """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
+        attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
+        return self.add_mlp(self.add_attention(hidden, attention_output, tensor_parallel), tensor_parallel)
 
-    def join(
+    def add_attention(
         self, hidden: torch.Tensor, attention_output: torch.Tensor, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
-        """x + attention's output, position by position: of all positions, or of some. Keeps nothing.
+        """x + output projection(attention output), for all positions or some. It saves nothing for backward.
 
         Args:
-            hidden: what came into the block, (b, s, d) or (1, b s / p, d).
+            hidden: the block's input, (b, s, d) or (1, b s / p, d).
             attention_output: (b, s, local heads * head_dim).
         """
         return hidden + self.attention.output(attention_output, tensor_parallel)
 
-    def feed(self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True) -> torch.Tensor:
-        """x + mlp(norm(x)) of what `join` gives, the same shape.
+    def add_mlp(
+        self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True
+    ) -> torch.Tensor:
+        """x + mlp(norm(x)), where x is the result of `add_attention`; the same shape.
 
         Args:
-            recomputes: False to keep gate and up all the same, where the backward pass follows at once.
+            recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
         """
         if self.recomputes_gate and recomputes and torch.is_grad_enabled():
-            opened = checkpoint(self.mlp.open, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False)
+            activated = checkpoint(
+                self.mlp.activate, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            opened = self.mlp.open(hidden, tensor_parallel)
-        return hidden + self.mlp.close(opened, tensor_parallel)
+            activated = self.mlp.activate(hidden, tensor_parallel)
+        return hidden + self.mlp.project(activated, tensor_parallel)
 
 
 class Head(nn.Module):
     """Final norm, vocabulary projection and loss.
 
-    With tied embeddings the stage gives it the embedding's weight (`take_weight`), or one of its own where the
+    With tied embeddings the stage gives it the embedding's weight (`take_weight`), or a copy of its own if the
     embedding is on another stage.
     """
 
@@ -105,12 +109,12 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> torch.Tensor:
-        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of those positions. Alike on every rank.
+        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
         Args:
-            hidden: what flows between layers, (b, s, d) or (1, b s / p, d); with `supervised` of its `rows` alone,
-                (1, m, d) or (1, m / p, d).
-            summed: False for every position's own loss, (n,), without a gradient.
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
+                `rows`, (1, m, d) or (1, m / p, d).
+            summed: False for the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group
         hidden = enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
@@ -120,8 +124,8 @@ class Head(nn.Module):
         first_id = group.rank * self.frozen.local_shape[0]
         weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
         losses = sum_token_losses if summed else token_losses
-        rows = hidden[0].index_select(0, supervised.kept)
-        del hidden  # as large as its gradient, which is made next
+        rows = hidden[0].index_select(0, supervised.supervised)
+        del hidden  # frees as much memory as its gradient needs next
         return losses(
             rows,
             weight,
@@ -135,7 +139,7 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One entry of the flat list: what it is, and how to make it."""
+    """One entry of the flat list: its kind, its index, and a function that builds it."""
 
     kind: str
     index: int
@@ -154,8 +158,8 @@ def layer_specs(
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. `recomputes_gate`: see Block;
-    `deterministic`: see `choose_attention`.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
+    `deterministic` see `choose_attention`.
     """
 
     def embedding() -> nn.Module:

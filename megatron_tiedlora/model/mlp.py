@@ -30,7 +30,7 @@ class _Gated(torch.autograd.Function):
 
 
 class SwiGlu(nn.Module):
-    """The feed-forward part of a block, in two steps. `open` saves its input and gate and up for the backward pass."""
+    """The feed-forward part of a block, in two steps. `activate` saves its input, gate and up for the backward pass."""
 
     def __init__(self, gate_up: NormedLinear, down: RowParallelLinear, *, kernels: Kernels) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class SwiGlu(nn.Module):
         self.gate_up = gate_up
         self.down = down
 
-    def open(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What flows between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
+    def activate(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """Activations between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
         (gate_up,) = self.gate_up(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
         gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
         return gated
 
-    def close(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """What `open` gives -> what flows between layers."""
+    def project(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+        """W_down y: the result of `activate`, (..., local f) -> activations between layers."""
         output: torch.Tensor = self.down(gated, tensor_parallel)
         return output

@@ -29,7 +29,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class RmsNorm(nn.Module):
-    """RMS norm with a frozen weight. Keeps its input and one number a row for the backward pass."""
+    """RMS norm with a frozen weight. It saves its input and one number per token for the backward pass."""
 
     def __init__(self, hidden_size: int, *, eps: float, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()

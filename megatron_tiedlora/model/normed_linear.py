@@ -1,13 +1,13 @@
-"""Norm and column-parallel frozen linear with its low-rank update: one step of the model, with one backward pass.
+"""Norm and column-parallel frozen linear with its low-rank update: one autograd step with a handwritten backward pass.
 
     y = epilogue(W x + c + F A x)        x = norm(hidden)
 
-It saves the norm's input, one number per token for the norm, and A x, r numbers per token, for the backward pass; x is
-computed again. A frozen factor has no gradient, and what only that would need is not computed. The algebra of the
-update is in `adapters/low_rank.py`; A and F come from the adapter's bank.
+For the backward pass it saves the norm's input, one number per token for the norm, and A x, r numbers per token; x is
+computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
+A and F come from the adapter.
 
-Under sequence parallelism A x is computed from each rank's part of the sequence and travels beside x, and its gradient
-beside that of x, in the messages that the projection has anyway.
+Under sequence parallelism each rank computes A x from its part of the sequence. A x is sent in the same message as x,
+and its gradient in the same message as the gradient of x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
@@ -29,19 +29,19 @@ from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 
 
 class Epilogue(Protocol):
-    """What is done to the projection's result before anyone sees it, and its derivative. It saves nothing of its own.
+    """A function of the projection's result, with its derivative. It saves no activations of its own.
 
     Attributes:
-        tensors: what it needs in both passes; they are handed to both, and saved with what the projection saves.
+        tensors: passed to both `forward` and `backward`, and saved beside the activations of the projection.
     """
 
     tensors: tuple[torch.Tensor, ...]
 
     def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """From (b, s, local_out), which it may use up, to the step's results."""
+        """From (b, s, local_out), which it may overwrite, to the results."""
 
     def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """From the gradients of those results to that of the projection, (b, s, local_out)."""
+        """From the gradients of the results to the gradient of the projection, (b, s, local_out)."""
 
 
 class Unchanged:
@@ -50,16 +50,16 @@ class Unchanged:
     tensors: tuple[torch.Tensor, ...] = ()
 
     def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The projection itself."""
+        """Return the projection itself."""
         return (projected,)
 
     def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """Its gradient."""
+        """Return its gradient."""
         return gradients[0]
 
 
 class NormedLinear(nn.Module):
-    """The step's weights on one rank: the norm's beside W and its bias."""
+    """The weight of the norm, and this rank's shard of W and its bias."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class NormedLinear(nn.Module):
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in); `dtype` that of the norm's weight."""
+        """`weight` is W, (local out, in); `dtype` is the dtype of the norm's weight."""
         super().__init__()
         self.eps = eps
         self.kernels = kernels
@@ -83,11 +83,11 @@ class NormedLinear(nn.Module):
         hidden: torch.Tensor,
         epilogue: Epilogue,
         tensor_parallel: TensorParallel,
-        update: LayerUpdate | None = None,
+        update: LinearUpdate | None = None,
         *,
         num_rows: int,
     ) -> tuple[torch.Tensor, ...]:
-        """What flows between layers, (b, s, d) or (1, b s / p, d), to what `epilogue` makes of (b, s, local_out).
+        """Activations between layers, (b, s, d) or (1, b s / p, d), to the results of `epilogue`.
 
         Args:
             num_rows: b.
@@ -173,7 +173,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _enter(normed: torch.Tensor, ax: torch.Tensor | None, step: _Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x and A x of whole sequences, (b, s, n), on every rank, in one message where ranks hold parts of them."""
+    """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
     if step.tensor_parallel.sequence_parts == 1:
         return normed, ax
     joined = normed if ax is None else low_rank.beside(normed, ax)
@@ -181,7 +181,7 @@ def _enter(normed: torch.Tensor, ax: torch.Tensor | None, step: _Step) -> tuple[
     if ax is None:
         return whole, None
     whole, narrow = low_rank.apart(whole, ax.shape[-1])
-    return whole, narrow.contiguous()  # a copy: A x is saved, and must not keep x
+    return whole, narrow.contiguous()  # a copy: A x is saved, and a view would keep x in memory
 
 
 def _leave(
@@ -192,11 +192,11 @@ def _leave(
     *,
     needs_ax: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x and A x, summed over the ranks' rows of W and F; that of x has the update's share.
+    """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
 
-    Under sequence parallelism they come back as this rank's part of the sequence: A's gradient there is of its own x,
-    where `needs_ax`, so the gradient of A x travels too. Without it every rank takes its own addend of that gradient to
-    all of x, and A's gradient is a sum of that; either way the sum over ranks is taken where A was gathered.
+    Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is summed in
+    the same message, and A's gradient follows from it and this rank's part of x. Without sequence parallelism A's
+    gradient is this rank's addend, from all of x. In both cases it is summed over ranks where A was gathered.
     """
     group, in_parts = tensor_parallel.group, tensor_parallel.sequence_parts > 1
     if in_parts:

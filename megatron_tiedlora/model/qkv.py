@@ -1,4 +1,4 @@
-"""The epilogue of the fused QKV projection: its rows become heads, and those of queries and keys are rotated."""
+"""The epilogue of the fused QKV projection: it splits the result into heads and rotates queries and keys."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_tiedlora.parallel.kernels import Kernels
 
 @dataclass(frozen=True)
 class RotatedHeads:
-    """An `Epilogue`: from [Q | K | V], (b, s, o), to queries (b, heads, s, head_dim), keys and values of one storage.
+    """An `Epilogue`: [Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
 
     Attributes:
-        rows: of Q, K and V on this rank.
+        rows: output features of Q, K and V on this rank.
         tensors: cos and sin of the s tokens' positions, see `rotation_table`.
     """
 
@@ -33,8 +33,8 @@ class RotatedHeads:
         return rotated.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2).split((query, key, value), dim=1)
 
     def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """The gradient of [Q | K | V] from those of the rotated heads."""
-        # Kernels for GPUs give them by tokens, where this copies nothing.
+        """The gradient of [Q | K | V] from the gradients of the rotated heads."""
+        # Kernels for GPUs return gradients in token order; then this copies nothing.
         parts = (gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients)
         batch, _, length, _ = gradients[0].shape
         return self.kernels.rotate_gradient(*parts, *tensors).view(batch, length, -1)

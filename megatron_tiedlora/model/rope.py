@@ -16,8 +16,8 @@ from megatron_tiedlora.base.shapes import RopeShape
 def inverse_frequencies(rope: RopeShape, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
     """f_i, (head_dim / 2,) fp32.
 
-    Llama 3's scaling: wavelengths beyond original / low_freq_factor are stretched by `factor`, those under
-    original / high_freq_factor are kept, and between them the two are blended linearly.
+    Llama 3's scaling: wavelengths above original / low_freq_factor are stretched by `factor`, wavelengths below
+    original / high_freq_factor stay unchanged, and between them the two are blended linearly.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
@@ -37,7 +37,7 @@ def inverse_frequencies(rope: RopeShape, head_dim: int, device: torch.device | N
 def rotation_table(
     positions: torch.Tensor, rope: RopeShape, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, each (b s, 1, head_dim / 2) in `dtype`, from positions (b, s)."""
+    """cos and sin of the angles of all positions (b, s), each (b s, 1, head_dim / 2) in `dtype`."""
     frequencies = inverse_frequencies(rope, head_dim, positions.device)
     angles = positions.reshape(-1, 1, 1).float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)

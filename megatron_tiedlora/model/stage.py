@@ -1,7 +1,7 @@
-"""A contiguous part of the flat list with the adapter's part beside it: one pipeline stage, or the whole model.
+"""A contiguous part of the flat list with its part of the adapter: one pipeline stage, or the whole model.
 
-Owns how layers are called one after another, recompute, and what makes a stage without trained tensors or without a use
-for its input's gradient go on working. Leaves schedules and messages between stages to DeepSpeed.
+It owns the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained tensors.
+It leaves schedules and messages between stages to DeepSpeed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.likes = [(s.shape, s.dtype, s.device) for s in sources]
+        ctx.sources = [(s.shape, s.dtype, s.device) for s in sources]
         return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.likes)
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sources)
 
 
 class _Prediction(NamedTuple):
-    """What `Stage.predict` takes beside the inputs."""
+    """The further arguments of `Stage.predict`."""
 
     caches: Sequence[KeyValueCache] | None
     updates: Mapping[int, LayerUpdate] | None
@@ -44,13 +44,13 @@ class _Prediction(NamedTuple):
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of the list, called in order, with the adapter bank beside them.
+    """Some consecutive layers of the list, called in order, with their part of the adapter.
 
-    The bank is read once per call, outside recompute, so its gradients leave through one autograd path per call.
+    The adapter is read once per call, outside recompute, so its gradients take one autograd path per call.
 
-    DeepSpeed wants of every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
-    without adapted layers therefore has an `anchor`, one number that is always zero. Where no adapted layer stands
-    before the stage, the gradient of its input is zeros, and nothing below its first adapted layer has a backward pass.
+    DeepSpeed needs from every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
+    without adapted layers therefore has an `anchor`, one number that is always zero. If no earlier stage has an adapted
+    layer, the gradient of its input is zeros, and no layer before its first adapted one has a backward pass.
     """
 
     anchor: nn.Parameter | None
@@ -88,21 +88,21 @@ class Stage(nn.Module):
 
     @property
     def tail(self) -> SupervisedTail:
-        """What follows the last attention, on the stage that has the head."""
+        """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
         return SupervisedTail(block, head)
 
     @property
     def attention(self) -> Attention:
-        """Of the first block; those of the others differ from it in their weights alone."""
+        """The attention of the first block; the other blocks differ from it only in their weights."""
         block: Any = self.layers[str(self.blocks[0])]
         attention: Attention = block.attention
         return attention
 
     @property
     def needs_input_gradient(self) -> bool:
-        """Whether an adapted layer stands before this stage."""
+        """Whether an earlier stage has an adapted layer."""
         return self.adapter is not None and self.adapter.config.layers[0] < self.blocks[0]
 
     def forward(
@@ -114,17 +114,17 @@ class Stage(nn.Module):
         documents: torch.Tensor | None = None,
         prediction: _Prediction | None = None,
     ) -> torch.Tensor | Attended:
-        """One training pass of the stage; for predictions call `predict`.
+        """The forward pass for training; for predictions call `predict`.
 
         Args:
-            inputs: tokens (b, s) int64 where the stage has the embedding, else what flows between layers.
+            inputs: tokens (b, s) int64 if the stage has the embedding, else activations between layers.
             positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100; or what `find_supervised` made of them on the host.
-            documents: (b, s) int64, which document of its row each token belongs to; None: one a row.
+            labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
+            documents: (b, s) int64, document ids; None: one document per row.
 
         Returns:
-            what flows between layers; where the stage has the head, the summed loss over supervised positions, or what
-            its `tail` takes where `labels` are not given.
+            activations between layers. If the stage has the head: the summed loss over supervised positions, or
+            without `labels` the input of its `tail`.
         """
         if prediction is not None:
             return self._predict(inputs, positions, labels, documents, prediction)
@@ -139,7 +139,7 @@ class Stage(nn.Module):
         return self.tail.loss(output, labels, self.tensor_parallel)
 
     def _with_zero_gradients(self, output: torch.Tensor | Attended, inputs: torch.Tensor) -> torch.Tensor | Attended:
-        """The same, with a gradient of zeros for what DeepSpeed wants one for and nothing trained has one for."""
+        """The same output, which also gives zero gradients to the anchor and to inputs that need none."""
         sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
         if self.embedding is None and not self.needs_input_gradient:
             sources.append(inputs)
@@ -161,18 +161,18 @@ class Stage(nn.Module):
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (b, s, V), or with `labels` every position's loss (b, s), which has no gradient.
+        """Logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
             caches: one per block, for decoding.
-            updates: the adapter's, where it was read before, see `read_adapter`.
-            wanted: (b,) int64, the one position of each row whose logits are wanted; the result is then (b, 1, V).
+            updates: the result of `read_adapter`, if it was called before.
+            wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V).
 
         Returns:
-            what flows between layers where the stage has no head. A loss is 0 where there is no label.
+            activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
-        # A call of the module, whose hooks an engine needs (ZeRO-3 begins a new trace of its parameters there).
+        # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
         found: torch.Tensor = self(
             inputs, positions, labels, documents=documents, prediction=_Prediction(caches, updates, wanted)
         )
@@ -189,24 +189,24 @@ class Stage(nn.Module):
         caches, updates, wanted = prediction
         tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
         hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-        reached = self.run_blocks(
+        output = self.run_blocks(
             hidden, positions, tensor_parallel, documents=documents, caches=caches, updates=updates
         )
-        if isinstance(reached, torch.Tensor):
-            return reached
+        if isinstance(output, torch.Tensor):
+            return output
         if isinstance(labels, torch.Tensor):
-            return self.tail.position_losses(reached, labels, tensor_parallel)
-        return self.tail.logits(reached, tensor_parallel, wanted=wanted)
+            return self.tail.position_losses(output, labels, tensor_parallel)
+        return self.tail.logits(output, tensor_parallel, wanted=wanted)
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
-        """Memory for what flows between layers of so many rows of tokens, on this rank."""
+        """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
         norm: torch.Tensor = self.layers[str(self.blocks[0])].attention.qkv.norm  # type: ignore[union-attr, assignment]
         parts = self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return norm.new_empty(*shape, len(norm))
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
-        """The update of every adapted layer of the stage, by layer; a trained A is gathered over the tensor group."""
+        """The updates of the stage's adapted layers, by layer. A trained A is gathered over the tensor group."""
         if self.adapter is None:
             return {}
         dtype = next(self.layers.parameters()).dtype
@@ -214,7 +214,7 @@ class Stage(nn.Module):
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(b, s) int64 -> what flows between layers."""
+        """Tokens (b, s) int64 -> activations between layers."""
         hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
@@ -228,27 +228,27 @@ class Stage(nn.Module):
         caches: Sequence[KeyValueCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
     ) -> torch.Tensor | Attended:
-        """Every block of the stage in order; before a head the last one as far as its attention.
+        """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
         Args:
-            updates: the adapter's factors by layer, where they were read before this call; see `read_adapter`.
+            updates: the result of `read_adapter`, if it was called before.
         """
         updates = self.read_adapter() if updates is None else updates
         cache = caches[0] if caches else None
-        places = self.attention.places(positions, hidden.dtype, documents=documents, cache=cache)
+        context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
             stops = self.head is not None and index == self.blocks[-1]
             call = block.attention.attend if stops else block
             cache = caches[number] if caches else None
-            result = self._call(call, hidden, places, tensor_parallel, update=updates.get(index), cache=cache)
+            result = self._call(call, hidden, context, tensor_parallel, update=updates.get(index), cache=cache)
             if stops:
                 return Attended(hidden, result)
             hidden = result
         return hidden
 
     def _call(self, function: Callable[..., torch.Tensor], *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """The function's result, of which only the arguments are kept under recompute."""
+        """The function's result; with full recompute only its arguments are saved."""
         if self.recompute == "full" and torch.is_grad_enabled():
             result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, **keywords)
             return result

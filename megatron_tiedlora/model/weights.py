@@ -1,6 +1,6 @@
 """The name table: every parameter of a base model, and the rows of Hugging Face tensors that it is made of.
 
-Derived from a `ModelShape`; loading, merging, exporting and comparing all read it.
+It is derived from a `ModelShape`. Loading, merging, exporting and comparing all read it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_tiedlora.parallel.shard_spec import ShardSpec, bias_spec, weight_s
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Rows `start` to `start + size - 1` of the Hugging Face tensor `name`, which has `shape`."""
+    """Rows `start` to `start + size - 1` of the Hugging Face tensor `name`, whose shape is `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,9 +33,9 @@ class WeightRule:
         name: of the parameter, "layers.INDEX.REST".
         layer: its entry of the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
         linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
-        shape: of the whole tensor.
+        shape: of the full tensor.
         spec: how it is sharded over tensor-parallel ranks.
-        parts: what is stacked along dimension 0, one for each of `spec.blocks` where these run along it.
+        parts: stacked along dimension 0, one for each of `spec.blocks` if these run along it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class WeightRule:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Of the Hugging Face tensors that it is stored in, one for each part."""
+        """The names of the Hugging Face tensors that store it, one for each part."""
         return tuple(part.name for part in self.parts)
 
     def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -56,13 +56,13 @@ class WeightRule:
 
     @property
     def num_elements(self) -> int:
-        """Numbers in the whole tensor."""
+        """The number of elements in the full tensor."""
         return math.prod(self.shape)
 
     def by_stored_tensor(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows (out_size, ...) that are stacked as this weight is, by the stored tensor that they belong to.
+        """Split rows (out_size, ...), stacked as in this weight, by the stored tensor that they belong to.
 
-        A stored tensor that is fused gets them in its own order; those that belong to another weight are zeros.
+        In a fused stored tensor they have its order; rows that belong to another weight are zeros.
         """
         found: dict[str, torch.Tensor] = {}
         for part, piece in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
@@ -89,7 +89,7 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
 
 
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
-    """The name table as a pipeline stage reads it: with tied embeddings, a head without the embedding has a copy."""
+    """The name table for a pipeline stage: with tied embeddings, a head without the embedding has its own copy."""
     found = weight_rules(shape)
     if shape.tied_embeddings and not has_embedding:
         last = shape.num_layers + 1
@@ -98,7 +98,7 @@ def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[Weigh
 
 
 def num_base_parameters(shape: ModelShape) -> int:
-    """Parameters of the base model, a tied embedding counted once."""
+    """The number of parameters of the base model; a tied embedding counts once."""
     return sum(weight.num_elements for weight in weight_rules(shape))
 
 

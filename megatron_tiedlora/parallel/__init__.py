@@ -1,1 +1,1 @@
-"""Who holds which part of a tensor: the grid of ranks, shard declarations, layers and the loss."""
+"""Which rank holds which shard of a tensor: the grid of ranks, shard declarations, collectives, layers and the loss."""

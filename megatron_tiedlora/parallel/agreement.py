@@ -1,7 +1,7 @@
-"""What all ranks must agree on outside the model: sums of a few numbers, rank 0's decisions. One rank sends nothing.
+"""What all ranks agree on outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
 
-All of it goes as CPU tensors, over gloo: no GPU is waited for, and an exchange with a dead peer raises at once.
-Values travel as bytes (`messages`), and how many come first: nobody takes an object from a peer that could be code.
+Everything is sent as CPU tensors over gloo: no rank waits for a GPU, and an exchange with a dead peer raises at once.
+The size is sent first, then the value as bytes (`messages`), so that no rank unpickles what a peer has sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Ranks in the process group, 1 without one."""
+    """Number of ranks in the process group; 1 without a group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -55,10 +55,10 @@ def gather_numbers(value: int) -> list[int]:
 
 
 def first_message(message: str | None) -> str | None:
-    """The message of the lowest rank that has one, on every rank; None where no rank has."""
+    """The message of the lowest rank that has one, on every rank; None if no rank has one."""
     if world_size() == 1 or not sum_over_ranks([float(message is not None)])[0]:
         return message
-    # Another error must not come in the way of this one: a text that is not Unicode is sent with escapes.
+    # A text that is not Unicode is sent with escapes: an encoding error here would hide the message.
     mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
     sizes = gather_numbers(len(mine))
     speaker = next(rank for rank, size in enumerate(sizes) if size)
@@ -68,10 +68,10 @@ def first_message(message: str | None) -> str | None:
 
 
 def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
-    """Every rank's value, of type `kind`, in rank order on rank 0, None elsewhere.
+    """Every rank's value, of type `kind`, in rank order on rank 0; None on the others.
 
     Raises:
-        UserError: a value that is too large, on every rank; one of another kind, on rank 0.
+        UserError: a value is too large (on every rank), or not of type `kind` (on rank 0).
     """
     if world_size() == 1:
         return [value]
@@ -92,7 +92,7 @@ def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
 
 
 def num_differing(value: str) -> int:
-    """How many ranks have another value than rank 0, the same number on every rank."""
+    """The number of ranks whose value differs from rank 0's, on every rank."""
     first = decided_by_rank_0(lambda: value, kind=str)
     return round(sum_over_ranks([float(value != first)])[0])
 
@@ -101,10 +101,10 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
     """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
 
     Args:
-        kind: the type of what it returns, a type that `messages` can send; None where it returns None.
+        kind: the type of what it returns, which `messages` must be able to send; None if it returns None.
 
     Raises:
-        UserError: rank 0's, on every rank, so that none waits for one that has left; or a value of another kind.
+        UserError: rank 0's own error, on every rank, so that no rank waits for it; or the value is not of type `kind`.
     """
     if world_size() == 1:
         return decide()
@@ -123,7 +123,7 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
 
 
 def raise_on_every_rank(failure: UserError | None) -> None:
-    """Raise rank 0's `failure` on every rank, where it has one; all ranks call this together."""
+    """Raise rank 0's `failure`, if it has one, on every rank. All ranks call this together."""
 
     def tell() -> None:
         if failure is not None:
@@ -133,7 +133,7 @@ def raise_on_every_rank(failure: UserError | None) -> None:
 
 
 def _decide(decide: Callable[[], Value]) -> Value:
-    """Decide on rank 0 and tell the others, the error where it is one."""
+    """Decide on rank 0, and send the others the value or the error."""
     failure: UserError | None = None
     try:
         value = decide()
@@ -148,7 +148,7 @@ def _decide(decide: Callable[[], Value]) -> Value:
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
-    """The message of `source`, whose `size` in bytes every rank knows, on every rank. Raises UserError as that does."""
+    """The message of `source`, on every rank. Every rank knows its `size` in bytes. Raises UserError for the size."""
     _check_size(size, sender=source, largest=largest)
     here = distributed.get_rank() == source
     data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)
@@ -158,4 +158,4 @@ def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> b
 
 def _check_size(size: int, *, sender: int, largest: int) -> None:
     if not 0 < size <= largest:
-        raise unreadable(sender, f"{size} bytes, which are not between 1 and {largest}")
+        raise unreadable(sender, f"its size of {size} bytes is not between 1 and {largest}")

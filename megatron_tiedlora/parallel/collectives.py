@@ -2,8 +2,8 @@
 
 Each region function is the adjoint of its partner: copy_to (identity; backward all-reduce) and reduce_from (all-reduce;
 backward identity), gather_from (all-gather; backward reduce-scatter) and reduce_scatter_to (reduce-scatter; backward
-all-gather). Gradients that arrive in a gather's backward are parts, one from each rank, so they are summed and never
-sliced. None changes its input, and in a group of one none sends anything.
+all-gather). The gradients that arrive in the backward pass of a gather are partial sums, one per rank, so they are
+summed and never just sliced. No function changes its input. In a group of one rank none sends anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
 def all_reduce(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The sum over the group, bit-equal on every rank; a new tensor unless the group is one rank."""
+    """The sum over the group, bit-equal on every rank; a new tensor unless the group has one rank."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -43,7 +43,7 @@ def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor
 
 
 def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
-    """This rank's equal part along `dim` of the sum over the group. `dim` must divide by the group's size."""
+    """This rank's equal part along `dim` of the sum over the group. The group's size must divide `dim`."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -101,7 +101,7 @@ class _ReduceScatterTo(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The tensor itself; its gradient, of which each rank has a part, is summed over the group."""
+    """The tensor itself. Each rank has an addend of its gradient; these are summed over the group."""
     if group.size == 1:
         return tensor
     copied: torch.Tensor = _CopyTo.apply(tensor, group)
@@ -109,7 +109,7 @@ def copy_to_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> to
 
 
 def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """The sum over the group; its gradient, the same on every rank, passes as it is."""
+    """The sum over the group. Its gradient, the same on every rank, is passed on unchanged."""
     if group.size == 1:
         return tensor
     reduced: torch.Tensor = _ReduceFrom.apply(tensor, group)
@@ -117,7 +117,7 @@ def reduce_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup) -
 
 
 def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
-    """The ranks' parts along `dim`, joined; of the gradient, which is summed over the group, each keeps its part."""
+    """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
     gathered: torch.Tensor = _GatherFrom.apply(tensor, group, dim)
@@ -125,7 +125,7 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
 
 
 def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
-    """(b, s, d) -> (1, b s, d), rows one after another, so that each rank's part of them lies in one piece."""
+    """(b, s, d) -> (1, b s, d): rows are concatenated, so that each rank's part is contiguous."""
     return hidden.flatten(0, 1)[None]
 
 
@@ -135,7 +135,7 @@ def gather_from_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup)
 
 
 def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: RankGroup) -> torch.Tensor:
-    """(b, s, d), of which each rank has an addend, -> this rank's (1, b s / size, d) of the sum."""
+    """Addends (b, s, d) of the ranks -> this rank's part of their sum, (1, b s / size, d)."""
     if group.size == 1:
         return hidden
     scattered: torch.Tensor = _ReduceScatterTo.apply(end_to_end(hidden), group, SEQUENCE_DIM)
@@ -143,14 +143,14 @@ def reduce_scatter_to_sequence_parallel_region(hidden: torch.Tensor, group: Rank
 
 
 def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-    """What flows between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers."""
+    """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers."""
     if tensor_parallel.sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel.group)
     return copy_to_tensor_parallel_region(hidden, tensor_parallel.group)
 
 
 def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-    """Addends (b, s, d) of the ranks -> their sum, in the form that flows between layers."""
+    """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers."""
     if tensor_parallel.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(hidden, tensor_parallel.group)
     return reduce_from_tensor_parallel_region(hidden, tensor_parallel.group)

@@ -1,6 +1,6 @@
-"""A loss whose backward pass runs in its forward pass, so that of all that lies between only one gradient is kept.
+"""A loss whose backward pass runs inside its forward pass, so that only one gradient is saved.
 
-What has no trained tensor needs of the backward pass only the factor that comes in, and that scales its gradient.
+Without trained tensors in between, the backward pass needs only the incoming factor, which scales that gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         inner = hidden.detach().requires_grad_()
-        # A caller's hooks are for what is kept until the backward pass; nothing here is.
+        # A caller's hooks are for tensors saved until the backward pass; these are not.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             loss = function(inner)
         # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
@@ -29,8 +29,8 @@ class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return scaled(of_hidden, gradient), None
+        (grad_hidden,) = ctx.saved_tensors
+        return scaled(grad_hidden, gradient), None
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,10 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_with_early_backward(function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """`function(hidden)`, a scalar, of which only the gradient of `hidden`, like it, is kept.
+    """`function(hidden)`, a scalar. Only the gradient of `hidden`, of its shape and dtype, is saved for backward.
 
     Args:
-        function: of `hidden` alone: other tensors that it uses get no gradient.
+        function: it is differentiated for `hidden` alone; other tensors that it uses get no gradient.
         hidden: any float dtype.
     """
     loss: torch.Tensor = _EarlyBackward.apply(hidden, function)

@@ -1,4 +1,4 @@
-"""Backward passes that are written by hand, and have no backward pass of their own."""
+"""Handwritten backward passes, which cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's `backward` that refuses to be differentiated again.
+    """A Function's `backward` that raises an error if it is differentiated again.
 
-    torch's `once_differentiable` refuses only where the incoming gradient has a graph; the gradient of a loss has none,
-    and what follows from it would be taken for a constant without a word.
+    torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has none, so
+    autograd would silently treat what is computed from it as a constant.
 
     Raises:
         RuntimeError: in a backward pass with `create_graph=True`.

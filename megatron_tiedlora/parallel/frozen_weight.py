@@ -1,7 +1,7 @@
-"""A weight that is never trained: how one rank stores its part of it, and every matmul with it.
+"""A weight that is never trained: how a rank stores its shard, and every matmul with it.
 
-A forward pass computes x W^T + c, a backward pass dy W. Layers do both through this class, so that a weight in another
-storage format is a subclass and nothing else.
+The forward pass computes x W^T + c, the backward pass dy W. Layers do both through this class, so that another storage
+format is just a subclass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 class FrozenWeight:
     """W (out, in) of a linear, or a vector, in one tensor of the activations' dtype.
 
-    It is no module: the layer that uses it registers its `parameters`, so that engines move and partition them.
+    It is not a module: the layer that uses it registers its `parameters`, so that engines move and partition them.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -33,32 +33,32 @@ class FrozenWeight:
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What it is stored in, by the name under which the layer registers it."""
-        assert isinstance(self.tensor, nn.Parameter), "a view is registered by nobody"
+        """The parameters that store it, by the name under which the layer registers them."""
+        assert isinstance(self.tensor, nn.Parameter), "a view is never registered"
         return {"weight": self.tensor}
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of the part that this rank holds."""
+        """The shape of this rank's shard."""
         return tuple(self.tensor.shape)
 
     @staticmethod
     def num_bytes(num_elements: int, dtype: torch.dtype) -> int:
-        """What a weight of so many elements takes, with activations of `dtype`."""
+        """Bytes of a weight with `num_elements` elements, for activations of `dtype`."""
         return num_elements * dtype.itemsize
 
     def times_transposed(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x W^T + bias, (tokens, out), from x (tokens, in); in the memory `out` if given. Autograd does not see it.
+        """x W^T + bias, (tokens, out), from x (tokens, in); written to `out` if given. Autograd does not record it.
 
-        Not `functional.linear`, which DeepSpeed's zero.Init replaces by a function of its own (seen in 0.19.8).
+        It avoids `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
         """
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """dy W, (tokens, in), from dy (tokens, out); in the memory `out` if given. Autograd does not see it."""
+        """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def first_rows(self, num_rows: int) -> FrozenWeight:
@@ -66,25 +66,25 @@ class FrozenWeight:
         return FrozenWeight(self.tensor.detach()[:num_rows])
 
     def empty_values(self) -> torch.Tensor:
-        """Uninitialised memory for the values of the local part, for `load`."""
+        """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty_like(self.tensor)
 
     def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0) -> None:
-        """Store `values`, of any float dtype and device, from index `start` of dimension `dim` on."""
+        """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on."""
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:
-    """Give `weight`'s parameters to the module that uses it; returns it."""
+    """Register the parameters of `weight` with the module that uses it, and return `weight`."""
     for name, parameter in weight.parameters.items():
         module.register_parameter(name, parameter)
     return weight
 
 
 def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
-    """Every frozen weight and vector inside `module`, by the name of its rule (`model/weights.py`).
+    """Every frozen weight and vector inside `module`, by its name in the name table (`model/weights.py`).
 
-    A layer keeps the FrozenWeight of its matrix in the attribute `frozen`. Biases, norms and embeddings are parameters.
+    A layer stores the FrozenWeight of its matrix in the attribute `frozen`. Biases and norms are plain parameters.
     """
     found: dict[str, FrozenWeight] = {}
     for prefix, layer in module.named_modules():

@@ -1,4 +1,4 @@
-"""Where a rank stands in the (pipeline, data, tensor) grid: pure arithmetic, no groups."""
+"""The coordinates of a rank in the (pipeline, data, tensor) grid: pure arithmetic, without process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_tiedlora.base.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid over (pp, dp, tp), tensor-parallel neighbours adjacent.
+    """The grid over (pp, dp, tp); the ranks of a tensor-parallel group are adjacent.
 
     rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
     """
@@ -24,23 +24,23 @@ class Grid:
         if self.world_size % unit:
             below = self.world_size // unit * unit
             raise UserError(
-                f"{self.world_size} ranks do not divide by --tensor_parallel {self.tp_size} x --pipeline_parallel"
-                f" {self.pp_size}; start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
+                f"{self.world_size} ranks are not a multiple of --tensor_parallel {self.tp_size} x --pipeline_parallel"
+                f" {self.pp_size}. Start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
             )
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel width: what is left of the world."""
+        """Data-parallel size = world size / (tensor x pipeline)."""
         return self.world_size // (self.tp_size * self.pp_size)
 
     @property
     def tp_rank(self) -> int:
-        """Position among the ranks that share each layer."""
+        """Index in the tensor-parallel group, whose ranks share each layer."""
         return self.rank % self.tp_size
 
     @property
     def dp_rank(self) -> int:
-        """Position among the ranks that see different samples."""
+        """Index in the data-parallel group, whose ranks see different samples."""
         return self.rank // self.tp_size % self.dp_size
 
     @property
@@ -49,9 +49,9 @@ class Grid:
         return self.rank // (self.tp_size * self.dp_size)
 
     def rank_of(self, *, pp_rank: int = 0, dp_rank: int = 0, tp_rank: int = 0) -> int:
-        """The rank at a place of the grid."""
+        """The rank with these coordinates."""
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> Grid:
-        """The same grid seen from another rank."""
+        """The same grid for another rank."""
         return replace(self, rank=rank)

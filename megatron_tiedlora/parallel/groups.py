@@ -1,4 +1,4 @@
-"""Which ranks share messages: process groups made elsewhere, passed to whoever sends, never read from globals."""
+"""Which ranks send each other messages. Groups are made elsewhere and passed as arguments, never read from globals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Some ranks, and this one's place among them. A group of one has no handle, and sends nothing."""
+    """Some ranks, and this rank's index among them. A group of one rank has no handle and sends nothing."""
 
     handle: ProcessGroup | None = None
     rank: int = 0
@@ -21,11 +21,11 @@ ALONE = RankGroup()
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks that share each layer, and whether activations between layers are cut along the sequence.
+    """The ranks that share each layer, and whether activations between layers are sharded along the sequence.
 
-    With sequence parallelism, norms and residual sums run on (1, b s / size, d): the b sequences stand end to end and
-    each rank has an equal part, which lies in one piece, so that messages need no copy. A layer gathers on entry and
-    reduce-scatters on exit. Without it every rank holds (b, s, d), and exits are all-reduces.
+    With sequence parallelism, norms and residual sums run on (1, b s / size, d): the b sequences are concatenated and
+    each rank has an equal, contiguous part, so that messages need no copy. A layer gathers on entry and reduce-scatters
+    on exit. Without it every rank holds (b, s, d), and a layer all-reduces on exit.
     """
 
     group: RankGroup = ALONE
@@ -33,11 +33,11 @@ class TensorParallel:
 
     @property
     def sequence_parts(self) -> int:
-        """Into how many parts activations between layers are cut along the sequence."""
+        """The number of parts into which activations between layers are sharded along the sequence."""
         return self.group.size if self.sequence_parallel else 1
 
     def whole_sequences(self) -> TensorParallel:
-        """The same ranks with activations that are not cut: for decoding, where a step is one token long."""
+        """The same ranks without sequence parallelism: for decoding, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
 
@@ -48,10 +48,10 @@ class ParallelGroups:
     Attributes:
         tensor: ranks that share each layer.
         pipeline: ranks with the other stages of the same samples and the same part of each layer.
-        choices: the same ranks, for what the last stage tells all others while decoding: it must not stand in one queue
-            with what goes from stage to stage, since ranks send the two in different orders.
+        choices: the same ranks, for the tokens that the last stage sends to all others while decoding. They need a
+            queue of their own, since ranks send them and the messages between stages in different orders.
         data: ranks that hold the same tensors and see other samples.
-        tied: pipeline x data: ranks that hold the same part of A and B.
+        tied: pipeline x data: ranks that hold the same shard of A and B.
         stage: tensor x data: ranks that hold the same u.
         model: tensor x pipeline: ranks that together hold the model once.
     """

@@ -1,9 +1,8 @@
 """The elementwise and row-wise parts of the model, as pure functions that can be compiled.
 
-What a layer does between its matmuls costs memory traffic, not arithmetic: run operation by operation, each of these
-reads and writes its tensors several times; compiled, once. `Kernels` are handed to the layers when they are built, as
-they stand here or compiled; the code is the same. Uncompiled on a GPU they go over some rows at a time (`by_rows`), as
-their fp32 temporaries would else be several times as large as their results.
+Elementwise kernels are bound by memory traffic. Uncompiled, each function reads and writes its tensors several times;
+compiled, once. Layers get `Kernels`, compiled or not, when they are built. Uncompiled kernels on a GPU process some
+rows at a time (`by_rows`), since their fp32 temporaries would be several times as large as their results.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
-# Numbers of a kernel's widest argument that it goes over at one time, uncompiled on a GPU: in fp32 64 MiB.
+# Elements of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
 
 
@@ -27,9 +26,10 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., n) -> (T, n), which autograd does not see.
+    """(..., n) -> (T, n), detached from autograd.
 
-    What kernels get has as many dimensions always, and is no view (a detached one is not): each form is compiled anew.
+    Kernels always get two dimensions and never a view (a detached tensor is not one), since torch.compile makes a
+    kernel for each form.
     """
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
@@ -41,16 +41,16 @@ def normalise(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[t
 
 
 def apply_norm(hidden: torch.Tensor, weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """weight * x * root; rounded before the weight is applied, as in transformers, unless a compiler leaves it wide."""
+    """weight * x * root. x * root is rounded first, as in transformers, unless a compiler keeps it in fp32."""
     return weight * (upcast(hidden) * root).to(hidden.dtype)
 
 
 def norm_gradient(
     gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, root: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of x, (T, d), from that of the norm's output.
+    """The gradient of x, (T, d), from the gradient of the norm's output.
 
-    With n = x root and g = weight * dy it is dx = (g - n mean(g n)) root.
+    With n = x root and g = weight * dy: dx = (g - n mean(g n)) root.
     """
     normed = upcast(hidden) * root
     weighted = upcast(gradient) * weight
@@ -64,9 +64,9 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """The gradient of [g | u], (T, 2 f), from that of `gate`, (T, f).
+    """The gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
 
-    With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s; inside in max(fp32, input dtype).
+    With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s, both computed in max(fp32, input dtype).
     """
     gates, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
     wide, sigmoid = upcast(gradient), torch.sigmoid(gates)
@@ -75,9 +75,9 @@ def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
-    """Heads (T, n, head_dim), the first `num_rotated` of them rotated; a new tensor.
+    """Heads (T, n, head_dim) with the first `num_rotated` of them rotated; a new tensor.
 
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the halves of each; cos and sin (T, 1, head_dim / 2).
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of a head; cos and sin (T, 1, head_dim / 2).
     """
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
 
@@ -85,8 +85,10 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotate
 def rotate_gradient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of what `rotate` got, (T, n, head_dim), from those of its queries, keys and values (T, heads,
-    head_dim), of which values are not rotated."""
+    """The gradient of the heads before `rotate`, (T, n, head_dim).
+
+    It takes the gradients of queries, keys and values, each (T, heads, head_dim). Values are not rotated.
+    """
     return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
 
 
@@ -95,24 +97,24 @@ def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def open_scores_(
+def exp_scores_(
     scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of (scores + mask) over the last dimension, without its division.
+    """exp(scores + mask - largest) over the last dimension: the softmax before its division.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
-        mask: (c, 1, m, keys), 0 or -inf in any dtype, no row all -inf.
-        weights: like the scores in any dtype, gets exp(score - largest).
+        mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is all -inf.
+        weights: of the scores' shape, any dtype; filled with exp(score - largest).
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
     """
     seen = scores + mask
     top = seen.amax(-1, keepdim=True)
-    opened = (seen - top).exp()
-    total = opened.sum(-1, keepdim=True)
-    weights.copy_(opened)
+    numerators = (seen - top).exp()
+    total = numerators.sum(-1, keepdim=True)
+    weights.copy_(numerators)
     return top + total.log(), total
 
 
@@ -120,37 +122,39 @@ def score_gradient_(
     scores: torch.Tensor,
     mask: torch.Tensor,
     log_sums: torch.Tensor,
-    shares: torch.Tensor,
+    deltas: torch.Tensor,
     grad_weights: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Softmax p = exp(score + mask - log_sums) into `weights`, and p (grad_weights - shares), its gradient, in place.
+    """Write the softmax p = exp(score + mask - log_sums) to `weights`, and replace p's gradient by that of the scores.
+
+    The gradient of the scores is p (grad_weights - deltas).
 
     Args:
-        scores, mask: as in `open_scores_`.
+        scores, mask: as in `exp_scores_`.
         log_sums: (c, n, m, 1), its first result.
-        shares: (c, n, m, 1), sum over keys of p * grad_weights.
-        grad_weights: (c, n, m, keys), gradient of p; replaced by that of scores.
-        weights: as `grad_weights`.
+        deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
+        grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
+        weights: of the shape of `grad_weights`.
     """
     probability = (scores + mask - log_sums).exp()
     weights.copy_(probability)
-    grad_weights.copy_(probability * (upcast(grad_weights) - shares))
+    grad_weights.copy_(probability * (upcast(grad_weights) - deltas))
 
 
 def row_log_sums(logits: torch.Tensor) -> torch.Tensor:
-    """log of the sum of exp(logit) of each row, (n,) `upcast`, from (n, V)."""
+    """log of the sum of exp(logit) in each row, (n,) `upcast`, from logits (n, V)."""
     return torch.logsumexp(upcast(logits), dim=-1)
 
 
-def open_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
-    """exp(logit - total) in place of logits (n, V); total (n,), `upcast`."""
+def exp_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
+    """Replace logits (n, V) by exp(logit - total); total (n,), `upcast`."""
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of this module that layers call, each as it stands, by rows, or compiled."""
+    """The functions of this module that layers call: plain, by rows, or compiled."""
 
     normalise: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = normalise
     apply_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = apply_norm
@@ -159,42 +163,42 @@ class Kernels:
     gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
     rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
-    open_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
-        open_scores_
+    exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
+        exp_scores_
     )
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums
-    open_logits_: Callable[[torch.Tensor, torch.Tensor], None] = open_logits_
+    exp_logits_: Callable[[torch.Tensor, torch.Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
-        """The same, uncompiled, with bounded temporaries on a GPU."""
+        """The same kernels, uncompiled, with bounded temporaries on a GPU."""
         return self._of_rows(_in_parts)
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
-        """The same by torch.compile. Each compiles when it is first called.
+        """The same kernels, wrapped by torch.compile. Each is compiled when it is first called.
 
         Args:
-            static_widths: False for one graph for all sizes. True for graphs in which every size is a constant but the
-                number of rows where they are first called with `marked` ones: a GPU then reads and writes 16 bytes at
-                once and divides by no size (1.5 to 2.5 times as fast by estimate), and another width compiles anew.
+            static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
+                the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes at once
+                and divides by no size (estimated 1.5 to 2.5 times as fast); another width is compiled separately.
         """
         dynamic = None if static_widths else True
         names = [field.name for field in fields(self)]
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """The same, which tell torch.compile that the number of rows will change: for first calls."""
+        """The same kernels, which tell torch.compile that the number of rows will change: for first calls."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
-        # The two that are left out are for blocks of a CPU's attention, whose first dimension is not rows.
-        names = [field.name for field in fields(self) if field.name not in ("open_scores_", "score_gradient_")]
+        # The two that are left out are for the tiles of attention on CPUs, whose first dimension is not rows.
+        names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
         return replace(self, **{name: change(getattr(self, name), _has_rows(getattr(plain, name))) for name in names})
 
 
 def _has_rows(function: Callable[..., Any]) -> list[bool]:
-    """Of each argument of a kernel, whether its first dimension is the rows."""
+    """For each argument of a kernel: whether its first dimension is the rows."""
     parameters = inspect.signature(function).parameters.values()
     return [p.annotation == "torch.Tensor" and p.name != "weight" for p in parameters]
 
@@ -208,9 +212,9 @@ def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[...,
 
 
 def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
-    """`kernel(*arguments)`, some rows at a time; the numbers are the same.
+    """`kernel(*arguments)`, some rows at a time; the results are the same.
 
-    Rows are as many as have NUMBERS_AT_ONCE numbers in the widest argument.
+    A part has as many rows as hold NUMBERS_AT_ONCE elements of the widest argument.
     """
     wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
     num_rows, width = len(wide[0]), max(tensor[:1].numel() for tensor in wide)

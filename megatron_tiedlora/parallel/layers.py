@@ -1,7 +1,7 @@
 """The frozen row-parallel linear and the embedding. Column-parallel linears follow a norm (`model/normed_linear.py`).
 
-Y = X W^T with W (out, in). A row-parallel layer holds columns of W, and gives an addend of the output, which is summed
-over the ranks. The weight is never trained: dX = dY W needs nothing of X, so the layer does not save its input.
+Y = X W^T with W (out, in). A row-parallel layer holds columns of W and computes an addend of the output, which is
+summed over the ranks. The weight is never trained: dX = dY W does not need X, so the layer does not save its input.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 # 16-bit numbers to start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
 _HALF = (torch.bfloat16, torch.float16)
-_LEAVES_WIDE = "dtype" in torch.ops.aten.mm.overloads()
+_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
-    """The next multiple."""
+    """`size`, rounded up to the next multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -41,13 +41,13 @@ class _FrozenLinear(torch.autograd.Function):
         return ctx.weight.times(grad_y.flatten(0, -2)).view(*grad_y.shape[:-1], -1), None
 
 
-def wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right, of matrices of one dtype, in `dtype`, which is as wide as theirs or wider.
+def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right in `dtype`, from matrices of one dtype, which is not wider than `dtype`.
 
-    The sum leaves the matmul unrounded where torch can do that: from 16 bits to fp32, on CUDA, from torch 2.8 on. Any
-    other pair of dtypes is rounded to the matrices' own first.
+    From 16 bits to fp32, on CUDA, from torch 2.8 on, the sums are returned unrounded. With any other pair of dtypes
+    they are first rounded to the dtype of the matrices.
     """
-    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32 and _LEAVES_WIDE:
+    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32 and _HAS_OUT_DTYPE:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
@@ -59,7 +59,7 @@ def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
 
 
 class RowParallelLinear(nn.Module):
-    """Y = sum_i X_i W_i^T + b with W = [W_1, ..., W_p]: every rank has its features of X. b is added once."""
+    """Y = sum_i X_i W_i^T + b with W = [W_1, ..., W_p]: every rank has its own features of X. b is added once."""
 
     bias: nn.Parameter | None
 
@@ -70,13 +70,13 @@ class RowParallelLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(..., local_in) -> what flows between layers: (b, s, out), or (1, b s / p, out) with sequence parallelism."""
+        """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         output = leave_tensor_parallel_region(frozen_linear(local_hidden, self.frozen), tensor_parallel)
         return output if self.bias is None else output + self.bias
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Rows of a (vocabulary, d) table by token id; a rank adds zeros for the tokens of other ranks' rows."""
+    """Looks token ids up in a (vocabulary, d) table. A rank adds zeros for tokens whose rows other ranks hold."""
 
     weight: nn.Parameter
 
@@ -86,7 +86,7 @@ class VocabularyParallelEmbedding(nn.Module):
         self.frozen = register(self, weight)
 
     def forward(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(b, s) int64 -> what flows between layers, (b, s, d) or (1, b s / p, d)."""
+        """Tokens (b, s) int64 -> activations between layers, (b, s, d) or (1, b s / p, d)."""
         if tensor_parallel.group.size == 1:
             return functional.embedding(tokens, self.weight)
         local_vocabulary = self.weight.shape[0]

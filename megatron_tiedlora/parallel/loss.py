@@ -1,7 +1,7 @@
-"""Cross entropy of the next token, summed, in at least fp32, over a vocabulary that is cut over the ranks.
+"""Summed cross entropy of the next token, in at least fp32, over a vocabulary that is sharded over the ranks.
 
--log softmax(z)[y] = logsumexp_i(l_i) - sum_i t_i, where rank i has l_i, the logsumexp of its own logits, and t_i, the
-label's logit where it is one of its own, else 0. Two numbers a token travel, in one message.
+-log softmax(z)[y] = logsumexp_i(l_i) - sum_i t_i. Rank i has l_i, the logsumexp of its own logits, and t_i, the label's
+logit if the rank has it, else 0. One message carries these two numbers per token.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ IGNORED_LABEL = -100
 
 
 class _Found(NamedTuple):
-    """Of rows (n,): losses, logsumexp over all ids, each label's column among the rank's logits, whether it has one,
-    and the label's logit where it has."""
+    """Numbers per row, each (n,)."""
 
     losses: torch.Tensor
-    total: torch.Tensor
-    columns: torch.Tensor
-    own: torch.Tensor
-    picked: torch.Tensor
+    total: torch.Tensor  # logsumexp over all ids
+    columns: torch.Tensor  # of the labels among this rank's logits, 0 if another rank has the label
+    own: torch.Tensor  # whether this rank has the label
+    picked: torch.Tensor  # the label's logit, 0 if another rank has it
 
 
 def _losses(
@@ -58,7 +57,7 @@ class _SumTokenLosses(torch.autograd.Function):
         kernels: Kernels,
     ) -> torch.Tensor:
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
-        rows, labels = _filled_up(rows, labels)
+        rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
@@ -68,7 +67,7 @@ class _SumTokenLosses(torch.autograd.Function):
             found = _losses(local_logits, labels[part], first_id, group, kernels)
             loss += found.losses[: max(num_rows - start, 0)].sum()
             if gradient is not None:
-                kernels.open_logits_(local_logits, found.total)
+                kernels.exp_logits_(local_logits, found.total)
                 _subtract_labels_(local_logits, found)
                 weight.times(local_logits, out=gradient[part])
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
@@ -81,8 +80,8 @@ class _SumTokenLosses(torch.autograd.Function):
         return scaled(grad_rows, gradient), *(None,) * 6
 
 
-def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, d) and labels (n,) with more of them, zeros without a label, up to n = `padded(n)`."""
+def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
     missing = padded(len(rows)) - len(rows)
     if not missing:
         return rows, labels
@@ -90,10 +89,11 @@ def _filled_up(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
-    """Take 1 from the probability of each label of this rank's, computed again, since what is there may be rounded."""
+    """Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16."""
     index = (torch.arange(len(probabilities), device=probabilities.device), found.columns)
     missing = torch.expm1(found.picked - found.total).to(probabilities.dtype)
-    probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))  # scatter_ goes over all
+    # Not scatter_, which would visit every element.
+    probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))
 
 
 def sum_token_losses(
@@ -108,18 +108,18 @@ def sum_token_losses(
 ) -> torch.Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
-    W is frozen, so the gradient of `rows` is worked out beside the loss, a few rows at a time, and it alone is kept:
-    no logits are.
+    W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
+    saved for backward, no logits.
 
     Args:
         rows: (n, d), any float dtype, the same on every rank.
-        weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, no padding.
+        weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        rows_at_once: rows whose logits exist at one time, a multiple of `layers.SIZE_MULTIPLE`.
+        rows_at_once: the number of rows whose logits are in memory at one time, a multiple of `layers.SIZE_MULTIPLE`.
 
     Returns:
-        a scalar in max(fp32, dtype of `rows`). Its gradient with respect to `rows` is this rank's addend, that of its
-        part of the vocabulary, and needs no message here.
+        a scalar in max(fp32, dtype of `rows`). Its gradient for `rows` is the addend of this rank's part of the
+        vocabulary; no message is sent for it here.
     """
     loss: torch.Tensor = _SumTokenLosses.apply(rows, weight, labels, first_id, group, rows_at_once, kernels)
     return loss
@@ -136,9 +136,9 @@ def token_losses(
     rows_at_once: int,
     kernels: Kernels = EAGER,
 ) -> torch.Tensor:
-    """-log softmax(rows W^T)[label] of each row, (n,), without a gradient; arguments as in `sum_token_losses`."""
+    """-log softmax(rows W^T)[label] of each row, (n,), without a gradient. Arguments as in `sum_token_losses`."""
     num_rows = len(rows)
-    rows, labels = _filled_up(rows, labels)
+    rows, labels = _padded_rows(rows, labels)
     losses = [
         _losses(as_rows(weight.times_transposed(part)), own, first_id, group, kernels).losses
         for part, own in zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)

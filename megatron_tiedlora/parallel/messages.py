@@ -1,9 +1,9 @@
-"""Values as bytes between ranks: JSON for fields, texts and numbers, safetensors for tensors. Bytes make only values.
+"""Values as bytes between ranks: JSON for fields, texts and numbers, safetensors for tensors. No bytes can be code.
 
-    message = length of the JSON (8 bytes) | JSON | safetensors, where there are tensors
+    message = length of the JSON (8 bytes) | JSON | safetensors, if there are tensors
 
-The receiver says of what kind the value is, and anything else is refused: nothing in a message names code or a type.
-How messages travel is `agreement`'s.
+The receiver names the type of the value and rejects anything else: nothing in a message names code or a type.
+`agreement` sends and receives the messages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LENGTH_BYTES = 8
 
 
 def _sent_tensor(name: object, info: ValidationInfo) -> torch.Tensor:
-    """The tensor that stands in the message under `name`."""
+    """The tensor called `name` in the message."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
         raise ValueError("no tensor of that name was sent")
@@ -41,11 +41,13 @@ SentTensor = Annotated[torch.Tensor, PlainValidator(_sent_tensor)]
 
 
 def packed(value: object) -> bytearray:
-    """A value as a message: None, texts, numbers (bit for bit), paths, tensors, and of these lists, tuples, mappings
-    and dataclasses.
+    """A value as a message. Numbers keep every bit.
+
+    Args:
+        value: None, a text, number, path or tensor, or lists, tuples, mappings and dataclasses of these.
 
     Raises:
-        UserError: a text that is not Unicode.
+        UserError: a text is not Unicode.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -60,7 +62,7 @@ def packed(value: object) -> bytearray:
             return dict(part)
         if isinstance(part, Path):
             return str(part)
-        raise TypeError(f"{type(part).__name__} is nothing that ranks send each other")
+        raise TypeError(f"a {type(part).__name__} cannot be sent to other ranks")
 
     text = json.dumps(value, ensure_ascii=False, default=plain)
     try:
@@ -75,10 +77,10 @@ def packed(value: object) -> bytearray:
 
 
 def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int) -> Any:
-    """The value of type `kind` in a message of rank `sender`; mappings are dicts there. Nothing is converted.
+    """The value of type `kind` in a message of rank `sender`. Mappings become dicts; no type is converted.
 
     Raises:
-        UserError: it holds no such value.
+        UserError: the message does not hold such a value.
     """
     view = memoryview(message)
     length = int.from_bytes(view[:_LENGTH_BYTES], "little")
@@ -96,5 +98,5 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
 
 
 def unreadable(sender: int, problem: str) -> UserError:
-    """The error for bytes of a rank that hold no value of the kind that is due."""
-    return UserError(f"what rank {sender} has sent cannot be read ({problem}); start all ranks from one installation")
+    """The error for a message that does not hold a value of the expected type."""
+    return UserError(f"the message of rank {sender} cannot be read ({problem}). Start all ranks from one installation")

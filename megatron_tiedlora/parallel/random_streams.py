@@ -1,4 +1,4 @@
-"""Start values that do not depend on the layout: drawn at full size from a seed and the tensor's name, then cut."""
+"""Initial values that do not depend on the layout: full tensors are drawn from a seed and a name, then sharded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for the stream `name` of a run's `seed`."""
+    """A 63-bit seed for the random stream `name` of a run with `seed`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> torch.Tensor:
-    """A full fp32 tensor of N(0, std^2) on the CPU; the same for equal arguments, whatever the layout or device."""
+    """A full fp32 tensor of N(0, std^2) on the CPU; equal arguments give equal bits for every layout and device."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std

@@ -1,8 +1,8 @@
-"""How a full tensor is cut over tensor-parallel ranks: the one truth for loading, saving, merging and checks.
+"""How a full tensor is sharded over tensor-parallel ranks. Loading, saving, merging and checks all read this.
 
-A cut runs along one dimension that is made of blocks (fused QKV: [Q rows | K rows | V rows]); every rank holds the same
-contiguous fraction of each block, in the blocks' order. A vocabulary may be padded with zero rows at its end, so that
-every rank's part has the same size; a full tensor never has padding.
+A tensor is sharded along one dimension, which is made of blocks (fused QKV: [Q rows | K rows | V rows]). Every rank
+holds the same contiguous fraction of each block, in the order of the blocks. A vocabulary may be padded with zero rows
+at its end, so that all shards have the same size; a full tensor never has padding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_tiedlora.base.shapes import LinearShape
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The cut of one tensor.
+    """How one tensor is sharded.
 
     Attributes:
-        dim: the dimension that is cut, or None for a tensor that every rank holds whole.
+        dim: the dimension that is sharded; None for a tensor that every rank holds whole.
         blocks: full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they only say
             how it is fused from several sources along dimension 0.
-        padded: whether a block that does not divide is filled up with zeros (one block only).
+        padded: whether a block whose size is not divisible is padded with zeros (one block only).
     """
 
     dim: int | None
@@ -31,15 +31,15 @@ class ShardSpec:
     padded: bool = False
 
     def __post_init__(self) -> None:
-        assert not self.padded or len(self.blocks) == 1, "padding stands at the end of one block"
+        assert not self.padded or len(self.blocks) == 1, "only a single block can be padded"
 
     def _block_share(self, size: int, tp_size: int) -> int:
         if size % tp_size and not self.padded:
-            raise ValueError(f"a block of {size} does not divide by tensor parallel {tp_size}")
+            raise ValueError(f"a block of {size} is not divisible by tensor parallel {tp_size}")
         return -(-size // tp_size)
 
     def block_slices(self, tp_rank: int = 0, tp_size: int = 1) -> tuple[slice, ...]:
-        """For each block, the slice of it (in the block's own coordinates, without padding) that a rank holds."""
+        """The slice of each block (in the block's own coordinates, without padding) that a rank holds."""
         if self.dim is None:
             return tuple(slice(0, size) for size in self.blocks)
         slices = []
@@ -49,11 +49,11 @@ class ShardSpec:
         return tuple(slices)
 
     def block_offsets(self) -> tuple[int, ...]:
-        """Where each block starts along the full dimension."""
+        """The start of each block along the full dimension."""
         return tuple(sum(self.blocks[:index]) for index in range(len(self.blocks)))
 
     def local_shape(self, full_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
-        """Shape of one rank's part, padding included."""
+        """The shape of one rank's shard, padding included."""
         if self.dim is None:
             return tuple(full_shape)
         local = list(full_shape)
@@ -61,7 +61,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-        """The part of `full` that `tp_rank` of `tp_size` holds; a view where that is one piece without padding."""
+        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is one piece without padding."""
         if self.dim is None or tp_size == 1:
             return full
         pieces = [
@@ -76,25 +76,25 @@ class ShardSpec:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The full tensor from the parts of all ranks, in rank order, without padding: the inverse of `split`."""
+        """The full tensor, without padding, from the shards of all ranks in rank order: the inverse of `split`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
         shares = [self._block_share(size, len(parts)) for size in self.blocks]
-        cut = [part.split(shares, dim=self.dim) for part in parts]
+        by_rank = [part.split(shares, dim=self.dim) for part in parts]
         joined = [
             torch.cat(pieces, dim=self.dim).narrow(self.dim, 0, size)
-            for size, pieces in zip(self.blocks, zip(*cut, strict=True), strict=True)
+            for size, pieces in zip(self.blocks, zip(*by_rank, strict=True), strict=True)
         ]
         return torch.cat(joined, dim=self.dim)
 
 
 def weight_spec(linear: LinearShape) -> ShardSpec:
-    """Of a linear's matrix (out_size, in_size)."""
+    """How a linear's matrix (out_size, in_size) is sharded."""
     if linear.cut == "row":
         return ShardSpec(1, (linear.in_size,))
     return ShardSpec(0, linear.blocks, padded=linear.cut == "vocabulary")
 
 
 def bias_spec(linear: LinearShape) -> ShardSpec:
-    """Of a linear's bias (out_size,)."""
+    """How a linear's bias (out_size,) is sharded."""
     return ShardSpec(None, linear.blocks) if linear.cut == "row" else weight_spec(linear)

@@ -1,4 +1,4 @@
-"""A gradient of which every rank and micro-batch has a part, summed over ranks in one message a step."""
+"""A gradient that is summed over micro-batches and ranks, in one message per step."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 
 
 class StepSum:
-    """Holds back a tensor's gradients until the step's last backward pass, which then gives their sum over the group.
+    """Accumulates a tensor's gradients; the last backward pass of the step returns their sum over the group.
 
-    Backward passes before the last one give zeros, so that an engine that takes gradients as they come gets the sum
-    once. Until `start` says how many there are, each backward pass is a step of its own.
+    Earlier backward passes return zeros, so that an engine that adds up the gradients of all passes gets the sum once.
+    Until `start` is called, each backward pass is a step of its own.
     """
 
     def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
         """Sum over `group`.
 
         Args:
-            keeps: whether the sum is left on this rank; where not, zeros are. Ranks whose gradients are summed or
-                averaged later must leave it to one of them: adding zeros gives the same bits in any order of sums.
+            keeps: whether this rank gets the sum; if not, it gets zeros. Among ranks whose gradients are summed or
+                averaged later, only one may get it: adding zeros gives the same bits in any order of sums.
         """
         self.group = group
         self._keeps = keeps
         self.start(1)
 
     def start(self, num_passes: int) -> None:
-        """Begin a step of so many backward passes; what an unfinished one has left is dropped."""
+        """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
         self._left = num_passes
         self._parts: torch.Tensor | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, its gradient summed. Every rank of the group has as many backward passes or none."""
+        """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
         copied: torch.Tensor = _Summed.apply(tensor, self)
         return copied
 
     def take(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What a backward pass gives on, from this rank's part; like it."""
+        """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
         self._parts = gradient if self._parts is None else self._parts + gradient
         self._left -= 1
         if self._left:

@@ -1,11 +1,11 @@
-"""Messages and bytes by group, counted where they enter torch.distributed: ours, DeepSpeed's, and point to point.
+"""Counts messages and bytes by group as they enter torch.distributed: our own, DeepSpeed's, and point to point.
 
     with TrafficCounter(named_handles(groups)) as counter:
         ...
     counter.traffic
 
-Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, in the backward pass
-too. It costs time, so it is for tests and benchmarks. A group of one rank has no messages, whoever calls it.
+Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, also in the backward
+pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank do not count as messages.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _KINDS = {
     "send": ("send", 0),
     "barrier": ("barrier", 0),
 }
-_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # counted where it is sent
+_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # a message is counted by its sender
 
 
 @dataclass
 class Traffic:
-    """Messages and bytes by (group, kind). Bytes are of the whole tensor: what a gather gives, what a reduction takes.
+    """Messages and bytes by (group, kind). Bytes are of the whole tensor: a gather's output, a reduction's input.
 
-    Over a ring of n ranks an all-gather or reduce-scatter of B bytes moves B (n - 1) / n from each rank, and an
-    all-reduce twice that.
+    Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes, and
+    twice that for an all-reduce.
     """
 
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class Traffic:
             self.bytes[group, kind] += count * size
 
     def of_group(self, group: str) -> tuple[int, int]:
-        """(messages, bytes) of a group, all kinds together."""
+        """(messages, bytes) of a group, summed over all kinds."""
         return (
             sum(count for (name, _), count in self.messages.items() if name == group),
             sum(size for (name, _), size in self.bytes.items() if name == group),
@@ -72,10 +72,10 @@ class Traffic:
 
 
 def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
-    """The handles of a rank's groups by name; a group that is another one too counts as that.
+    """The handles of a rank's groups by name; groups of the same ranks appear once.
 
-    With one stage the tie is the data-parallel group. The ranks of a stage are the tensor group without data
-    parallelism, the data-parallel one without tensor parallelism, and the world with one stage.
+    With one stage, `tied` is the data-parallel group and `stage` the world. Without data parallelism `stage` is the
+    tensor group, without tensor parallelism the data-parallel group.
     """
     handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
     for name, handle in ((TIED, groups.tied.handle), (STAGE, groups.stage.handle)):
@@ -85,16 +85,16 @@ def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank sends while the block runs."""
+    """Counts what this rank sends inside the `with` block."""
 
     def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
-        """Name groups by their handles; what goes over another is counted as `world`."""
+        """`groups`: names of groups, by their handles; messages of any other group are counted as `world`."""
         super().__init__()
         self.traffic = Traffic()
         self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a collective, and let every operation through."""
+        """Count a collective, and run every operation."""
         if func.namespace == "c10d":
             self._count(func.overloadpacket.__name__, args)
         return func(*args, **(kwargs or {}))

@@ -7,7 +7,6 @@ saves less), plus the temporary tensors of one block. Two more figures stand apa
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, dataclass
 
 import torch
@@ -187,8 +186,9 @@ def _factor_bytes(stage: StagePlan) -> int:
         return 0
     row, is_copy, num_layers = adapter.row, itemsize != FP32, len(part.layers)
     scaled = any(part.exists(name) for name in "uv")
-    f_numbers = math.prod(part.local_shape("B")[-2:]) * (num_layers if scaled or not row.B.tied else 1)
-    a_numbers = math.prod(adapter.shape("A")[-2:]) * (1 if row.A.tied else num_layers)
+    columns, rows = map(sum, zip(*(target.local_sizes(part.tp_size) for target in adapter.targets), strict=True))
+    f_numbers = rows * adapter.rank * (num_layers if scaled or not row.B.tied else 1)
+    a_numbers = columns * adapter.rank * (1 if row.A.tied else num_layers)
     held = f_numbers if is_copy or scaled or adapter.scale != 1.0 else 0  # else F is B itself
     held += a_numbers if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
     return held * itemsize

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
@@ -66,27 +65,26 @@ class StagePlan:
     @property
     def trained(self) -> tuple[int, ...]:
         """The numbers in each trained tensor of a rank; a stage without one has an anchor of one number."""
-        row = self.part.config.row
-        names = [name for name in FACTORS if row.factor(name).trained and self.part.exists(name)]
+        names = [name for name in self.part.config.num_trained() if self.part.exists(name)]
         anchor = () if self.part.layers else (1,)
         return (*anchor, *(self.local_size(name) for name in names))
 
     @property
     def trained_tied(self) -> int:
         """The numbers in the trained tied tensors of a rank, whose gradients are summed over the stages."""
-        row = self.part.config.row
-        return sum(self.local_size(name) for name in FACTORS if row.factor(name).trained and row.factor(name).tied)
+        config = self.part.config
+        return sum(self.local_size(name) for name in config.num_trained() if config.factor(name).tied)
 
     @property
     def held(self) -> tuple[int, ...]:
         """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
-        row = self.part.config.row
-        frozen = [name for name in FACTORS if self.part.exists(name) and not row.factor(name).trained]
+        config = self.part.config
+        frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
 
-    def local_size(self, factor: str) -> int:
-        """The numbers in a rank's part of a factor."""
-        return math.prod(self.part.local_shape(factor))
+    def local_size(self, name: str) -> int:
+        """The numbers in a rank's part of one of the adapter's tensors."""
+        return math.prod(self.part.local_shape(name))
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.engine.votes import StepVotes
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.model.supervised import positions_after
+from megatron_tiedlora.model.supervised import padded_positions
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
@@ -75,7 +75,7 @@ def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchSh
     for number, (lengths, starts) in enumerate(rows):
         begins = number * length + np.cumsum(lengths) - lengths
         before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
-    most = positions_after(int(np.diff(before).max()))
+    most = padded_positions(int(np.diff(before).max()))
     num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
     return MicroBatchShape(len(rows), length, num_supervised, num_parts * most)
 

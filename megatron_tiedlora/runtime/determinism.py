@@ -26,8 +26,7 @@ VARIABLES = {
 def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make every operation of this process deterministic, or let it raise; call this before CUDA starts.
 
-    PyTorch's attention kernels obey this; flash_attn's kernels get an argument when they are chosen
-    (`choose_attention`).
+    PyTorch's attention kernels obey this; flash_attn's get an argument in `choose_attention`.
 
     Raises:
         UserError: an environment variable contradicts the setting; the message has its name and value.

@@ -41,7 +41,7 @@ from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch, exit_status
 
-FAILED_STATUS, REFUSED_STATUS = 1, 2
+FAILED_STATUS, REJECTED_STATUS = 1, 2
 _RESERVED_BYTES = 1 << 16
 
 
@@ -166,7 +166,7 @@ class End:
             except DistNetworkError:  # rank 0 was killed
                 raise
             except DistError:
-                self.stop.raise_if_wished()
+                self.stop.raise_if_requested()
                 raise
 
     def failed(self, error: BaseException) -> int:
@@ -196,7 +196,7 @@ class End:
         if self.heartbeat is not None:
             self.heartbeat.part()
         self._leave_folder()
-        return REFUSED_STATUS if isinstance(error, UserError) else FAILED_STATUS
+        return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
         """Runs in the heartbeat's thread: the main thread waits for a lost peer and cannot be woken."""

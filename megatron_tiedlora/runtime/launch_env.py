@@ -179,9 +179,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
             given = value or following
             slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
-                raise UserError(
-                    f"--hostfile {given} has {slots} slots, but {world_size} ranks were started; correct the file"
-                )
+                raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 
 
 def first_to_fail() -> bool:
@@ -220,7 +218,7 @@ def local_rank() -> int:
 def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this host's CPU has instructions for bf16; a bf16 matmul without them took 70 times as long as in fp32.
 
-    True where the system does not say.
+    True if the system does not say.
     """
     try:
         return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None  # the last is Arm's

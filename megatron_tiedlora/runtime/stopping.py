@@ -77,8 +77,8 @@ class StopVotes(NamedTuple):
     """What `StopWatch.agree` sums over all ranks, one fp64 number each."""
 
     missing: float  # ranks on which what is asked does not hold
-    stopping: float  # ranks that wish to stop
-    signals: float  # sum of the signal numbers of these wishes
+    stopping: float  # ranks that should stop
+    signals: float  # sum of their signal numbers
 
 
 @dataclass
@@ -101,7 +101,7 @@ class StopWatch:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = self._signal or number
         if not self._deferred and not self._stopping:
-            self.raise_if_wished()
+            self.raise_if_requested()
 
     def stopped(self, number: int, reason: str) -> RunStopped:
         """Return the exception to raise, and ignore signals from now on so that they do not interrupt the end."""
@@ -111,17 +111,16 @@ class StopWatch:
     def ignore(self) -> None:
         """Ignore signals from now on: the run is ending already.
 
-        The kernel ignores them, because Python removes its handlers before the process has ended. Otherwise
-        `srun --kill-on-bad-exit`, which signals the other ranks when one ends, would return the status of a rank that
-        the signal killed.
+        The kernel ignores them, because Python removes its handlers before the process has ended. `srun
+        --kill-on-bad-exit` signals the other ranks when one ends, and would return the status of a rank that it killed.
         """
         self._stopping = True
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def raise_if_wished(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raise RunStopped if this rank should stop. Call it only where no other rank waits for this one."""
-        if number := self.wish():
+        if number := self.requested_signal():
             raise self.stopped(number, signal.Signals(number).name)
 
     def stop_if_any(self, count: float, total: float) -> None:
@@ -142,14 +141,14 @@ class StopWatch:
         Raises:
             RunStopped: a rank should stop; on every rank.
         """
-        wish = self.wish()
-        votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(wish > 0), float(wish))))
+        requested = self.requested_signal()
+        votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(requested > 0), float(requested))))
         self.stop_if_any(votes.stopping, votes.signals)
         return votes.missing == 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, only note signals; the caller checks `wish()` where all ranks can do so together."""
+        """Inside, only note signals; the caller checks `requested_signal()` where all ranks can do so together."""
         self._deferred = True
         try:
             yield
@@ -168,7 +167,7 @@ class StopWatch:
                     if process not in lost and is_torchrun(process.cmdline()):
                         process.terminate()
 
-    def wish(self) -> int:
+    def requested_signal(self) -> int:
         """The signal that told this rank to stop (SIGTERM if its launcher died), or 0."""
         if not self._signal and any(not alive(process) for process in self.launchers):
             self._signal = signal.SIGTERM

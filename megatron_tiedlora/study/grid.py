@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Size
@@ -43,8 +44,7 @@ class Point:
             self.method,
             rank=self.rank,
             layers=layers,
-            hidden_size=shape.hidden_size,
-            qkv_rows=shape.qkv_rows,
+            targets=(qkv_target(shape.hidden_size, shape.qkv_rows),),
             seed=0,
         )
         return sum(config.num_trained().values())

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_private_folder
@@ -177,9 +178,7 @@ def _call_all(
     gradients are on, else as far as logits."""
     from torch._inductor import config as inductor
 
-    adapter = make_adapter_config(
-        "tl6", rank=4, layers=(1, 2), hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=0
-    )
+    adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(shape), seed=0)
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), TiedAdapter(AdapterPart.whole(adapter)))
     for parameter in stage.parameters():

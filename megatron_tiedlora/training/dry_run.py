@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
@@ -66,14 +65,7 @@ def _parameters(plan: RunPlan) -> list[str]:
     ]
     lines.append(f"  {'all':<25}{sum(counts.values()):>15,}")
     for other in ("lora", "vera"):
-        same = make_adapter_config(
-            other,
-            rank=adapter.rank,
-            layers=adapter.layers,
-            hidden_size=adapter.hidden_size,
-            qkv_rows=adapter.qkv_rows,
-            seed=adapter.seed,
-        )
+        same = replace(adapter, method=other)
         total = sum(same.num_trained().values())
         lines.append(f"  {f'{other} of the same rank':<25}{total:>15,}   ({sum(counts.values()) / total:.2%} of it)")
     lines.append(f"  {'frozen base':<25}{num_base_parameters(shape):>15,}")

@@ -1,4 +1,4 @@
-"""The end of a run: scores with the best adapter, the plot, both exports and their check, and what to do next."""
+"""The end of a run: scores of the best adapter, the plot, both exports and their check, and the next commands."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_me
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
-SAMPLES = "samples_sha256"  # beside each score in scores.json
+SAMPLES = "samples_sha256"  # the key beside each score in scores.json
 
 
 def score(trainer: Trainer) -> dict[str, Score]:
-    """Scores of the run's test samples with the adapter as it stands; none where the run has no such set."""
+    """Scores of the current adapter on the run's test samples; empty if the run has none."""
     with trainer.stop.deferred():
         return trainer.score(trainer.data.scored)
 
 
 def use_best_adapter(trainer: Trainer) -> None:
-    """Put the best adapter's values into the model (not into the optimizer: training is over)."""
+    """Load the best adapter into the model; the optimizer stays as it is, since training is over."""
     adapter, folder = trainer.runner.adapter, trainer.folder.checkpoints / f"step_{trainer.progress.best_step}"
-    # Others may not see the run folder.
+    # Other hosts may not see the run folder.
     best = decided_by_rank_0(lambda: load_adapter(folder), kind=NativeAdapter)
     with trainer.stop.deferred():
         with all_open(adapter, trainer.plan.engine):
@@ -42,12 +42,12 @@ def use_best_adapter(trainer: Trainer) -> None:
 
 
 def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> None:
-    """Keep scores ("before" or "after" training) in scores.json, each with the hash of the samples that it is of.
+    """Add scores ("before" or "after" training) to scores.json, each with the hash of its samples.
 
-    A resumed run finds the first ones there, and may have been given another test set.
+    A resumed run finds the scores from before training there. It may have another test set.
 
     Raises:
-        UserError: it cannot be written; on every rank.
+        UserError: the file cannot be written; on every rank.
     """
     samples = trainer.data.scored
     if not scores or samples is None:
@@ -55,15 +55,15 @@ def record_score(trainer: Trainer, moment: str, scores: Mapping[str, Score]) -> 
 
     def write() -> None:
         file = trainer.folder.scores
-        kept = read_json_object(file, kind="scores") if file.is_file() else {}
-        kept[moment] = {name: {**score.plain(), SAMPLES: samples.sha256} for name, score in scores.items()}
-        write_json(file, kept, guard=trainer.folder.guard)
+        recorded = read_json_object(file, kind="scores") if file.is_file() else {}
+        recorded[moment] = {name: {**score.plain(), SAMPLES: samples.sha256} for name, score in scores.items()}
+        write_json(file, recorded, guard=trainer.folder.guard)
 
     decided_by_rank_0(write)
 
 
 def summary_lines(trainer: Trainer) -> list[str]:
-    """The table that a run ends with: validation loss and scores before and after. Read from the run folder."""
+    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
     rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
     metric, best = trainer.plan.settings.eval_metric, trainer.progress
     validation = [row for row in read_metrics(trainer.folder.metrics) if row["split"] == "validation"]
@@ -74,15 +74,15 @@ def summary_lines(trainer: Trainer) -> list[str]:
         rows.append(f"{f'validation {name}':<34}{_number(start, name):>10}{_number(end, name):>10}{chosen}")
         worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
         if name == metric and worse:
-            rows.append(f"training made the validation {name} no better: try another --learning_rate or more data")
+            rows.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
     file = trainer.folder.scores
     return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """The rows of scores.json: a metric's scores before and after in one where they are of the same samples.
+    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples.
 
-    Scores of an older version have no hash of their samples; two of them stand in one row.
+    Scores written by older versions have no hash of their samples; two of them share a row.
     """
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
@@ -102,9 +102,9 @@ def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any
 
 
 def speed_lines(trainer: Trainer) -> list[str]:
-    """How fast the run's steps were on average, and the memory it took; the first step of this start left out.
+    """The mean speed of the steps of this start, without its first one, and the peak memory.
 
-    No line where this start took fewer than two steps.
+    There are no lines if this start took fewer than two steps.
     """
     meter = trainer.meter
     mean, steps = meter.mean(), meter.steps
@@ -128,20 +128,20 @@ def _number(value: float | None, name: str = "") -> str:
 
 
 def export(trainer: Trainer) -> list[str]:
-    """Plot and export to PEFT, and where the task asks for it merge and verify both; on rank 0. Returns lines to print.
+    """Plot and export to PEFT; if the task asks for it, also merge, and verify both. On rank 0. Returns lines to print.
 
-    Merging and verifying take a model's size in disk and memory, so other tasks leave them to the tools.
+    Merging and verifying need disk space and memory for a whole model, so other tasks leave them to the tools.
 
     Raises:
-        UserError: an export that does not compute what the adapter computes.
-        RunStopped: a signal; the other ranks wait where they are told of it.
+        UserError: an export does not compute the same as the adapter.
+        RunStopped: a signal came; the other ranks wait where they learn of it.
     """
-    trainer.stop.raise_if_wished()
+    trainer.stop.raise_if_requested()
     folder, source, settings = trainer.folder, trainer.plan.source, trainer.plan.settings
     plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
-    discard(peft, guard=folder.guard)  # of an earlier end of this run, whose best adapter may have been another
+    discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
     export_peft(source, adapter, peft, new=folder.new_folder)
     if not get_task(settings.task).exports_merged:
         return []
@@ -151,12 +151,12 @@ def export(trainer: Trainer) -> list[str]:
     table = format_comparisons(results)
     if not all(row.passed for row in results):
         print(table)
-        raise UserError(f"{folder.path}: an export differs from the adapter, as the table above shows")
+        raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
     return ["", *table.split("\n")]
 
 
 def next_steps(trainer: Trainer) -> list[str]:
-    """What a user has and may do now, with commands."""
+    """The files that a user has now, and the next commands."""
     path, settings = trainer.folder.path, trainer.plan.settings
     peft = path / "peft"
     base = peft_base(trainer.plan.source)

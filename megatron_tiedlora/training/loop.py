@@ -147,13 +147,16 @@ class Trainer:
         self._log_validation(started, self.score(self.data.scored_validation), bar)
         if self.plan.adapter.row.starts_at_base:
             return
-        adapter: Any = self.runner.adapter
+        adapter, tensors = self.runner.adapter, self.plan.adapter.tensors
+        moved = [adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
         with all_open(adapter, self.plan.engine):
-            kept = adapter.B.detach().clone()
-            adapter.B.data.zero_()
+            saved = [parameter.detach().clone() for parameter in moved]
+            for parameter in moved:
+                parameter.data.zero_()
         base = self.evaluate()
         with all_open(adapter, self.plan.engine):
-            adapter.B.data.copy_(kept)
+            for parameter, values in zip(moved, saved, strict=True):
+                parameter.data.copy_(values)
         if self.is_main:
             bar.write(
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"

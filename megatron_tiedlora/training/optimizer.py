@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int) -> float:
-    """The share of the peak learning rate that step `step` (0-based) uses.
+    """The fraction of the peak learning rate at `step` (0-based).
 
-    (step + 1) / warmup_steps while warming up, so the first step uses 1 / warmup_steps of the peak; then
+    It is (step + 1) / warmup_steps during warm-up, so the first step uses 1 / warmup_steps of the peak; then
     (1 + cos(pi (step - warmup) / (max - warmup))) / 2.
     """
     if step < warmup_steps:
@@ -25,19 +25,19 @@ def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int) -> flo
 def make_optimizer(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """torch's AdamW, one group, decay on every trained tensor (as in the paper)."""
+    """torch's AdamW with one group: all trained tensors have weight decay, as in the paper."""
     return torch.optim.AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, *, warmup_steps: int, max_steps: int) -> LambdaLR:
-    """The schedule, standing before step 0; `resume_scheduler` moves it."""
+    """The schedule, set to step 0; `resume_scheduler` sets it to a later step."""
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup_steps=warmup_steps, max_steps=max_steps))
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Put the schedule and the optimizer's groups before step `step`.
+    """Set the schedule and the optimizer's groups to the next step, `step`.
 
-    The rate is a function of the step alone, so it is computed, not read from the checkpoint.
+    The rate depends only on the step, so it is computed, not read from the checkpoint.
     """
     scheduler.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
@@ -273,8 +274,7 @@ def plan_run(
         rank=settings.rank,
         alpha=settings.alpha,
         layers=layers,
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=settings.seed,
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,

@@ -1,4 +1,4 @@
-"""The data of a run: read and tokenised once a host, before any rank waits for another."""
+"""The data of a run, read and tokenised once per host, before any rank waits for another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TRAINED_ON: tuple[Split, ...] = ("train", "validation")
-_DRAW_STREAM = 2**32 + 1  # beside the one that carves validation rows; epochs use those from 0 up
+_DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RunData:
     """Tokenised splits and the tokenizer.
 
     Attributes:
-        scored: what is decoded before and after training; None: nothing.
-        scored_validation: what is decoded at every evaluation; None where the loss chooses the best checkpoint.
+        scored: samples to answer before and after training; None: none.
+        scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class RunData:
 
     @cached_property  # every save writes it
     def sha256(self) -> str:
-        """Of the tokenised training and validation parts: what a resumed run must find again."""
+        """Hash of the tokenised training and validation splits; a resumed run must have the same."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             for array in (split.tokens, split.offsets, split.prompt_lengths):
@@ -56,7 +56,7 @@ class RunData:
 
     @property
     def shared_sha256(self) -> str:
-        """Of everything that ranks must share."""
+        """Hash of all data that ranks must have in common."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
 
@@ -65,10 +65,10 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     """Read, check and tokenise every split of the run.
 
     Raises:
-        UserError: files, rows, tokenizer or vocabulary that do not fit, named.
+        UserError: a file, row, tokenizer or vocabulary does not fit.
     """
     settings = plan.settings
-    model_folder = plan.source.weights_folder()  # refuses a preset, which has none
+    model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     check_vocabulary(tokenizer, plan.source.shape.vocab_size)
     train, validation = (read_split(settings, split, tokenizer=tokenizer) for split in _TRAINED_ON)
@@ -87,13 +87,13 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
 
 
 def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
-    """--eval_samples of the validation rows, drawn with the seed and in their order: files are often sorted."""
+    """--eval_samples random validation samples, by the seed, in file order; files are often sorted."""
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """What is decoded before and after training: the test rows that the task's record or the user asks for."""
+    """The test samples to answer before and after training: those that the task's record or the user asks for."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

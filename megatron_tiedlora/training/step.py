@@ -62,7 +62,7 @@ class TrainStep:
     ) -> StepReport:
         """Take one step on this rank's micro-batches; all ranks call this together.
 
-        A wish to stop that comes during the step is in the report's votes; the caller stops once it has kept the step.
+        A request to stop during the step is in the report's votes; the caller stops once it has saved the step.
 
         Args:
             save_due: asked after the backward passes.
@@ -78,15 +78,15 @@ class TrainStep:
         denominator = step.num_supervised / (self.plan.batches.accumulation_steps * grid.dp_size)
         inputs = [batch.model_input for batch in step.micro_batches]
         loss_sum = self.runner.accumulate(inputs, denominator, self._between_micro_batches)
-        wish = self.stop.wish()
+        requested = self.stop.requested_signal()
         mine = StepVotes(
             loss=loss_sum,
             seconds=time.monotonic() - started,
             save_due=save_due(),
             failed=failure is not None,
             missing_gradients=bool(self.runner.missing_gradients),
-            stopping=wish > 0,
-            signals=wish,
+            stopping=requested > 0,
+            signals=requested,
         )
         votes = StepVotes(*sum_over_ranks(mine))
         if votes.failed:

@@ -13,14 +13,17 @@ import pytest
 from engine_runs import write_uneven_data
 from folders import ROOT
 from run_helpers import ENVIRONMENT, Ended, free_port, run_ranks, start_command
-from run_preludes import tools_on_path
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_class, kernel_seconds
+from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.benchmark.report import compare_traffic
+from megatron_tiedlora.benchmark.timing import describe_allocator
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.parallel.traffic import DATA, TENSOR, Traffic
-from tools import bench_step
-from tools.bench_kernels import CLASSES, kernel_class, kernel_seconds
-from tools.bench_report import compare_traffic, describe_allocator
+from megatron_tiedlora.training.plan import RunPlan
 
 TOOL = ROOT / "tools" / "bench_step.py"
 SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")
@@ -41,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(folder: Path, tmp_path: Path, *flags: str, ranks: int, model: str = "model") -> Ended:
     """The command on so many ranks, which a time limit stops."""
     arguments = [f"--model={folder / model}", *SHARED, f"--json={tmp_path / 'bench.json'}", *flags]
-    return run_ranks(arguments, folder=tmp_path, ranks=ranks, prelude=tools_on_path, script=TOOL)
+    return run_ranks(arguments, folder=tmp_path, ranks=ranks, script=TOOL)
 
 
 def report_of(tmp_path: Path) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def test_real_samples_on_data_parallel_ranks(folder: Path, tmp_path: Path) -> No
 def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
     """Any flag of a layout asks for the engine; without a launcher too."""
     arguments = [f"--model={folder / 'model'}", *SHARED, "--micro_batches=3", f"--json={tmp_path / 'bench.json'}"]
-    ended = run_ranks(arguments, folder=tmp_path, prelude=tools_on_path, script=TOOL).expect(0)
+    ended = run_ranks(arguments, folder=tmp_path, script=TOOL).expect(0)
     report = report_of(tmp_path)
     assert report["micro_batches"] == 3 and report["ranks"][0]["traffic"] == {}
     assert "messages: none" in ended.outputs[0]
@@ -122,8 +125,8 @@ def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--against=peft",), "--against peft is for one process without an engine, so not with 2 ranks"),
-        (("--tensor_parallel=3",), "2 ranks do not divide by --tensor_parallel 3"),
+        (("--against=peft",), "--against peft is for one process, so not for 2 ranks; start it without a launcher"),
+        (("--tensor_parallel=3",), "2 ranks are not a multiple of --tensor_parallel 3"),
         (("--pipeline_parallel=2", "--ds_config=zero2.json"), "ZeRO-2 does not go with --pipeline_parallel 2"),
     ],
 )
@@ -135,55 +138,73 @@ def test_every_rank_refuses_in_one_line(folder: Path, tmp_path: Path, flags: tup
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--against=peft", "--tensor_parallel=2"), "so not with --tensor_parallel 2"),
-        (("--micro_batches=0",), "--micro_batches 0 is less than 1"),
-        (("--micro_batches=2", "--task=gsm8k"), "--micro_batches 2 goes with tokens that are made up"),
+        (("--against=peft", "--tensor_parallel=2"), "--tensor_parallel 2 goes with --what layout, not step"),
+        (("--what=layout", "--against=peft"), "--against peft goes with --what step, not layout"),
+        (("--what=scaling", "--packing=true"), "--packing true goes with --what layout, not scaling"),
+        (("--what=decoding", "--rank=2"), "--rank 2 goes with --what step or layout or scaling, not decoding"),
+        (("--shares=1",), "--shares 1 goes with --what scaling, not step"),
+        (("--what=all",), "--what all: input should be 'step', 'layout', 'scaling' or 'decoding'"),
+        (("--micro_batches=0",), "--micro_batches 0: input should be greater than or equal to 1"),
+        (("--micro_batches=2", "--task=gsm8k"), "--micro_batches 2 is for made-up tokens, so not with --task"),
         (("--packing=true",), "--packing true goes with --task"),
         (("--random_weights", "--task=gsm8k"), "has random weights"),
-        (("--recompute=some",), "invalid choice: 'some'"),
+        (("--model=llama2-7b", "--task=gsm8k"), "has random weights"),
+        (("--recompute=some",), "--recompute some: input should be 'none', 'selective' or 'full'"),
         (("--tensor_paralel=2",), "did you mean --tensor_parallel"),
     ],
 )
-def test_bad_input_is_one_line(flags: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line(folder: Path, flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as error:
-        bench_step.resolve(bench_step.parser().parse_known_names(flags))
+        plan_of(folder, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", [(), ("--micro_batches=1",)])
-def test_rows_longer_than_the_model_has_positions(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, layout: tuple[str, ...]
-) -> None:
+def test_rows_longer_than_the_model_has_positions(folder: Path, layout: tuple[str, ...]) -> None:
     """Its 256 are the most, with and without an engine."""
     with pytest.raises(UserError, match=r"^--length 257: .* was trained for 256 positions; give at most that$"):
-        plan_of(folder, monkeypatch, "--length=257", *layout)
-    assert plan_of(folder, monkeypatch, "--length=256", *layout).settings.max_length == 256
+        plan_of(folder, "--length=257", *layout)
+    assert plan_of(folder, "--length=256", *layout).settings.max_length == 256
 
 
-def test_rows_shorter_than_a_training_run_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_shorter_than_a_training_run_takes(folder: Path) -> None:
     """A layout refuses them in the words of its own flag; one process without an engine does not mind."""
     with pytest.raises(UserError, match=r"^--length 7: a training run's rows have at least 8 tokens"):
-        plan_of(folder, monkeypatch, "--length=7", "--micro_batches=1")
-    assert plan_of(folder, monkeypatch, "--length=8", "--micro_batches=1").settings.max_length == 8
-    plan_of(folder, monkeypatch, "--length=7")
+        plan_of(folder, "--length=7", "--micro_batches=1")
+    assert plan_of(folder, "--length=8", "--micro_batches=1").settings.max_length == 8
+    plan_of(folder, "--length=7")
 
 
-def plan_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
+def plan_of(folder: Path, *flags: str) -> RunPlan:
     """What the command plans on one rank."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    from tools import bench_layout
-
-    options = bench_step.parser().parse_known_names([f"--model={folder / 'model'}", *flags])
-    bench_step.resolve(options)
-    return bench_layout.make_plan(options, rank=0, world_size=1)
+    return make_plan(parse_settings([f"--model={folder / 'model'}", *flags], BenchSettings))
 
 
-def test_what_stays_without_an_engine() -> None:
-    options = bench_step.parser().parse_known_names(["--local_rank=0", "--task=gsm8k"])
-    bench_step.resolve(options)
-    assert not options.layout and options.packing == "true"
-    bench_step.resolve(several := bench_step.parser().parse_known_names([]), 2)
-    assert several.layout and several.micro_batches == 1
+@pytest.mark.parametrize(
+    ("flags", "ranks", "measured", "packs", "micro_batches"),
+    [
+        ((), 1, "step", False, 1),
+        (("--local_rank=0", "--task=gsm8k"), 1, "step", True, 1),
+        ((), 2, "layout", False, 1),
+        (("--sequence_parallel=true",), 1, "layout", False, 1),
+        (("--documents=1",), 1, "layout", True, 1),
+        (("--task=gsm8k", "--packing=false"), 1, "layout", False, 1),
+        (("--pipeline_parallel=3",), 3, "layout", False, 6),
+        (("--pipeline_parallel=3", "--micro_batches=2"), 3, "layout", False, 2),
+    ],
+)
+def test_what_is_measured(flags: tuple[str, ...], ranks: int, measured: str, packs: bool, micro_batches: int) -> None:
+    settings = parse_settings(flags, BenchSettings)
+    assert settings.measured_on(ranks) == measured
+    assert (settings.packs, settings.step_micro_batches) == (packs, micro_batches)
+
+
+@pytest.mark.parametrize("what", ["scaling", "decoding"])
+def test_what_is_for_one_process(what: str) -> None:
+    settings = parse_settings([f"--what={what}"], BenchSettings)
+    assert settings.measured_on(1) == what
+    with pytest.raises(UserError, match=f"^--what {what} is for one process, so not for 2 ranks"):
+        settings.measured_on(2)
 
 
 def test_a_difference_of_kinds_is_seen() -> None:

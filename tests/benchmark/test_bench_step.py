@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from run_helpers import ENVIRONMENT, Ended, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.benchmark.plan import make_plan, saved_formula
+from megatron_tiedlora.benchmark.sides import OURS, PADDED, Side, make_sides
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
-from tools import bench_contestants, bench_step
 
 TOOL = ROOT / "tools" / "bench_step.py"
-OURS, PEFT = "megatron_tiedlora", "PEFT LoRA"
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +36,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(folder: Path, *more: str) -> Namespace:
-    """The command's options, resolved."""
-    found: Namespace = bench_step.parser().parse_known_names([f"--model={folder / 'model'}", "--dtype=fp32", *more])
-    bench_step.resolve(found)
-    return found
+def settings_of(folder: Path, *more: str) -> BenchSettings:
+    """The command's settings."""
+    return parse_settings([f"--model={folder / 'model'}", "--dtype=fp32", "--length=64", *more], BenchSettings)
+
+
+def sides_of(settings: BenchSettings) -> dict[str, Side]:
+    """All sides, made."""
+    return {name: make() for name, make in make_sides(make_plan(settings), settings).items()}
 
 
 def run_script(folder: Path, code: str) -> Ended:
-    """A script that imports from tools/, in a process of its own with the C library's allocator."""
+    """A script in a process of its own with the C library's allocator."""
     script = folder / "script.py"
     script.write_text(code)
-    path = os.pathsep.join([str(TOOL.parent), str(TOOL.parents[1])])
-    command = ["env", "--unset=LD_PRELOAD", f"PYTHONPATH={path}", sys.executable, str(script)]
+    command = ["env", "--unset=LD_PRELOAD", f"PYTHONPATH={TOOL.parents[1]}", sys.executable, str(script)]
     return start_command(command, folder=folder).wait()
 
 
@@ -60,11 +63,10 @@ def test_both_sides_train_on_the_same_tokens(folder: Path) -> None:
     """Packed or padded, the losses of the first step are equal: adapters start at zero on both sides."""
     real = (f"--train_file={folder / 'train.jsonl'}", "--task=custom", "--samples=16", "--length=128")
     for more in ((), real):
-        sides = bench_contestants.contestants(options(folder, "--against=peft", *more))
-        made = {name: make() for name, make in sides.items()}
+        made = sides_of(settings_of(folder, "--against=peft", *more))
         assert len(made) == (3 if more else 2)
         assert len({(side.num_tokens, side.num_supervised) for side in made.values()}) == 1
-        losses = [sum(float(forward().detach()) for forward in side.forwards) for side in made.values()]
+        losses = [sum(float(side.forward(batch).detach()) for batch in side.batches) for side in made.values()]
         assert max(losses) - min(losses) <= 1e-5 * max(losses)
         for side in made.values():
             before = [parameter.detach().clone() for parameter in side.trained]
@@ -76,17 +78,11 @@ def test_both_sides_train_on_the_same_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_a_step_keeps_is_the_formula_of_its_recompute(
-    folder: Path, recompute: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_step_keeps_is_the_formula_of_its_recompute(folder: Path, recompute: str) -> None:
     """But for what is there once; the table of rotations too is made again where layers are."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    from tools import bench_layout
-
-    chosen = options(folder, f"--recompute={recompute}", "--length=256")
-    side = bench_contestants.contestants(chosen)[OURS]()
-    formula = bench_layout.saved_formula(bench_layout.make_plan(chosen, rank=0, world_size=1), side.batches)
-    beside = bench_contestants.saved_bytes(side) - formula
+    settings = settings_of(folder, f"--recompute={recompute}", "--length=256")
+    side = sides_of(settings)[OURS]
+    beside = side.saved_bytes() - saved_formula(make_plan(settings), side.batches)
     positions = 0 if recompute == "full" else side.num_positions
     assert beside == beside_the_formula(side.num_supervised, positions, itemsize=4)
 
@@ -101,9 +97,9 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"against {PEFT}: speed " in done.stdout
+    assert f"against {PADDED}: speed " in done.stdout
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
-    ours, theirs = report["sides"][OURS], report["sides"][PEFT]
+    ours, theirs = report["sides"][OURS], report["sides"][PADDED]
     assert ours["tokens"] == theirs["tokens"] == 128 and ours["supervised"] == 64
     assert 0 < ours["saved"] < theirs["saved"] and len(ours["seconds"]) == 1
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
@@ -122,13 +118,13 @@ def test_why_kernels_are_not_compiled_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, wish: str, said: str
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    assert bench_contestants.contestants(options(folder, f"--compile={wish}"))[OURS]().kernels == said
+    assert sides_of(settings_of(folder, f"--compile={wish}"))[OURS].kernels == said
 
 
 def test_kernels_that_must_be_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     with pytest.raises(UserError, match=r"^--compile true: TORCHDYNAMO_DISABLE is 1; "):
-        bench_contestants.contestants(options(folder, "--compile=true"))[OURS]()
+        sides_of(settings_of(folder, "--compile=true"))
 
 
 def test_random_weights_are_made_where_and_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +140,8 @@ def test_random_weights_are_made_where_and_as_they_are_used(monkeypatch: pytest.
         finish(model)
 
     monkeypatch.setattr(LlamaForCausalLM, "post_init", watched)
-    chosen = bench_step.parser().parse_known_names(
-        ["--model=llama2-7b", "--num_layers=1", "--rows=1", "--length=16", "--against=peft", "--compile=false"]
-    )
-    bench_step.resolve(chosen)
-    for side in (make() for make in bench_contestants.contestants(chosen).values()):
+    flags = ["--model=llama2-7b", "--num_layers=1", "--rows=1", "--length=16", "--against=peft", "--compile=false"]
+    for side in sides_of(parse_settings(flags, BenchSettings)).values():
         frozen = {name: p for name, p in side.model.named_parameters() if not p.requires_grad}
         assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
         norms = [parameter for parameter in frozen.values() if parameter.ndim == 1]
@@ -166,7 +159,7 @@ def test_a_peak_counts_memory_that_was_free_before(tmp_path: Path) -> None:
         tmp_path,
         """
 import torch
-from bench_contestants import restart_peak
+from megatron_tiedlora.benchmark.timing import restart_peak
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 
@@ -195,23 +188,21 @@ def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
         """
 import os
 import signal
-import bench_step
+from megatron_tiedlora.benchmark.timing import in_own_process
 from megatron_tiedlora.config.cli import run_command
 
 
-def killed(*_):
+def killed(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def measured(*_):
-    return 3
+def measured(value):
+    return value
 
 
 def main(argv):
-    bench_step.memory_of = measured
-    assert bench_step.in_own_process(None, "PEFT LoRA", "peak") == 3
-    bench_step.memory_of = killed
-    bench_step.in_own_process(None, "PEFT LoRA", "peak")
+    assert in_own_process("PEFT LoRA", measured, 3) == 3
+    in_own_process("PEFT LoRA", killed, 3)
 
 
 if __name__ == "__main__":
@@ -226,26 +217,31 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rows=0",), "--rows 0 is less than 1"),
-        (("--supervised=0",), "--supervised 0.0: give a share"),
-        (("--supervised=nan",), "--supervised nan: give a share"),
-        (("--supervised=inf",), "--supervised inf: give a share"),
-        (("--supervised=1.5",), "--supervised 1.5: give a share"),
-        (("--length=1", "--supervised=1"), "--length 1: a row of one token has nothing to predict"),
+        (("--rows=0",), "--rows 0: input should be greater than or equal to 1"),
+        (("--supervised=0",), "--supervised 0: input should be greater than 0"),
+        (("--supervised=nan",), "--supervised nan: input should be a finite number"),
+        (("--supervised=inf",), "--supervised inf: input should be a finite number"),
+        (("--supervised=1.5",), "--supervised 1.5: input should be less than or equal to 1"),
+        (("--length=1", "--supervised=1"), "--length 1: input should be greater than or equal to 2"),
+        (("--length=8", "--documents=8"), "--supervised 0.5 with --length 8: no token has a label"),
         (("--length=16", "--supervised=0.01"), "--supervised 0.01 with --length 16: no token has a label"),
         (("--supervised=0.5", "--task=gsm8k"), "not with --task"),
         (("--samples=8",), "--samples 8 goes with --task"),
-        (("--padded_rows=8",), "--padded_rows 8 goes with"),
+        (("--padded_rows=8", "--against=peft"), "--padded_rows 8 goes with --task"),
+        (("--padded_rows=8", "--task=gsm8k"), "--padded_rows 8 goes with --against peft"),
+        (("--task=gsm8k", "--against=peft", "--padded_rows=5"), "--samples 32 does not divide by --padded_rows 5"),
         (("--num_layers=2",), "--num_layers 2 goes with a preset"),
         (("--task=gsm8k", "--samples=10"), "--samples 10 does not divide by --rows 4"),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as error:
-        options(folder, *more)
+        make_plan(settings_of(folder, *more))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_labels_of_a_row_by_hand() -> None:
     """The first token has none that counts."""
-    assert [bench_step.labels_of_row(*row) for row in ((2, 1.0), (2, 0.5), (16, 0.5), (16, 1.0))] == [1, 1, 8, 15]
+    rows = ((2, 1.0), (2, 0.5), (16, 0.5), (16, 1.0))
+    settings = [BenchSettings(what="step", length=length, supervised=share) for length, share in rows]
+    assert [one.labels for one in settings] == [1, 1, 8, 15]

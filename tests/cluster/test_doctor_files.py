@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -9,13 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.private_folders import CACHE_VARIABLE
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.cluster.doctor import job_files as job_files_module
 from megatron_tiedlora.cluster.doctor import shared
 from megatron_tiedlora.cluster.doctor.ask import module_command
 from megatron_tiedlora.cluster.doctor.job_files import job_files
 from megatron_tiedlora.cluster.doctor.probe import job_content
 from megatron_tiedlora.cluster.doctor.records import HubRepo
+from megatron_tiedlora.convert.export_peft import peft_base
 from megatron_tiedlora.data.demo import demo_model_path
 
 MODEL = HubRepo(kind="model", id="meta-llama/Llama-2-7b-hf")
@@ -51,6 +57,35 @@ def test_what_a_flag_names(
     assert found == {flag: str(tmp_path / path) for flag, path in paths.items()}
     assert {flag: repo.id for flag, repo in repos.items()} == hub
     assert all((repo.kind == "model") == (flag == "model") for flag, repo in repos.items())
+
+
+@pytest.mark.parametrize("name", sorted({given["model"] for given, *_ in GIVEN if "model" in given} | {"demo"}))
+def test_the_hub_is_asked_where_the_doctor_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`find_model` and the doctor tell hub ids from folders alike; what came from the hub keeps its id for PEFT."""
+    asked: list[str] = []
+    folder = write_tiny_model(tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    _, hub = job_files({"model": name})
+    if hub:
+        assert peft_base(find_model(name)) == name and asked == [name]
+        shutil.copytree(folder, tmp_path / name)  # a folder of that name comes first
+        assert peft_base(find_model(name)) == str(tmp_path / name) and asked == [name]
+    else:
+        with pytest.raises(UserError, match=r"no such folder|the demo model is not prepared"):
+            find_model(name)
+        assert not asked
+
+
+def test_the_prepared_demo_model_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = write_tiny_model(demo_model_path())
+    (tmp_path / "demo").mkdir()  # the name means the model, wherever the command is given
+    assert peft_base(find_model("demo")) == str(folder)
 
 
 def test_demo_is_a_model_and_no_file() -> None:

@@ -137,7 +137,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
         "path_differs",
         "error",
         ["nodeb"],
-        "not that of the other hosts: config.json",
+        "differs from the other hosts': config.json",
     ),
     "closed": (
         {"nodeb": {"paths": {"model": folder(**{"config.json": "unreadable"})}}},

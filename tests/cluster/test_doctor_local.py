@@ -93,7 +93,7 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
     [
         (["--hostfile=none"], "--hostfile none: cannot be read"),
         (["--hostfile=empty"], "--hostfile empty: names no host"),
-        (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--hostfile=odd", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--host_file=x"], "unknown argument --host_file (did you mean --hostfile?)"),
         (["--ssh_port=22"], "--ssh_port needs --hostfile"),
         (["--master_port=70000"], "--master_port 70000: input should be less than or equal to 65535"),
@@ -102,7 +102,7 @@ def test_what_is_on_the_hub_is_no_missing_path(tmp_path: Path) -> None:
         (["--train_file=a.de,~nosuchuser/a.en"], "--train_file '~nosuchuser/a.en': is not a path"),
         (["--output_dir=~nosuchuser/runs"], "--output_dir '~nosuchuser/runs': is not a path"),
         (["--timeout_seconds=1e14"], "--timeout_seconds 1e14: input should be less than or equal to 86400"),
-        (["--json=no/where.json"], "--json no/where.json: no such folder"),
+        (["--json=no/where.json"], "--json no/where.json: its folder does not exist"),
     ],
 )
 def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,15 @@ import torch
 from megatron_tiedlora.cluster.doctor import measure
 from megatron_tiedlora.cluster.doctor.examine import make_report
 from megatron_tiedlora.cluster.doctor.measure import Trial, explain_trial, group_results, judge_groups
-from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES
-from megatron_tiedlora.cluster.doctor.rank import Trial as RankTrial
+from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,
     HostReport,
     Layout,
     RankEvent,
-    RankOrder,
     Report,
+    TrialOrder,
 )
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.remote import Done, Transport
@@ -137,8 +136,8 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
 def test_the_sum_that_ranks_expect() -> None:
     """What is wrong in one place of one rank's part must show."""
     ranks, device = [4, 6, 7], torch.device("cpu")
-    order = RankOrder(first_rank=0, slots=1, backend="gloo", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
-    parts = [RankTrial(order, rank)._pattern(4096, ranks, device) for rank in ranks]
+    order = TrialOrder(first_rank=0, slots=1, backend="gloo", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    parts = [TrialRank(order, rank)._pattern(4096, ranks, device) for rank in ranks]
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
     assert len({tuple(part[:9].tolist()) for part, _ in parts}) == 3
@@ -158,9 +157,9 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
         raise ConnectionError("nobody is there")
 
     monkeypatch.setattr("megatron_tiedlora.runtime.process_group.meet", meet)
-    order = RankOrder(first_rank=0, slots=4, backend="nccl", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    order = TrialOrder(first_rank=0, slots=4, backend="nccl", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
     with pytest.raises(ConnectionError):
-        RankTrial(order, 3).run()
+        TrialRank(order, 3).run()
     assert met == [(torch.device("cuda", 0), "0")]
 
 

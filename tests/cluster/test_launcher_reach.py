@@ -24,7 +24,7 @@ from megatron_tiedlora.cluster.job_processes import (
     find_processes,
     main,
     read_report,
-    signal_processes,
+    send_signal,
 )
 from megatron_tiedlora.config.hosts import Host
 
@@ -68,7 +68,7 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
         return process
 
     yield run
-    signal_processes(find_processes(RUN, script=""), signal.SIGKILL, everything=True)
+    send_signal(find_processes(RUN, script=""), signal.SIGKILL, everything=True)
     for process in started:
         process.kill()
         process.wait()
@@ -115,7 +115,7 @@ def test_the_fork_of_a_rank_is_no_rank(spawn: Spawn, tmp_path: Path) -> None:
     wait_for(lambda: len(find_processes(RUN, script=str(script)).processes) == 2)
     found = find_processes(RUN, script=str(script))
     assert [pid for pid, kind in kinds(found).items() if kind == "rank"] == [rank.pid]
-    signal_processes(found, signal.SIGKILL, everything=True)
+    send_signal(found, signal.SIGKILL, everything=True)
     rank.wait(10)
 
 
@@ -140,17 +140,17 @@ def test_whom_a_signal_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     report = HostProcesses("here", (*ranks, launcher))
     reused = HostProcesses("here", (JobProcess(9, "rank", "another by now"),))
-    assert not signal_processes(reused, 15).processes[0].signalled and not sent
-    told = signal_processes(report, 15)
+    assert not send_signal(reused, 15).processes[0].signalled and not sent
+    told = send_signal(report, 15)
     assert sent == [1, 2] and [found.signalled for found in told.processes] == [True, True, False]
     sent.clear()
-    signal_processes(report, 15, skip=[1])
+    send_signal(report, 15, skip=[1])
     assert sent == [2]
     sent.clear()
-    signal_processes(HostProcesses("here", (*ranks, launcher, agent)), 15)  # it passes it on and restarts no rank
+    send_signal(HostProcesses("here", (*ranks, launcher, agent)), 15)  # it passes it on and restarts no rank
     assert sent == [4]
     sent.clear()
-    signal_processes(HostProcesses("here", (*ranks, launcher, agent)), 9, everything=True)
+    send_signal(HostProcesses("here", (*ranks, launcher, agent)), 9, everything=True)
     assert sent == [3, 4, 1, 2]
 
 

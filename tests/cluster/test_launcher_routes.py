@@ -146,7 +146,7 @@ def test_a_word_for_pdsh_survives_deepspeed_pdsh_and_the_shell(word: str) -> Non
 
 @pytest.mark.parametrize("word", ["a\nb", "a\rb", "\x00"])
 def test_a_word_with_a_line_break_belongs_into_a_file(word: str) -> None:
-    with pytest.raises(UserError, match="a YAML file of --config"):
+    with pytest.raises(UserError, match="a YAML file for --config"):
         pdsh_word(word)
 
 

@@ -244,7 +244,7 @@ def test_a_rank_that_its_launcher_abandoned_is_told_to_save(start: Launch, detac
     ended = start({"works": 30, "saves": 1.0}, {"abandons": True, "detaches": detaches}, grace=60)
     assert "killed" not in ended.said
     assert ended.status == 1 and ended.signals == [15]
-    assert "the launcher has ended, but not the job" in ended.said and "(rank, python" in ended.said
+    assert "the launcher has ended, but the job has not" in ended.said and "(rank, python" in ended.said
     assert "stopped at step 3" in ended.said
 
 
@@ -333,7 +333,7 @@ def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--num_gpus=3", "--tensor_parallel=2"], "3 ranks do not divide by --tensor_parallel 2"),
+        (["--num_gpus=3", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--num_gpus=5"], "--global_batch_size 24 does not divide by data parallel 5"),
         (["--num_gpus=1", "--max_steps=0"], "--max_steps 0"),
         (["--num_gpus=1"], "holds the run of an earlier start"),

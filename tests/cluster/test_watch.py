@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.cluster.decide import AT_ONCE, NEVER, Actions, Observation, Stage, State, Times, decide
+from megatron_tiedlora.cluster.decide import AT_ONCE, NEVER, Actions, Observation, Phase, State, Times, decide
 from megatron_tiedlora.cluster.job_hosts import Answers
 from megatron_tiedlora.cluster.job_processes import HostProcesses, JobProcess, Kind
 
 TIMES = Times(look=30, grace=120, soon=2, linger=15, unreached=300, others=45, helper=10)
-RUNNING, ENDED, TERMINATING, KILLING, OVER = Stage
+RUNNING, ENDED, TERMINATING, KILLING, OVER = Phase
 NOW = 1000.0
 
 
@@ -32,14 +32,14 @@ NOT_THE_JOB = "the launcher has ended, but the job has not; the job is told to s
 OTHERS = "torchrun on a has ended with 5; the others wait for it and are stopped"
 
 
-def known(stage: Stage = RUNNING, **values: Any) -> State:
+def known(phase: Phase = RUNNING, **values: Any) -> State:
     """A state one second after a look was begun."""
-    return State(**{"stage": stage, "looked_at": NOW - 1.0, **values})
+    return State(**{"phase": phase, "looked_at": NOW - 1.0, **values})
 
 
-def answered(stage: Stage = RUNNING, **values: Any) -> State:
-    """A state whose look, begun in its stage one second ago, is now answered."""
-    return known(stage, **{"asked": stage, **values})
+def answered(phase: Phase = RUNNING, **values: Any) -> State:
+    """A state whose look, begun in its phase one second ago, is now answered."""
+    return known(phase, **{"asked": phase, **values})
 
 
 def seen(now: float = NOW, **values: Any) -> Observation:
@@ -57,9 +57,9 @@ def failed(now: float = NOW, **values: Any) -> Observation:
     return seen(now, running=["torchrun on b"], failed=("torchrun on a", 5), **values)
 
 
-def asks(stage: Stage, now: float = NOW) -> dict[str, Any]:
+def asks(phase: Phase, now: float = NOW) -> dict[str, Any]:
     """What a state knows of a look that is begun now."""
-    return {"asked": stage, "looked_at": now}
+    return {"asked": phase, "looked_at": now}
 
 
 def told(*lines: str, **values: Any) -> Actions:
@@ -126,23 +126,23 @@ SIGNALS: dict[str, Row] = {
     "no time is left": (
         known(stop=SIGINT, deadline=AT_ONCE),
         seen(signals=[SIGINT, SIGINT]),
-        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, **asks(KILLING)},
+        {"phase": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, **asks(KILLING)},
         told(kill_launchers=True, **KILL),
     ),
     "no time is left after the launchers' end": (
         known(ENDED, stop=SIGINT, deadline=AT_ONCE, asked=ENDED),
         ended(signals=[SIGINT, SIGINT]),
-        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3},
+        {"phase": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3},
         told(kill_launchers=True),
     ),
     "not heard while all are ended": (known(TERMINATING, asked=TERMINATING), ended(signals=[SIGINT]), {}, told()),
 }
 LAUNCHERS: dict[str, Row] = {
-    "all have ended": (known(), ended(), {"stage": ENDED, "looks": 2, **asks(ENDED)}, told(**LOOK)),
+    "all have ended": (known(), ended(), {"phase": ENDED, "looks": 2, **asks(ENDED)}, told(**LOOK)),
     "all have ended, ranks are being stopped": (
         known(stop=SIGTERM),
         ended(failed=("mpirun", 1)),
-        {"stage": ENDED, "looks": 2, **asks(ENDED)},
+        {"phase": ENDED, "looks": 2, **asks(ENDED)},
         told(**STOP),
     ),
     "nothing is stopped after the end": (known(ENDED), ended(failed=("mpirun", 1)), {}, told()),
@@ -220,7 +220,7 @@ AFTER: dict[str, Row] = {
     "nothing is left": (
         answered(ENDED, looks=2),
         ended(answers=NOTHING),
-        {"stage": OVER, "looks": 1, "asked": None},
+        {"phase": OVER, "looks": 1, "asked": None},
         told(),
     ),
     "a look from before the end does not count": (
@@ -238,7 +238,7 @@ AFTER: dict[str, Row] = {
     "nor the next time": (
         answered(ENDED, looks=1),
         ended(answers=NO_ANSWER),
-        {"stage": OVER, "looks": 0, "asked": None, "unreached": SLOW},
+        {"phase": OVER, "looks": 0, "asked": None, "unreached": SLOW},
         told(),
     ),
     "ranks are told to save": (
@@ -277,7 +277,7 @@ LAST: dict[str, Row] = {
     "the time has passed": (
         known(ENDED, deadline=NOW, looks=2),
         ended(),
-        {"stage": TERMINATING, "stop": SIGTERM, "deadline": NEVER, **asks(TERMINATING)},
+        {"phase": TERMINATING, "stop": SIGTERM, "deadline": NEVER, **asks(TERMINATING)},
         told(**END),
     ),
     "a look from before SIGTERM does not count": (
@@ -301,13 +301,13 @@ LAST: dict[str, Row] = {
     "none is left, hosts without an answer apart": (
         answered(TERMINATING, deadline=NOW + 5),
         ended(answers=NO_ANSWER),
-        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, "unreached": SLOW, **asks(KILLING)},
+        {"phase": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, "unreached": SLOW, **asks(KILLING)},
         told(kill_launchers=True, **KILL),
     ),
     "some are left when their time has passed": (
         known(TERMINATING, deadline=NOW),
         ended(),
-        {"stage": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, **asks(KILLING)},
+        {"phase": KILLING, "stop": SIGKILL, "deadline": NEVER, "looks": 3, **asks(KILLING)},
         told(kill_launchers=True, **KILL),
     ),
     "a look from before SIGKILL does not count": (
@@ -325,7 +325,7 @@ LAST: dict[str, Row] = {
     "none is left": (
         answered(KILLING, looks=2, stop=SIGKILL),
         ended(answers=NO_ANSWER),
-        {"stage": OVER, "looks": 1, "asked": None, "unreached": SLOW},
+        {"phase": OVER, "looks": 1, "asked": None, "unreached": SLOW},
         told(),
     ),
     "killed for the last time": (
@@ -337,7 +337,7 @@ LAST: dict[str, Row] = {
     "some cannot be killed": (
         answered(KILLING, looks=0, stop=SIGKILL),
         ended(answers=answers("rank")),
-        {"stage": OVER, "looks": -1, "asked": None},
+        {"phase": OVER, "looks": -1, "asked": None},
         told("still there on a: 7 (rank, python)"),
     ),
 }

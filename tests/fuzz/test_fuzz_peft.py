@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_model, write_tiny_model
 from valid import check_adapter
 
-from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
@@ -147,8 +147,8 @@ def native_update(source: ModelSource, adapter: NativeAdapter) -> dict[str, torc
     """What the imported adapter adds, by transformers' names."""
     found = {}
     for layer in adapter.config.layers:
-        delta = delta_weight(adapter.config, adapter.state, layer)
-        for part, rows in zip(PARTS, delta.split(source.shape.heads.rows), strict=True):
+        a, b = lora_factors(adapter.config, adapter.state, adapter.config.targets[0], layer)
+        for part, rows in zip(PARTS, (b @ a).split(source.shape.heads.rows), strict=True):
             found[f"model.layers.{layer - 1}.self_attn.{part}.weight"] = rows
     return found
 

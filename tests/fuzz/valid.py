@@ -14,7 +14,7 @@ import torch
 from fuzzing import printable
 from native_files import moments_of
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, delta_weight
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
 from megatron_tiedlora.base.methods import FACTORS, METHODS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
@@ -44,7 +44,9 @@ def check_adapter(adapter: NativeAdapter) -> None:
         assert 0 <= width <= LARGEST_WIDTH, f"a width of start values of {width}"
     printable(base.name, base.config_hash, base.weights_hash)
     for layer in config.layers:
-        assert delta_weight(config, adapter.state, layer).isfinite().all(), "an update that is not finite"
+        for target in config.targets:
+            a, b = lora_factors(config, adapter.state, target, layer)
+            assert (b @ a).isfinite().all(), "an update that is not finite"
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:

@@ -98,13 +98,13 @@ def missing(tensor: str, sizes: Sizes, *, since: int = 1, **more: Any) -> Case:
 
 
 def zero(tensor: str, sizes: Sizes, named: str, **more: Any) -> Case:
-    message = f"step 2: the gradient of {named} is exactly zero since the run's start;"
+    message = f"step 2: the gradient of {named} has been exactly zero since the run's start,"
     return gradient("zero_gradient", tensor, sizes, message, steps=1, **more)
 
 
 def not_finite(value: float, tensor: str, layer: int, sizes: Sizes, *, step: int = 2, **more: Any) -> Case:
     """The gradient has one entry of `value`."""
-    last = "checkpoint of step 2 stands" if step > 2 else "no checkpoint was written yet"
+    last = "the last checkpoint is of step 2" if step > 2 else "no checkpoint was written yet"
     message = f"the gradient norm is (nan|inf) at step {step}; {last}[.] Lower --learning_rate"
     return gradient("one_gradient", tensor, sizes, message, steps=step - 1, layers=[layer],
                     step={"step": step, "value": value}, **more)  # fmt: skip
@@ -324,7 +324,7 @@ def test_a_run_stops_before_an_infinite_second_moment_is_saved(small: Base, tmp_
     settings = {"ds_config": ds_config, "gradient_clipping": 0, "max_steps": 6, "save_interval": 1}
     fault = {"name": "one_gradient", "tensor": "B", "layers": [2], "step": 5, "value": 1e25}
     line = run(small, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
-    assert line.startswith("error: the gradient norm is inf at step 5; checkpoint of step 4 stands")
+    assert line.startswith("error: the gradient norm is inf at step 5; the last checkpoint is of step 4")
     assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2", "step_3", "step_4"}
     run(small, folder, resume="auto", **settings)
     run(small, whole, **settings)

@@ -12,6 +12,7 @@ from oracle import OracleConfig, cast_weights, load_weights
 from oracle_training import oracle_gradients
 from tiny_models import random_adapter, random_batches, write_tiny_model
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -38,8 +39,7 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
         rank=4,
         alpha=6.0,
         layers=tuple(oracle.layers),
-        hidden_size=source.shape.hidden_size,
-        qkv_rows=source.shape.heads.rows,
+        targets=targets_of(source.shape),
         seed=0,
     )
     adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)

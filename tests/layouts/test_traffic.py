@@ -17,6 +17,7 @@ from report_tables import stage_table
 from torch import distributed
 from traffic_runs import Ran, ours, run_cases, write_inputs
 
+from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
@@ -220,7 +221,8 @@ def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: st
 
 def test_what_deepspeed_sends_at_each_zero_stage() -> None:
     """By hand: 23 numbers of 4 bytes are trained; the base has 5 and 8 of 2 bytes, which 3 ranks pad to 6 and 9."""
-    bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), hidden_size=1, qkv_rows=(1, 1, 1), seed=0)
+    target = Target("qkv", 1, (1, 1, 1), "column")
+    bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), targets=(target,), seed=0)
     for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
         layout = Layout(adapter, length=8, dp_size=dp_size, zero_stage=zero_stage)
         stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=(5, 8))

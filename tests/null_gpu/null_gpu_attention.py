@@ -15,6 +15,7 @@ import nullgpu  # the stand-in's own module
 import torch
 from torch.nn import functional
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
@@ -71,8 +72,7 @@ def _stage(num_layers: int) -> Stage:
         "tl6",
         rank=8,
         layers=range(1, num_layers + 1),
-        hidden_size=config.hidden_size,
-        qkv_rows=config.heads.rows,
+        targets=targets_of(config),
         seed=0,
     )
     with GPU:

@@ -275,10 +275,10 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     block = specs[1].build()
     adapter = TiedAdapter(plan.part)
     adapter.load_full(start_values(plan.adapter))
-    places = block.attention.places(torch.arange(length)[None], plan.dtype)
+    context = block.attention.context(torch.arange(length)[None], plan.dtype)
     update = adapter(dtype=plan.dtype)[0]
     factors = (factor for factor in update if factor is not None)
-    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *places.table)}
+    own = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *factors, *context.table)}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -287,7 +287,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
 
     hidden = torch.randn(1, length, plan.source.shape.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden, places, TensorParallel(), update=update)
+        output = block(hidden, context, TensorParallel(), update=update)
     counted = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     assert output.shape == hidden.shape
     assert token_bytes(plan.source.shape, plan.layout).saved == counted / length

@@ -118,7 +118,7 @@ def test_every_form_of_an_adapter_answers_alike(models: Models, alone: Path, tmp
         ended = run_of(models, tmp_path / name, prelude=say_when_folded, **settings)
         assert texts(tmp_path / name) == models.expected, name
         assert (FOLDED in ended.outputs[0]) == (name == "folded")
-        assert "\nattention  blocks of queries (a CPU)\n" in ended.outputs[0]
+        assert "\nattention  tiles of queries (a CPU)\n" in ended.outputs[0]
     kinds = {name: results(tmp_path / name)["model_kind"] for name in forms}
     assert kinds == {"folded": "native", "merged": "merged", "peft": "peft", "based": "native"}
 

@@ -46,7 +46,7 @@ def test_nan(base: Base, tmp_path: Path, ds_config: str, what: str, ranks: int |
 
 def _failed_at_five(ended: Ended, folder: Path, message: str) -> None:
     line, end = ended.error_line(), status(folder)
-    assert message in line and "at step 5; checkpoint of step 4 stands" in line
+    assert message in line and "at step 5; the last checkpoint is of step 4" in line
     assert (end["state"], end["step"]) == ("failed", 4) and message in end["reason"]
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
     assert checkpoint_names(folder) == {"step_2", "step_3", "step_4"}

@@ -193,7 +193,7 @@ def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert visible_gpus() == ("3", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(UserError, match="chosen by number"):
+    with pytest.raises(UserError, match="only GPU numbers are supported"):
         visible_gpus()
 
 

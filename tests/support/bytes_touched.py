@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.targets import qkv_target
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.qkv import RotatedHeads
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -132,7 +133,8 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)
         ]
-    updates: tuple[LayerUpdate | None, ...] = (None,) * num_layers if adapter is None else adapter(dtype=torch.bfloat16)
+    found = [{}] * num_layers if adapter is None else adapter(dtype=torch.bfloat16)
+    updates = [update.get("qkv") for update in found]
     trained = [] if adapter is None else [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     with counter:
         outputs = [
@@ -149,5 +151,5 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
 def _config(shape: QkvShape, method: str, rank: int, num_layers: int) -> Any:
     layers = tuple(range(1, num_layers + 1))
     return make_adapter_config(
-        method, rank=rank, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.rows, seed=0
+        method, rank=rank, layers=layers, targets=(qkv_target(shape.hidden_size, shape.rows),), seed=0
     )

@@ -190,7 +190,7 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
     def draw(adapter: Any, values: Any) -> None:
         config = adapter.config
         for name, parameter in adapter.named_parameters():
-            factor = config.row.factor(name)
+            factor = config.factor(name)
             if factor.start == "normal" and factor.tied:
                 std = config.init_std_a if name == "A" else config.init_std_b
                 drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
@@ -332,7 +332,7 @@ def _change_factor(
         mine = [layers is None or layer in layers for layer in module.part.layers]
         if parameter is None or not any(mine):
             return forward(module, *positional, **keywords)
-        if module.config.row.factor(tensor).tied:
+        if module.config.factor(tensor).tied:
             factor = change(parameter)
         else:
             factor = torch.stack([change(row) if chosen else row for row, chosen in zip(parameter, mine, strict=True)])

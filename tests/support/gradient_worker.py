@@ -18,6 +18,7 @@ from oracle_training import OracleBatch
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied_trained
 from megatron_tiedlora.base.shapes import ModelShape
@@ -81,8 +82,7 @@ class Case:
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            hidden_size=shape.hidden_size,
-            qkv_rows=shape.heads.rows,
+            targets=targets_of(shape),
             seed=0,
         )
 
@@ -312,7 +312,7 @@ def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Ten
     world = Grid(0, len(outcomes), tp_size=case.layout[0], pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
-        spec, tied = config.spec(name), config.row.factor(name).tied
+        spec, tied = config.spec(name), config.factor(name).tied
         by_stage = []
         for pp_rank in range(world.pp_size):
             if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:

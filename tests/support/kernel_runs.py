@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.families import shape_from_hf
@@ -35,7 +36,7 @@ def loss_and_gradients(
     """Of a model with random weights, each a number of bf16, and an adapter that is not zero."""
     config = model_config()
     adapter = make_adapter_config(
-        "tl6", rank=4, layers=(1, 2), hidden_size=config.hidden_size, qkv_rows=config.heads.rows, seed=0
+        "tl6", rank=4, layers=(1, 2), targets=targets_of(config), seed=0
     )
     specs = layer_specs(config, dtype=dtype, kernels=kernels, recomputes_gate=recompute == "selective")
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)

@@ -11,6 +11,7 @@ import torch
 from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -27,8 +28,7 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
         rank=adapter.rank,
         alpha=adapter.alpha,
         layers=adapter.layers,
-        hidden_size=source.shape.hidden_size,
-        qkv_rows=source.shape.heads.rows,
+        targets=targets_of(source.shape),
         seed=5,
     )
     with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:

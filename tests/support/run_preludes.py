@@ -160,11 +160,6 @@ def limit_files(module: str, name: str, size: int, *, call: int = 1) -> None:
     before_call(module, name, look)
 
 
-def tools_on_path() -> None:
-    """Modules of tools/ are found, as they are where one of them is started as a script."""
-    sys.path.insert(0, str(TRAIN.parents[1] / "tools"))
-
-
 def all_of(*preludes: Callable[[], None]) -> None:
     """One prelude after the other."""
     for prelude in preludes:

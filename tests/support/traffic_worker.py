@@ -132,9 +132,10 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
     updates = stage.read_adapter()
     hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]
-    places = block.attention.places(torch.arange(length)[None], plan.dtype)  # kept once for all layers
-    factors = (factor for factor in updates.get(index, ()) if isinstance(factor, torch.Tensor))
-    held = [*stage.parameters(), *places.table, *factors]
+    context = block.attention.context(torch.arange(length)[None], plan.dtype)  # saved once for all layers
+    found = (factor for update in updates.get(index, {}).values() for factor in update)
+    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
+    held = [*stage.parameters(), *context.table, *factors]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: dict[int, torch.Tensor] = {}
 
@@ -143,6 +144,6 @@ def _count_saved_bytes(stage: Any, plan: Any) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden, places, stage.tensor_parallel, update=updates.get(index))
+        output = block(hidden, context, stage.tensor_parallel, update=updates.get(index))
     assert output.shape == hidden.shape
     return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters) / length

@@ -24,6 +24,7 @@ ORDER = (
     "training",
     "cluster",
     "study",
+    "benchmark",
 )
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {

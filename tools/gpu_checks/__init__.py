@@ -1,4 +1,4 @@
-"""What tools/check_gpu.py checks: one module a part, with `check(report, options)`.
+"""The checks of tools/check_gpu.py: one module per part, with `check(report, options)`.
 
-`records` is what they find, `package` is all that they take from the package beside settings and plans.
+`records` has the findings; `package` has all that the parts use of the package besides settings and plans.
 """

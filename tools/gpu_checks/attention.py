@@ -1,4 +1,4 @@
-"""Part attention: every route against plain attention in fp64, forwards and backwards; its time; its first call."""
+"""Part attention: every route against plain attention in fp64, forward and backward; its time; its first call."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from gpu_checks.package import (
 from gpu_checks.records import ERROR_FIX, CheckOptions, Report, error_line
 from megatron_tiedlora.training.throughput import timed
 
-# Relative errors (2-norms) that roundings explain; a mask that is off by one token gives 0.3 and more.
+# Relative errors (2-norms) due to rounding; a mask that is off by one token gives 0.3 and more.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 LEAST_SEEN = 0.05
 WRONG_FIX = (
-    "this kernel gives wrong numbers here: do not train with it; take another version of torch or flash_attn, and run"
+    "this kernel gives wrong numbers here: do not train with it; use another version of torch or flash_attn, and run"
     " `pytest -m gpu` for details"
 )
 SLOW_FIX = (
     "a plan is built for every new shape, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
-NEW_SHAPE_SECONDS = 5e-3  # that a first call may cost more than a second one
+NEW_SHAPE_SECONDS = 5e-3  # by which a first call may take longer than a second one
 TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 CASES = (Case("MHA", 4, 4, 128), Case("GQA", 8, 2, 128), Case("MHA d64", 4, 4, 64), Case("GQA d80", 4, 2, 80))
-_NONE = "No available kernel"  # torch, where a backend takes none of the shapes
+_NONE = "No available kernel"  # torch's message if a backend supports none of the shapes
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
 
@@ -69,7 +69,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 
 def _control(report: Report, device: torch.device) -> None:
-    """The comparison must see a mask that hides one token too many."""
+    """Check that the comparison detects a mask that hides one token too many."""
     label = "control: a mask that is off by one token"
     with report.attempt(label):
         case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
@@ -78,7 +78,7 @@ def _control(report: Report, device: torch.device) -> None:
         shifted[:, 0] = 1
         query, key, value = heads
         found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
-        report.at_least(label, relative(found, expected), LEAST_SEEN, fix=ERROR_FIX, why="the relative error it makes")
+        report.at_least(label, relative(found, expected), LEAST_SEEN, fix=ERROR_FIX, why="its relative error")
 
 
 def compare(
@@ -91,7 +91,7 @@ def compare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Hold output and gradients of one route against fp64, two rows of documents of `lengths`."""
+    """Compare output and gradients of one route with fp64, for two rows of documents of `lengths`."""
     packed = len(lengths) > 1
     if packed and not takes_documents(name):
         return
@@ -118,13 +118,13 @@ def compare(
 
 
 def worst_of(errors: Mapping[str, float]) -> str:
-    """The name with the largest error, one that is no number first."""
+    """The name with the largest error; nan counts as the largest."""
     return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
 
 
 @contextmanager
 def optional(report: Report, name: str, label: str) -> Iterator[None]:
-    """A kernel that the package does not take may lack these shapes, or fail: that is reported as skipped."""
+    """A kernel that the package does not use may not support these shapes, or fail: it is reported as skipped."""
     try:
         yield
     except Exception as error:
@@ -146,7 +146,7 @@ def random_heads(case: Case, length: int, *, device: torch.device, dtype: torch.
 def results(
     route: Route, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Output and gradients of the three for the loss sum(output * weight)."""
+    """The output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
     output = route(query, key, value, ids)
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
@@ -167,16 +167,16 @@ def plain_attention(
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||, nan where nothing is expected.
+    """||found - expected|| / ||expected||, nan if `expected` is zero.
 
-    On the CPU, so that a device that computes nothing is not asked how well it does.
+    Computed on the CPU, because the device under test may compute nothing.
     """
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm())
 
 
 def _time(report: Report, name: str, route: Route, device: torch.device) -> None:
-    """Milliseconds forwards and backwards at a 7B layer's size, and what a shape costs that was not seen before."""
+    """Milliseconds of forward and backward at a 7B layer's size, and the extra cost of a new shape."""
     size, heads, length, head_dim = TIMED
     packed = torch.arange(length)[None] // DOCUMENT_LENGTH
 
@@ -193,7 +193,7 @@ def _time(report: Report, name: str, route: Route, device: torch.device) -> None
         label = f"{name}, {'documents of 200' if ids is not None else 'causal'}, 32 heads of 128, 4,096 tokens"
         with report.attempt(label), optional(report, name, label):
             taken = min(call(length, ids) for _ in range(5))
-            report.tell(label, 1e3 * taken, "ms", why="forwards and backwards")
+            report.tell(label, 1e3 * taken, "ms", why="forward and backward")
     label = f"{name}, first call on a new length"
     with report.attempt(label), optional(report, name, label):
         started, first, again = time.perf_counter(), [], []

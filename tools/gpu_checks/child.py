@@ -1,4 +1,4 @@
-"""One part in this process:  python child.py PART OPTIONS FILE    (options of records.CheckOptions as JSON)"""
+"""Run one part in this process:  python child.py PART OPTIONS FILE    (options of records.CheckOptions as JSON)"""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ instead of this folder
 
 from gpu_checks.children import end_with_parent
 from gpu_checks.records import CheckOptions, PartOver, Report
 
-# Of a job around this command, in which these processes are no ranks; and what rounds fp32 to TF32, which env tells of.
+# Variables of a surrounding job, of which these processes are not ranks; and one that rounds fp32 to TF32 (see env).
 _LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "GROUP_", "MEGATRON_TIEDLORA_EXPECTED_RANKS")
 _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check one part; returns the exit status, 0 whatever was found."""
+    """Check one part; returns the exit status, which is 0 for any findings."""
     end_with_parent()
     part, values, file = argv
     options = CheckOptions(**json.loads(values))
@@ -34,20 +34,20 @@ def main(argv: Sequence[str]) -> int:
     report = Report(part, Path(file))
     if options.on_gpu and torch.cuda.is_available():
         report.is_alive = _look_at_device
-        if part not in ("env", "ranks"):  # env tells more, and part ranks leaves the GPUs to its ranks
+        if part not in ("env", "ranks"):  # env reports more, and part ranks leaves the GPUs to its ranks
             report.tell("device", torch.cuda.get_device_name(), why=f"torch {torch.__version__}")
     try:
         importlib.import_module(f"gpu_checks.{part}").check(report, options)
     except PartOver as over:
-        report.add("the rest of the part", "fail", why=str(over), fix="mend what failed before; it may be the reason")
+        report.add("the rest of the part", "fail", why=str(over), fix="correct the failure before it first")
     sys.stdout.flush()
-    # Not through the libraries' own ends: a communicator or a profiler may wait there for what is gone.
+    # Skip the libraries' exit handlers: a communicator or a profiler may wait there forever.
     os._exit(0)
 
 
 def _be_alone() -> None:
-    """Be the one rank of a world of its own, also in a pod, a Slurm step or under a launcher with variables for more;
-    and set what the package sets for its ranks."""
+    """Make this process the only rank of its world, even in a pod, a Slurm step or under a launcher that sets variables
+    for more ranks; and set what the package sets for its ranks."""
     for name in list(os.environ):
         if name.startswith(_LAUNCHERS):
             del os.environ[name]
@@ -59,7 +59,7 @@ def _be_alone() -> None:
 
 
 def _look_at_device() -> None:
-    """Raise what the device has to say, where this process uses it."""
+    """Raise the device's error, if this process uses the device and it has one."""
     import torch
 
     if torch.cuda.is_initialized():

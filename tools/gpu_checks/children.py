@@ -1,4 +1,4 @@
-"""Parts in processes of their own: one that hangs, crashes or breaks its device costs its own findings alone."""
+"""Run each part in its own process: a part that hangs, crashes or breaks its device only loses its own findings."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pathlib import Path
 from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 
 _POLL_SECONDS, _LAST_SECONDS = 0.2, 10.0
-_LAST_WORDS = 2000  # characters of a part's output that may stand in a finding
+_LAST_WORDS = 2000  # characters at the end of a part's output that are searched for its last line
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 HANG_FIX = (
-    "run this part alone with a larger --minutes; where it hangs again, look at its output in the report's folder"
+    "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
 )
 STUCK_FIX = (
-    "the driver holds this process, which cannot be killed: look at `dmesg` for lines with Xid; the GPU needs a reset,"
-    " or the host a restart"
+    "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"
+    " restart the host"
 )
 
 
 def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: Callable[[Check], None]) -> list[Check]:
-    """Run a part to its end or its time limit; returns its findings, the last of them a failure where it had no end.
+    """Run a part to its end or its time limit; returns its findings, with a failure at the end if it did not finish.
 
     Args:
-        options: its folder gets the part's findings and output.
-        command: starts the part; the file for its findings is added.
+        options: their folder gets the part's findings and output.
+        command: starts the part; the file for its findings is appended.
         hear: called with each finding as it comes.
     """
     folder = Path(options.folder)
@@ -76,25 +76,25 @@ def run_part(part: str, options: CheckOptions, *, command: Sequence[str], hear: 
 
 
 def python_command(script: Path, *arguments: str) -> list[str]:
-    """This Python with a script."""
+    """The command that runs a script with this Python."""
     return [sys.executable, str(script), *arguments]
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when its parent dies, however that comes about: a GPU must not stay held."""
+    """Let the kernel kill this process when its parent dies for any reason, so that it does not keep a GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> bool:
-    """End the process and all that it has started, politely at first where it still runs; whether it is gone."""
+    """End the process and all that it has started, first with SIGTERM; returns whether it has ended."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(_LAST_SECONDS)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # not while it is inside a driver that does not come back
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
         process.wait(_LAST_SECONDS)
     return process.poll() is not None
 

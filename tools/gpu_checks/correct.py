@@ -1,4 +1,4 @@
-"""Part correct: losses and gradients of the model against plain PyTorch in fp64, in all the forms that training has."""
+"""Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from bench_contestants import random_stage, recompute
 
 from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import kernels_for, shape_of, small_config, training_device
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import FACTORS, Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 
-# fp32 against fp64, relative; with TF32, or with a term left out, it is far more.
+# Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
-# In bf16 both make roundings of the same kind, in another order: the package's error may be this multiple of plain
-# PyTorch's, which is measured, and so much more.
+# In bf16 both have rounding errors of the same kind, in another order. The package's error may be MULTIPLE times plain
+# PyTorch's measured error plus BEYOND.
 MULTIPLE, BEYOND = 2.0, 2e-3
-PLAIN_BOUND = 0.1  # of plain PyTorch's own error, or its multiple says nothing; 0.025 on a CPU
+PLAIN_BOUND = 0.1  # on plain PyTorch's own error, above which its multiple is meaningless; 0.025 on a CPU
 RANK = 8
-SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: an update that is felt, and does not drown the base
+SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but does not dominate the base
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
 PLAIN_FIX = (
-    "PyTorch's own bf16 is wrong here, without this package: look at part attention and `matmul ceiling` of part env;"
-    " this torch or driver is not to be trained with"
+    "PyTorch's own bf16 is wrong here, without this package: check part attention and `matmul ceiling` of part env; do"
+    " not train with this torch or driver"
 )
 WRONG_FIX = (
-    "the model computes something else here: look at part attention first, then give --compile false; if the error"
-    " stays, this torch or driver is not to be trained with"
+    "the model gives other results here: check part attention first, then give --compile false; if the error stays, do"
+    " not train with this torch or driver"
 )
 
 
@@ -50,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class Judge:
-    """One model with an adapter, and what plain PyTorch says of it."""
+    """One model with an adapter, and plain PyTorch's result for it."""
 
     def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
         self.device, self.config = device, shape
@@ -61,7 +62,7 @@ class Judge:
         self.expected = self.plain(torch.float64)
 
     def plain(self, dtype: torch.dtype) -> Answer:
-        """Plain PyTorch's answer in this dtype, from the stage's own weights."""
+        """Plain PyTorch's result in this dtype, from the stage's own weights."""
         adapter = self.stage.adapter
         assert adapter is not None
         trained = [name for name in FACTORS if self.adapter.row.factor(name).trained]
@@ -75,7 +76,7 @@ class Judge:
         return Answer(*loss_and_gradients(shape_of(self.config, self.adapter), weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Answer:
-        """The package's answer, with rows packed or one document a row."""
+        """The package's result, with packed rows or one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
         give_kernels(stage, kernels)
@@ -88,7 +89,7 @@ class Judge:
         return Answer(float(loss.detach()), gradients)
 
     def errors(self, answer: Answer) -> dict[str, float]:
-        """Relative errors of loss and gradients; a gradient that is not there counts as infinitely wrong."""
+        """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
         losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
         errors = {"loss": relative(*losses)}
         for name, expected in self.expected.gradients.items():
@@ -117,7 +118,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 
 def compare_fp32(report: Report, name: str, judge: Judge) -> None:
-    """Loss and gradients of packed rows in fp32 within what roundings explain."""
+    """Check that loss and gradients of packed rows in fp32 are within rounding errors."""
     errors = judge.errors(judge.package())
     report.at_most(f"{name}: loss", errors.pop("loss"), LOSS_BOUND, fix=WRONG_FIX)
     worst = worst_of(errors)
@@ -125,14 +126,14 @@ def compare_fp32(report: Report, name: str, judge: Judge) -> None:
 
 
 def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *, all_forms: bool) -> None:
-    """bf16: packed or not, eager or compiled, with each recompute, beside plain PyTorch in bf16."""
+    """Check bf16, packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
     with report.attempt(f"bf16, {name}"):
         judge = Judge(shape, "tl6", dtype=torch.bfloat16, device=device)
         plain = judge.errors(judge.plain(torch.bfloat16))
         worst = plain[worst_of(plain)]
         report.at_most(f"bf16, {name}: plain PyTorch's error", worst, PLAIN_BOUND, why=_words(plain), fix=PLAIN_FIX)
         kinds = {"eager": EAGER}
-        if device.type == "cuda":  # a CPU takes minutes, and its compiler is not what is asked about
+        if device.type == "cuda":  # on a CPU this takes minutes, and its compiler is not checked
             with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
                 kinds["compiled"] = kernels_for(shape, dtype=torch.bfloat16, device=device)
         for kind, kernels in kinds.items():
@@ -146,7 +147,7 @@ def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *,
 
 
 def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Answer) -> None:
-    """The package's errors beside plain PyTorch's in bf16: the largest share of what each may be."""
+    """Compare the package's errors with plain PyTorch's in bf16: the largest share of its bound."""
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}
     report.at_most(label, shares[worst_of(shares)], 1.0, unit="of the bound", why=_words(errors), fix=WRONG_FIX)
@@ -163,14 +164,13 @@ def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
         rank=RANK,
         alpha=1.5 * RANK,
         layers=tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
 
 
 def unsettle(stage: Stage) -> None:
-    """Move norms off one and the adapter off its start, so that nothing that is left out stays unseen."""
+    """Move norms away from one and the adapter from its initial values, so that a missing term is detected."""
     draw = torch.Generator().manual_seed(1)
     adapter = stage.adapter
     assert adapter is not None
@@ -184,7 +184,7 @@ def unsettle(stage: Stage) -> None:
 
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
-    """Rows of documents with random tokens; the first third of each has no labels, nor has its last token."""
+    """Rows of documents with random tokens; the first third of each and its last token have no labels."""
     draw, rows = torch.Generator().manual_seed(2), []
     for lengths in LENGTHS:
         row = []
@@ -200,7 +200,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 def rows_of(
     documents: Sequence[Sequence[Document]], *, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Tokens, positions, labels and, packed, document ids on the host, each (b, s); single ones are padded."""
+    """Tokens, position ids, labels and, if packed, document ids on the host, each (b, s); unpacked rows are padded."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device
@@ -208,16 +208,16 @@ def rows_of(
     positions, ids = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
     for number, row in enumerate(rows):
         start = 0
-        for place, document in enumerate(row):
+        for document_id, document in enumerate(row):
             part = slice(start, start + len(document.tokens))
             tokens[number, part], labels[number, part] = document
-            positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), place
+            positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), document_id
             start = part.stop
     return tokens, positions.to(device), labels, ids if packed else None
 
 
 def give_kernels(stage: Stage, kernels: Kernels) -> None:
-    """Let every layer go through these kernels."""
+    """Let every layer use these kernels."""
     for module in stage.modules():
         if hasattr(module, "kernels"):
             module.kernels = kernels  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Part decode: greedy decoding with a cache gives the tokens that the whole model gives, and its time per token."""
+"""Part decode: greedy decoding with a cache gives the same tokens as without one, and its time per token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from bench_contestants import random_stage
 
 from gpu_checks.correct import adapter_of, unsettle
 from gpu_checks.package import compute_dtype, shape_of, small_config, training_device
@@ -15,6 +14,7 @@ from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
@@ -22,19 +22,19 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
-LENGTHS = (3, 17, 40, 41)  # of the prompts whose tokens are compared
+LENGTHS = (3, 17, 40, 41)  # of the prompts whose answers are compared
 NEW_TOKENS = 24
 BATCHES, PROMPTS, WARM_UP, TIMED_TOKENS = (1, 16), (128, 200), 64, 32
-MOST_REPEATED = 1.5  # time of a first answer per that of a second of the same lengths
-TOKENS_FIX = "decoding is wrong here, so scores are: look at part attention, and report the versions of part env"
+MOST_REPEATED = 1.5  # time of a first answer relative to a second one with the same lengths
+TOKENS_FIX = "decoding is wrong here, so scores are too: check part attention, and report the versions of part env"
 PLAN_FIX = (
-    "a plan is built for every length of the cache, as cuDNN does: see in part env that TORCH_CUDNN_SDPA_DEPRIORITIZED"
-    " is 1, which the package sets where it is not set"
+    "a plan is built for every length of the cache, as cuDNN does: check in part env that"
+    " TORCH_CUDNN_SDPA_DEPRIORITIZED is 1, which the package sets by default"
 )
 
 
 def check(report: Report, options: CheckOptions) -> None:
-    """All of the part; on a CPU the tokens alone."""
+    """Run the part; on a CPU only compare the tokens."""
     device = training_device()
     for kv_heads in (4, 2):
         label = f"fp32, {'MHA' if kv_heads == 4 else 'GQA'}: tokens as without a cache"
@@ -52,13 +52,13 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """By the package; no token ends an answer."""
+    """The package's answers; no token ends an answer."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, prompts, end_ids=(), max_new_tokens=num_tokens)
 
 
 def _compare(report: Report, label: str, shape: ModelShape, device: torch.device) -> None:
-    """Each token must be the reference's first choice after what was decoded before it, in fp64 and without a cache."""
+    """Check that each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
     adapter = adapter_of(shape, "tl6")
     stage = random_stage(shape, adapter, dtype=torch.float32, device=device)
     unsettle(stage)
@@ -73,7 +73,7 @@ def _compare(report: Report, label: str, shape: ModelShape, device: torch.device
         chosen = document_logits(shape_of(shape, adapter), weights, factors, tokens)[len(prompt) - 1 : -1].argmax(-1)
         equal += int((chosen.cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
-    # Two logits may lie within fp32's roundings of each other.
+    # Two logits may differ by less than fp32's rounding error.
     report.at_least(label, share, 0.98, fix=TOKENS_FIX)
 
 
@@ -85,7 +85,7 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
     report.tell("weights", base / 1e9, "GB", why=f"{layers} layers of {options.model}; each token reads them once")
     for batch in BATCHES:
-        # First with other lengths: a kernel's own first call is not what a new length costs.
+        # Warm up with another length: a kernel's very first call costs more than a new length.
         answers(stage, shape, prompts_of([WARM_UP] * batch, shape.vocab_size), TIMED_TOKENS)
         ratios = []
         for length in PROMPTS:
@@ -98,7 +98,7 @@ def _time(report: Report, options: CheckOptions, device: torch.device) -> None:
         report.tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         report.at_most(
             f"batch {batch}: first answer per second one",
-            min(ratios),  # a plan costs at every length, what else the host does does not
+            min(ratios),  # a plan costs time at every length, other work of the host does not
             MOST_REPEATED,
             fix=PLAN_FIX,
             otherwise="warn",

@@ -1,4 +1,4 @@
-"""Part env: what is installed, what the package will use of it and why, and the device's two ceilings."""
+"""Part env: what is installed, what the package will use and why, and the device's peak matmul and copy rates."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from megatron_tiedlora.training.throughput import listed_peak, product_rate, tim
 
 OLDEST_TORCH = (2, 6)
 PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")
-# Variables that change what runs or how a failure shows, by their first letters.
+# Prefixes of variables that change what runs or how a failure shows.
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
-SIZE, COPIED = 8192, 2**30  # of the matmul, and bytes of the copy
+SIZE, COPIED = 8192, 2**30  # size of the matmul, and bytes of the copy
 HEAD_DIM = 128
-# Of a data sheet's matmul FLOP/s, and TB/s of a copy: what is faster than any device has computed nothing.
+# Shares of a data sheet's matmul FLOP/s, and TB/s of a copy: a faster device has not computed anything.
 GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40.0
 ATTENTION_FIX = (
-    "packed rows will be slow: mend what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
+    "packed rows will be slow: correct what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
 )
-NOTHING_FIX = "no device is that fast: it has computed nothing, so look at the driver; times below mean nothing"
+NOTHING_FIX = "no device is that fast: it computed nothing, so check the driver; the times below are meaningless"
 INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 
 
 def why_no_gpu() -> str | None:
-    """Why torch sees no GPU, in one line; None where it sees one."""
+    """Why torch sees no GPU, in one line; None if it sees one."""
     if torch.cuda.is_available():
         accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
         return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
@@ -46,20 +46,20 @@ def why_no_gpu() -> str | None:
         torch.cuda.init()
     except Exception as error:
         return f"torch {torch.__version__} for CUDA {torch.version.cuda}: {first_line(error)}"
-    return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; look at nvidia-smi"
+    return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; check nvidia-smi"
 
 
 def count_gpus() -> int:
-    """How many torch sees; this process does not use them."""
+    """How many GPUs torch sees; this process does not use them."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def check(report: Report, options: CheckOptions) -> None:
-    """All of the part; without a GPU what is installed alone."""
+    """Run the part; without a GPU only report what is installed."""
     _software(report)
     missing = why_no_gpu() if options.on_gpu else None
     if missing is not None:
-        report.add("GPU", "fail", why=missing, fix="see the line above; docs/gpu.md says what a GPU machine needs")
+        report.add("GPU", "fail", why=missing, fix="see the line above; docs/gpu.md lists what a GPU machine needs")
         return
     device = torch.device(options.device)
     if options.on_gpu:
@@ -98,7 +98,7 @@ def _software(report: Report) -> None:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package; None where it is not."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -106,7 +106,7 @@ def package_version(name: str) -> str | None:
 
 
 def nccl_version() -> str | None:
-    """Of the NCCL that torch is built with; `loaded_nccl` may be another, preloaded one."""
+    """The version of the NCCL that torch is built with; `loaded_nccl` may find another, preloaded one."""
     try:
         return ".".join(map(str, torch.cuda.nccl.version()))
     except (AttributeError, RuntimeError):  # a build without NCCL
@@ -122,7 +122,7 @@ def _hardware(report: Report) -> None:
     driver = _nvidia_smi(
         "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
     )
-    report.tell("driver", driver or "not told", why="driver, power limit, SM clock, MIG, ECC errors; by nvidia-smi")
+    report.tell("driver", driver or "unknown", why="driver, power limit, SM clock, MIG, ECC errors; from nvidia-smi")
     for index in range(torch.cuda.device_count()):
         with report.attempt(f"GPU {index}"):
             values = torch.cuda.get_device_properties(index)
@@ -140,12 +140,12 @@ def _hardware(report: Report) -> None:
                 free / total,
                 0.9,
                 otherwise="warn",
-                fix="end what else uses the GPU (nvidia-smi); figures below are of a shared GPU",
+                fix="end other processes on the GPU (nvidia-smi); the figures below are from a shared GPU",
             )
 
 
 def _nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of torch's first GPU, '' where it does not."""
+    """nvidia-smi's values for torch's first GPU; '' if it gives none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
@@ -158,7 +158,7 @@ def _nvidia_smi(fields: str) -> str:
 
 
 def _choices(report: Report, device: torch.device) -> None:
-    """What the package takes for attention and kernels on this device."""
+    """The attention and kernels that the package chooses on this device."""
     dtype = compute_dtype(device)
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         name = f"attention in {str(dtype).removeprefix('torch.')}"
@@ -166,7 +166,7 @@ def _choices(report: Report, device: torch.device) -> None:
             chosen, why, is_fused = attention_choice(device, dtype, HEAD_DIM)
             report.expect(name, is_fused, chosen, expected="one call", why=why, fix=ATTENTION_FIX, otherwise="warn")
     if device.type == "cpu":
-        report.skip("compiled kernels", "a CPU's compiler is not what is asked about")
+        report.skip("compiled kernels", "this is not a check of a CPU's compiler")
         return
     with report.attempt("compiled kernels"):
         failure = compiler_failure(device)
@@ -182,7 +182,7 @@ def _choices(report: Report, device: torch.device) -> None:
 
 
 def _compiler_fix() -> str:
-    """What Triton needs to build its launcher: a C compiler and Python's headers."""
+    """The fix for a missing C compiler or missing Python headers, which Triton needs to build its launcher."""
     lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         lacking.append("Python's headers (python3-dev)")
@@ -191,7 +191,7 @@ def _compiler_fix() -> str:
 
 
 def _ceilings(report: Report, device: torch.device) -> None:
-    """A large matmul and a large copy, of random numbers: zeros take less power and are faster."""
+    """Measure a large matmul and a large copy of random numbers: zeros take less power and would be faster."""
     rate = product_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=device, repeats=10)
     _matmul_ceiling(report, rate, listed_peak(torch.cuda.get_device_name(device)))
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=device)
@@ -202,11 +202,11 @@ def _ceilings(report: Report, device: torch.device) -> None:
 
 
 def _matmul_ceiling(report: Report, rate: float, listed: float | None) -> None:
-    """Beside the data sheet's, where one is known."""
+    """Compare the matmul rate with the data sheet's, if that is known."""
     name, unit = "matmul ceiling, bf16", "TFLOP/s"
-    fix = "look at nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
+    fix = "check nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
     if listed is None:
-        report.tell(name, rate / 1e12, unit, why="no data sheet is known for this device")
+        report.tell(name, rate / 1e12, unit, why="this device's data sheet is unknown")
     elif rate > MOST_SHARE * listed:
         report.at_most(name, rate / 1e12, MOST_SHARE * listed / 1e12, unit=unit, fix=NOTHING_FIX)
     else:

@@ -14,18 +14,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from bench_layout import Started
 
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
+from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 
-MICRO_BATCHES = 2  # of a step
+MICRO_BATCHES = 2  # per step
 LENGTHS = (256, 512, 1024, 2048, 4096)
 REPEATS = 5
 MOST_LAYERS = 8
-BOUND = 1.1  # the GPU waits where a micro-batch takes up to this multiple of what the shortest takes
-SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report the lines named here"
+BOUND = 1.1  # the GPU waits for the host if a micro-batch takes at most this multiple of the shortest one's time
+SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
 
 
 def check(report: Report, options: CheckOptions) -> None:
@@ -38,7 +38,7 @@ def check(report: Report, options: CheckOptions) -> None:
         with report.attempt(name):
             layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
             named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
-            with started(step_options(options.model, *named)) as run:
+            with started(step_settings(options.model, *named)) as run:
                 loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
                 for loader in (*loaders.values(), *loaders.values()):
                     run.train_step.run(next(loader))
@@ -51,13 +51,13 @@ def check(report: Report, options: CheckOptions) -> None:
 
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
-    """The forward and backward passes of a step, and nothing else of it."""
+    """Only the forward and backward passes of a step."""
     inputs = [batch.model_input for batch in step.micro_batches]
     return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 
 def _seconds(run: Started, loader: TrainingLoader) -> float:
-    """Of one micro-batch in a step of several, to the end on the GPU."""
+    """Seconds of one micro-batch in a step of several, until the GPU has finished."""
     step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
@@ -70,7 +70,7 @@ def _seconds(run: Started, loader: TrainingLoader) -> float:
 
 
 def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> None:
-    """The host's own time, and from how many tokens on the GPU is the slower one."""
+    """The host's own time, and from how many tokens the GPU is slower than the host."""
     floor = min(taken.values())
     for length, seconds in taken.items():
         report.tell(f"{name}: micro-batch of {length:,} tokens", 1e3 * seconds, "ms", why=f"{layers} layers")
@@ -91,7 +91,7 @@ def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, lay
     with waits() as seen:
         work()
     run.runner.engine.step()
-    # One wait is the step's own: its loss is read when all micro-batches are done.
+    # One wait belongs to the step: its loss is read after all micro-batches.
     inside = sum(seen.values()) - 1
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
@@ -103,22 +103,22 @@ def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, lay
             f"{name}: launches per layer and micro-batch", launches / number / layers, why="with head and embedding"
         )
     else:
-        report.skip(f"{name}: launches", "torch's profiler has seen no launch; CUPTI may not be allowed here")
+        report.skip(f"{name}: launches", "torch's profiler saw no launch; CUPTI may not be allowed here")
 
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Where the block waits for the GPU, by line: by torch's warning, and by `synchronize`, which it leaves out."""
+    """Count where the block waits for the GPU, by line: from torch's warnings and from calls of `synchronize`."""
     seen: Counter[str] = Counter()
     real = torch.cuda.synchronize
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
         if "called a synchronizing" in str(message):
-            seen[_place(filename, lineno)] += 1
+            seen[_line(filename, lineno)] += 1
 
     def synchronize(*arguments: Any) -> None:
         caller = sys._getframe(1)
-        seen[_place(caller.f_code.co_filename, caller.f_lineno)] += 1
+        seen[_line(caller.f_code.co_filename, caller.f_lineno)] += 1
         real(*arguments)
 
     with (
@@ -134,12 +134,12 @@ def waits() -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def _place(file: str, line: int) -> str:
+def _line(file: str, line: int) -> str:
     return f"{'/'.join(file.split('/')[-2:])}:{line}"
 
 
 def _launches(work: Callable[[], Any]) -> int:
-    """Kernel launches of the block, as torch's profiler sees them; 0 where it sees none."""
+    """Kernel launches of `work` according to torch's profiler; 0 if it sees none."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

@@ -1,4 +1,4 @@
-"""Part memory: what steps allocate beside what the dry run plans, and what rows of many lengths reserve."""
+"""Part memory: what steps allocate compared with the dry run's plan, and what rows of varying lengths reserve."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import torch
 
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_options
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
 GB = 1e9
-# Relative to the plan: the dry run accepts a run that needs more, and rejects one that needs less for nothing.
+# Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
 CLOSE, TOO_MUCH = 0.07, 1.15
-RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more where less is kept
+RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more if fewer activations are saved
 LENGTH, MOST_LAYERS = 4096, 8
 NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
-MOST_RESERVED = 1.3  # of what is allocated
+MOST_RESERVED = 1.3  # relative to the allocated memory
 PLAN_FIX = "the dry run's figures are wrong for this GPU: leave that much memory free, and report this table"
 FRAGMENTS_FIX = (
-    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of launch/train.py), and see that nothing"
-    " overrides it"
+    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of launch/train.py), and make sure that"
+    " nothing overrides it"
 )
 
 
 def check(report: Report, options: CheckOptions) -> None:
-    """All of the part; needs a GPU, whose allocator it is about."""
+    """Run the part; it needs a GPU, whose allocator it checks."""
     if not options.on_gpu:
-        report.skip("memory", "a CPU's memory is told by tools/bench_step.py")
+        report.skip("memory", "tools/bench_step.py measures a CPU's memory")
         return
     for compiles, kernels in (("auto", "compiled"), ("false", "eager")):
         for how, rows in RECOMPUTES.items():
@@ -42,7 +42,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...]) -> None:
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags, "--supervised=1"))
-    with started(step_options(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
+    with started(step_settings(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             run.train_step.run(next(run.loader))
@@ -66,7 +66,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
 def _fragments(report: Report, label: str, model: str) -> None:
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
-    with started(step_options(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
+    with started(step_settings(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
         torch.cuda.reset_peak_memory_stats()
         draw = np.random.default_rng(0)
         loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))

@@ -17,7 +17,7 @@ _COLUMNS = ("part", "check", "status", "value", "expected")
 
 
 def shown_value(value: Value, unit: str = "") -> str:
-    """A value with its unit, short."""
+    """A value with its unit, as short text."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -34,11 +34,11 @@ def shown_value(value: Value, unit: str = "") -> str:
 
 
 def check_lines(check: Check, told: list[str]) -> list[str]:
-    """One finding for the screen: name, status, value, and below it what to do, where that is not in `told` yet."""
+    """One finding for the screen: name, status, value, and below it the fix if it is not in `told` yet."""
     held = f"  ({check.expected})" if check.expected else ""
     status = "" if check.status == "info" else check.status.upper()
     lines = [f"  {status:<4} {check.name:<58} {shown_value(check.value, check.unit)}{held}".rstrip()]
-    why = "" if check.status == "pass" else check.why  # which the files have
+    why = "" if check.status == "pass" else check.why  # the files have it in any case
     is_new = bool(check.fix) and check.fix not in told
     if is_new:
         told.append(check.fix)
@@ -48,13 +48,13 @@ def check_lines(check: Check, told: list[str]) -> list[str]:
 
 
 def summary_line(checks: Sequence[Check]) -> str:
-    """How many of each status."""
+    """The number of findings of each status."""
     counts = Counter(check.status for check in checks)
     return ", ".join(f"{counts[status]} {status}" for status in ("pass", "warn", "fail", "skip") if counts[status])
 
 
 def to_json(checks: Sequence[Check], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, for scripts: fields as in `Check`; nan and infinities as texts, which JSON has no numbers for."""
+    """Everything, for scripts: fields as in `Check`; nan and infinities are strings, because JSON has none."""
     rows = [asdict(check) for check in checks]
     for row in rows:
         if isinstance(row["value"], float) and not math.isfinite(row["value"]):
@@ -63,7 +63,7 @@ def to_json(checks: Sequence[Check], about: Mapping[str, Any]) -> dict[str, Any]
 
 
 def to_markdown(checks: Sequence[Check], about: Mapping[str, Any]) -> list[str]:
-    """A page: what was examined, a table of all findings, and what to do."""
+    """A page: what was checked, a table of all findings, and what to do."""
     lines = ["# check_gpu", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     lines += [f"{summary_line(checks)}.", "", f"| {' | '.join(_COLUMNS)} | s | note |", "|---" * 7 + "|"]
     for check in checks:
@@ -79,7 +79,7 @@ def to_markdown(checks: Sequence[Check], about: Mapping[str, Any]) -> list[str]:
 
 
 def _named(names: Sequence[str]) -> str:
-    """The first findings that one piece of advice is about, and how many there are besides."""
+    """The first findings that have the same fix, and the number of the others."""
     more = len(names) - _NAMED
     return ", ".join(f"**{name}**" for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,7 +1,7 @@
-"""What the checks take from inside the package: attention's routes and choice, kernels, the process group.
+"""What the checks use of the package's internals: attention's routes and choice, kernels, the process group.
 
-Everything else they reach through plans, settings, training steps and the decoder. Where the package changes one of
-these, this is the file to follow it.
+They reach everything else through plans, settings, training steps and the decoder. If the package changes one of these
+internals, change this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu_checks.reference import Shape
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.blocks import attend_by_blocks, block_size, find_blocks
+from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import (
@@ -42,14 +42,14 @@ CHOSEN, ONE_BY_ONE, CUDNN = "chosen by the package", "one document after another
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What a model is run in on the device: bf16 on a GPU, fp32 on a CPU, which has no fast bf16."""
+    """The dtype of a model on the device: bf16 on a GPU, fp32 on a CPU, which may have no fast bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def small_config(
     *, hidden: int = 256, intermediate: int = 512, layers: int = 2, heads: int = 4, kv_heads: int = 2, vocab: int = 1000
 ) -> ModelShape:
-    """A LLaMA of few numbers whose heads are of the sizes that kernels are made for."""
+    """A small LLaMA whose heads have sizes that kernels support."""
     values = {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -66,13 +66,13 @@ def small_config(
 
 
 def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str, bool]:
-    """What attention goes through on the device, packed or not, why, and whether that is one call for all documents."""
+    """(the attention chosen on the device, why, whether it is one call for all documents)."""
     route = choose_attention(device, dtype, head_dim)
     return route.name, route.reason, route.attend is not one_by_one
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:
-    """By name, every way that attention can go on the device; the first is the package's choice."""
+    """Every attention route that works on the device, by name; the first is the package's choice."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
@@ -84,7 +84,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """By name, the kernels that cannot run on the device, and why, in words that follow `it`."""
+    """The kernels that cannot run on the device, by name, with the reason as text that follows "it"."""
     if device.type == "cpu":
         return {}
     capability = torch.cuda.get_device_capability(device)
@@ -93,18 +93,18 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def is_taken(name: str) -> bool:
-    """Whether the package takes a route here, so that it must be right."""
+    """Whether the package uses a route here, so that it must be correct."""
     return name == CHOSEN
 
 
 def takes_documents(name: str) -> bool:
-    """Whether a route serves rows that hold several documents."""
+    """Whether a route supports packed rows."""
     return name != CUDNN
 
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    blocks = find_blocks(ids, query.shape[2], size=block_size(query.shape[1], key.shape[1]))
-    return attend_by_blocks(query, key, value, blocks, EAGER)
+    blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
+    return attend_by_tiles(query, key, value, blocks, EAGER)
 
 
 def _within(attend: Attend) -> Route:
@@ -117,7 +117,7 @@ def _within(attend: Attend) -> Route:
 
 
 def _of_candidate(candidate: Candidate) -> Route:
-    """A kernel that the package does not come to here, or whose library fails, which shows when it is called."""
+    """A kernel that the package does not choose here, or whose library fails when it is called."""
 
     def route(*heads: Any) -> torch.Tensor:
         return _within(candidate.make(False))(*heads)
@@ -126,7 +126,7 @@ def _of_candidate(candidate: Candidate) -> Route:
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """What PyTorch itself would take on Hopper, for comparison; the package keeps it out."""
+    """What PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = functional.scaled_dot_product_attention(
@@ -136,17 +136,17 @@ def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: 
 
 
 def training_device() -> torch.device:
-    """The device as a run has it: with a process group of one rank, and PyTorch's settings for matmuls."""
+    """The device set up as in a run: with a process group of one rank and PyTorch's settings for matmuls."""
     return join_process_group(1.0, expected_ranks=1)
 
 
 def kernels_for(shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> Kernels:
-    """The compiled kernels. Raises UserError where they cannot be compiled."""
+    """The compiled kernels. Raises UserError if they cannot be compiled."""
     return compiled_kernels(shape, dtype=dtype, device=device)
 
 
 def compiler_failure(device: torch.device) -> str | None:
-    """Why kernels cannot be compiled, None where they can."""
+    """Why kernels cannot be compiled; None if they can."""
     try:
         kernels_for(small_config(), dtype=compute_dtype(device), device=device)
     except UserError as error:
@@ -155,12 +155,12 @@ def compiler_failure(device: torch.device) -> str | None:
 
 
 def planned_bytes(plan: RunPlan) -> float:
-    """What the dry run plans for this rank's tensors: what torch's allocator is to hold at most."""
+    """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
     return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
 
 
 def shape_of(shape: ModelShape, adapter: AdapterConfig) -> Shape:
-    """What the reference needs to know."""
+    """The sizes and constants that the reference needs."""
     return Shape(
         shape.num_layers,
         shape.heads.num,

@@ -1,7 +1,7 @@
 """One rank of part ranks:  python rank.py ORDER    (records.RankOrder as JSON; ranks and master from the environment)
 
-Takes the steps of each case one after another and leaves losses and the adapter in the order's folder, from rank 0; an
-order without an end takes steps until it is killed, or a peer is.
+It trains each case in turn; rank 0 writes losses and the adapter to the order's folder. An endless order trains until
+this rank or a peer is killed.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import json
 import os
 import sys
 import traceback
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, in place of this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ instead of this folder
 
 from gpu_checks.children import end_with_parent
 from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
 
 
-def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
-    """bench_step.py's options of a case: the same samples at every layout."""
-    from gpu_checks.running import step_options
+def settings_of(case: Case, order: RankOrder, world_size: int) -> BenchSettings:
+    """bench_step.py's settings for a case: the same samples at every layout."""
+    from gpu_checks.running import step_settings
 
     rows = order.samples // (world_size // (case.tp * case.pp))
-    return step_options(
+    return step_settings(
         order.model,
         f"--dtype={case.dtype}",
         f"--tensor_parallel={case.tp}",
@@ -39,21 +39,21 @@ def options_of(case: Case, order: RankOrder, world_size: int) -> Namespace:
         f"--micro_batches={rows // 2}",
         f"--length={order.length}",
         "--compile=false",
-        world_size=world_size,
     )
 
 
 def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: Path) -> None:
-    """Take the steps; rank 0 writes what came of them."""
-    import bench_layout
+    """Train the steps; rank 0 writes the results."""
     from safetensors.torch import save_file
 
+    from megatron_tiedlora.benchmark.layout import start
+    from megatron_tiedlora.benchmark.plan import make_plan
     from megatron_tiedlora.training.loop import full_adapter_state
 
-    options = options_of(case, order, world_size)
+    settings = settings_of(case, order, world_size)
     changes = {"learning_rate": order.learning_rate, "replica_check_steps": order.steps, "timeout_minutes": 1.0}
-    plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, **changes)
-    run = bench_layout.start(plan, options)
+    plan = make_plan(settings, rank=rank, world_size=world_size, **changes)
+    run = start(plan, settings)
     losses = [run.train_step.run(next(run.loader)).loss for _ in range(order.steps)]
     state = full_adapter_state(plan, run.runner)
     if rank == 0:
@@ -63,16 +63,16 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
 
 
 def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
-    """Take steps of the first case under the eyes of all ranks, as launch/train.py does, until one is gone."""
-    import bench_layout
-
+    """Train the first case with a heartbeat, as launch/train.py does, until a rank is lost."""
+    from megatron_tiedlora.benchmark.layout import start
+    from megatron_tiedlora.benchmark.plan import make_plan
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopWatch
 
     with reported_end(rank, world_size, StopWatch()) as end:
-        options = options_of(order.cases[0], order, world_size)
-        plan = bench_layout.make_plan(options, rank=rank, world_size=world_size, timeout_minutes=1.0)
-        run = bench_layout.start(plan, options)
+        settings = settings_of(order.cases[0], order, world_size)
+        plan = make_plan(settings, rank=rank, world_size=world_size, timeout_minutes=1.0)
+        run = start(plan, settings)
         end.watch_peers(1.0)
         end.finished_step = lambda: run.train_step.finished
         for number in range(1_000_000):
@@ -97,12 +97,12 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             run_case(case, order, rank, world_size, folder)
-        except UserError as error:  # raised on every rank, so that all continue with the next case
+        except UserError as error:  # raised on every rank, so all of them continue with the next case
             (folder / f"error{rank}").write_text(str(error))
         except Exception:
             (folder / f"error{rank}").write_text(traceback.format_exc())
             traceback.print_exc()
-            os._exit(1)  # at once: peers may wait for this rank, and then so would the end of the group
+            os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
     leave_process_group()
     return 0
 

@@ -1,4 +1,4 @@
-"""What the ranks of part ranks are told, and how they are started and ended on this host."""
+"""The orders for the ranks of part ranks, and how the ranks are started and ended on this host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_SECONDS, _GRACE_SECONDS = 0.1, 5.0
 
 
 class Case(NamedTuple):
-    """A layout, an engine and a dtype of the base; data parallel is what is left of the world."""
+    """A layout, a ZeRO stage and a dtype of the base; data-parallel size = world size / (tp x pp)."""
 
     tp: int = 1
     pp: int = 1
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     sp: bool = True
 
     def named(self, world_size: int) -> str:
-        """In a few words."""
+        """The case as short text."""
         words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
         return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
@@ -40,12 +40,12 @@ class RankOrder:
     """What all ranks of a start do.
 
     Attributes:
-        folder: for what they compute.
-        logs: folder for what they print.
+        folder: for their results.
+        logs: folder for their output.
         model: a folder with a small model.
-        first: number of the first case, by which the folders of all are named.
-        samples: of a step, on all ranks together.
-        endless: take steps of the first case until a rank is gone; each leaves a file once `steps` are done.
+        first: number of the first case; the result folders are named by these numbers.
+        samples: per step, over all ranks.
+        endless: train the first case until a rank is lost; each rank makes a file once `steps` are done.
     """
 
     cases: tuple[Case, ...]
@@ -61,7 +61,7 @@ class RankOrder:
     endless: bool = False
 
     def to_json(self) -> str:
-        """As the command line takes it."""
+        """The order as a command-line argument."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -72,29 +72,29 @@ class RankOrder:
 
 
 class Rank(NamedTuple):
-    """A started rank and what it prints."""
+    """A started rank and its log file."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     @property
     def output(self) -> str:
-        """So far."""
+        """Its output so far."""
         return self.log.read_text(errors="replace")
 
 
 @contextmanager
 def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterator[list[Rank]]:
-    """Ranks of this host that run inside the block; what is left of them afterwards is killed."""
+    """Ranks that run on this host inside the block; remaining ones are killed afterwards."""
     port, ranks = str(free_port("127.0.0.1")), []
     try:
         for rank in range(world_size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            launch_env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
             environment = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "MASTER_ADDR": "127.0.0.1",
-                **{name: str(value) for name, value in place.items()},
+                **{name: str(value) for name, value in launch_env.items()},
                 **variables,
             }
             kind = "killed" if order.endless else f"layouts-{order.first}"
@@ -117,7 +117,7 @@ def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterat
 
 
 def wait_for(happened: Callable[[], bool], seconds: float) -> bool:
-    """Whether it has happened within this time."""
+    """Whether `happened` became true within this time."""
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -127,7 +127,7 @@ def wait_for(happened: Callable[[], bool], seconds: float) -> bool:
 
 
 def wait_for_ranks(ranks: Sequence[Rank], seconds: float) -> bool:
-    """Whether all have ended well; once one has failed, the others get a few seconds to say why."""
+    """Whether all ranks succeeded; once one has failed, the others get a few seconds to report why."""
 
     def all_ended() -> bool:
         return all(rank.process.poll() is not None for rank in ranks)

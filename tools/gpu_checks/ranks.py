@@ -1,4 +1,4 @@
-"""Part ranks: several ranks on this host: every layout that fits against one rank, the network, and a killed rank."""
+"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.runtime.launch_env import free_port
 
 SIZES = (1, 2, 4, 8)
-# A model that eight ranks can share in either way, whose vocabulary none of these numbers divides.
+# A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
 SHAPE: dict[str, Any] = {
     **PRESETS["llama2-7b"],
     "vocab_size": 1003,
@@ -46,25 +46,25 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-# Relative: of losses, and of the adapter's change, in which elements of hardly a gradient may go either way.
+# Relative errors of losses and of the adapter's change, in which elements with tiny gradients may have either sign.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 CHANGE_BOUND = 5e-3
-# So few that a crash leaves the others' cases, and that communicators, which only the process's end gives back (0.3 to
-# 0.7 GB each on NVLink, six a layout), fit beside each other.
+# Few cases per start, so that a crash loses only these, and so that their communicators fit in memory: only the end of
+# the process frees them (0.3 to 0.7 GB each on NVLink, six per layout).
 CASES_OF_A_START = 6
-SHARING = (2, 30)  # NCCL from this version on lets several ranks share a GPU
+SHARING = (2, 30)  # since this version NCCL lets several ranks share a GPU
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
-TOLD_SECONDS = 45.0  # after a rank's death, of which 30 are docs/clusters.md's
-# By what share of the part's time one rank must have ended, then all layouts, and then the ranks of which one is killed
-# be at work.
+NOTICED_SECONDS = 45.0  # after a rank's death; 30 of them are the heartbeat's limit (docs/clusters.md)
+# Shares of the part's time: one rank must have finished by the first, all layouts by the second, and the ranks of which
+# one is killed must be training by the third.
 ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
-DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much for all, and a few for its own start
+DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much in total, and a few for its own start
 DIFFERS_FIX = (
-    "ranks compute something else together: run `python launch/doctor.py`, and this part again with NCCL_DEBUG=INFO and"
-    " with NCCL_P2P_DISABLE=1; where that mends it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
+    "several ranks give other results: run `python launch/doctor.py`, and this part again with NCCL_DEBUG=INFO and with"
+    " NCCL_P2P_DISABLE=1; if that corrects it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
 )
-FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO tells more"
-SILENT_FIX = "see docs/clusters.md on peers that fall silent, and the ranks' output in the report's folder"
+FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
+LOST_FIX = "see docs/clusters.md on lost ranks, and the ranks' output in the report's folder"
 
 
 def check(report: Report, options: CheckOptions) -> None:
@@ -76,12 +76,12 @@ def check(report: Report, options: CheckOptions) -> None:
         return
     report.tell("ranks", world_size, why=reason)
     with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as folder:
-        with report.attempt("a small model", fix="see that the temporary folder can be written (TMPDIR)"):
+        with report.attempt("a small model", fix="make sure that the temporary folder is writable (TMPDIR)"):
             write_random_model(SHAPE, Path(folder, "model"), name="a small model", seed=0)
         order = RankOrder((), folder, options.folder, str(Path(folder, "model")), options.device)
 
         def left(share: float) -> float:
-            """Seconds until that share of the part's time is over."""
+            """Seconds until this share of the part's time is over."""
             return began + share * options.seconds - time.monotonic()
 
         check_layouts(report, order, world_size, variables, left=left)
@@ -91,7 +91,7 @@ def check(report: Report, options: CheckOptions) -> None:
 
 
 def _possible(options: CheckOptions) -> tuple[int, dict[str, str], str]:
-    """(how many ranks can be started here, variables that they need, why so many)."""
+    """(the number of ranks that can be started here, variables that they need, why this number)."""
     if not options.on_gpu:
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -102,12 +102,12 @@ def _possible(options: CheckOptions) -> tuple[int, dict[str, str], str]:
     text = ".".join(map(str, found)) if found else "unknown"
     if found < SHARING:
         wanted = ".".join(map(str, SHARING))
-        return 1, {}, f"one GPU, which NCCL lets several ranks share from {wanted} on; this is {text}"
-    return 2, {SHARING_VARIABLE: "1"}, f"two on one GPU, by {SHARING_VARIABLE}=1 of NCCL {text}"
+        return 1, {}, f"one GPU, which several ranks can share since NCCL {wanted}; this is {text}"
+    return 2, {SHARING_VARIABLE: "1"}, f"two on one GPU, with {SHARING_VARIABLE}=1 of NCCL {text}"
 
 
 def loaded_nccl() -> tuple[int, ...]:
-    """The version of the NCCL in this process, a preloaded one included; () where none tells it."""
+    """The version of the NCCL in this process, including a preloaded one; () if it cannot be found."""
     torch.cuda.is_available()  # torch has loaded its libraries
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
     for name in (None, *sorted(paths)):
@@ -121,7 +121,7 @@ def loaded_nccl() -> tuple[int, ...]:
 
 
 def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Every layout that fits, and at one of them the other engines, whole sequences and, on a GPU, bf16."""
+    """Every layout that fits; the other ZeRO stages; and without sequence parallelism and, on a GPU, in bf16."""
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
     engines = [Case(zero=zero) for zero in (0, 2, 3)]
@@ -137,7 +137,7 @@ def check_layouts(
     *,
     left: Callable[[float], float],
 ) -> None:
-    """Losses and adapter of each layout against those of one rank; the ranks compare their copies bit by bit.
+    """Compare losses and adapter of each layout with those of one rank; the ranks compare their replicas bit by bit.
 
     Args:
         left: seconds until a share of the part's time is over.
@@ -163,18 +163,18 @@ def check_layouts(
 def _start(
     report: Report, name: str, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
 ) -> None:
-    """Let ranks do the order's cases; where they do not come to their end in time, that is a failure."""
+    """Let ranks run the order's cases; report a failure if they do not finish in time."""
     with report.attempt(name, fix=FAILED_FIX), started_ranks(order, world_size, **variables) as ranks:
         if not wait_for_ranks(ranks, limit):
             report.add(name, "fail", why=why_not_ended(ranks, limit), fix=FAILED_FIX)
 
 
 def compare(report: Report, label: str, case: Case, found: Path, expected: Path, order: RankOrder) -> None:
-    """Hold what one case left against what one rank did."""
+    """Compare one case's results with those of one rank."""
     for folder in (expected, found):
         if not (folder / RESULT).exists():
             said = sorted(file.read_text().strip().splitlines()[-1] for file in folder.glob("error*"))
-            report.add(label, "fail", why=said[0] if said else "it did not come to its end", fix=FAILED_FIX)
+            report.add(label, "fail", why=said[0] if said else "it did not finish", fix=FAILED_FIX)
             return
     losses, one = (json.loads((folder / RESULT).read_text())["losses"] for folder in (found, expected))
     steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
@@ -183,13 +183,13 @@ def compare(report: Report, label: str, case: Case, found: Path, expected: Path,
         f"{label}: losses",
         apart[worst_of(apart)],
         LOSS_BOUNDS[case.dtype],
-        why="beside one rank, relative",
+        why="relative to one rank",
         fix=DIFFERS_FIX,
     )
     if case.dtype != "fp32":
         return
     adapter, alone = load_file(found / ADAPTER), load_file(expected / ADAPTER)
-    # The norm of what AdamW changes is about steps x rate x sqrt(numbers), whatever the gradient.
+    # The norm of AdamW's change is about steps x learning rate x sqrt(elements), for any gradient.
     change = order.steps * order.learning_rate
     errors = {
         name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
@@ -197,12 +197,12 @@ def compare(report: Report, label: str, case: Case, found: Path, expected: Path,
     }
     name = worst_of(errors)
     report.at_most(
-        f"{label}: adapter", errors[name], CHANGE_BOUND, why=f"{name}, beside one rank, per change", fix=DIFFERS_FIX
+        f"{label}: adapter", errors[name], CHANGE_BOUND, why=f"{name}, relative to its change", fix=DIFFERS_FIX
     )
 
 
 def check_death(report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float) -> None:
-    """Kill the last rank in the midst of training: the others must end in time and name it."""
+    """Kill the last rank during training: the others must end in time and name it."""
     label, victim = "a killed rank", world_size - 1
     endless = replace(order, cases=(Case(tp=2),), endless=True)
     with report.attempt(label, fix=FAILED_FIX), started_ranks(endless, world_size, **variables) as ranks:
@@ -219,39 +219,39 @@ def check_death(report: Report, order: RankOrder, world_size: int, variables: di
         began = time.monotonic()
         ranks[victim].process.kill()
         others = [rank for number, rank in enumerate(ranks) if number != victim]
-        ended = wait_for(lambda: all(rank.process.poll() is not None for rank in others), TOLD_SECONDS + 15)
+        ended = wait_for(lambda: all(rank.process.poll() is not None for rank in others), NOTICED_SECONDS + 15)
         seconds = time.monotonic() - began
         report.expect(
             f"{label}: the others end",
-            ended and seconds <= TOLD_SECONDS and all(rank.process.returncode for rank in others),
+            ended and seconds <= NOTICED_SECONDS and all(rank.process.returncode for rank in others),
             seconds,
             unit="s",
-            expected=f"<= {TOLD_SECONDS:.0f}, with a failure",
-            fix=SILENT_FIX,
+            expected=f"<= {NOTICED_SECONDS:.0f}, with a failure",
+            fix=LOST_FIX,
         )
         said = next((line for rank in others if (line := naming_line(rank.output, victim))), None)
         report.expect(
-            f"{label}: they name it", said is not None, said or "no", expected=f"rank {victim}", fix=SILENT_FIX
+            f"{label}: they name it", said is not None, said or "no", expected=f"rank {victim}", fix=LOST_FIX
         )
 
 
 def naming_line(output: str, victim: int) -> str | None:
-    """The line in which a rank says that the victim is gone."""
+    """The line in which a rank reports that the victim is lost."""
     lines = output.splitlines()
     return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
 
 
 def why_not_ended(ranks: Sequence[Rank], limit: float) -> str:
-    """What the first rank that failed said last; where none has, how long they were waited for."""
+    """The last error of the first rank that failed; if none has failed, how long the others were waited for."""
     failed = next((rank for rank in ranks if rank.process.poll()), None)
     if failed is not None:
         return last_error(failed.output)
     slow = next((number for number, rank in enumerate(ranks) if rank.process.poll() is None), 0)
-    return f"not there after {limit:.0f} s; the last line of rank {slow}: {last_error(ranks[slow].output)}"
+    return f"not finished after {limit:.0f} s; the last line of rank {slow}: {last_error(ranks[slow].output)}"
 
 
 def last_error(output: str) -> str:
-    """The last line of a rank's output that names an error, else its last one."""
+    """The last line of a rank's output that names an error, or else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
     return (named or lines or ["nothing was printed"])[-1][:600]
@@ -280,5 +280,5 @@ def _doctor(report: Report, count: int) -> None:
             name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
             sums = "right" if group["correct"] else "wrong"
             report.expect(f"{name}: sums", group["correct"], sums, expected="right", fix=DIFFERS_FIX)
-            report.tell(name, group["bus_bytes_per_second"] / 1e9, "GB/s", why="of 64 MB; what a link carries")
+            report.tell(name, group["bus_bytes_per_second"] / 1e9, "GB/s", why="of 64 MB; bandwidth per link")
             report.tell(f"{name}, 4 kB", 1e6 * group["latency_seconds"], "us")

@@ -1,4 +1,4 @@
-"""What the checks find: records with a status, a reason and what to do, kept in a file as they come."""
+"""The findings of the checks: records with a status, a reason and a fix, written to a file as they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tiedlora.base.errors import UserError, one_line
 
 Status = Literal["pass", "warn", "fail", "skip", "info"]
 Value = float | str | None
-MEMORY_FIX = "end what else uses the GPU (nvidia-smi), or give a smaller --model"
+MEMORY_FIX = "end other processes on the GPU (nvidia-smi), or give a smaller --model"
 _LONGEST = 300  # characters of an error
 ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report the line with the versions of the part env"
 
@@ -24,11 +24,11 @@ class Check:
     """One finding.
 
     Attributes:
-        value: what was found; None where nothing was.
-        expected: what it was held against, in words.
-        seconds: since the finding before.
+        value: the measured value; None if there is none.
+        expected: what the value was compared with, as text.
+        seconds: since the previous finding.
         why: what the value means, or why there is none.
-        fix: what to do, of one that is no pass.
+        fix: what to do if the check did not pass.
     """
 
     part: str
@@ -44,13 +44,13 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How the parts are to be run.
+    """How to run the parts.
 
     Attributes:
-        device: "cuda" or "cpu"; on a CPU the logic of the parts is tried, and nothing about a GPU.
-        model: the preset whose widths are measured.
-        seconds: that a part may take.
-        folder: for what a part leaves beside its findings.
+        device: "cuda" or "cpu"; on a CPU only the logic of the parts is tested.
+        model: the preset whose widths are used.
+        seconds: time limit of a part.
+        folder: for a part's output files.
     """
 
     device: str = "cuda"
@@ -60,12 +60,12 @@ class CheckOptions:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU is examined."""
+        """Whether the checks run on a GPU."""
         return self.device == "cuda"
 
 
 class PartOver(Exception):
-    """Nothing more can be found out in this process."""
+    """This process cannot continue the part."""
 
 
 @dataclass
@@ -73,8 +73,8 @@ class Report:
     """The findings of one part.
 
     Attributes:
-        file: gets each as a line of JSON at once, so that what was found stays when the process dies; None: no file.
-        is_alive: raises where the device can compute nothing more; called after an error.
+        file: gets each finding at once as a line of JSON, so that findings survive the process; None: no file.
+        is_alive: raises if the device cannot compute any more; called after an error.
     """
 
     part: str
@@ -84,7 +84,7 @@ class Report:
     _last: float = field(default_factory=time.monotonic)
 
     def add(self, name: str, status: Status, value: Value = None, **more: Any) -> None:
-        """Keep one finding; `more` as in `Check`."""
+        """Record one finding; `more` as in `Check`."""
         now = time.monotonic()
         check = Check(self.part, name, status, value, seconds=round(now - self._last, 2), **more)
         self._last = now
@@ -94,33 +94,33 @@ class Report:
                 stream.write(json.dumps(asdict(check)) + "\n")
 
     def tell(self, name: str, value: Value, unit: str = "", *, why: str = "") -> None:
-        """A figure that nothing is expected of."""
+        """Record a value without an expectation."""
         self.add(name, "info", value, unit=unit, why=why)
 
     def skip(self, name: str, why: str) -> None:
-        """What cannot be found out here, and why."""
+        """Record a check that cannot be made here, and why."""
         self.add(name, "skip", why=one_line(why))
 
     def expect(
         self, name: str, good: bool, value: Value, *, expected: str, fix: str, otherwise: Status = "fail", **more: Any
     ) -> None:
-        """A pass where `good`, else `otherwise` with what to do."""
+        """Record a pass if `good`, else `otherwise` with a fix."""
         self.add(name, "pass" if good else otherwise, value, expected=expected, fix="" if good else fix, **more)
 
     def at_most(self, name: str, value: float, limit: float, *, unit: str = "", fix: str, **more: Any) -> None:
-        """A pass where `value` is a number up to `limit`."""
+        """Record a pass if `value` is at most `limit`."""
         self.expect(name, value <= limit, value, expected=f"<= {limit:.3g}", unit=unit, fix=fix, **more)
 
     def at_least(self, name: str, value: float, limit: float, *, unit: str = "", fix: str, **more: Any) -> None:
-        """A pass where `value` is a number from `limit` on."""
+        """Record a pass if `value` is at least `limit`."""
         self.expect(name, value >= limit, value, expected=f">= {limit:.3g}", unit=unit, fix=fix, **more)
 
     @contextmanager
     def attempt(self, name: str, *, fix: str = ERROR_FIX) -> Iterator[None]:
-        """Let an error in the block be a failure of `name`, in one line, after which the part continues.
+        """Record an error in the block as a failure of `name`, in one line; then the part continues.
 
         Raises:
-            PartOver: the error has broken the device for this process.
+            PartOver: the error has made the device unusable for this process.
         """
         try:
             yield
@@ -135,7 +135,7 @@ class Report:
 
 
 def error_line(error: BaseException) -> str:
-    """An error in one line: its type, unless it is a user's, and the first line of what it says."""
+    """An error in one line: its type, unless it is a UserError, and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0][:_LONGEST] if lines else "no reason given"
     return one_line(said if isinstance(error, UserError) else f"{type(error).__name__}: {said}")
@@ -146,7 +146,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def read_checks(file: Path) -> list[Check]:
-    """What a part has left in its file; a line that its end has cut short is left out."""
+    """The findings in a part's file, without a line that was truncated when the part ended."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

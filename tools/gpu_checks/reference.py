@@ -1,7 +1,7 @@
-"""The model and its adapter in plain PyTorch, one document at a time, in any dtype: what the package is held against.
+"""The reference implementation: the model and its adapter in plain PyTorch, one document at a time, in any dtype.
 
-Nothing of it is the package's but names of weights. Norms, softmax and loss are in max(fp32, dtype), angles in fp32, as
-in transformers.
+It shares only the names of weights with the package. Norms, softmax and loss are in max(fp32, dtype), angles in fp32,
+as in transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Document(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of the model and its adapter; `scale` is alpha / r."""
+    """Sizes and constants of the model and its adapter; `scale` is alpha / r."""
 
     num_layers: int
     num_heads: int
@@ -41,8 +41,8 @@ def loss_and_gradients(
     """The summed loss of all documents, and the gradients of the trained factors.
 
     Args:
-        weights: by the package's names, in the dtype to compute in.
-        factors: A, B, u, v that exist, tied ones or stacked over layers.
+        weights: by the package's names, in the dtype of the computation.
+        factors: the existing ones of A, B, u, v, tied or stacked over layers.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
@@ -62,7 +62,7 @@ def document_loss(shape: Shape, weights: Tensors, factors: Tensors, document: Do
 
 
 def document_logits(shape: Shape, weights: Tensors, factors: Tensors, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each token, (s, V), in max(fp32, dtype)."""
+    """The logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
@@ -96,9 +96,9 @@ def _attention(shape: Shape, weights: Tensors, factors: Tensors, hidden: torch.T
     groups = shape.num_heads // shape.num_kv_heads
     key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
     scores = _wide(query @ key.transpose(1, 2)) / width**0.5
-    hides = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-    weights_of_keys = scores.masked_fill(hides, float("-inf")).softmax(-1).to(hidden.dtype)
-    output = (weights_of_keys @ value).transpose(0, 1).reshape(length, -1)
+    hidden_keys = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+    probs = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1).to(hidden.dtype)
+    output = (probs @ value).transpose(0, 1).reshape(length, -1)
     return output @ weights["attention.output.weight"].t()
 
 

@@ -1,6 +1,6 @@
 """Start check_gpu.py from a folder that tools/pack_gpu_check.py has made:  python3 run.py [flags of check_gpu.py]
 
-With Python, torch and numpy alone: wheels beside this file are unpacked once, into a folder beside them.
+It needs only Python, torch and numpy: wheels beside this file are unpacked once, into a folder beside them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NEEDED = ("torch", "numpy")
 
 
 def fits(wheel: Path) -> bool:
-    """Whether a wheel is for this version of Python, by its name."""
+    """Whether a wheel fits this version of Python, by its name."""
     python, abi = wheel.stem.split("-")[-3:-1]
     version = int(python.removeprefix("cp3")) if python.startswith("cp3") and python[3:].isdigit() else 0
     return "py3" in python.split(".") or python == TAG or (abi == "abi3" and version <= sys.version_info.minor)
 
 
 def unpack(wheels: Path, site: Path) -> None:
-    """Put what fits into `site`, whole or not at all."""
+    """Unpack the wheels that fit into `site`, atomically."""
     started = site.with_name(f"{site.name}-{os.getpid()}")
     for wheel in sorted(wheels.glob("*.whl")):
         if fits(wheel):
@@ -36,10 +36,10 @@ def unpack(wheels: Path, site: Path) -> None:
 
 
 def main() -> None:
-    """Unpack where that was not done yet, and become the check."""
+    """Unpack the wheels if that was not done yet, then run the check in this process."""
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
-        sys.exit(f"error: {sys.executable} has no {' and no '.join(lacking)}; start this with the Python that has it")
+        sys.exit(f"error: {sys.executable} has no {' and no '.join(lacking)}; start this with a Python that has it")
     if not any(TAG in wheel.name for wheel in (HERE / "wheels").glob("pydantic_core-*.whl")):
         sys.exit(f"error: packed without Python {TAG[2]}.{TAG[3:]}; pack again with --pythons {TAG[2]}.{TAG[3:]}")
     site = HERE / f"site-{TAG}"

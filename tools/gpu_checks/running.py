@@ -1,18 +1,15 @@
-"""Runs whose steps are handed in, as tools/bench_step.py makes them, for several parts."""
+"""Runs for several parts, made as in tools/bench_step.py, whose steps the caller chooses."""
 
 from __future__ import annotations
 
 import gc
 import json
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import bench_layout
-import bench_step
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,22 +17,22 @@ from numpy.typing import NDArray
 from gpu_checks.package import planned_bytes
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.layout import Started, start
+from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader
-from megatron_tiedlora.training.plan import RunPlan
 
 
-def step_options(model: str, *flags: str, world_size: int = 1) -> Namespace:
-    """The options of bench_step.py as its command line gives them."""
-    options = bench_step.parser().parse_known_names([f"--model={model}", *flags])
-    bench_step.resolve(options, world_size)
-    options.layout = True
-    return options
+def step_settings(model: str, *flags: str) -> BenchSettings:
+    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
+    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
 
 
 def write_shape(folder: Path, shape: ModelShape) -> str:
-    """Write a config.json of these sizes for --random_weights; returns the folder as --model takes it."""
+    """Write a config.json of these sizes for --random_weights; returns the folder as a value for --model."""
     values = {
         "model_type": "llama",
         "vocab_size": shape.vocab_size,
@@ -54,24 +51,23 @@ def write_shape(folder: Path, shape: ModelShape) -> str:
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """How many layers of a preset fit into this share of the free memory of the GPU, by the dry run's plan.
+    """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
 
     Raises:
-        UserError: none does.
+        UserError: not even one layer fits.
     """
     free = share * torch.cuda.mem_get_info()[0]
     for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
-        plan = bench_layout.make_plan(step_options(model, *flags, f"--num_layers={layers}"), rank=0, world_size=1)
+        plan = make_plan(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
     raise UserError(f"--model {model}: not one layer fits into {free / 1e9:.1f} GB; give a smaller one")
 
 
 @contextmanager
-def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started]:
-    """One rank's run inside the block; what it holds is free afterwards. `changes` of settings as in `make_plan`."""
-    plan: RunPlan = bench_layout.make_plan(options, rank=0, world_size=1, **changes)
-    run = bench_layout.start(plan, options)
+def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
+    """One rank's run inside the block, whose memory is freed afterwards. `changes` of settings as in `make_plan`."""
+    run = start(make_plan(settings, **changes), settings)
     try:
         yield run
     finally:
@@ -80,8 +76,8 @@ def started(options: Namespace, **changes: Any) -> Iterator[bench_layout.Started
         release()
 
 
-def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> TrainingLoader:
-    """Steps of the run's shape, over random samples of these lengths."""
+def loader_of(run: Started, lengths: NDArray[np.int64]) -> TrainingLoader:
+    """A loader of the run's steps over random samples of these lengths."""
     draw = np.random.default_rng(0)
     dataset = TokenDataset(
         tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
@@ -93,7 +89,7 @@ def loader_of(run: bench_layout.Started, lengths: NDArray[np.int64]) -> Training
 
 
 def release() -> None:
-    """Give back what nothing holds any more, and start counting peaks again."""
+    """Free unreferenced memory and reset the peak statistics."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

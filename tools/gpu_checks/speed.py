@@ -1,37 +1,36 @@
-"""Part speed: training steps as tools/bench_step.py measures them, in the forms that decide how fast a run is."""
+"""Part speed: training steps measured as in tools/bench_step.py, in the forms that determine a run's speed."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
 
-import bench_layout
-
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, step_options
+from gpu_checks.running import layers_that_fit, release, step_settings
+from megatron_tiedlora.benchmark import layout
 
 LENGTH = 4096
-# Forms of a step with their flags; the first is what others are held against.
+# Forms of a step with their flags; the others are compared with the first.
 FORMS: dict[str, tuple[str, ...]] = {
     "1 x 4,096 tokens": (),
     "not compiled": ("--compile=false",),
     "20 documents a row": ("--documents=20",),
     "2 x 4,096 tokens": ("--rows=2",),
 }
-LEAST_MFU = 0.35  # of the data sheet's; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
-MOST_PACKED = 1.1  # seconds of a packed step per unpacked one
+LEAST_MFU = 0.35  # of the data sheet's rate; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
+MOST_PACKED = 1.1  # time of a packed step relative to an unpacked one
 SLOW_FIX = (
-    "see `matmul ceiling` of part env (clocks, another process), then the shares of the kernels in this part: attention"
-    " far above 15 % asks for flash_attn, elementwise above 20 % for compiled kernels; part host tells whether the GPU"
-    " waits for Python"
+    "check `matmul ceiling` of part env (clocks, another process), then the shares of the kernels in this part: if"
+    " attention is far above 15 %, install flash_attn; if elementwise is above 20 %, compile the kernels; part host"
+    " shows whether the GPU waits for Python"
 )
-PACKED_FIX = "documents should cost nothing: see which attention part env names for packed rows, and install flash_attn"
+PACKED_FIX = "documents should cost nothing: see the attention for packed rows in part env, and install flash_attn"
 
 
 def check(report: Report, options: CheckOptions) -> None:
     """All of the part; needs a GPU."""
     if not options.on_gpu:
-        report.skip("training steps", "a CPU's speed is told by tools/bench_step.py")
+        report.skip("training steps", "tools/bench_step.py measures a CPU's speed")
         return
     with report.attempt("layers that fit"):
         layers = layers_that_fit(options.model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
@@ -48,16 +47,15 @@ def check(report: Report, options: CheckOptions) -> None:
 def measured(model: str, layers: int, *flags: str) -> dict[str, Any]:
     """bench_step.py's report of one form."""
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
-    found: list[dict[str, Any]] = []
-    options = step_options(model, f"--num_layers={layers}", *base, *flags)
-    bench_layout.measure(options, rank=0, world_size=1, publish=found.append)
-    return found[0]
+    found = layout.measure(step_settings(model, f"--num_layers={layers}", *base, *flags))
+    assert found is not None, "this is rank 0"
+    return found
 
 
 def tell(report: Report, name: str, figures: dict[str, Any]) -> None:
-    """The figures of one form."""
+    """Report the figures of one form."""
     seconds = median(figures["seconds"])
-    spread = f"{1e3 * min(figures['seconds']):.0f} to {1e3 * max(figures['seconds']):.0f} ms a step"
+    spread = f"{1e3 * min(figures['seconds']):.0f} to {1e3 * max(figures['seconds']):.0f} ms per step"
     report.tell(f"{name}: tokens/s", figures["tokens"] / seconds, why=f"{spread}; kernels {figures['kernels']}")
     why = f"{figures['share_of_matmul']:.0%} of a bare matmul's speed in the same run"
     if name == next(iter(FORMS)):
@@ -69,13 +67,13 @@ def tell(report: Report, name: str, figures: dict[str, Any]) -> None:
     if total:
         shares = ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken)
         report.tell(f"{name}: the GPU's time", 1e3 * total / figures["micro_batches"], "ms per micro-batch", why=shares)
-        report.tell(f"{name}: GPU at work", total / seconds, why="its kernels' time per time of a step; 1 is all of it")
+        report.tell(f"{name}: GPU busy", total / seconds, why="its kernels' time as a share of the step's time")
     else:
-        report.skip(f"{name}: the GPU's time", "torch's profiler has seen no kernel; CUPTI may not be allowed here")
+        report.skip(f"{name}: the GPU's time", "torch's profiler saw no kernel; CUPTI may not be allowed here")
 
 
 def _compare(report: Report, reports: dict[str, dict[str, Any]]) -> None:
-    """Forms beside the first, by seconds per token."""
+    """Compare the forms with the first one, by seconds per token."""
     first = next(iter(FORMS))
     if first not in reports:
         return

@@ -16,14 +16,14 @@ import sys
 import time
 from typing import NoReturn
 
-from megatron_tiedlora.cluster.doctor.records import RankOrder
+from megatron_tiedlora.cluster.doctor.records import TrialOrder
 
 _MODULE = "megatron_tiedlora.cluster.doctor.rank"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 2.0  # for the other ranks to report how they fail
 
 
-def start_rank(order: RankOrder, local_rank: int) -> subprocess.Popen[bytes]:
+def start_rank(order: TrialOrder, local_rank: int) -> subprocess.Popen[bytes]:
     """Start one rank, with the variables that torch's launchers set."""
     launch_env = {
         "RANK": order.first_rank + local_rank,
@@ -42,7 +42,7 @@ def input_ended() -> bool:
     return bool(select.select([0], [], [], _LOOK_SECONDS)[0]) and not os.read(0, 4096)
 
 
-def watch(order: RankOrder, ranks: list[subprocess.Popen[bytes]]) -> int:
+def watch(order: TrialOrder, ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for the ranks; returns an exit status, 0 if all have succeeded."""
     limit = time.monotonic() + order.seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < limit:
@@ -61,7 +61,7 @@ def main() -> int:
     """Start the ranks, watch them and clean up."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
-    order = RankOrder.model_validate_json(sys.argv[1])
+    order = TrialOrder.model_validate_json(sys.argv[1])
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for local_rank in range(order.slots):

@@ -1,7 +1,7 @@
-"""What --model and the data flags mean to launch/train.py, and so where a host is to look for it.
+"""What --model and the data flags mean to launch/train.py, and so where a host looks for it.
 
-Owns what is a path, two of them, or the id of something on the Hugging Face hub, and what a host's cache of the hub
-holds of a model. What a path holds is probe.py's.
+This module decides whether a value is a path, two paths or a hub id, and looks in a host's hub cache for a model.
+probe.py reads the content of a path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WEIGHTS = ".safetensors"
 
 
 def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRepo]]:
-    """(absolute paths, what a path stands for where no host has it), both by flag.
+    """(absolute paths, the hub repository that a path means if no host has it), both by flag.
 
     Two aligned texts, `A.de,A.en`, are two paths, under `FLAG:1` and `FLAG:2`.
 
@@ -29,7 +29,7 @@ def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRe
         given: the values by flag, as the user gave them.
 
     Raises:
-        UserError: a value that can be no path.
+        UserError: a value is not a valid path.
     """
     paths: dict[str, str] = {}
     hub: dict[str, HubRepo] = {}
@@ -48,10 +48,10 @@ def job_files(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, HubRe
 
 
 def absolute_path(path: str | Path, *, flag: str) -> str:
-    """A path as the hosts are asked for it: from this folder, and with this user's home.
+    """The absolute path that the hosts are asked for, from this folder and this user's home.
 
     Raises:
-        UserError: it can be no path; the message names the flag.
+        UserError: it is not a valid path; the message names the flag.
     """
     return os.path.abspath(user_path(path, flag=f"--{flag}"))
 
@@ -64,7 +64,7 @@ def _aligned_texts(value: str, flag: str) -> list[str]:
 
 
 def cached_model(hub_id: str) -> str | None:
-    """The folder of a model in this host's cache of the hub (under HF_HOME); None if its weights are not there."""
+    """The folder of a model in this host's hub cache (under HF_HOME); None if its weights are not there."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(hub_id, "config.json")
@@ -73,5 +73,5 @@ def cached_model(hub_id: str) -> str | None:
 
 
 def is_read_of_a_model(name: str) -> bool:
-    """Whether a job reads a file of a model's repository, by its name."""
+    """Whether a job reads this file of a model's repository."""
     return name.endswith(_READ_OF_A_MODEL)

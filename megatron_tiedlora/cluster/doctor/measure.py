@@ -22,7 +22,7 @@ from megatron_tiedlora.cluster.doctor.records import (
     HostReport,
     Layout,
     RankEvent,
-    RankOrder,
+    TrialOrder,
 )
 from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport, run_on_hosts
@@ -71,7 +71,7 @@ def start_ranks(
     limit, trial, lock = 2 * timeout, Trial(), threading.Lock()
     commands = {}
     for host in hosts:
-        order = RankOrder(
+        order = TrialOrder(
             first_rank=host.first_rank,
             slots=host.slots,
             num_ranks=layout.num_ranks,

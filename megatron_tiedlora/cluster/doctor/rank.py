@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.cluster.doctor.layouts import group_members
-from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, RankOrder
+from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, TrialOrder
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,10 @@ _PERIOD = 251  # of the pattern that is summed: a prime, so that it is not align
 _MOST_TURNS, _WANTED_SECONDS = 20, 0.5
 
 
-class Trial:
+class TrialRank:
     """A rank's part of the trial."""
 
-    def __init__(self, order: RankOrder, rank: int) -> None:
+    def __init__(self, order: TrialOrder, rank: int) -> None:
         self._order, self._rank = order, rank
 
     def say(self, event: Any, **more: Any) -> None:
@@ -117,9 +117,9 @@ class Trial:
 
 def main() -> int:
     """Run the trial; report a failure in a line and in the exit status."""
-    order = RankOrder.model_validate_json(sys.argv[1])
+    order = TrialOrder.model_validate_json(sys.argv[1])
     signal.alarm(math.ceil(order.seconds))
-    trial = Trial(order, int(os.environ["RANK"]))
+    trial = TrialRank(order, int(os.environ["RANK"]))
     try:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks cannot communicate

@@ -165,7 +165,7 @@ Backend = Literal["nccl", "gloo"]
 GroupKind = Literal["tensor", "pipeline", "data"]
 
 
-class RankOrder(Record):
+class TrialOrder(Record):
     """What the ranks of a host are to do.
 
     Attributes:

@@ -28,5 +28,5 @@ TASK = Task(
     max_new_tokens=200,  # 99 % of its worked answers are shorter
     micro_batch_rows=4,
     exports_merged=True,
-    fp32_on_slow_cpus=True,  # else its minutes become hours there
+    fp32_on_slow_cpus=True,  # with bf16 the run would take hours there
 )

@@ -1,4 +1,4 @@
-"""Families of models. Each is a module here with a `FAMILY`, and is found by being there."""
+"""Families of models. Every module in this package defines one `FAMILY` and is registered automatically."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Family:
     """How one family's `config.json` is read.
 
     Attributes:
-        model_type: the value of that field.
-        read: from the fields to the shape; it raises UserError for what is not implemented.
+        model_type: the value of that field in `config.json`.
+        read: from the fields to the shape; it raises UserError for features that are not implemented.
     """
 
     model_type: str
@@ -38,13 +38,13 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     """The shape that the fields of a Hugging Face config describe.
 
     Raises:
-        UserError: a model type, a feature or a field that is not implemented, by name.
+        UserError: the name of a model type, feature or field that is not implemented.
     """
     kind = values.get("model_type")
     family = families().get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(sorted(families()))
-        raise UserError(f"{source}: model_type {shown(kind)} is not implemented; this version trains {known}")
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented. This version trains {known}")
     config = HfConfig(values, source)
     shape = family.read(config)
     config.reject_unread()

@@ -1,4 +1,4 @@
-"""LLaMA 1 to 3 and models of that shape."""
+"""LLaMA 1 to 3, and models of the same shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_tiedlora.model.hf_config import HfConfig
 
 
 def read(config: HfConfig) -> ModelShape:
-    """The shape of a `LlamaForCausalLM`. Raises UserError for what is not implemented."""
+    """The shape of a `LlamaForCausalLM`. Raises UserError for features that are not implemented."""
     config.reject_unless("sliding_window")
     config.reject_unless("use_sliding_window", False)
     config.reject_unless("mlp_bias", False)

@@ -9,9 +9,9 @@ from megatron_tiedlora.model.hf_config import HfConfig
 
 
 def read(config: HfConfig) -> ModelShape:
-    """The shape of a `Qwen2ForCausalLM`. Raises UserError for what is not implemented."""
+    """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
     config.reject_unless("use_sliding_window", False)
-    for name in ("sliding_window", "max_window_layers"):  # mean nothing without it
+    for name in ("sliding_window", "max_window_layers"):  # no effect without use_sliding_window
         config.get(name)
     config.reject_unless("attention_dropout", 0)
     config.reject_unless("quantization_config")

@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
+from megatron_tiedlora.adapters.targets import Target, qkv_target
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     TiedAdapter,
+    lora_factors,
     make_adapter_config,
     start_values,
 )
-from megatron_tiedlora.base.methods import FACTORS, METHODS
+from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -79,7 +81,7 @@ def test_blocks_of_stacked_tensors(tp_size: int) -> None:
 )
 def test_what_does_not_divide_is_refused_unless_it_is_padded(ask: Callable[[ShardSpec, torch.Tensor], Any]) -> None:
     full = torch.zeros(18, 2)
-    with pytest.raises(ValueError, match="18 does not divide by tensor parallel 4"):
+    with pytest.raises(ValueError, match="18 is not divisible by tensor parallel 4"):
         ask(ShardSpec(0, (18,)), full)
     ask(ShardSpec(0, (18,), padded=True), full)
 
@@ -97,9 +99,18 @@ LAYOUTS: dict[str, tuple[int, tuple[range, ...]]] = {
 }
 
 
-def adapter_config(method: str, layers: tuple[int, ...] = (1, 2, 3, 4, 5), *, seed: int = 7) -> AdapterConfig:
-    rows = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-    return make_adapter_config(method, rank=RANK, layers=layers, hidden_size=WIDTH, qkv_rows=rows, seed=seed)
+QKV = qkv_target(WIDTH, (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM))
+TARGETS = (QKV, Target("gate_up", WIDTH, (40, 40), "column"), Target("down_proj", 40, (WIDTH,), "row"))
+
+
+def adapter_config(
+    method: str,
+    layers: tuple[int, ...] = (1, 2, 3, 4, 5),
+    *,
+    seed: int = 7,
+    targets: tuple[Target, ...] = TARGETS,
+) -> AdapterConfig:
+    return make_adapter_config(method, rank=RANK, layers=layers, targets=targets, seed=seed)
 
 
 def parts_of(config: AdapterConfig, layout: str) -> tuple[Grid, dict[int, AdapterPart]]:
@@ -119,7 +130,7 @@ def rejoin(config: AdapterConfig, grid: Grid, local: dict[int, torch.Tensor], fa
             by_stage.append(config.spec(factor).join([local[rank] for rank in ranks]))
             if config.spec(factor).dim is None:
                 assert all(torch.equal(local[rank], local[ranks[0]]) for rank in ranks)
-    if not config.row.factor(factor).tied:
+    if not config.factor(factor).tied:
         return torch.cat(by_stage)
     assert len(by_stage) == grid.pp_size and all(torch.equal(other, by_stage[0]) for other in by_stage)
     return by_stage[0]
@@ -132,12 +143,13 @@ def test_cuts_of_every_factor_rejoin(method: str, layout: str, layers: tuple[int
     config = adapter_config(method, layers)
     grid, parts = parts_of(config, layout)
     assert set(parts) == {rank for rank in range(grid.world_size) if grid.at(rank).dp_rank == 0}
-    for factor in FACTORS:
+    for factor in config.tensors:
         full = torch.randn(config.shape(factor))
         local = {rank: part.cut(factor, full) for rank, part in parts.items()}
         for rank, part in parts.items():
             assert local[rank].shape == part.local_shape(factor), (factor, rank)
-            tensor = getattr(TiedAdapter(part), factor)  # exists where a tensor is needed, in the shape of the cut
+            # exists where a tensor is needed, in the shape of the cut
+            tensor = dict(TiedAdapter(part).named_parameters()).get(factor)
             assert (tensor is not None) == part.exists(factor)
             assert tensor is None or tensor.shape == local[rank].shape
         assert torch.equal(rejoin(config, grid, local, factor), full), factor
@@ -169,13 +181,54 @@ def test_only_a_trained_a_is_cut_and_u_never() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_factors_of_a_row_parallel_target_are_cut_as_its_weight(method: str) -> None:
+    """A by W's columns, whatever is trained; B and v, which a rank needs whole, in parts only where trained."""
+    config = adapter_config(method)
+    part = AdapterPart(config, config.layers, 1, 4)
+    assert part.local_shape("down_proj.A")[-2:] == (RANK, 40 // 4) and config.gathered_dim("down_proj.A") is None
+    assert part.local_shape("down_proj.u")[-1] == RANK
+    for name, dim in {"down_proj.B": -2, "down_proj.v": -1}.items():
+        size = part.local_shape(name)[dim]
+        assert size == (WIDTH // 4 if config.factor(name).trained else WIDTH)
+        assert (config.gathered_dim(name) is not None) == config.factor(name).trained
+    gathered = {name for name in config.tensors if config.gathered_dim(name) is not None}
+    assert gathered & {"A", "B", "u", "v"} == ({"A"} if config.row.A.trained else set())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_target_has_an_update_of_its_own(method: str) -> None:
+    """F A of each target and layer is the weight's update; qkv's tensors are the same whatever else is adapted."""
+    config = adapter_config(method, (2, 5))
+    state = start_values(config)
+    alone = start_values(adapter_config(method, (2, 5), targets=(QKV,)))
+    assert list(alone) == ["A", "B", "u", "v"] and all(torch.equal(state[name], alone[name]) for name in alone)
+    for name, values in state.items():
+        if config.factor(name).trained:
+            values.uniform_(-1, 1)
+    bank = TiedAdapter(AdapterPart.whole(config))
+    bank.load_full(state)
+    updates = bank(dtype=torch.float32)
+    assert [list(update) for update in updates] == [["qkv", "gate_up", "down_proj"]] * 2
+    for layer, update in zip(config.layers, updates, strict=True):
+        for target in TARGETS:
+            a, f, *_ = update[target.name]
+            plain_a, plain_b = lora_factors(config, state, target, layer)
+            torch.testing.assert_close(f @ a, plain_b @ plain_a)
+
+
+def test_start_values_of_a_are_as_wide_as_its_inputs_need() -> None:
+    values = start_values(adapter_config("lora", targets=(QKV, Target("down_proj", 100 * WIDTH, (WIDTH,), "row"))))
+    assert values["down_proj.A"].std().item() == pytest.approx(0.1 * WIDTH**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_start_values_do_not_depend_on_the_layout(method: str) -> None:
     """Bit for bit, and not on what was drawn before either."""
     config = adapter_config(method)
     expected = start_values(config)
     for layout in LAYOUTS:
         grid, parts = parts_of(config, layout)
-        local: dict[str, dict[int, torch.Tensor]] = {factor: {} for factor in FACTORS}
+        local: dict[str, dict[int, torch.Tensor]] = {name: {} for name in config.tensors}
         for rank, part in parts.items():
             torch.manual_seed(rank)
             torch.rand(rank)

@@ -18,6 +18,7 @@ from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.gathering import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -232,7 +233,8 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     """An adapter that was stored before its record had a class of its own reads, and is written again as it was."""
     adapter = load_adapter(STORED_ADAPTER)
     assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
-    assert (adapter.config.method, adapter.config.layers, adapter.config.qkv_rows) == ("tl6", (1, 3), (32, 16, 16))
+    assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
+    assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
     model = find_model(str(write_tiny_model(tmp_path / "model")))
     assert adapter.base.config_hash == model.base_hash
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)

@@ -66,7 +66,7 @@ def native_logits(source: ModelSource, adapter: NativeAdapter | None) -> torch.T
 def transformers_logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).predict(tokens()).logits
+    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens()).logits
     return logits
 
 

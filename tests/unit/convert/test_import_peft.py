@@ -16,7 +16,7 @@ from oracle import OracleConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.adapters.tied_adapter import delta_weight
+from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -93,7 +93,7 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     adapter = load_peft_adapter(tmp_path, source)
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
     positions = torch.arange(24).expand(2, 24)
-    ours = logits_of(load_model(source, adapter, dtype=torch.float32), positions)
+    ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
     assert share(ours, logits_of(peft)) <= 1e-5
     with peft.disable_adapter():
         assert share(ours, logits_of(peft)) > 0.01  # the update is there
@@ -108,7 +108,8 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     back = load_peft_adapter(tmp_path / "peft", source)
     assert (back.config.rank, back.config.layers) == (4, native.config.layers)
     for layer in native.config.layers:
-        found, expected = (delta_weight(one.config, one.state, layer) for one in (back, native))
+        pairs = (lora_factors(one.config, one.state, one.config.targets[0], layer) for one in (back, native))
+        found, expected = (b @ a for a, b in pairs)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"

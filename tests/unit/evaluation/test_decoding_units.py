@@ -42,10 +42,10 @@ def test_attention_to_a_cache(
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
-    places = layer.places(positions, dtype, cache=cache)
+    context = layer.context(positions, dtype, cache=cache)
     cache.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), positions)
     query = torch.randn(3, 6, length, 8, dtype=dtype)
-    ours = _attend_to_cache(query, cache, places.mask)
+    ours = _attend_to_cache(query, cache, context.mask)
     keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (cache.keys, cache.values))
     scores = query.double() @ keys.transpose(2, 3) / 8**0.5
     hidden = torch.arange(20) > positions[:, None, :, None]
@@ -61,7 +61,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_8(filled: int) -> None:
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=torch.bfloat16))
     cache.filled = filled
     positions = torch.tensor([[filled], [2], [4]])
-    mask = layer.places(positions, torch.bfloat16, cache=cache).mask
+    mask = layer.context(positions, torch.bfloat16, cache=cache).mask
     assert mask is not None and mask.shape == (6, 3, filled + 1)
     assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
     seen = torch.arange(filled + 1) <= positions

@@ -58,7 +58,7 @@ def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(mod
     assert 0 < num_cut == scored.num_truncated < NUM_ROWS
     lines = plan.headline(NUM_ROWS, scored.num_truncated, ROUTE)
     assert f"{num_cut} of them without their middle" in lines[1]
-    assert lines[-1] == "attention  blocks of queries (a CPU)"
+    assert lines[-1] == "attention  tiles of queries (a CPU)"
 
     demo = validate_settings({"model": str(models.base), "task": "demo"}, EvaluateSettings)
     plan = plan_evaluation(demo, rank=0, world_size=1)

@@ -171,7 +171,7 @@ def test_what_is_chosen(
 
 
 def test_elsewhere() -> None:
-    assert choose(HOST, torch.bfloat16, 128).attend is None, "a CPU has blocks.py"
+    assert choose(HOST, torch.bfloat16, 128).attend is None, "a CPU has cpu_attention.py"
     route = choose(torch.device("meta"), torch.bfloat16, 128)
     assert route.attend is one_by_one and "meta" in route.reason
 
@@ -283,10 +283,10 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     ids = IDS if packed else None
-    places = layer.places(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
-    assert places.blocks and places.documents is None
+    context = layer.context(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
+    assert context.tiles and context.documents is None
     documents: Documents = find_documents(IDS, HOST) if packed else whole_rows(2, 16, HOST)
-    on_gpu = replace(places, blocks=(), documents=documents, attend=fused_attention._torch_flash)
+    on_gpu = replace(context, tiles=(), documents=documents, attend=fused_attention._torch_flash)
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)
-    wanted, found = (layer.attend(hidden, given, TensorParallel()) for given in (places, on_gpu))
+    wanted, found = (layer.attend(hidden, given, TensorParallel()) for given in (context, on_gpu))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

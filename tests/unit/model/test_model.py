@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
+from megatron_tiedlora.adapters.targets import qkv_target, targets_of
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
@@ -101,7 +102,7 @@ def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (
     model = load_model(source, None, dtype=torch.float32)
     shape = source.shape
     config = make_adapter_config(
-        method, rank=4, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=1
+        method, rank=4, layers=layers, targets=targets_of(shape), seed=1
     )
     model.adapter = TiedAdapter(AdapterPart.whole(config))
     generator = torch.Generator().manual_seed(2)
@@ -165,7 +166,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
     labels = some_labels(ids, 0.5)
     plain = gradients(model, model(ids, positions(ids), labels))
     calls = []
-    attend, feed = Attention.attend, Block.feed
+    attend, feed = Attention.attend, Block.add_mlp
 
     def counted(self: Attention, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls.append("attend")
@@ -176,7 +177,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
         return feed(self, *arguments, **keywords)
 
     monkeypatch.setattr(Attention, "attend", counted)
-    monkeypatch.setattr(Block, "feed", counted_too)
+    monkeypatch.setattr(Block, "add_mlp", counted_too)
     model.recompute = "full"
     recomputed = gradients(model, model(ids, positions(ids), labels))
     # Once forwards, once more in the backward pass, which the last MLP has at once.
@@ -263,7 +264,7 @@ def test_fused_rows_are_cut_by_heads_within_each_block() -> None:
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 does not divide by tensor parallel 4"):
+    with pytest.raises(ValueError, match="6 is not divisible by tensor parallel 4"):
         ShardSpec(0, (8, 6, 6)).split(torch.zeros(20), 0, 4)
 
 
@@ -299,8 +300,7 @@ def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = Non
         method,
         rank=8,
         layers=layers or tuple(range(1, shape.num_layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
 
@@ -346,7 +346,7 @@ STARTS = {
 
 
 def small_config(method: str, *, layers: tuple[int, ...] = (1, 2, 3, 4), seed: int = 7) -> AdapterConfig:
-    return make_adapter_config(method, rank=8, layers=layers, hidden_size=256, qkv_rows=(256, 64, 64), seed=seed)
+    return make_adapter_config(method, rank=8, layers=layers, targets=(qkv_target(256, (256, 64, 64)),), seed=seed)
 
 
 @pytest.mark.parametrize("method", STARTS)
@@ -365,7 +365,7 @@ def test_start_values_are_the_table(method: str) -> None:
 
 def test_start_widths_can_be_set() -> None:
     config = make_adapter_config(
-        "vera", rank=8, layers=(1,), hidden_size=256, qkv_rows=(256, 64, 64), seed=0, init_std_a=0.5, init_std_b=2.0
+        "vera", rank=8, layers=(1,), targets=(qkv_target(256, (256, 64, 64)),), seed=0, init_std_a=0.5, init_std_b=2.0
     )
     values = start_values(config)
     assert values["A"].std().item() == pytest.approx(0.5, rel=0.1)

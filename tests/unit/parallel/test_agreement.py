@@ -18,6 +18,7 @@ from forked_ranks import run_on_ranks
 from safetensors.torch import save
 from torch import distributed
 
+from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, NativeAdapter
@@ -52,7 +53,7 @@ def bits(values: list[float]) -> list[bytes]:
 def checkpoint() -> Checkpoint:
     """With every kind of field: texts, numbers, None, tuples, mappings, tensors of several shapes and dtypes."""
     draw = torch.Generator().manual_seed(5)
-    config = make_adapter_config("tl6", rank=3, layers=(1, 3), hidden_size=8, qkv_rows=(8, 4, 4), seed=5)
+    config = make_adapter_config("tl6", rank=3, layers=(1, 3), targets=(qkv_target(8, (8, 4, 4)),), seed=5)
     base = BaseIdentity(TEXT, "c" * 64, "w" * 64, {"num_layers": 3, "head_dim": 2}, "bf16")
     state = {"A": torch.randn(3, 8, generator=draw), "B": torch.tensor([[math.nan, -0.0], [math.inf, 1e-42]])}
     moments = {f"exp_avg.{TEXT}": torch.randn(5, generator=draw).bfloat16(), "count": torch.tensor(7)}
@@ -286,7 +287,7 @@ def test_foreign_bytes_are_refused_in_one_line(tmp_path: Path) -> None:
     _, found = run_on_ranks(_receive_foreign, messages, ranks=2, folder=tmp_path / "ranks")
     assert len(found) == 2 * len(messages) + 2
     for line in found:
-        assert line.startswith("what rank 0 has sent cannot be read (") and line.isprintable() and len(line) < 1300
+        assert line.startswith("the message of rank 0 cannot be read (") and line.isprintable() and len(line) < 1300
     assert not (tmp_path / "bomb").exists()
 
 
@@ -304,7 +305,7 @@ def _tell_foreign(message: bytes) -> str:
 @pytest.mark.parametrize("message", [pickle.dumps("own"), framed(b"5"), b"\0"])
 def test_who_gathers_names_the_rank(tmp_path: Path, message: bytes) -> None:
     main, other, third = run_on_ranks(_tell_foreign, message, ranks=3, folder=tmp_path)
-    assert main.startswith("what rank 1 has sent cannot be read (") and other == third == "accepted: None"
+    assert main.startswith("the message of rank 1 cannot be read (") and other == third == "accepted: None"
 
 
 def test_tensors_stand_only_where_they_are_due() -> None:

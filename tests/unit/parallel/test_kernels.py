@@ -83,7 +83,7 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     logits, total = torch.randn(8, 2500), torch.zeros(8)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         kernels.row_log_sums(logits)
-        kernels.open_logits_(logits, total)
+        kernels.exp_logits_(logits, total)
 
 
 @needs_compiler
@@ -147,7 +147,7 @@ def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
         said.append("".join(ended.outputs))
     assert "kernels    not compiled, as the run is short" in said[0]
     assert "kernels    compiled in" in said[1]
-    assert all("attention  blocks of queries (a CPU)" in text for text in said)
+    assert all("attention  tiles of queries (a CPU)" in text for text in said)
     for split in ("train", "validation"):
         pairs = zip(losses(tmp_path / "compiled", split), losses(tmp_path / "plain", split), strict=True)
         for (step, loss), (same, wanted) in pairs:

@@ -18,7 +18,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, run_in_parts
-from megatron_tiedlora.parallel.layers import wide_product
+from megatron_tiedlora.parallel.layers import wide_matmul
 from megatron_tiedlora.training import compiling
 
 ROWS = 50
@@ -42,7 +42,7 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rotate": (heads, *table, 3),
         "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table),
         "row_log_sums": (rows,),
-        "open_logits_": (rows, drawn(ROWS, wide=True)),
+        "exp_logits_": (rows, drawn(ROWS, wide=True)),
     }
 
 
@@ -89,7 +89,7 @@ def static() -> Kernels:
     """Compiled as for a GPU, on this CPU; but for its own attention, which has another form in every block."""
     plain = Kernels()
     compiled = Kernels().compiled(static_widths=True)
-    kernels = replace(compiled, open_scores_=plain.open_scores_, score_gradient_=plain.score_gradient_)
+    kernels = replace(compiled, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
     compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
     return kernels
 
@@ -175,7 +175,7 @@ def test_sums_leave_a_matmul_wide_where_torch_can(
     with FakeTensorMode():  # tensors on a GPU that need none
         left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))
         with _Operators() as called:
-            product = wide_product(left, right, of_product)
+            product = wide_matmul(left, right, of_product)
     can = device == "cuda" and of_matrices.itemsize == 2 and of_product == torch.float32
     assert ("aten.mm.dtype" in called.names) == (can and "dtype" in torch.ops.aten.mm.overloads())
     assert (product.dtype, product.shape) == (of_product, (8, 24))
@@ -183,9 +183,9 @@ def test_sums_leave_a_matmul_wide_where_torch_can(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_wide_product_is_rounded_once() -> None:
+def test_a_wide_matmul_is_rounded_once() -> None:
     """From bf16 to fp32 within fp32's rounding, where torch leaves the sum wide (from 2.8 on)."""
     left, right = (torch.randn(shape, device="cuda").bfloat16() for shape in ((8, 4096), (4096, 512)))
     exact = left.double() @ right.double()
-    error = (wide_product(left, right, torch.float32).double() - exact).norm() / exact.norm()
+    error = (wide_matmul(left, right, torch.float32).double() - exact).norm() / exact.norm()
     assert error < (1e-5 if "dtype" in torch.ops.aten.mm.overloads() else 2**-8)

@@ -108,6 +108,7 @@ def test_what_was_chosen_is_told() -> None:
 
 def test_defaults_on_cpus_are_as_they_were() -> None:
     assert planned("--plan_for=cpu").batches.micro_batch_size == 1
+    assert planned("--plan_for=cpu", "--task=demo").batches.micro_batch_size == 4
     assert default_rows(max_length=512, packing=True, on_gpu=False, otherwise=4) == 4
     assert plan_batches(24, None, 1, max_rows=4).micro_batch_size == 4
 

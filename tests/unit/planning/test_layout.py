@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -17,9 +18,7 @@ from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
 
 SHAPE = find_model("llama2-70b", weights=False).shape
-ADAPTER = make_adapter_config(
-    "tl6", rank=8, layers=tuple(range(1, 81)), hidden_size=SHAPE.hidden_size, qkv_rows=SHAPE.heads.rows, seed=0
-)
+ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)
 RANKS = 32
 
 

@@ -123,9 +123,9 @@ class Runner:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("deepspeed --hostfile hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks were started"),
-        ("deepspeed -H hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks were started"),
-        ("deepspeed --hostfile=hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks were started"),
+        ("deepspeed --hostfile hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
+        ("deepspeed -H hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
+        ("deepspeed --hostfile=hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
         ("deepspeed --hostfile two train.py", ""),
         ("deepspeed --hostfile hosts --num_gpus 1 train.py", ""),
         ("deepspeed --hostfile hosts --include=node1 train.py", ""),

@@ -124,7 +124,7 @@ def meet_with(names: list[str], shares: str = "") -> str:
         (["GPU-a", "GPU-b", "GPU-c"], "", "met"),
         (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank per GPU"),
         (["GPU-a", "GPU-b", "GPU-a"], "1", "met"),  # NCCL's own switch for it
-        (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; see what `nvidia-smi`"),
+        (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; run `nvidia-smi`"),
     ],
 )
 def test_two_ranks_on_one_gpu_are_told_on_every_rank(

@@ -197,7 +197,7 @@ def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.strip().splitlines()
-    assert line.startswith("no GPU, so env alone: ")
+    assert line.startswith("no GPU, so only env was run: ")
     report = json.loads((tmp_path / "report.json").read_text())
     assert {check["part"] for check in report["checks"]} == {"env"}
     assert [check["name"] for check in report["checks"] if check["status"] == "fail"] == ["GPU"]

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bench_layout
 import check_gpu
 import pytest
 import torch
@@ -20,9 +19,11 @@ from gpu_checks import rank_orders, ranks, run_offline
 from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import step_options, write_shape
+from gpu_checks.running import step_settings, write_shape
 from run_helpers import ENVIRONMENT
 from safetensors.torch import save_file
+
+from megatron_tiedlora.benchmark.plan import make_plan, read_samples
 
 TOOL = Path(check_gpu.__file__)
 
@@ -91,7 +92,7 @@ def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
     done = {some.first + number: case for _, some in others for number, case in enumerate(some.cases)}
     assert [done[number] for number in range(len(done))] == list(ranks.cases_of(8, "cuda"))
     assert limits == pytest.approx([25, 75 / 3, 75 / 2, 75])
-    assert {check.why for check in report.checks} == {"it did not come to its end"}, "nothing was left, nothing passes"
+    assert {check.why for check in report.checks} == {"it did not finish"}, "nothing was left, nothing passes"
 
 
 def test_the_line_that_names_the_dead_rank() -> None:
@@ -128,17 +129,16 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
         assert not rank_orders.wait_for_ranks(started, 30)
         assert started[0].process.returncode == 3 and "here" in started[0].output
         assert ranks.why_not_ended(started, 30) == "here"
-        assert ranks.why_not_ended(started[1:], 30).startswith("not there after 30 s; the last line of rank 0: ")
+        assert ranks.why_not_ended(started[1:], 30).startswith("not finished after 30 s; the last line of rank 0: ")
     assert started[1].process.returncode == -9
 
 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
     model = write_shape(tmp_path, small_config())
-    options = step_options(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
-    plan = bench_layout.make_plan(options, rank=0, world_size=1)
-    dataset, _ = bench_layout.read_samples(options, 1000, num_rows=plan.batches.global_batch_size // 4)
-    loader = bench_layout.TrainingLoader(dataset, plan.batch_shape, seed=0, dp_rank=0, pad_id=0)
-    batches = next(loader).micro_batches
+    settings = step_settings(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
+    plan = make_plan(settings)
+    dataset, pad_id = read_samples(plan, settings)
+    batches = next(plan.training_loader(dataset, pad_id=pad_id)).micro_batches
     assert len(batches) == 3 and {batch.input_ids.shape for batch in batches} == {(2, 64)}
     assert all(batch.documents is not None and batch.num_samples == 8 for batch in batches)
 

@@ -15,6 +15,7 @@ import pytest
 from folders import ROOT
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.private_folders import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.data import demo
 
 SCRIPT = ROOT / "tools" / "prepare_demo.py"
@@ -33,7 +34,7 @@ def parts() -> dict[str, list[dict[str, str]]]:
 
 
 def run_script(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    merged = {**os.environ, "PYTHONPATH": str(ROOT), demo.CACHE_VARIABLE: str(cache), **environment}
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), CACHE_VARIABLE: str(cache), **environment}
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=120, check=False)
 
@@ -132,10 +133,10 @@ def test_missing_reasoning_gym_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     assert demo.demo_model_path() == tmp_path / "cache" / "demo_model"
-    monkeypatch.delenv(demo.CACHE_VARIABLE)
-    assert demo.cache_dir() == Path.home() / ".cache" / "megatron_tiedlora"
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert user_cache() == Path.home() / ".cache" / "megatron_tiedlora"
 
 
 def test_corrupt_cached_wheel_is_removed_and_told_in_one_line(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.blocks import find_blocks
+from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
+from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -19,7 +21,6 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.flops import step_flops
-from tools.bench_contestants import saved_by_autograd, storage_bytes
 
 RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}
@@ -34,7 +35,7 @@ def model_config(kv_heads: int) -> ModelShape:
 
 def adapter_config(shape: ModelShape, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
     return make_adapter_config(
-        method, rank=RANK, layers=layers, hidden_size=shape.hidden_size, qkv_rows=shape.heads.rows, seed=0
+        method, rank=RANK, layers=layers, targets=targets_of(shape), seed=0
     )
 
 
@@ -135,7 +136,7 @@ def test_operations_are_those_of_the_formula(method: str, layers: tuple[int, ...
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total - flops.attention, rel=1e-3)
-    blocks = find_blocks(None, LENGTH, size=64)
+    blocks = find_query_tiles(None, LENGTH, size=64)
     pairs = ROWS * sum((block.stop - block.start) * (block.stop - block.first) for block in blocks)
     passes = 2 * len(config_layers(config)) + 5 * sum(layer >= layers[0] for layer in config_layers(config))
     assert attention == passes * 2 * pairs * config.heads.rows[0]
@@ -155,8 +156,7 @@ def test_the_formula_is_the_known_one() -> None:
         "tl6",
         rank=r,
         layers=tuple(range(1, layers + 1)),
-        hidden_size=shape.hidden_size,
-        qkv_rows=shape.heads.rows,
+        targets=targets_of(shape),
         seed=0,
     )
     flops = step_flops(
@@ -188,14 +188,15 @@ def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(monkeypatch: pyt
     for name, gradients in seen.items():
         getattr(bank, name).register_hook(gradients.append)
     updates = model.read_adapter()
+    of_qkv = [update["qkv"] for update in updates.values()]
     shapes: dict[str, list[tuple[torch.Size, torch.dtype]]] = {"grad_a": [], "grad_f": []}
     for name, found in shapes.items():
-        tensors = [getattr(update, name) for update in updates.values()]
+        tensors = [getattr(update, name) for update in of_qkv]
         assert all(tensor.untyped_storage().nbytes() == 4 for tensor in tensors), "no memory"
         node: Any = tensors[0].grad_fn
         assert all(tensor.grad_fn is node for tensor in tensors), "one node for all layers"
         node.register_prehook(lambda given, found=found: found.extend((g.shape, g.dtype) for g in given))
-    assert {update.a.dtype for update in updates.values()} == {torch.bfloat16}
+    assert {update.a.dtype for update in of_qkv} == {torch.bfloat16}
     monkeypatch.setattr(model, "read_adapter", lambda: updates)
     model(*batch()).backward()
     o, r, d = config.heads.rows[0] + 2 * config.heads.rows[1], bank.config.rank, config.hidden_size

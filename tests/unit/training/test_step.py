@@ -46,7 +46,7 @@ class Rank:
         self.calls.append("step")
         return self.norm
 
-    def wish(self) -> int:
+    def requested_signal(self) -> int:
         return self.number
 
     def agree(self, mine: bool) -> bool:
@@ -113,7 +113,7 @@ def test_a_failure_ends_the_run_before_weights_move(monkeypatch: pytest.MonkeyPa
     ("values", "saved_step", "message", "calls"),
     [
         ({"loss": math.nan}, None, "the loss is nan at step 5; no checkpoint was written yet. Lower", 1),
-        ({"norm": math.inf}, 4, "the gradient norm is inf at step 5; checkpoint of step 4 stands. Lower", 3),
+        ({"norm": math.inf}, 4, "the gradient norm is inf at step 5; the last checkpoint is of step 4. Lower", 3),
     ],
 )
 def test_what_is_not_finite(

@@ -16,6 +16,7 @@ import torch
 from run_files import metrics
 from run_helpers import Base, Ended, run, write_base
 
+from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
@@ -70,7 +71,7 @@ SHAPE = {
 def make_meter(peak: float) -> Meter:
     config: ModelShape = shape_from_hf({"model_type": "llama", **SHAPE})
     adapter = make_adapter_config(
-        "tl6", rank=3, layers=(1, 2), hidden_size=8, qkv_rows=config.heads.rows, seed=0
+        "tl6", rank=3, layers=(1, 2), targets=targets_of(config), seed=0
     )
     return Meter(config, adapter, Peak(peak, "made up"))
 

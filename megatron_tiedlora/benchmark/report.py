@@ -1,69 +1,34 @@
-"""What tools/bench_step.py prints, from the figures that also go into its JSON."""
+"""The tables of a step, from the figures that also go into the JSON."""
 
 from __future__ import annotations
 
-import os
-import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words
-from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.benchmark.timing import SPEED_HEADER, setup_line, speed_columns
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
-_ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-def describe_setup(device: Any) -> dict[str, Any]:
-    """What the figures depend on beside the command: device, threads, allocator and versions.
-
-    Args:
-        device: a torch.device.
-    """
-    import torch
-
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "allocator": describe_allocator(os.environ),
-        "torch": torch.__version__,
-        "versions": installed_versions("torch", "deepspeed", "transformers", "peft"),
-    }
+_SHARES_HEADER = f"{SPEED_HEADER}{'padding':>9}{'of matmul':>11}"
 
 
-def describe_allocator(environment: Mapping[str, str]) -> str:
-    """Which allocator the environment asks for: a preloaded library by its name, and settings as they are."""
-    libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
-    found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
-    found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
-    return ", ".join(found) or "default malloc"
-
-
-def setup_lines(report: Mapping[str, Any]) -> list[str]:
-    """The first lines of any report."""
-    versions = report["versions"]
+def _setup_lines(report: Mapping[str, Any]) -> list[str]:
     return [
         f"{report['model']}, {report['method']} r {report['rank']}, {report['dtype']} on {report['device']}; a bare"
         f" matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
-        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
-        f" {versions.get('deepspeed', 'not installed')}",
+        setup_line(report),
     ]
 
 
-def tokens_per_second(side: Mapping[str, Any]) -> float:
-    """Real tokens, padding left out, at the median."""
-    return float(side["tokens"] / statistics.median(side["seconds"]))
-
-
-def sides_table(report: Mapping[str, Any]) -> list[str]:
+def step_table(report: Mapping[str, Any]) -> list[str]:
     """The figures of one process as lines; ratios are to the first side."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
-        *setup_lines(report),
+        *_setup_lines(report),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        f"{'':<20}{_SPEED_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
+        f"{'':<20}{_SHARES_HEADER}{'saved MB':>10}{'formula':>9}{'peak MB':>9}",
     ]
     for name, side in sides.items():
         formula = _megabytes(side.get("saved_formula"))
@@ -74,7 +39,7 @@ def sides_table(report: Mapping[str, Any]) -> list[str]:
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
     for name in others:
-        speed = tokens_per_second(sides[ours]) / tokens_per_second(sides[name])
+        speed = _tokens_per_second(sides[ours]) / _tokens_per_second(sides[name])
         ratios = [_ratio(sides[ours][key], sides[name][key]) for key in ("saved", "peak")]
         lines.append(f"against {name}: speed {speed:.2f}, saved bytes {ratios[0]}, peak {ratios[1]}")
     return lines
@@ -85,13 +50,13 @@ def layout_table(report: Mapping[str, Any]) -> list[str]:
     layout = report["layout"]
     cut = "" if layout["tensor_parallel"] == 1 else " (sequences cut)" if layout["sequence_parallel"] else " (whole)"
     return [
-        *setup_lines(report),
+        *_setup_lines(report),
         f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']}{cut} x pipeline {layout['pipeline_parallel']} x"
         f" data {layout['data_parallel']}, ZeRO-{layout['zero_stage']}, recompute {layout['recompute']};"
         f" {report['kernels']}",
         f"{report['tokens']:,} tokens a step, {report['supervised']:,} with a label; micro-batches a rank:"
         f" {report['micro_batches']}, rows of one: up to {layout['rows']}; weights {report['weights']}",
-        _SPEED_HEADER,
+        _SHARES_HEADER,
         _speed(report, report),
         *_gpu_lines(report, ""),
         *_memory(report["ranks"]),
@@ -99,16 +64,11 @@ def layout_table(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}{'padding':>9}{'of matmul':>11}"
-
-
 def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    middle, flops = statistics.median(figures["seconds"]), figures["model_flops"]
-    share = "" if flops is None else f"{flops / middle / report['matmul_flops_per_second']:.1%}"
-    return (
-        f"{middle:>9.3f}{min(figures['seconds']):>8.3f}{max(figures['seconds']):>8.3f}"
-        f"{tokens_per_second(figures):>10.1f}{1 - figures['tokens'] / figures['positions']:>9.1%}{share:>11}"
-    )
+    flops, rate = figures["model_flops"], report["matmul_flops_per_second"]
+    share = "" if flops is None else f"{flops / median(figures['seconds']) / rate:.1%}"
+    padding = 1 - figures["tokens"] / figures["positions"]
+    return f"{speed_columns(figures['seconds'], figures['tokens'])}{padding:>9.1%}{share:>11}"
 
 
 def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
@@ -161,12 +121,12 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def compare_traffic(counted: Any, predicted: Any, data_bytes: int) -> dict[str, dict[str, Any]]:
+def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
     """By group with a message, both figures and in words how they compare; they are equal where all kinds are.
 
     Args:
-        counted, predicted: `parallel.traffic.Traffic` of one rank and step.
-        data_bytes: the most that DeepSpeed sends in the data-parallel group, in any number of messages.
+        counted, predicted: of one rank and step.
+        data_bytes: the most bytes that DeepSpeed sends in the data-parallel group, in any number of messages.
     """
     compared = {}
     for group in GROUPS:
@@ -191,6 +151,11 @@ def compare_traffic(counted: Any, predicted: Any, data_bytes: int) -> dict[str, 
             "verdict": "as predicted" if equal else f"differs: {difference}",
         }
     return compared
+
+
+def _tokens_per_second(side: Mapping[str, Any]) -> float:
+    """Real tokens, without padding, at the median."""
+    return float(side["tokens"] / median(side["seconds"]))
 
 
 def _by_stage(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries: against a mask over whole rows, with and without documents, and its rounding."""
+"""Attention by tiles of queries: against a mask over whole rows, with and without documents, and its rounding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.model.blocks import attend_by_blocks, find_blocks
+from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles
 from megatron_tiedlora.parallel.kernels import EAGER
 
 # heads, key-value heads, head_dim, rows, tokens: shared keys or not, lengths that blocks of 64 divide or not
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_a_mask(shape: str, packed: bool, size
     _, _, _, rows, length = SHAPES[shape]
     ids = document_ids(rows, length) if packed else None
     wanted = by_mask(parts, ids)
-    found = attend_by_blocks(*parts, find_blocks(ids, length, size=size), EAGER)
+    found = attend_by_tiles(*parts, find_query_tiles(ids, length, size=size), EAGER)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for mine, other in zip(*(torch.autograd.grad(x, parts, gradient) for x in (found, wanted)), strict=True):
@@ -56,11 +56,11 @@ def test_values_and_gradients_are_those_of_a_mask(shape: str, packed: bool, size
 def test_blocks_leave_out_what_no_row_sees() -> None:
     """Every query once; keys from the first that a row sees in it, so documents cost what they are long."""
     ids = torch.tensor([[0] * 30 + [1] * 40 + [2] * 30, [0] * 50 + [1] * 50])
-    blocks = find_blocks(ids, 100, size=32)
+    blocks = find_query_tiles(ids, 100, size=32)
     assert [block[:3] for block in blocks] == [(96, 100, 50), (64, 96, 30), (32, 64, 0), (0, 32, 0)]
     assert all(mask.shape == (2, 1, stop - start, stop - first) for start, stop, first, mask in blocks)
     assert all((block.mask == 0).any(-1).all() for block in blocks)  # every query sees itself
-    whole = find_blocks(None, 100, size=32)
+    whole = find_query_tiles(None, 100, size=32)
     assert [block.first for block in whole] == [0] * 4
     assert whole[0].mask.shape == (1, 1, 4, 100) and whole[0].mask.element_size() == 2
 
@@ -76,8 +76,8 @@ def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:
     wanted = by_mask(wide, None)
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
     truth = (wanted.detach(), *torch.autograd.grad(wanted, wide, gradient.double()))
-    blocks = find_blocks(None, 200, size=64)
-    mine, theirs = attend_by_blocks(*parts, blocks, EAGER), by_mask(parts, None)
+    blocks = find_query_tiles(None, 200, size=64)
+    mine, theirs = attend_by_tiles(*parts, blocks, EAGER), by_mask(parts, None)
     errors = []
     for found in (mine, theirs):
         values = (found.detach(), *torch.autograd.grad(found, parts, gradient))

@@ -1,0 +1,50 @@
+"""The targets of an adapter, as data: which linears of a block it changes, and how their weights are sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x.
+
+    Attributes:
+        name: its key in `BlockShape.adaptable`.
+        blocks: output sizes of the parts that are fused, in order.
+        cut: how W is sharded over tensor-parallel ranks: "column", each block's rows; "row", its columns.
+    """
+
+    name: str
+    in_size: int
+    blocks: tuple[int, ...]
+    cut: Cut
+
+    @property
+    def out_size(self) -> int:
+        """Rows of W."""
+        return sum(self.blocks)
+
+    def local_sizes(self, tp_size: int) -> tuple[int, int]:
+        """(in, out) of W on one rank."""
+        if self.cut == "row":
+            return self.in_size // tp_size, self.out_size
+        return self.in_size, self.out_size // tp_size
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with."""
+        return "" if self.name == QKV else f"{self.name}."
+
+
+def targets_of(shape: ModelShape) -> tuple[Target, ...]:
+    """Every linear of the model's blocks that can be adapted."""
+    adaptable = shape.block.adaptable
+    return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable.items())
+
+
+def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:
+    """The fused query, key and value projection, from the sizes that files write out."""
+    return Target(QKV, hidden_size, qkv_rows, "column")

@@ -1,0 +1,1 @@
+"""Measuring a training step, alone, beside PEFT and by layout, and decoding beside transformers."""

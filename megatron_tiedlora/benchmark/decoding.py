@@ -1,0 +1,98 @@
+"""Greedy decoding here and in transformers, on the same weights and prompts, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.benchmark.timing import (
+    SPEED_HEADER,
+    default_device,
+    describe_setup,
+    setup_line,
+    speed_columns,
+    take_turns,
+)
+from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.data.encode import encode_prompts
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.training.throughput import timed
+
+Rows = list[list[int]]
+
+
+def measure(settings: BenchSettings) -> dict[str, Any]:
+    """The report of both sides."""
+    from transformers import AutoModelForCausalLM
+
+    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
+    folder, new_tokens = source.weights_folder(), settings.new_tokens
+    examples = load_split("demo", "test", files={}, seed=0, limit=settings.batch_size)
+    texts = [example.prompt for example in examples]
+    encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.max_positions - new_tokens)
+    prompts = [ids.tolist() for ids in encoded]
+    decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.shape)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    turns = {
+        # No token ends a sequence.
+        "megatron_tiedlora": partial(generate, decoder, prompts, end_ids=(), max_new_tokens=new_tokens),
+        "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
+    }
+    rows = [decode() for decode in turns.values()]
+    timers = {name: partial(timed, decode, device) for name, decode in turns.items()}
+    return {
+        "model": source.name,
+        "dtype": settings.dtype,
+        **describe_setup(device),
+        "batch_size": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": new_tokens,
+        "equal_tokens": share_of_equal_tokens(*rows),
+        "seconds": take_turns(timers, repeats=settings.repeats, uncounted=0),
+    }
+
+
+def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
+    """By transformers, with prompts padded on the left as it wants them; no token ends a sequence."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, use_cache=True
+    )
+    rows: Rows = output[:, longest:].tolist()
+    return rows
+
+
+def share_of_equal_tokens(ours: Rows, theirs: Rows) -> float:
+    """The share of new tokens that are equal up to each sequence's first difference: 1.0 in fp32, ties apart."""
+    equal = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))
+    return equal / sum(map(len, ours))
+
+
+def decoding_table(report: Mapping[str, Any]) -> list[str]:
+    """The figures as lines."""
+    tokens = report["batch_size"] * report["new_tokens"]
+    ours, theirs = (median(taken) for taken in report["seconds"].values())
+    return [
+        f"{report['model']} in {report['dtype']} on {report['device']}: {report['batch_size']} prompts of"
+        f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
+        f" {report['equal_tokens']:.1%} of them equal",
+        setup_line(report),
+        f"{'':<20}{SPEED_HEADER}",
+        *(f"{name:<20}{speed_columns(taken, tokens)}" for name, taken in report["seconds"].items()),
+        f"ratio of the medians {theirs / ours:.2f}",
+    ]

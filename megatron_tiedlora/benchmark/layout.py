@@ -1,0 +1,207 @@
+"""A step at a layout: plan, build, engine and steps of a training run on every rank, and their figures.
+
+The steps are those of `training/step.py`, on samples that are handed in. The first ones, which check gradients, are not
+counted. Then come the timed ones, one in which messages are counted, one in which saved bytes are, and on a GPU
+one under torch's profiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
+from megatron_tiedlora.benchmark.plan import make_plan, matmul_rate, model_flops, read_samples, saved_formula
+from megatron_tiedlora.benchmark.report import compare_traffic
+from megatron_tiedlora.benchmark.timing import (
+    describe_setup,
+    restart_peak,
+    saved_by_autograd,
+    storage_bytes,
+    take_turns,
+)
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
+from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
+from megatron_tiedlora.training.checks import GUARDED_STEPS
+from megatron_tiedlora.training.compiling import choose_kernels
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.step import TrainStep
+from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
+
+
+@dataclass(frozen=True)
+class Started:
+    """One rank of a run whose steps are handed in.
+
+    Attributes:
+        dataset: what `loader` takes its samples from.
+        kernels: how they came to be, in a few words.
+    """
+
+    plan: RunPlan
+    dataset: TokenDataset
+    runner: Runner
+    train_step: TrainStep
+    loader: TrainingLoader
+    kernels: str
+
+    def seconds_of(self, step: TrainingStep) -> float:
+        """Take a step, which all ranks start together; returns the seconds of the rank that takes longest."""
+        self.train_step.stop.agree(True)
+        (longest,) = max_over_ranks([timed(lambda: self.train_step.run(step), self.runner.device)])
+        return longest
+
+
+def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
+    """Measure the layout on all ranks, which call this together; returns the report on rank 0.
+
+    Raises:
+        UserError: the first thing that does not fit, before anything starts; on every rank.
+        RunStopped: the launcher has died.
+    """
+    run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
+    plan, device = run.plan, run.runner.device
+    steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
+    given = iter(steps)
+    held = restart_peak(device)
+    timers = {"step": lambda: run.seconds_of(next(given))}
+    seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
+    peak = None if held is None else peak_memory_bytes(device)
+    mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1])}
+    ranks = gather_on_rank_0(mine, kind=dict[str, Any])
+    if ranks is None:
+        return None
+    return {**_describe(plan, device), "kernels": run.kernels, **_step_figures(plan, steps[-1], seconds, ranks)}
+
+
+def start(plan: RunPlan, settings: BenchSettings) -> Started:
+    """Meet the other ranks and build what takes the plan's steps; all ranks call it together.
+
+    Raises:
+        UserError: data or ranks that are not there, or kernels that cannot be compiled.
+    """
+    dataset, pad_id = read_samples(plan, settings)
+    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
+    chosen = choose_kernels(plan, device)
+    if plan.source.folder is None:
+        built = build_random_model(plan, device, kernels=chosen.kernels)
+    else:
+        built = build_model(plan, device, None, kernels=chosen.kernels)
+    runner = start_engine(plan, built, device, None)
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
+
+
+def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
+    """The figures of this rank alone after the timed steps, `step` being the last of these; takes more of them."""
+    plan, runner, device = run.plan, run.runner, run.runner.device
+    run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
+    rate = matmul_rate(plan, runner.stage, step.micro_batches, device)
+    batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
+    shapes = plan.micro_batches(run.dataset, batch)
+    run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
+    with TrafficCounter(named_handles(runner.groups)) as counter:
+        run.train_step.run(next(run.loader))
+    data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
+    traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
+    watched = next(run.loader)
+    # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
+    saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
+    formula = saved_formula(plan, watched.micro_batches)
+    on_gpu = device.type == "cuda"
+    return {
+        "number": plan.grid.rank,
+        "stage": plan.grid.pp_rank,
+        "tensor_rank": plan.grid.tp_rank,
+        "data_rank": plan.grid.dp_rank,
+        "matmul_flops_per_second": rate,
+        "saved": saved,
+        "saved_formula": formula,
+        "saved_ratio": None if saved is None else saved / formula,
+        "traffic": traffic,
+        "as_predicted": all(found["as_predicted"] for found in traffic.values()),
+        "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
+    }
+
+
+def _saved_bytes(run: Started, step: TrainingStep) -> int:
+    """Bytes that autograd saves of this rank's micro-batches together, in one more step."""
+    total = 0
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        nonlocal total
+        with saved_by_autograd(run.runner.stage) as saved:
+            yield
+        total += storage_bytes(saved)
+
+    run.runner.each_forward = watched
+    run.train_step.run(step)
+    run.runner.each_forward = nullcontext
+    return total
+
+
+def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
+    settings, grid = plan.settings, plan.grid
+    return {
+        "model": settings.model,
+        "weights": "random" if plan.source.folder is None else "read",
+        "method": settings.method,
+        "rank": settings.rank,
+        "dtype": settings.dtype,
+        **describe_setup(device),
+        "layout": {
+            "ranks": grid.world_size,
+            "tensor_parallel": grid.tp_size,
+            "pipeline_parallel": grid.pp_size,
+            "data_parallel": grid.dp_size,
+            "sequence_parallel": plan.layout.sequence_parallel,
+            "zero_stage": plan.engine.zero_stage,
+            "recompute": settings.recompute,
+            "packing": settings.packing,
+            "rows": settings.micro_batch_size,
+            "length": settings.max_length,
+        },
+    }
+
+
+def _step_figures(
+    plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures of the step on all ranks together."""
+    flops = model_flops(plan, step)
+    matmul = sum(member["matmul_flops_per_second"] for member in ranks)
+    figures: dict[str, Any] = {
+        "micro_batches": len(step.micro_batches),
+        "seconds": list(seconds),
+        "tokens": step.num_tokens,
+        "supervised": step.num_supervised,
+        "positions": step.num_positions,
+        "model_flops": flops,
+        "matmul_flops_per_second": matmul,
+        "tokens_per_second": step.num_tokens / median(seconds),
+        "share_of_matmul": flops / median(seconds) / matmul,
+        "mfu": None,
+        "kernel_seconds": None,
+        "as_predicted": all(member["as_predicted"] for member in ranks),
+        "ranks": ranks,
+    }
+    if ranks[0]["kernel_seconds"] is not None:
+        figures["mfu"] = flops / median(seconds) / sum(member["peak_flops_per_second"] for member in ranks)
+        figures["kernel_seconds"] = {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+    return figures

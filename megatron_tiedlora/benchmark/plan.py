@@ -1,0 +1,182 @@
+"""The training run whose step is measured: its model, its plan, and the samples of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
+from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.hf_config import read_hf_config
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning.flops import sample_flops
+from megatron_tiedlora.planning.memory import saved_bytes
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.throughput import product_rate
+
+LEARNING_RATE = 1e-4
+# So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
+MAX_STEPS = 1_000_000
+LEAST_LENGTH = 8  # that the settings of a run accept
+_SAME = (
+    "model",
+    "method",
+    "rank",
+    "dtype",
+    "compile",
+    "recompute",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "sequence_parallel",
+    "ds_config",
+    "train_file",
+)
+
+
+def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any) -> RunPlan:
+    """The plan of a training run that takes the step which the settings describe.
+
+    Args:
+        changes: to the run's settings, for those that a benchmark does not have.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    unit = settings.rows * grid.dp_size
+    if settings.task is not None and settings.samples % unit:
+        raise UserError(
+            f"--samples {settings.samples} does not divide by --rows {settings.rows} x {grid.dp_size} data-parallel"
+            " ranks"
+        )
+    source = _find_source(settings)
+    if settings.length > source.shape.max_positions:
+        raise UserError(
+            f"--length {settings.length}: {settings.model} was trained for {source.shape.max_positions} positions; give"
+            " at most that"
+        )
+    if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
+        raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
+    made_up = unit * settings.step_micro_batches * (settings.documents or 1)
+    values = {
+        **{name: getattr(settings, name) for name in _SAME},
+        "packing": settings.packs,
+        "task": settings.task or "demo",  # made-up tokens have none; the demo asks for no file
+        "max_length": max(settings.length, LEAST_LENGTH),
+        "micro_batch_size": settings.rows,
+        "global_batch_size": made_up if settings.task is None else settings.samples,
+        "learning_rate": LEARNING_RATE,
+        "max_steps": MAX_STEPS,
+        "warmup_steps": 0,
+        "replica_check_steps": 0,
+        "seed": 0,
+    }
+    return plan_run(make_settings({**values, **changes}), rank=rank, world_size=world_size, source=source)
+
+
+def _find_source(settings: BenchSettings) -> ModelSource:
+    """The model of all sides; its folder is None where weights are random."""
+    values = random_config(settings)
+    if values is None:
+        return find_model(settings.model)
+    return ModelSource(settings.model, None, shape_from_hf(values, source=settings.model))
+
+
+def random_config(settings: BenchSettings) -> dict[str, Any] | None:
+    """The fields of config.json of a model whose weights are random; None where they are read.
+
+    Raises:
+        UserError: a setting that only goes with the other of the two.
+    """
+    if settings.model in PRESETS:
+        values = dict(PRESETS[settings.model])
+    elif settings.random_weights:
+        folder = find_model(settings.model, weights=False).folder
+        assert folder is not None, "no preset"
+        values = read_hf_config(folder)
+    elif settings.num_layers is None:
+        return None
+    else:
+        raise UserError(
+            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(PRESETS)}"
+        )
+    if settings.task is not None:
+        raise UserError(
+            f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights"
+        )
+    return values if settings.num_layers is None else {**values, "num_hidden_layers": settings.num_layers}
+
+
+def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
+    """The samples of a step on all ranks, the task's first or made-up ones, and the token that pads them.
+
+    Raises:
+        UserError: data that cannot be read, or too little of it.
+    """
+    if settings.task is None:
+        return _made_up(plan.source.shape.vocab_size, plan.batches.global_batch_size, settings), 0
+    tokenizer = load_tokenizer(plan.source.weights_folder())
+    files = {"train": settings.train_file}
+    examples = load_split(settings.task, "train", files=files, seed=0, tokenizer=tokenizer, limit=settings.samples)
+    if len(examples) < settings.samples:
+        raise UserError(f"--samples {settings.samples}: the training part has {len(examples)} rows")
+    return encode_dataset(examples, tokenizer, max_length=settings.length), padding_id(tokenizer)
+
+
+def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> TokenDataset:
+    """Random tokens; the last `labels` of each document have a label."""
+    draw, length = np.random.default_rng(0), settings.length // (settings.documents or 1)
+    return TokenDataset(
+        tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
+        offsets=np.arange(num_samples + 1, dtype=np.int64) * length,
+        prompt_lengths=np.full(num_samples, length - settings.labels, np.int32),
+        truncated_prompts=0,
+    )
+
+
+def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
+    """Bytes that a rank saves of all its micro-batches for the backward pass, from shapes alone."""
+    parts = plan.layout.sequence_parts
+    return sum(
+        saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
+        for batch in batches
+    )
+
+
+def model_flops(plan: RunPlan, step: TrainingStep) -> int:
+    """Operations that the samples of a step take on all ranks."""
+    return sample_flops(
+        plan.source.shape,
+        plan.adapter,
+        num_tokens=step.num_tokens,
+        squared_lengths=step.squared_lengths,
+        num_supervised=step.num_supervised,
+    )
+
+
+def matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
+    """FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
+
+    The matrix is as it was before ZeRO-3 partitions it over data-parallel ranks.
+    """
+    held = frozen_weights(stage)
+    rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
+    shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
+    columns, inner = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
+    rows = max(1024, sum(batch.input_ids.numel() for batch in batches) // len(batches))
+    return product_rate(rows, inner, columns, dtype=plan.dtype, device=device, repeats=10)

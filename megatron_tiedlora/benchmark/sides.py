@@ -1,0 +1,188 @@
+"""The sides of a step in one process: this package's, and Hugging Face + PEFT LoRA on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, start_values
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.benchmark.plan import LEARNING_RATE, model_flops, random_config, read_samples
+from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd, storage_bytes
+from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.data.loader import MicroBatch, collate
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.supervised import find_supervised
+from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.throughput import timed
+
+OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
+
+
+@dataclass
+class Side:
+    """One side with its model in place.
+
+    Attributes:
+        forward: the loss of a micro-batch, divided by the supervised tokens of the step.
+        flops: what the step's samples take, where it is this package's; None elsewhere.
+        kernels: how this package's came to be, in a few words; None elsewhere.
+    """
+
+    model: torch.nn.Module
+    batches: Sequence[MicroBatch]
+    forward: Callable[[MicroBatch], torch.Tensor]
+    device: torch.device
+    flops: int | None = None
+    kernels: str | None = None
+
+    def __post_init__(self) -> None:
+        self.num_tokens = sum(batch.num_tokens for batch in self.batches)
+        self.num_supervised = sum(batch.num_supervised for batch in self.batches)
+        self.num_positions = sum(batch.input_ids.numel() for batch in self.batches)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
+
+    def step(self) -> None:
+        """Forward and backward over all micro-batches, and the optimizer's step."""
+        for batch in self.batches:
+            self.forward(batch).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def seconds(self) -> float:
+        """Seconds of one more step."""
+        return timed(self.step, self.device)
+
+    def saved_bytes(self) -> int:
+        """Bytes that autograd saves of a step's micro-batches together, by storage and without parameters."""
+        total = 0
+        for batch in self.batches:
+            with saved_by_autograd(self.model) as saved:
+                self.forward(batch)
+            total += storage_bytes(saved)
+        return total
+
+
+def make_sides(
+    plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
+) -> dict[str, Callable[[], Side]]:
+    """By name, what makes each side; the first is ours. All see the same samples.
+
+    Args:
+        chosen: our kernels; None: as --compile asks for them, when the side is made.
+    """
+    sides: dict[str, Callable[[], Side]] = {OURS: partial(_ours, plan, settings, chosen)}
+    if settings.against is not None:
+        sides[PADDED] = partial(_peft, plan, settings, packed=False)
+        if settings.task is not None:
+            sides[PACKED] = partial(_peft, plan, settings, packed=True)
+    return sides
+
+
+def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> Side:
+    device, source = default_device(), plan.source
+    chosen = chosen or choose_kernels(plan, device)
+    if source.folder is None:
+        stage = random_stage(source.shape, plan.adapter, dtype=plan.dtype, device=device, kernels=chosen.kernels)
+    else:
+        stage = load_model(source, None, dtype=plan.dtype, device=device, kernels=chosen.kernels)
+        _give_adapter(stage, plan.adapter, device)
+    recompute(stage, settings.recompute)
+    stage.train()
+    dataset, pad_id = read_samples(plan, settings)
+    step = next(plan.training_loader(dataset, pad_id=pad_id))
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        found = find_supervised(batch.labels)
+        on_device = type(found)(*(tensor.to(device) for tensor in found))
+        tokens, position_ids = batch.input_ids.to(device), batch.position_ids.to(device)
+        loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
+        return loss / step.num_supervised
+
+    return Side(stage, step.micro_batches, forward, device, model_flops(plan, step), chosen.description)
+
+
+def random_stage(
+    shape: ModelShape, adapter: AdapterConfig, *, dtype: torch.dtype, device: torch.device, kernels: Kernels = EAGER
+) -> Stage:
+    """The whole model with random weights, drawn in place, and the adapter at its start."""
+    with device:
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), None)
+    rules = stage_weight_rules(shape, has_embedding=True)
+    draw_base_weights(frozen_weights(stage), rules)
+    _give_adapter(stage, adapter, device)
+    return stage
+
+
+def _give_adapter(stage: Stage, adapter: AdapterConfig, device: torch.device) -> None:
+    """Put an adapter at its start beside the whole model."""
+    stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
+    stage.adapter.load_full(start_values(adapter))
+
+
+def recompute(stage: Stage, how: str) -> None:
+    """Let the stage recompute `none`, `selective` or `full` from its next call on."""
+    stage.recompute = how
+    for index in stage.blocks:
+        block: Any = stage.layers[str(index)]
+        block.recomputes_gate = how == "selective"
+
+
+def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    device, values = default_device(), random_config(settings)
+    base: Any
+    if values is not None:
+        fields = {name: value for name, value in values.items() if name != "model_type"}
+        with device:  # no copy of another dtype or device, whose freed pages the step would use
+            base = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=plan.dtype)
+    else:
+        folder = plan.source.weights_folder()
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
+    targets = ["q_proj", "k_proj", "v_proj"]
+    lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
+    model: Any = get_peft_model(base.to(device), lora)
+    model.train()
+    dataset, pad_id = read_samples(plan, settings)
+    step = next(plan.training_loader(dataset, pad_id=pad_id))
+    batches = list(step.micro_batches)
+    if settings.task is not None and not packed:
+        size = settings.padded_rows  # of samples as they come, as a trainer without sorting takes them
+        starts = range(0, len(dataset), size)
+        batches = [collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        # transformers shifts the labels itself.
+        labels = torch.full_like(batch.labels, -100)
+        labels[:, 1:] = batch.labels[:, :-1]
+        mask = torch.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
+        if batch.documents is not None:
+            ids, length = batch.documents, batch.documents.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
+            loss: torch.Tensor = model(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=batch.position_ids.to(device),
+                labels=labels.to(device),
+                use_cache=False,
+            ).loss
+        return loss * (batch.num_supervised / step.num_supervised)
+
+    return Side(model, batches, forward, device)

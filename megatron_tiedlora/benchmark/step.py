@@ -1,0 +1,61 @@
+"""A step in one process: ours, and what it is compared with, in turns."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from megatron_tiedlora.benchmark.kernel_classes import kernel_seconds
+from megatron_tiedlora.benchmark.plan import make_plan, matmul_rate, saved_formula
+from megatron_tiedlora.benchmark.sides import OURS, make_sides
+from megatron_tiedlora.benchmark.timing import describe_setup, in_own_process, peak_of, take_turns
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.throughput import find_peak
+
+
+def measure(settings: BenchSettings) -> dict[str, Any]:
+    """The report of one process."""
+    plan = make_plan(settings)
+    makers = make_sides(plan, settings)
+    memory = {name: in_own_process(name, memory_of, plan, settings, name) for name in makers}
+    sides = {name: make() for name, make in makers.items()}
+    seconds = take_turns({name: side.seconds for name, side in sides.items()}, repeats=settings.repeats)
+    ours = sides[OURS]
+    assert isinstance(ours.model, Stage)
+    formula = saved_formula(plan, ours.batches)
+    memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
+    report = {
+        "model": settings.model,
+        "method": settings.method,
+        "rank": settings.rank,
+        "dtype": settings.dtype,
+        "recompute": settings.recompute,
+        "kernels": ours.kernels,
+        **describe_setup(ours.device),
+        "matmul_flops_per_second": matmul_rate(plan, ours.model, ours.batches, ours.device),
+        "sides": {
+            name: {
+                "seconds": seconds[name],
+                "tokens": side.num_tokens,
+                "supervised": side.num_supervised,
+                "positions": side.num_positions,
+                "model_flops": side.flops,
+                **memory[name],
+            }
+            for name, side in sides.items()
+        },
+    }
+    if ours.device.type == "cuda":
+        peak = find_peak(ours.device, plan.dtype).flops_per_second
+        for name, side in sides.items():
+            mfu = None if side.flops is None else side.flops / statistics.median(seconds[name]) / peak
+            report["sides"][name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
+    return report
+
+
+def memory_of(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
+    """`peak` and `saved` bytes of a side's step, for a fresh process."""
+    side = make_sides(plan, settings)[name]()
+    return {"peak": peak_of(side.step, side.device), "saved": side.saved_bytes()}

@@ -1,0 +1,144 @@
+"""Times of what takes turns, memory of what runs alone, and on a GPU the time by class of kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
+
+Value = TypeVar("Value")
+_ALLOCATOR_SETTINGS = ("MALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}"
+
+
+def take_turns(
+    timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
+) -> dict[str, list[float]]:
+    """By name, the seconds that each timer returns in the turns that count; the first `uncounted` turns do not."""
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in tqdm(range(uncounted + repeats), desc="turns", unit="turn", leave=False, disable=not shows):
+        for name, timer in timers.items():
+            taken = timer()
+            if turn >= uncounted:
+                seconds[name].append(taken)
+    return seconds
+
+
+def speed_columns(seconds: Sequence[float], tokens: int) -> str:
+    """The columns of SPEED_HEADER: median, least and most seconds, and tokens per second at the median."""
+    middle = statistics.median(seconds)
+    return f"{middle:>9.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}{tokens / middle:>10.1f}"
+
+
+def default_device() -> torch.device:
+    """The GPU of one process without an engine, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_setup(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on beside the command: device, threads, allocator and versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "allocator": describe_allocator(os.environ),
+        "torch": torch.__version__,
+        "versions": installed_versions("torch", "deepspeed", "transformers", "peft"),
+    }
+
+
+def describe_allocator(environment: Mapping[str, str]) -> str:
+    """Which allocator the environment asks for: a preloaded library by its name, and settings as they are."""
+    libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
+    found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
+    found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
+    return ", ".join(found) or "default malloc"
+
+
+def setup_line(report: Mapping[str, Any]) -> str:
+    """`describe_setup` as a line of a table."""
+    versions = report["versions"]
+    return (
+        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
+        f" {versions.get('deepspeed', 'not installed')}"
+    )
+
+
+def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
+    """What `measure` returns in a process that has done nothing else; `name` is that of what it measures.
+
+    Raises:
+        UserError: the process ended without it, as when a system without memory left kills it.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        try:
+            return processes.submit(measure, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{name}: the process that measures its memory was ended, most likely for want of memory; give less"
+                " --rows, --length or --num_layers"
+            ) from None
+
+
+@contextmanager
+def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """By storage, what autograd saves of what is computed inside the block, without the model's parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
+    """Bytes of all storages together."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def restart_peak(device: torch.device) -> int | None:
+    """Let `peak_memory_bytes` start again; returns the bytes that are held now, or None where that is not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    gc.collect()
+    # Memory that is free but still resident would be used by a step without a rise of the peak. This returns it to the
+    # system where malloc is glibc's; another allocator, which a report's header names, keeps by its own rules.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    before = resident_bytes("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed
+        return None
+    return before
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that a first step holds beyond those before it (CUDA: allocated; CPU: resident), where known.
+
+    For a fresh process: what an allocator other than glibc's has kept of earlier steps would not be seen.
+    """
+    before = restart_peak(device)
+    step()
+    most = peak_memory_bytes(device)
+    return None if before is None or most is None else most - before

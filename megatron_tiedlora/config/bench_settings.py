@@ -1,0 +1,194 @@
+"""Every setting of tools/bench_step.py: what is measured, of which model, and on which samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator, model_validator
+
+from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.config.fields import (
+    CommandSettings,
+    field_group,
+    optional_field,
+    setting_field,
+    validate_settings,
+)
+
+ABOUT = """\
+Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
+
+    python tools/bench_step.py --against peft                                        4 x 512 tokens, half of them
+                                                                                     with a label
+    python tools/bench_step.py --against peft --task gsm8k --train_file train.jsonl  real samples: packed here; there
+                                                                                     padded in batches, and packed
+    python tools/bench_step.py --model llama2-7b --num_layers 2 --supervised 1       a preset's shape, random weights
+    deepspeed --num_gpus 8 tools/bench_step.py --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
+    python tools/bench_step.py --what scaling                                        layers, length, rank and labels
+    python tools/bench_step.py --what decoding --model runs/NAME/merged              beside transformers
+
+--what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. All
+sides take turns and share process, allocator and threads. The memory of each side is measured in a process of its own.
+
+--what layout measures the step of launch/train.py on all ranks, through the same plan, build and DeepSpeed engine. A
+step lasts as long as on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
+of one step by group, compared with what --dry_run predicts. Weights of a preset are drawn in place on each rank.
+
+--what scaling measures a step at several values of one quantity, in turns, while the others stay as given.
+
+--what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
+side stops early. Times are of a whole batch, prompts included.
+
+Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare matmul's
+speed in the same run, on all ranks at once. Saved bytes are what autograd saves of all micro-batches of a step, beside
+the formula of docs/performance.md. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
+GROUPS = {
+    "run": "what is measured",
+    "model": "what takes the step, or generates",
+    "step": "what is trained, and the size of the step (--what step, layout and scaling)",
+    "samples": "real samples in place of made-up tokens (--what step and layout)",
+    "against": "what takes turns with our step (--what step)",
+    "layout": "a training run's step on all ranks, as in launch/train.py (--what layout)",
+    "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
+    "decoding": "what is generated (--what decoding)",
+}
+GROUPS_OF = {
+    "step": ("run", "model", "step", "samples", "against"),
+    "layout": ("run", "model", "step", "samples", "layout"),
+    "scaling": ("run", "model", "step", "scaling"),
+    "decoding": ("run", "model", "decoding"),
+}
+# Defaults of --what scaling that differ from the others'.
+SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
+_WITHOUT_TASK = ("supervised", "documents", "micro_batches")
+_WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
+
+
+class BenchSettings(CommandSettings):
+    """The settings of one benchmark, validated and frozen."""
+
+    prog: ClassVar[str] = "bench_step.py"
+    about: ClassVar[str] = ABOUT
+    groups: ClassVar[Mapping[str, str]] = GROUPS
+
+    what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
+        "run", "what to measure [step; layout with several ranks or a flag of a layout]"
+    )
+    repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
+    json_file: str | None = optional_field("run", "also write the figures to this file", flag="json")
+
+    model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", "demo")
+    dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
+
+    random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
+    num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)
+    method: str = setting_field("step", "what is trained here", "tl6", choices=METHOD_NAMES)
+    rank: int = setting_field("step", "rank r of both sides", 8, ge=1)
+    compile: Literal["auto", "true", "false"] = setting_field("step", "our kernels, where it can be done", "auto")
+    recompute: Literal["none", "selective", "full"] = setting_field("step", "of layers, on our side", "none")
+    rows: int = setting_field("step", "rows of a micro-batch", 4, ge=1)
+    length: int = setting_field("step", "tokens of a made-up row, at most of a packed row", 512, ge=2)
+    supervised: float = setting_field("step", "share of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
+
+    task: str | None = optional_field("samples", "take real samples of this task")
+    train_file: str | None = optional_field("samples", "its rows (default: the task's own)")
+    samples: int = setting_field("samples", "samples of one step", 32, ge=1)
+
+    against: Literal["peft"] | None = optional_field("against", "what to run beside it")
+    padded_rows: int = setting_field("against", "real samples of a padded batch there", 8, ge=1)
+
+    tensor_parallel: int = setting_field("layout", "ranks that share each layer", 1, ge=1)
+    pipeline_parallel: int = setting_field("layout", "stages that share the layers", 1, ge=1)
+    sequence_parallel: bool = setting_field("layout", "shard activations between layers too", True)
+    ds_config: str = setting_field("layout", "DeepSpeed JSON with engine knobs", "zero1.json")
+    packing: bool | None = optional_field("layout", "several samples of --task in a row [true]")
+    micro_batches: int | None = optional_field(
+        "layout", "made-up micro-batches per rank and step [1; with a pipeline 2 x its stages]", ge=1
+    )
+    documents: int | None = optional_field("layout", "equal samples that are packed in each made-up row [1]", ge=1)
+
+    layers: tuple[int, ...] = setting_field("scaling", "values of --num_layers", (1, 2, 4))
+    lengths: tuple[int, ...] = setting_field("scaling", "values of --length", (256, 512, 1024, 2048))
+    ranks: tuple[int, ...] = setting_field("scaling", "values of --rank", (2, 8, 32, 128))
+    shares: tuple[float, ...] = setting_field("scaling", "values of --supervised", (0.125, 0.25, 0.5, 1.0))
+
+    batch_size: int = setting_field("decoding", "prompts at once", 16, ge=1)
+    new_tokens: int = setting_field("decoding", "tokens generated for each prompt", 64, ge=1)
+
+    @classmethod
+    def default_text(cls, name: str) -> str:
+        """The default as in every command, values with commas between them, and the default of scaling."""
+        default = cls.model_fields[name].default
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else super().default_text(name)
+        return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        groups = {name: field_group(cls.model_fields[name]) for name in given if name in cls.model_fields}
+        asks_for_layout = "layout" in groups.values() and "against" not in given
+        what = given.setdefault("what", "layout" if asks_for_layout else "step")
+        for name, group in groups.items():
+            fitting = [known for known, read in GROUPS_OF.items() if group in read]
+            value = as_given(given[name])
+            if what in GROUPS_OF and what not in fitting:
+                raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
+            if name in _WITH_TASK and "task" not in given:
+                raise ValueError(f"--{name} {value} goes with --task")
+            if name in _WITHOUT_TASK and "task" in given:
+                raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
+        return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
+
+    @field_validator("layers", "lengths", "ranks", "shares", mode="before")
+    @classmethod
+    def _split_values(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchSettings:
+        if self.labels < 1:
+            raise ValueError(
+                f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
+            )
+        if self.against is None and "padded_rows" in self.model_fields_set:
+            raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
+        if self.against is not None and self.task is not None and self.samples % self.padded_rows:
+            raise ValueError(f"--samples {self.samples} does not divide by --padded_rows {self.padded_rows}")
+        return self
+
+    @property
+    def labels(self) -> int:
+        """Labels that count in a made-up document, whose first token has no position that could predict it."""
+        length = self.length // (self.documents or 1)
+        return min(round(self.supervised * length), length - 1)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several samples."""
+        return self.packing if self.packing is not None else self.task is not None or self.documents is not None
+
+    @property
+    def step_micro_batches(self) -> int:
+        """Made-up micro-batches per rank and step."""
+        return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
+
+    def measured_on(self, world_size: int) -> str:
+        """`what`, or `layout` for a step on several ranks. Raises UserError where it takes one process."""
+        if world_size == 1 or self.what == "layout":
+            return self.what
+        if self.what != "step" or self.against is not None:
+            flag = f"--what {self.what}" if self.against is None else f"--against {self.against}"
+            raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
+        return "layout"
+
+    def one_step(self, **changes: Any) -> BenchSettings:
+        """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
+        names = (name for name, field in type(self).model_fields.items() if field_group(field) in ("model", "step"))
+        return validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)
