@@ -140,12 +140,11 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
         )
         difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
         if group == DATA:
-            expected, expected_size, equal = None, data_bytes, size <= data_bytes
-            difference = f"{size - data_bytes:+,} B"
+            expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
         compared[group] = {
             "messages": messages,
             "bytes": size,
-            "predicted_messages": expected,
+            "predicted_messages": None if group == DATA else expected,
             "predicted_bytes": expected_size,
             "as_predicted": equal,
             "verdict": "as predicted" if equal else f"differs: {difference}",
