@@ -31,17 +31,16 @@ from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
-from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
-from megatron_tiedlora.training.traffic_plan import estimated_groups, planned_shapes, step_traffic
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     timers = {"step": lambda: run.seconds_of(next(given))}
     seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
     peak = None if held is None else peak_memory_bytes(device)
-    shapes = planned_shapes(plan, run.dataset, consumed_samples=run.loader.consumed_samples)
-    mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1], step_traffic(plan, shapes))}
+    mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1])}
     ranks = gather_on_rank_0(mine, kind=dict[str, Any])
     if ranks is None:
         return None
@@ -108,21 +106,18 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
 
 
-def _rank_figures(run: Started, step: TrainingStep, predicted: Traffic) -> dict[str, Any]:
-    """The figures of this rank alone, after the timed steps; takes more of them.
-
-    Args:
-        step: the last timed one.
-        predicted: for the next step of the run's loader.
-    """
+def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
+    """The figures of this rank alone after the timed steps, `step` being the last of these; takes more of them."""
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
     rate = matmul_rate(plan, runner.stage, step.micro_batches, device)
-    estimated = estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
+    batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
+    shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.train_step.run(next(run.loader))
-    traffic = compare_traffic(counter.traffic, predicted, estimated)
+    data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
+    traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
     watched = next(run.loader)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
@@ -138,7 +133,7 @@ def _rank_figures(run: Started, step: TrainingStep, predicted: Traffic) -> dict[
         "saved_formula": formula,
         "saved_ratio": None if saved is None else saved / formula,
         "traffic": traffic,
-        "as_predicted": all(found["estimated"] or found["as_predicted"] for found in traffic.values()),
+        "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
         "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
     }
@@ -175,7 +170,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
             "tensor_parallel": grid.tp_size,
             "pipeline_parallel": grid.pp_size,
             "data_parallel": grid.dp_size,
-            "sequence_parallel": plan.sequence_parallel,
+            "sequence_parallel": plan.layout.sequence_parallel,
             "zero_stage": plan.engine.zero_stage,
             "recompute": settings.recompute,
             "packing": settings.packing,

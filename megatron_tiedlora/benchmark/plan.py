@@ -24,10 +24,9 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.training.flops_plan import sample_flops
-from megatron_tiedlora.training.memory_plan import kept_bytes
+from megatron_tiedlora.planning.flops import sample_flops
+from megatron_tiedlora.planning.memory import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.stage_plan import plan_stages
 from megatron_tiedlora.training.throughput import product_rate
 
 LEARNING_RATE = 1e-4
@@ -141,9 +140,9 @@ def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> Toke
 
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     """Bytes that a rank saves of all its micro-batches for the backward pass, from shapes alone."""
-    stage, parts = plan_stages(plan)[plan.grid.pp_rank], plan.sequence_parts
+    parts = plan.layout.sequence_parts
     return sum(
-        kept_bytes(plan, stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
+        saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
         for batch in batches
     )
 

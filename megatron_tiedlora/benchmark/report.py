@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.timing import SPEED_HEADER, setup_line, speed_columns
-from megatron_tiedlora.parallel.traffic import GROUPS, WORLD, Traffic
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD, Traffic
 
 _SHARES_HEADER = f"{SPEED_HEADER}{'padding':>9}{'of matmul':>11}"
 
@@ -107,27 +107,26 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
     for stage, (member, *_) in _by_stage(report["ranks"]).items():
         for group, found in member["traffic"].items():
             counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
-            predicted = f"{found['predicted_messages']:,} / {bytes_in_words(found['predicted_bytes'])}"
+            predicted = bytes_in_words(found["predicted_bytes"])
+            messages = found["predicted_messages"]
+            predicted = f"at most {predicted}" if messages is None else f"{messages:,} / {predicted}"
             name = "all ranks" if group == WORLD else group
-            mark = "~" if found["estimated"] else ""
-            lines.append(f"{stage:<7}{name:<13}{counted:>24}{mark + predicted:>26}   {found['verdict']}")
+            lines.append(f"{stage:<7}{name:<13}{counted:>24}{predicted:>26}   {found['verdict']}")
     others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
     lines.append(
         "every message and byte of all ranks as predicted"
         if not others
         else f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
     )
-    if any(found["estimated"] for member in report["ranks"] for found in member["traffic"].values()):
-        lines.append("(~ depends on how DeepSpeed fills buckets and fetches ahead, and may differ)")
     return lines
 
 
-def compare_traffic(counted: Traffic, predicted: Traffic, estimated: frozenset[str]) -> dict[str, dict[str, Any]]:
+def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
     """By group with a message, both figures and in words how they compare; they are equal where all kinds are.
 
     Args:
         counted, predicted: of one rank and step.
-        estimated: groups whose prediction is not exact.
+        data_bytes: the most bytes that DeepSpeed sends in the data-parallel group, in any number of messages.
     """
     compared = {}
     for group in GROUPS:
@@ -140,15 +139,15 @@ def compare_traffic(counted: Traffic, predicted: Traffic, estimated: frozenset[s
             for key in kinds
         )
         difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
-        how = "an estimate" if group in estimated else "differs"
+        if group == DATA:
+            expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
         compared[group] = {
             "messages": messages,
             "bytes": size,
-            "predicted_messages": expected,
+            "predicted_messages": None if group == DATA else expected,
             "predicted_bytes": expected_size,
-            "estimated": group in estimated,
             "as_predicted": equal,
-            "verdict": "as predicted" if equal else f"{how}: {difference}",
+            "verdict": "as predicted" if equal else f"differs: {difference}",
         }
     return compared
 

@@ -15,7 +15,6 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
@@ -23,6 +22,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weight
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.partition import Stages
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -23,20 +23,7 @@ from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
 from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-
-# Repeated shapes need less memory and fewer kernels.
-BASE_MULTIPLE = 8
-# On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
-# are off (docs/performance.md).
-GPU_MULTIPLE = 128
-
-
-def pad_multiple(sequence_parts: int = 1, *, on_gpu: bool = False) -> int:
-    """Lengths are padded to a multiple of this, so that sequence parallelism can divide them into equal parts.
-
-    It is 8, or 128 on GPUs, for 1, 2, 4 and 8 parts; else the least common multiple. Padding does not change the loss.
-    """
-    return math.lcm(GPU_MULTIPLE if on_gpu else BASE_MULTIPLE, sequence_parts)
+from megatron_tiedlora.planning.layout import BASE_MULTIPLE
 
 
 @dataclass(frozen=True)

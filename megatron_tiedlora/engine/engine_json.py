@@ -93,6 +93,11 @@ class EngineConfig:
         """The ZeRO stage, 0 to 3."""
         return int(self.values.get("zero_optimization", {}).get("stage", 0))
 
+    @property
+    def live_parameters(self) -> int:
+        """ZeRO-3 stops gathering weights once it holds more numbers than these."""
+        return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
+
 
 def find_engine_json(name: str) -> Path:
     """The file that --ds_config names: as given, or else in the project's ds_configs/. Raises UserError."""

@@ -14,7 +14,6 @@ from deepspeed.pipe import PipelineModule
 
 from megatron_tiedlora.engine.topology import make_groups, make_topology, quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.partition import Stages
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.model.tail import Attended
@@ -30,10 +29,13 @@ class PipelinedModel(PipelineModule):
     stage: Stage
     groups: ParallelGroups
 
-    def __init__(self, specs: Sequence[LayerSpec], stages: Stages, *, grid: Grid, build_stage: BuildStage) -> None:
+    def __init__(
+        self, specs: Sequence[LayerSpec], stages: Sequence[range], *, grid: Grid, build_stage: BuildStage
+    ) -> None:
         """Build this rank's part of `specs`.
 
         Args:
+            stages: the layers of each.
             build_stage: builds the stage from this rank's process groups and the stage's specs.
         """
         self._stages = stages

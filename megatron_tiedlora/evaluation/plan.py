@@ -25,9 +25,9 @@ from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, l
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
-from megatron_tiedlora.model.layout import check_model_layout
-from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning.layout import check_layout
+from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
 
@@ -139,7 +139,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
-    check_model_layout(model_shape, grid)
+    check_layout(model_shape, grid)
     if (settings.max_length or 0) > model_shape.max_positions:
         raise UserError(
             f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"

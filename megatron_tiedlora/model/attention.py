@@ -56,6 +56,14 @@ class KeyValueCache:
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values for a base in `dtype`.
+
+    On a CPU, PyTorch's masked attention is ten times slower in bf16 than in fp32 (7.6 ms against 0.7 at 24 x 450).
+    """
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What attention needs to know about the tokens of a call; it is the same for all layers.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
@@ -70,6 +71,14 @@ def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
         if "-c" not in ancestor.cmdline()[1:2]:
             break
     return []
+
+
+class StopVotes(NamedTuple):
+    """What `StopWatch.agree` sums over all ranks, one fp64 number each."""
+
+    missing: float  # ranks on which what is asked does not hold
+    stopping: float  # ranks that should stop
+    signals: float  # sum of their signal numbers
 
 
 @dataclass
@@ -133,9 +142,9 @@ class StopWatch:
             RunStopped: a rank should stop; on every rank.
         """
         requested = self.requested_signal()
-        missing, count, total = sum_over_ranks([float(not mine), float(requested > 0), float(requested)])
-        self.stop_if_any(count, total)
-        return missing == 0
+        votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(requested > 0), float(requested))))
+        self.stop_if_any(votes.stopping, votes.signals)
+        return votes.missing == 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

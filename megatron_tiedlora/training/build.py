@@ -131,7 +131,7 @@ def _build_stage(
     adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
-        tensor_parallel = TensorParallel(groups.tensor, plan.sequence_parallel)
+        tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
         return Stage(specs, adapter, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
 
     if grid.pp_size == 1:
@@ -144,7 +144,7 @@ def _build_stage(
     from megatron_tiedlora.engine.pipelined import PipelinedModel
 
     with device:
-        module = PipelinedModel(specs, plan.stages, grid=grid, build_stage=stage_of)
+        module = PipelinedModel(specs, [stage.layers for stage in plan.stages], grid=grid, build_stage=stage_of)
     return module, module.stage, module.groups, module.mpu()
 
 

@@ -1,4 +1,4 @@
-"""Whether a run's kernels are compiled, and compiling them before its first step, where it shows and can fail.
+"""Compiling a run's kernels before its first step, where it shows and can fail.
 
 torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds.
 
@@ -35,9 +35,6 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.launch_env import local_rank
 from megatron_tiedlora.training.plan import RunPlan
 
-# Numbers that a rank's layers go over in a run, below which compiling costs more time than it saves: a CPU compiles
-# for half a minute at first, and saves about a quarter of a step.
-LEAST_WORK = 5e9
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # With each of these torch.compile returns functions unchanged.
 _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
@@ -62,7 +59,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     wish = plan.settings.compile
     if wish == "false":
         return ChosenKernels(EAGER, "not compiled")
-    if not compiles(plan):
+    if not plan.layout.compiled:
         return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
     if plan.grid.rank == 0:
         print("compiling the kernels ...", file=sys.stderr, flush=True)
@@ -93,16 +90,6 @@ def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds
     if wish == "true":
         raise UserError(f"--compile true: {failure}. Install a C++ compiler, or give --compile auto or false")
     return ChosenKernels(EAGER, f"not compiled: {failure}")
-
-
-def compiles(plan: RunPlan) -> bool:
-    """Whether the run's kernels are compiled where they can be: as --compile says, for `auto` where the run is long."""
-    settings, shape, grid = plan.settings, plan.source.shape, plan.grid
-    if settings.compile != "auto":
-        return settings.compile == "true"
-    tokens = settings.max_steps * settings.global_batch_size * settings.max_length / grid.dp_size
-    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
-    return tokens * widths >= LEAST_WORK
 
 
 def compiled_kernels(

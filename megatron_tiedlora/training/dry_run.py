@@ -3,61 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
-from megatron_tiedlora.data.loader import num_positions, plan_global_batch
+from megatron_tiedlora.data.loader import GlobalBatch, num_positions
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.parallel.traffic import GROUPS, WORLD
-from megatron_tiedlora.training.memory_plan import (
+from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.planning.memory import (
     COMMUNICATOR_BYTES,
     CONTEXT_BYTES,
-    decoding_cache_bytes,
-    eager_temporary_bytes,
+    cache_bytes,
+    eager_bytes,
     micro_batches_in_flight,
     num_communicators,
-    saved_bytes_per_token,
     stage_memory,
+    token_bytes,
 )
+from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
-from megatron_tiedlora.training.stage_plan import StagePlan, plan_stages
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
-from megatron_tiedlora.training.traffic_plan import (
-    STOP_REPORT_BYTES,
-    assumed_shapes,
-    estimated_groups,
-    planned_shapes,
-    stage_traffic,
-)
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
-    """The whole report as text. Plans for --world_size ranks, else for as many as were launched.
+    """The whole report as text, for --world_size ranks or else for as many as were launched.
 
     Raises:
         UserError: as a run would, before anything starts.
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    data = prepare_data(plan, progress=True) if plan.source.folder is not None else None
-    stages = plan_stages(plan)
-    sections = [
-        _parameters(plan),
-        _partition(plan, stages),
-        _memory(plan, stages, data),
-        _messages(plan, stages, data),
-        _batches(plan, data),
-    ]
-    sections += (
-        [_data(plan, data), _sample(data)]
-        if data is not None
-        else [["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]]
-    )
+    sections = [_parameters(plan), _partition(plan)]
+    if plan.source.folder is None:
+        no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
+        sections += [_memory(plan), _messages(plan), _batches(plan), no_data]
+    else:
+        data = prepare_data(plan, progress=True)
+        first = FirstStep(data, plan.global_batch(data.train))
+        sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]
+        sections += [_data(plan, data), _sample(data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The data of a run, and the plan of its first step."""
+
+    data: RunData
+    batch: GlobalBatch
 
 
 def _parameters(plan: RunPlan) -> list[str]:
@@ -76,11 +72,11 @@ def _parameters(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
-    grid, shape = plan.grid, plan.source.shape
-    cut = "" if grid.tp_size == 1 else ", sequences cut" if plan.sequence_parallel else ", sequences whole"
+def _partition(plan: RunPlan) -> list[str]:
+    grid, layout = plan.grid, plan.layout
+    cut = "" if grid.tp_size == 1 else ", sequences cut" if layout.sequence_parallel else ", sequences whole"
     rows = []
-    for stage in stages:
+    for stage in plan.stages:
         names = ["embedding"] * stage.is_first + [_ranges(stage.blocks)] + ["head"] * stage.is_last
         rows.append(
             [
@@ -92,133 +88,130 @@ def _partition(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
         )
     return [
         f"layout: {grid.world_size} ranks = tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} x data {grid.dp_size},"
-        f" {shape.num_layers} layers",
+        f" {plan.source.shape.num_layers} layers",
         *_stage_table(("layers", "work", "adapted", "base weights of the stage"), rows),
     ]
 
 
-def _memory(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
-    per_token = saved_bytes_per_token(plan)
-    longest = plan.settings.max_length
-    if data is not None and not plan.settings.packing:
-        longest = int(data.train.lengths.max())
-    rows, length = plan.batches.micro_batch_size, padded(longest, plan.pad_multiple)
-    documents, longest = rows, length
-    if data is not None and plan.settings.packing:
-        documents, longest = _most_documents(plan, data), int(data.train.lengths.max())
+def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
+    layout, packing = plan.layout, plan.settings.packing
+    longest = layout.length if first is None else int(first.data.train.lengths.max())
+    length = padded(layout.length if packing else longest, layout.pad_multiple)
+    documents = layout.rows
+    if first is not None and packing:  # a micro-batch's samples, and the padding of each row
+        documents = max(sum(map(len, rows)) + len(rows) for rows in first.batch.micro_batches)
+    else:
+        longest = length
     cells = []
-    for stage in stages:
-        memory = stage_memory(plan, stage, tokens=rows * length, documents=documents, longest=longest)
+    for stage in plan.stages:
+        memory = stage_memory(stage, tokens=layout.rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
             "activations": memory.activations,
-            **({"engine": memory.engine} if plan.grid.pp_size > 1 or memory.engine else {}),
-            **({"CUDA, NCCL": memory.libraries} if plan.on_gpu else {}),
+            **({"engine": memory.engine} if layout.pp_size > 1 or memory.engine else {}),
+            **({"CUDA, NCCL": memory.libraries} if layout.on_gpu else {}),
             "sum": memory.total,
         }
-        cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(plan, stage))])
+        cells.append([*map(bytes_in_words, sizes.values()), str(micro_batches_in_flight(stage))])
     header = (*sizes, "in flight")
     return [
-        f"bytes per rank, ZeRO-{plan.engine.zero_stage}, {plan.grid.dp_size} data-parallel ranks, micro-batches of"
-        f" up to {rows} x {length} tokens, on {'GPUs' if plan.on_gpu else 'CPUs'}",
+        f"bytes per rank, ZeRO-{layout.zero_stage}, {layout.dp_size} data-parallel ranks, micro-batches of"
+        f" up to {layout.rows} x {length} tokens, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *_stage_table(header, cells),
-        f"  (a block keeps {per_token / 1e3:,.1f} kB a token of each micro-batch in flight, the last one less, as"
-        " its MLP has its backward pass at once)",
-        *_kernels_line(plan, tokens=rows * length),
+        f"  (a block saves {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB a token of each micro-batch in"
+        " flight; the last block saves less, as its MLP runs its backward pass at once)",
+        _kernels_line(plan, tokens=layout.rows * length),
         *_engine_line(plan),
-        *_libraries_line(plan, stages),
-        *_decoding(plan, data),
+        *_libraries_line(plan),
+        *([] if first is None else _decoding(plan, first.data)),
     ]
 
 
-def _most_documents(plan: RunPlan, data: RunData) -> int:
-    """In a micro-batch of the first step: its samples and, a row each, padding."""
-    step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
-    return max(sum(map(len, rows)) + len(rows) for rows in step.micro_batches)
-
-
-def _kernels_line(plan: RunPlan, *, tokens: int) -> list[str]:
-    """What the activations count for kernels that are not compiled, where any are."""
-    size = eager_temporary_bytes(plan, tokens)
+def _kernels_line(plan: RunPlan, *, tokens: int) -> str:
+    """A line on the temporary bytes of kernels that are not compiled."""
+    size = eager_bytes(plan.source.shape, plan.layout, tokens)
     if not size:
-        return ["  (activations with compiled kernels; --compile false shows those of a node without a compiler)"]
-    return [f"  (of the activations {bytes_in_words(size)} are for a moment in kernels that are not compiled)"]
+        return "  (compiled kernels are assumed; --compile false shows the activations of a node without a compiler)"
+    return f"  (kernels that are not compiled need {bytes_in_words(size)} of the activations for a moment)"
 
 
-def _libraries_line(plan: RunPlan, stages: Sequence[StagePlan]) -> list[str]:
-    """What the table's column of a GPU's libraries is."""
+def _libraries_line(plan: RunPlan) -> list[str]:
+    """The note on the table's column `CUDA, NCCL`."""
     if not plan.on_gpu:
         return []
-    counts = sorted({num_communicators(plan, stage) for stage in stages})
+    counts = sorted({num_communicators(stage) for stage in plan.stages})
     return [
-        f"  (CUDA, NCCL: estimates of what PyTorch does not allocate, {bytes_in_words(CONTEXT_BYTES)} of context and"
+        f"  (CUDA, NCCL: estimates of memory outside PyTorch, {bytes_in_words(CONTEXT_BYTES)} of context and"
         f" {bytes_in_words(COMMUNICATOR_BYTES)} for each of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}"
         " communicators)"
     ]
 
 
 def _engine_line(plan: RunPlan) -> list[str]:
-    """What the table's column of the engine is."""
-    if plan.engine.zero_stage == 3 and plan.grid.dp_size > 1:
+    """The note on the table's column `engine`."""
+    if plan.layout.zero_stage == 3 and plan.layout.dp_size > 1:
         return [
-            "  (engine: base weights that ZeRO-3 has gathered at one time, more where --ds_config says a larger"
-            " stage3_max_live_parameters)"
+            "  (engine: base weights that ZeRO-3 holds gathered, more with a larger stage3_max_live_parameters in"
+            " --ds_config)"
         ]
-    if plan.grid.pp_size == 1:
+    if plan.layout.pp_size == 1:
         return []
-    size = 2 * plan.source.shape.hidden_size * plan.dtype.itemsize / plan.sequence_parts
+    kilobytes = 2 * token_bytes(plan.source.shape, plan.layout).hidden / 1e3
     return [
-        "  (engine: what DeepSpeed's pipeline keeps of hidden states beside that, up to"
-        f" {size / 1e3:,.1f} kB a token of each micro-batch in flight)"
+        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB a token of each"
+        " micro-batch in flight)"
     ]
 
 
-def _decoding(plan: RunPlan, data: RunData | None) -> list[str]:
-    """What decoding takes beside the weights, where the run decodes anything."""
-    sets = [] if data is None else [part for part in (data.scored, data.scored_validation) if part is not None]
+def _decoding(plan: RunPlan, data: RunData) -> list[str]:
+    """A line on the memory of decoding, if the run decodes anything."""
+    sets = [part for part in (data.scored, data.scored_validation) if part is not None]
     if not sets:
         return []
-    longest = max(len(prompt) for part in sets for prompt in part.prompts)
-    size = decoding_cache_bytes(plan, longest_prompt=longest)
+    longest, batch = max(len(prompt) for part in sets for prompt in part.prompts), plan.settings.eval_batch_size
+    size = max(cache_bytes(stage, sequences=batch, tokens=longest + plan.max_new_tokens) for stage in plan.stages)
     return [
-        f"  decoding: up to {bytes_in_words(size)} of keys and values for {plan.settings.eval_batch_size} prompts of up"
-        f" to {longest} tokens with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
+        f"  decoding: up to {bytes_in_words(size)} of keys and values for {batch} prompts of up to {longest} tokens"
+        f" with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
     ]
 
 
-def _messages(plan: RunPlan, stages: Sequence[StagePlan], data: RunData | None) -> list[str]:
-    """By group, for a rank of each stage; bytes are of whole tensors, as parallel.traffic counts them."""
-    if data is None:
-        shapes, of = assumed_shapes(plan), f"samples of {plan.settings.max_length:,} tokens, all supervised"
+def _messages(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
+    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.traffic counts."""
+    if first is None:
+        shapes, of = assumed_micro_batches(plan.layout), f"samples of {plan.layout.length:,} tokens, all supervised"
     else:
-        shapes, of = planned_shapes(plan, data.train), "step 1's samples on data-parallel rank 0"
+        shapes = plan.micro_batches(first.data.train, first.batch)
+        of = "step 1's samples on data-parallel rank 0"
     lines = [f"messages and bytes per step and rank: {of}"]
     if plan.grid.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]
-    traffic = [stage_traffic(plan, stage, shapes) for stage in stages]
-    estimated = [estimated_groups(plan, stage) for stage in stages]
+    traffic = [step_traffic(stage, shapes) for stage in plan.stages]
     groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
     rows = []
-    for found, guessed in zip(traffic, estimated, strict=True):
-        counts = {group: found.of_group(group) for group in groups}
-        rows.append([f"{'~' * (g in guessed)}{n:,} / {bytes_in_words(size)}" for g, (n, size) in counts.items()])
-    lines += _stage_table(tuple("all ranks" if group == WORLD else group for group in groups), rows)
-    lines.append("  (of whole tensors; a step after the first ones, whose checks send a little more)")
-    if any(estimated):
-        lines.append("  (~ depends on DeepSpeed's buckets and on what it fetches ahead or keeps; under ZeRO-3 at most)")
+    for stage, found in zip(plan.stages, traffic, strict=True):
+        sent = [found.of_group(group) for group in groups]
+        at_most = engine_bytes(stage, num_micro_batches=len(shapes))
+        rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
+        rows[-1] += [f"at most {bytes_in_words(at_most)}"] * (plan.grid.dp_size > 1)
+    header = ["all ranks" if group == WORLD else group for group in groups] + [DATA] * (plan.grid.dp_size > 1)
+    lines += _stage_table(header, rows)
+    lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
+    if plan.grid.dp_size > 1:
+        lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
     if plan.grid.pp_size == 1 and len(shapes) > 1:
         lines.append(
-            f"  (where steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more of"
-            f" {STOP_REPORT_BYTES} B, to stop in time)"
+            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {len(shapes) - 1:,} more messages"
+            f" of {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
 
 
 def _stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each stage; neighbours with equal cells share one."""
+    """One line for each stage; neighbours with equal cells share a line."""
     labels: list[tuple[int, int]] = []
     for index, row in enumerate(rows):
         if index and list(row) == list(rows[index - 1]):
@@ -245,25 +238,27 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-def _batches(plan: RunPlan, data: RunData | None) -> list[str]:
+def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     b = plan.batches
     lines = [
         "batches",
         f"  global batch {b.global_batch_size} samples, {plan.cut}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
-    if data is None and plan.settings.packing:
+    if first is not None:
+        lines.append(_fill(plan, first))
+    elif plan.settings.packing:
         lines.append(
             f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches for each"
             " data-parallel rank, shorter ones fewer"
         )
-    return lines if data is None else [*lines, _fill(plan, data)]
+    return lines
 
 
-def _fill(plan: RunPlan, data: RunData) -> str:
-    """How many of the first step's positions hold a token."""
-    step = plan_global_batch(data.train, plan.batch_shape, seed=plan.settings.seed, consumed_samples=0)
-    positions = num_positions(data.train, step.micro_batches, pad_multiple=plan.pad_multiple)
+def _fill(plan: RunPlan, first: FirstStep) -> str:
+    """A line on how many positions of the first step hold a token."""
+    step = first.batch
+    positions = num_positions(first.data.train, step.micro_batches, pad_multiple=plan.layout.pad_multiple)
     num_rows = sum(len(rows) for rows in step.micro_batches)
     return (
         f"  step 1: {step.num_tokens:,} tokens in {num_rows} rows of {len(step.micro_batches)} micro-batches,"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_tiedlora.adapters.gathering import AdapterLayout
@@ -18,15 +20,16 @@ from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, de
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import BatchShape, TrainingLoader, pad_multiple
+from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingLoader, plan_global_batch
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
-from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.stages import StagePlan, plan_stages
+from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
-from megatron_tiedlora.training.layout import check_layout
 
 # Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -77,23 +80,43 @@ class RunPlan:
     batches: BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
-    stages: Stages
     on_gpu: bool
 
-    @property
-    def sequence_parallel(self) -> bool:
-        """Whether activations between layers are cut along the sequence."""
-        return self.settings.sequence_parallel and self.grid.tp_size > 1
+    @cached_property
+    def layout(self) -> Layout:
+        """The record that the planners read, beside the model's shape."""
+        settings, grid, engine = self.settings, self.grid, self.engine
+        num_tokens = settings.max_steps * settings.global_batch_size * settings.max_length
+        compiled = settings.compile == "true"
+        if settings.compile == "auto":
+            compiled = pays_to_compile(self.source.shape, grid, num_tokens=num_tokens)
+        return Layout(
+            adapter=self.adapter,
+            length=settings.max_length,
+            rows=self.batches.micro_batch_size,
+            micro_batches=self.batches.accumulation_steps,
+            tp_size=grid.tp_size,
+            pp_size=grid.pp_size,
+            dp_size=grid.dp_size,
+            cuts_sequences=settings.sequence_parallel,
+            zero_stage=engine.zero_stage,
+            live_parameters=engine.live_parameters,
+            dtype=DTYPES[self.dtype_name],
+            recompute=settings.recompute,
+            on_gpu=self.on_gpu,
+            compiled=compiled,
+            deterministic=settings.deterministic,
+        )
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Every pipeline stage, in order."""
+        return plan_stages(self.source.shape, self.layout)
 
     @property
-    def pad_multiple(self) -> int:
-        """What lengths are padded to a multiple of."""
-        return pad_multiple(self.sequence_parts, on_gpu=self.on_gpu)
-
-    @property
-    def sequence_parts(self) -> int:
-        """Into how many parts activations between layers are cut along the sequence."""
-        return self.grid.tp_size if self.sequence_parallel else 1
+    def stage(self) -> StagePlan:
+        """This rank's stage."""
+        return self.stages[self.grid.pp_rank]
 
     @property
     def batch_shape(self) -> BatchShape:
@@ -106,6 +129,21 @@ class RunPlan:
             min_micro_batches=inputs_to_fill(self.grid.pp_size),
         )
 
+    def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
+        """The plan of the step that follows `consumed_samples`."""
+        seed = self.settings.seed
+        return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
+
+    def micro_batches(self, dataset: TokenDataset, batch: GlobalBatch) -> tuple[MicroBatchShape, ...]:
+        """The shapes of this rank's micro-batches of a step."""
+        return tuple(
+            micro_batch_shape(
+                self.layout,
+                [(dataset.lengths_of(row), np.maximum(dataset.prompt_lengths[row], 1)) for row in rows],
+            )
+            for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
+        )
+
     def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
         """The steps of this rank on `dataset`, from the one that follows `consumed_samples` on."""
         return TrainingLoader(
@@ -114,7 +152,7 @@ class RunPlan:
             seed=self.settings.seed,
             dp_rank=self.grid.dp_rank,
             pad_id=pad_id,
-            pad_multiple=self.pad_multiple,
+            pad_multiple=self.layout.pad_multiple,
             consumed_samples=consumed_samples,
         )
 
@@ -139,24 +177,19 @@ class RunPlan:
         return f"{wanted} more are needed, but a rank's {share} samples allow no more; see --global_batch_size"
 
     @property
-    def stage_layers(self) -> tuple[tuple[int, ...], ...]:
-        """Adapted layers by stage."""
-        return tuple(tuple(layer for layer in self.adapter.layers if layer in stage) for stage in self.stages)
-
-    @property
     def adapter_layout(self) -> AdapterLayout:
         """Which rank holds which part of the adapter."""
-        return AdapterLayout(self.adapter, self.grid, self.stage_layers)
+        return AdapterLayout(self.adapter, self.grid, tuple(stage.part.layers for stage in self.stages))
 
     @property
     def part(self) -> AdapterPart:
         """What this rank holds of the adapter."""
-        return AdapterPart(self.adapter, self.stage_layers[self.grid.pp_rank], self.grid.tp_rank, self.grid.tp_size)
+        return replace(self.stage.part, tp_rank=self.grid.tp_rank)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen base."""
-        return DTYPES[self.dtype_name]
+        return self.layout.dtype
 
     @property
     def dtype_name(self) -> str:
@@ -248,8 +281,7 @@ def plan_run(
     )
     if weights and source is None:
         found = find_model(settings.model)
-    costs = layer_costs(shape, length=settings.max_length, first_adapted=layers[0])
-    return RunPlan(settings, found, grid, batches, engine, adapter, partition(costs, grid.pp_size), on_gpu)
+    return RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
 
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:

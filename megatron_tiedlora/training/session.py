@@ -230,8 +230,8 @@ def headline(
         f"batches    {batches.global_batch_size} samples per step, {plan.cut}, ZeRO-{plan.engine.zero_stage}",
     ]
     if grid.tp_size * grid.pp_size > 1:
-        cut = ", cut along the sequence" if plan.sequence_parallel else ""
-        stages = ", ".join(f"{len(stage)}" for stage in plan.stages)
+        cut = ", cut along the sequence" if plan.layout.sequence_parallel else ""
+        stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
         lines.append(
             f"layout     tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} ({stages} layers with embedding and head)"
             f" x data {grid.dp_size}"

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.engine.votes import StepVotes
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.stopping import StopWatch
 from megatron_tiedlora.training.checks import StepChecks, require_finite
@@ -23,19 +24,6 @@ from megatron_tiedlora.training.plan import RunPlan
 
 # After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
 LONG_STEP_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class StepVotes:
-    """What a step sums over all ranks before weights move, one fp64 number each."""
-
-    loss: float  # summed over supervised tokens
-    seconds: float  # of the forward and backward passes
-    save_due: float  # whether rank 0 wants a checkpoint after this step
-    failed: float  # whether rank 0 has a failure to raise
-    missing_gradients: float  # ranks that miss the gradient of a tied tensor
-    stopping: float  # ranks that should stop
-    signals: float  # sum of the signal numbers of these wishes
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ class TrainStep:
             stopping=requested > 0,
             signals=requested,
         )
-        votes = StepVotes(*sum_over_ranks(astuple(mine)))
+        votes = StepVotes(*sum_over_ranks(mine))
         if votes.failed:
             raise_on_every_rank(failure)
         loss, rate = votes.loss / step.num_supervised, self.runner.engine.get_lr()[0]

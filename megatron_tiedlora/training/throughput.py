@@ -2,8 +2,8 @@
 
     MFU = operations that the samples of a step take / (seconds of the step x peak FLOP/s of all ranks)
 
-The operations are those of `flops_plan.sample_flops`: of real tokens and without recompute, so that padding, pipeline
-bubbles and layers computed again all lower it, and that it is the same figure at any layout. Steps are timed from the
+The operations are those of `planning.flops`: of real tokens and without recompute, so that padding, pipeline bubbles
+and layers computed again all lower it, and that it is the same figure at any layout. Steps are timed from the
 first forward pass to the optimizer's end; evaluations and saves are not in it. All amounts follow from the plan of the
 step, which every rank has: nothing is sent, and no device is waited for.
 """
@@ -25,7 +25,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.training.flops_plan import sample_flops
+from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.training.plan import RunPlan
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The

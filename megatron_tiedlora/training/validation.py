@@ -29,7 +29,7 @@ def validation_loss(plan: RunPlan, runner: Runner, data: RunData, stop: StopWatc
         dp_rank=grid.dp_rank,
         dp_size=grid.dp_size,
         pad_id=padding_id(data.tokenizer),
-        pad_multiple=plan.pad_multiple,
+        pad_multiple=plan.layout.pad_multiple,
     )
     loss = 0.0
     with tqdm(total=total, desc="validation", unit="batch", disable=grid.rank > 0, leave=False) as bar:

@@ -60,7 +60,7 @@ def difference(one: Traffic, other: Traffic) -> dict[tuple[str, str], int]:
 def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> None:
     for rank, counted in enumerate(ran[name].counted):
         assert len(counted.shapes) == 2 and counted.traffic.messages
-        assert ran[name].predicted(rank) == counted.traffic, rank
+        ran[name].check(rank)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -15,7 +15,6 @@ from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.plan import plan_run
 from megatron_tiedlora.training.run_data import prepare_data
-from megatron_tiedlora.training.traffic_plan import planned_shapes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -56,7 +55,8 @@ def micro_batches(settings: dict[str, Any], layout: Layout, folder: Path) -> lis
         patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
         data = prepare_data(plan, progress=False).train
     size = plan.batches.global_batch_size
-    return [len(planned_shapes(plan, data, consumed_samples=step * size)) for step in range(settings["max_steps"])]
+    steps = [plan.global_batch(data, consumed_samples=step * size) for step in range(settings["max_steps"])]
+    return [len(step.micro_batches) // layout.dp for step in steps]
 
 
 def combined(whole: bool, *choices: Iterable[Any]) -> list[tuple[Any, ...]]:

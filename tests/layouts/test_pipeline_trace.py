@@ -22,10 +22,9 @@ from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.model.partition import layer_costs
-from megatron_tiedlora.training.memory_plan import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
+from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight, stage_memory
+from megatron_tiedlora.planning.partition import layer_costs
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.stage_plan import plan_stages
 
 pytestmark = pytest.mark.distributed
 
@@ -158,11 +157,11 @@ def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tupl
     found = ran[key]
     plan = found.plan(0)
     for rank, traced in enumerate(found.traced):
-        stage = plan_stages(plan)[rank // plan.grid.tp_size]
+        stage = plan.stages[rank // plan.grid.tp_size]
         order = [(event.kind, event.micro_batch) for event in traced.steps[0]]
         assert order == one_f_one_b(stage.index, p, m)
         in_flight = max(len(held.in_flight) for held in traced.held)
-        assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(plan, stage)
+        assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(stage)
 
 
 @pytest.mark.parametrize("key", CASES, ids=str)
@@ -227,8 +226,8 @@ def test_what_the_engine_keeps_beside_autograd(
     found, tokens = ran[key], ROWS * LENGTH
     for rank, traced in enumerate(found.traced):
         plan = found.plan(rank)
-        stage = plan_stages(plan)[plan.grid.pp_rank]
-        each = engine_bytes_in_flight(plan, stage, tokens=tokens)
+        stage = plan.stage
+        each = engine_bytes_in_flight(stage, tokens=tokens)
         # Positions; on the first stage, tokens; and labels, see Supervised.
         integers = 8 * tokens * (2 if stage.is_first else 1)
         labels = 4 * 8 * ROWS * SUPERVISED * stage.is_last
@@ -236,7 +235,7 @@ def test_what_the_engine_keeps_beside_autograd(
             assert held.floats == len(held.in_flight) * each, (rank, held)
             beside = held.integers - len(held.in_flight) * integers
             assert 0 <= beside <= labels, (rank, held)  # autograd keeps some of the labels itself
-        memory = stage_memory(plan, stage, tokens=tokens)
+        memory = stage_memory(stage, tokens=tokens)
         assert max(held.floats + held.once for held in traced.held) == memory.engine, rank
     if key[0] == "plain":
         d = found.plan(0).source.shape.hidden_size

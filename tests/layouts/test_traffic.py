@@ -1,9 +1,13 @@
-"""What --dry_run predicts is what real steps send: every message and byte, by group and kind, on every rank."""
+"""What --dry_run predicts is what real steps send: every message and byte of ours, by group and kind, on every rank.
+
+Of the data-parallel group, where DeepSpeed alone sends, it predicts the bytes, and under ZeRO-3 the most there can be.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +15,10 @@ import torch
 from forked_ranks import run_on_ranks
 from report_tables import stage_table
 from torch import distributed
-from traffic_runs import Ran, run_cases, write_inputs
+from traffic_runs import Ran, ours, run_cases, write_inputs
 
+from megatron_tiedlora.adapters.targets import Target
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.traffic import (
@@ -27,19 +33,11 @@ from megatron_tiedlora.parallel.traffic import (
     TrafficCounter,
     named_handles,
 )
-from megatron_tiedlora.training import traffic_plan
+from megatron_tiedlora.planning import traffic as planned_traffic
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.memory import base_bytes, token_bytes
+from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes
 from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
-from megatron_tiedlora.training.memory_plan import base_bytes, saved_bytes_per_token
-from megatron_tiedlora.training.run_data import prepare_data
-from megatron_tiedlora.training.stage_plan import plan_stages
-from megatron_tiedlora.training.traffic_plan import (
-    STOP_REPORT_BYTES,
-    estimated_groups,
-    planned_shapes,
-    step_traffic,
-    zero_0_messages,
-    zero_messages,
-)
 
 pytestmark = pytest.mark.distributed
 
@@ -119,49 +117,42 @@ def test_prediction_is_what_is_counted(
 ) -> None:
     found = ran[name]
     if found.case.head_rows is not None:
-        monkeypatch.setattr(traffic_plan, "HEAD_ROWS", found.case.head_rows)
+        monkeypatch.setattr(planned_traffic, "HEAD_ROWS", found.case.head_rows)
         assert max(supervised for _, _, supervised in found.counted[0].shapes) > found.case.head_rows
     for rank, counted in enumerate(found.counted):
         plan = found.plan(rank)
         steps = plan.batches.accumulation_steps
         assert 1 < len(counted.shapes) < steps if plan.settings.packing else len(counted.shapes) == steps > 1
         assert counted.traffic.messages, "nothing was counted"
-        assert found.predicted(rank) == counted.traffic, rank
-        assert not estimated_groups(plan, plan_stages(plan)[plan.grid.pp_rank])
+        found.check(rank)
 
 
 def test_what_zero_3_fetches_is_an_upper_bound(ran: Mapping[str, Ran]) -> None:
-    """Large parameters are gathered at most for each pass of each micro-batch; all else is exact."""
+    """Parameters are gathered at most for each pass of each micro-batch; all but small ones at least half as often."""
     found = ran[ESTIMATED]
     for rank, counted in enumerate(found.counted):
-        plan, predicted = found.plan(rank), found.predicted(rank)
-        assert estimated_groups(plan, plan_stages(plan)[0]) == {DATA}
-        gathers = (DATA, "all-gather")
-        assert counted.traffic.messages.pop(gathers) <= predicted.messages.pop(gathers)
-        # At least once a micro-batch, so half of what is said.
-        most, real = predicted.bytes.pop(gathers), counted.traffic.bytes.pop(gathers)
-        assert most / 2 <= real <= most
-        assert predicted == counted.traffic
+        found.check(rank)
+        assert counted.traffic.of_group(DATA)[1] > 0.49 * found.predicted(rank)[1]
 
 
 def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:
     """The comparison can fail: a block that sends one message more than it should breaks it on every rank."""
     found = ran[MUTATED]
     for rank, counted in enumerate(found.counted):
-        predicted = found.predicted(rank)
-        assert predicted != counted.traffic
+        (predicted, _), sent = found.predicted(rank), ours(counted.traffic)
+        assert predicted != sent
         predicted.add(TENSOR, "all-reduce", 4, count=5 * len(counted.shapes))  # one fp32 number for each of 5 blocks
-        assert predicted == counted.traffic
+        assert predicted == sent
 
 
 def test_what_long_steps_send_more(ran: Mapping[str, Ran]) -> None:
     """The dry run says it in a line of its own: a sum over all ranks after each micro-batch but the last."""
     found = ran[LONG]
     for rank, counted in enumerate(found.counted):
-        predicted = found.predicted(rank)
-        assert predicted != counted.traffic
-        predicted.add(WORLD, "all-reduce", STOP_REPORT_BYTES, count=len(counted.shapes) - 1)
-        assert predicted == counted.traffic
+        (predicted, _), sent = found.predicted(rank), ours(counted.traffic)
+        assert predicted != sent
+        predicted.add(WORLD, "all-reduce", STOP_VOTES_BYTES, count=len(counted.shapes) - 1)
+        assert predicted == sent
 
 
 def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran]) -> None:
@@ -193,8 +184,7 @@ def test_base_bytes_are_those_of_built_stages(ran: Mapping[str, Ran]) -> None:
         for rank, counted in enumerate(found.counted):
             plan = found.plan(rank)
             if plan.engine.zero_stage < 3:
-                stage = plan_stages(plan)[plan.grid.pp_rank]
-                assert base_bytes(plan, stage) == counted.base_bytes
+                assert base_bytes(plan.stage) == counted.base_bytes
                 seen.add(counted.base_bytes)
     assert len(seen) >= 8, "models, cuts and stages differ"
 
@@ -210,10 +200,12 @@ def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
         stage = plan.grid.pp_rank
         assert memory[stage]["base weights"] == bytes_in_words(counted.base_bytes)
         if plan.grid.dp_rank == 0:
-            traffic = step_traffic(plan, planned_shapes(plan, prepare_data(plan, progress=False).train))
+            traffic, most = found.predicted(rank, after_steps=0)
             expected = {group: traffic.of_group(group) for group in GROUPS}
+            texts = {group: f"{n:,} / {bytes_in_words(size)}" for group, (n, size) in expected.items() if n}
+            texts |= {DATA: f"at most {bytes_in_words(most)}"} if plan.grid.dp_size > 1 else {}
             cells = {column.replace("all ranks", WORLD): cell for column, cell in messages[stage].items()}
-            assert cells == {group: f"{n:,} / {bytes_in_words(size)}" for group, (n, size) in expected.items() if n}
+            assert cells == texts
 
 
 @pytest.mark.parametrize(
@@ -223,18 +215,25 @@ def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: st
     """What is counted on tensors without data equals what the block of a stage keeps at its layout."""
     found = ran[name]
     for rank, counted in enumerate(found.counted):
-        assert saved_bytes_per_token(found.plan(rank)) == counted.saved_bytes_per_token, rank
+        plan = found.plan(rank)
+        assert token_bytes(plan.source.shape, plan.layout).saved == counted.saved_bytes_per_token, rank
 
 
-def test_how_buckets_are_filled() -> None:
-    assert zero_0_messages([3, 4, 5], 100) == [12]
-    assert zero_0_messages([3, 4, 5], 6) == [7, 5]  # sent once it is more than full
-    bucket: dict[str, Any] = {"bucket_size": 6, "partition_size": 5, "by_partition": True}
-    assert zero_messages([2, 4, 1], starts=[0, 2, 6], **bucket) == [6, 1]
-    assert zero_messages([4, 4], starts=[0, 4], **bucket) == [4, 4]
-    # 3 | 16 from 3 on, cut at 5, 10, 15: pieces of 2, 5, 5, 4, of which two each are more than a bucket.
-    assert zero_messages([3, 16], starts=[0, 3], **bucket) == [3, 7, 9]
-    assert zero_messages([3, 16], starts=[0, 3], **{**bucket, "by_partition": False}) == [3, 16]
+def test_what_deepspeed_sends_at_each_zero_stage() -> None:
+    """By hand: 23 numbers of 4 bytes are trained; the base has 5 and 8 of 2 bytes, which 3 ranks pad to 6 and 9."""
+    target = Target("qkv", 1, (1, 1, 1), "column")
+    bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), targets=(target,), seed=0)
+    for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
+        layout = Layout(adapter, length=8, dp_size=dp_size, zero_stage=zero_stage)
+        stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=(5, 8))
+        bound[zero_stage, dp_size] = engine_bytes(stage, num_micro_batches=4)
+    assert bound == {
+        (0, 3): 4 * 23,
+        (1, 3): 4 * 23 + 4 * 24 + 4,
+        (2, 3): 4 * 4 * 23 + 4 * 24 + 4,
+        (3, 3): 4 * (2 * (2 * 15 + 4 * 24) + 4 * 24) + 8,
+        (3, 1): 0,
+    }
 
 
 def _count_alone(folder: str) -> Traffic:

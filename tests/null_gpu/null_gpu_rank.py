@@ -188,10 +188,9 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
 
 
 def _planned(plan: Any, **largest: int) -> float:
-    from megatron_tiedlora.training.memory_plan import stage_memory
-    from megatron_tiedlora.training.stage_plan import plan_stages
+    from megatron_tiedlora.planning.memory import stage_memory
 
-    return stage_memory(plan, plan_stages(plan)[0], **largest).allocated
+    return stage_memory(plan.stages[0], **largest).allocated
 
 
 def _compiling(order: Order, train_step: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:

@@ -71,13 +71,13 @@ def kill_once() -> None:
 def no_compiler(rank: int, *, pays: bool = False) -> None:
     """Compiling fails on this rank. `pays`: every run is long enough for it."""
     from megatron_tiedlora.parallel.kernels import Kernels
-    from megatron_tiedlora.training import compiling
+    from megatron_tiedlora.planning import layout
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler\nwith a long story")
 
     if pays:
-        compiling.LEAST_WORK = 0.0
+        layout.LEAST_WORK = 0.0
     if int(os.environ["RANK"]) == rank:
         Kernels.compiled = lambda self, **_: Kernels(normalise=broken)  # type: ignore[method-assign]
 

@@ -13,9 +13,9 @@ from tiny_models import random_adapter
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.planning.partition import layer_costs, partition
 
 
 def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: bool = False) -> Decoder:

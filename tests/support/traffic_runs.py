@@ -15,10 +15,10 @@ from tiny_models import write_tiny_model
 from traffic_worker import UNCOUNTED_STEPS, Case, Counted, count_steps
 
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.parallel.traffic import Traffic
+from megatron_tiedlora.parallel.traffic import DATA, Traffic
+from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
-from megatron_tiedlora.training.traffic_plan import planned_shapes, step_traffic
 
 # ZeRO sections beside those of ds_configs/.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -38,12 +38,29 @@ class Ran:
         """The rank's plan, made without starting it."""
         return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
 
-    def predicted(self, rank: int) -> Traffic:
-        """Of the counted step, from settings and data alone."""
+    def predicted(self, rank: int, *, after_steps: int = UNCOUNTED_STEPS) -> tuple[Traffic, int]:
+        """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
         plan = self.plan(rank)
-        data = prepare_data(plan, progress=False)
-        consumed = UNCOUNTED_STEPS * plan.batches.global_batch_size
-        return step_traffic(plan, planned_shapes(plan, data.train, consumed_samples=consumed))
+        data = prepare_data(plan, progress=False).train
+        batch = plan.global_batch(data, consumed_samples=after_steps * plan.batches.global_batch_size)
+        shapes = plan.micro_batches(data, batch)
+        return step_traffic(plan.stage, shapes), engine_bytes(plan.stage, num_micro_batches=len(shapes))
+
+    def check(self, rank: int) -> None:
+        """Our messages are those that are predicted; DeepSpeed's bytes are too, and at most those under ZeRO-3."""
+        (predicted, most), counted = self.predicted(rank), self.counted[rank].traffic
+        assert ours(counted) == predicted, rank
+        _, size = counted.of_group(DATA)
+        assert size == most or (self.plan(rank).layout.zero_stage == 3 and size < most), (rank, size, most)
+
+
+def ours(traffic: Traffic) -> Traffic:
+    """What is sent in all groups but the data-parallel one, which is DeepSpeed's alone."""
+    found = Traffic()
+    for (group, kind), count in traffic.messages.items():
+        if group != DATA:
+            found.messages[group, kind], found.bytes[group, kind] = count, traffic.bytes[group, kind]
+    return found
 
 
 def write_inputs(folder: Path) -> dict[str, Any]:

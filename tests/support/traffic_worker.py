@@ -128,7 +128,7 @@ def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
 
 def _count_saved_bytes(stage: Any, plan: Any) -> float:
     length, index = 256, stage.blocks[-1]
-    parts = plan.grid.tp_size if plan.sequence_parallel else 1
+    parts = plan.layout.sequence_parts
     updates = stage.read_adapter()
     hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
     block = stage.layers[str(index)]

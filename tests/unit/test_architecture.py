@@ -16,6 +16,7 @@ ORDER = (
     "model",
     "runtime",
     "engine",
+    "planning",
     "data",
     "checkpoint",
     "convert",

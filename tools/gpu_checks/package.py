@@ -29,11 +29,10 @@ from megatron_tiedlora.model.fused_attention import (
     one_by_one,
 )
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
-from megatron_tiedlora.training.memory_plan import stage_memory
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.stage_plan import plan_stages
 
 Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
@@ -157,8 +156,7 @@ def compiler_failure(device: torch.device) -> str | None:
 
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
-    stage = plan_stages(plan)[plan.grid.pp_rank]
-    return stage_memory(plan, stage, tokens=plan.batches.micro_batch_size * plan.settings.max_length).allocated
+    return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
 
 
 def shape_of(shape: ModelShape, adapter: AdapterConfig) -> Shape:

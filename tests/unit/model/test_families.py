@@ -21,12 +21,12 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.model.families import families, shape_from_hf
-from megatron_tiedlora.model.partition import layer_costs, partition
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
+from megatron_tiedlora.planning.partition import layer_costs, partition
 
 SIZES = {
     "vocab_size": 320,

@@ -20,7 +20,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.layers import padded
-from megatron_tiedlora.training.flops_plan import step_flops
+from megatron_tiedlora.planning.flops import step_flops
 
 RANK = 16
 SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 4}

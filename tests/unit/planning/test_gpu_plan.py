@@ -15,11 +15,10 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.data.loader import pad_multiple
+from megatron_tiedlora.planning import memory
 from megatron_tiedlora.runtime.determinism import VARIABLES, make_deterministic
-from megatron_tiedlora.training import dry_run, memory_plan, plan
+from megatron_tiedlora.training import dry_run, plan
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.stage_plan import plan_stages
 
 
 def planned(*flags: str, ranks: int = 1, model: str = "llama2-7b") -> RunPlan:
@@ -40,7 +39,7 @@ def test_a_plan_is_for_what_is_here_or_for_what_is_asked(
     monkeypatch.setattr(plan, "uses_gpu", lambda: here)
     found = planned(*flags)
     assert found.on_gpu == on_gpu
-    assert found.pad_multiple == (128 if on_gpu else 8)
+    assert found.layout.pad_multiple == (128 if on_gpu else 8)
     assert found.batches.micro_batch_size == (2 if on_gpu else 1)
 
 
@@ -51,25 +50,26 @@ def test_only_a_dry_run_plans_for_another_machine() -> None:
 
 @pytest.mark.parametrize(("parts", "on_cpu", "on_gpu"), [(1, 8, 128), (8, 8, 128), (3, 24, 384), (6, 24, 384)])
 def test_lengths_divide_into_parts(parts: int, on_cpu: int, on_gpu: int) -> None:
-    assert (pad_multiple(parts), pad_multiple(parts, on_gpu=True)) == (on_cpu, on_gpu)
+    layout = replace(planned().layout, tp_size=parts, on_gpu=False)
+    assert (layout.pad_multiple, replace(layout, on_gpu=True).pad_multiple) == (on_cpu, on_gpu)
+    assert replace(layout, cuts_sequences=False).pad_multiple == 8
 
 
 def test_a_plan_for_gpus_plans_their_caches_and_kernels() -> None:
     """In bf16 a CPU decodes in fp32; in fp32 a GPU's kernel keeps keys and values for every query head."""
     caches = [
-        memory_plan.decoding_cache_bytes(planned(f"--plan_for={what}", "--dtype=bf16"), longest_prompt=100)
+        memory.cache_bytes(planned(f"--plan_for={what}", "--dtype=bf16").stage, sequences=4, tokens=100)
         for what in ("cpu", "gpu")
     ]
     assert caches[0] == 2 * caches[1]
-    kept = {
-        (what, dtype): memory_plan.saved_bytes_per_token(
-            planned(f"--plan_for={what}", f"--dtype={dtype}", model="llama2-70b")
-        )
+    plans = {
+        (what, dtype): planned(f"--plan_for={what}", f"--dtype={dtype}", model="llama2-70b")
         for what in ("cpu", "gpu")
         for dtype in ("bf16", "fp32")
     }
-    assert kept["gpu", "bf16"] == kept["cpu", "bf16"]
-    assert kept["gpu", "fp32"] - kept["cpu", "fp32"] == 2 * 64 * 128 * 4
+    saved = {key: memory.token_bytes(found.source.shape, found.layout).saved for key, found in plans.items()}
+    assert saved["gpu", "bf16"] == saved["cpu", "bf16"]
+    assert saved["gpu", "fp32"] - saved["cpu", "fp32"] == 2 * 64 * 128 * 4
 
 
 # Micro-batches of 8,192 packed tokens ---------------------------------------------------------------------------------
@@ -130,10 +130,9 @@ def test_planned_memory_is_what_a_step_allocates(
 ) -> None:
     for compile_, measured in (("true", compiled), ("false", eager)):
         found = planned("--plan_for=gpu", f"--recompute={recompute}", f"--compile={compile_}", "--ds_config=zero1.json")
-        (stage,) = plan_stages(found)
-        memory = memory_plan.stage_memory(found, stage, tokens=rows * length)
-        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.012)
-        assert memory.total - memory.allocated == memory_plan.CONTEXT_BYTES  # one rank sends nothing
+        needed = memory.stage_memory(found.stage, tokens=rows * length)
+        assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.012)
+        assert needed.total - needed.allocated == memory.CONTEXT_BYTES  # one rank sends nothing
 
 
 def blocks_of_7b(num_blocks: int, *flags: str, ranks: int = 1) -> RunPlan:
@@ -160,25 +159,26 @@ def test_planned_memory_of_many_documents(
 ) -> None:
     """Attention's workspace is what a step needs most of from documents of about 20 tokens on."""
     found = blocks_of_7b(num_blocks, "--ds_config=zero1.json", *flags)
-    (stage,) = plan_stages(found)
-    memory = memory_plan.stage_memory(found, stage, tokens=4096, documents=documents, longest=4096 // documents)
-    assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.016)
+    needed = memory.stage_memory(found.stage, tokens=4096, documents=documents, longest=4096 // documents)
+    assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.016)
 
 
 def test_attention_in_fp32_keeps_rows_as_long_as_the_longest_document() -> None:
     found = blocks_of_7b(2, "--dtype=fp32")
     even, uneven = (
-        memory_plan.AttentionMemory(found, tokens=4096, documents=64, longest=longest) for longest in (64, 2048)
+        memory.attention_memory(found.source.shape, found.layout, tokens=4096, documents=64, longest=longest)
+        for longest in (64, 2048)
     )
-    assert even.kept == 0 and uneven.kept == 4 * 32 * (64 * 2048 - 4096)
+    assert even.saved == 0 and uneven.saved == 4 * 32 * (64 * 2048 - 4096)
     assert uneven.backward - even.backward == 4 * 4096 * (64 * 2048 - 4096)
 
 
 def test_sums_in_one_order_take_more_workspace() -> None:
     """A copy of the fp32 gradient of the queries for each part of the keys: 132 multiprocessors over 32 heads."""
+    plans = [blocks_of_7b(2, *flags) for flags in ((), ("--deterministic",))]
     plain, ordered = (
-        memory_plan.AttentionMemory(blocks_of_7b(2, *flags), tokens=4096, documents=1, longest=4096).backward
-        for flags in ((), ("--deterministic",))
+        memory.attention_memory(found.source.shape, found.layout, tokens=4096, documents=1, longest=4096).backward
+        for found in plans
     )
     assert ordered - plain == 4 * 4 * 32 * (4096 + 128) * 128
 
@@ -187,11 +187,10 @@ def test_weights_that_zero_3_gathers_are_planned() -> None:
     """GB, as above: 4 blocks are gathered whole, of 12 a thousand million numbers and a weight."""
     for num_blocks, measured in ((4, 3.420), (12, 5.328)):
         found = blocks_of_7b(num_blocks, "--ds_config=zero3.json", ranks=8)
-        (stage,) = plan_stages(found)
-        memory = memory_plan.stage_memory(found, stage, tokens=2048)
-        assert memory.allocated / 1e9 == pytest.approx(measured, rel=0.03)
+        needed = memory.stage_memory(found.stage, tokens=2048)
+        assert needed.allocated / 1e9 == pytest.approx(measured, rel=0.03)
     alone = blocks_of_7b(4, "--ds_config=zero3.json")
-    assert memory_plan.gathered_bytes(alone, plan_stages(alone)[0]) == 0  # measured: 3.137, planned 3.148
+    assert memory.gathered_bytes(alone.stage) == 0  # measured: 3.137, planned 3.148
 
 
 @pytest.mark.parametrize(
@@ -201,12 +200,11 @@ def test_weights_that_zero_3_gathers_are_planned() -> None:
 def test_communicators(tp: int, pp: int, dp: int, counts: list[int]) -> None:
     layout = (f"--tensor_parallel={tp}", f"--pipeline_parallel={pp}", "--ds_config=zero1.json")
     on_gpu, on_cpu = (planned(f"--plan_for={kind}", *layout, ranks=tp * pp * dp) for kind in ("gpu", "cpu"))
-    stages = plan_stages(on_gpu)
-    assert [memory_plan.num_communicators(on_gpu, stage) for stage in stages] == counts
-    for stage, count in zip(stages, counts, strict=True):
-        found = memory_plan.stage_memory(on_gpu, stage, tokens=4096).libraries
-        assert found == memory_plan.CONTEXT_BYTES + count * memory_plan.COMMUNICATOR_BYTES
-        assert memory_plan.stage_memory(on_cpu, stage, tokens=4096).libraries == 0
+    assert [memory.num_communicators(stage) for stage in on_gpu.stages] == counts
+    for stage, other, count in zip(on_gpu.stages, on_cpu.stages, counts, strict=True):
+        found = memory.stage_memory(stage, tokens=4096).libraries
+        assert found == memory.CONTEXT_BYTES + count * memory.COMMUNICATOR_BYTES
+        assert memory.stage_memory(other, tokens=4096).libraries == 0
 
 
 # --deterministic ---------------------------------------------------------------------------------------------------

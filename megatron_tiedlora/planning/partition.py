@@ -1,7 +1,7 @@
-"""Where to cut the flat list into stages: the contiguous partition whose most expensive stage costs least.
+"""The contiguous partition of the flat list into stages whose most expensive stage costs least.
 
-Costs are multiplications per token, forward and backward. A frozen base has no weight gradients, so a layer's backward
-pass costs as much as its forward pass (attention's twice that), and nothing below the first adapted layer has one.
+Costs are multiplications per token, forward and backward. A frozen base has no weight gradients. So a layer's backward
+pass costs as much as its forward pass (attention's twice as much), and no layer below the first adapted one has any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Stages = tuple[range, ...]
 
 
 def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
-    """Multiplications per token of every layer of the flat list (embedding, blocks, head), each pass.
+    """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
 
     Block: P, the numbers in its matrices, for the products, A = s h for causal attention over s tokens (h: width of the
     queries); forward P + A, and backward P + 2A from the first adapted layer (`first_adapted`, 1-based)

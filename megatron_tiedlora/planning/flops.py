@@ -1,8 +1,8 @@
-"""Floating-point operations of one training step, as arithmetic: what a frozen base needs, and no more.
+"""Arithmetic for the floating-point operations that one training step with a frozen base needs.
 
-With P the multiplications of a token with all weights, A = 2 s d L the operations of causal attention and r the rank, a
-token takes 4 P + 3 A + 6 r (d + o) L: there is no gradient of a weight. Less where positions have no label (head, and
-what comes after the last attention), below the first adapted layer, and for what only a frozen factor would need.
+Let P be the multiplications of a token with all weights, A = 2 s d L the operations of causal attention, r the rank. A
+token takes 4 P + 3 A + 6 r (d + o) L, as no weight has a gradient. It takes less if it has no label (for the head and
+all that follows the last attention), below the first adapted layer, and if a factor is frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations by what they are for; a multiplication with its addition counts as two."""
+    """Operations by purpose. A multiplication with its addition counts as two."""
 
     products: int
     attention: int
@@ -24,7 +24,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum."""
         return self.products + self.attention + self.adapter + self.head
 
 
@@ -37,13 +37,13 @@ def step_flops(
     num_after: int,
     num_supervised: int,
 ) -> StepFlops:
-    """The whole model's operations, forward and backward, without recompute.
+    """The operations of the whole model, forward and backward, without recompute.
 
     Args:
-        num_tokens: positions that are computed.
-        squared_lengths: sum of s^2 over sequences of s positions; causal attention sees half of that.
-        num_after: positions that are computed after the last attention.
-        num_supervised: positions that meet the vocabulary.
+        num_tokens: the positions that are computed.
+        squared_lengths: the sum of s^2 over sequences of s positions; causal attention needs half of that.
+        num_after: the positions that are computed after the last attention.
+        num_supervised: the positions that the head computes logits for.
     """
     block, first, num_layers = shape.block, adapter.layers[0], shape.num_layers
     qkv, query = block.qkv.num_weights, shape.heads.rows[0]
@@ -62,10 +62,10 @@ def step_flops(
 def sample_flops(
     shape: ModelShape, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
 ) -> int:
-    """What training on samples takes, however they are padded, packed or cut: positions of padding count for nothing.
+    """The operations of training on samples. Padding does not count, so packing and layouts change nothing.
 
     Args:
-        num_tokens, squared_lengths, num_supervised: sums over the samples, of lengths s, s^2 and supervised tokens.
+        num_tokens, squared_lengths, num_supervised: sums of s, s^2 and supervised tokens over samples of length s.
     """
     return step_flops(
         shape,
@@ -78,7 +78,7 @@ def sample_flops(
 
 
 def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
-    """Summed widths of the adapter's products in one layer, each of r columns: 3 (d + o) where all is trained."""
+    """The summed widths of the adapter's matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
     row, summed = adapter.row, 0
     for target in adapter.targets:
         d, o = target.in_size, target.out_size

@@ -1,0 +1,1 @@
+"""Arithmetic that predicts what a layout costs: stages, FLOPs, memory and messages."""

@@ -1,0 +1,129 @@
+"""The layout of a run over its ranks, as plain data. The planners read nothing beside it and a ModelShape.
+
+A run makes one `Layout` from its settings (`RunPlan.layout`). A comparison of layouts makes one for each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.parallel.grid import Grid
+
+# Repeated shapes need less memory and fewer kernels.
+BASE_MULTIPLE = 8
+# On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
+# are off (docs/performance.md).
+GPU_MULTIPLE = 128
+# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
+# first, and saves about a quarter of each step.
+LEAST_WORK = 5e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model and its adapter are trained over the ranks.
+
+    Attributes:
+        adapter: the adapter that is trained.
+        length: the most tokens in a row of a micro-batch.
+        rows: the most rows in a micro-batch.
+        micro_batches: the most micro-batches of a rank in one step.
+        tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
+        cuts_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
+        zero_stage: the ZeRO stage, 0 to 3.
+        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
+        dtype: the dtype of the base.
+        recompute: "none", "selective" (gate and up) or "full" (whole blocks).
+        on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
+        compiled: whether kernels are compiled.
+        deterministic: whether every sum has a fixed order.
+    """
+
+    adapter: AdapterConfig
+    length: int
+    rows: int = 1
+    micro_batches: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    cuts_sequences: bool = True
+    zero_stage: int = 0
+    live_parameters: int = 1_000_000_000
+    dtype: torch.dtype = torch.bfloat16
+    recompute: str = "none"
+    on_gpu: bool = False
+    compiled: bool = True
+    deterministic: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between layers are sharded along the sequence."""
+        return self.cuts_sequences and self.tp_size > 1
+
+    @property
+    def sequence_parts(self) -> int:
+        """The number of shards that activations between layers are cut into along the sequence."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """Lengths are padded to a multiple of this, so that sequence parallelism can divide them into equal shards.
+
+        It is 8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding does not change the
+        loss.
+        """
+        return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
+
+
+def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int) -> bool:
+    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
+    widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
+    return num_tokens / grid.dp_size * widths >= LEAST_WORK
+
+
+def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:
+    """Check that the model can be cut over the grid and that the ZeRO stage of `ds_config` goes with it.
+
+    Raises:
+        UserError: the first thing that does not fit, with the numbers that do.
+    """
+    tp, pp = grid.tp_size, grid.pp_size
+    sizes = {
+        "attention heads": shape.heads.num,
+        "key-value heads": shape.heads.num_kv,
+        "hidden size": shape.hidden_size,
+        "feed-forward width": shape.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for s in sizes.values())]
+            raise UserError(
+                f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
+                f" {', '.join(map(str, possible))}"
+            )
+    if (tp - 1) * -(-shape.vocab_size // tp) >= shape.vocab_size:
+        raise UserError(
+            f"--tensor_parallel {tp}: a vocabulary of {shape.vocab_size} leaves a rank without a row; give fewer"
+        )
+    if pp > shape.num_layers:
+        raise UserError(
+            f"--pipeline_parallel {pp}: the model has {shape.num_layers} layers and every stage needs one; give at"
+            f" most {shape.num_layers}"
+        )
+    if pp > 1 and zero_stage > 1:
+        raise UserError(
+            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages"
+            " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
+            " whole gradients of its part of the adapter"
+        )

@@ -1,0 +1,110 @@
+"""Arithmetic for what each pipeline stage of a layout holds, and for the blocks that have a backward pass.
+
+The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that a
+stage needs, and `traffic` the messages that it sends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.partition import layer_costs, partition
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a model under a layout.
+
+    Attributes:
+        layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
+        part: the part of the adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        local_base: the numbers in each base parameter of a rank, with padding of the vocabulary and a copied head.
+        full_base: the numbers in the base parameters of all ranks of the stage together, without padding.
+        cost_share: the stage's share of the work of all stages.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    index: int
+    layers: range
+    part: AdapterPart
+    local_base: tuple[int, ...]
+    full_base: int
+    cost_share: float
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the head."""
+        return self.index == self.layout.pp_size - 1
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks among its layers."""
+        return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
+
+    @property
+    def first_adapted(self) -> int:
+        """The first adapted layer of the whole model."""
+        return self.layout.adapter.layers[0]
+
+    @property
+    def backward_blocks(self) -> tuple[int, ...]:
+        """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
+        return tuple(block for block in self.blocks if block >= self.first_adapted)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The numbers in each trained tensor of a rank; a stage without one has an anchor of one number."""
+        names = [name for name in self.part.config.num_trained() if self.part.exists(name)]
+        anchor = () if self.part.layers else (1,)
+        return (*anchor, *(self.local_size(name) for name in names))
+
+    @property
+    def trained_tied(self) -> int:
+        """The numbers in the trained tied tensors of a rank, whose gradients are summed over the stages."""
+        config = self.part.config
+        return sum(self.local_size(name) for name in config.num_trained() if config.factor(name).tied)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
+        config = self.part.config
+        frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
+        return (*self.trained, *(self.local_size(name) for name in frozen))
+
+    def local_size(self, name: str) -> int:
+        """The numbers in a rank's part of one of the adapter's tensors."""
+        return math.prod(self.part.local_shape(name))
+
+
+def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
+    """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
+    adapter, tp_size = layout.adapter, layout.tp_size
+    costs = layer_costs(shape, length=layout.length, first_adapted=adapter.layers[0])
+    tables = {first: stage_weight_rules(shape, has_embedding=first) for first in (True, False)}
+    stages = []
+    for index, layers in enumerate(partition(costs, layout.pp_size)):
+        rules = [rule for rule in tables[index == 0] if rule.layer in layers]
+        stages.append(
+            StagePlan(
+                shape,
+                layout,
+                index,
+                layers,
+                part=AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size),
+                local_base=tuple(math.prod(rule.spec.local_shape(rule.shape, tp_size)) for rule in rules),
+                full_base=sum(rule.num_elements for rule in rules),
+                cost_share=sum(costs[layer] for layer in layers) / sum(costs),
+            )
+        )
+    return tuple(stages)

@@ -1,0 +1,223 @@
+"""Arithmetic for the messages that a rank sends in one training step, from the shapes of its micro-batches.
+
+`step_traffic` predicts, message by message, what parallel.traffic.TrafficCounter counts around a step on any rank of
+any layout. The checks of a run's first steps send a little more. In the data-parallel group only DeepSpeed sends, which
+fills buckets and fetches ahead. `engine_bytes` is an upper bound of the bytes that it sends there.
+
+Let h be the bytes of a micro-batch's hidden states (rows x length x d). Each adapted block sends 8 messages of h with
+sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward), and 4 without. With
+sequence parallelism two of the 8 also carry r columns of the adapter, padded to a multiple of 8. After the last
+attention h counts supervised positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tiedlora.engine.votes import StepVotes
+from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.model.supervised import padded_positions
+from megatron_tiedlora.parallel.layers import padded
+from megatron_tiedlora.parallel.traffic import MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.runtime.stopping import StopVotes
+
+FP32, FP64 = 4, 8  # bytes
+# If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
+STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
+
+SampleRow = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""The samples of a row, end to end: the length of each, and the index of its first supervised token (at least 1)."""
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The sizes of a micro-batch that its messages depend on.
+
+    Attributes:
+        num_after: the positions that are computed after the last attention; see `Supervised`.
+    """
+
+    num_rows: int
+    length: int
+    num_supervised: int
+    num_after: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The positions, padding included."""
+        return self.num_rows * self.length
+
+
+def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
+    """A rank's micro-batches for a run without data: each row is one full sample, and all its tokens are supervised.
+
+    No position predicts the first token of a sample.
+    """
+    row = np.full(1, layout.length), np.ones(1, dtype=np.int64)
+    return (micro_batch_shape(layout, [row] * layout.rows),) * layout.micro_batches
+
+
+def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
+    """The shape of a micro-batch of these rows.
+
+    All tokens of a sample from its first supervised one on are supervised. The position before a token predicts it.
+    """
+    longest = max(int(lengths.sum()) for lengths, _ in rows)
+    length, num_parts = padded(max(longest, 1), layout.pad_multiple), layout.sequence_parts
+    edges = np.arange(num_parts + 1) * (len(rows) * length // num_parts)
+    before = np.zeros(num_parts + 1, dtype=np.int64)  # supervised positions before each edge
+    for number, (lengths, starts) in enumerate(rows):
+        begins = number * length + np.cumsum(lengths) - lengths
+        before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
+    most = padded_positions(int(np.diff(before).max()))
+    num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
+    return MicroBatchShape(len(rows), length, num_supervised, num_parts * most)
+
+
+def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
+    """The messages that a rank of the stage sends in one step, in all groups but the data-parallel one."""
+    layout, traffic = stage.layout, Traffic()
+    for shape in micro_batches:
+        if layout.tp_size > 1:
+            _add_layers(traffic, stage, shape)
+            _add_adapter(traffic, stage)
+        # Hidden states forward, and their gradient backward (zeros if none is needed).
+        hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
+        traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
+    if layout.pp_size > 1 and stage.trained_tied:
+        traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
+    if layout.tp_size > 1 and stage.part.layers and layout.adapter.row.u.trained:
+        traffic.add(_stage_group(layout), "all-reduce", FP32 * stage.local_size("u"))
+    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm
+        traffic.add(MODEL, "all-reduce", _norm_bytes(layout))
+    if layout.world_size > 1:
+        traffic.add(WORLD, "all-reduce", FP64 * len(StepVotes._fields))
+    return traffic
+
+
+def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
+    """The most bytes that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
+
+    It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
+    gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it
+    keeps some from one pass to the next.
+    """
+    zero_stage, dp_size = stage.layout.zero_stage, stage.layout.dp_size
+    if dp_size == 1:
+        return 0
+    gradients, norm = FP32 * sum(stage.trained), _norm_bytes(stage.layout)
+    if zero_stage == 0:
+        return gradients
+    if zero_stage < 3:
+        sums = 1 if zero_stage == 1 else num_micro_batches
+        return sums * gradients + FP32 * padded(sum(stage.trained), 2 * dp_size) + norm
+
+    def whole(sizes: Sequence[int]) -> int:
+        return sum(padded(size, dp_size) for size in sizes)
+
+    parameters = stage.layout.dtype.itemsize * whole(stage.local_base) + FP32 * whole(stage.held)
+    return num_micro_batches * (2 * parameters + FP32 * whole(stage.trained)) + norm
+
+
+def _norm_bytes(layout: Layout) -> int:
+    return FP32 if layout.zero_stage in (1, 2) else FP64
+
+
+def _stage_group(layout: Layout) -> str:
+    """The name of the group of a stage's ranks; see `named_handles`."""
+    if layout.dp_size == 1:
+        return TENSOR
+    return WORLD if layout.pp_size == 1 else STAGE
+
+
+def _hidden_bytes(stage: StagePlan, num_tokens: int) -> int:
+    return num_tokens * stage.shape.hidden_size * stage.layout.dtype.itemsize
+
+
+def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> None:
+    """Add the tensor-parallel messages of a micro-batch in embedding, blocks and head.
+
+    Recomputing a block stops as soon as its backward pass has all it needs, so the last exit is not repeated.
+    Recomputing gate and up enters the MLP's region again. Nothing after the last attention is recomputed.
+    """
+    layout, sent = stage.layout, _Regions(traffic, stage)
+    if stage.is_first:
+        sent.leave(shape.num_tokens)  # the embedding, which is frozen
+    for block in stage.blocks:
+        ends_here = stage.is_last and block == stage.blocks[-1]
+        after = shape.num_after if ends_here else shape.num_tokens
+        columns = layout.adapter.rank if block in stage.part.layers else 0
+        backward = block in stage.backward_blocks
+        again = backward and layout.recompute == "full"
+        for number in range(2 if again else 1):
+            sent.enter(shape.num_tokens, columns=columns)
+            if number == 0 or not ends_here:
+                sent.leave(after)
+                sent.enter(after)
+        sent.leave(after)
+        if backward and layout.recompute == "selective" and not ends_here:
+            sent.enter(after)
+        if backward:
+            sent.back_through_leave(after, count=2)
+            sent.back_through_enter(after)
+            columns = columns if layout.adapter.row.A.trained else 0
+            if block > stage.first_adapted:
+                sent.back_through_enter(shape.num_tokens, columns=columns)
+            elif columns and layout.sequence_parallel:  # nothing below needs a gradient, but A does
+                size = shape.num_tokens * columns * layout.dtype.itemsize
+                traffic.add(TENSOR, "reduce-scatter", size)
+    if stage.is_last:
+        sent.enter(shape.num_after)
+        sent.back_through_enter(shape.num_after)
+        # two fp32 numbers a row of logits and rank, for each chunk of the head
+        logits = padded(shape.num_supervised)
+        for start in range(0, logits, HEAD_ROWS):
+            rows = min(HEAD_ROWS, logits - start)
+            traffic.add(TENSOR, "all-gather", layout.tp_size * 2 * rows * FP32)
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """Adds the messages of entering and leaving a tensor-parallel region with a number of positions.
+
+    `columns` of the adapter are sent in the same message as the hidden states.
+    """
+
+    traffic: Traffic
+    stage: StagePlan
+
+    def _add(self, kind: str, num_tokens: int, count: int = 1, columns: int = 0) -> None:
+        size = _hidden_bytes(self.stage, num_tokens)
+        size += num_tokens * padded(columns) * self.stage.layout.dtype.itemsize
+        self.traffic.add(TENSOR, kind, size, count=count)
+
+    def enter(self, num_tokens: int, *, columns: int = 0) -> None:
+        if self.stage.layout.sequence_parallel:
+            self._add("all-gather", num_tokens, columns=columns)
+
+    def leave(self, num_tokens: int) -> None:
+        self._add("reduce-scatter" if self.stage.layout.sequence_parallel else "all-reduce", num_tokens)
+
+    def back_through_leave(self, num_tokens: int, *, count: int) -> None:
+        if self.stage.layout.sequence_parallel:
+            self._add("all-gather", num_tokens, count)
+
+    def back_through_enter(self, num_tokens: int, *, columns: int = 0) -> None:
+        if self.stage.layout.sequence_parallel:
+            self._add("reduce-scatter", num_tokens, columns=columns)
+        else:
+            self._add("all-reduce", num_tokens)
+
+
+def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
+    """Add the gather of A and the sum of its gradient: one each per micro-batch and stage, for any number of layers."""
+    if stage.part.layers and stage.part.config.row.A.trained:
+        size = FP32 * stage.local_size("A") * stage.part.tp_size
+        traffic.add(TENSOR, "all-gather", size)
+        traffic.add(TENSOR, "reduce-scatter", size)

@@ -1,0 +1,85 @@
+"""The planners need a ModelShape and a Layout and nothing else: every layout of a cluster, without a run's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.planning import layout as module
+from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.stages import StagePlan, plan_stages
+from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
+
+SHAPE = find_model("llama2-70b", weights=False).shape
+ADAPTER = make_adapter_config("tl6", rank=8, layers=tuple(range(1, 81)), targets=targets_of(SHAPE), seed=0)
+RANKS = 32
+
+
+def layouts() -> list[tuple[int, int, int]]:
+    """Those of 32 ranks that the model can be cut into, by (tensor, pipeline, data)."""
+    found = []
+    for tp in range(1, RANKS + 1):
+        for pp in range(1, RANKS // tp + 1):
+            try:
+                check_layout(SHAPE, Grid(0, RANKS, tp_size=tp, pp_size=pp))
+            except UserError:
+                continue
+            found.append((tp, pp, RANKS // (tp * pp)))
+    return found
+
+
+def planned(tp: int, pp: int, dp: int, **changes: Any) -> tuple[StagePlan, ...]:
+    sizes = {"tp_size": tp, "pp_size": pp, "dp_size": dp, "zero_stage": 1, "on_gpu": True, "micro_batches": 256 // dp}
+    return plan_stages(SHAPE, Layout(ADAPTER, length=4096, **{**sizes, **changes}))
+
+
+def test_every_layout_of_a_cluster_can_be_planned() -> None:
+    """70B has 8 key-value heads and 80 layers: of 32 ranks, up to 8 share a layer, and any power of 2 are stages."""
+    fits = []
+    for tp, pp, dp in layouts():
+        stages = planned(tp, pp, dp)
+        assert [layer for stage in stages for layer in stage.layers] == list(range(82))
+        assert sum(stage.cost_share for stage in stages) == pytest.approx(1)
+        shapes = assumed_micro_batches(stages[0].layout)
+        for stage in stages:
+            sent = step_traffic(stage, shapes)
+            assert bool(sent.messages) and (dp > 1) == (engine_bytes(stage, num_micro_batches=len(shapes)) > 0)
+        memory = max(stage_memory(stage, tokens=shapes[0].num_tokens).total for stage in stages)
+        if memory < 80e9:
+            fits.append((tp, pp, dp))
+    assert len(layouts()) == 6 + 5 + 4 + 3
+    assert (1, 1, 32) not in fits and (8, 4, 1) in fits and (4, 2, 4) in fits
+
+
+def test_a_layout_costs_what_its_fields_say() -> None:
+    """Twice the tensor-parallel ranks halve the base; ZeRO-2 shards gradients; sequences are cut with tp alone."""
+    base = [stage_memory(planned(tp, 1, 32 // tp)[0], tokens=4096) for tp in (4, 8)]
+    assert base[0].base == pytest.approx(2 * base[1].base, rel=1e-3)
+    one, two = (stage_memory(planned(4, 1, 8, zero_stage=stage)[0], tokens=4096) for stage in (1, 2))
+    assert one.gradients == 8 * two.gradients and one.optimizer == two.optimizer
+    whole, cut = (planned(4, 1, 8, cuts_sequences=cuts)[0].layout for cuts in (False, True))
+    assert (whole.sequence_parts, cut.sequence_parts) == (1, 4)
+    assert planned(1, 1, 32)[0].layout.sequence_parts == 1 and not planned(1, 1, 32)[0].layout.sequence_parallel
+
+
+def test_a_layout_that_does_not_fit_is_rejected() -> None:
+    check_layout(SHAPE, Grid(0, 16, tp_size=8, pp_size=2), zero_stage=1, ds_config="zero1.json")
+    with pytest.raises(UserError, match="ZeRO-2 does not go with --pipeline_parallel 2"):
+        check_layout(SHAPE, Grid(0, 16, tp_size=8, pp_size=2), zero_stage=2, ds_config="mine.json")
+
+
+def test_compiling_pays_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the numbers that the layers of one rank process: its tokens, times the widths of its layers."""
+    widths = 80 * (8192 + 28672)
+    for ranks, tp, pp in ((1, 1, 1), (8, 8, 1), (4, 1, 4), (2, 1, 1)):
+        grid = Grid(0, ranks, tp_size=tp, pp_size=pp)
+        monkeypatch.setattr(module, "LEAST_WORK", 1000 * widths / ranks)
+        assert pays_to_compile(SHAPE, grid, num_tokens=1000)
+        assert not pays_to_compile(SHAPE, grid, num_tokens=999)
