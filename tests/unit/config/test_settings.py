@@ -256,7 +256,7 @@ def test_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
         ({"zero_optimization": {"stag": 2}}, ["zero_optimization.stag", "did you mean stage?"]),
         ({"zero_optimization": {"stage": 7}}, ["zero_optimization.stage"]),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, ["offload_optimizer.devise"]),
-        ({"steps_per_print": "ten"}, ["steps_per_print is 'ten'", "a whole number"]),
+        ({"steps_per_print": "ten"}, ["steps_per_print is 'ten'", "an integer"]),
         ({"wall_clock_breakdown": 1}, ["wall_clock_breakdown is 1", "true or false"]),
         ({"flops_profiler": [True]}, ["flops_profiler is [True]", "an object"]),
         ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage is True", "0 to 3"]),
