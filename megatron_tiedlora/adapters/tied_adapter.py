@@ -50,7 +50,7 @@ class AdapterConfig:
         return self.alpha / self.rank
 
     @property
-    def row(self) -> Method:
+    def method_spec(self) -> Method:
         """The method's entry in the table of methods."""
         return find_method(self.method)
 
@@ -61,7 +61,7 @@ class AdapterConfig:
 
     def factor(self, name: str) -> Factor:
         """Whether a tensor is tied and trained, and how it is initialised."""
-        return self.row.factor(self.tensors[name][1])
+        return self.method_spec.factor(self.tensors[name][1])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape: A (r, in), B (out, r), u (n, r), v (n, out). A and B have a leading n if they are not tied."""
@@ -135,7 +135,7 @@ class AdapterPart:
             shape = (len(self.layers), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
-    def cut(self, name: str, full: torch.Tensor) -> torch.Tensor:
+    def shard(self, name: str, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
         rows = full if self.config.factor(name).tied else full[self.rows]
         return self.config.spec(name).split(rows, self.tp_rank, self.tp_size)
@@ -158,7 +158,7 @@ def make_adapter_config(
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
-def start_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
+def initial_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
     """The full initial fp32 values of every tensor. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
@@ -270,7 +270,7 @@ class TiedAdapter(nn.Module):
         """Copy this rank's parts of full tensors into the parameters; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.part.cut(name, values[name]))
+                parameter.copy_(self.part.shard(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """The updates of each adapted layer of the stage: the parts of A and F that match this rank's shard of W.
@@ -286,7 +286,7 @@ class TiedAdapter(nn.Module):
             return ()
         targets = self.config.targets
         a, b, u, v = ([self._whole(target, factor, tensor_group) for target in targets] for factor in FACTORS)
-        if self.config.row.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
+        if self.config.method_spec.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
             u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
         updates = map(partial(self._updates, dtype), a, b, u, v)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, start_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.plan import LEARNING_RATE, model_flops, random_config, read_samples
 from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd, storage_bytes
@@ -129,7 +129,7 @@ def random_stage(
 def _give_adapter(stage: Stage, adapter: AdapterConfig, device: torch.device) -> None:
     """Put an adapter at its start beside the whole model."""
     stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
-    stage.adapter.load_full(start_values(adapter))
+    stage.adapter.load_full(initial_values(adapter))
 
 
 def recompute(stage: Stage, how: str) -> None:

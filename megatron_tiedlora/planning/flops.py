@@ -79,10 +79,10 @@ def sample_flops(
 
 def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
     """The summed widths of the adapter's matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
-    row, summed = adapter.row, 0
+    method, summed = adapter.method_spec, 0
     for target in adapter.targets:
         d, o = target.in_size, target.out_size
-        rows_of_b = o if row.B.trained or row.u.trained or row.v.trained else 0
-        columns = o if needs_input or row.A.trained else 0
-        summed += (d + o) + rows_of_b + columns + d * (row.A.trained + needs_input)
+        rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
+        columns = o if needs_input or method.A.trained else 0
+        summed += (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)
     return summed

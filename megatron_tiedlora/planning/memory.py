@@ -148,7 +148,7 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     inside = sum(heads.rows) + queries
     if layout.on_gpu and layout.dtype == torch.float32 and heads.num_kv < heads.num:
         inside += 2 * queries  # the memory-efficient kernel gets keys and values for every head
-    low = layout.adapter.rank if any(layout.adapter.row.factor(name).trained for name in "Buv") else 0
+    low = layout.adapter.rank if any(layout.adapter.method_spec.factor(name).trained for name in "Buv") else 0
     norms = (2 * whole + (1 if selective else 2) * FP32) / parts
     saved_gate = 0.0 if selective else gate
     return TokenBytes(
@@ -184,13 +184,13 @@ def _factor_bytes(stage: StagePlan) -> int:
     part, adapter, itemsize = stage.part, stage.layout.adapter, stage.layout.dtype.itemsize
     if not part.layers:
         return 0
-    row, is_copy, num_layers = adapter.row, itemsize != FP32, len(part.layers)
+    method, is_copy, num_layers = adapter.method_spec, itemsize != FP32, len(part.layers)
     scaled = any(part.exists(name) for name in "uv")
     columns, rows = map(sum, zip(*(target.local_sizes(part.tp_size) for target in adapter.targets), strict=True))
-    f_numbers = rows * adapter.rank * (num_layers if scaled or not row.B.tied else 1)
-    a_numbers = columns * adapter.rank * (1 if row.A.tied else num_layers)
+    f_numbers = rows * adapter.rank * (num_layers if scaled or not method.B.tied else 1)
+    a_numbers = columns * adapter.rank * (1 if method.A.tied else num_layers)
     held = f_numbers if is_copy or scaled or adapter.scale != 1.0 else 0  # else F is B itself
-    held += a_numbers if is_copy or (row.A.trained and part.tp_size > 1) else 0  # else A is the parameter
+    held += a_numbers if is_copy or (method.A.trained and part.tp_size > 1) else 0  # else A is the parameter
     return held * itemsize
 
 
@@ -213,7 +213,7 @@ def attention_memory(
     """The memory of attention for a micro-batch of `tokens` in so many documents, the longest of `longest` tokens.
 
     The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient kernel in fp32. A CPU computes blocks of queries, whose scores are small.
+    memory-efficient kernel in fp32. A CPU computes tiles of queries, whose scores are small.
     """
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
     heads, query = shape.heads.num // tp_size, shape.heads.rows[0] // tp_size

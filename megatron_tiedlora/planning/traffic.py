@@ -92,7 +92,7 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
         traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
     if layout.pp_size > 1 and stage.trained_tied:
         traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
-    if layout.tp_size > 1 and stage.part.layers and layout.adapter.row.u.trained:
+    if layout.tp_size > 1 and stage.part.layers and layout.adapter.method_spec.u.trained:
         traffic.add(_stage_group(layout), "all-reduce", FP32 * stage.local_size("u"))
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm
         traffic.add(MODEL, "all-reduce", _norm_bytes(layout))
@@ -166,7 +166,7 @@ def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> N
         if backward:
             sent.back_through_leave(after, count=2)
             sent.back_through_enter(after)
-            columns = columns if layout.adapter.row.A.trained else 0
+            columns = columns if layout.adapter.method_spec.A.trained else 0
             if block > stage.first_adapted:
                 sent.back_through_enter(shape.num_tokens, columns=columns)
             elif columns and layout.sequence_parallel:  # nothing below needs a gradient, but A does
@@ -217,7 +217,7 @@ class _Regions:
 
 def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
     """Add the gather of A and the sum of its gradient: one each per micro-batch and stage, for any number of layers."""
-    if stage.part.layers and stage.part.config.row.A.trained:
+    if stage.part.layers and stage.part.config.method_spec.A.trained:
         size = FP32 * stage.local_size("A") * stage.part.tp_size
         traffic.add(TENSOR, "all-gather", size)
         traffic.add(TENSOR, "reduce-scatter", size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, start_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
@@ -112,7 +112,7 @@ def _fill_adapter(
     assert adapter is not None
     mark_parameters(adapter, groups)
     adapter.u_sum = sum_of_u(groups)
-    adapter.load_full(start_values(plan.adapter) if state is None else state)
+    adapter.load_full(initial_values(plan.adapter) if state is None else state)
 
 
 def _build_stage(
@@ -161,7 +161,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
     if checkpoint is not None:
         moments = {
             moment: {
-                name: plan.part.cut(name, checkpoint.moments[moment_name(moment, name)])
+                name: plan.part.shard(name, checkpoint.moments[moment_name(moment, name)])
                 for name in trained_parameters(adapter)
             }
             for moment in MOMENTS

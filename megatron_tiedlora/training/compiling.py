@@ -1,13 +1,12 @@
-"""Compiling a run's kernels before its first step, where it shows and can fail.
+"""Compiles a run's kernels before its first step, so that the user sees it and it can fail early.
 
-torch.compile keeps what it has compiled in a cache on disk, so that a later run on the machine loads it in seconds.
+torch.compile caches compiled code on disk, so that a later run on the machine loads it in seconds.
 
-On a CPU one graph serves all sizes from 2 on, and the kernels meet a small model here, whose sizes differ from each
-other. What is of another form is compiled when it comes: one token at a time, in an answer that is generated alone, and
-rows of more than 4,096 tokens.
+On a CPU one graph serves all sizes above 1. The warm-up runs a small model, whose sizes differ from each other. Other
+shapes are compiled when they occur: single tokens while one answer is generated, and rows of more than 4,096 tokens.
 
-On a GPU every size is a constant but the number of tokens, and the kernels meet two layers of the run's own widths.
-They get enough tokens for Triton to time its variants on, and then one token, as in an answer that is generated.
+On a GPU every size except the number of tokens is a constant. The warm-up runs two layers of the run's own widths, with
+enough tokens for Triton to time its variants, and then with one token, as in generation.
 """
 
 from __future__ import annotations

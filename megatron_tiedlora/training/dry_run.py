@@ -1,4 +1,4 @@
-"""--dry_run: what a run would be, without starting it. Needs no weights; presets need no files at all."""
+"""--dry_run: a report on a run without starting it. It needs no weights; presets need no files at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
     """The whole report as text, for --world_size ranks or else for as many as were launched.
 
     Raises:
-        UserError: as a run would, before anything starts.
+        UserError: as the run itself would.
     """
     plan = plan_run(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
     sections = [_parameters(plan), _partition(plan)]
@@ -74,7 +74,7 @@ def _parameters(plan: RunPlan) -> list[str]:
 
 def _partition(plan: RunPlan) -> list[str]:
     grid, layout = plan.grid, plan.layout
-    cut = "" if grid.tp_size == 1 else ", sequences cut" if layout.sequence_parallel else ", sequences whole"
+    cut = "" if grid.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
     rows = []
     for stage in plan.stages:
         names = ["embedding"] * stage.is_first + [_ranges(stage.blocks)] + ["head"] * stage.is_last
@@ -121,8 +121,8 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         f"bytes per rank, ZeRO-{layout.zero_stage}, {layout.dp_size} data-parallel ranks, micro-batches of"
         f" up to {layout.rows} x {length} tokens, on {'GPUs' if layout.on_gpu else 'CPUs'}",
         *_stage_table(header, cells),
-        f"  (a block saves {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB a token of each micro-batch in"
-        " flight; the last block saves less, as its MLP runs its backward pass at once)",
+        f"  (a block saves {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB per token of each micro-batch"
+        " in flight; the last block saves less, as its MLP runs its backward pass at once)",
         _kernels_line(plan, tokens=layout.rows * length),
         *_engine_line(plan),
         *_libraries_line(plan),
@@ -161,7 +161,7 @@ def _engine_line(plan: RunPlan) -> list[str]:
         return []
     kilobytes = 2 * token_bytes(plan.source.shape, plan.layout).hidden / 1e3
     return [
-        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB a token of each"
+        f"  (engine: hidden states that DeepSpeed's pipeline holds, up to {kilobytes:,.1f} kB per token of each"
         " micro-batch in flight)"
     ]
 
@@ -242,15 +242,15 @@ def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     b = plan.batches
     lines = [
         "batches",
-        f"  global batch {b.global_batch_size} samples, {plan.cut}",
+        f"  global batch {b.global_batch_size} samples, {plan.batches_in_words}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
     if first is not None:
         lines.append(_fill(plan, first))
     elif plan.settings.packing:
         lines.append(
-            f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches for each"
-            " data-parallel rank, shorter ones fewer"
+            f"  samples of {plan.settings.max_length:,} tokens make {b.accumulation_steps:,} micro-batches per"
+            " data-parallel rank, shorter samples make fewer"
         )
     return lines
 

@@ -145,7 +145,7 @@ class Trainer:
         """Log the validation loss before the first step; also how far a non-zero initial update moves it."""
         started = self.evaluate()
         self._log_validation(started, self.score(self.data.scored_validation), bar)
-        if self.plan.adapter.row.starts_at_base:
+        if self.plan.adapter.method_spec.starts_at_base:
             return
         adapter, tensors = self.runner.adapter, self.plan.adapter.tensors
         moved = [adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]

@@ -1,4 +1,4 @@
-"""Everything a run is, decided and checked before a weight is read or a rank is waited for."""
+"""The plan of a run: everything is decided and checked before weights are read or ranks wait for each other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shap
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 
-# Settings that may differ between a checkpoint and the run that resumes it: where it runs, not what it computes.
+# Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
     {
         "ds_config",
@@ -57,7 +57,7 @@ LAYOUT_SETTINGS = frozenset(
         "keep_checkpoints",
         "test_file",
         "eval_batch_size",
-        # Told apart by what they hold and not by their names: the base by its hashes, the data by their tokens.
+        # Compared by content, not by name: the base by its hashes, the data by its tokens.
         "model",
         "tokenizer",
         "train_file",
@@ -69,9 +69,9 @@ LAYOUT_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its settings with what follows from them, the model and the number of ranks.
+    """A checked run: its settings and what follows from them, the model and the number of ranks.
 
-    `on_gpu`: whether its ranks run on GPUs, where rows are padded further, and memory goes to more than tensors.
+    `on_gpu`: whether its ranks run on GPUs, where rows are padded further and libraries need memory too.
     """
 
     settings: Settings
@@ -120,7 +120,7 @@ class RunPlan:
 
     @property
     def batch_shape(self) -> BatchShape:
-        """How a global batch is cut into rows and micro-batches."""
+        """How a global batch is split into rows and micro-batches."""
         return BatchShape(
             self.batches.global_batch_size,
             self.batches.micro_batch_size,
@@ -145,7 +145,7 @@ class RunPlan:
         )
 
     def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
-        """The steps of this rank on `dataset`, from the one that follows `consumed_samples` on."""
+        """The steps of this rank on `dataset` after `consumed_samples`."""
         return TrainingLoader(
             dataset,
             self.batch_shape,
@@ -157,11 +157,11 @@ class RunPlan:
         )
 
     @property
-    def cut(self) -> str:
-        """How the samples of a step are cut, in words."""
+    def batches_in_words(self) -> str:
+        """How the samples of a step are split, in words."""
         batches, ranks = self.batches, f"{self.batches.data_parallel} data-parallel ranks"
         if not self.settings.packing:
-            return f"one a row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
+            return f"one per row: micro-batch {batches.micro_batch_size} x {batches.accumulation_steps} steps x {ranks}"
         rows = "one row" if batches.micro_batch_size == 1 else f"up to {batches.micro_batch_size} rows"
         packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
         if self.on_gpu and self.settings.micro_batch_size is None:
@@ -169,10 +169,10 @@ class RunPlan:
         return f"{packed}, {ranks}"
 
     def _why_rows(self) -> str:
-        """Why packed micro-batches on a GPU have so many rows where --micro_batch_size does not say it."""
+        """Why packed micro-batches on a GPU have so many rows if --micro_batch_size is not given."""
         wanted = f"for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU"
         if self.batches.micro_batch_size >= GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
-            return f"{wanted}; else give --micro_batch_size"
+            return f"{wanted}; --micro_batch_size changes it"
         share = self.batches.global_batch_size // self.batches.data_parallel
         return f"{wanted} more are needed, but a rank's {share} samples allow no more; see --global_batch_size"
 
@@ -183,22 +183,22 @@ class RunPlan:
 
     @property
     def part(self) -> AdapterPart:
-        """What this rank holds of the adapter."""
+        """This rank's part of the adapter."""
         return replace(self.stage.part, tp_rank=self.grid.tp_rank)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen base."""
+        """The dtype of the frozen base."""
         return self.layout.dtype
 
     @property
     def dtype_name(self) -> str:
-        """The same as --dtype names it."""
+        """The same dtype by its name in --dtype."""
         return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest answer that is decoded."""
+        """The most tokens of a generated answer."""
         task = get_task(self.settings.task)
         return resolve_max_new_tokens(
             self.settings.max_new_tokens, self.source.shape.max_positions, task.max_new_tokens
@@ -210,7 +210,7 @@ class RunPlan:
         return run_name(self.settings)
 
     def resolved_settings(self) -> dict[str, Any]:
-        """Every setting as a plain value, with what depends on the model and the world filled in."""
+        """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
         values = self.settings.model_dump()
         values.update(
             dtype=self.dtype_name,
@@ -226,11 +226,11 @@ class RunPlan:
 def plan_run(
     settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
 ) -> RunPlan:
-    """Find the model and check that settings, model and world fit each other.
+    """Find the model, and check that settings, model and number of ranks fit together.
 
     Args:
-        weights: whether a hub model's weights are needed, or its config and tokenizer alone.
-        source: the model, where it was found already; else it is what --model names.
+        weights: whether a hub model's weights are needed, or only its config and tokenizer.
+        source: the model, if it is already known; else --model names it.
 
     Raises:
         UserError: the first thing that does not fit, with the fix.
@@ -238,7 +238,7 @@ def plan_run(
     task = get_task(settings.task)
     if settings.eval_metric not in ("loss", *task.metrics):
         raise UserError(
-            f"--eval_metric {settings.eval_metric} is no metric of task {settings.task}; give loss or"
+            f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
@@ -256,7 +256,7 @@ def plan_run(
         min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    # A refusal must not wait for a download of weights.
+    # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape = found.shape
     resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, task.max_new_tokens)
@@ -266,8 +266,8 @@ def plan_run(
         raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}")
     if settings.max_length > shape.max_positions:
         raise UserError(
-            f"--max_length {settings.max_length}: {settings.model} was trained for {shape.max_positions} positions;"
-            f" give at most that"
+            f"--max_length {settings.max_length}: {settings.model} was trained for {shape.max_positions} positions."
+            " Give at most that"
         )
     adapter = make_adapter_config(
         settings.method,
@@ -285,19 +285,19 @@ def plan_run(
 
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
-    """Raise UserError where a checkpoint's settings contradict the plan's, naming the setting and both values."""
+    """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values."""
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or name not in saved:
             continue
-        if name == "max_new_tokens" and plan.settings.eval_metric == "loss":  # decides nothing of such a run
+        if name == "max_new_tokens" and plan.settings.eval_metric == "loss":  # changes nothing in such a run
             continue
         before = saved[name]
         if (list(before) if isinstance(before, (list, tuple)) else before) != value:
             raise UserError(
-                f"{source}: was trained with --{name} {before}, now it is {value}; resume with the same value"
+                f"{source}: trained with --{name} {before}, but now it is {value}; resume with the same value"
             )
     if saved.get("data_sha256") != data_sha256:
         raise UserError(
-            f"{source}: was trained on other data than --train_file and --validation_file hold now (or they are cut or"
-            " tokenised in another way); resume with the same data"
+            f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
+            " tokenised differently). Resume with the same data"
         )

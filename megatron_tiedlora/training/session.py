@@ -218,7 +218,7 @@ def headline(
     device: torch.device,
 ) -> list[str]:
     """A summary of the run in a few lines, shown before its progress bar."""
-    settings, batches, grid = plan.settings, plan.batches, plan.grid
+    settings, grid = plan.settings, plan.grid
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.shape)
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
     layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
@@ -227,14 +227,15 @@ def headline(
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts truncated to {settings.max_length} tokens",
-        f"batches    {batches.global_batch_size} samples per step, {plan.cut}, ZeRO-{plan.engine.zero_stage}",
+        f"batches    {plan.batches.global_batch_size} samples per step, {plan.batches_in_words},"
+        f" ZeRO-{plan.engine.zero_stage}",
     ]
     if grid.tp_size * grid.pp_size > 1:
-        cut = ", cut along the sequence" if plan.layout.sequence_parallel else ""
+        sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
         stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
         lines.append(
-            f"layout     tensor {grid.tp_size}{cut} x pipeline {grid.pp_size} ({stages} layers with embedding and head)"
-            f" x data {grid.dp_size}"
+            f"layout     tensor {grid.tp_size}{sharded} x pipeline {grid.pp_size} ({stages} layers with embedding and"
+            f" head) x data {grid.dp_size}"
         )
     least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
     lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights per rank")

@@ -65,8 +65,8 @@ class TrainStep:
         A request to stop during the step is in the report's votes; the caller stops once it has saved the step.
 
         Args:
-            save_due: asked after the backward passes.
-            failure: what went wrong on rank 0 since the last step; raised before weights move.
+            save_due: called after the backward passes; whether rank 0 wants a checkpoint.
+            failure: an error on rank 0 since the last step; it is raised before weights change.
             saved_step: the step of the last checkpoint, for messages.
 
         Raises on every rank:

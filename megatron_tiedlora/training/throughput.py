@@ -1,11 +1,11 @@
-"""How fast a run is: tokens a second, the share of the devices' peak that its samples use, padding, memory.
+"""The speed of a run: tokens per second, model FLOPs utilisation (MFU), padding and memory.
 
-    MFU = operations that the samples of a step take / (seconds of the step x peak FLOP/s of all ranks)
+    MFU = FLOPs for the samples of a step / (seconds of the step x peak FLOP/s of all ranks)
 
-The operations are those of `planning.flops`: of real tokens and without recompute, so that padding, pipeline bubbles
-and layers computed again all lower it, and that it is the same figure at any layout. Steps are timed from the
-first forward pass to the optimizer's end; evaluations and saves are not in it. All amounts follow from the plan of the
-step, which every rank has: nothing is sent, and no device is waited for.
+`planning.flops` counts the FLOPs of real tokens without recompute. Padding, pipeline bubbles and recomputed layers
+therefore lower the MFU, and the FLOPs do not depend on the layout. Steps are timed from the first forward pass to the
+end of the optimizer step, without evaluations and saves. All amounts follow from the plan of the step, which every rank
+has, so nothing is sent and no rank waits for its device.
 """
 
 from __future__ import annotations

@@ -134,6 +134,6 @@ def test_whole_sequences_are_accepted(base: Base, tmp_path: Path, sequence_paral
     settings = {"tensor_parallel": 2, "sequence_parallel": sequence_parallel, **short}
     ended = run(base, tmp_path / "run", ranks=2, **settings)
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
-    assert ("cut along the sequence" in ended.outputs[0]) == sequence_parallel
+    assert ("with sequence parallelism" in ended.outputs[0]) == sequence_parallel
     arguments = base.arguments(**settings, dry_run=True, world_size=2)
     run_ranks(arguments, folder=tmp_path / "dry", cache=base.cache).expect(0)

@@ -147,7 +147,7 @@ def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None
 
 def check_ties(case: Case, outcomes: list[Outcome]) -> None:
     """Stages have different parts of a tied gradient before their sum; frozen tensors have none."""
-    row, all_parts = case.adapter_config.row, []
+    row, all_parts = case.adapter_config.method_spec, []
     for grid, outcome in zip(grids(case), outcomes, strict=True):
         part = case.part(grid)
         tied = [name for name in case.adapter.trained if row.factor(name).tied]
@@ -176,7 +176,7 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
             kinds = kinds[2:] if case.sequence_parallel else kinds[:2]
         for kind in kinds:
             assert found["tensor", kind] == expected[kind], (kind, found, expected, case)
-        part, row = case.part(grid), case.adapter_config.row
+        part, row = case.part(grid), case.adapter_config.method_spec
         sums_u = grid.tp_size > 1 and row.u.trained and bool(part.layers)
         if case.counted:
             u_bytes = 8 * torch.Size(part.local_shape("u")).numel()

@@ -249,7 +249,7 @@ def test_a_model_folder_with_data(base: Base, tmp_path: Path) -> None:
     cut = "micro-batches of up to 2 rows, 2 data-parallel ranks"
     assert f"global batch 4 samples, packed into rows of up to 64 tokens: {cut}" in text
     text = report(tmp_path / "work", [*arguments, "--packing=false"], cache=base.cache)
-    assert "global batch 4 samples, one a row: micro-batch 2 x 1 steps x 2 data-parallel ranks" in text
+    assert "global batch 4 samples, one per row: micro-batch 2 x 1 steps x 2 data-parallel ranks" in text
 
 
 def test_needs_no_weights(base: Base, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_needs_no_weights(base: Base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> None:
     """What the report counts on tensors without data equals a count on real ones."""
-    from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, start_values
+    from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.model.layer_specs import layer_specs
     from megatron_tiedlora.parallel.groups import TensorParallel
@@ -282,7 +282,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     specs = layer_specs(plan.source.shape, dtype=plan.dtype, recomputes_gate=recompute == "selective")
     block = specs[1].build()
     adapter = TiedAdapter(plan.part)
-    adapter.load_full(start_values(plan.adapter))
+    adapter.load_full(initial_values(plan.adapter))
     context = block.attention.context(torch.arange(length)[None], plan.dtype)
     update = adapter(dtype=plan.dtype)[0]
     factors = (factor for own in update.values() for factor in own if factor is not None)

@@ -159,7 +159,7 @@ REFUSED = [
     ("--train_file=none.jsonl", "none.jsonl: no such file"),
     ("--max_length=100000", "--max_length 100000: "),
     ("--tensor_parallel=3", "--tensor_parallel 3 does not divide"),
-    ("--eval_metric=bleu", "--eval_metric bleu is no metric of task custom"),
+    ("--eval_metric=bleu", "--eval_metric bleu is not a metric of task custom"),
     ("--model=nowhere/", "--model nowhere/: no such folder"),
     ("--gpus_per_run=1 --launcher_args=x", "remove --launcher_args"),
     ("--gpus_per_run=1 --runs_at_once=2", "remove --runs_at_once"),

@@ -198,7 +198,7 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
                 drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
                 parameter.data.copy_(drawn)
             else:
-                parameter.data.copy_(adapter.part.cut(name, values[name]))
+                parameter.data.copy_(adapter.part.shard(name, values[name]))
 
     patch.setattr(f"{ADAPTER}.TiedAdapter.load_full", draw)
 

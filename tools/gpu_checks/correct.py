@@ -65,7 +65,7 @@ class Judge:
         """Plain PyTorch's result in this dtype, from the stage's own weights."""
         adapter = self.stage.adapter
         assert adapter is not None
-        trained = [name for name in FACTORS if self.adapter.row.factor(name).trained]
+        trained = [name for name in FACTORS if self.adapter.method_spec.factor(name).trained]
         weights = {
             name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name
         }

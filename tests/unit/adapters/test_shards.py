@@ -18,9 +18,9 @@ from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     TiedAdapter,
+    initial_values,
     lora_factors,
     make_adapter_config,
-    start_values,
 )
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
@@ -145,7 +145,7 @@ def test_cuts_of_every_factor_rejoin(method: str, layout: str, layers: tuple[int
     assert set(parts) == {rank for rank in range(grid.world_size) if grid.at(rank).dp_rank == 0}
     for factor in config.tensors:
         full = torch.randn(config.shape(factor))
-        local = {rank: part.cut(factor, full) for rank, part in parts.items()}
+        local = {rank: part.shard(factor, full) for rank, part in parts.items()}
         for rank, part in parts.items():
             assert local[rank].shape == part.local_shape(factor), (factor, rank)
             # exists where a tensor is needed, in the shape of the cut
@@ -167,15 +167,15 @@ def test_b_and_v_are_cut_by_heads(method: str) -> None:
         keys = sorted({head // (HEADS // KV_HEADS) for head in queries})
         heads = [*queries, *(HEADS + key for key in keys), *(HEADS + KV_HEADS + key for key in keys)]
         rows = torch.tensor([head * HEAD_DIM + row for head in heads for row in range(HEAD_DIM)])
-        assert torch.equal(part.cut("B", b), b.index_select(rows_dim, rows))
-        assert torch.equal(part.cut("v", v), v.index_select(-1, rows))
+        assert torch.equal(part.shard("B", b), b.index_select(rows_dim, rows))
+        assert torch.equal(part.shard("v", v), v.index_select(-1, rows))
 
 
 def test_only_a_trained_a_is_cut_and_u_never() -> None:
     """A frozen A that was cut would have to be gathered; u is as long as the rank, which TP need not divide."""
     for method in METHODS:
         config = adapter_config(method)
-        part, row = AdapterPart(config, config.layers, 1, 4), config.row
+        part, row = AdapterPart(config, config.layers, 1, 4), config.method_spec
         assert part.local_shape("A")[-1] == (WIDTH // 4 if row.A.trained else WIDTH)
         assert part.local_shape("A")[-2:-1] == (RANK,) and part.local_shape("u")[-1] == RANK
 
@@ -192,15 +192,15 @@ def test_factors_of_a_row_parallel_target_are_cut_as_its_weight(method: str) -> 
         assert size == (WIDTH // 4 if config.factor(name).trained else WIDTH)
         assert (config.gathered_dim(name) is not None) == config.factor(name).trained
     gathered = {name for name in config.tensors if config.gathered_dim(name) is not None}
-    assert gathered & {"A", "B", "u", "v"} == ({"A"} if config.row.A.trained else set())
+    assert gathered & {"A", "B", "u", "v"} == ({"A"} if config.method_spec.A.trained else set())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_target_has_an_update_of_its_own(method: str) -> None:
     """F A of each target and layer is the weight's update; qkv's tensors are the same whatever else is adapted."""
     config = adapter_config(method, (2, 5))
-    state = start_values(config)
-    alone = start_values(adapter_config(method, (2, 5), targets=(QKV,)))
+    state = initial_values(config)
+    alone = initial_values(adapter_config(method, (2, 5), targets=(QKV,)))
     assert list(alone) == ["A", "B", "u", "v"] and all(torch.equal(state[name], alone[name]) for name in alone)
     for name, values in state.items():
         if config.factor(name).trained:
@@ -216,16 +216,16 @@ def test_every_target_has_an_update_of_its_own(method: str) -> None:
             torch.testing.assert_close(f @ a, plain_b @ plain_a)
 
 
-def test_start_values_of_a_are_as_wide_as_its_inputs_need() -> None:
-    values = start_values(adapter_config("lora", targets=(QKV, Target("down_proj", 100 * WIDTH, (WIDTH,), "row"))))
+def test_initial_values_of_a_are_as_wide_as_its_inputs_need() -> None:
+    values = initial_values(adapter_config("lora", targets=(QKV, Target("down_proj", 100 * WIDTH, (WIDTH,), "row"))))
     assert values["down_proj.A"].std().item() == pytest.approx(0.1 * WIDTH**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_start_values_do_not_depend_on_the_layout(method: str) -> None:
+def test_initial_values_do_not_depend_on_the_layout(method: str) -> None:
     """Bit for bit, and not on what was drawn before either."""
     config = adapter_config(method)
-    expected = start_values(config)
+    expected = initial_values(config)
     for layout in LAYOUTS:
         grid, parts = parts_of(config, layout)
         local: dict[str, dict[int, torch.Tensor]] = {name: {} for name in config.tensors}
@@ -233,7 +233,7 @@ def test_start_values_do_not_depend_on_the_layout(method: str) -> None:
             torch.manual_seed(rank)
             torch.rand(rank)
             adapter = TiedAdapter(part)
-            adapter.load_full(start_values(config))
+            adapter.load_full(initial_values(config))
             for factor, tensor in adapter.named_parameters():
                 local[factor][rank] = tensor.detach()
         for factor, by_rank in local.items():
@@ -243,15 +243,15 @@ def test_start_values_do_not_depend_on_the_layout(method: str) -> None:
                 assert torch.equal(expected[factor], torch.ones(config.shape(factor)))
 
 
-def test_start_values_follow_the_seed_the_name_and_the_layer() -> None:
-    tied = start_values(adapter_config("tl6"))
-    assert not torch.equal(tied["A"], start_values(adapter_config("tl6", seed=8))["A"])
+def test_initial_values_follow_the_seed_the_name_and_the_layer() -> None:
+    tied = initial_values(adapter_config("tl6"))
+    assert not torch.equal(tied["A"], initial_values(adapter_config("tl6", seed=8))["A"])
     assert not torch.equal(tied["A"].flatten()[:50], tied["B"].flatten()[:50])
     assert not torch.equal(tied["A"], tied["gate_up.A"])  # of one size, drawn for another target
-    every, few = start_values(adapter_config("lora"))["A"], start_values(adapter_config("lora", (2, 4)))["A"]
+    every, few = initial_values(adapter_config("lora"))["A"], initial_values(adapter_config("lora", (2, 4)))["A"]
     assert torch.equal(few, every[[1, 3]])  # a layer's values stay when other layers are left out
     assert not torch.equal(every[0], every[1])
-    assert torch.equal(start_values(adapter_config("tl6", (3,)))["A"], tied["A"])
+    assert torch.equal(initial_values(adapter_config("tl6", (3,)))["A"], tied["A"])
 
 
 # ------------------------------------------------------------------------------------------- the base

@@ -15,8 +15,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterPart,
     TiedAdapter,
+    initial_values,
     make_adapter_config,
-    start_values,
 )
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHODS
@@ -350,8 +350,8 @@ def small_config(method: str, *, layers: tuple[int, ...] = (1, 2, 3, 4), seed: i
 
 
 @pytest.mark.parametrize("method", STARTS)
-def test_start_values_are_the_table(method: str) -> None:
-    values = start_values(small_config(method))
+def test_initial_values_are_the_table(method: str) -> None:
+    values = initial_values(small_config(method))
     narrow = 0.3 if method == "tl1" else 1.0  # its update is there at the first step already
     widths = {"A": 1 / math.sqrt(256), "B": narrow / math.sqrt(8)}
     for name, start in zip("ABuv", STARTS[method], strict=True):
@@ -367,25 +367,25 @@ def test_start_widths_can_be_set() -> None:
     config = make_adapter_config(
         "vera", rank=8, layers=(1,), targets=(qkv_target(256, (256, 64, 64)),), seed=0, init_std_a=0.5, init_std_b=2.0
     )
-    values = start_values(config)
+    values = initial_values(config)
     assert values["A"].std().item() == pytest.approx(0.5, rel=0.1)
     assert values["B"].std().item() == pytest.approx(2.0, rel=0.1)
 
 
-def test_start_values_do_not_depend_on_which_layers_are_adapted() -> None:
-    lora, one = start_values(small_config("lora")), start_values(small_config("lora", layers=(3,)))
+def test_initial_values_do_not_depend_on_which_layers_are_adapted() -> None:
+    lora, one = initial_values(small_config("lora")), initial_values(small_config("lora", layers=(3,)))
     assert torch.equal(lora["A"][2], one["A"][0])
     assert not torch.equal(lora["A"][0], lora["A"][1])
-    tied, few = start_values(small_config("tl6")), start_values(small_config("tl6", layers=(2, 4)))
+    tied, few = initial_values(small_config("tl6")), initial_values(small_config("tl6", layers=(2, 4)))
     assert torch.equal(tied["A"], few["A"]) and torch.equal(tied["B"], few["B"])
 
 
-def test_start_values_depend_on_seed_and_name_alone() -> None:
-    first, again, other = (start_values(small_config("vera", seed=seed)) for seed in (7, 7, 8))
+def test_initial_values_depend_on_seed_and_name_alone() -> None:
+    first, again, other = (initial_values(small_config("vera", seed=seed)) for seed in (7, 7, 8))
     for name in "AB":
         assert torch.equal(first[name], again[name])
         assert not torch.equal(first[name], other[name])
     streams = torch.stack([first[name].flatten()[:1000] for name in "AB"])
     assert abs(torch.corrcoef(streams)[0, 1]) < 0.2
     torch.manual_seed(99)  # the global stream has no say
-    assert torch.equal(start_values(small_config("vera"))["A"], first["A"])
+    assert torch.equal(initial_values(small_config("vera"))["A"], first["A"])

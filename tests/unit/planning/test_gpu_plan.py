@@ -96,12 +96,12 @@ def test_micro_batches_on_gpus(flags: tuple[str, ...], ranks: int, rows: int, st
 
 
 def test_what_was_chosen_is_told() -> None:
-    why = "up to 2 rows (for 8,192 tokens on a GPU; else give --micro_batch_size), 1 data-parallel"
-    assert why in planned("--plan_for=gpu").cut
+    why = "up to 2 rows (for 8,192 tokens on a GPU; --micro_batch_size changes it), 1 data-parallel"
+    assert why in planned("--plan_for=gpu").batches_in_words
     short = "one row (for 8,192 tokens on a GPU more are needed, but a rank's 127 samples allow no more"
-    assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).cut
+    assert short in planned("--plan_for=gpu", "--global_batch_size=635", "--max_length=500", ranks=5).batches_in_words
     for flags in (("--plan_for=cpu",), ("--plan_for=gpu", "--micro_batch_size=2"), ("--plan_for=gpu", "--packing=0")):
-        assert "on a GPU" not in planned(*flags).cut
+        assert "on a GPU" not in planned(*flags).batches_in_words
     text = dry_run.dry_run_report(parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu"]))
     assert why in text and "micro-batches of up to 2 x 4096 tokens, on GPUs" in text
 
