@@ -91,7 +91,9 @@ class Stage(nn.Module):
         """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
-        return SupervisedTail(block, head)
+        adapter = self.adapter
+        targets = adapter.config.targets if adapter is not None and self.blocks[-1] in adapter.part.layers else ()
+        return SupervisedTail(block, head, adapted=any(target.follows_attention for target in targets))
 
     @property
     def attention(self) -> Attention:

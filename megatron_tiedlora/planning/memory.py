@@ -14,6 +14,7 @@ import torch
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
@@ -90,7 +91,7 @@ def num_communicators(stage: StagePlan) -> int:
 
 def base_bytes(stage: StagePlan) -> int:
     """The bytes of the base weights of a rank of the stage, before ZeRO-3 shards them over data-parallel ranks."""
-    return sum(stage.local_base) * stage.layout.dtype.itemsize
+    return FrozenWeight.num_bytes(sum(stage.local_base), stage.layout.dtype)
 
 
 def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
