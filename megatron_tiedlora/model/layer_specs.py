@@ -154,20 +154,22 @@ def layer_specs(
     kernels: Kernels = EAGER,
     recomputes_gate: bool = False,
     deterministic: bool = False,
+    kind: type[FrozenWeight] = FrozenWeight,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
     them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
-    `deterministic` see `choose_attention`.
+    `deterministic` see `choose_attention`. `kind` is the storage format of the blocks' linears; embedding and head are
+    plain.
     """
 
     def embedding() -> nn.Module:
-        return VocabularyParallelEmbedding(weight(shape.embedding))
+        return VocabularyParallelEmbedding(weight(shape.embedding, FrozenWeight))
 
-    def weight(linear: LinearShape) -> FrozenWeight:
+    def weight(linear: LinearShape, kind: type[FrozenWeight] = kind) -> FrozenWeight:
         local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
-        return FrozenWeight.empty(*local_shape, dtype=dtype)
+        return kind.empty(*local_shape, dtype=dtype)
 
     def bias(linear: LinearShape) -> nn.Parameter | None:
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
@@ -195,7 +197,7 @@ def layer_specs(
         norm = RmsNorm(shape.final_norm.size, eps=shape.final_norm.eps, dtype=dtype, kernels=kernels)
         made = Head(norm, vocab_size=shape.vocab_size, kernels=kernels)
         if not shape.tied_embeddings:
-            made.take_weight(weight(shape.head))
+            made.take_weight(weight(shape.head, FrozenWeight))
         return made
 
     return (
