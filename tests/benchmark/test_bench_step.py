@@ -124,7 +124,7 @@ def test_why_kernels_are_not_compiled_is_kept(
 
 def test_kernels_that_must_be_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    with pytest.raises(UserError, match=r"^--compile true: TORCHDYNAMO_DISABLE is 1; "):
+    with pytest.raises(UserError, match=r"^--compile true: TORCHDYNAMO_DISABLE is 1\. "):
         sides_of(settings_of(folder, "--compile=true"))
 
 

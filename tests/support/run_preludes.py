@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from folders import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]  # `folders` is not on the path of a rank on another host
 TRAIN = ROOT / "launch" / "train.py"
 
 
