@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         prog="prepare_demo.py",
         description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
         "Downloads 93 MB once.",
-        epilog="Downloads are kept in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
+        epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
         "A second call finds the folder ready.",
     )
     described.add_argument(

@@ -50,7 +50,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
     unit = settings.rows * grid.dp_size
     if settings.task is not None and settings.samples % unit:
         raise UserError(
-            f"--samples {settings.samples} does not divide by --rows {settings.rows} x {grid.dp_size} data-parallel"
+            f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
             " ranks"
         )
     source = _find_source(settings)

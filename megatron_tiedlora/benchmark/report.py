@@ -48,14 +48,14 @@ def step_table(report: Mapping[str, Any]) -> list[str]:
 def layout_table(report: Mapping[str, Any]) -> list[str]:
     """The figures of a layout as lines: the step, then each stage's memory and messages."""
     layout = report["layout"]
-    cut = "" if layout["tensor_parallel"] == 1 else " (sequences cut)" if layout["sequence_parallel"] else " (whole)"
+    sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
         *_setup_lines(report),
-        f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']}{cut} x pipeline {layout['pipeline_parallel']} x"
-        f" data {layout['data_parallel']}, ZeRO-{layout['zero_stage']}, recompute {layout['recompute']};"
-        f" {report['kernels']}",
-        f"{report['tokens']:,} tokens a step, {report['supervised']:,} with a label; micro-batches a rank:"
-        f" {report['micro_batches']}, rows of one: up to {layout['rows']}; weights {report['weights']}",
+        f"{layout['ranks']} ranks = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
+        f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
+        f" recompute {layout['recompute']}; {report['kernels']}",
+        f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
+        f" {report['micro_batches']}, up to {layout['rows']} rows each; weights {report['weights']}",
         _SHARES_HEADER,
         _speed(report, report),
         *_gpu_lines(report, ""),

@@ -136,7 +136,7 @@ def restart_peak(device: torch.device) -> int | None:
 def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
     """The most bytes that a first step holds beyond those before it (CUDA: allocated; CPU: resident), where known.
 
-    For a fresh process: what an allocator other than glibc's has kept of earlier steps would not be seen.
+    Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier steps.
     """
     before = restart_peak(device)
     step()

@@ -51,7 +51,7 @@ def plan_batches(
         min_steps: minimum accumulation steps with the default, if a rank's share is large enough.
 
     Raises:
-        UserError: the batch does not divide; names all three numbers and the nearest global batches that do.
+        UserError: the batch is not a multiple of the other two numbers' product; names all three and the nearest ones.
     """
     unit = (micro_batch_size or 1) * data_parallel
     if global_batch_size % unit:
@@ -59,8 +59,8 @@ def plan_batches(
         nearest = f"{below} or {above}" if below else f"{above}"
         micro = f"--micro_batch_size {micro_batch_size} x " if micro_batch_size else ""
         raise UserError(
-            f"--global_batch_size {global_batch_size} does not divide by {micro}data parallel {data_parallel};"
-            f" the nearest that does is {nearest}"
+            f"--global_batch_size {global_batch_size} is not a multiple of {micro}data parallel {data_parallel}."
+            f" Use {nearest}"
         )
     if micro_batch_size is None:
         share = global_batch_size // data_parallel

@@ -160,7 +160,7 @@ class BenchSettings(CommandSettings):
         if self.against is None and "padded_rows" in self.model_fields_set:
             raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
-            raise ValueError(f"--samples {self.samples} does not divide by --padded_rows {self.padded_rows}")
+            raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
         return self
 
     @property

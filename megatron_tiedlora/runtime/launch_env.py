@@ -84,7 +84,7 @@ def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that all ranks of a Slurm step compute alike, and that other steps on these hosts are unlikely to use.
+    """The same port on all ranks of a Slurm step; other steps on these hosts are unlikely to use it.
 
     It is below the range of ephemeral ports.
     """

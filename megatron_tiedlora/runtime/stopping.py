@@ -130,10 +130,10 @@ class StopWatch:
         so the job must not return to the queue.
         """
         if count:
-            alike = next((number for number in STOP_SIGNALS if total == count * number), None)
-            if alike is None:
+            shared = next((number for number in STOP_SIGNALS if total == count * number), None)
+            if shared is None:
                 raise self.stopped(signal.SIGTERM, "signals")
-            raise self.stopped(alike, "SIGTERM or the launcher's end" if alike == signal.SIGTERM else alike.name)
+            raise self.stopped(shared, "SIGTERM or the launcher's end" if shared == signal.SIGTERM else shared.name)
 
     def agree(self, mine: bool) -> bool:
         """Whether `mine` is true on every rank; all ranks call it together and stop together if any of them should.

@@ -230,9 +230,9 @@ if __name__ == "__main__":
         (("--samples=8",), "--samples 8 goes with --task"),
         (("--padded_rows=8", "--against=peft"), "--padded_rows 8 goes with --task"),
         (("--padded_rows=8", "--task=gsm8k"), "--padded_rows 8 goes with --against peft"),
-        (("--task=gsm8k", "--against=peft", "--padded_rows=5"), "--samples 32 does not divide by --padded_rows 5"),
+        (("--task=gsm8k", "--against=peft", "--padded_rows=5"), "--samples 32 is not a multiple of --padded_rows 5"),
         (("--num_layers=2",), "--num_layers 2 goes with a preset"),
-        (("--task=gsm8k", "--samples=10"), "--samples 10 does not divide by --rows 4"),
+        (("--task=gsm8k", "--samples=10"), "--samples 10 is not a multiple of --rows 4"),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, more: tuple[str, ...], message: str) -> None:

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     [
         (4, {"tensor_parallel": 3}, "4 ranks are not a multiple of --tensor_parallel 3 x --pipeline_parallel 1"),
         (6, {"tensor_parallel": 2, "pipeline_parallel": 2}, "Start 4 or 8 ranks"),
-        (5, {}, "--global_batch_size 24 does not divide by data parallel 5"),
+        (5, {}, "--global_batch_size 24 is not a multiple of data parallel 5"),
     ],
 )
 def test_ranks_that_do_not_fit_the_layout_or_the_batch_start_nothing(

@@ -20,14 +20,14 @@ TO_THE_END: dict[str, Any] = {"early_stop": False}
 
 # By name: what changes, and the tensor-parallel messages of a layer by kind.
 LAYERS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "sequences cut": ({}, {"all-gather": 4, "reduce-scatter": 4}),
-    "sequences cut, recompute": (FULL, {"all-gather": 6, "reduce-scatter": 5}),
-    "sequences cut, recompute to the end": ({**FULL, **TO_THE_END}, {"all-gather": 6, "reduce-scatter": 6}),
-    "sequences cut, recompute of gate and up": (GATE, {"all-gather": 5, "reduce-scatter": 4}),
-    "sequences whole": (WHOLE, {"all-reduce": 4}),
-    "sequences whole, recompute of gate and up": ({**WHOLE, **GATE}, {"all-reduce": 4}),
-    "sequences whole, recompute": ({**WHOLE, **FULL}, {"all-reduce": 5}),
-    "sequences whole, recompute to the end": ({**WHOLE, **FULL, **TO_THE_END}, {"all-reduce": 6}),
+    "sharded sequences": ({}, {"all-gather": 4, "reduce-scatter": 4}),
+    "sharded sequences, recompute": (FULL, {"all-gather": 6, "reduce-scatter": 5}),
+    "sharded sequences, recompute to the end": ({**FULL, **TO_THE_END}, {"all-gather": 6, "reduce-scatter": 6}),
+    "sharded sequences, recompute of gate and up": (GATE, {"all-gather": 5, "reduce-scatter": 4}),
+    "full sequences": (WHOLE, {"all-reduce": 4}),
+    "full sequences, recompute of gate and up": ({**WHOLE, **GATE}, {"all-reduce": 4}),
+    "full sequences, recompute": ({**WHOLE, **FULL}, {"all-reduce": 5}),
+    "full sequences, recompute to the end": ({**WHOLE, **FULL, **TO_THE_END}, {"all-reduce": 6}),
 }
 CASES: dict[str, dict[str, Any]] = {
     f"{name}, {number} layers": {**changes, "model": number}
@@ -106,7 +106,7 @@ def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
 
     Two of them also carry the adapter's columns.
     """
-    six, five = (ran[f"sequences cut, {number} layers"].counted[0] for number in ("six", "five"))
+    six, five = (ran[f"sharded sequences, {number} layers"].counted[0] for number in ("six", "five"))
     assert six.shapes == five.shapes
     more = Traffic()
     for rows, length, _ in six.shapes:

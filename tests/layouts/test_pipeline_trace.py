@@ -2,7 +2,7 @@
 
     make test PYTEST_ARGS="-m slow -s" TESTS=tests/layouts/test_pipeline_trace.py
 
-prints the measured bubbles of docs/performance.md.
+prints the measured bubbles of docs/performance_log.md.
 """
 
 from __future__ import annotations

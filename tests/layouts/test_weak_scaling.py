@@ -2,7 +2,7 @@
 
     make test PYTEST_ARGS="-m slow -s" TESTS=tests/layouts/test_weak_scaling.py
 
-counts every layout up to 8 ranks and prints the table of docs/performance.md.
+counts every layout up to 8 ranks and prints the table of docs/performance_log.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md about attention on GPUs: launches, peaks, and what kernels hold.
+"""The figures about attention on GPUs in docs/performance.md and performance_log.md: launches, peaks, saved bytes.
 
     $NULL_GPU/run python tests/null_gpu/null_gpu_attention.py
 

@@ -2,7 +2,7 @@
 
     make test PYTEST_ARGS="-m slow" TESTS=tests/slow/test_slow_layouts.py
 
-Their figures stand in docs/parallelism.md.
+Their figures are in docs/parallelism_log.md.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def compare_versions(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 def compare_sources(hosts: Sequence[HostReport]) -> Iterator[Finding]:
     """Hosts with the same version of this package but different files: a checkout that was not updated."""
     other_versions = {name for odd in odd_ones(hosts, lambda probe: probe.versions.get(_PACKAGE)) for name in odd.hosts}
-    alike = [host for host in hosts if host.name not in other_versions]
-    for odd in odd_ones(alike, lambda probe: probe.source_hash):
+    same_version = [host for host in hosts if host.name not in other_versions]
+    for odd in odd_ones(same_version, lambda probe: probe.source_hash):
         yield error(
             "source",
             odd.hosts,

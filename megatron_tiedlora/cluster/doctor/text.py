@@ -124,15 +124,15 @@ def group_table(groups: Sequence[GroupResult]) -> list[str]:
     """A row for each kind of group, with its slowest group and that group's hosts."""
     rows = [["all-reduce", "groups x ranks", "latency", "bytes", "time", "bus bandwidth", "median", "slowest group"]]
     for kind in dict.fromkeys(group.kind for group in groups):
-        alike = [group for group in groups if group.kind == kind]
-        slowest = min(alike, key=lambda group: group.bus_bytes_per_second)
-        usual = median(group.bus_bytes_per_second for group in alike)
+        of_kind = [group for group in groups if group.kind == kind]
+        slowest = min(of_kind, key=lambda group: group.bus_bytes_per_second)
+        usual = median(group.bus_bytes_per_second for group in of_kind)
         ranks = ", ".join(map(str, slowest.ranks[:8])) + (" ..." if len(slowest.ranks) > 8 else "")
         rows.append(
             [
                 kind,
-                f"{len(alike)} x {len(slowest.ranks)}",
-                time_text(max(group.latency_seconds for group in alike)),
+                f"{len(of_kind)} x {len(slowest.ranks)}",
+                time_text(max(group.latency_seconds for group in of_kind)),
                 f"{slowest.num_bytes / 1e6:.3g} MB",
                 time_text(slowest.seconds),
                 f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",

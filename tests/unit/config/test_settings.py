@@ -195,7 +195,7 @@ def test_batches_that_do_not_divide() -> None:
     message = str(caught.value)
     for part in ("--global_batch_size 256", "--micro_batch_size 3", "data parallel 8", "240 or 264"):
         assert part in message
-    with pytest.raises(UserError, match="nearest that does is 8"):
+    with pytest.raises(UserError, match="Use 8"):
         plan_batches(3, None, 8)
 
 

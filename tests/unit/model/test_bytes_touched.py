@@ -2,7 +2,7 @@
 
     make test PYTEST_ARGS=-s TESTS=tests/unit/model/test_bytes_touched.py
 
-prints the table of docs/performance.md.
+prints the table of docs/performance_log.md.
 """
 
 from __future__ import annotations
