@@ -56,12 +56,13 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     end.watch_peers(settings.timeout_minutes)
     check_same_rows(held_out)
     check_same_dtype(plan.dtype_name)
-    outputs: list[NewOutput] = []  # rank 0's
+    output: NewOutput | None = None  # of rank 0
 
     def take() -> tuple[Path, str]:
-        outputs.append(take_output(plan))
-        end.hold(outputs[0].release)
-        return outputs[0].partial, outputs[0].lock.owner.start
+        nonlocal output
+        output = take_output(plan)
+        end.hold(output.release)
+        return output.partial, output.lock.owner.start
 
     # A folder that is not free is rejected before any work is done.
     end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
@@ -92,13 +93,13 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
             agree=stop.agree,
             progress=is_main,
         )
-    if answers is None:  # the answers are on rank 0
+    if answers is None or output is None:  # rank 0 has both
         return
     stop.raise_if_requested()
     scores = score_answers(plan.task.metrics, answers)
     with stop.deferred():  # this takes a moment, and is then done
-        write_results(plan, answers, scores, outputs[0])
-    show(*score_table(plan, scores, outputs[0].path))
+        write_results(plan, answers, scores, output)
+    show(*score_table(plan, scores, output.path))
 
 
 if __name__ == "__main__":

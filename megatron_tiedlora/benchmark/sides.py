@@ -142,15 +142,14 @@ def recompute(stage: Stage, how: str) -> None:
 
 def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     device, values = default_device(), random_config(settings)
     base: Any
     if values is not None:
-        fields = {name: value for name, value in values.items() if name != "model_type"}
         with device:  # no copy of another dtype or device, whose freed pages the step would use
-            base = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=plan.dtype)
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
     else:
         folder = plan.source.weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)

@@ -19,7 +19,7 @@ from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_js
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import QKV, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
@@ -127,6 +127,7 @@ class StoredAdapter:
     @staticmethod
     def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
         """The record of an adapter."""
+        assert [target.name for target in config.targets] == [QKV], "the file has no field for other targets yet"
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
         return StoredAdapter(
             **{**base.shape, **shared, "layers": list(config.layers)},

@@ -91,11 +91,13 @@ class Head(nn.Module):
 
     frozen: FrozenWeight
 
-    def __init__(self, norm: RmsNorm, *, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(self, norm: RmsNorm, weight: FrozenWeight | None, *, vocab_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.norm = norm
         self.vocab_size = vocab_size
         self.kernels = kernels
+        if weight is not None:  # here, as ZeRO-3 partitions what a module has when its __init__ ends
+            self.take_weight(weight)
 
     def take_weight(self, weight: FrozenWeight) -> None:
         """Use `weight`, (local vocabulary, d)."""
@@ -195,10 +197,8 @@ def layer_specs(
 
     def head() -> nn.Module:
         norm = RmsNorm(shape.final_norm.size, eps=shape.final_norm.eps, dtype=dtype, kernels=kernels)
-        made = Head(norm, vocab_size=shape.vocab_size, kernels=kernels)
-        if not shape.tied_embeddings:
-            made.take_weight(weight(shape.head, FrozenWeight))
-        return made
+        own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight)
+        return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 
     return (
         LayerSpec("embedding", 0, embedding),

@@ -72,7 +72,7 @@ REFUSALS = [
     Refusal(
         "a_world_that_the_grid_does_not_divide",
         3,
-        ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "start 4 ranks"],
+        ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "Start 4 ranks"],
         {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json"},
     ),
     Refusal(

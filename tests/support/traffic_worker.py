@@ -78,6 +78,8 @@ def _count(case: Case, device: torch.device) -> Counted:
         built = build.build_model(plan, device, None)
         base = [p for name, p in built.stage.named_parameters() if name.startswith("layers.")]
         base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base)
+        if plan.engine.zero_stage == 3:
+            assert all(hasattr(parameter, "ds_id") for parameter in base), "partitioned as they are made, the head too"
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
         # On a busy machine the step before may have been a long one, after which ranks send a little more.

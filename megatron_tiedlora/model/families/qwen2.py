@@ -13,6 +13,7 @@ def read(config: HfConfig) -> ModelShape:
     config.reject_unless("use_sliding_window", False)
     for name in ("sliding_window", "max_window_layers"):  # no effect without use_sliding_window
         config.get(name)
+    config.reject_unless("use_mrope", False)  # in the config.json of Qwen2.5
     config.reject_unless("attention_dropout", 0)
     config.reject_unless("quantization_config")
     config.reject_other_layers()

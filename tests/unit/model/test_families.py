@@ -66,6 +66,7 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ({"use_mrope": True}, "use_mrope = True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
     ({"num_key_value_heads": 5}, "32 heads are not a multiple of num_key_value_heads 5"),
     ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
