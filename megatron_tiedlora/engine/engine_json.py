@@ -35,27 +35,6 @@ REJECTED_SECTIONS = {
     "scheduler": "--learning_rate, --warmup_steps and --max_steps",
 }
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-ENGINE_KEYS = frozenset(
-    {
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "gradient_clipping",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "disable_allgather",
-        "disable_python_gc",
-        "comms_logger",
-        "flops_profiler",
-        "aio",
-        "timers",
-        "log_level",
-    }
-)
-
-
 _SWITCH, _SECTION = ((bool,), "true or false"), ((dict,), "an object")
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(
@@ -74,6 +53,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "steps_per_print": ((int, type(None)), "an integer"),
     "log_level": ((str,), "a string"),
 }
+ENGINE_KEYS = frozenset({"zero_optimization", "gradient_clipping", *_KINDS})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ It leaves schedules and messages between stages to DeepSpeed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from megatron_tiedlora.model.tail import Attended, SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 
+# What `Stage.predict` takes beside the inputs: caches, updates and wanted positions.
+_Prediction = tuple[Sequence[KeyValueCache] | None, Mapping[int, LayerUpdate] | None, torch.Tensor | None]
+
 
 class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
@@ -33,14 +36,6 @@ class _WithZeroGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sources)
-
-
-class _Prediction(NamedTuple):
-    """The further arguments of `Stage.predict`."""
-
-    caches: Sequence[KeyValueCache] | None
-    updates: Mapping[int, LayerUpdate] | None
-    wanted: torch.Tensor | None
 
 
 class Stage(nn.Module):
@@ -176,7 +171,7 @@ class Stage(nn.Module):
         """
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
         found: torch.Tensor = self(
-            inputs, positions, labels, documents=documents, prediction=_Prediction(caches, updates, wanted)
+            inputs, positions, labels, documents=documents, prediction=(caches, updates, wanted)
         )
         return found
 

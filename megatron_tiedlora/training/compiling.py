@@ -55,8 +55,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     Raises:
         UserError: on every rank, with --compile true, if a rank cannot compile.
     """
-    wish = plan.settings.compile
-    if wish == "false":
+    if plan.settings.compile == "false":
         return ChosenKernels(EAGER, "not compiled")
     if not plan.layout.compiled:
         return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
@@ -75,18 +74,9 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
                 failure = str(error)
         sum_over_ranks([0.0])  # wait for all ranks
     failure = first_message(failure)
-    return after_compiling(wish, kernels, failure, seconds=time.monotonic() - started)
-
-
-def after_compiling(wish: str, kernels: Kernels, failure: str | None, *, seconds: float) -> ChosenKernels:
-    """The result of --compile auto or true: `kernels`, or uncompiled ones after a failure.
-
-    Raises:
-        UserError: there was a failure and `wish` is "true".
-    """
     if failure is None:
-        return ChosenKernels(kernels, f"compiled in {seconds:.1f} s")
-    if wish == "true":
+        return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s")
+    if plan.settings.compile == "true":
         raise UserError(f"--compile true: {failure}. Install a C++ compiler, or give --compile auto or false")
     return ChosenKernels(EAGER, f"not compiled: {failure}")
 
