@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
-from megatron_tiedlora.benchmark.plan import make_plan, matmul_rate, model_flops, read_samples, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, model_flops, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     describe_setup,
@@ -110,7 +110,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     """The figures of this rank alone after the timed steps, `step` being the last of these; takes more of them."""
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
-    rate = matmul_rate(plan, runner.stage, step.micro_batches, device)
+    rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
     batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
     shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction

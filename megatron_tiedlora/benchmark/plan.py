@@ -27,7 +27,7 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.memory import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.throughput import product_rate
+from megatron_tiedlora.training.throughput import matmul_rate
 
 LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
@@ -158,7 +158,7 @@ def model_flops(plan: RunPlan, step: TrainingStep) -> int:
     )
 
 
-def matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
+def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
     """FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
 
     The matrix is as it was before ZeRO-3 partitions it over data-parallel ranks.
@@ -168,4 +168,4 @@ def matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], devi
     shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
     columns, inner = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
     rows = max(1024, sum(batch.input_ids.numel() for batch in batches) // len(batches))
-    return product_rate(rows, inner, columns, dtype=plan.dtype, device=device, repeats=10)
+    return matmul_rate(rows, inner, columns, dtype=plan.dtype, device=device, repeats=10)

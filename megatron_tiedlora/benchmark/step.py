@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from megatron_tiedlora.benchmark.kernel_classes import kernel_seconds
-from megatron_tiedlora.benchmark.plan import make_plan, matmul_rate, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, make_sides
 from megatron_tiedlora.benchmark.timing import describe_setup, in_own_process, peak_of, take_turns
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -34,7 +34,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
         "recompute": settings.recompute,
         "kernels": ours.kernels,
         **describe_setup(ours.device),
-        "matmul_flops_per_second": matmul_rate(plan, ours.model, ours.batches, ours.device),
+        "matmul_flops_per_second": base_matmul_rate(plan, ours.model, ours.batches, ours.device),
         "sides": {
             name: {
                 "seconds": seconds[name],

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 class StepFlops:
     """Operations by purpose. A multiplication with its addition counts as two."""
 
-    products: int
+    matmuls: int
     attention: int
     adapter: int
     head: int
@@ -25,7 +25,7 @@ class StepFlops:
     @property
     def total(self) -> int:
         """The sum."""
-        return self.products + self.attention + self.adapter + self.head
+        return self.matmuls + self.attention + self.adapter + self.head
 
 
 def step_flops(
@@ -47,16 +47,16 @@ def step_flops(
     """
     block, first, num_layers = shape.block, adapter.layers[0], shape.num_layers
     qkv, query = block.qkv.num_weights, shape.heads.rows[0]
-    products = attention = low_rank = 0
+    matmuls = attention = low_rank = 0
     for layer in range(1, num_layers + 1):
         after = num_after if layer == num_layers else num_tokens
         rest = 2 * after * (block.num_weights - qkv)
-        products += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
+        matmuls += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
         attention += (3 if layer >= first else 1) * 2 * squared_lengths * query
         if layer in adapter.layers:
             low_rank += 2 * num_tokens * adapter.rank * _widths(adapter, needs_input=layer > first)
     head = 2 * 2 * num_supervised * shape.head.num_weights
-    return StepFlops(products, attention, low_rank, head)
+    return StepFlops(matmuls, attention, low_rank, head)
 
 
 def sample_flops(

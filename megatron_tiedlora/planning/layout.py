@@ -35,7 +35,7 @@ class Layout:
         rows: the most rows in a micro-batch.
         micro_batches: the most micro-batches of a rank in one step.
         tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
-        cuts_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
+        shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
         dtype: the dtype of the base.
@@ -52,7 +52,7 @@ class Layout:
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
-    cuts_sequences: bool = True
+    shards_sequences: bool = True
     zero_stage: int = 0
     live_parameters: int = 1_000_000_000
     dtype: torch.dtype = torch.bfloat16
@@ -69,7 +69,7 @@ class Layout:
     @property
     def sequence_parallel(self) -> bool:
         """Whether activations between layers are sharded along the sequence."""
-        return self.cuts_sequences and self.tp_size > 1
+        return self.shards_sequences and self.tp_size > 1
 
     @property
     def sequence_parts(self) -> int:

@@ -17,36 +17,38 @@ Stages = tuple[range, ...]
 def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> list[float]:
     """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
 
-    Block: P, the numbers in its matrices, for the products, A = s h for causal attention over s tokens (h: width of the
-    queries); forward P + A, and backward P + 2A from the first adapted layer (`first_adapted`, 1-based)
-    on; None: nothing is trained, and nothing has a backward pass. Head: V d each way, as if every position were
-    supervised. The embedding is a copy.
+    A block has P = the numbers in its matrices, for matmuls, and A = s h for causal attention over s tokens (h: width
+    of the queries). Its forward pass costs P + A, its backward pass P + 2A from the first adapted layer on. The head
+    costs V d each way, as if every position were supervised. The embedding costs nothing.
+
+    Args:
+        first_adapted: 1-based; None: nothing is trained, and no layer has a backward pass.
     """
-    products = shape.block.num_weights
+    matmuls = shape.block.num_weights
     attention = length * shape.heads.rows[0]
     costs = [0.0]
     for index in range(1, shape.num_layers + 1):
-        backward = products + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
-        costs.append(float(products + attention + backward))
+        backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
+        costs.append(float(matmuls + attention + backward))
     costs.append(float((1 if first_adapted is None else 2) * shape.head.num_weights))
     return costs
 
 
 def partition(costs: Sequence[float], num_stages: int) -> Stages:
-    """Cut layers 0 to len(costs) - 1 into `num_stages` runs, each with a block (so neither embedding nor head alone).
+    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is the head alone).
 
-    The largest cost of a stage is least; among such cuts the sum of squares is, which evens out the rest.
+    It minimises the largest cost of a stage and, among the partitions that do, the sum of squares.
 
     Raises:
         ValueError: fewer blocks than stages.
     """
     num_blocks = len(costs) - 2
     if num_stages > num_blocks:
-        raise ValueError(f"{num_blocks} layers cannot be cut into {num_stages} stages")
+        raise ValueError(f"{num_blocks} layers cannot be partitioned into {num_stages} stages")
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # Twice over the same cuts: the least largest cost first, then the least sum of squares that keeps to it.
+    # Two passes: the smallest largest cost, then the smallest sum of squares that does not exceed it.
     least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
     _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
     return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))

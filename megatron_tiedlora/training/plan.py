@@ -98,7 +98,7 @@ class RunPlan:
             tp_size=grid.tp_size,
             pp_size=grid.pp_size,
             dp_size=grid.dp_size,
-            cuts_sequences=settings.sequence_parallel,
+            shards_sequences=settings.sequence_parallel,
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             dtype=DTYPES[self.dtype_name],

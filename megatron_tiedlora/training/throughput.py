@@ -154,13 +154,13 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square matmuls, whose size grows until they can be timed well; the best rate seen."""
     best, size, started = 0.0, _SMALLEST, time.perf_counter()
     while best == 0 or time.perf_counter() - started < _MEASURING:
-        best = max(best, product_rate(size, size, size, dtype=dtype, device=device, repeats=2))
+        best = max(best, matmul_rate(size, size, size, dtype=dtype, device=device, repeats=2))
         if 2 * size**3 / best < _LONG_MATMUL:
             size = min(2 * size, _LARGEST)
     return best
 
 
-def product_rate(
+def matmul_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
     """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""

@@ -16,7 +16,7 @@ from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.runtime.process_group import gpu_name
-from megatron_tiedlora.training.throughput import listed_peak, product_rate, timed
+from megatron_tiedlora.training.throughput import listed_peak, matmul_rate, timed
 
 OLDEST_TORCH = (2, 6)
 PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")
@@ -192,7 +192,7 @@ def _compiler_fix() -> str:
 
 def _ceilings(report: Report, device: torch.device) -> None:
     """Measure a large matmul and a large copy of random numbers: zeros take less power and would be faster."""
-    rate = product_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=device, repeats=10)
+    rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=device, repeats=10)
     _matmul_ceiling(report, rate, listed_peak(torch.cuda.get_device_name(device)))
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)

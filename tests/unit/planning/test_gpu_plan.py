@@ -52,7 +52,7 @@ def test_only_a_dry_run_plans_for_another_machine() -> None:
 def test_lengths_divide_into_parts(parts: int, on_cpu: int, on_gpu: int) -> None:
     layout = replace(planned().layout, tp_size=parts, on_gpu=False)
     assert (layout.pad_multiple, replace(layout, on_gpu=True).pad_multiple) == (on_cpu, on_gpu)
-    assert replace(layout, cuts_sequences=False).pad_multiple == 8
+    assert replace(layout, shards_sequences=False).pad_multiple == 8
 
 
 def test_a_plan_for_gpus_plans_their_caches_and_kernels() -> None:

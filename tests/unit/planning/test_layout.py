@@ -64,7 +64,7 @@ def test_a_layout_costs_what_its_fields_say() -> None:
     assert base[0].base == pytest.approx(2 * base[1].base, rel=1e-3)
     one, two = (stage_memory(planned(4, 1, 8, zero_stage=stage)[0], tokens=4096) for stage in (1, 2))
     assert one.gradients == 8 * two.gradients and one.optimizer == two.optimizer
-    whole, cut = (planned(4, 1, 8, cuts_sequences=cuts)[0].layout for cuts in (False, True))
+    whole, cut = (planned(4, 1, 8, shards_sequences=cuts)[0].layout for cuts in (False, True))
     assert (whole.sequence_parts, cut.sequence_parts) == (1, 4)
     assert planned(1, 1, 32)[0].layout.sequence_parts == 1 and not planned(1, 1, 32)[0].layout.sequence_parallel
 

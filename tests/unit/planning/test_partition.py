@@ -116,7 +116,7 @@ def test_one_adapted_layer_shifts_the_cut(layer: int) -> None:
 
 @pytest.mark.parametrize("num_stages", [4, 5, 100])
 def test_more_stages_than_blocks_are_refused(num_stages: int) -> None:
-    with pytest.raises(ValueError, match=f"3 layers cannot be cut into {num_stages} stages"):
+    with pytest.raises(ValueError, match=f"3 layers cannot be partitioned into {num_stages} stages"):
         partition([0.0, 1.0, 1.0, 1.0, 5.0], num_stages)
     assert partition([0.0, 1.0, 1.0, 1.0, 5.0], 3) == (range(2), range(2, 3), range(3, 5))
 

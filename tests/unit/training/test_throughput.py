@@ -28,9 +28,9 @@ from megatron_tiedlora.training.throughput import (
     Peak,
     find_peak,
     listed_peak,
+    matmul_rate,
     measured_peak,
     peak_memory_bytes,
-    product_rate,
     resident_bytes,
     timed,
 )
@@ -157,7 +157,7 @@ def test_a_products_rate_is_of_its_best_time(monkeypatch: pytest.MonkeyPatch) ->
         return next(taken)
 
     monkeypatch.setattr(throughput, "timed", scripted)
-    assert product_rate(4, 5, 6, dtype=torch.float32, device=CPU, repeats=3) == 2 * 4 * 5 * 6 / 0.25
+    assert matmul_rate(4, 5, 6, dtype=torch.float32, device=CPU, repeats=3) == 2 * 4 * 5 * 6 / 0.25
 
 
 @pytest.mark.parametrize("peak", [1e12, 1e15])
@@ -170,7 +170,7 @@ def test_measuring_grows_to_a_product_that_can_be_timed(monkeypatch: pytest.Monk
         sizes.append(rows)
         return peak if rows == 2048 else 0.9 * peak
 
-    monkeypatch.setattr(throughput, "product_rate", scripted)
+    monkeypatch.setattr(throughput, "matmul_rate", scripted)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     assert measured_peak(CPU, torch.float32) == peak
     assert sizes[:5] == [256, 512, 1024, 2048, 4096] and set(sizes[5:]) == {4096} and len(sizes) < 15
