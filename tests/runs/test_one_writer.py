@@ -182,7 +182,7 @@ def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, who
     wait_for(lambda: has_step(folder, 3), "step 3")
     other = Path(shutil.copytree(base.model, tmp_path / "other"))
     edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
-    for changes, words in (({"rank": 4}, "with --rank 3, now it is 4"), ({"model": other}, "whose weights differ")):
+    for changes, words in (({"rank": 4}, "with --rank 3, but now it is 4"), ({"model": other}, "whose weights differ")):
         line = run(base, folder, resume="auto", take_over=True, expect=2, **changes).error_line()
         assert words in line
     assert world.wait().status == 0

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from attention_layers import attention_layer
 
-from megatron_tiedlora.base.shapes import RopeShape
 from megatron_tiedlora.evaluation.generate import split_evenly
 from megatron_tiedlora.evaluation.likelihood import _groups
-from megatron_tiedlora.model.attention import Attention, KeyValueCache, _attend_to_cache
-from megatron_tiedlora.parallel.kernels import EAGER
-
-PLAIN: dict[str, Any] = {
-    "rope": RopeShape(),
-    "norm_eps": 1e-6,
-    "qkv_bias": False,
-    "output_bias": False,
-    "kernels": EAGER,
-}
+from megatron_tiedlora.model.attention import KeyValueCache, _attend_to_cache
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
@@ -37,8 +26,7 @@ def test_attention_to_a_cache(
             lambda *args, **keywords: original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2),
         )
     torch.manual_seed(0)
-    sizes = {"local_heads": 6, "local_kv_heads": 2, "head_dim": 8}
-    layer = Attention(48, **sizes, **PLAIN, dtype=dtype)
+    layer = attention_layer(6, 2, dtype=dtype)
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
@@ -56,8 +44,7 @@ def test_attention_to_a_cache(
 @pytest.mark.parametrize("filled", [6, 7, 8, 9])
 def test_rows_of_a_mask_begin_at_multiples_of_8(filled: int) -> None:
     """Else CUDA's kernel copies it in every layer."""
-    sizes = {"local_heads": 6, "local_kv_heads": 2, "head_dim": 8}
-    layer = Attention(48, **sizes, **PLAIN, dtype=torch.bfloat16)
+    layer = attention_layer(6, 2, dtype=torch.bfloat16)
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=torch.bfloat16))
     cache.filled = filled
     positions = torch.tensor([[filled], [2], [4]])

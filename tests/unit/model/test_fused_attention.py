@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from attention_layers import attention_layer
 from attention_oracle import IDS, attended, heads
 
-from megatron_tiedlora.base.shapes import RopeShape
 from megatron_tiedlora.model import fused_attention
-from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import CANDIDATES, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
 FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
@@ -269,17 +267,7 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
 ) -> None:
     """The path of a GPU, through PyTorch's flash kernel, against blocks."""
     stand_in_for_operators(monkeypatch)
-    sizes = {"local_heads": counts[0], "local_kv_heads": counts[1], "head_dim": 8}
-    layer = Attention(
-        48,
-        **sizes,
-        rope=RopeShape(),
-        norm_eps=1e-6,
-        qkv_bias=False,
-        output_bias=False,
-        dtype=torch.float64,
-        kernels=EAGER,
-    )
+    layer = attention_layer(*counts, dtype=torch.float64)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     ids = IDS if packed else None
