@@ -130,6 +130,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     seen: list[str] = []
     plan: Any = SimpleNamespace(
         settings=SimpleNamespace(compile="true"),
+        layout=SimpleNamespace(compiled=True),
         grid=SimpleNamespace(rank=rank, tp_size=1),
         source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
