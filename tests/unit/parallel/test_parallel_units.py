@@ -380,7 +380,7 @@ def test_the_grid_is_deepspeeds() -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "tp_size", "pp_size", "fix"),
-    [(6, 4, 1, "4 or 8"), (3, 2, 2, "start 4 ranks"), (10, 2, 2, "8 or 12")],
+    [(6, 4, 1, "4 or 8"), (3, 2, 2, "Start 4 ranks"), (10, 2, 2, "8 or 12")],
 )
 def test_a_world_that_does_not_divide_is_refused(world_size: int, tp_size: int, pp_size: int, fix: str) -> None:
     with pytest.raises(UserError, match=fix):

@@ -194,7 +194,7 @@ def test_a_cache_that_anyone_may_fill_is_refused(tmp_path: Path) -> None:
     make_own_folder(tmp_path / "new" / "cache")
     make_own_folder(tmp_path / "new" / "cache")  # it is there
     (tmp_path / "new" / "cache").chmod(0o777)
-    with pytest.raises(UserError, match="new/cache: anyone may put files there"):
+    with pytest.raises(UserError, match="new/cache: anyone may write files there"):
         make_own_folder(tmp_path / "new" / "cache")
 
 
