@@ -96,7 +96,7 @@ def test_presets_need_no_files(tmp_path: Path, preset: str, world: int, ds_confi
     assert size(memory["base weights"]) == pytest.approx(2 * parameters / shared, rel=ROUNDED)
     assert size(memory["adapter"]) == pytest.approx(4 * tl6 / shared, rel=ROUNDED)
     assert f"packed into rows of up to 4,096 tokens: micro-batches of one row, {world} data-parallel" in text
-    assert f"samples of 4,096 tokens make {256 // world} micro-batches for each data-parallel rank" in text
+    assert f"samples of 4,096 tokens make {256 // world} micro-batches per data-parallel rank" in text
     assert f"{2000 * 256:,} samples" in text
     if world == 1:
         assert "none: one rank sends nothing" in text
@@ -135,7 +135,8 @@ def test_layouts_of_presets(tmp_path: Path, preset: str, world: int, tp: int, pp
         stage_table(text, title) for title in ("layout", "bytes per rank", "messages and bytes")
     )
     assert len(partition) == len(memory) == len(messages) == pp
-    assert f"{world} ranks = tensor {tp}, sequences {'cut' if sequence_parallel else 'whole'} x pipeline {pp}" in text
+    parallel = f"tensor {tp}, {'' if sequence_parallel else 'no '}sequence parallelism x pipeline {pp}"
+    assert f"{world} ranks = {parallel}" in text
     blocks = [len(numbers(row["adapted"])) for row in partition]
     assert sum(blocks) == layers and max(blocks) - min(blocks) <= 1
     assert [numbers(row["layers"]) for row in partition] == [numbers(row["adapted"]) for row in partition]
