@@ -13,6 +13,7 @@ from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -30,7 +31,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
-    examples = load_split("demo", "test", files={}, seed=0, limit=settings.batch_size)
+    examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
     texts = [example.prompt for example in examples]
     encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.max_positions - new_tokens)
     prompts = [ids.tolist() for ids in encoded]

@@ -13,6 +13,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
 from megatron_tiedlora.data.splits import load_split
@@ -65,7 +66,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
     values = {
         **{name: getattr(settings, name) for name in (*_SAME, *_SIZES)},
         "packing": settings.packs,
-        "task": settings.task or "demo",  # made-up tokens have none; the demo asks for no file
+        "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
         "max_length": max(settings.length, LEAST_LENGTH),
         "micro_batch_size": settings.rows,
         "global_batch_size": made_up if settings.task is None else settings.samples,

@@ -16,6 +16,7 @@ from megatron_tiedlora.config.fields import (
     setting_field,
     validate_settings,
 )
+from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 
 ABOUT = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
@@ -79,7 +80,7 @@ class BenchSettings(CommandSettings):
     repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
     json_file: str | None = optional_field("run", "also write the figures to this file", flag="json")
 
-    model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", "demo")
+    model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", DEFAULT_MODEL)
     dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
 
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)

@@ -197,7 +197,7 @@ class Stage(nn.Module):
 
     def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
-        norm: torch.Tensor = self.layers[str(self.blocks[0])].attention.qkv.norm  # type: ignore[union-attr, assignment]
+        norm = self.attention.qkv.norm
         parts = self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return norm.new_empty(*shape, len(norm))
