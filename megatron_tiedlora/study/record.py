@@ -19,7 +19,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.paths import PathIn, user_path
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
@@ -55,25 +55,14 @@ class StudyFolder:
     path: Path
     owner: Owner | None = field(default=None, compare=False)
 
+    settings = PathIn(SWEEP_FILE)
+    base = PathIn("base.json")  # describes the base model and the task
+    status = PathIn("sweep_status.json")  # how the last start ended; absent while a sweep runs
+
     @property
     def guard(self) -> Guard:
         """A guard that raises UserError if this sweep may no longer change the folder."""
         return unguarded if self.owner is None else self.owner.check
-
-    @property
-    def settings(self) -> Path:
-        """The file with its settings."""
-        return self.path / SWEEP_FILE
-
-    @property
-    def base(self) -> Path:
-        """The file that describes the base model and the task."""
-        return self.path / "base.json"
-
-    @property
-    def status(self) -> Path:
-        """The file that says how the last start ended; it does not exist while a sweep runs."""
-        return self.path / "sweep_status.json"
 
     def run(self, run: Run) -> Path:
         """The run folder of a run."""
