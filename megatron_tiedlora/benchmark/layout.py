@@ -28,7 +28,7 @@ from megatron_tiedlora.benchmark.timing import (
 )
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
@@ -48,7 +48,7 @@ class Started:
     """One rank of a run whose steps are handed in.
 
     Attributes:
-        dataset: what `loader` takes its samples from.
+        dataset: what `steps` takes its samples from.
         kernels: how they came to be, in a few words.
     """
 
@@ -56,7 +56,7 @@ class Started:
     dataset: TokenDataset
     runner: Runner
     train_step: TrainStep
-    loader: TrainingLoader
+    steps: Iterator[TrainingStep]
     kernels: str
 
     def seconds_of(self, step: TrainingStep) -> float:
@@ -75,7 +75,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     """
     run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
     plan, device = run.plan, run.runner.device
-    steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
+    steps = [next(run.steps) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
     held = restart_peak(device)
     timers = {"step": lambda: run.seconds_of(next(given))}
@@ -102,8 +102,8 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     else:
         built = build_model(plan, device, None, kernels=chosen.kernels)
     runner = start_engine(plan, built, device, None)
-    loader = plan.training_loader(dataset, pad_id=pad_id)
-    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
+    steps = plan.training_steps(dataset, pad_id=pad_id)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), steps, chosen.description)
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
+    batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
     with TrafficCounter(named_handles(runner.groups)) as counter:
-        run.train_step.run(next(run.loader))
+        run.train_step.run(next(run.steps))
     data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
     traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
-    watched = next(run.loader)
+    watched = next(run.steps)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
     formula = saved_formula(plan, watched.micro_batches)
@@ -135,7 +135,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.steps))) if on_gpu else None,
     }
 
 

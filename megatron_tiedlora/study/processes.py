@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
@@ -50,22 +50,6 @@ class Command:
         return tuple(f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
 
 
-class Child(Protocol):
-    """A command that was started."""
-
-    def ended(self) -> bool:
-        """Whether it and all processes that it started have ended."""
-
-    def interrupt(self, number: int) -> None:
-        """Signal it to stop; it saves first, and then ends."""
-
-    def kill(self) -> None:
-        """Kill it with all processes that it started."""
-
-
-Start = Callable[[Command], Child]
-
-
 def flag_text(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, bool):
@@ -75,7 +59,7 @@ def flag_text(value: Any) -> str:
 
 @dataclass
 class LaunchedChild:
-    """A `deepspeed` launcher in its own session, and its ranks on this host, which have the run id in their environment.
+    """A `deepspeed` launcher in its own session, and its ranks on this host; all have the run id in their environment.
 
     A signalled launcher ends before its ranks, which save first, so their ends are awaited too. If it is signalled
     while it starts, it may end without signalling the ranks that it was about to start. These are signalled here.
@@ -100,7 +84,7 @@ class LaunchedChild:
         return launcher_ended and not report.processes
 
     def interrupt(self, number: int) -> None:
-        """Signal the launcher. The ranks that run already notice its end."""
+        """Signal the launcher. The ranks that run already notice its end; they save first, and then end."""
         report = find_processes(self.run_id, script=self.script)
         self._signal, self._signalled = number, [found.pid for found in report.processes if found.kind == "rank"]
         self.process.send_signal(number)
@@ -109,6 +93,9 @@ class LaunchedChild:
         """Send SIGKILL to all, and to processes that are just being started as soon as they are seen."""
         self._signal, self._signalled = signal.SIGKILL, []
         self.ended()
+
+
+Start = Callable[[Command], LaunchedChild]
 
 
 def deepspeed_starter(scripts: Path) -> Start:
@@ -121,7 +108,7 @@ def deepspeed_starter(scripts: Path) -> Start:
     if not launcher.is_file():
         raise UserError(f"{launcher}: no such launcher; run the sweep with the python that DeepSpeed is installed for")
 
-    def start(command: Command) -> Child:
+    def start(command: Command) -> LaunchedChild:
         script = str(scripts / f"{command.script}.py")
         words = [str(launcher), *command.launcher, script, *command.arguments]
         try:

@@ -32,7 +32,7 @@ from megatron_tiedlora.config.sweep_settings import (
     read_sweep_yaml,
     resolve_train,
 )
-from megatron_tiedlora.study.grid import Run, Shape, single_layers
+from megatron_tiedlora.study.grid import Shape, single_layers
 from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
@@ -64,9 +64,9 @@ class StudyFolder:
         """A guard that raises UserError if this sweep may no longer change the folder."""
         return unguarded if self.owner is None else self.owner.check
 
-    def run(self, run: Run) -> Path:
-        """The run folder of a run."""
-        return self.path / RUNS / run.name
+    def run(self, name: str) -> Path:
+        """The run folder of the run called `name`."""
+        return self.path / RUNS / name
 
     def score(self, name: str) -> Path:
         """The folder that launch/evaluate.py writes for the run called `name`, or for `base`."""

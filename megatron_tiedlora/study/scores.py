@@ -121,7 +121,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
     Args:
         metric: the value of --eval_metric: `loss`, where less is better, or a score.
     """
-    ends = {run: read_run(folder.run(run)) for run in runs}
+    ends = {run: read_run(folder.run(run.name)) for run in runs}
     sign = 1.0 if metric == "loss" else -1.0
     finished = {
         run: sign * end.best
@@ -175,6 +175,6 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
         point,
         point.num_trained(base.shape),
         chosen,
-        tuple(run for run in runs if chosen is not None and read_run(folder.run(run)).state != "finished"),
+        tuple(run for run in runs if chosen is not None and read_run(folder.run(run.name)).state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
     )

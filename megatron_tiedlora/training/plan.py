@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, de
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingLoader, plan_global_batch
+from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
@@ -144,9 +144,11 @@ class RunPlan:
             for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
         )
 
-    def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
+    def training_steps(
+        self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
+    ) -> Iterator[TrainingStep]:
         """The steps of this rank on `dataset` after `consumed_samples`."""
-        return TrainingLoader(
+        return training_steps(
             dataset,
             self.batch_shape,
             seed=self.settings.seed,

@@ -37,4 +37,4 @@ def validation_loss(plan: RunPlan, runner: Runner, data: RunData, stop: StopWatc
             stop.agree(True)
             loss += runner.evaluate(some)
             bar.update(len(some))
-    return sum_over_ranks([loss])[0] / dataset.stats.supervised_tokens
+    return sum_over_ranks([loss])[0] / dataset.num_supervised

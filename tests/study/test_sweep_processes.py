@@ -17,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
+from megatron_tiedlora.study.jobs import Outcome, StudyJob, run_jobs
 from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (
     Command,
@@ -45,13 +45,13 @@ class World:
         self.most = max(self.most, self.now)
         return _Child(self, name)
 
-    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> Job:
+    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> StudyJob:
         def command(slot: tuple[str, ...]) -> Any:
             return None if nothing else (name, slot)
 
-        return Job(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
+        return StudyJob(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
 
-    def run(self, *jobs: Job, slots: int = 1) -> Outcome:
+    def run(self, *jobs: StudyJob, slots: int = 1) -> Outcome:
         places = [(str(index),) for index in range(slots)]
         return run_jobs(jobs, slots=places, start=self.start, stop=self.signals, finished=0)
 
