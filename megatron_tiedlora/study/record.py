@@ -6,10 +6,8 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn, user_path
 from megatron_tiedlora.base.yaml_files import write_yaml
+from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.sweep_settings import (
@@ -115,11 +114,7 @@ def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
         names = [given] if user_path(given).exists() else [name.strip() for name in given.split(",")]
         for name, path in ((name, user_path(name)) for name in names):
             if path.is_file():
-                try:
-                    with path.open("rb") as stream:
-                        sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-                except OSError as error:
-                    raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+                sums[name] = file_sha256(path)
     return sums
 
 
@@ -243,10 +238,3 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
     last = lines[starts[-1] + 1 :] if starts else lines
     shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
     return [line for line in shown if line and _BAR_MARK not in line][-count:]
-
-
-def read_json_or_none(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is none or a kill has truncated it."""
-    with suppress(OSError, UserError):
-        return read_json_object(file, kind="a JSON object")
-    return None

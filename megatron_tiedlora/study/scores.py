@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
-from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
+from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command
 
 BASE_NAME = "base"
 _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")

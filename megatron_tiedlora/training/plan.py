@@ -33,37 +33,14 @@ from megatron_tiedlora.runtime.run_folder import run_name
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
-    {
-        "ds_config",
-        "output_dir",
-        "resume",
-        "take_over",
-        "base_differs",
-        "dry_run",
-        "world_size",
-        "plan_for",
-        "deterministic",
-        "timeout_minutes",
-        "tensor_parallel",
-        "pipeline_parallel",
-        "sequence_parallel",
-        "replica_check_steps",
-        "compile",
-        "recompute",
-        "micro_batch_size",
-        "packing",
-        "save_interval",
-        "save_interval_minutes",
-        "keep_checkpoints",
-        "test_file",
-        "eval_batch_size",
+    (
+        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
+        *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
+        *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
+        *("keep_checkpoints", "test_file", "eval_batch_size"),
         # Compared by content, not by name: the base by its hashes, the data by its tokens.
-        "model",
-        "tokenizer",
-        "train_file",
-        "validation_file",
-        "prompt_template",
-    }
+        *("model", "tokenizer", "train_file", "validation_file", "prompt_template"),
+    )
 )
 
 

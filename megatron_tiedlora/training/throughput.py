@@ -57,24 +57,14 @@ class Peak(NamedTuple):
     source: str
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The amounts of work in some steps; they can be added."""
+class _Work(NamedTuple):
+    """The amounts of work in some steps."""
 
     tokens: int
     supervised: int
     positions: int
     flops: int
     seconds: float
-
-    def __add__(self, other: _Work) -> _Work:
-        return _Work(
-            self.tokens + other.tokens,
-            self.supervised + other.supervised,
-            self.positions + other.positions,
-            self.flops + other.flops,
-            self.seconds + other.seconds,
-        )
 
 
 @dataclass
@@ -104,7 +94,7 @@ class Meter:
         )
         work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
         if self._is_warm:
-            self._total = work if self._total is None else self._total + work
+            self._total = work if self._total is None else _Work(*map(sum, zip(self._total, work, strict=True)))
             self.steps = (number if self.steps is None else self.steps[0], number)
         self._is_warm = True
         return self._rates(work)
