@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.decide import Times
-from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.remote import Route
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
@@ -27,6 +26,7 @@ from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, rea
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems

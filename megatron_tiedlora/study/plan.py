@@ -19,12 +19,12 @@ from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.jobs import StudyJob

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
+from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.study.jobs import Outcome, StudyJob, run_jobs
 from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (
