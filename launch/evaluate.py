@@ -45,7 +45,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
     from megatron_tiedlora.evaluation.plan import plan_evaluation
-    from megatron_tiedlora.evaluation.results import score_table, take_results_folder, write_results
+    from megatron_tiedlora.evaluation.results import score_table, take_output, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 
@@ -60,7 +60,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
     def take() -> tuple[Path, str]:
         nonlocal output
-        output = take_results_folder(plan)
+        output = take_output(plan)
         end.hold(output.release)
         return output.partial, output.lock.owner.start
 

@@ -26,9 +26,21 @@ ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder
 # The packages that the check imports, by their names in pip; torch brings the rest. Versions are those installed here.
 PACKAGES = (
-    *("einops", "hjson", "msgpack", "packaging", "py-cpuinfo"),  # for DeepSpeed
-    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
-    *("filelock", "psutil", "PyYAML", "safetensors", "tqdm"),
+    "hjson",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "typing-extensions",
+    "safetensors",
+    "PyYAML",
+    "psutil",
+    "msgpack",
+    "einops",
+    "tqdm",
+    "packaging",
+    "filelock",
+    "py-cpuinfo",
 )
 TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"
@@ -111,8 +123,9 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
 
 def _copy_tools(folder: Path) -> None:
     (folder / "tools").mkdir()
-    for name in TOOLS:
-        shutil.copy(ROOT / "tools" / name, folder / "tools")
+    for pattern in TOOLS:
+        for file in (ROOT / "tools").glob(pattern):
+            shutil.copy(file, folder / "tools")
     leave = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tools" / "gpu_checks", folder / "tools" / "gpu_checks", ignore=leave)
     shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")

@@ -48,7 +48,7 @@ class Started:
     """One rank of a run whose steps are handed in.
 
     Attributes:
-        dataset: what `steps` takes its samples from.
+        dataset: what `loader` takes its samples from.
         kernels: how they came to be, in a few words.
     """
 
@@ -56,7 +56,7 @@ class Started:
     dataset: TokenDataset
     runner: Runner
     train_step: TrainStep
-    steps: Iterator[TrainingStep]
+    loader: Iterator[TrainingStep]
     kernels: str
 
     def seconds_of(self, step: TrainingStep) -> float:
@@ -75,7 +75,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     """
     run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
     plan, device = run.plan, run.runner.device
-    steps = [next(run.steps) for _ in range(GUARDED_STEPS + settings.repeats)]
+    steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
     held = restart_peak(device)
     timers = {"step": lambda: run.seconds_of(next(given))}
@@ -102,8 +102,8 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     else:
         built = build_model(plan, device, None, kernels=chosen.kernels)
     runner = start_engine(plan, built, device, None)
-    steps = plan.training_steps(dataset, pad_id=pad_id)
-    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), steps, chosen.description)
+    loader = plan.training_loader(dataset, pad_id=pad_id)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
     with TrafficCounter(named_handles(runner.groups)) as counter:
-        run.train_step.run(next(run.steps))
+        run.train_step.run(next(run.loader))
     data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
     traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
-    watched = next(run.steps)
+    watched = next(run.loader)
     # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
     formula = saved_formula(plan, watched.micro_batches)
@@ -135,7 +135,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.steps))) if on_gpu else None,
+        "kernel_seconds": kernel_seconds(lambda: run.train_step.run(next(run.loader))) if on_gpu else None,
     }
 
 

@@ -102,7 +102,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
     recompute(stage, settings.recompute)
     stage.train()
     dataset, pad_id = read_samples(plan, settings)
-    step = next(plan.training_steps(dataset, pad_id=pad_id))
+    step = next(plan.training_loader(dataset, pad_id=pad_id))
 
     def forward(batch: MicroBatch) -> torch.Tensor:
         found = find_supervised(batch.labels)
@@ -158,7 +158,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     model: Any = get_peft_model(base.to(device), lora)
     model.train()
     dataset, pad_id = read_samples(plan, settings)
-    step = next(plan.training_steps(dataset, pad_id=pad_id))
+    step = next(plan.training_loader(dataset, pad_id=pad_id))
     batches = list(step.micro_batches)
     if settings.task is not None and not packed:
         size = settings.padded_rows  # of samples as they come, as a trainer without sorting takes them

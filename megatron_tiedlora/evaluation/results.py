@@ -21,7 +21,7 @@ DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
 
 
-def take_results_folder(plan: EvaluationPlan) -> NewOutput:
+def take_output(plan: EvaluationPlan) -> NewOutput:
     """Take the output folder for this process alone.
 
     Raises:

@@ -72,7 +72,7 @@ class Trainer:
         settings = self.plan.settings
         self._saved_step = self.progress.step if self.progress.step else None
         pad_id, consumed = padding_id(self.data.tokenizer), self.progress.consumed_samples
-        steps = self.plan.training_steps(self.data.train, pad_id=pad_id, consumed_samples=consumed)
+        loader = self.plan.training_loader(self.data.train, pad_id=pad_id, consumed_samples=consumed)
         with self.stop.deferred(), self._bar() as bar:
             try:
                 if self.progress.step == 0:
@@ -80,7 +80,7 @@ class Trainer:
                 else:
                     self._evaluate_and_save(bar)  # if the run was stopped between a step and its evaluation
                 while self.progress.step < settings.max_steps and not self._out_of_patience():
-                    self._train_step(next(steps), bar)
+                    self._train_step(next(loader), bar)
                     self._evaluate_and_save(bar)
                 raise_on_every_rank(self._log_failure)
                 self.save()  # after early stopping there may be no checkpoint of the last evaluation

@@ -121,7 +121,7 @@ class RunPlan:
             for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
         )
 
-    def training_steps(
+    def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
     ) -> Iterator[TrainingStep]:
         """The steps of this rank on `dataset` after `consumed_samples`."""

@@ -184,7 +184,7 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
             prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
             truncated_prompts=0,
         )
-        yield next(plan.training_steps(samples, pad_id=0))
+        yield next(plan.training_loader(samples, pad_id=0))
 
 
 def _planned(plan: Any, **largest: int) -> float:

@@ -325,7 +325,7 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
     data = prepare_data(plan, progress=False)
-    step = next(plan.training_steps(data.train, pad_id=0))
+    step = next(plan.training_loader(data.train, pad_id=0))
     positions = sum(batch.input_ids.numel() for batch in step.micro_batches)
     rows = sum(len(batch.input_ids) for batch in step.micro_batches)
     assert rows < 8 and step.num_tokens < positions

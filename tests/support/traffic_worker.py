@@ -85,12 +85,12 @@ def _count(case: Case, device: torch.device) -> Counted:
         runner = build.start_engine(plan, built, device, None)
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
         train_step = TrainStep(plan, runner, StopWatch(), long_seconds=0.0 if case.long_steps else math.inf)
-        steps = plan.training_steps(data.train, pad_id=padding_id(data.tokenizer))
+        loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
         train_step.checks = StepChecks(runner, check_steps=0, guarded_steps=case.steps_before)
         for _ in range(case.steps_before):
-            train_step.run(next(steps))
-        step = next(steps)
+            train_step.run(next(loader))
+        step = next(loader)
         with TrafficCounter(named_handles(runner.groups)) as counter:
             train_step.run(step)
     runner.engine.destroy()

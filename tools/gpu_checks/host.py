@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, started, step_settings, steps_of
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
 
@@ -39,12 +39,12 @@ def check(report: Report, options: CheckOptions) -> None:
             layers = min(MOST_LAYERS, layers_that_fit(options.model, *flags))
             named = (*flags, f"--num_layers={layers}", f"--compile={compiles}")
             with started(step_settings(options.model, *named)) as run:
-                given = {length: steps_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
-                for steps in (*given.values(), *given.values()):
-                    run.train_step.run(next(steps))
-                _counts(report, name, run, given[LENGTHS[-1]], layers)
+                loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
+                for loader in (*loaders.values(), *loaders.values()):
+                    run.train_step.run(next(loader))
+                _counts(report, name, run, loaders[LENGTHS[-1]], layers)
                 taken = {
-                    length: median(_seconds(run, steps) for _ in range(REPEATS)) for length, steps in given.items()
+                    length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()
                 }
             _knee(report, name, taken, layers)
         release()
@@ -56,9 +56,9 @@ def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 
-def _seconds(run: Started, steps: Iterator[TrainingStep]) -> float:
+def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     """Seconds of one micro-batch in a step of several, until the GPU has finished."""
-    step = next(steps)
+    step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -84,9 +84,9 @@ def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> No
     )
 
 
-def _counts(report: Report, name: str, run: Started, steps: Iterator[TrainingStep], layers: int) -> None:
+def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
     """Launches and waits of the micro-batches of one step."""
-    step = next(steps)
+    step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
         work()
@@ -96,7 +96,7 @@ def _counts(report: Report, name: str, run: Started, steps: Iterator[TrainingSte
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
     )
-    launches = _launches(micro_batches(run, next(steps)))
+    launches = _launches(micro_batches(run, next(loader)))
     run.runner.engine.step()
     if launches:
         report.tell(

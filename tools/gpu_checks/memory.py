@@ -7,7 +7,7 @@ import torch
 
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, started, step_settings, steps_of
+from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
 GB = 1e9
 # Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
@@ -45,7 +45,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
     with started(step_settings(model, *flags, "--supervised=1", f"--num_layers={layers}", "--micro_batches=1")) as run:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            run.train_step.run(next(run.steps))
+            run.train_step.run(next(run.loader))
         planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
     why = (
@@ -69,9 +69,9 @@ def _fragments(report: Report, label: str, model: str) -> None:
     with started(step_settings(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
         torch.cuda.reset_peak_memory_stats()
         draw = np.random.default_rng(0)
-        steps = steps_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
+        loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
         for _ in range(NUM_STEPS):
-            run.train_step.run(next(steps))
+            run.train_step.run(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
     report.at_most(

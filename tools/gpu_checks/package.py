@@ -46,15 +46,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def small_config(*, kv_heads: int = 2, vocab: int = 1000) -> ModelShape:
+def small_config(
+    *, hidden: int = 256, intermediate: int = 512, layers: int = 2, heads: int = 4, kv_heads: int = 2, vocab: int = 1000
+) -> ModelShape:
     """A small LLaMA whose heads have sizes that kernels support."""
     values = {
         "model_type": "llama",
         "vocab_size": vocab,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,

@@ -54,7 +54,7 @@ def run_case(case: Case, order: RankOrder, rank: int, world_size: int, folder: P
     changes = {"learning_rate": order.learning_rate, "replica_check_steps": order.steps, "timeout_minutes": 1.0}
     plan = make_plan(settings, rank=rank, world_size=world_size, **changes)
     run = start(plan, settings)
-    losses = [run.train_step.run(next(run.steps)).loss for _ in range(order.steps)]
+    losses = [run.train_step.run(next(run.loader)).loss for _ in range(order.steps)]
     state = full_adapter_state(plan, run.runner)
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / ADAPTER)
@@ -76,7 +76,7 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
         end.watch_peers(1.0)
         end.finished_step = lambda: run.train_step.finished
         for number in range(1_000_000):
-            run.train_step.run(next(run.steps))
+            run.train_step.run(next(run.loader))
             if number == order.steps:
                 Path(order.folder, f"{STEPPING}{rank}").touch()
     return end.status

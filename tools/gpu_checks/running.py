@@ -76,8 +76,8 @@ def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
         release()
 
 
-def steps_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
-    """The run's steps over random samples of these lengths."""
+def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
+    """A loader of the run's steps over random samples of these lengths."""
     draw = np.random.default_rng(0)
     dataset = TokenDataset(
         tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
@@ -85,7 +85,7 @@ def steps_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]
         prompt_lengths=np.ones(len(lengths), np.int32),
         truncated_prompts=0,
     )
-    return run.plan.training_steps(dataset, pad_id=0)
+    return run.plan.training_loader(dataset, pad_id=0)
 
 
 def release() -> None:

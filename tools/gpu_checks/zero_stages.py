@@ -37,7 +37,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
                     learning_rate=RATE,
                     gradient_clipping=0.0,
                 ) as run:
-                    steps = [next(run.steps) for _ in range(STEPS)]
+                    steps = [next(run.loader) for _ in range(STEPS)]
                     before = adapter_values(run)
                     if expected is None:
                         expected = plain_steps(run, before, steps)
