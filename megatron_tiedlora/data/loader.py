@@ -112,9 +112,7 @@ class BatchShape:
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
-def plan_global_batch(
-    dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int
-) -> GlobalBatch:
+def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
     """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
 
     With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.

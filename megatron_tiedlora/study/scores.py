@@ -123,11 +123,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
     """
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     sign = 1.0 if metric == "loss" else -1.0
-    finished = {
-        run: sign * end.best
-        for run, end in ends.items()
-        if end.state == "finished" and end.best is not None
-    }
+    finished = {run: sign * end.best for run, end in ends.items() if end.state == "finished" and end.best is not None}
     return min(finished, key=lambda run: finished[run]) if finished else None
 
 

@@ -195,9 +195,7 @@ class Trainer:
             return {}
         runner, plan = self.runner, self.plan
         runner.engine.module.eval()
-        decoder = Decoder(
-            runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3
-        )
+        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
         answers = answer_all(
             decoder,
             scored,

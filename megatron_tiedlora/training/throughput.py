@@ -60,10 +60,10 @@ class Peak(NamedTuple):
 class _Work(NamedTuple):
     """The amounts of work in some steps."""
 
-    tokens: int
-    supervised: int
-    positions: int
-    flops: int
+    tokens: float
+    supervised: float
+    positions: float
+    flops: float
     seconds: float
 
 
@@ -155,9 +155,7 @@ def matmul_rate(
 ) -> float:
     """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
     draw = torch.Generator(device).manual_seed(0)  # the run's own random stream is not advanced
-    left, right = (
-        torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns)
-    )
+    left, right = (torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns))
     product = left.new_empty(rows, columns)
     with torch.no_grad():
         taken = [timed(lambda: torch.mm(left, right.t(), out=product), device) for _ in range(repeats)]
