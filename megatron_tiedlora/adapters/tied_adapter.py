@@ -17,8 +17,8 @@ from torch import nn
 
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,6 +38,13 @@ def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> d
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object")
     return content
+
+
+def read_json_or_none(file: Path) -> dict[str, Any] | None:
+    """The object in `file`, or None if there is none or a kill has truncated it."""
+    with suppress(OSError, UserError):
+        return read_json_object(file, kind="a JSON object")
+    return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
 
@@ -26,6 +28,17 @@ def user_path(given: str | Path, *, flag: str = "") -> Path:
     if b"\0" in raw or len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
         raise UserError(f"{said}: is not a path (too long, or with characters that a file name cannot have)")
     return path
+
+
+@dataclass(frozen=True)
+class PathIn:
+    """A class attribute that is a path in the folder `path` of each instance: `NAME = PathIn("name")`."""
+
+    name: str
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Path:
+        path: Path = owner.path
+        return path / self.name
 
 
 def last_name(given: str) -> str:

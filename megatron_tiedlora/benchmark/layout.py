@@ -28,7 +28,7 @@ from megatron_tiedlora.benchmark.timing import (
 )
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
@@ -56,7 +56,7 @@ class Started:
     dataset: TokenDataset
     runner: Runner
     train_step: TrainStep
-    loader: TrainingLoader
+    loader: Iterator[TrainingStep]
     kernels: str
 
     def seconds_of(self, step: TrainingStep) -> float:
@@ -111,7 +111,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    batch = plan.global_batch(run.dataset, consumed_samples=run.loader.consumed_samples)
+    batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     shapes = plan.micro_batches(run.dataset, batch)
     run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
     with TrafficCounter(named_handles(runner.groups)) as counter:

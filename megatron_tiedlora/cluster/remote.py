@@ -248,16 +248,13 @@ def run_on_hosts(
     command: Sequence[str],
     *,
     limit: float,
-    ssh_port: int | None = None,
-    transport: Transport | None = None,
+    transport: Transport,
     on_line: OnLine | None = None,
 ) -> dict[str, Done]:
     """Run the same command on all hosts at once, each with a hard time limit.
 
     Args:
         limit: in seconds; a host where the command runs longer has status None.
-        transport: how to reach the hosts; ssh by default.
         on_line: called with each line of output as it arrives, in the host's own thread.
     """
-    transport = transport or Transport(ssh_port=ssh_port)
     return HostCommands(transport, limit=limit, on_line=on_line).run(dict.fromkeys(hosts, command))

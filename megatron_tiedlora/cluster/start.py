@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.cluster.decide import Times
-from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.remote import Route
 from megatron_tiedlora.cluster.routes import Job, StartPlan, plan_start
@@ -27,6 +26,7 @@ from megatron_tiedlora.config.hosts import Host, expand_nodelist, num_ranks, rea
 from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
@@ -55,7 +55,7 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     try:
         job = make_job(command, launcher, route, hosts, scripts=scripts, private=private, folder=folder)
         if settings.show_command:
-            lines = shown(plan_start(job, environment), job, folder, environment)
+            lines = command_lines(plan_start(job, environment), job, folder, environment)
             show(*(part for line in lines for part in line.split("\n")))
             return 0
         _check_programs(job)
@@ -203,7 +203,7 @@ def _with_master_addr(job: Job, hosts: JobHosts) -> Job:
     return replace(job, master_addr=answers.addresses.get(job.hosts[0].name, ""))
 
 
-def shown(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
+def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
     """The lines of --show_command: what would be started."""
     lines = [f"run folder  {folder.path}", f"ranks       {job.size}"]
     lines += [f"host        {host.name} slots={host.slots}" for host in job.hosts]

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, one_line
-from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.errors import one_line
+from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 Stamp = tuple[int, int, int]
@@ -46,12 +46,7 @@ class StatusFile:
 
     def read(self) -> Mapping[str, Any] | None:
         """The file's content if this start has written it; None otherwise."""
-        if not self.is_new():
-            return None
-        try:
-            return read_json_object(self.folder.status, kind="the status of a run")
-        except UserError:
-            return None
+        return read_json_or_none(self.folder.status) if self.is_new() else None
 
     def read_late(self, seconds: float) -> Mapping[str, Any] | None:
         """As `read`, but wait for a late file: NFS caches for a while that a file was missing."""

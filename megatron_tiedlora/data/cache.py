@@ -35,7 +35,6 @@ def tokenise_once(
     *,
     max_length: int,
     cache_dir: str | Path | None = None,
-    add_bos: bool = True,
     progress: bool = False,
 ) -> TokenDataset:
     """Return the samples as ids, from the cache if the same texts were tokenised with the same tokenizer before.
@@ -44,7 +43,7 @@ def tokenise_once(
     again. Raises UserError as `encode_dataset` does, and if the cache cannot be written.
     """
     folder = Path(cache_dir or user_cache()) / "tokens"
-    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, add_bos=add_bos)}.safetensors"
+    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length)}.safetensors"
     try:
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
@@ -54,7 +53,7 @@ def tokenise_once(
         with FileLock(str(path.with_suffix(".lock"))):
             dataset = _load(path)  # another process may have written it while we waited
             if dataset is None:
-                dataset = encode_dataset(examples, tokenizer, max_length=max_length, add_bos=add_bos, progress=progress)
+                dataset = encode_dataset(examples, tokenizer, max_length=max_length, progress=progress)
                 _save(dataset, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -63,11 +62,10 @@ def tokenise_once(
     return dataset
 
 
-def cache_key(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, add_bos: bool = True
-) -> str:
+def cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
     """Return the hash of everything the ids depend on: texts, tokenizer, length and this code's format version."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {add_bos} {len(examples)}\n".encode())
+    # True: BOS is added. It is in the key because it was once a choice.
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} True {len(examples)}\n".encode())
     digest.update(_tokenizer_content(tokenizer))
     for example in examples:
         for text in (example.prompt, example.completion):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import select
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import psutil
@@ -37,7 +37,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._process: psutil.Process | None = None
-        self._socket: socket.socket | None = None
+        self._connection: Connection | None = None
 
     def render(self, turns: Sequence[Mapping[str, str]], source: str) -> str:
         """Return the prompt for a conversation whose next turn is the assistant's.
@@ -57,41 +57,40 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process."""
-        if self._socket is not None:
-            self._socket.close()
+        if self._connection is not None:
+            self._connection.close()
         if self._process is not None:
             with suppress(psutil.Error):
                 self._process.kill()
             with suppress(OSError):
                 os.waitpid(self._process.pid, 0)
-        self._socket = self._process = None
+        self._connection = self._process = None
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer of the process, or a reason if it ends before it answers."""
-        if self._process is None or self._socket is None:
+        if self._process is None or self._connection is None:
             self._start()
-        assert self._process is not None and self._socket is not None
+        assert self._process is not None and self._connection is not None
         before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
-        with self._socket.makefile("rwb") as stream:
-            _send(stream, request)
-            while not select.select([self._socket], [], [], 0.05)[0]:
-                if _seconds(self._process) - before > _SECONDS:
-                    self.close()
-                    return {"reason": f"takes more than {_SECONDS:g} s for these messages"}
-                if time.monotonic() > deadline:
-                    self.close()
-                    return {"reason": f"gave no answer within {_SILENCE:g} s"}
-            answer = _receive(stream)
+        _send(self._connection, request)
+        while not self._connection.poll(0.05):
+            if _seconds(self._process) - before > _SECONDS:
+                self.close()
+                return {"reason": f"takes more than {_SECONDS:g} s for these messages"}
+            if time.monotonic() > deadline:
+                self.close()
+                return {"reason": f"gave no answer within {_SILENCE:g} s"}
+        answer = _receive(self._connection)
         if answer is None:
             self.close()
             return {"reason": "ended its process"}
         return answer
 
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         parent = os.getpid()
         if (pid := os.fork()) == 0:
-            self._socket.close()
+            self._connection.close()
             _serve(self._tokenizer, theirs, parent)
         theirs.close()
         self._process = psutil.Process(pid)
@@ -114,7 +113,7 @@ def _seconds(process: psutil.Process) -> float:
     """CPU time that the process has used so far."""
     try:
         times = process.cpu_times()
-    except psutil.Error:  # it has ended, which its socket shows
+    except psutil.Error:  # it has ended, which its connection shows
         return 0.0
     return float(times.user + times.system)
 
@@ -122,16 +121,16 @@ def _seconds(process: psutil.Process) -> float:
 # In the process ---------------------------------------------------------------------------------------------------
 
 
-def _serve(tokenizer: Any, connection: socket.socket, parent: int) -> NoReturn:
+def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
     """Answer requests until the other end is closed. Never returns into the parent's code."""
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
             signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        with connection.makefile("rwb") as stream, limited(memory=_MEMORY):
-            while os.getppid() == parent and (request := _receive(stream)) is not None:
-                _send(stream, _render(tokenizer, request["turns"], request["longest"]))
+        with limited(memory=_MEMORY):
+            while os.getppid() == parent and (request := _receive(connection)) is not None:
+                _send(connection, _render(tokenizer, request["turns"], request["longest"]))
         status = 0
     finally:
         os._exit(status)
@@ -149,19 +148,15 @@ def _render(tokenizer: Any, turns: list[Any], longest: int) -> dict[str, str]:
     return {"text": text}
 
 
-def _send(stream: Any, content: Mapping[str, Any]) -> None:
-    message = json.dumps(content).encode()
+def _send(connection: Connection, content: Mapping[str, Any]) -> None:
     with suppress(BrokenPipeError):  # the other end is closed, which the next read shows
-        stream.write(len(message).to_bytes(8, "little") + message)
-        stream.flush()
+        connection.send_bytes(json.dumps(content).encode())
 
 
-def _receive(stream: Any) -> dict[str, Any] | None:
+def _receive(connection: Connection) -> dict[str, Any] | None:
     """The next message, or None if the other end is closed."""
     try:
-        size = stream.read(8)
-        message = stream.read(int.from_bytes(size, "little"))
-    except ConnectionError:
+        content = json.loads(connection.recv_bytes())
+    except (EOFError, ConnectionError):
         return None
-    content = json.loads(message) if message else None
     return content if isinstance(content, dict) else None

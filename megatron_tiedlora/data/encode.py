@@ -43,16 +43,6 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
-class TokenStats:
-    """Counts over a data set, for reports."""
-
-    rows: int
-    truncated_prompts: int
-    tokens: int
-    supervised_tokens: int
-
-
-@dataclass(frozen=True)
 class TokenDataset:
     """All samples of a split, concatenated.
 
@@ -84,52 +74,36 @@ class TokenDataset:
         return self.lengths - np.maximum(self.prompt_lengths, 1)
 
     @property
-    def stats(self) -> TokenStats:
-        """Counts over the whole data set."""
-        return TokenStats(
-            rows=len(self),
-            truncated_prompts=self.truncated_prompts,
-            tokens=len(self.tokens),
-            supervised_tokens=int(self.supervised_counts.sum()),
-        )
+    def num_supervised(self) -> int:
+        """Number of supervised tokens of all samples."""
+        return int(self.supervised_counts.sum())
 
     def sample(self, index: int) -> NDArray[np.int32]:
         """Return the ids of one sample, (length,) int32."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def supervised(self, index: int) -> int:
-        """Return how many tokens of one sample are supervised."""
-        return int(self.offsets[index + 1] - self.offsets[index] - max(int(self.prompt_lengths[index]), 1))
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_length: int, add_bos: bool = True
-) -> NDArray[np.int32]:
-    """Return [BOS] + prompt ids, (length,) int32. A prompt longer than `max_length` loses its middle.
-
-    If the prompt fits, these are exactly the ids that training puts before the answer.
-    """
-    return encode_prompts(tokenizer, [prompt], max_length=max_length, add_bos=add_bos)[0][0]
-
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int, add_bos: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_length: int
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """`encode_prompt` for many prompts, and the number of truncated ones."""
-    bos = _bos_id(tokenizer) if add_bos else None
+    """[BOS] + ids of each prompt, (length,) int32, and the number of prompts that lost their middle to `max_length`.
+
+    If a prompt fits, these are exactly the ids that training puts before the answer.
+    """
+    bos = _bos_id(tokenizer)
     encoded = [_with_bos(ids, bos, room=max_length) for ids in _ids(tokenizer, list(prompts))]
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, add_bos: bool = True
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int
 ) -> list[EncodedExample]:
     """Return samples as ids, each of at most `max_length` tokens.
 
     Raises UserError if the tokenizer has no EOS, or if an answer with BOS, EOS and one token of its prompt does not
     fit in `max_length` (the message names the sample).
     """
-    bos = _bos_id(tokenizer) if add_bos else None
+    bos = _bos_id(tokenizer)
     eos = _eos_id(tokenizer)
     prompts = _ids(tokenizer, [example.prompt for example in examples])
     completions = continuation_ids(tokenizer, [example.completion for example in examples])
@@ -153,7 +127,6 @@ def encode_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    add_bos: bool = True,
     progress: bool = False,
 ) -> TokenDataset:
     """Tokenise all samples, with a progress bar if it takes more than a few seconds.
@@ -164,7 +137,7 @@ def encode_dataset(
     with tqdm(total=len(examples), desc="tokenising", unit="sample", delay=2, disable=not progress) as bar:
         for start in range(0, len(examples), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            encoded += encode_examples(tokenizer, chunk, max_length=max_length, add_bos=add_bos)
+            encoded += encode_examples(tokenizer, chunk, max_length=max_length)
             bar.update(len(chunk))
     lengths = np.asarray([len(sample.tokens) for sample in encoded], dtype=np.int64)
     dataset = TokenDataset(
@@ -179,7 +152,7 @@ def encode_dataset(
 
 def check_supervised(dataset: TokenDataset, source: str) -> None:
     """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
-    if dataset.stats.supervised_tokens < 1:
+    if dataset.num_supervised < 1:
         raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
 
 

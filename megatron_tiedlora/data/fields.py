@@ -54,7 +54,7 @@ def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names}
 
 
-def one_line(text: str) -> str:
+def without_line_breaks(text: str) -> str:
     """Return the text with each line break and the white space around it replaced by one space."""
     return _LINE_BREAK.sub(" ", text.strip())
 

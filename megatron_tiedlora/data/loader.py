@@ -34,8 +34,7 @@ class MicroBatch:
     else -100. position_ids: (b, s) int64, counted from 0 in each sample.
     documents: (b, s) int64, document ids: the index of each token's sample in its row, with padding as one more
     document; None if each row is one sample. lengths: (b,) int64, real tokens of each row. num_samples: 0 for a batch
-    of padding alone. num_tokens: real tokens. num_supervised: labels that are not -100. squared_lengths: sum of the
-    squared lengths of the samples.
+    of padding alone. num_tokens: real tokens. num_supervised: labels that are not -100.
     """
 
     input_ids: torch.Tensor
@@ -46,7 +45,6 @@ class MicroBatch:
     num_samples: int
     num_tokens: int
     num_supervised: int
-    squared_lengths: int
 
     @property
     def model_input(self) -> StepInput:
@@ -114,9 +112,7 @@ class BatchShape:
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
 
-def plan_global_batch(
-    dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int
-) -> GlobalBatch:
+def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
     """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
 
     With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.
@@ -146,57 +142,34 @@ def plan_global_batch(
     )
 
 
-class TrainingLoader:
-    """An endless iterator over the steps of one data-parallel rank, starting after `consumed_samples`.
+def training_steps(
+    dataset: TokenDataset,
+    shape: BatchShape,
+    *,
+    seed: int,
+    dp_rank: int,
+    pad_id: int,
+    pad_multiple: int = BASE_MULTIPLE,
+    consumed_samples: int = 0,
+) -> Iterator[TrainingStep]:
+    """Yield the steps of one data-parallel rank after `consumed_samples`, without end.
 
-    `consumed_samples` counts the samples handed out so far. A new loader that starts with the count of a finished
-    step (`TrainingStep.consumed_samples`) continues exactly there.
+    With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there.
     """
-
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        shape: BatchShape,
-        *,
-        seed: int,
-        dp_rank: int,
-        pad_id: int,
-        pad_multiple: int = BASE_MULTIPLE,
-        consumed_samples: int = 0,
-    ) -> None:
-        self._dataset = dataset
-        self._shape = shape
-        self._seed = seed
-        self._dp_rank = dp_rank
-        self._pad_id = pad_id
-        self._pad_multiple = pad_multiple
-        self.consumed_samples = consumed_samples
-
-    def __iter__(self) -> Iterator[TrainingStep]:
-        return self
-
-    def __next__(self) -> TrainingStep:
-        plan = plan_global_batch(
-            self._dataset, self._shape, seed=self._seed, consumed_samples=self.consumed_samples
-        )
-        micro_batches = tuple(
-            collate(
-                self._dataset,
-                rows,
-                pad_id=self._pad_id,
-                pad_multiple=self._pad_multiple,
-                packed=self._shape.packed_length is not None,
-            )
-            for rows in plan.on_rank(self._dp_rank, dp_size=self._shape.dp_size)
-        )
-        self.consumed_samples = plan.consumed_samples
-        return TrainingStep(
-            micro_batches=micro_batches,
+    packed = shape.packed_length is not None
+    while True:
+        plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
+        consumed_samples = plan.consumed_samples
+        yield TrainingStep(
+            micro_batches=tuple(
+                collate(dataset, rows, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
+                for rows in plan.on_rank(dp_rank, dp_size=shape.dp_size)
+            ),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
-            num_positions=num_positions(self._dataset, plan.micro_batches, pad_multiple=self._pad_multiple),
-            consumed_samples=plan.consumed_samples,
+            num_positions=num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple),
+            consumed_samples=consumed_samples,
         )
 
 
@@ -270,7 +243,6 @@ def collate(
         num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
-        squared_lengths=sum(int((dataset.lengths_of(row) ** 2).sum()) for row in rows),
     )
 
 

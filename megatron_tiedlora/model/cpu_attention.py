@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.kernels import Kernels, upcast
 
 

@@ -21,7 +21,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parame
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding, frozen_linear
-from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 # Supervised rows whose logits exist at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
@@ -128,15 +128,7 @@ class Head(nn.Module):
         losses = sum_token_losses if summed else token_losses
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
-        return losses(
-            rows,
-            weight,
-            supervised.targets,
-            first_id=first_id,
-            group=group,
-            rows_at_once=HEAD_ROWS,
-            kernels=self.kernels,
-        )
+        return losses(rows, supervised.targets, VocabularyShard(weight, first_id, group, HEAD_ROWS, self.kernels))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
 from megatron_tiedlora.parallel.layers import RowParallelLinear

@@ -12,7 +12,7 @@ import torch
 
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
-from megatron_tiedlora.parallel.early_backward import run_with_early_backward
+from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 

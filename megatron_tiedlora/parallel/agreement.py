@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.parallel.messages import LARGEST_MESSAGE, LARGEST_TEXT, packed, unpacked, unreadable
+from megatron_tiedlora.parallel.messages import LARGEST_JSON, LARGEST_MESSAGE, packed, unpacked, unreadable
 
 Value = TypeVar("Value")
 
@@ -62,7 +62,7 @@ def first_message(message: str | None) -> str | None:
     mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
     sizes = gather_numbers(len(mine))
     speaker = next(rank for rank, size in enumerate(sizes) if size)
-    sent = _broadcast(mine, sizes[speaker], source=speaker, largest=LARGEST_TEXT)
+    sent = _broadcast(mine, sizes[speaker], source=speaker, largest=LARGEST_JSON)
     text: str = unpacked(str, sent, sender=speaker)
     return text
 
@@ -78,7 +78,7 @@ def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
     message = packed(value)
     sizes = gather_numbers(len(message))
     for rank, size in enumerate(sizes):
-        _check_size(size, sender=rank, largest=LARGEST_TEXT)
+        _check_size(size, sender=rank, largest=LARGEST_JSON)
     longest = torch.zeros(max(sizes), dtype=torch.uint8)
     longest[: len(message)] = torch.frombuffer(message, dtype=torch.uint8)
     parts = [torch.empty_like(longest) for _ in sizes] if distributed.get_rank() == 0 else None

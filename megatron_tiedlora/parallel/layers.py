@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 

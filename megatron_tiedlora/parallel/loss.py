@@ -11,14 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import all_gather
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 from megatron_tiedlora.parallel.layers import padded
 
 IGNORED_LABEL = -100
+
+
+class VocabularyShard(NamedTuple):
+    """A rank's rows of the frozen vocabulary projection W, and how losses are computed from them."""
+
+    weight: FrozenWeight  # (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding
+    first_id: int
+    group: RankGroup
+    rows_at_once: int  # rows whose logits are in memory at one time, a multiple of `layers.SIZE_MULTIPLE`
+    kernels: Kernels = EAGER
 
 
 class _Found(NamedTuple):
@@ -31,31 +41,21 @@ class _Found(NamedTuple):
     picked: torch.Tensor  # the label's logit, 0 if another rank has it
 
 
-def _losses(
-    local_logits: torch.Tensor, labels: torch.Tensor, first_id: int, group: RankGroup, kernels: Kernels
-) -> _Found:
-    index = labels - first_id
+def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> _Found:
+    index = labels - shard.first_id
     own = (index >= 0) & (index < local_logits.shape[1])
     index = index.masked_fill(~own, 0)
     picked = upcast(local_logits.gather(1, index[:, None])[:, 0]).masked_fill(~own, 0.0)
-    numbers = torch.stack((kernels.row_log_sums(local_logits), picked))[None]
-    by_rank = all_gather(numbers, group, dim=0)  # (ranks, 2, T)
+    numbers = torch.stack((shard.kernels.row_log_sums(local_logits), picked))[None]
+    by_rank = all_gather(numbers, shard.group, dim=0)  # (ranks, 2, T)
     total = by_rank[:, 0].logsumexp(dim=0)
     return _Found(total - by_rank[:, 1].sum(dim=0), total, index, own, picked)
 
 
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: FrozenWeight,
-        labels: torch.Tensor,
-        first_id: int,
-        group: RankGroup,
-        rows_at_once: int,
-        kernels: Kernels,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+        weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
@@ -64,7 +64,7 @@ class _SumTokenLosses(torch.autograd.Function):
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
-            found = _losses(local_logits, labels[part], first_id, group, kernels)
+            found = _losses(local_logits, labels[part], shard)
             loss += found.losses[: max(num_rows - start, 0)].sum()
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total)
@@ -75,9 +75,9 @@ class _SumTokenLosses(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return scaled(grad_rows, gradient), *(None,) * 6
+        return scaled(grad_rows, gradient), None, None
 
 
 def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,16 +96,7 @@ def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
     probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))
 
 
-def sum_token_losses(
-    rows: torch.Tensor,
-    weight: FrozenWeight,
-    labels: torch.Tensor,
-    *,
-    first_id: int,
-    group: RankGroup,
-    rows_at_once: int,
-    kernels: Kernels = EAGER,
-) -> torch.Tensor:
+def sum_token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
@@ -113,34 +104,23 @@ def sum_token_losses(
 
     Args:
         rows: (n, d), any float dtype, the same on every rank.
-        weight: W (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        rows_at_once: the number of rows whose logits are in memory at one time, a multiple of `layers.SIZE_MULTIPLE`.
 
     Returns:
         a scalar in max(fp32, dtype of `rows`). Its gradient for `rows` is the addend of this rank's part of the
         vocabulary; no message is sent for it here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(rows, weight, labels, first_id, group, rows_at_once, kernels)
+    loss: torch.Tensor = _SumTokenLosses.apply(rows, labels, shard)
     return loss
 
 
 @torch.no_grad()
-def token_losses(
-    rows: torch.Tensor,
-    weight: FrozenWeight,
-    labels: torch.Tensor,
-    *,
-    first_id: int,
-    group: RankGroup,
-    rows_at_once: int,
-    kernels: Kernels = EAGER,
-) -> torch.Tensor:
+def token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient. Arguments as in `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)
     losses = [
-        _losses(as_rows(weight.times_transposed(part)), own, first_id, group, kernels).losses
-        for part, own in zip(rows.split(rows_at_once), labels.split(rows_at_once), strict=True)
+        _losses(as_rows(shard.weight.times_transposed(part)), own, shard).losses
+        for part, own in zip(rows.split(shard.rows_at_once), labels.split(shard.rows_at_once), strict=True)
     ]
     return torch.cat(losses)[:num_rows]

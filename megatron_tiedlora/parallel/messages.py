@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import first_problem
 
-LARGEST_TEXT = 1 << 30  # bytes of JSON
+LARGEST_JSON = 1 << 30  # bytes of JSON
 LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that a node's memory holds
 _LENGTH_BYTES = 8
 
@@ -85,7 +85,7 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
     view = memoryview(message)
     length = int.from_bytes(view[:_LENGTH_BYTES], "little")
     rest = len(view) - _LENGTH_BYTES - length
-    if rest < 0 or length > LARGEST_TEXT:
+    if rest < 0 or length > LARGEST_JSON:
         raise unreadable(sender, f"its JSON has {length} bytes of {len(view)}")
     end = _LENGTH_BYTES + length
     try:

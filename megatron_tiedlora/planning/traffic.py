@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.engine.votes import StepVotes
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.model.supervised import padded_positions
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.stages import StagePlan
-from megatron_tiedlora.runtime.stopping import StopVotes
+from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
 FP32, FP64 = 4, 8  # bytes
 # If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.

@@ -229,3 +229,15 @@ def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 def uses_gpu() -> bool:
     """Whether ranks of this host run on GPUs: torch sees one, and DS_ACCELERATOR does not name another device."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The launcher's numbers of the GPUs in CUDA_VISIBLE_DEVICES (which `--include` overrides), or else of all GPUs."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if named is None or not count:
+        return tuple(str(index) for index in range(count))
+    names = tuple(name.strip() for name in named.split(","))[:count]
+    if not all(name.isdigit() for name in names):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: only GPU numbers are supported; write them as in 0,1")
+    return names

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_place, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
-from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.paths import PathIn, last_name, user_path
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
@@ -38,50 +38,19 @@ class RunFolder:
     path: Path
     owner: Owner | None = field(default=None, compare=False)
 
+    checkpoints = PathIn("checkpoints")  # resumable ones, and `latest`
+    logs = PathIn(LOGS_FOLDER)  # the output of each rank
+    tensorboard = PathIn("tensorboard")  # the numbers of `metrics` for TensorBoard
+    adapter = PathIn("adapter")  # the best adapter so far, native format
+    status = PathIn("run_status.json")  # how the run ended; absent while it runs
+    settings = PathIn("run.yaml")  # every setting as resolved, versions and seed
+    metrics = PathIn("metrics.jsonl")  # one JSON object per line
+    scores = PathIn("scores.json")  # of greedy decoding before and after training
+
     @property
     def guard(self) -> Guard:
         """A check that raises UserError if this start no longer owns the folder."""
         return unguarded if self.owner is None else self.owner.check
-
-    @property
-    def checkpoints(self) -> Path:
-        """Resumable checkpoints and `latest`."""
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """The output of each rank."""
-        return self.path / LOGS_FOLDER
-
-    @property
-    def tensorboard(self) -> Path:
-        """The numbers of `metrics` for TensorBoard."""
-        return self.path / "tensorboard"
-
-    @property
-    def adapter(self) -> Path:
-        """The best adapter so far, native format."""
-        return self.path / "adapter"
-
-    @property
-    def status(self) -> Path:
-        """How the run ended; absent while it runs."""
-        return self.path / "run_status.json"
-
-    @property
-    def settings(self) -> Path:
-        """Every setting as resolved, versions and seed."""
-        return self.path / "run.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def scores(self) -> Path:
-        """The scores of greedy decoding before and after training."""
-        return self.path / "scores.json"
 
     @property
     def is_run(self) -> bool:

@@ -81,6 +81,18 @@ class StopVotes(NamedTuple):
     signals: float  # sum of their signal numbers
 
 
+class StepVotes(NamedTuple):
+    """What a training step sums over all ranks before weights move, one fp64 number each."""
+
+    loss: float  # summed over supervised tokens
+    seconds: float  # of the forward and backward passes
+    save_due: float  # whether rank 0 wants a checkpoint after this step
+    failed: float  # whether rank 0 has a failure to raise
+    missing_gradients: float  # ranks that miss the gradient of a tied tensor
+    stopping: float  # as in StopVotes
+    signals: float
+
+
 @dataclass
 class StopWatch:
     """Notes requests to stop. Outside `deferred()` a signal raises RunStopped at once.

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.study.processes import Child, Command, Start
+from megatron_tiedlora.study.processes import Command, LaunchedChild, Start
 
 POLL_SECONDS = 0.1
 SHOW_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """A run or a score.
 
     Attributes:
@@ -54,14 +54,14 @@ class Outcome:
 
 @dataclass
 class _Running:
-    job: Job
-    child: Child
+    job: StudyJob
+    child: LaunchedChild
     slot: int
     started: float
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[StudyJob],
     *,
     slots: Sequence[tuple[str, ...]],
     start: Start,
@@ -136,7 +136,7 @@ def _none_left_running(running: Sequence[_Running], stop: StopSignals, bar: Any)
         raise
 
 
-def _is_gone(child: Child) -> bool:
+def _is_gone(child: LaunchedChild) -> bool:
     with suppress(Exception):
         return child.ended()
     return True  # its state cannot be read any more

@@ -19,15 +19,15 @@ from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.cluster.devices import visible_gpus
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
-from megatron_tiedlora.study.jobs import Job
+from megatron_tiedlora.study.jobs import StudyJob
 from megatron_tiedlora.study.processes import Command, launcher_slots, with_port
 from megatron_tiedlora.study.record import (
     BaseRecord,
@@ -77,44 +77,41 @@ class SweepPlan:
             gpus=gpus,
         )
 
-    def jobs(self, lock: int) -> list[Job]:
+    def jobs(self, lock: int) -> list[StudyJob]:
         """The unfinished jobs in order: the base model's score, then the runs and the score of each point."""
-        jobs = [] if self._scored(BASE_NAME) else [self._score_base(lock)]
+        jobs = [] if self._scored(BASE_NAME) else [self._score(None, (), lock)]
         for point in self.grid.points:
             runs = self._unfinished(point)
             jobs += [self._train(run, lock) for run in runs]
             # The run to score is known only when all have ended, so a point with unfinished runs has a score job.
-            if runs or not self._point_scored(point):
+            if runs or not self._scored(self._scored_name(point)):
                 jobs.append(self._score(point, tuple(run.name for run in runs), lock))
         return jobs
+
+    @property
+    def num_jobs(self) -> int:
+        """The number of jobs of the whole study."""
+        return 1 + len(self.grid.points) * (len(self.grid.learning_rates) + 1)
 
     @property
     def _take_over(self) -> dict[str, bool]:
         return {"take_over": True} if self.settings.take_over else {}
 
-    def num_finished(self) -> int:
-        """The number of finished jobs of the whole study."""
-        runs = [run for point in self.grid.points for run in self.grid.runs(point)]
-        open_runs = [run for point in self.grid.points for run in self._unfinished(point)]
-        scores = [p for p in self.grid.points if not self._unfinished(p) and self._point_scored(p)]
-        return len(runs) - len(open_runs) + len(scores) + self._scored(BASE_NAME)
-
     def _unfinished(self, point: Point) -> list[Run]:
-        return [run for run in self.grid.runs(point) if read_run(self.folder.run(run)).state != "finished"]
+        return [run for run in self.grid.runs(point) if read_run(self.folder.run(run.name)).state != "finished"]
 
-    def _scored(self, name: str) -> bool:
-        return read_score(self.folder.score(name)) is not None
+    def _scored(self, name: str | None) -> bool:
+        return name is not None and read_score(self.folder.score(name)) is not None
 
-    def best(self, point: Point) -> Run | None:
-        """The run of a point that is scored."""
-        return best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
+    def _scored_name(self, point: Point | None) -> str | None:
+        """The name of the score of a point's best run, or of the base model; None if no run has finished."""
+        if point is None:
+            return BASE_NAME
+        best = best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
+        return None if best is None else best.name
 
-    def _point_scored(self, point: Point) -> bool:
-        best = self.best(point)
-        return best is not None and self._scored(best.name)
-
-    def _train(self, run: Run, lock: int) -> Job:
-        path = self.folder.run(run)
+    def _train(self, run: Run, lock: int) -> StudyJob:
+        path = self.folder.run(run.name)
         guard = self.folder.guard
         max_steps = self.command.train.max_steps
 
@@ -138,55 +135,39 @@ class SweepPlan:
             step = int(row["step"])
             return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
 
-        return Job(run.name, (), command, failure, done)
+        return StudyJob(run.name, (), command, failure, done)
 
-    def _score(self, point: Point, needs: tuple[str, ...], lock: int) -> Job:
-        name = _score_name(point)
+    def _score(self, point: Point | None, needs: tuple[str, ...], lock: int) -> StudyJob:
+        """The job that scores the best run of a point, or the base model, without which nothing can be compared."""
+        job = f"score {BASE_NAME}" if point is None else _score_job(point)
 
         def command(slot: tuple[str, ...]) -> Command | None:
-            best = self.best(point)
-            if best is None or self._scored(best.name):
+            name = self._scored_name(point)
+            if name is None or self._scored(name):
                 return None
-            return self._evaluate(best.name, self.folder.run(best) / "adapter", name, slot, lock)
+            folder = self.folder.score(name)
+            discard(folder, guard=self.folder.guard)  # it has no result
+            settings = {
+                **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
+                "adapter": None if point is None else self.folder.run(name) / "adapter",
+                "batch_size": self.settings.test_batch_size,
+                "limit": self.test_limit,
+                "output_dir": folder,
+                **self._take_over,
+            }
+            return Command("evaluate", settings, with_port(slot), self.folder.log(job), lock)
 
         def failure() -> str | None:
-            best = self.best(point)
-            scored = best is not None and self._scored(best.name)
-            return None if scored else _reason(self.folder.log(name))
+            return None if self._scored(self._scored_name(point)) else _reason(self.folder.log(job))
 
         def done() -> tuple[float, str]:
-            best = self.best(point)
-            return 0.0, "" if best is None else self._score_words(best.name)
+            name = self._scored_name(point)
+            if name is None:
+                return 0.0, ""
+            score = read_score(self.folder.score(name))
+            return 0.0, "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
 
-        return Job(name, needs, command, failure, done)
-
-    def _score_base(self, lock: int) -> Job:
-        name = f"score {BASE_NAME}"
-
-        def command(slot: tuple[str, ...]) -> Command:
-            return self._evaluate(BASE_NAME, None, name, slot, lock)
-
-        def failure() -> str | None:
-            return None if self._scored(BASE_NAME) else _reason(self.folder.log(name))
-
-        return Job(name, (), command, failure, lambda: (0.0, self._score_words(BASE_NAME)), vital=True)
-
-    def _score_words(self, name: str) -> str:
-        score = read_score(self.folder.score(name))
-        return "decoding" if score is None else f"{self.base.metric} {score.value:.2f} % ({name})"
-
-    def _evaluate(self, name: str, adapter: Path | None, log: str, slot: tuple[str, ...], lock: int) -> Command:
-        folder = self.folder.score(name)
-        discard(folder, guard=self.folder.guard)  # it has no result
-        settings = {
-            **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
-            "adapter": adapter,
-            "batch_size": self.settings.test_batch_size,
-            "limit": self.test_limit,
-            "output_dir": folder,
-            **self._take_over,
-        }
-        return Command("evaluate", settings, with_port(slot), self.folder.log(log), lock)
+        return StudyJob(job, needs, command, failure, done, vital=point is None)
 
     def dry_run_lines(self) -> list[str]:
         """A table of all runs with their states and trained parameters."""
@@ -200,7 +181,7 @@ class SweepPlan:
         ]
         counts: dict[str, int] = {}
         for run in runs:
-            end = read_run(self.folder.run(run))
+            end = read_run(self.folder.run(run.name))
             counts[end.state] = counts.get(end.state, 0) + 1
             best = "" if end.best is None else f", best validation {self.command.train.eval_metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
@@ -273,7 +254,7 @@ def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None
             read_rows(value, limit=1)
 
 
-def _score_name(point: Point) -> str:
+def _score_job(point: Point) -> str:
     layer = "" if point.layer is None else f"-layer{point.layer}"
     return f"score {point.method}-r{point.rank}{layer}"
 

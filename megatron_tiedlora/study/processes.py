@@ -7,28 +7,24 @@ it writes, not by its exit status, which a launcher may lose.
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
-
-import psutil
+from typing import IO, Any, Literal
 
 from megatron_tiedlora.base.atomic import make_way_for_log
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.forwarded_env import read_user_file
+from megatron_tiedlora.cluster.job_processes import RUN_ID, find_processes, send_signal
 from megatron_tiedlora.config.sweep_settings import names_port
 from megatron_tiedlora.runtime.launch_env import free_port
-from megatron_tiedlora.runtime.stopping import alive
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
-LOOK_SECONDS = 5.0  # between scans of the processes that a launcher has started, in case it dies
 
 
 @dataclass(frozen=True)
@@ -54,22 +50,6 @@ class Command:
         return tuple(f"--{name}={flag_text(value)}" for name, value in self.settings.items() if value is not None)
 
 
-class Child(Protocol):
-    """A command that was started."""
-
-    def ended(self) -> bool:
-        """Whether it and all processes that it started have ended."""
-
-    def interrupt(self, number: int) -> None:
-        """Signal it to stop; it saves first, and then ends."""
-
-    def kill(self) -> None:
-        """Kill it with all processes that it started."""
-
-
-Start = Callable[[Command], Child]
-
-
 def flag_text(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, bool):
@@ -79,77 +59,43 @@ def flag_text(value: Any) -> str:
 
 @dataclass
 class LaunchedChild:
-    """A `deepspeed` launcher in its own session, with its ranks.
+    """A `deepspeed` launcher in its own session, and its ranks on this host; all have the run id in their environment.
 
     A signalled launcher ends before its ranks, which save first, so their ends are awaited too. If it is signalled
-    while it starts, it may end without signalling the ranks that it was about to start. These are recognised by
-    `script` in their command line, and signalled here.
+    while it starts, it may end without signalling the ranks that it was about to start. These are signalled here.
     """
 
     process: subprocess.Popen[bytes]
+    run_id: str
     script: str
-    _started: list[psutil.Process] = field(default_factory=list)
-    _looked: float = field(default_factory=time.monotonic)
     _signal: int = 0  # the one it was sent
-    _unsignalled: list[psutil.Process] = field(default_factory=list)  # did not run the script yet at the signal
+    _signalled: list[int] = field(default_factory=list)  # processes that do not need it any more
 
     def ended(self) -> bool:
-        """Whether launcher and ranks have ended."""
+        """Whether launcher and ranks have ended. Ranks that have appeared since a signal get it now."""
         launcher_ended = self.process.poll() is not None
-        if self._signal or launcher_ended or time.monotonic() - self._looked > LOOK_SECONDS:
-            new = self._remember()
-            if self._signal:
-                self._unsignalled = [one for one in [*self._unsignalled, *new] if not self._signal_late(one)]
-        self._started = [process for process in self._started if alive(process)]
-        return launcher_ended and not self._started
+        if not self._signal and not launcher_ended:
+            return False
+        report = find_processes(self.run_id, script=self.script)
+        if self._signal:
+            everything = self._signal == signal.SIGKILL
+            report = send_signal(report, self._signal, everything=everything, skip=self._signalled)
+            self._signalled += [found.pid for found in report.processes if found.signalled]
+        return launcher_ended and not report.processes
 
     def interrupt(self, number: int) -> None:
-        """Signal the launcher, whose ranks notice its end, and remember its processes."""
-        self._remember()
-        self._signal = number
-        self._unsignalled = [process for process in self._started if not self._is_script(process)]
-        with suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        """Signal the launcher. The ranks that run already notice its end; they save first, and then end."""
+        report = find_processes(self.run_id, script=self.script)
+        self._signal, self._signalled = number, [found.pid for found in report.processes if found.kind == "rank"]
+        self.process.send_signal(number)
 
     def kill(self) -> None:
         """Send SIGKILL to all, and to processes that are just being started as soon as they are seen."""
-        self._remember()
-        self._signal, self._unsignalled = signal.SIGKILL, []
-        for process in self._started:
-            with suppress(psutil.Error):
-                process.kill()
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        self._signal, self._signalled = signal.SIGKILL, []
+        self.ended()
 
-    def _remember(self) -> list[psutil.Process]:
-        """Remember and return the processes that were started in the launcher's session since the last call."""
-        self._looked = time.monotonic()
-        known = {self.process.pid, *(process.pid for process in self._started)}
-        found = [process for process in psutil.process_iter() if process.pid not in known and self._is_mine(process)]
-        self._started += found
-        return found
 
-    def _is_mine(self, process: psutil.Process) -> bool:
-        try:
-            return os.getsid(process.pid) == self.process.pid and alive(process)
-        except OSError:  # it has just ended
-            return False
-
-    def _signal_late(self, process: psutil.Process) -> bool:
-        """Signal a process once it runs the script, shortly after its fork. Returns whether that is done."""
-        if not alive(process):
-            return True
-        if not self._is_script(process):
-            return False
-        with suppress(psutil.Error):
-            process.send_signal(self._signal)
-        return True
-
-    def _is_script(self, process: psutil.Process) -> bool:
-        try:
-            return self.script in process.cmdline()
-        except psutil.Error:
-            return False
+Start = Callable[[Command], LaunchedChild]
 
 
 def deepspeed_starter(scripts: Path) -> Start:
@@ -162,7 +108,7 @@ def deepspeed_starter(scripts: Path) -> Start:
     if not launcher.is_file():
         raise UserError(f"{launcher}: no such launcher; run the sweep with the python that DeepSpeed is installed for")
 
-    def start(command: Command) -> Child:
+    def start(command: Command) -> LaunchedChild:
         script = str(scripts / f"{command.script}.py")
         words = [str(launcher), *command.launcher, script, *command.arguments]
         try:
@@ -173,14 +119,15 @@ def deepspeed_starter(scripts: Path) -> Start:
                 cut = log.read(1) not in (b"", b"\n")  # a kill may leave a part of a progress bar
                 mark = f"\n{LOG_MARK}" if cut else LOG_MARK
                 log.write(f"{mark}{shlex.join(words)}\n".encode())
-                return LaunchedChild(_launch(words, log, command.lock), script)
+                run_id = secrets.token_hex(8)
+                return LaunchedChild(_launch(words, log, command.lock, run_id), run_id, script)
         except OSError as error:
             raise UserError(f"{command.log}: cannot be written ({error.strerror or error})") from error
 
     return start
 
 
-def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
+def _launch(words: Sequence[str], log: IO[bytes], lock: int, run_id: str) -> subprocess.Popen[bytes]:
     sent = os.memfd_create("deepspeed_env")  # may hold secrets, so it is not a file that others can read
     try:
         # On other hosts DeepSpeed sets PYTHONPATH to start with the current folder; this file overrides it.
@@ -193,7 +140,7 @@ def _launch(words: Sequence[str], log: IO[bytes], lock: int) -> subprocess.Popen
             stdout=log,
             stderr=subprocess.STDOUT,
             # The current folder may hold another user's Python files.
-            env={**os.environ, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
+            env={**os.environ, RUN_ID: run_id, "PYTHONSAFEPATH": "1", "DS_ENV_FILE": f"/proc/self/fd/{sent}"},
             start_new_session=True,  # so that Ctrl-C in the terminal reaches it only once, through the sweep
             pass_fds=(lock, sent),
         )

@@ -6,10 +6,8 @@ that tables need neither, and has the hashes of the row files. `sweep_status.jso
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.paths import PathIn, user_path
 from megatron_tiedlora.base.yaml_files import write_yaml
+from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
 from megatron_tiedlora.config.sweep_settings import (
@@ -32,7 +31,7 @@ from megatron_tiedlora.config.sweep_settings import (
     read_sweep_yaml,
     resolve_train,
 )
-from megatron_tiedlora.study.grid import Run, Shape, single_layers
+from megatron_tiedlora.study.grid import Shape, single_layers
 from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
@@ -55,29 +54,18 @@ class StudyFolder:
     path: Path
     owner: Owner | None = field(default=None, compare=False)
 
+    settings = PathIn(SWEEP_FILE)
+    base = PathIn("base.json")  # describes the base model and the task
+    status = PathIn("sweep_status.json")  # how the last start ended; absent while a sweep runs
+
     @property
     def guard(self) -> Guard:
         """A guard that raises UserError if this sweep may no longer change the folder."""
         return unguarded if self.owner is None else self.owner.check
 
-    @property
-    def settings(self) -> Path:
-        """The file with its settings."""
-        return self.path / SWEEP_FILE
-
-    @property
-    def base(self) -> Path:
-        """The file that describes the base model and the task."""
-        return self.path / "base.json"
-
-    @property
-    def status(self) -> Path:
-        """The file that says how the last start ended; it does not exist while a sweep runs."""
-        return self.path / "sweep_status.json"
-
-    def run(self, run: Run) -> Path:
-        """The run folder of a run."""
-        return self.path / RUNS / run.name
+    def run(self, name: str) -> Path:
+        """The run folder of the run called `name`."""
+        return self.path / RUNS / name
 
     def score(self, name: str) -> Path:
         """The folder that launch/evaluate.py writes for the run called `name`, or for `base`."""
@@ -126,11 +114,7 @@ def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
         names = [given] if user_path(given).exists() else [name.strip() for name in given.split(",")]
         for name, path in ((name, user_path(name)) for name in names):
             if path.is_file():
-                try:
-                    with path.open("rb") as stream:
-                        sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-                except OSError as error:
-                    raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+                sums[name] = file_sha256(path)
     return sums
 
 
@@ -254,10 +238,3 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
     last = lines[starts[-1] + 1 :] if starts else lines
     shown = (_TERMINAL_CODE.sub("", line.rstrip().rsplit("\r", 1)[-1]).rstrip() for line in last)
     return [line for line in shown if line and _BAR_MARK not in line][-count:]
-
-
-def read_json_or_none(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is none or a kill has truncated it."""
-    with suppress(OSError, UserError):
-        return read_json_object(file, kind="a JSON object")
-    return None

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, as_given
-from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.json_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
-from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command, read_json_or_none
+from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command
 
 BASE_NAME = "base"
 _ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")
@@ -121,13 +121,9 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
     Args:
         metric: the value of --eval_metric: `loss`, where less is better, or a score.
     """
-    ends = {run: read_run(folder.run(run)) for run in runs}
+    ends = {run: read_run(folder.run(run.name)) for run in runs}
     sign = 1.0 if metric == "loss" else -1.0
-    finished = {
-        run: sign * end.best
-        for run, end in ends.items()
-        if end.state == "finished" and end.best is not None
-    }
+    finished = {run: sign * end.best for run, end in ends.items() if end.state == "finished" and end.best is not None}
     return min(finished, key=lambda run: finished[run]) if finished else None
 
 
@@ -175,6 +171,6 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
         point,
         point.num_trained(base.shape),
         chosen,
-        tuple(run for run in runs if chosen is not None and read_run(folder.run(run)).state != "finished"),
+        tuple(run for run in runs if chosen is not None and read_run(folder.run(run.name)).state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
     )

@@ -53,8 +53,8 @@ def sweep(argv: Sequence[str], starter: Callable[[], Start]) -> int:
         reject_left_behind(folder.path)
         write_record(folder, command, plan.base)
         try:
-            jobs, finished = plan.jobs(lock.descriptor), plan.num_finished()
-            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=finished)
+            jobs = plan.jobs(lock.descriptor)
+            outcome = run_jobs(jobs, slots=slots, start=start, stop=stop, finished=plan.num_jobs - len(jobs))
         except BaseException as error:
             with suppress(UserError):  # the disk may be full
                 write_status(folder, "failed", {}, reason=str(error) or type(error).__name__)

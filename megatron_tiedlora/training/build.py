@@ -115,9 +115,7 @@ def _fill_adapter(
     adapter.load_full(initial_values(plan.adapter) if state is None else state)
 
 
-def _build_stage(
-    plan: RunPlan, device: torch.device, kernels: Kernels
-) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
+def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple[nn.Module, Stage, ParallelGroups, Any]:
     """(the module for DeepSpeed, the stage, its groups, DeepSpeed's grid)."""
     grid = plan.grid
     specs = layer_specs(

@@ -272,10 +272,9 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
         f"  {'':<12}{'samples':>10}{'tokens':>14}{'supervised':>14}{'longest':>10}{'cut':>8}",
     ]
     for name, split in (("train", data.train), ("validation", data.validation)):
-        stats, longest = split.stats, int(split.lengths.max())
         lines.append(
-            f"  {name:<12}{stats.rows:>10,}{stats.tokens:>14,}{stats.supervised_tokens:>14,}{longest:>10,}"
-            f"{stats.truncated_prompts:>8,}"
+            f"  {name:<12}{len(split):>10,}{len(split.tokens):>14,}{split.num_supervised:>14,}"
+            f"{int(split.lengths.max()):>10,}{split.truncated_prompts:>8,}"
         )
     epochs = plan.settings.max_steps * plan.settings.global_batch_size / len(data.train)
     lines.append(f"  the run sees the training part {epochs:.2f} times")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, num_evaluation_batches
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.engine import all_open, trained_parameters
 from megatron_tiedlora.engine.optimizer_state import read_moments
@@ -24,7 +25,7 @@ from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch
 from megatron_tiedlora.training.checks import require_finite
@@ -32,7 +33,6 @@ from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.step import StepReport, TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
-from megatron_tiedlora.training.validation import validation_loss
 
 
 @dataclass
@@ -138,8 +138,28 @@ class Trainer:
                 self._log_failure = error
 
     def evaluate(self) -> float:
-        """Validation loss of the current adapter, the same on every rank."""
-        return validation_loss(self.plan, self.runner, self.data, self.stop)
+        """Mean loss of the current adapter over all supervised tokens of the validation split, the same on every rank.
+
+        Raises:
+            RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
+        """
+        dataset, grid, size = self.data.validation, self.plan.grid, self.plan.batches.micro_batch_size
+        total = num_evaluation_batches(dataset, micro_batch_size=size, dp_size=grid.dp_size)
+        batches = evaluation_batches(
+            dataset,
+            micro_batch_size=size,
+            dp_rank=grid.dp_rank,
+            dp_size=grid.dp_size,
+            pad_id=padding_id(self.data.tokenizer),
+            pad_multiple=self.plan.layout.pad_multiple,
+        )
+        loss = 0.0
+        with tqdm(total=total, desc="validation", unit="batch", disable=not self.is_main, leave=False) as bar:
+            while some := [batch.model_input for batch in itertools.islice(batches, self.runner.inputs_at_once)]:
+                self.stop.agree(True)
+                loss += self.runner.evaluate(some)
+                bar.update(len(some))
+        return sum_over_ranks([loss])[0] / dataset.num_supervised
 
     def _evaluate_start(self, bar: Any) -> None:
         """Log the validation loss before the first step; also how far a non-zero initial update moves it."""
@@ -175,9 +195,7 @@ class Trainer:
             return {}
         runner, plan = self.runner, self.plan
         runner.engine.module.eval()
-        decoder = Decoder(
-            runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3
-        )
+        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
         answers = answer_all(
             decoder,
             scored,

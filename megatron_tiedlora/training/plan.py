@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, de
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingLoader, plan_global_batch
+from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
@@ -33,37 +33,14 @@ from megatron_tiedlora.runtime.run_folder import run_name
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
-    {
-        "ds_config",
-        "output_dir",
-        "resume",
-        "take_over",
-        "base_differs",
-        "dry_run",
-        "world_size",
-        "plan_for",
-        "deterministic",
-        "timeout_minutes",
-        "tensor_parallel",
-        "pipeline_parallel",
-        "sequence_parallel",
-        "replica_check_steps",
-        "compile",
-        "recompute",
-        "micro_batch_size",
-        "packing",
-        "save_interval",
-        "save_interval_minutes",
-        "keep_checkpoints",
-        "test_file",
-        "eval_batch_size",
+    (
+        *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
+        *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
+        *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
+        *("keep_checkpoints", "test_file", "eval_batch_size"),
         # Compared by content, not by name: the base by its hashes, the data by its tokens.
-        "model",
-        "tokenizer",
-        "train_file",
-        "validation_file",
-        "prompt_template",
-    }
+        *("model", "tokenizer", "train_file", "validation_file", "prompt_template"),
+    )
 )
 
 
@@ -144,9 +121,11 @@ class RunPlan:
             for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
         )
 
-    def training_loader(self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0) -> TrainingLoader:
+    def training_loader(
+        self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
+    ) -> Iterator[TrainingStep]:
         """The steps of this rank on `dataset` after `consumed_samples`."""
-        return TrainingLoader(
+        return training_steps(
             dataset,
             self.batch_shape,
             seed=self.settings.seed,

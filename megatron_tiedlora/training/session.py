@@ -78,9 +78,7 @@ def _reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None
     except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
         return
     if checkpoint is not None:
-        check_resumed_settings(
-            plan, checkpoint.settings, data_sha256=data.sha256, source=str(checkpoint.folder)
-        )
+        check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(checkpoint.folder))
         check_resumed_base(plan, checkpoint)
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.engine.votes import StepVotes
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StepVotes, StopWatch
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.plan import RunPlan
 

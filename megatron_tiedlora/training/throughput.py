@@ -57,24 +57,14 @@ class Peak(NamedTuple):
     source: str
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The amounts of work in some steps; they can be added."""
+class _Work(NamedTuple):
+    """The amounts of work in some steps."""
 
-    tokens: int
-    supervised: int
-    positions: int
-    flops: int
+    tokens: float
+    supervised: float
+    positions: float
+    flops: float
     seconds: float
-
-    def __add__(self, other: _Work) -> _Work:
-        return _Work(
-            self.tokens + other.tokens,
-            self.supervised + other.supervised,
-            self.positions + other.positions,
-            self.flops + other.flops,
-            self.seconds + other.seconds,
-        )
 
 
 @dataclass
@@ -104,7 +94,7 @@ class Meter:
         )
         work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
         if self._is_warm:
-            self._total = work if self._total is None else self._total + work
+            self._total = work if self._total is None else _Work(*map(sum, zip(self._total, work, strict=True)))
             self.steps = (number if self.steps is None else self.steps[0], number)
         self._is_warm = True
         return self._rates(work)
@@ -165,9 +155,7 @@ def matmul_rate(
 ) -> float:
     """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
     draw = torch.Generator(device).manual_seed(0)  # the run's own random stream is not advanced
-    left, right = (
-        torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns)
-    )
+    left, right = (torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns))
     product = left.new_empty(rows, columns)
     with torch.no_grad():
         taken = [timed(lambda: torch.mm(left, right.t(), out=product), device) for _ in range(repeats)]

@@ -34,7 +34,6 @@ LAYOUT = Layout(
     master_port=29500,
     backend="gloo",
 )
-MEETING = LAYOUT.model_dump(include={"num_ranks", "tensor_parallel", "pipeline_parallel", "master_host", "master_port"})
 HOSTS = [HostReport(name="nodea", slots=2, first_rank=0), HostReport(name="nodeb", slots=2, first_rank=2)]
 GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1, 3)))
 
@@ -136,7 +135,7 @@ def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
 def test_the_sum_that_ranks_expect() -> None:
     """What is wrong in one place of one rank's part must show."""
     ranks, device = [4, 6, 7], torch.device("cpu")
-    order = TrialOrder(first_rank=0, slots=1, backend="gloo", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    order = TrialOrder(layout=LAYOUT, first_rank=0, slots=1, large_bytes=LARGE, timeout=1, seconds=1)
     parts = [TrialRank(order, rank)._pattern(4096, ranks, device) for rank in ranks]
     total = torch.stack([part for part, _ in parts]).sum(0)
     assert all(torch.equal(total, whole) for _, whole in parts) and total.numel() == 1024
@@ -157,7 +156,8 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
         raise ConnectionError("nobody is there")
 
     monkeypatch.setattr("megatron_tiedlora.runtime.process_group.meet", meet)
-    order = TrialOrder(first_rank=0, slots=4, backend="nccl", large_bytes=LARGE, timeout=1, seconds=1, **MEETING)
+    on_gpus = LAYOUT.model_copy(update={"backend": "nccl"})
+    order = TrialOrder(layout=on_gpus, first_rank=0, slots=4, large_bytes=LARGE, timeout=1, seconds=1)
     with pytest.raises(ConnectionError):
         TrialRank(order, 3).run()
     assert met == [(torch.device("cuda", 0), "0")]

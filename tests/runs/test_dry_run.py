@@ -318,7 +318,6 @@ def test_keys_and_values_of_a_decoded_batch(base: Base, tmp_path: Path) -> None:
 def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     """Rows, micro-batches and padding of the first step are those that a run's loader gives."""
     from megatron_tiedlora.config.settings import make_settings
-    from megatron_tiedlora.data.loader import TrainingLoader
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
 
@@ -326,7 +325,7 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
     data = prepare_data(plan, progress=False)
-    step = next(TrainingLoader(data.train, plan.batch_shape, seed=plan.settings.seed, dp_rank=0, pad_id=0))
+    step = next(plan.training_loader(data.train, pad_id=0))
     positions = sum(batch.input_ids.numel() for batch in step.micro_batches)
     rows = sum(len(batch.input_ids) for batch in step.micro_batches)
     assert rows < 8 and step.num_tokens < positions

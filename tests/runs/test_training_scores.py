@@ -15,7 +15,7 @@ from run_helpers import Base, run_ranks, write_base
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.data.encode import encode_prompt
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
@@ -111,7 +111,8 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     tokenizer = load_tokenizer(base.model)
     decoder = Decoder(load_model(source, adapter, dtype=torch.float32), ParallelGroups(), source.shape)
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]
-    prompts = [encode_prompt(tokenizer, row["prompt"], max_length=60).tolist() for row in rows]
+    encoded, _ = encode_prompts(tokenizer, [row["prompt"] for row in rows], max_length=60)
+    prompts = [ids.tolist() for ids in encoded]
     lengths = [len(new) for new in generate(decoder, prompts, end_ids=(tokenizer.eos_token_id,), max_new_tokens=8)]
     chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
     assert min(lengths) < 8

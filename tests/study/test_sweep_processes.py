@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.cluster.devices import visible_gpus
+from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.signals import StopSignals
-from megatron_tiedlora.study.jobs import Job, Outcome, run_jobs
+from megatron_tiedlora.runtime.launch_env import visible_gpus
+from megatron_tiedlora.study.jobs import Outcome, StudyJob, run_jobs
 from megatron_tiedlora.study.lock import lock_study
 from megatron_tiedlora.study.processes import (
     Command,
@@ -44,13 +45,13 @@ class World:
         self.most = max(self.most, self.now)
         return _Child(self, name)
 
-    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> Job:
+    def job(self, name: str, *needs: str, fails: bool = False, vital: bool = False, nothing: bool = False) -> StudyJob:
         def command(slot: tuple[str, ...]) -> Any:
             return None if nothing else (name, slot)
 
-        return Job(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
+        return StudyJob(name, needs, command, lambda: "why" if fails else None, lambda: (0.5, "half"), vital)
 
-    def run(self, *jobs: Job, slots: int = 1) -> Outcome:
+    def run(self, *jobs: StudyJob, slots: int = 1) -> Outcome:
         places = [(str(index),) for index in range(slots)]
         return run_jobs(jobs, slots=places, start=self.start, stop=self.signals, finished=0)
 
@@ -235,9 +236,10 @@ def test_the_ends_of_ranks_are_waited_for(tmp_path: Path, kill: bool) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER.replace("RANK", "60" if kill else "1.5")],
             stdout=stream,
+            env={**os.environ, RUN_ID: "abc"},
             start_new_session=True,
         )
-    child = LaunchedChild(process, "train.py")
+    child = LaunchedChild(process, "abc", "train.py")
     deadline = time.monotonic() + 30
     while not out.read_text():
         assert time.monotonic() < deadline
@@ -272,9 +274,10 @@ def test_a_rank_that_starts_after_its_launcher_was_told_is_told_too(tmp_path: Pa
             stdout=stream,
             stderr=subprocess.DEVNULL,
             cwd=tmp_path,
+            env={**os.environ, RUN_ID: "abc"},
             start_new_session=True,
         )
-    child = LaunchedChild(process, "train.py")
+    child = LaunchedChild(process, "abc", "train.py")
     deadline = time.monotonic() + 30
     while "starting" not in out.read_text():
         assert time.monotonic() < deadline

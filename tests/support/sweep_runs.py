@@ -125,7 +125,7 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
     from megatron_tiedlora.config.cli import run_command
     from megatron_tiedlora.study.sweep import sweep
 
-    start = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
+    start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
     run_command(lambda argv: sweep(argv, lambda: start), arguments)
 
 

@@ -18,7 +18,7 @@ import torch
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 from megatron_tiedlora.benchmark.layout import Started
-from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
+from megatron_tiedlora.data.loader import TrainingStep
 
 MICRO_BATCHES = 2  # per step
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -56,7 +56,7 @@ def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
     return lambda: run.runner.accumulate(inputs, float(step.num_supervised), lambda: None)
 
 
-def _seconds(run: Started, loader: TrainingLoader) -> float:
+def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     """Seconds of one micro-batch in a step of several, until the GPU has finished."""
     step = next(loader)
     work = micro_batches(run, step)
@@ -84,7 +84,7 @@ def _knee(report: Report, name: str, taken: dict[int, float], layers: int) -> No
     )
 
 
-def _counts(report: Report, name: str, run: Started, loader: TrainingLoader, layers: int) -> None:
+def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
     """Launches and waits of the micro-batches of one step."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)

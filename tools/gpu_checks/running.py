@@ -23,7 +23,7 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset
-from megatron_tiedlora.data.loader import TrainingLoader
+from megatron_tiedlora.data.loader import TrainingStep
 
 
 def step_settings(model: str, *flags: str) -> BenchSettings:
@@ -76,7 +76,7 @@ def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
         release()
 
 
-def loader_of(run: Started, lengths: NDArray[np.int64]) -> TrainingLoader:
+def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
     """A loader of the run's steps over random samples of these lengths."""
     draw = np.random.default_rng(0)
     dataset = TokenDataset(

@@ -28,9 +28,9 @@ def start_rank(order: TrialOrder, local_rank: int) -> subprocess.Popen[bytes]:
     launch_env = {
         "RANK": order.first_rank + local_rank,
         "LOCAL_RANK": local_rank,
-        "WORLD_SIZE": order.num_ranks,
-        "MASTER_ADDR": order.master_host,
-        "MASTER_PORT": order.master_port,
+        "WORLD_SIZE": order.layout.num_ranks,
+        "MASTER_ADDR": order.layout.master_host,
+        "MASTER_PORT": order.layout.master_port,
     }
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in launch_env.items()}}
     words = [sys.executable, "-P", "-m", _MODULE, order.model_dump_json()]

@@ -72,14 +72,9 @@ def start_ranks(
     commands = {}
     for host in hosts:
         order = TrialOrder(
+            layout=layout,
             first_rank=host.first_rank,
             slots=host.slots,
-            num_ranks=layout.num_ranks,
-            tensor_parallel=layout.tensor_parallel,
-            pipeline_parallel=layout.pipeline_parallel,
-            master_host=layout.master_host,
-            master_port=layout.master_port,
-            backend=layout.backend or "gloo",
             large_bytes=large_bytes,
             timeout=timeout,
             seconds=limit,

@@ -51,17 +51,18 @@ class TrialRank:
         from megatron_tiedlora.runtime.launch_env import prepare_cuda
         from megatron_tiedlora.runtime.process_group import choose_device, meet
 
-        timeout, backend = timedelta(seconds=self._order.timeout), self._order.backend
+        layout, timeout = self._order.layout, timedelta(seconds=self._order.timeout)
+        backend = layout.backend or "gloo"
         if backend != "gloo":
             prepare_cuda()  # as a run does, so that a GPU error can be reported
         self.say("started")
         device = torch.device("cpu") if backend == "gloo" else choose_device()
         meet(device, timeout)
         found = distributed.get_world_size()
-        if found != self._order.num_ranks:
-            raise RuntimeError(f"{found} ranks have met, not {self._order.num_ranks}")
+        if found != layout.num_ranks:
+            raise RuntimeError(f"{found} ranks have met, not {layout.num_ranks}")
         self.say("joined")
-        for kind, groups in group_members(self._order).items():
+        for kind, groups in group_members(layout).items():
             handles = [distributed.new_group(ranks, timeout=timeout, backend=backend) for ranks in groups]
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:

@@ -165,6 +165,18 @@ Backend = Literal["nccl", "gloo"]
 GroupKind = Literal["tensor", "pipeline", "data"]
 
 
+class Layout(Record):
+    """The parallel configuration of the ranks, and where they meet."""
+
+    num_ranks: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    master_host: str
+    master_port: int
+    backend: Backend | None = None
+
+
 class TrialOrder(Record):
     """What the ranks of a host are to do.
 
@@ -174,14 +186,9 @@ class TrialOrder(Record):
         seconds: time limit, after which all ranks end by themselves.
     """
 
+    layout: Layout
     first_rank: int
     slots: int
-    num_ranks: int
-    tensor_parallel: int
-    pipeline_parallel: int
-    master_host: str
-    master_port: int
-    backend: Backend
     large_bytes: int
     timeout: float
     seconds: float
@@ -242,18 +249,6 @@ class Finding(Record):
     hosts: list[str]
     message: str
     fix: str
-
-
-class Layout(Record):
-    """The parallel configuration of the ranks, and where they meet."""
-
-    num_ranks: int
-    tensor_parallel: int
-    pipeline_parallel: int
-    data_parallel: int
-    master_host: str
-    master_port: int
-    backend: Backend | None = None
 
 
 class Report(Record):

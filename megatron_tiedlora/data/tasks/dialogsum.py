@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.data.fields import one_line, required_text, without
+from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 _ANSWERS = ("summary", "summary1", "summary2", "summary3")
@@ -19,7 +19,7 @@ def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
     required_text(row, "dialogue", source)
     names = [name for name in _ANSWERS if row.get(name) is not None] or ["summary"]
     # Decoding would stop at a line break inside a summary. For ROUGE it is the same as a space.
-    answers = tuple(one_line(required_text(row, name, source)) for name in names)
+    answers = tuple(without_line_breaks(required_text(row, name, source)) for name in names)
     return Parts(without(row, *_ANSWERS), None, answers)
 
 

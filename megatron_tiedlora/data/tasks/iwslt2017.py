@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.data.fields import one_line, required_text, without
+from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
 from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
@@ -21,7 +21,7 @@ _LANGUAGES = ("de", "en")
 
 def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
     # Decoding would stop at a line break inside a sentence.
-    german, english = (one_line(required_text(row, name, source)) for name in _LANGUAGES)
+    german, english = (without_line_breaks(required_text(row, name, source)) for name in _LANGUAGES)
     return Parts({**without(row, "en"), "de": german}, None, (english,))
 
 

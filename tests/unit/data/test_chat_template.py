@@ -72,6 +72,16 @@ def test_a_long_conversation_is_rendered(chat: Any) -> None:
             assert template.render(turns, "a.jsonl:1") == expected
 
 
+def test_a_process_that_is_killed_is_told_and_replaced(chat: Any) -> None:
+    chat.chat_template, before = "{{ messages[0].content }}", psutil.Process().children()
+    with opened_template(chat) as template:
+        assert template is not None and template.render(TURNS, "a.jsonl:1") == "How many?!"
+        (process,) = (child for child in psutil.Process().children() if child not in before)
+        process.kill()
+        assert "ended its process" in refusal(lambda: template.render(TURNS, "a.jsonl:2"))
+        assert template.render(TURNS, "a.jsonl:3") == "How many?!"
+
+
 def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
     """Also where it is busy for ever and ours is killed."""
     chat.chat_template = BOMBS["power"][0]

@@ -19,7 +19,6 @@ from megatron_tiedlora.data.encode import (
     check_supervised,
     encode_dataset,
     encode_examples,
-    encode_prompt,
     encode_prompts,
 )
 from megatron_tiedlora.data.examples import Example
@@ -216,11 +215,10 @@ def test_one_bos_and_a_supervised_eos(tokenizer):
     batch = collate(dataset, [[0]], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
     targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
     assert targets == tokens[sample.prompt_length :] and targets[-1] == tokenizer.eos_token_id
-    assert dataset.supervised(0) == len(targets) == batch.num_supervised == dataset.stats.supervised_tokens
+    assert len(targets) == batch.num_supervised == dataset.num_supervised
 
 
-def test_bos_is_left_out_on_request_and_never_doubled(byte_level):
-    assert encode_example(byte_level, example(), max_length=99, add_bos=False).tokens[0] != byte_level.bos_token_id
+def test_bos_is_never_doubled(byte_level):
     # A chat template writes BOS itself, and an answer may spell EOS.
     written = example(prompt="<|start|>user Tom\n", completion="yes<|end|>")
     sample = encode_example(byte_level, written, max_length=99)
@@ -243,7 +241,7 @@ def test_prefix_space_is_noticed(byte_level, spm):
 
 def test_generation_sees_the_prompt_of_training(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
-    prompt = encode_prompt(tokenizer, example().prompt, max_length=100)
+    (prompt,), _ = encode_prompts(tokenizer, [example().prompt], max_length=100)
     assert prompt.tolist() == sample.tokens[: sample.prompt_length].tolist()
     both, num_cut = encode_prompts(tokenizer, [example().prompt, "other " * 50], max_length=20)
     assert num_cut == 1
@@ -260,8 +258,8 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
     prompt, kept = whole.tokens[: whole.prompt_length].tolist(), cut.tokens[: cut.prompt_length].tolist()
     head = 1 + len(kept) // 2  # BOS is not part of the halves
     assert kept[:head] == prompt[:head] and kept[head:] == prompt[head - len(kept) :]
-    stats = encode_dataset([long, example()], tokenizer, max_length=60).stats
-    assert (stats.rows, stats.truncated_prompts) == (2, 1)
+    dataset = encode_dataset([long, example()], tokenizer, max_length=60)
+    assert (len(dataset), dataset.truncated_prompts) == (2, 1)
 
 
 def test_an_answer_that_does_not_fit_is_refused(tokenizer):
@@ -287,9 +285,9 @@ def test_dataset_layout_and_counts(tokenizer):
     assert (dataset.tokens.dtype, dataset.offsets.dtype, dataset.prompt_lengths.dtype) == (np.int32, np.int64, np.int32)
     for index, sample in enumerate(single):
         assert (dataset.sample(index) == sample.tokens).all()
-        assert dataset.supervised(index) == len(sample.tokens) - sample.prompt_length
-    assert dataset.stats.supervised_tokens == sum(dataset.supervised(index) for index in range(5))
-    assert dataset.stats.tokens == dataset.lengths.sum() == len(dataset.tokens)
+        assert dataset.supervised_counts[index] == len(sample.tokens) - sample.prompt_length
+    assert dataset.num_supervised == sum(len(sample.tokens) - sample.prompt_length for sample in single)
+    assert dataset.lengths.sum() == len(dataset.tokens)
 
 
 def test_no_supervised_token(byte_level):
@@ -316,7 +314,7 @@ def test_cache_hit_and_damage(tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "encode_dataset", lambda *_, **__: pytest.fail("tokenised twice"))
         again = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
-    assert same(first, again) and again.stats == first.stats and again.truncated_prompts == 1
+    assert same(first, again) and again.truncated_prompts == first.truncated_prompts == 1
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-8] + b"\1" + whole[-7:]):
         path.write_bytes(damaged)
@@ -332,7 +330,6 @@ def test_cache_key_covers_what_the_ids_depend_on(byte_folder, spm):
         cache_key([example(), example()], tokenizer, max_length=40),
         cache_key([example("Question: Tom?\nAnswer: ", "357 apples")], tokenizer, max_length=40),
         cache_key([example()], tokenizer, max_length=41),
-        cache_key([example()], tokenizer, max_length=40, add_bos=False),
         cache_key([example()], spm, max_length=40),
     ]
     tokenizer.eos_token = "<|start|>"

@@ -17,13 +17,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.topology import make_topology
 from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
 from megatron_tiedlora.parallel import collectives
-from megatron_tiedlora.parallel.early_backward import run_with_early_backward
+from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding
-from megatron_tiedlora.parallel.loss import sum_token_losses, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.traffic import TrafficCounter
 
@@ -179,13 +179,14 @@ def try_loss(group: RankGroup) -> dict[torch.dtype, Any]:
         # With rows of the identity for weights products are exact: a rank's logits, and their gradient in its place.
         here = slice(group.rank * share, (group.rank + 1) * share)
         rows, frozen = logits.clone().requires_grad_(), FrozenWeight(torch.eye(VOCABULARY, dtype=dtype)[here])
-        loss = sum_token_losses(rows, frozen, labels, first_id=here.start, group=group, rows_at_once=3)
+        shard = VocabularyShard(frozen, here.start, group, rows_at_once=3)
+        loss = sum_token_losses(rows, labels, shard)
         (loss * 0.37).backward()
         assert rows.grad is not None
         found[dtype] = loss.detach(), rows.grad[:, here].clone()
         rows.grad[:, here] = 0
         assert not rows.grad.any()
-        each = token_losses(rows.detach(), frozen, labels, first_id=here.start, group=group, rows_at_once=3)
+        each = token_losses(rows.detach(), labels, shard)
         expected = functional.cross_entropy(logits.double(), labels, reduction="none")
         assert close(each.double(), expected, 4 * torch.finfo(each.dtype).eps)
     return found

@@ -24,7 +24,7 @@ from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.encode import decode_ids, encode_prompts
 from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.fields import one_line
+from megatron_tiedlora.data.fields import without_line_breaks
 from megatron_tiedlora.data.readers import read_lines, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks.hellaswag import clean
@@ -184,7 +184,7 @@ def cut_before(text: str) -> int | None:
 @pytest.mark.parametrize(
     ("rule", "before", "parts"),
     [
-        (one_line, one_line_before, ["a", " ", "\n", "\r", "\t", "\x0b", "\u3000", "\u2028", "\x1c"]),
+        (without_line_breaks, one_line_before, ["a", " ", "\n", "\r", "\t", "\x0b", "\u3000", "\u2028", "\x1c"]),
         (clean, clean_before, ["a", "[", "]", "\n", " ", " [title]", "\r", "\u2028"]),
         (lambda text: _cut(text, "\n"), cut_before, ["a", " ", "\n", "\r", "\u3000"]),
     ],
@@ -204,7 +204,7 @@ def test_a_linear_rule_is_the_plain_one(
 )
 def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
     long = f"x{text * (MEGABYTE // len(text))}x"
-    for rule in (one_line, clean, lambda text: _cut(text, "\n")):
+    for rule in (without_line_breaks, clean, lambda text: _cut(text, "\n")):
         with bounded():
             rule(long)
     for name, metric in METRICS.items():

@@ -1,17 +1,37 @@
-"""A loss whose backward pass runs inside its forward pass, so that only one gradient is saved.
+"""Handwritten backward passes: they cannot be differentiated again, and that of a loss can run in its forward pass.
 
-Without trained tensors in between, the backward pass needs only the incoming factor, which scales that gradient.
+Without trained tensors in between, the backward pass of a loss needs only the incoming factor, which scales the
+gradient. So only this gradient is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 
-from megatron_tiedlora.parallel.first_derivative import first_derivative_only
 from megatron_tiedlora.parallel.kernels import scaled
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's `backward` that raises an error if it is differentiated again.
+
+    torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has none, so
+    autograd would silently treat what is computed from it as a constant.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph=True`.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the frozen base has no second derivative: call backward without create_graph=True")
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class _EarlyBackward(torch.autograd.Function):
