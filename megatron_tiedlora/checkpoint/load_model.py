@@ -16,7 +16,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
@@ -76,7 +76,7 @@ def load_model(
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
-    with BaseWeights(source.weights_folder(), weight_rules(shape)) as weights:
+    with BaseWeights(source.weights_folder(), shape) as weights:
         if adapter is not None and checks_base:
             found = identify_base(source, weights, adapter.base.dtype)
             adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")

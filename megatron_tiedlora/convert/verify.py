@@ -155,10 +155,9 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     if shape_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.shape:
         raise UserError(f"{merged / 'config.json'}: not the model {source.name}; give the base with --model")
-    rules = weight_rules(source.shape)
-    with BaseWeights(merged, rules):  # checks names and shapes
-        pass
-    names, files = {name for rule in rules for name in rule.hf_names}, weight_map(merged)
+    with BaseWeights(merged, source.shape) as weights:  # checks names and shapes
+        names = {name for rule in weights.rules for name in rule.hf_names}
+    files = weight_map(merged)
     types = {}
     for file in set(files.values()):
         with open_weights(file) as reader:

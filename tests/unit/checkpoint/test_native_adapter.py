@@ -83,8 +83,8 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "layers": [1, 3],
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
-        "base_weights_hash": adapter.base.weights_hash,
-        "base_sample": adapter.base.sample,
+        "base_weights_hash": adapter.base.base_weights_hash,
+        "base_sample": adapter.base.base_sample,
         "seed": 5,
         "init_std_a": pytest.approx(32**-0.5),
         "init_std_b": pytest.approx(4**-0.5),
@@ -236,7 +236,7 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
     assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
     model = find_model(str(write_tiny_model(tmp_path / "model")))
-    assert adapter.base.config_hash == model.base_hash
+    assert adapter.base.base_hash == model.base_hash
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
     assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (STORED_ADAPTER / WEIGHTS_FILE).read_bytes()
     before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (STORED_ADAPTER, tmp_path / "again"))
