@@ -16,10 +16,9 @@ import check_gpu
 import pytest
 import torch
 from gpu_checks import rank_orders, ranks, run_offline
-from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import step_settings, write_shape
+from gpu_checks.running import step_settings, write_small
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
@@ -133,7 +132,7 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
 
 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
-    model = write_shape(tmp_path, small_config())
+    model = write_small(tmp_path)
     settings = step_settings(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
     plan = make_plan(settings)
     dataset, pad_id = read_samples(plan, settings)
