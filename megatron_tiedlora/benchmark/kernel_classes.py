@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
 
@@ -27,20 +28,26 @@ def kernel_class(name: str) -> str:
     return "other"
 
 
-def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
-
-    Kernels that run at the same time count each for itself.
-    """
+def profiled(step: Callable[[], object]) -> list[Any]:
+    """The events of `step`, which is run once under torch's profiler until the GPU has finished."""
     import torch
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
+    return list(profiler.events() or ())
+
+
+def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
+    """The seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+
+    Kernels that run at the same time each count in full.
+    """
+    from torch.autograd import DeviceType
+
     spent = dict.fromkeys(CLASSES, 0.0)
-    for event in profiler.events() or ():
+    for event in profiled(step):
         # An annotation spans the kernels that it is about.
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.runtime.launch_env import free_port
 
 SCRIPT = Path(__file__).resolve().parent / "rank.py"
@@ -86,17 +87,11 @@ class Rank(NamedTuple):
 @contextmanager
 def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterator[list[Rank]]:
     """Ranks that run on this host inside the block; remaining ones are killed afterwards."""
-    port, ranks = str(free_port("127.0.0.1")), []
+    port, ranks = free_port("127.0.0.1"), []
     try:
         for rank in range(world_size):
-            launch_env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                **{name: str(value) for name, value in launch_env.items()},
-                **variables,
-            }
+            launch_env = rank_variables(rank, world_size, rank, "127.0.0.1", port)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **launch_env, **variables}
             kind = "killed" if order.endless else f"layouts-{order.first}"
             log = Path(order.logs, f"ranks-{kind}-{rank}-of-{world_size}.log")
             with log.open("wb") as output:
