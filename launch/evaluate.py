@@ -76,7 +76,6 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         groups=groups,
         stages=plan.stages,
         merged=settings.merge_adapter,
-        checks_base=False,  # the plan has checked it
         progress=is_main,
     )
     if is_main:

@@ -23,7 +23,7 @@ from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
@@ -37,7 +37,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or a file that the index names is missing or incomplete.
     """
-    index = folder / _INDEX
+    index = folder / INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
@@ -46,13 +46,13 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; download the model again")
+                raise UserError(f"{folder / name}: no such file, but {INDEX_FILE} names it; download the model again")
         return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / _SINGLE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
-        raise UserError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{hint}")
+        raise UserError(f"{folder}: has neither {_SINGLE} nor {INDEX_FILE}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 

@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import QKV, ModelShape
-from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, BaseIdentity, check_same_base
+from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -42,10 +42,6 @@ class NativeAdapter:
     base: BaseIdentity
     state: Mapping[str, SentTensor]
 
-    def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
-        """Call `base_identity.check_same_base` with the base that this adapter was trained on and `other`."""
-        return check_same_base(self.base, other, source=source, differs=differs)
-
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
         """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r) of its
         update: W' = W + B' A'."""
@@ -64,15 +60,7 @@ class NativeAdapter:
 
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
-        config = self.config
-        return {
-            "method": config.method,
-            "rank": config.rank,
-            "alpha": config.alpha,
-            "layers": list(config.layers),
-            "base_model": self.base.base_model,
-            "adapter_sha256": self.sha256,
-        }
+        return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
 
 
 def write_adapter_files(

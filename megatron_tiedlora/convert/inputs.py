@@ -13,6 +13,7 @@ from megatron_tiedlora.checkpoint.base_identity import (
     MERGE_RECORD,
     BaseIdentity,
     base_differences,
+    check_same_base,
     identify_base,
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -34,13 +35,21 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         raise UserError(f"--adapter {adapter}: this is a run folder; give {Path(adapter) / 'adapter'}")
     native = load_adapter(folder)
+    return find_base(folder, model, native.base.base_model), native
+
+
+def find_base(folder: Path, model: str | None, named: str) -> ModelSource:
+    """The base of the adapter in `folder`: `model`, the value of --model, or else the one that the adapter names.
+
+    Raises:
+        UserError: it does not exist.
+    """
     try:
-        source = find_model(model or native.base.base_model)
+        return find_model(model or named)
     except UserError as error:
         if model is not None:
             raise
         raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
-    return source, native
 
 
 @dataclass(frozen=True)
@@ -89,5 +98,5 @@ def check_base(
     merged = (source.weights_folder() / MERGE_RECORD).is_file()
     if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    notes = adapter.check_base(found, source="--adapter", differs=differs)
+    notes = check_same_base(adapter.base, found, source="--adapter", differs=differs)
     return CheckedBase(found, base_differences(adapter.base, found), notes)

@@ -117,7 +117,7 @@ def verify_export(
     results, rounded = [], None
     with torch.no_grad(), bar:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        model = load_model(source, adapter, dtype=torch.float32, checks_base=False, progress=progress)
+        model = load_model(source, adapter, dtype=torch.float32, progress=progress)
         native = model.predict(tokens, positions)
         trained, model.adapter = model.adapter, None
         results.append(compare_logits("base without adapter", native, model.predict(tokens, positions), "different"))

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
@@ -189,7 +189,7 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     _check_same_adapter(plan.adapter, checkpoint)
     differs = plan.settings.base_differs
-    return checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
+    return check_same_base(checkpoint.adapter.base, base, source=str(checkpoint.folder), differs=differs)
 
 
 def _check_same_base(base: BaseIdentity) -> None:

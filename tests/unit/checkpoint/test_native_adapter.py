@@ -22,10 +22,10 @@ from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.parallel.grid import Grid
 
 
@@ -105,7 +105,7 @@ def test_an_adapter_fits_its_base_in_every_precision(base: Path, tmp_path: Path)
     """The identity is of the model, not of how it is stored."""
     half = write_tiny_model(tmp_path / "half", dtype=torch.bfloat16, tokenizer=False)
     adapter = native_adapter(find_model(str(base)), values(base))
-    load_model(find_model(str(half)), adapter, dtype=torch.float32)
+    check_base(find_model(str(half)), adapter, uses_tokenizer=False)
 
 
 # --------------------------------------------------------------------------------------------- what is refused
@@ -125,7 +125,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, An
     adapter = native_adapter(find_model(str(base)), values(base))
     other = write_tiny_model(tmp_path / "other", tokenizer=False, **shape)
     with pytest.raises(UserError) as error:
-        load_model(find_model(str(other)), adapter, dtype=torch.float32)
+        check_base(find_model(str(other)), adapter, uses_tokenizer=False)
     assert message in str(error.value) and str(base) in str(error.value) and str(other) in str(error.value)
     assert "--model" in str(error.value) and "\n" not in str(error.value)
 
