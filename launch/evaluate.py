@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
     # These import transformers, which takes seconds. So --help and a wrong flag do not wait for it, and signals are
     # already handled.
-    from megatron_tiedlora.base.output_folder import NewOutput
+    from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
@@ -45,7 +45,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
     from megatron_tiedlora.evaluation.plan import plan_evaluation
-    from megatron_tiedlora.evaluation.results import score_table, take_output, write_results
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_table, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 
@@ -60,7 +60,9 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
     def take() -> tuple[Path, str]:
         nonlocal output
-        output = take_output(plan)
+        output = take_output_folder(
+            settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
+        )
         end.hold(output.release)
         return output.partial, output.lock.owner.start
 

@@ -1,4 +1,4 @@
-"""Time on a GPU by what its kernels are for, from their names: for tools/bench_step.py."""
+"""Sorts the time on a GPU by the purpose of its kernels, which their names show, for tools/bench_step.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
 
-# The first pattern that is found in a name decides. Order matters: attention kernels are made of CUTLASS too, a product
-# cut along its inner dimension ends in a reduction, and what Inductor fuses is named after all that it fuses.
+# The first pattern that is found in a name decides. The order matters: attention kernels contain CUTLASS too, a matmul
+# split along its inner dimension ends in a reduction, and Inductor names a fused kernel after everything in it.
 _PATTERNS = (
     ("communication", r"nccl"),
     ("copies", r"^mem(cpy|set)\b"),
@@ -21,7 +21,7 @@ _PATTERNS = (
 
 
 def kernel_class(name: str) -> str:
-    """Which of `CLASSES` a kernel of this name belongs to; reductions go with what is elementwise."""
+    """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
     for kind, pattern in _PATTERNS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind

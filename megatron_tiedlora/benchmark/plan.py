@@ -1,4 +1,4 @@
-"""The training run whose step is measured: its model, its plan, and the samples of the step."""
+"""Plans the training run whose step is measured, with its model and the samples of the step."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _SIZES = ("tensor_parallel", "pipeline_parallel", "sequence_parallel")
 
 
 def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any) -> RunPlan:
-    """The plan of a training run that takes the step which the settings describe.
+    """The plan of a training run that takes the step described by the settings.
 
     Args:
-        changes: to the run's settings, for those that a benchmark does not have.
+        changes: values of the run's settings that a benchmark does not have.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: names the first thing that does not fit.
     """
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     unit = settings.rows * grid.dp_size
@@ -54,7 +54,11 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
             f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
             " ranks"
         )
-    source = _find_source(settings)
+    config = random_config(settings)
+    if config is None:
+        source = find_model(settings.model)
+    else:
+        source = ModelSource(settings.model, None, shape_from_hf(config, source=settings.model))
     if settings.length > source.shape.max_positions:
         raise UserError(
             f"--length {settings.length}: {settings.model} was trained for {source.shape.max_positions} positions; give"
@@ -79,19 +83,11 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
     return plan_run(make_settings({**values, **changes}), rank=rank, world_size=world_size, source=source)
 
 
-def _find_source(settings: BenchSettings) -> ModelSource:
-    """The model of all sides; its folder is None where weights are random."""
-    values = random_config(settings)
-    if values is None:
-        return find_model(settings.model)
-    return ModelSource(settings.model, None, shape_from_hf(values, source=settings.model))
-
-
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:
-    """The fields of config.json of a model whose weights are random; None where they are read.
+    """The config.json of a model whose weights are random; None if its weights are read.
 
     Raises:
-        UserError: a setting that only goes with the other of the two.
+        UserError: a setting does not go with random weights, or only with them.
     """
     if settings.model in PRESETS:
         values = dict(PRESETS[settings.model])
@@ -113,10 +109,10 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
 
 
 def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
-    """The samples of a step on all ranks, the task's first or made-up ones, and the token that pads them.
+    """The samples of a step on all ranks and the token that pads them. They are the task's first, or made up.
 
     Raises:
-        UserError: data that cannot be read, or too little of it.
+        UserError: the data cannot be read, or there is too little of it.
     """
     if settings.task is None:
         return _made_up(plan.source.shape.vocab_size, plan.batches.global_batch_size, settings), 0
@@ -129,7 +125,7 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
 
 
 def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> TokenDataset:
-    """Random tokens; the last `labels` of each document have a label."""
+    """Samples of random tokens. The last `settings.labels` of each document have a label."""
     draw, length = np.random.default_rng(0), settings.length // (settings.documents or 1)
     return TokenDataset(
         tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
@@ -140,7 +136,7 @@ def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> Toke
 
 
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
-    """Bytes that a rank saves of all its micro-batches for the backward pass, from shapes alone."""
+    """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
     parts = plan.layout.sequence_parts
     return sum(
         saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
@@ -149,7 +145,7 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
 
 
 def model_flops(plan: RunPlan, step: TrainingStep) -> int:
-    """Operations that the samples of a step take on all ranks."""
+    """The FLOPs of a step's samples on all ranks."""
     return sample_flops(
         plan.source.shape,
         plan.adapter,
@@ -160,9 +156,9 @@ def model_flops(plan: RunPlan, step: TrainingStep) -> int:
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
+    """The FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
 
-    The matrix is as it was before ZeRO-3 partitions it over data-parallel ranks.
+    The matrix has the size that it has before ZeRO-3 partitions it over data-parallel ranks.
     """
     held = frozen_weights(stage)
     rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)

@@ -37,7 +37,8 @@ Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
 the host or None, to (b, s, heads * head_dim)."""
 
-CHOSEN, ONE_BY_ONE, CUDNN = "chosen by the package", "one document after another", "PyTorch's cuDNN, for comparison"
+CHOSEN = "chosen by the package"  # the only route that must be correct
+ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -87,16 +88,6 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
     capability = torch.cuda.get_device_capability(device)
     found = {candidate.name: candidate.obstacle(capability, dtype, head_dim) for candidate in CANDIDATES}
     return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
-
-
-def is_taken(name: str) -> bool:
-    """Whether the package uses a route here, so that it must be correct."""
-    return name == CHOSEN
-
-
-def takes_documents(name: str) -> bool:
-    """Whether a route supports packed rows."""
-    return name != CUDNN
 
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
