@@ -51,10 +51,10 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
     is_main = rank == 0
     plan = plan_evaluation(settings, rank=rank, world_size=world_size)
-    held_out = read_held_out(plan)
+    tokenizer, scored = read_held_out(plan)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows(held_out)
+    check_same_rows(scored)
     check_same_dtype(plan.dtype_name)
     output: NewOutput | None = None  # of rank 0
 
@@ -82,12 +82,12 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_truncated, attention))
+        show(*plan.headline(len(scored.examples), scored.num_truncated, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
-            held_out.scored,
-            tokenizer=held_out.tokenizer,
+            scored,
+            tokenizer=tokenizer,
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
             batch_size=settings.batch_size,

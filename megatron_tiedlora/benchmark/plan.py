@@ -34,8 +34,10 @@ LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
 MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that the settings of a run accept
-_SAME = ("model", "method", "rank", "dtype", "compile", "recompute", "train_file", "ds_config")
-_SIZES = ("tensor_parallel", "pipeline_parallel", "sequence_parallel")
+_SAME = (
+    *("model", "method", "rank", "dtype", "compile", "recompute", "train_file", "ds_config"),
+    *("tensor_parallel", "pipeline_parallel", "sequence_parallel"),
+)
 
 
 def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any) -> RunPlan:
@@ -68,7 +70,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
         raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)
     values = {
-        **{name: getattr(settings, name) for name in (*_SAME, *_SIZES)},
+        **{name: getattr(settings, name) for name in _SAME},
         "packing": settings.packs,
         "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
         "max_length": max(settings.length, LEAST_LENGTH),

@@ -16,6 +16,7 @@ from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import MicroBatch, collate
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -153,7 +154,8 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     else:
         folder = plan.source.weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
-    targets = ["q_proj", "k_proj", "v_proj"]
+    block = plan.source.shape.block
+    targets = target_modules(block, block.adaptable)
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
     model.train()

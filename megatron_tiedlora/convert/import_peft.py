@@ -29,6 +29,7 @@ from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FIL
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.module_names import name_matcher
 
@@ -192,7 +193,7 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
 def _chosen(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[int, str]]:
     """The modules that the config adapts, by PEFT's own rules: 1-based layer and name below it, by whole name."""
     block, modules = source.shape.block, _modules(source.shape.block)
-    words = [module.rpartition(".")[2] for module in modules]
+    words = target_modules(block, block.adaptable)
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
@@ -233,14 +234,15 @@ def _read_pairs(
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    num_layers, modules, shapes = source.shape.num_layers, _modules(source.shape.block), {}
-    layers = re.escape(source.shape.block.source).replace(re.escape("{index}"), r"(\d+)")
+    num_layers, block, shapes = source.shape.num_layers, source.shape.block, {}
+    modules = _modules(block)
+    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
     names = "|".join(map(re.escape, modules))
     pattern = re.compile(rf"base_model\.model\.({layers}\.({names}))\.lora_([AB])\.weight")
     for key, found in read_header(file).shapes.items():
         match = pattern.fullmatch(key)
         if match is None:
-            words = ", ".join(module.rpartition(".")[2] for module in modules)
+            words = ", ".join(target_modules(block, block.adaptable))
             raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {words}; only these are supported")
         name, layer, module, side = match.groups()
         if int(layer) >= num_layers:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import (
     HASH_FIELDS,
     MERGE_RECORD,
-    BaseIdentity,
     base_differences,
     check_same_base,
     identify_base,
@@ -52,23 +51,16 @@ def find_base(folder: Path, model: str | None, named: str) -> ModelSource:
         raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
 
 
-@dataclass(frozen=True)
-class CheckedBase:
+class CheckedBase(NamedTuple):
     """The base that an adapter belongs to, or is used with nevertheless (--base_differs).
 
     Attributes:
-        differences: how it differs from the base of training.
+        record: the fields that describe it in the record of a converted adapter or model.
         notes: what a user should know about it.
     """
 
-    identity: BaseIdentity
-    differences: tuple[str, ...]
+    record: dict[str, Any]
     notes: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        """The fields that describe the base in the record of a converted adapter or model."""
-        differs = {"base_differs": list(self.differences)} if self.differences else {}
-        return {**{name: getattr(self.identity, name) for name in HASH_FIELDS}, **differs}
 
 
 def check_base(
@@ -99,4 +91,7 @@ def check_base(
     if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     notes = check_same_base(adapter.base, found, source="--adapter", differs=differs)
-    return CheckedBase(found, base_differences(adapter.base, found), notes)
+    record = {name: getattr(found, name) for name in HASH_FIELDS}
+    if differences := base_differences(adapter.base, found):
+        record["base_differs"] = list(differences)
+    return CheckedBase(record, notes)

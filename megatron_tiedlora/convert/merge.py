@@ -108,7 +108,7 @@ def merge_adapter(
             _state_dtype(temporary / "config.json", dtype)
         if saved is not None:
             save_tokenizer(saved, temporary)
-        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record()})
+        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record})
 
 
 def _merged(

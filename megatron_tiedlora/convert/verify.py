@@ -31,6 +31,7 @@ from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 
+_PROBED = (2, 48)  # rows and tokens of the input
 TOLERANCE = 1e-4  # as a share of the largest logit, in fp32 arithmetic
 
 Wanted = Literal["equal", "different", "rounded"]
@@ -88,11 +89,6 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted:
     )
 
 
-def probe_tokens(vocab_size: int, *, batch: int = 2, length: int = 48, seed: int = 0) -> torch.Tensor:
-    """Seeded token ids (batch, length). Equality must hold for any input, so it need not be text."""
-    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def verify_export(
     source: ModelSource,
     adapter: NativeAdapter,
@@ -111,7 +107,8 @@ def verify_export(
     stored = {} if merged is None else _stored_types(source, merged)
     if peft is not None:
         _check_peft(peft, source)
-    tokens = probe_tokens(source.shape.vocab_size)
+    # Equality must hold for any input, so it need not be text.
+    tokens = torch.randint(0, source.shape.vocab_size, _PROBED, generator=torch.Generator().manual_seed(0))
     count = 1 + (merged is not None) + (peft is not None)
     bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
     results, rounded = [], None

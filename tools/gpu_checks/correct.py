@@ -12,7 +12,7 @@ import torch
 from gpu_checks.attention import relative, worst_of
 from gpu_checks.package import small_shape, training_device
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import FACTORS, Document, loss_and_gradients
+from gpu_checks.reference import Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
@@ -64,15 +64,8 @@ class Judge:
 
     def plain(self, dtype: torch.dtype) -> Answer:
         """Plain PyTorch's result in this dtype, from the stage's own weights."""
-        adapter = self.stage.adapter
-        assert adapter is not None
-        trained = [name for name in FACTORS if self.adapter.method_spec.factor(name).trained]
-        weights = {
-            name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name
-        }
-        factors = {
-            name: value.detach().to(max(dtype, torch.float32, key=_bits)) for name, value in adapter.named_parameters()
-        }
+        trained = list(self.adapter.num_trained())
+        weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
         return Answer(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
@@ -97,6 +90,14 @@ class Judge:
             found = answer.gradients.get(name)
             errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
         return errors
+
+
+def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
+    assert stage.adapter is not None
+    wide = max(dtype, torch.float32, key=_bits)
+    return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_checks.correct import adapter_of, unsettle
+from gpu_checks.correct import adapter_of, plain_tensors, unsettle
 from gpu_checks.package import compute_dtype, small_shape, training_device
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
@@ -64,9 +64,7 @@ def _compare(report: Report, label: str, shape: ModelShape, device: torch.device
     unsettle(stage)
     prompts = prompts_of(LENGTHS, shape.vocab_size)
     rows = answers(stage, shape, prompts, NEW_TOKENS)
-    named = {name: tensor.detach().double() for name, tensor in stage.named_parameters()}
-    weights = {name: tensor for name, tensor in named.items() if name.startswith("layers")}
-    factors = {name.removeprefix("adapter."): tensor for name, tensor in named.items() if name.startswith("adapter")}
+    weights, factors = plain_tensors(stage, torch.float64)
     equal = 0
     for prompt, row in zip(prompts, rows, strict=True):
         tokens = torch.tensor(prompt + row, device=device)

@@ -152,7 +152,6 @@ def _nvidia_smi(fields: str) -> str:
 
 def _choices(report: Report, device: torch.device) -> None:
     """The attention and kernels that the package chooses on this device."""
-    dtype = compute_dtype(device)
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         name = f"attention in {str(dtype).removeprefix('torch.')}"
         with report.attempt(name):

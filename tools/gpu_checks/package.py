@@ -106,11 +106,7 @@ def _within(attend: Attend) -> Route:
 
 def _of_candidate(candidate: Candidate) -> Route:
     """A kernel that the package does not choose here, or whose library fails when it is called."""
-
-    def route(*heads: Any) -> torch.Tensor:
-        return _within(candidate.make(False))(*heads)
-
-    return route
+    return lambda *heads: _within(candidate.make(False))(*heads)
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
