@@ -27,21 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder
 # The packages that the check imports, by their names in pip; torch brings the rest. Versions are those installed here.
 PACKAGES = (
-    "hjson",
-    "pydantic",
-    "pydantic-core",
-    "annotated-types",
-    "typing-inspection",
-    "typing-extensions",
-    "safetensors",
-    "PyYAML",
-    "psutil",
-    "msgpack",
-    "einops",
-    "tqdm",
-    "packaging",
-    "filelock",
-    "py-cpuinfo",
+    *("hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+    *("safetensors", "PyYAML", "psutil", "msgpack", "einops", "tqdm", "packaging", "filelock", "py-cpuinfo"),
 )
 TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"

@@ -37,33 +37,12 @@ _LARGEST_RANK = 2**20
 # Fields of PEFT's config that do not change what a LoRA of linear layers computes, or that are read below. Any other
 # field that is set changes the computation, or may change it in a future version of PEFT.
 _HARMLESS = {
-    "peft_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "task_type",
-    "inference_mode",
-    "runtime_config",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "lora_dropout",
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type"),
+    *("inference_mode", "runtime_config", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     "fan_in_fan_out",  # PEFT itself drops it for linear layers
-    "bias",
-    "init_lora_weights",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "velora_config",
-    "ensure_weight_tying",
 }
 # With the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

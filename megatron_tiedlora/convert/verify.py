@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +133,10 @@ def verify_export(
                 results.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
             bar.update()
         if peft is not None:
-            logits = _transformers_logits(source.weights_folder(), tokens, lambda base: _with_peft(base, peft))
+            from peft import PeftModel
+
+            with_adapter = partial(PeftModel.from_pretrained, model_id=str(peft))
+            logits = _transformers_logits(source.weights_folder(), tokens, with_adapter)
             results.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
             bar.update()
     return results
@@ -184,12 +188,6 @@ def _check_peft(folder: Path, source: ModelSource) -> None:
     load_peft_adapter(folder, source)
     if importlib.util.find_spec("peft") is None:
         raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
-
-
-def _with_peft(base: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, str(folder))
 
 
 def _transformers_logits(

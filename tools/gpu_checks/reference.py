@@ -15,7 +15,6 @@ from torch.nn import functional
 from megatron_tiedlora.base.shapes import ModelShape
 
 Tensors = Mapping[str, torch.Tensor]
-FACTORS = "ABuv"
 
 
 class Document(NamedTuple):
@@ -43,20 +42,13 @@ def loss_and_gradients(
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
     for document in documents:
-        loss = document_loss(shape, scale, weights, leaves, document)
+        logits = document_logits(shape, scale, weights, leaves, document.tokens)
+        loss = functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
         found = torch.autograd.grad(loss, [leaves[name] for name in trained])
         for name, gradient in zip(trained, found, strict=True):
             gradients[name] += gradient
         total += float(loss.detach())
     return total, gradients
-
-
-def document_loss(
-    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, document: Document
-) -> torch.Tensor:
-    """Cross entropy of one document, summed over its labels."""
-    logits = document_logits(shape, scale, weights, factors, document.tokens)
-    return functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
 
 
 def document_logits(
