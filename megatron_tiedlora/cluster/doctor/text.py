@@ -133,10 +133,10 @@ def group_table(groups: Sequence[GroupResult]) -> list[str]:
                 kind,
                 f"{len(of_kind)} x {len(slowest.ranks)}",
                 time_text(max(group.latency_seconds for group in of_kind)),
-                bytes_in_words(slowest.num_bytes),
+                f"{slowest.num_bytes / 1e6:.3g} MB",
                 time_text(slowest.seconds),
-                f"{bytes_in_words(slowest.bus_bytes_per_second)}/s",
-                f"{bytes_in_words(usual)}/s",
+                f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",
+                f"{usual / 1e9:.3g} GB/s",
                 f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
             ]
         )
