@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, model_flops, read_samples, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     describe_setup,
@@ -40,7 +40,7 @@ from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
+from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed, training_flops
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _step_figures(
     plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The figures of the step over all ranks."""
-    flops = model_flops(plan, step)
+    flops = training_flops(plan.source.shape, plan.adapter, step)
     matmul = sum(member["matmul_flops_per_second"] for member in ranks)
     figures: dict[str, Any] = {
         "micro_batches": len(step.micro_batches),

@@ -25,7 +25,6 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.memory import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate
@@ -143,17 +142,6 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     return sum(
         saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
         for batch in batches
-    )
-
-
-def model_flops(plan: RunPlan, step: TrainingStep) -> int:
-    """The FLOPs of a step's samples on all ranks."""
-    return sample_flops(
-        plan.source.shape,
-        plan.adapter,
-        num_tokens=step.num_tokens,
-        squared_lengths=step.squared_lengths,
-        num_supervised=step.num_supervised,
     )
 
 
