@@ -15,7 +15,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
+from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
 from megatron_tiedlora.model.families import shape_from_hf
