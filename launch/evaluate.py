@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
     # These import transformers, which takes seconds. So --help and a wrong flag do not wait for it, and signals are
     # already handled.
-    from megatron_tiedlora.base.output_folder import NewOutput
+    from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
     from megatron_tiedlora.engine.topology import make_groups, make_process_grid
@@ -45,22 +45,24 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.evaluation.decoder import Decoder
     from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
     from megatron_tiedlora.evaluation.plan import plan_evaluation
-    from megatron_tiedlora.evaluation.results import score_table, take_output, write_results
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_table, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 
     is_main = rank == 0
     plan = plan_evaluation(settings, rank=rank, world_size=world_size)
-    held_out = read_held_out(plan)
+    tokenizer, scored = read_held_out(plan)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows(held_out)
+    check_same_rows(scored)
     check_same_dtype(plan.dtype_name)
     output: NewOutput | None = None  # of rank 0
 
     def take() -> tuple[Path, str]:
         nonlocal output
-        output = take_output(plan)
+        output = take_output_folder(
+            settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
+        )
         end.hold(output.release)
         return output.partial, output.lock.owner.start
 
@@ -76,17 +78,16 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         groups=groups,
         stages=plan.stages,
         merged=settings.merge_adapter,
-        checks_base=False,  # the plan has checked it
         progress=is_main,
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(held_out.scored.examples), held_out.scored.num_truncated, attention))
+        show(*plan.headline(len(scored.examples), scored.num_truncated, attention))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
-            held_out.scored,
-            tokenizer=held_out.tokenizer,
+            scored,
+            tokenizer=tokenizer,
             grid=plan.grid,
             max_new_tokens=plan.max_new_tokens,
             batch_size=settings.batch_size,

@@ -30,7 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu_checks.children import python_command, run_part
+from gpu_checks.children import run_part
 from gpu_checks.output import check_lines, summary_line, to_json, to_markdown
 from gpu_checks.records import Check, CheckOptions
 
@@ -135,7 +135,7 @@ def _run(limits: Mapping[str, float], shared: CheckOptions, about: dict[str, Any
         show(part)
         deadline += seconds
         options = replace(shared, seconds=deadline - time.monotonic())
-        command = python_command(CHILD, part, json.dumps(asdict(options)))
+        command = [sys.executable, str(CHILD), part, json.dumps(asdict(options))]
         told: list[str] = []
 
         def hear(check: Check, told: list[str] = told) -> None:

@@ -21,10 +21,7 @@ ranks. DIR is written atomically.
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="export_peft.py", description=__doc__, epilog=EXAMPLE)
-    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
-    described.add_argument(
-        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
-    )
+    described.add_adapter()
     described.add_output()
     described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, padded with zeros")
     return described

@@ -20,10 +20,7 @@ The base's files are read one by one, so it needs the memory of one file. DIR is
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="merge_adapter.py", description=__doc__, epilog=EXAMPLE)
-    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
-    described.add_argument(
-        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
-    )
+    described.add_adapter()
     described.add_output()
     described.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the written weights [as stored in the base]"

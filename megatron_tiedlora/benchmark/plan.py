@@ -1,4 +1,4 @@
-"""The training run whose step is measured: its model, its plan, and the samples of the step."""
+"""Plans the training run whose step is measured, with its model and the samples of the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
+from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
 from megatron_tiedlora.model.families import shape_from_hf
@@ -25,7 +25,6 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.memory import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate
@@ -34,18 +33,20 @@ LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
 MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that the settings of a run accept
-_SAME = ("model", "method", "rank", "dtype", "compile", "recompute", "train_file", "ds_config")
-_SIZES = ("tensor_parallel", "pipeline_parallel", "sequence_parallel")
+_SAME = (
+    *("model", "method", "rank", "dtype", "compile", "recompute", "train_file", "ds_config"),
+    *("tensor_parallel", "pipeline_parallel", "sequence_parallel"),
+)
 
 
 def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any) -> RunPlan:
-    """The plan of a training run that takes the step which the settings describe.
+    """The plan of a training run that takes the step described by the settings.
 
     Args:
-        changes: to the run's settings, for those that a benchmark does not have.
+        changes: values of the run's settings that a benchmark does not have.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: names the first thing that does not fit.
     """
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     unit = settings.rows * grid.dp_size
@@ -54,7 +55,11 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
             f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
             " ranks"
         )
-    source = _find_source(settings)
+    config = random_config(settings)
+    if config is None:
+        source = find_model(settings.model)
+    else:
+        source = ModelSource(settings.model, None, shape_from_hf(config, source=settings.model))
     if settings.length > source.shape.max_positions:
         raise UserError(
             f"--length {settings.length}: {settings.model} was trained for {source.shape.max_positions} positions; give"
@@ -64,7 +69,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
         raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)
     values = {
-        **{name: getattr(settings, name) for name in (*_SAME, *_SIZES)},
+        **{name: getattr(settings, name) for name in _SAME},
         "packing": settings.packs,
         "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
         "max_length": max(settings.length, LEAST_LENGTH),
@@ -79,19 +84,11 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
     return plan_run(make_settings({**values, **changes}), rank=rank, world_size=world_size, source=source)
 
 
-def _find_source(settings: BenchSettings) -> ModelSource:
-    """The model of all sides; its folder is None where weights are random."""
-    values = random_config(settings)
-    if values is None:
-        return find_model(settings.model)
-    return ModelSource(settings.model, None, shape_from_hf(values, source=settings.model))
-
-
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:
-    """The fields of config.json of a model whose weights are random; None where they are read.
+    """The config.json of a model whose weights are random; None if its weights are read.
 
     Raises:
-        UserError: a setting that only goes with the other of the two.
+        UserError: a setting does not go with random weights, or only with them.
     """
     if settings.model in PRESETS:
         values = dict(PRESETS[settings.model])
@@ -113,10 +110,10 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
 
 
 def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
-    """The samples of a step on all ranks, the task's first or made-up ones, and the token that pads them.
+    """The samples of a step on all ranks and the token that pads them. They are the task's first, or made up.
 
     Raises:
-        UserError: data that cannot be read, or too little of it.
+        UserError: the data cannot be read, or there is too little of it.
     """
     if settings.task is None:
         return _made_up(plan.source.shape.vocab_size, plan.batches.global_batch_size, settings), 0
@@ -129,7 +126,7 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
 
 
 def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> TokenDataset:
-    """Random tokens; the last `labels` of each document have a label."""
+    """Samples of random tokens. The last `settings.labels` of each document have a label."""
     draw, length = np.random.default_rng(0), settings.length // (settings.documents or 1)
     return TokenDataset(
         tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
@@ -140,7 +137,7 @@ def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> Toke
 
 
 def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
-    """Bytes that a rank saves of all its micro-batches for the backward pass, from shapes alone."""
+    """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
     parts = plan.layout.sequence_parts
     return sum(
         saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
@@ -148,21 +145,10 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     )
 
 
-def model_flops(plan: RunPlan, step: TrainingStep) -> int:
-    """Operations that the samples of a step take on all ranks."""
-    return sample_flops(
-        plan.source.shape,
-        plan.adapter,
-        num_tokens=step.num_tokens,
-        squared_lengths=step.squared_lengths,
-        num_supervised=step.num_supervised,
-    )
-
-
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
+    """The FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
 
-    The matrix is as it was before ZeRO-3 partitions it over data-parallel ranks.
+    The matrix has the size that it has before ZeRO-3 partitions it over data-parallel ranks.
     """
     held = frozen_weights(stage)
     rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)

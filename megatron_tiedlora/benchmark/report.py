@@ -1,4 +1,4 @@
-"""The tables of a step, from the figures that also go into the JSON."""
+"""Makes the tables of a step from the figures that also go into the JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _setup_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def step_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of one process as lines; ratios are to the first side."""
+    """The figures of one process as lines. Ratios compare our side with another one."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
@@ -46,7 +46,7 @@ def step_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def layout_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures of a layout as lines: the step, then each stage's memory and messages."""
+    """The figures of a layout as lines. The step comes first, then each stage's memory and messages."""
     layout = report["layout"]
     sequences = "sharded" if layout["sequence_parallel"] else "full"
     return [
@@ -72,7 +72,7 @@ def _speed(figures: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def _gpu_lines(figures: Mapping[str, Any], name: str) -> list[str]:
-    """MFU and time by class of kernels, where a GPU was measured."""
+    """MFU and the time by class of kernels, if a GPU was measured."""
     lines = []
     if figures.get("mfu") is not None:
         lines.append(f"{name}MFU {figures['mfu']:.1%}")
@@ -90,7 +90,8 @@ def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for stage, members in _by_stage(ranks).items():
         saved, formula, held, peak = (
-            _most(member[key] for member in members) for key in ("saved", "saved_formula", "held", "peak")
+            max((member[key] for member in members if member[key] is not None), default=None)
+            for key in ("saved", "saved_formula", "held", "peak")
         )
         lines.append(
             f"{stage:<7}{_megabytes(saved):>10}{_megabytes(formula):>9}{_ratio(saved, formula):>7}"
@@ -100,7 +101,7 @@ def _memory(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _messages(report: Mapping[str, Any]) -> list[str]:
-    """Of one rank of each stage, and every rank that sends something else than was predicted."""
+    """The messages of one rank of each stage, and the ranks that send something else than was predicted."""
     if len(report["ranks"]) == 1:
         return ["messages: none, one rank sends nothing"]
     lines = [f"{'stage':<7}{'messages to':<13}{'counted in a step':>24}{'as --dry_run predicts':>26}"]
@@ -122,11 +123,11 @@ def _messages(report: Mapping[str, Any]) -> list[str]:
 
 
 def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
-    """By group with a message, both figures and in words how they compare; they are equal where all kinds are.
+    """Both figures of each group that has a message, and a verdict. They are equal only if all kinds of messages are.
 
     Args:
-        counted, predicted: of one rank and step.
-        data_bytes: the most bytes that DeepSpeed sends in the data-parallel group, in any number of messages.
+        counted, predicted: the messages of one rank in one step.
+        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages.
     """
     compared = {}
     for group in GROUPS:
@@ -153,7 +154,7 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
 
 
 def _tokens_per_second(side: Mapping[str, Any]) -> float:
-    """Real tokens, without padding, at the median."""
+    """The tokens per second at the median, without padding."""
     return float(side["tokens"] / median(side["seconds"]))
 
 
@@ -162,11 +163,6 @@ def _by_stage(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str,
     for member in ranks:
         stages.setdefault(member["stage"], []).append(member)
     return stages
-
-
-def _most(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None
 
 
 def _megabytes(size: float | None) -> str:

@@ -1,4 +1,4 @@
-"""How a step's time grows with layers, length, rank and supervised tokens: each alone, while the others stay."""
+"""Measures how a step's time grows with layers, length, rank and supervised tokens. One of them changes at a time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 
-# By flag of the values, which setting of a step they are.
+# The setting of a step that each flag gives values for.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
 
 
 def measure(settings: BenchSettings) -> dict[str, Any]:
-    """The report: each quantity's values with the tokens and the seconds of a step.
+    """The report. It has the values of each quantity, with the tokens and the seconds of a step.
 
     Raises:
-        UserError: a value that does not fit, named by its flag, before anything is measured.
+        UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
     """
     device, plan = timing.default_device(), make_plan(settings.one_step())
     axes = {flag: [_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
     return {
-        "model": settings.model,
-        "method": settings.method,
-        "dtype": settings.dtype,
+        **{name: getattr(settings, name) for name in ("model", "method", "dtype")},
         "kernels": chosen.description,
         **timing.describe_setup(device),
         "axes": {
@@ -42,7 +40,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """A step where one quantity is another, whose value `flag` gave."""
+    """The step in which one quantity has another value, which `flag` gave."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
@@ -63,7 +61,7 @@ def _measure(
 
 
 def scaling_table(report: Mapping[str, Any]) -> list[str]:
-    """The figures as lines; the last column is the seconds beyond those of the value before, for each unit more."""
+    """The figures as lines. The last column has the additional seconds per unit, compared with the value before."""
     first = f"{report['model']}, {report['method']}, {report['dtype']} on {report['device']}"
     lines = [f"{first}; kernels {report['kernels']}", timing.setup_line(report)]
     for name, measured in report["axes"].items():

@@ -1,4 +1,4 @@
-"""The sides of a step in one process: this package's, and Hugging Face + PEFT LoRA on q, k and v."""
+"""Builds the sides of a step in one process. They are ours, and Hugging Face + PEFT LoRA on q, k and v."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.plan import LEARNING_RATE, model_flops, random_config, read_samples
+from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
 from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd, storage_bytes
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.loader import MicroBatch, collate
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -25,19 +26,19 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.throughput import timed
+from megatron_tiedlora.training.throughput import timed, training_flops
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 
 
 @dataclass
 class Side:
-    """One side with its model in place.
+    """One side with its model.
 
     Attributes:
         forward: the loss of a micro-batch, divided by the supervised tokens of the step.
-        flops: what the step's samples take, where it is this package's; None elsewhere.
-        kernels: how this package's came to be, in a few words; None elsewhere.
+        flops: the FLOPs of the step's samples on our side; None on others.
+        kernels: how our kernels were made, in a few words; None on others.
     """
 
     model: torch.nn.Module
@@ -55,18 +56,18 @@ class Side:
         self._optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def step(self) -> None:
-        """Forward and backward over all micro-batches, and the optimizer's step."""
+        """Run forward and backward over all micro-batches, and take the optimizer's step."""
         for batch in self.batches:
             self.forward(batch).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def seconds(self) -> float:
-        """Seconds of one more step."""
+        """Take one more step; returns its seconds."""
         return timed(self.step, self.device)
 
     def saved_bytes(self) -> int:
-        """Bytes that autograd saves of a step's micro-batches together, by storage and without parameters."""
+        """The total bytes that autograd saves for a step's micro-batches, without parameters."""
         total = 0
         for batch in self.batches:
             with saved_by_autograd(self.model) as saved:
@@ -78,10 +79,10 @@ class Side:
 def make_sides(
     plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
 ) -> dict[str, Callable[[], Side]]:
-    """By name, what makes each side; the first is ours. All see the same samples.
+    """The functions that build the sides, by name. The first side is ours, and all have the same samples.
 
     Args:
-        chosen: our kernels; None: as --compile asks for them, when the side is made.
+        chosen: our kernels; None: they are chosen by --compile when the side is built.
     """
     sides: dict[str, Callable[[], Side]] = {OURS: partial(_ours, plan, settings, chosen)}
     if settings.against is not None:
@@ -111,13 +112,14 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
         loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
         return loss / step.num_supervised
 
-    return Side(stage, step.micro_batches, forward, device, model_flops(plan, step), chosen.description)
+    flops = training_flops(source.shape, plan.adapter, step)
+    return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
 
 
 def random_stage(
     shape: ModelShape, adapter: AdapterConfig, *, dtype: torch.dtype, device: torch.device, kernels: Kernels = EAGER
 ) -> Stage:
-    """The whole model with random weights, drawn in place, and the adapter at its start."""
+    """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), None)
     rules = stage_weight_rules(shape, has_embedding=True)
@@ -127,13 +129,13 @@ def random_stage(
 
 
 def _give_adapter(stage: Stage, adapter: AdapterConfig, device: torch.device) -> None:
-    """Put an adapter at its start beside the whole model."""
+    """Give the whole model an adapter with its initial values."""
     stage.adapter = TiedAdapter(AdapterPart.whole(adapter)).to(device)
     stage.adapter.load_full(initial_values(adapter))
 
 
 def recompute(stage: Stage, how: str) -> None:
-    """Let the stage recompute `none`, `selective` or `full` from its next call on."""
+    """Set what the stage recomputes from its next call on: `none`, `selective` or `full`."""
     stage.recompute = how
     for index in stage.blocks:
         block: Any = stage.layers[str(index)]
@@ -153,7 +155,8 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     else:
         folder = plan.source.weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
-    targets = ["q_proj", "k_proj", "v_proj"]
+    block = plan.source.shape.block
+    targets = target_modules(block, block.adaptable)
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
     model.train()
@@ -161,7 +164,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     step = next(plan.training_loader(dataset, pad_id=pad_id))
     batches = list(step.micro_batches)
     if settings.task is not None and not packed:
-        size = settings.padded_rows  # of samples as they come, as a trainer without sorting takes them
+        size = settings.padded_rows  # the samples come in their order, as a trainer takes them that does not sort
         starts = range(0, len(dataset), size)
         batches = [collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
 

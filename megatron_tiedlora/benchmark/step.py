@@ -1,4 +1,4 @@
-"""A step in one process: ours, and what it is compared with, in turns."""
+"""Measures a step in one process. Our side and those that it is compared with take turns."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     formula = saved_formula(plan, ours.batches)
     memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
     report = {
-        "model": settings.model,
-        "method": settings.method,
-        "rank": settings.rank,
-        "dtype": settings.dtype,
-        "recompute": settings.recompute,
+        **{name: getattr(settings, name) for name in ("model", "method", "rank", "dtype", "recompute")},
         "kernels": ours.kernels,
         **describe_setup(ours.device),
         "matmul_flops_per_second": base_matmul_rate(plan, ours.model, ours.batches, ours.device),
@@ -56,6 +52,6 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
 
 
 def memory_of(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """`peak` and `saved` bytes of a side's step, for a fresh process."""
+    """The bytes `peak` and `saved` of a side's step. Call it in a fresh process."""
     side = make_sides(plan, settings)[name]()
     return {"peak": peak_of(side.step, side.device), "saved": side.saved_bytes()}

@@ -1,4 +1,4 @@
-"""Times of what takes turns, memory of what runs alone, and on a GPU the time by class of kernels."""
+"""Measures the times of steps that take turns, and the memory of a step that runs alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEED_HEADER = f"{'seconds':>9}{'least':>8}{'most':>8}{'tokens/s':>10}"
 def take_turns(
     timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
 ) -> dict[str, list[float]]:
-    """By name, the seconds that each timer returns in the turns that count; the first `uncounted` turns do not."""
+    """The seconds that each timer returns, by name. The first `uncounted` turns are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in tqdm(range(uncounted + repeats), desc="turns", unit="turn", leave=False, disable=not shows):
         for name, timer in timers.items():
@@ -40,18 +40,18 @@ def take_turns(
 
 
 def speed_columns(seconds: Sequence[float], tokens: int) -> str:
-    """The columns of SPEED_HEADER: median, least and most seconds, and tokens per second at the median."""
+    """The columns of SPEED_HEADER. They are median, least and most seconds, and tokens per second at the median."""
     middle = statistics.median(seconds)
     return f"{middle:>9.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}{tokens / middle:>10.1f}"
 
 
 def default_device() -> torch.device:
-    """The GPU of one process without an engine, or the CPU."""
+    """The GPU that a process without an engine uses; the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe_setup(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the command: device, threads, allocator and versions."""
+    """Device, threads, allocator and versions, which the figures depend on too."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
@@ -62,7 +62,7 @@ def describe_setup(device: torch.device) -> dict[str, Any]:
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
-    """Which allocator the environment asks for: a preloaded library by its name, and settings as they are."""
+    """The allocator that the environment asks for, as the name of a preloaded library and its settings."""
     libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
     found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
@@ -79,10 +79,10 @@ def setup_line(report: Mapping[str, Any]) -> str:
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """What `measure` returns in a process that has done nothing else; `name` is that of what it measures.
+    """Return what `measure` returns in a process that has done nothing else. Messages use `name` for what it measures.
 
     Raises:
-        UserError: the process ended without it, as when a system without memory left kills it.
+        UserError: the process ended without a result, for example because the system ran out of memory and killed it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
         try:
@@ -96,7 +96,7 @@ def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) ->
 
 @contextmanager
 def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """By storage, what autograd saves of what is computed inside the block, without the model's parameters."""
+    """Collect the tensors that autograd saves inside the block, by storage. The model's parameters are left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -110,12 +110,12 @@ def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor
 
 
 def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
-    """Bytes of all storages together."""
+    """The total bytes of the storages."""
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """Let `peak_memory_bytes` start again; returns the bytes that are held now, or None where that is not known."""
+    """Let `peak_memory_bytes` start again. Returns the bytes that are held now, or None if that is not known."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
@@ -134,7 +134,7 @@ def restart_peak(device: torch.device) -> int | None:
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that a first step holds beyond those before it (CUDA: allocated; CPU: resident), where known.
+    """The peak bytes of a first step minus those held before it (CUDA: allocated; CPU: resident); None if unknown.
 
     Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier steps.
     """

@@ -8,12 +8,12 @@ of bf16, or between the positions, is not detected. Very small values are first 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import Size, Text
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -25,30 +25,38 @@ OLD_BASE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
+SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
+OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash")  # unknown in files of earlier versions
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """Which base model an adapter was trained on.
+    """Which base model an adapter was trained on. The fields have the names that they have in files.
 
     Attributes:
-        name: as the user gave it to --model.
-        config_hash: hash of the shape.
-        weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few of
-            the hashed values.
-        shape: the fields of the config that the file format stores.
-        dtype: precision of the base in training.
-        sample: hash of `BaseWeights.sample` of every tensor; None if unknown.
+        base_model: as the user gave it to --model.
+        base_hash: hash of the shape, `ModelSource.base_hash`.
+        base_weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few
+            of the hashed values.
+        base_sample: hash of `BaseWeights.sample` of every tensor; None if unknown.
         tokenizer: as the user gave it to --tokenizer; None for the base's own.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
+        dtype: precision of the base in training.
     """
 
-    name: str
-    config_hash: str
-    weights_hash: str
-    shape: Mapping[str, int]
+    num_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    base_model: Text
+    base_hash: Text
+    base_weights_hash: Text
+    base_sample: Text | None = None
+    tokenizer: Text | None = None
+    tokenizer_hash: Text | None = None
     dtype: str
-    sample: str | None = None
-    tokenizer: str | None = None
-    tokenizer_hash: str | None = None
 
 
 def identify_base(
@@ -63,15 +71,13 @@ def identify_base(
         UserError: the tokenizer's files cannot be read.
     """
     # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
-    digest = hashlib.sha256(_bits(weights.read("model.norm.weight")))
+    digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
     record = weights.folder / MERGE_RECORD
     if record.is_file():
         digest.update(read_small_text(record, kind="JSON").encode())
-    return identify_shape(
-        source,
-        dtype,
-        weights_hash=digest.hexdigest(),
-        sample=sample_hash(weights),
+    return replace(
+        identify_shape(source, dtype, weights_hash=digest.hexdigest()),
+        base_sample=sample_hash(weights),
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer or weights.folder),
     )
@@ -94,35 +100,28 @@ def _bits(values: torch.Tensor) -> bytes:
     return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
-def identify_shape(
-    source: ModelSource,
-    dtype: str,
-    *,
-    weights_hash: str,
-    sample: str | None = None,
-    tokenizer: str | None = None,
-    tokenizer_hash: str | None = None,
-) -> BaseIdentity:
-    """The identity of a base model whose weights' hash is known."""
-    model_shape = source.shape
-    shape = {
-        "num_layers": model_shape.num_layers,
-        "hidden_size": model_shape.hidden_size,
-        "num_attention_heads": model_shape.heads.num,
-        "num_key_value_heads": model_shape.heads.num_kv,
-        "head_dim": model_shape.heads.dim,
-    }
+def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:
+    """The identity of a base model whose weights' hash is known, without that of its tokenizer."""
+    shape = source.shape
     return BaseIdentity(
-        source.name, source.base_hash, weights_hash, shape, dtype, sample, tokenizer, tokenizer_hash
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.heads.num,
+        num_key_value_heads=shape.heads.num_kv,
+        head_dim=shape.heads.dim,
+        base_model=source.name,
+        base_hash=source.base_hash,
+        base_weights_hash=weights_hash,
+        dtype=dtype,
     )
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
     """Which of config, weights and tokenizer differ from those in training, as far as both sides know them."""
-    weights_differ = trained.weights_hash != found.weights_hash or _differ(trained.sample, found.sample)
     differ = {
-        "config": trained.config_hash != found.config_hash,
-        "weights": weights_differ,
+        "config": _differ(trained.base_hash, found.base_hash),
+        "weights": _differ(trained.base_weights_hash, found.base_weights_hash)
+        or _differ(trained.base_sample, found.base_sample),
         "tokenizer": _differ(trained.tokenizer_hash, found.tokenizer_hash),
     }
     return tuple(what for what, differs in differ.items() if differs)
@@ -144,28 +143,29 @@ def check_same_base(
     Raises:
         UserError: it is another base, or has another tokenizer.
     """
-    for field, value in trained.shape.items():
-        if found.shape[field] != value:
+    for field in SHAPE_FIELDS:
+        value, other = getattr(trained, field), getattr(found, field)
+        if other != value:
             raise UserError(
-                f"{source}: trained on {trained.name} with {field} {value}, but {found.name} has"
-                f" {found.shape[field]}; give its own base with --model"
+                f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
+                " give its own base with --model"
             )
-    notes = () if trained.sample is not None or found.sample is None else (f"{source}: {OLD_BASE_NOTE}",)
+    notes = () if trained.base_sample is not None or found.base_sample is None else (f"{source}: {OLD_BASE_NOTE}",)
     differences = base_differences(trained, found)
     if not differences:
         return notes
     what = " and ".join(differences)
     if differs:
-        note = f"{source}: trained on {trained.name}, whose {what} differ from {found.name}'s (--base_differs)"
-        return (*notes, note)
+        note = f"{source}: trained on {trained.base_model}, whose {what} differ from {found.base_model}'s"
+        return (*notes, f"{note} (--base_differs)")
     if differences == ("tokenizer",):
         own = "its base's own" if trained.tokenizer is None else trained.tokenizer
-        used = f"the one of {found.name}" if found.tokenizer is None else found.tokenizer
+        used = f"the one of {found.base_model}" if found.tokenizer is None else found.tokenizer
         raise UserError(
             f"{source}: trained with another tokenizer ({own}) than {used}; give that one with --tokenizer or with its"
             " model, or --base_differs to use this one anyway"
         )
     raise UserError(
-        f"{source}: trained on {trained.name}, whose {what} differ from {found.name}'s; give its own base with --model,"
-        " or --base_differs to use this one anyway"
+        f"{source}: trained on {trained.base_model}, whose {what} differ from {found.base_model}'s; give its own base"
+        " with --model, or --base_differs to use this one anyway"
     )

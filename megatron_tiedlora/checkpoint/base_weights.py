@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
-from megatron_tiedlora.model.weights import WeightRule
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
@@ -37,7 +37,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or a file that the index names is missing or incomplete.
     """
-    index = folder / _INDEX
+    index = folder / INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
@@ -46,13 +46,13 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; download the model again")
+                raise UserError(f"{folder / name}: no such file, but {INDEX_FILE} names it; download the model again")
         return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / _SINGLE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
-        raise UserError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{hint}")
+        raise UserError(f"{folder}: has neither {_SINGLE} nor {INDEX_FILE}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 
@@ -69,26 +69,28 @@ def open_weights(file: Path) -> Any:
 
 
 class BaseWeights:
-    """A base checkpoint. Opening it checks its tensors against the rules before any value is read.
+    """A base checkpoint. Opening it checks its tensors against the model's name table before any value is read.
 
     Attributes:
+        rules: the name table.
         bytes_read: bytes of the stored tensors that this process has read so far.
     """
 
-    def __init__(self, folder: Path, rules: Sequence[WeightRule]) -> None:
+    def __init__(self, folder: Path, shape: ModelShape) -> None:
         self.folder = folder
-        self.rules = tuple(rules)
+        self.rules = weight_rules(shape)
         self.bytes_read = 0
         self._files = weight_map(folder)
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
         self._headers: dict[Path, Header] = {}
-        names = {name for rule in self.rules for name in rule.hf_names} | {_HEAD}
+        embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
+        names = {name for rule in self.rules for name in rule.hf_names} | {head}
         for file in sorted({self._files[name] for name in names if name in self._files}):
             self._readers[file] = self._open.enter_context(open_weights(file))
         self._check()
-        if _HEAD in self._files and not any(_HEAD in rule.hf_names for rule in self.rules):
-            self._check_tied_head()
+        if shape.tied_embeddings and head in self._files:
+            self._check_tied_head(head, embedding)
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -112,17 +114,17 @@ class BaseWeights:
                 if stored.get_dtype() not in FLOAT_TYPES:
                     raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
 
-    def _check_tied_head(self) -> None:
+    def _check_tied_head(self, *names: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
-        head, embedding = (self._readers[self._files[name]].get_slice(name) for name in (_HEAD, _EMBEDDING))
+        head, embedding = (self._readers[self._files[name]].get_slice(name) for name in names)
         same = head.get_shape() == embedding.get_shape()
         for start in range(0, head.get_shape()[0] if same else 0, _COMPARED_ROWS):
             rows = slice(start, start + _COMPARED_ROWS)
             same = same and bool(torch.equal(head[rows], embedding[rows]))
         if not same:
             raise UserError(
-                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}, so"
-                " that transformers would not tie them; set it to false"
+                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {names[0]} differs from {names[1]},"
+                " so that transformers would not tie them; set it to false"
             )
 
     def sample(self, name: str) -> torch.Tensor:

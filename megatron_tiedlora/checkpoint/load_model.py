@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
@@ -58,28 +55,25 @@ def load_model(
     groups: ParallelGroups | None = None,
     stages: Stages | None = None,
     merged: bool = False,
-    checks_base: bool = True,
     kernels: Kernels = EAGER,
     progress: bool = False,
 ) -> Stage:
     """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
 
+    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does.
+
     Args:
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
-        checks_base: False if the caller has already compared the base with the adapter's.
         kernels: of the layers, eager or compiled.
         progress: show a bar.
 
     Raises:
-        UserError: weights are missing or do not fit, or the adapter belongs to another base.
+        UserError: weights are missing or do not fit.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
-    with BaseWeights(source.weights_folder(), weight_rules(shape)) as weights:
-        if adapter is not None and checks_base:
-            found = identify_base(source, weights, adapter.base.dtype)
-            adapter.check_base(replace(found, tokenizer_hash=None), source="adapter")
+    with BaseWeights(source.weights_folder(), shape) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         part = None
         if adapter is not None and not merged:

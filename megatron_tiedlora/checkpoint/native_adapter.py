@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import QKV, ModelShape
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base
+from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -30,7 +30,6 @@ from megatron_tiedlora.parallel.messages import SentTensor
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
 _LARGEST_STD = 1e3  # of the initial values
 
@@ -42,10 +41,6 @@ class NativeAdapter:
     config: AdapterConfig
     base: BaseIdentity
     state: Mapping[str, SentTensor]
-
-    def check_base(self, other: BaseIdentity, *, source: str, differs: bool = False) -> tuple[str, ...]:
-        """Call `base_identity.check_same_base` with the base that this adapter was trained on and `other`."""
-        return check_same_base(self.base, other, source=source, differs=differs)
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
         """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r) of its
@@ -65,15 +60,7 @@ class NativeAdapter:
 
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
-        config = self.config
-        return {
-            "method": config.method,
-            "rank": config.rank,
-            "alpha": config.alpha,
-            "layers": list(config.layers),
-            "base_model": self.base.name,
-            "adapter_sha256": self.sha256,
-        }
+        return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
 
 
 def write_adapter_files(
@@ -129,17 +116,7 @@ class StoredAdapter:
         """The record of an adapter."""
         assert [target.name for target in config.targets] == [QKV], "the file has no field for other targets yet"
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
-        return StoredAdapter(
-            **{**base.shape, **shared, "layers": list(config.layers)},
-            qkv_layout=_LAYOUT,
-            base_model=base.name,
-            base_hash=base.config_hash,
-            base_weights_hash=base.weights_hash,
-            base_sample=base.sample,
-            tokenizer=base.tokenizer,
-            tokenizer_hash=base.tokenizer_hash,
-            dtype=base.dtype,  # type: ignore[arg-type]
-        )
+        return StoredAdapter(**{**asdict(base), **shared, "layers": list(config.layers)}, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
@@ -156,16 +133,7 @@ class StoredAdapter:
     @property
     def base(self) -> BaseIdentity:
         """The base that it belongs to."""
-        return BaseIdentity(
-            self.base_model,
-            self.base_hash,
-            self.base_weights_hash,
-            {name: getattr(self, name) for name in _SHAPE_FIELDS},
-            self.dtype,
-            sample=self.base_sample,
-            tokenizer=self.tokenizer,
-            tokenizer_hash=self.tokenizer_hash,
-        )
+        return BaseIdentity(**{field.name: getattr(self, field.name) for field in fields(BaseIdentity)})
 
     def check(self, file: Path) -> None:
         """Raise UserError, naming `file`, for invalid values."""
@@ -174,7 +142,7 @@ class StoredAdapter:
         for name in ("init_std_a", "init_std_b"):
             if not 0 <= getattr(self, name) <= _LARGEST_STD:
                 raise UserError(f"{file}: {name} = {getattr(self, name):g} is not between 0 and {_LARGEST_STD:g}")
-        for name in ("base_model", "base_hash", "base_weights_hash", *_OPTIONAL):
+        for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
                 raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
         if self.method not in METHODS or self.qkv_layout != _LAYOUT:
@@ -186,7 +154,6 @@ class StoredAdapter:
 
 
 _SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
-_OPTIONAL = ("base_sample", "tokenizer", "tokenizer_hash")
 _LAYOUT = "q|k|v"
 
 
@@ -237,6 +204,6 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, s
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{file}: format_version {shown(content.get('format_version'))} is not {FORMAT_VERSION}")
     sums = check_seal(file, content)
-    stored = read_fields(file, content, StoredAdapter, optional=_OPTIONAL)
+    stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
     return stored.config, stored.base, sums

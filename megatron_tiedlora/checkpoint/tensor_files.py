@@ -104,18 +104,15 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
             raise UserError(f"{file}: {name} is missing, or not floating point")
         dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
-        starts, length = ([0], size) if size <= count * length else (_spread(size - length, count), length)
+        starts = [index * (size - length) // (count - 1) for index in range(count)]
+        if size <= count * length:
+            starts, length = [0], size
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)
     if len(raw) != len(starts) * length * dtype.itemsize:
         raise UserError(f"{file}: not a whole safetensors file (it ends within {name})")
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
-
-
-def _spread(last: int, count: int) -> list[int]:
-    """`count` evenly spaced integers from 0 to `last`."""
-    return [index * last // (count - 1) for index in range(count)]
 
 
 @contextmanager

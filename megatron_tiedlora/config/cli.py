@@ -47,6 +47,12 @@ class CommandParser(argparse.ArgumentParser):
         """Raise `message` as a UserError."""
         raise UserError(message)
 
+    def add_adapter(self) -> None:
+        """Add the input flags of a command that reads a native adapter and its base."""
+        self.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+        base = "the base model: folder, hub id or demo [the one that the adapter names]"
+        self.add_argument("--model", metavar="M", help=base)
+
     def add_output(self) -> None:
         """Add the output flags of a command that converts an adapter and its base."""
         self.add_argument(

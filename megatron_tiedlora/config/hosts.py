@@ -17,6 +17,7 @@ _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 _MOST_HOSTS = 1_000_000
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torch's launchers set
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Host:
 
     name: str
     slots: int
+
+
+def rank_variables(*values: int | str) -> dict[str, str]:
+    """The environment of a rank, as torch's launchers set it, from the values of RANK_VARIABLES."""
+    return dict(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
 def read_hostfile(path: str | Path) -> tuple[Host, ...]:

@@ -6,7 +6,7 @@ diag(v) B diag(u) A is a rank-r LoRA per layer, so the export is exact. Only the
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.shapes import BlockShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base
@@ -45,9 +46,13 @@ def peft_base(source: ModelSource) -> str:
     return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
+def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
+    """PEFT's names for linears of `block.adaptable`: the last part of each stored module's name."""
+    return [rows.module.rpartition(".")[2] for name in linears for rows in block.adaptable[name].sources]
+
+
 def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:
     """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1."""
-    linears = [source.shape.block.adaptable[target.name] for target in adapter.config.targets]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -56,7 +61,7 @@ def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> di
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [rows.module.rpartition(".")[2] for linear in linears for rows in linear.sources],
+        "target_modules": target_modules(source.shape.block, [target.name for target in adapter.config.targets]),
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -104,7 +109,7 @@ def export_peft(
                 raise UserError(f"--adapter: {name} of its export holds numbers that are not finite")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", peft_config(source, adapter, rank=rank))
-        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record()})
+        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record})
     return rank
 
 

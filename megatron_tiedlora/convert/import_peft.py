@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,50 +20,29 @@ from torch.nn.functional import pad
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
+from megatron_tiedlora.base.json_files import read_fields, read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import BlockShape, LinearShape
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base
+from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.module_names import name_matcher
-from megatron_tiedlora.model.weights import weight_rules
 
 _LARGEST_RANK = 2**20
 # Fields of PEFT's config that do not change what a LoRA of linear layers computes, or that are read below. Any other
 # field that is set changes the computation, or may change it in a future version of PEFT.
 _HARMLESS = {
-    "peft_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "task_type",
-    "inference_mode",
-    "runtime_config",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "lora_dropout",
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type"),
+    *("inference_mode", "runtime_config", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     "fan_in_fan_out",  # PEFT itself drops it for linear layers
-    "bias",
-    "init_lora_weights",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "velora_config",
-    "ensure_weight_tying",
 }
 # With the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -133,7 +111,7 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
     config = make_adapter_config(
         "lora", rank=full_rank, alpha=scale * full_rank, layers=layers, targets=tuple(joined), seed=0
     )
-    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
         base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
     state = {name: torch.ones(config.shape(name)) for name in config.tensors}
     for target, (a, b) in joined.items():
@@ -141,18 +119,6 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     check_update(config, state, source=folder / WEIGHTS_FILE)
     return NativeAdapter(config, base, state)
-
-
-@dataclass(frozen=True)
-class _ExportRecord:
-    """The base as EXPORT_RECORD describes it."""
-
-    base_model: Text
-    base_hash: Text
-    base_weights_hash: Text
-    base_sample: Text | None = None
-    tokenizer: Text | None = None
-    tokenizer_hash: Text | None = None
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
@@ -167,21 +133,9 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
     file = folder / EXPORT_RECORD
     if not file.is_file():
         return None
-    record = read_fields(
-        file,
-        read_json_object(file, kind="the record of an export"),
-        _ExportRecord,
-        optional=("base_sample", "tokenizer", "tokenizer_hash"),
-    )
-    return replace(
-        like,
-        name=record.base_model,
-        config_hash=record.base_hash,
-        weights_hash=record.base_weights_hash,
-        sample=record.base_sample,
-        tokenizer=record.tokenizer,
-        tokenizer_hash=record.tokenizer_hash,
-    )
+    content = read_json_object(file, kind="the record of an export")
+    not_recorded = {name: getattr(like, name) for name in (*SHAPE_FIELDS, "dtype")}
+    return read_fields(file, {**content, **not_recorded}, BaseIdentity, optional=OPTIONAL_FIELDS)
 
 
 def _reject_features(file: Path, content: Mapping[str, Any]) -> None:
@@ -218,7 +172,7 @@ def _rank_and_scale(file: Path, content: Mapping[str, Any]) -> tuple[int, float]
 def _chosen(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[int, str]]:
     """The modules that the config adapts, by PEFT's own rules: 1-based layer and name below it, by whole name."""
     block, modules = source.shape.block, _modules(source.shape.block)
-    words = [module.rpartition(".")[2] for module in modules]
+    words = target_modules(block, block.adaptable)
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
         for name in targets:
@@ -259,14 +213,15 @@ def _read_pairs(
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
-    num_layers, modules, shapes = source.shape.num_layers, _modules(source.shape.block), {}
-    layers = re.escape(source.shape.block.source).replace(re.escape("{index}"), r"(\d+)")
+    num_layers, block, shapes = source.shape.num_layers, source.shape.block, {}
+    modules = _modules(block)
+    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
     names = "|".join(map(re.escape, modules))
     pattern = re.compile(rf"base_model\.model\.({layers}\.({names}))\.lora_([AB])\.weight")
     for key, found in read_header(file).shapes.items():
         match = pattern.fullmatch(key)
         if match is None:
-            words = ", ".join(module.rpartition(".")[2] for module in modules)
+            words = ", ".join(target_modules(block, block.adaptable))
             raise UserError(f"{file}: {as_given(key)} is not a LoRA factor of {words}; only these are supported")
         name, layer, module, side = match.groups()
         if int(layer) >= num_layers:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, BaseIdentity, base_differences, identify_base
+from megatron_tiedlora.checkpoint.base_identity import (
+    HASH_FIELDS,
+    MERGE_RECORD,
+    base_differences,
+    check_same_base,
+    identify_base,
+)
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.model.weights import weight_rules
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: its native adapter, and the base
 
@@ -29,39 +34,33 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
         raise UserError(f"--adapter {adapter}: this is a run folder; give {Path(adapter) / 'adapter'}")
     native = load_adapter(folder)
+    return find_base(folder, model, native.base.base_model), native
+
+
+def find_base(folder: Path, model: str | None, named: str) -> ModelSource:
+    """The base of the adapter in `folder`: `model`, the value of --model, or else the one that the adapter names.
+
+    Raises:
+        UserError: it does not exist.
+    """
     try:
-        source = find_model(model or native.base.name)
+        return find_model(model or named)
     except UserError as error:
         if model is not None:
             raise
         raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
-    return source, native
 
 
-@dataclass(frozen=True)
-class CheckedBase:
+class CheckedBase(NamedTuple):
     """The base that an adapter belongs to, or is used with nevertheless (--base_differs).
 
     Attributes:
-        differences: how it differs from the base of training.
+        record: the fields that describe it in the record of a converted adapter or model.
         notes: what a user should know about it.
     """
 
-    identity: BaseIdentity
-    differences: tuple[str, ...]
+    record: dict[str, Any]
     notes: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        """The fields that describe the base in the record of a converted adapter or model."""
-        differs = {"base_differs": list(self.differences)} if self.differences else {}
-        return {
-            "base_hash": self.identity.config_hash,
-            "base_weights_hash": self.identity.weights_hash,
-            "base_sample": self.identity.sample,
-            "tokenizer": self.identity.tokenizer,
-            "tokenizer_hash": self.identity.tokenizer_hash,
-            **differs,
-        }
 
 
 def check_base(
@@ -83,13 +82,16 @@ def check_base(
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
         found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
     merged = (source.weights_folder() / MERGE_RECORD).is_file()
-    if merged and found.weights_hash != adapter.base.weights_hash and not differs:
+    if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    notes = adapter.check_base(found, source="--adapter", differs=differs)
-    return CheckedBase(found, base_differences(adapter.base, found), notes)
+    notes = check_same_base(adapter.base, found, source="--adapter", differs=differs)
+    record = {name: getattr(found, name) for name in HASH_FIELDS}
+    if differences := base_differences(adapter.base, found):
+        record["base_differs"] = list(differences)
+    return CheckedBase(record, notes)

@@ -19,7 +19,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base
@@ -27,20 +27,11 @@ from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_fi
 from megatron_tiedlora.data.tokenizer import save_tokenizer
 from megatron_tiedlora.model.weights import weight_rules
 
-INDEX_FILE = "model.safetensors.index.json"
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "*.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
 )
 
 
@@ -83,7 +74,12 @@ def merge_adapter(
     wanted = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
     files = {name: file for name, file in weight_map(folder).items() if name in wanted}
     side_files(folder, sorted({file.name for file in files.values()}))  # rejects links out of the folder here too
-    updates = _updates(source, adapter)
+    # The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name.
+    factors = {
+        name: (a, rows)
+        for rule, a, b in adapter.updates(source.shape)
+        for name, rows in rule.by_stored_tensor(b).items()
+    }
     with new(output) as temporary:
         total_size = 0
         with tqdm(total=len(files), desc="merge", unit="tensor", disable=not progress, leave=False) as bar:
@@ -91,7 +87,7 @@ def merge_adapter(
                 tensors = {}
                 with open_weights(file) as reader:
                     for name in (name for name, holder in files.items() if holder == file):
-                        tensors[name] = _merged(file, name, reader.get_tensor(name), updates.get(name), dtype)
+                        tensors[name] = _merged(file, name, reader.get_tensor(name), factors.get(name), dtype)
                         bar.update()
                 total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
                 save_file(tensors, temporary / file.name, metadata={"format": "pt"})
@@ -104,16 +100,7 @@ def merge_adapter(
             _state_dtype(temporary / "config.json", dtype)
         if saved is not None:
             save_tokenizer(saved, temporary)
-        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record()})
-
-
-def _updates(source: ModelSource, adapter: NativeAdapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name."""
-    factors = {}
-    for rule, a, b in adapter.updates(source.shape):
-        for name, rows in rule.by_stored_tensor(b).items():
-            factors[name] = (a, rows)
-    return factors
+        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record})
 
 
 def _merged(

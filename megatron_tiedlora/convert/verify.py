@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 
+_PROBED = (2, 48)  # rows and tokens of the input
 TOLERANCE = 1e-4  # as a share of the largest logit, in fp32 arithmetic
 
 Wanted = Literal["equal", "different", "rounded"]
@@ -88,11 +90,6 @@ def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted:
     )
 
 
-def probe_tokens(vocab_size: int, *, batch: int = 2, length: int = 48, seed: int = 0) -> torch.Tensor:
-    """Seeded token ids (batch, length). Equality must hold for any input, so it need not be text."""
-    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def verify_export(
     source: ModelSource,
     adapter: NativeAdapter,
@@ -111,13 +108,14 @@ def verify_export(
     stored = {} if merged is None else _stored_types(source, merged)
     if peft is not None:
         _check_peft(peft, source)
-    tokens = probe_tokens(source.shape.vocab_size)
+    # Equality must hold for any input, so it need not be text.
+    tokens = torch.randint(0, source.shape.vocab_size, _PROBED, generator=torch.Generator().manual_seed(0))
     count = 1 + (merged is not None) + (peft is not None)
     bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
     results, rounded = [], None
     with torch.no_grad(), bar:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        model = load_model(source, adapter, dtype=torch.float32, checks_base=False, progress=progress)
+        model = load_model(source, adapter, dtype=torch.float32, progress=progress)
         native = model.predict(tokens, positions)
         trained, model.adapter = model.adapter, None
         results.append(compare_logits("base without adapter", native, model.predict(tokens, positions), "different"))
@@ -135,7 +133,10 @@ def verify_export(
                 results.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
             bar.update()
         if peft is not None:
-            logits = _transformers_logits(source.weights_folder(), tokens, lambda base: _with_peft(base, peft))
+            from peft import PeftModel
+
+            with_adapter = partial(PeftModel.from_pretrained, model_id=str(peft))
+            logits = _transformers_logits(source.weights_folder(), tokens, with_adapter)
             results.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
             bar.update()
     return results
@@ -155,10 +156,9 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     if shape_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.shape:
         raise UserError(f"{merged / 'config.json'}: not the model {source.name}; give the base with --model")
-    rules = weight_rules(source.shape)
-    with BaseWeights(merged, rules):  # checks names and shapes
-        pass
-    names, files = {name for rule in rules for name in rule.hf_names}, weight_map(merged)
+    with BaseWeights(merged, source.shape) as weights:  # checks names and shapes
+        names = {name for rule in weights.rules for name in rule.hf_names}
+    files = weight_map(merged)
     types = {}
     for file in set(files.values()):
         with open_weights(file) as reader:
@@ -188,12 +188,6 @@ def _check_peft(folder: Path, source: ModelSource) -> None:
     load_peft_adapter(folder, source)
     if importlib.util.find_spec("peft") is None:
         raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
-
-
-def _with_peft(base: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, str(folder))
 
 
 def _transformers_logits(

@@ -7,8 +7,8 @@ Hidden states go from stage to stage. The last stage sends the tokens it chose t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,14 +91,17 @@ class Decoder:
         self._keep(work, output)
         return None
 
-    def share(self, chosen: torch.Tensor | None, batch: int) -> Chosen:
+    def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
         """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.
 
-        Results must be waited for in the order in which they were shared.
+        Returns:
+            a function that waits for the tokens. These functions must be called in the order in which they were made.
         """
-        if self.pipeline.size > 1 and chosen is not None:
+        if chosen is None:
+            return partial(self._receive_choice, batch)
+        if self.pipeline.size > 1:
             self._keep(distributed.broadcast(chosen, **self._from_last(), async_op=True), chosen)
-        return Chosen(self, chosen, batch)
+        return lambda: chosen
 
     def _from_last(self) -> dict[str, Any]:
         return {"group": self.choices.handle, "group_src": self.choices.size - 1}
@@ -118,18 +121,3 @@ class Decoder:
         """Wait until everything that was sent has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
-
-
-@dataclass
-class Chosen:
-    """The next tokens of a part of the batch, which come from the last stage."""
-
-    decoder: Decoder
-    tokens: torch.Tensor | None
-    batch: int
-
-    def wait(self) -> torch.Tensor:
-        """Return the tokens, (batch,) int64, on every stage."""
-        if self.tokens is None:
-            self.tokens = self.decoder._receive_choice(self.batch)
-        return self.tokens

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_tiedlora.evaluation.decoder import Chosen, Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.model.attention import KeyValueCache
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
@@ -124,7 +124,7 @@ class _Part:
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once there is one
         self.ended = [False] * len(prompts)
         self.num_chosen = 0
-        self.waiting: Chosen | None = None
+        self.waiting: Callable[[], torch.Tensor] | None = None  # for the tokens that were chosen last
 
     @property
     def is_done(self) -> bool:
@@ -173,7 +173,7 @@ class _Part:
         """Receive the tokens that the last stage chose, if there are any."""
         if self.waiting is None:
             return
-        chosen = self.waiting.wait()
+        chosen = self.waiting()
         self.waiting = None
         self.tokens = chosen[:, None]
         for index, token in enumerate(chosen.tolist()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
@@ -16,16 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The samples to answer, and their tokenizer."""
-
-    tokenizer: PreTrainedTokenizerBase
-    scored: ScoredSet
-
-
-def read_held_out(plan: EvaluationPlan) -> HeldOut:
-    """Read, check and tokenise the rows of the plan's split.
+def read_held_out(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, ScoredSet]:
+    """Read, check and tokenise the rows of the plan's split; returns their tokenizer too.
 
     Raises:
         UserError: names the files, rows, tokenizer or vocabulary that do not fit.
@@ -42,10 +33,10 @@ def read_held_out(plan: EvaluationPlan) -> HeldOut:
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,
     )
-    return HeldOut(tokenizer, scored)
+    return tokenizer, scored
 
 
-def check_same_rows(held_out: HeldOut) -> None:
+def check_same_rows(scored: ScoredSet) -> None:
     """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
-    if differing := num_differing(held_out.scored.sha256):
+    if differing := num_differing(scored.sha256):
         raise UserError(f"{differing} ranks read other rows than rank 0; give every host the same files")

@@ -22,7 +22,7 @@ from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_to
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, open_inputs
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, find_base, open_inputs
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
@@ -112,12 +112,8 @@ class EvaluationPlan:
         """Kind of model, adapter and parallel layout, for results.json."""
         adapter = None
         if self.adapter is not None:
-            config = self.adapter.config
             adapter = {
-                "method": config.method,
-                "rank": config.rank,
-                "alpha": config.alpha,
-                "layers": list(config.layers),
+                **self.adapter.config.facts,
                 "merged": self.settings.merge_adapter,
                 **({"base_differs": True} if self.settings.base_differs else {}),
             }
@@ -201,12 +197,7 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     named = _named_base(folder)
     if not (settings.model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    try:
-        source = find_model(settings.model or named)
-    except UserError as error:
-        if settings.model is not None:
-            raise
-        raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
+    source = find_base(folder, settings.model, named)
     if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)

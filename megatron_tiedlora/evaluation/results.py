@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
+from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.metrics import find_metric
@@ -19,18 +19,6 @@ PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
-
-
-def take_output(plan: EvaluationPlan) -> NewOutput:
-    """Take the output folder for this process alone.
-
-    Raises:
-        UserError: it holds other files, is not writable, or another process is writing it.
-    """
-    settings = plan.settings
-    return take_output_folder(
-        settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
-    )
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:

@@ -59,24 +59,6 @@ def step_flops(
     return StepFlops(matmuls, attention, low_rank, head)
 
 
-def sample_flops(
-    shape: ModelShape, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
-) -> int:
-    """The operations of training on samples. Padding does not count, so packing and layouts change nothing.
-
-    Args:
-        num_tokens, squared_lengths, num_supervised: sums of s, s^2 and supervised tokens over samples of length s.
-    """
-    return step_flops(
-        shape,
-        adapter,
-        num_tokens=num_tokens,
-        squared_lengths=squared_lengths,
-        num_after=num_supervised,
-        num_supervised=num_supervised,
-    ).total
-
-
 def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
     """The summed widths of the adapter's matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
     method, summed = adapter.method_spec, 0

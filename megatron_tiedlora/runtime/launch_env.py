@@ -18,10 +18,9 @@ import torch
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.config.hosts import in_slurm_step, num_ranks, read_hostfile, slurm_hosts
+from megatron_tiedlora.config import hosts
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks the job was meant to start
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -47,19 +46,18 @@ def prepare_environment() -> None:
     else:
         prepare_cuda()
     environment = os.environ
-    if all(name in environment for name in _RANK_VARIABLES[:2]):
+    if all(name in environment for name in hosts.RANK_VARIABLES[:2]):
         return
     if all(name in environment for name in _OPENMPI):  # before Slurm's, because mpirun may run inside a Slurm step
         if "MASTER_ADDR" in environment:
             _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
-    elif in_slurm_step(environment):
-        master = environment.get("MASTER_ADDR") or slurm_hosts(environment)[0].name
+    elif hosts.in_slurm_step(environment):
+        master = environment.get("MASTER_ADDR") or hosts.slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
     elif all(name in environment for name in _PMI[:2]):
         pass
     else:
-        values = ("0", "1", "0", "127.0.0.1", str(free_port("127.0.0.1")))
-        environment.update(zip(_RANK_VARIABLES, values, strict=True))
+        environment.update(hosts.rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
 
 
 def prepare_cuda() -> None:
@@ -79,8 +77,8 @@ def prepare_cuda() -> None:
 
 def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
     """Set torch's variables from a launcher's own (rank, size, local rank)."""
-    values = (*(os.environ[name] for name in names), master, os.environ.get("MASTER_PORT", str(port)))
-    os.environ.update(zip(_RANK_VARIABLES, values, strict=True))
+    values = (*(os.environ[name] for name in names), master, os.environ.get("MASTER_PORT", port))
+    os.environ.update(hosts.rank_variables(*values))
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
@@ -115,7 +113,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def _rank_and_world_size() -> tuple[int, int]:
-    for rank, size, *_ in (_RANK_VARIABLES, _OPENMPI, _PMI):
+    for rank, size, *_ in (hosts.RANK_VARIABLES, _OPENMPI, _PMI):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     raise UserError(
@@ -177,7 +175,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
             given = value or following
-            slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
+            slots = hosts.num_ranks(hosts.read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 

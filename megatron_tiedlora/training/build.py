@@ -12,7 +12,7 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_base, identify_shape
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_base, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, draw_base_weights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
@@ -29,7 +29,7 @@ from megatron_tiedlora.engine.runner import Runner, make_runner
 from megatron_tiedlora.engine.topology import make_groups, make_process_grid
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
@@ -67,7 +67,7 @@ def build_model(
         UserError: weights are missing or do not fit, or the checkpoint is of another base.
     """
     shape, grid = plan.source.shape, plan.grid
-    with BaseWeights(plan.source.weights_folder(), weight_rules(shape)) as weights:
+    with BaseWeights(plan.source.weights_folder(), shape) as weights:
         base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
@@ -178,7 +178,7 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
-    with BaseWeights(plan.source.weights_folder(), weight_rules(plan.source.shape)) as weights:
+    with BaseWeights(plan.source.weights_folder(), plan.source.shape) as weights:
         base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
     _check_resumed(plan, base, checkpoint)
 
@@ -187,12 +187,12 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     _check_same_adapter(plan.adapter, checkpoint)
     differs = plan.settings.base_differs
-    return checkpoint.adapter.check_base(base, source=str(checkpoint.folder), differs=differs)
+    return check_same_base(checkpoint.adapter.base, base, source=str(checkpoint.folder), differs=differs)
 
 
 def _check_same_base(base: BaseIdentity) -> None:
     """Raise UserError, on every rank, if a host's copy of the model or tokenizer differs from rank 0's."""
-    hashes = f"{base.config_hash} {base.weights_hash} {base.sample} {base.tokenizer_hash}"
+    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.tokenizer_hash}"
     if differing := num_differing(hashes):
         raise UserError(
             f"{differing} ranks read another base model or tokenizer than rank 0. Give every host the same files"

@@ -15,6 +15,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.versions import installed_versions
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
@@ -235,8 +236,8 @@ def headline(
             f"layout     tensor {grid.tp_size}{sharded} x pipeline {grid.pp_size} ({stages} layers with embedding and"
             f" head) x data {grid.dp_size}"
         )
-    least, most = (f"{size / 1e6:,.1f}" for size in (min(built.bytes_read), max(built.bytes_read)))
-    lines.append(f"read       {least if least == most else f'{least} to {most}'} MB of base weights per rank")
+    sizes = dict.fromkeys(map(bytes_in_words, (min(built.bytes_read), max(built.bytes_read))))
+    lines.append(f"read       {' to '.join(sizes)} of base weights per rank")
     lines.append(f"kernels    {chosen.description}")
     lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
     notes = [] if checkpoint is None else [*checkpoint.notes, *built.notes]

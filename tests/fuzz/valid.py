@@ -16,6 +16,7 @@ from native_files import moments_of
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
 from megatron_tiedlora.base.methods import FACTORS, METHODS
+from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
 from megatron_tiedlora.config.fields import CommandSettings
@@ -34,7 +35,8 @@ def check_adapter(adapter: NativeAdapter) -> None:
     assert set(adapter.state) == set(FACTORS)
     for name, tensor in adapter.state.items():
         assert tensor.dtype == torch.float32 and tensor.isfinite().all(), name
-    assert all(type(number) is int and number > 0 for number in (*config.layers, *base.shape.values()))
+    sizes = [getattr(base, name) for name in SHAPE_FIELDS]
+    assert all(type(number) is int and number > 0 for number in (*config.layers, *sizes))
     json.dumps([asdict(config), asdict(base)], allow_nan=False)
     for name in "uv":
         if not METHODS[config.method].factor(name).trained:
@@ -42,7 +44,7 @@ def check_adapter(adapter: NativeAdapter) -> None:
     assert 0 < config.alpha <= LARGEST_ALPHA, f"alpha {config.alpha}"
     for width in (config.init_std_a, config.init_std_b):
         assert 0 <= width <= LARGEST_WIDTH, f"a width of start values of {width}"
-    printable(base.name, base.config_hash, base.weights_hash)
+    printable(base.base_model, base.base_hash, base.base_weights_hash)
     for layer in config.layers:
         for target in config.targets:
             a, b = lora_factors(config, adapter.state, target, layer)

@@ -19,7 +19,6 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,7 +45,7 @@ def build(folder: Path, method: str, layers: tuple[int, ...] | None, recompute: 
     adapter.load_full(oracle.tensors)
     specs = layer_specs(source.shape, dtype=torch.float64, recomputes_gate=recompute == "selective")
     model = Stage(specs, adapter, recompute=recompute)
-    with BaseWeights(folder, weight_rules(source.shape)) as weights:
+    with BaseWeights(folder, source.shape) as weights:
         load_base_weights(weights, frozen_weights(model))
     return model, oracle
 

@@ -101,19 +101,19 @@ CHANGES = {
 
 def identity(folder: Path) -> Any:
     source = find_model(str(folder))
-    with BaseWeights(folder, weight_rules(source.shape)) as weights:
+    with BaseWeights(folder, source.shape) as weights:
         return identify_base(source, weights, "fp32")
 
 
 def test_every_tensor_counts(base: Base, tmp_path: Path) -> None:
     """Each by its first and its last number, and by the places between."""
     config = find_model(str(base.model)).shape
-    original = identity(base.model).sample
+    original = identity(base.model).base_sample
     seen = set()
     for name in load_file(base.model / "model.safetensors"):
         for place in (0, -1):
             other = changed(base.model, tmp_path / "x", lambda t: flip(t[name], HELD_BIT, place))  # noqa: B023
-            seen.add(identity(other).sample)
+            seen.add(identity(other).base_sample)
     names = [name for rule in weight_rules(config) for name in rule.hf_names]
     assert original not in seen and len(seen) == 2 * len(names)
 
@@ -123,11 +123,11 @@ def test_what_is_sampled_of_a_large_tensor(base: Base, tmp_path: Path) -> None:
     folder = write_tiny_model(
         tmp_path / "model", hidden_size=128, intermediate_size=352, vocab_size=1024, tokenizer=False
     )
-    rules = weight_rules(find_model(str(folder)).shape)
+    shape = find_model(str(folder)).shape
     name = "model.embed_tokens.weight"
     count = 1024 * 128
     edit_tensors(folder / "model.safetensors", lambda t: t.update({name: torch.arange(count).view(1024, 128).float()}))
-    with BaseWeights(folder, rules) as weights:
+    with BaseWeights(folder, shape) as weights:
         found, before = weights.sample(name), sample_hash(weights)
         assert weights.bytes_read == 0
     places = [int(place) for place in found.tolist()]
@@ -136,7 +136,7 @@ def test_what_is_sampled_of_a_large_tensor(base: Base, tmp_path: Path) -> None:
     hidden = next(place for place in range(count) if place not in set(places))
     for place, same in ((hidden, True), (places[700], False)):
         other = changed(folder, tmp_path / "other", lambda t: flip(t[name], HELD_BIT, place))  # noqa: B023
-        with BaseWeights(other, rules) as weights:
+        with BaseWeights(other, shape) as weights:
             assert (sample_hash(weights) == before) == same
         shutil.copy(folder / "model.safetensors", other / "model.safetensors")
 
@@ -153,13 +153,13 @@ def test_copies_are_the_same_base(base: Base, tmp_path: Path) -> None:
     samples = set()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         save_file({name: tensor.to(dtype) for name, tensor in values.items()}, other / "model.safetensors")
-        samples.add(identity(other).sample)
+        samples.add(identity(other).base_sample)
     assert len(samples) == 1
     assert any(not torch.equal(value.half().bfloat16(), value) for value in values.values())
 
 
 def _renamed(base: Any, folder: Path) -> Any:
-    return type(base)(**{**vars(base), "name": str(folder)})
+    return type(base)(**{**vars(base), "base_model": str(folder)})
 
 
 def test_what_counts_of_a_tokenizer(base: Base, tmp_path: Path) -> None:
@@ -383,14 +383,13 @@ def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Pat
 def test_a_head_that_is_tied_by_name_alone_is_refused(tmp_path: Path) -> None:
     """transformers ties nothing where the files hold another head; so the config has to say it."""
     folder = write_tiny_model(tmp_path / "model", tied=True)
-    source = find_model(str(folder))
-    rules = weight_rules(source.shape)
+    shape = find_model(str(folder)).shape
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": embedding.clone()}))
-    with BaseWeights(folder, rules):
+    with BaseWeights(folder, shape):
         pass  # a copy is no other head
     shorter = {"lm_head.weight": embedding[:7]}
     for change in (lambda t: flip(t["lm_head.weight"], DROPPED_BIT, -1), lambda t: t.update(shorter)):
         edit_tensors(folder / "model.safetensors", change)
         with pytest.raises(UserError, match=r"config\.json: tie_word_embeddings is true, but lm_head\.weight differs"):
-            BaseWeights(folder, rules)
+            BaseWeights(folder, shape)

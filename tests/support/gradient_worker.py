@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
+from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
@@ -191,7 +191,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
         for name, parameter in stage.named_parameters():
             if name.startswith("layers."):
                 parameter.fill_(float("nan"))
-    with BaseWeights(case.folder, weight_rules(case.shape)) as weights:
+    with BaseWeights(case.folder, case.shape) as weights:
         fill_stage(stage, weights, case.shape, grid)
     return stage
 

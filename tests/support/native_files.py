@@ -18,7 +18,6 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.model.weights import weight_rules
 
 
 def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter:
@@ -31,7 +30,7 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
         targets=targets_of(source.shape),
         seed=5,
     )
-    with BaseWeights(source.weights_folder(), weight_rules(source.shape)) as weights:
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
         base = identify_base(source, weights, "fp32")
     return NativeAdapter(config, base, adapter.tensors)
 

@@ -11,14 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_checks.package import (
-    Route,
-    attention_obstacles,
-    attention_routes,
-    compute_dtype,
-    is_taken,
-    takes_documents,
-)
+from gpu_checks.package import CHOSEN, CUDNN, Route, attention_obstacles, attention_routes, compute_dtype
 from gpu_checks.records import ERROR_FIX, CheckOptions, Report, error_line
 from megatron_tiedlora.training.throughput import timed
 
@@ -93,7 +86,7 @@ def compare(
 ) -> None:
     """Compare output and gradients of one route with fp64, for two rows of documents of `lengths`."""
     packed = len(lengths) > 1
-    if packed and not takes_documents(name):
+    if packed and name == CUDNN:  # it does not support packed rows
         return
     label = f"{name}, {case.name}, {'packed' if packed else 'causal'}, {str(dtype).removeprefix('torch.')}"
     with report.attempt(label):
@@ -113,7 +106,7 @@ def compare(
                 BOUNDS[dtype],
                 why=f"the largest is of {worst}",
                 fix=WRONG_FIX,
-                otherwise="fail" if is_taken(name) else "warn",
+                otherwise="fail" if name == CHOSEN else "warn",
             )
 
 
@@ -128,7 +121,7 @@ def optional(report: Report, name: str, label: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_taken(name):
+        if name == CHOSEN:
             raise
         report.skip(label, "no such kernel for these shapes" if _NONE in str(error) else error_line(error))
         report.is_alive()
@@ -189,7 +182,7 @@ def _time(report: Report, name: str, route: Route, device: torch.device) -> None
         torch.cuda.synchronize()
         return timed(lambda: results(route, draw, ids, weight), device)
 
-    for ids in (None, packed) if takes_documents(name) else (None,):
+    for ids in (None, packed) if name != CUDNN else (None,):
         label = f"{name}, {'documents of 200' if ids is not None else 'causal'}, 32 heads of 128, 4,096 tokens"
         with report.attempt(label), optional(report, name, label):
             taken = min(call(length, ids) for _ in range(5))
@@ -205,7 +198,7 @@ def _time(report: Report, name: str, route: Route, device: torch.device) -> None
                 break
         cost = 1e3 * median(a - b for a, b in zip(first, again, strict=True))
         why = "more than the second call; the median of several lengths"
-        if is_taken(name):
+        if name == CHOSEN:
             limit = 1e3 * NEW_SHAPE_SECONDS
             report.at_most(label, cost, limit, unit="ms", why=why, fix=SLOW_FIX, otherwise="warn")
         else:

@@ -48,13 +48,13 @@ def main(argv: Sequence[str]) -> int:
 def _be_alone() -> None:
     """Make this process the only rank of its world, even in a pod, a Slurm step or under a launcher that sets variables
     for more ranks; and set what the package sets for its ranks."""
+    from megatron_tiedlora.config.hosts import rank_variables
+    from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
+
     for name in list(os.environ):
         if name.startswith(_LAUNCHERS):
             del os.environ[name]
-    from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
-
-    port = str(free_port("127.0.0.1"))
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
     prepare_environment()
 
 

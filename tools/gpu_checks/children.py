@@ -83,11 +83,6 @@ def run_part(
     return told
 
 
-def python_command(script: Path, *arguments: str) -> list[str]:
-    """The command that runs a script with this Python."""
-    return [sys.executable, str(script), *arguments]
-
-
 def end_with_parent() -> None:
     """Let the kernel kill this process when its parent dies for any reason, so that it does not keep a GPU."""
     if sys.platform == "linux":

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import kernels_for, shape_of, small_config, training_device
+from gpu_checks.package import small_shape, training_device
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import FACTORS, Document, loss_and_gradients
+from gpu_checks.reference import Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
@@ -23,6 +23,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.compiling import compiled_kernels
 
 # Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -54,7 +55,7 @@ class Judge:
     """One model with an adapter, and plain PyTorch's result for it."""
 
     def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.device, self.config = device, shape
+        self.shape = shape
         self.adapter = adapter_of(shape, method)
         self.stage = random_stage(shape, self.adapter, dtype=dtype, device=device)
         unsettle(self.stage)
@@ -63,17 +64,10 @@ class Judge:
 
     def plain(self, dtype: torch.dtype) -> Answer:
         """Plain PyTorch's result in this dtype, from the stage's own weights."""
-        adapter = self.stage.adapter
-        assert adapter is not None
-        trained = [name for name in FACTORS if self.adapter.method_spec.factor(name).trained]
-        weights = {
-            name: weight.detach().to(dtype) for name, weight in self.stage.named_parameters() if "layers" in name
-        }
-        factors = {
-            name: value.detach().to(max(dtype, torch.float32, key=_bits)) for name, value in adapter.named_parameters()
-        }
+        trained = list(self.adapter.num_trained())
+        weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
-        return Answer(*loss_and_gradients(shape_of(self.config, self.adapter), weights, factors, trained, flat))
+        return Answer(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Answer:
         """The package's result, with packed rows or one document per row."""
@@ -98,6 +92,14 @@ class Judge:
         return errors
 
 
+def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
+    assert stage.adapter is not None
+    wide = max(dtype, torch.float32, key=_bits)
+    return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
+
+
 def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
@@ -105,7 +107,7 @@ def _bits(dtype: torch.dtype) -> int:
 def check(report: Report, options: CheckOptions) -> None:
     """All of the part."""
     device = training_device()
-    small = small_config()
+    small = small_shape()
     for method in METHOD_NAMES:
         with report.attempt(f"fp32, {method}"):
             judge = Judge(small, method, dtype=torch.float32, device=device)
@@ -135,7 +137,7 @@ def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *,
         kinds = {"eager": EAGER}
         if device.type == "cuda":  # on a CPU this takes minutes, and its compiler is not checked
             with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
-                kinds["compiled"] = kernels_for(shape, dtype=torch.bfloat16, device=device)
+                kinds["compiled"] = compiled_kernels(shape, dtype=torch.bfloat16, device=device)
         for kind, kernels in kinds.items():
             for packed in (True, False) if all_forms else (True,):
                 for how in ("none", "selective", "full"):

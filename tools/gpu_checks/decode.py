@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_checks.correct import adapter_of, unsettle
-from gpu_checks.package import compute_dtype, shape_of, small_config, training_device
+from gpu_checks.correct import adapter_of, plain_tensors, unsettle
+from gpu_checks.package import compute_dtype, small_shape, training_device
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release
@@ -39,7 +39,7 @@ def check(report: Report, options: CheckOptions) -> None:
     for kv_heads in (4, 2):
         label = f"fp32, {'MHA' if kv_heads == 4 else 'GQA'}: tokens as without a cache"
         with report.attempt(label):
-            _compare(report, label, small_config(kv_heads=kv_heads), device)
+            _compare(report, label, small_shape(num_key_value_heads=kv_heads), device)
     if options.on_gpu:
         with report.attempt(f"{options.model}: decoding"):
             _time(report, options, device)
@@ -64,14 +64,12 @@ def _compare(report: Report, label: str, shape: ModelShape, device: torch.device
     unsettle(stage)
     prompts = prompts_of(LENGTHS, shape.vocab_size)
     rows = answers(stage, shape, prompts, NEW_TOKENS)
-    named = {name: tensor.detach().double() for name, tensor in stage.named_parameters()}
-    weights = {name: tensor for name, tensor in named.items() if name.startswith("layers")}
-    factors = {name.removeprefix("adapter."): tensor for name, tensor in named.items() if name.startswith("adapter")}
+    weights, factors = plain_tensors(stage, torch.float64)
     equal = 0
     for prompt, row in zip(prompts, rows, strict=True):
         tokens = torch.tensor(prompt + row, device=device)
-        chosen = document_logits(shape_of(shape, adapter), weights, factors, tokens)[len(prompt) - 1 : -1].argmax(-1)
-        equal += int((chosen.cpu() == torch.tensor(row)).sum())
+        logits = document_logits(shape, adapter.scale, weights, factors, tokens)
+        equal += int((logits[len(prompt) - 1 : -1].argmax(-1).cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
     # Two logits may differ by less than fp32's rounding error.
     report.at_least(label, share, 0.98, fix=TOKENS_FIX)

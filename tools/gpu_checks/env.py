@@ -7,13 +7,13 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
 from gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, matmul_rate, timed
@@ -80,8 +80,9 @@ def _software(report: Report) -> None:
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     report.tell("cuDNN", _dotted(cudnn) if cudnn else "none")
     report.tell("NCCL of torch", nccl_version() or "none")
+    versions = installed_versions(*PACKAGES)
     for name in PACKAGES:
-        report.tell(name, package_version(name) or "not installed")
+        report.tell(name, versions.get(name, "not installed"))
     precision = torch.get_float32_matmul_precision()
     report.expect(
         "fp32 matmuls",
@@ -95,14 +96,6 @@ def _software(report: Report) -> None:
     for name in sorted(os.environ):
         if name.startswith(VARIABLES):
             report.tell(f"${name}", os.environ[name][:200])
-
-
-def package_version(name: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def nccl_version() -> str | None:
@@ -159,7 +152,6 @@ def _nvidia_smi(fields: str) -> str:
 
 def _choices(report: Report, device: torch.device) -> None:
     """The attention and kernels that the package chooses on this device."""
-    dtype = compute_dtype(device)
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         name = f"attention in {str(dtype).removeprefix('torch.')}"
         with report.attempt(name):

@@ -17,6 +17,7 @@ import torch
 
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
+from megatron_tiedlora.benchmark.kernel_classes import profiled
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
 
@@ -96,7 +97,7 @@ def _counts(report: Report, name: str, run: Started, loader: Iterator[TrainingSt
     report.at_most(
         f"{name}: waits in {number} micro-batches", inside, 0, why="; ".join(seen), fix=SYNC_FIX, otherwise="warn"
     )
-    launches = _launches(micro_batches(run, next(loader)))
+    launches = sum("LaunchKernel" in event.name for event in profiled(micro_batches(run, next(loader))))
     run.runner.engine.step()
     if launches:
         report.tell(
@@ -136,13 +137,3 @@ def waits() -> Iterator[Counter[str]]:
 
 def _line(file: str, line: int) -> str:
     return f"{'/'.join(file.split('/')[-2:])}:{line}"
-
-
-def _launches(work: Callable[[], Any]) -> int:
-    """Kernel launches of `work` according to torch's profiler; 0 if it sees none."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        work()
-        torch.cuda.synchronize()
-    return sum("LaunchKernel" in event.name for event in profiler.events() or ())

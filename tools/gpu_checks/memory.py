@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from gpu_checks.package import planned_bytes
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
+from megatron_tiedlora.base.wording import bytes_in_words
 
-GB = 1e9
 # Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
 CLOSE, TOO_MUCH = 0.07, 1.15
 RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more if fewer activations are saved
@@ -48,9 +50,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
             run.train_step.run(next(run.loader))
         planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
-    why = (
-        f"{layers} layers; {planned / GB:.2f} GB planned, {allocated / GB:.2f} allocated, {reserved / GB:.2f} reserved"
-    )
+    sizes = {"planned": planned, "allocated": allocated, "reserved": reserved}
     ratio = allocated / planned
     report.expect(
         f"{label}: allocated per planned",
@@ -58,7 +58,7 @@ def _beside_plan(report: Report, label: str, model: str, flags: tuple[str, ...])
         ratio,
         expected=f"within {CLOSE:.0%} of 1",
         otherwise="fail" if ratio > TOO_MUCH else "warn",
-        why=why,
+        why=_words(layers, sizes),
         fix=PLAN_FIX,
     )
 
@@ -73,12 +73,15 @@ def _fragments(report: Report, label: str, model: str) -> None:
         for _ in range(NUM_STEPS):
             run.train_step.run(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    why = f"{layers} layers; {allocated / GB:.2f} GB allocated, {reserved / GB:.2f} reserved"
     report.at_most(
         f"{label}: reserved per allocated",
         reserved / allocated,
         MOST_RESERVED,
-        why=why,
+        why=_words(layers, {"allocated": allocated, "reserved": reserved}),
         fix=FRAGMENTS_FIX,
         otherwise="warn",
     )
+
+
+def _words(layers: int, sizes: Mapping[str, float]) -> str:
+    return f"{layers} layers; " + ", ".join(f"{bytes_in_words(size)} {name}" for name, size in sizes.items())

@@ -13,10 +13,9 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_checks.reference import Shape
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.cpu_attention import attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.model.families import shape_from_hf
@@ -28,7 +27,7 @@ from megatron_tiedlora.model.fused_attention import (
     choose_attention,
     one_by_one,
 )
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.memory import stage_memory
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
@@ -38,7 +37,8 @@ Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
 the host or None, to (b, s, heads * head_dim)."""
 
-CHOSEN, ONE_BY_ONE, CUDNN = "chosen by the package", "one document after another", "PyTorch's cuDNN, for comparison"
+CHOSEN = "chosen by the package"  # the only route that must be correct
+ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -46,23 +46,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def small_config(
-    *, hidden: int = 256, intermediate: int = 512, layers: int = 2, heads: int = 4, kv_heads: int = 2, vocab: int = 1000
-) -> ModelShape:
-    """A small LLaMA whose heads have sizes that kernels support."""
-    values = {
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-    }
-    return shape_from_hf(values, source="small")
+# The config.json of a small LLaMA whose heads have sizes that kernels support.
+SMALL: dict[str, Any] = {
+    **PRESETS["llama2-7b"],
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def small_shape(**changes: int) -> ModelShape:
+    """The shape of SMALL with changed fields."""
+    return shape_from_hf({**SMALL, **changes}, source="small")
 
 
 def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str, bool]:
@@ -92,16 +90,6 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
     return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
-def is_taken(name: str) -> bool:
-    """Whether the package uses a route here, so that it must be correct."""
-    return name == CHOSEN
-
-
-def takes_documents(name: str) -> bool:
-    """Whether a route supports packed rows."""
-    return name != CUDNN
-
-
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
     return attend_by_tiles(query, key, value, blocks, EAGER)
@@ -118,11 +106,7 @@ def _within(attend: Attend) -> Route:
 
 def _of_candidate(candidate: Candidate) -> Route:
     """A kernel that the package does not choose here, or whose library fails when it is called."""
-
-    def route(*heads: Any) -> torch.Tensor:
-        return _within(candidate.make(False))(*heads)
-
-    return route
+    return lambda *heads: _within(candidate.make(False))(*heads)
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -140,15 +124,10 @@ def training_device() -> torch.device:
     return join_process_group(1.0, expected_ranks=1)
 
 
-def kernels_for(shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> Kernels:
-    """The compiled kernels. Raises UserError if they cannot be compiled."""
-    return compiled_kernels(shape, dtype=dtype, device=device)
-
-
 def compiler_failure(device: torch.device) -> str | None:
     """Why kernels cannot be compiled; None if they can."""
     try:
-        kernels_for(small_config(), dtype=compute_dtype(device), device=device)
+        compiled_kernels(small_shape(), dtype=compute_dtype(device), device=device)
     except UserError as error:
         return str(error)
     return None
@@ -157,16 +136,3 @@ def compiler_failure(device: torch.device) -> str | None:
 def planned_bytes(plan: RunPlan) -> float:
     """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
     return stage_memory(plan.stage, tokens=plan.layout.rows * plan.layout.length).allocated
-
-
-def shape_of(shape: ModelShape, adapter: AdapterConfig) -> Shape:
-    """The sizes and constants that the reference needs."""
-    return Shape(
-        shape.num_layers,
-        shape.heads.num,
-        shape.heads.num_kv,
-        shape.heads.dim,
-        shape.final_norm.eps,
-        shape.heads.rope.theta,
-        adapter.scale,
-    )

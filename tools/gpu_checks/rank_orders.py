@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.runtime.launch_env import free_port
 
 SCRIPT = Path(__file__).resolve().parent / "rank.py"
@@ -40,6 +41,8 @@ class RankOrder:
     """What all ranks of a start do.
 
     Attributes:
+        world_size: number of ranks.
+        variables: environment variables that they need here.
         folder: for their results.
         logs: folder for their output.
         model: a folder with a small model.
@@ -53,6 +56,8 @@ class RankOrder:
     logs: str
     model: str
     device: str
+    world_size: int = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
     first: int = 0
     steps: int = 3
     samples: int = 16
@@ -84,21 +89,15 @@ class Rank(NamedTuple):
 
 
 @contextmanager
-def started_ranks(order: RankOrder, world_size: int, **variables: str) -> Iterator[list[Rank]]:
+def started_ranks(order: RankOrder) -> Iterator[list[Rank]]:
     """Ranks that run on this host inside the block; remaining ones are killed afterwards."""
-    port, ranks = str(free_port("127.0.0.1")), []
+    port, ranks = free_port("127.0.0.1"), []
     try:
-        for rank in range(world_size):
-            launch_env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                **{name: str(value) for name, value in launch_env.items()},
-                **variables,
-            }
+        for rank in range(order.world_size):
+            launch_env = rank_variables(rank, order.world_size, rank, "127.0.0.1", port)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **launch_env, **order.variables}
             kind = "killed" if order.endless else f"layouts-{order.first}"
-            log = Path(order.logs, f"ranks-{kind}-{rank}-of-{world_size}.log")
+            log = Path(order.logs, f"ranks-{kind}-{rank}-of-{order.world_size}.log")
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     [sys.executable, str(SCRIPT), order.to_json()],

@@ -78,14 +78,15 @@ def check(report: Report, options: CheckOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as folder:
         with report.attempt("a small model", fix="make sure that the temporary folder is writable (TMPDIR)"):
             write_random_model(SHAPE, Path(folder, "model"), name="a small model", seed=0)
-        order = RankOrder((), folder, options.folder, str(Path(folder, "model")), options.device)
+        model = str(Path(folder, "model"))
+        order = RankOrder((), folder, options.folder, model, options.device, world_size, variables)
 
         def left(share: float) -> float:
             """Seconds until this share of the part's time is over."""
             return began + share * options.seconds - time.monotonic()
 
-        check_layouts(report, order, world_size, variables, left=left)
-        check_death(report, order, world_size, variables, limit=left(WORKING))
+        check_layouts(report, order, left=left)
+        check_death(report, order, limit=left(WORKING))
     if options.on_gpu and torch.cuda.device_count() > 1:
         _doctor(report, torch.cuda.device_count())
 
@@ -129,30 +130,21 @@ def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
     return tuple(dict.fromkeys([*layouts, *engines, Case(tp=world_size, sp=False), *narrow]))
 
 
-def check_layouts(
-    report: Report,
-    order: RankOrder,
-    world_size: int,
-    variables: dict[str, str],
-    *,
-    left: Callable[[float], float],
-) -> None:
+def check_layouts(report: Report, order: RankOrder, *, left: Callable[[float], float]) -> None:
     """Compare losses and adapter of each layout with those of one rank; the ranks compare their replicas bit by bit.
 
     Args:
         left: seconds until a share of the part's time is over.
     """
-    cases = cases_of(world_size, order.device)
+    world_size, cases = order.world_size, cases_of(order.world_size, order.device)
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     alone = tuple(Case(dtype=dtype) for dtype in dtypes)
-    _start(report, "one rank", replace(order, cases=alone), 1, variables, limit=left(ALONE))
+    _start(report, "one rank", replace(order, cases=alone, world_size=1), limit=left(ALONE))
     firsts = range(0, len(cases), CASES_OF_A_START)
     for number, first in enumerate(firsts):
         some = replace(order, cases=cases[first : first + CASES_OF_A_START], first=first)
         limit = left(LAYOUTS) / (len(firsts) - number)
-        _start(
-            report, f"{world_size} ranks, start {number + 1} of {len(firsts)}", some, world_size, variables, limit=limit
-        )
+        _start(report, f"{world_size} ranks, start {number + 1} of {len(firsts)}", some, limit=limit)
     for number, case in enumerate(cases):
         label = case.named(world_size)
         expected = Path(order.folder, f"1-{dtypes.index(case.dtype)}")
@@ -160,11 +152,9 @@ def check_layouts(
             compare(report, label, case, Path(order.folder, f"{world_size}-{number}"), expected, order)
 
 
-def _start(
-    report: Report, name: str, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float
-) -> None:
+def _start(report: Report, name: str, order: RankOrder, *, limit: float) -> None:
     """Let ranks run the order's cases; report a failure if they do not finish in time."""
-    with report.attempt(name, fix=FAILED_FIX), started_ranks(order, world_size, **variables) as ranks:
+    with report.attempt(name, fix=FAILED_FIX), started_ranks(order) as ranks:
         if not wait_for_ranks(ranks, limit):
             report.add(name, "fail", why=why_not_ended(ranks, limit), fix=FAILED_FIX)
 
@@ -201,14 +191,14 @@ def compare(report: Report, label: str, case: Case, found: Path, expected: Path,
     )
 
 
-def check_death(report: Report, order: RankOrder, world_size: int, variables: dict[str, str], *, limit: float) -> None:
+def check_death(report: Report, order: RankOrder, *, limit: float) -> None:
     """Kill the last rank during training: the others must end in time and name it."""
-    label, victim = "a killed rank", world_size - 1
+    label, victim = "a killed rank", order.world_size - 1
     endless = replace(order, cases=(Case(tp=2),), endless=True)
-    with report.attempt(label, fix=FAILED_FIX), started_ranks(endless, world_size, **variables) as ranks:
+    with report.attempt(label, fix=FAILED_FIX), started_ranks(endless) as ranks:
         ready = wait_for(
             lambda: (
-                all(Path(order.folder, f"{STEPPING}{rank}").exists() for rank in range(world_size))
+                all(Path(order.folder, f"{STEPPING}{rank}").exists() for rank in range(order.world_size))
                 or any(rank.process.poll() is not None for rank in ranks)
             ),
             limit,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tiedlora.base.errors import UserError, one_line
+from megatron_tiedlora.base.wording import first_line
 
 Status = Literal["pass", "warn", "fail", "skip", "info"]
 Value = float | str | None
@@ -127,7 +128,8 @@ class Report:
         except PartOver:
             raise
         except Exception as error:
-            self.add(name, "fail", why=error_line(error), fix=MEMORY_FIX if _is_out_of_memory(error) else fix)
+            no_memory = type(error).__name__ == "OutOfMemoryError"
+            self.add(name, "fail", why=error_line(error), fix=MEMORY_FIX if no_memory else fix)
             try:
                 self.is_alive()
             except Exception as broken:
@@ -136,13 +138,8 @@ class Report:
 
 def error_line(error: BaseException) -> str:
     """An error in one line: its type, unless it is a UserError, and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0][:_LONGEST] if lines else "no reason given"
+    said = first_line(error)[:_LONGEST]
     return one_line(said if isinstance(error, UserError) else f"{type(error).__name__}: {said}")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"
 
 
 def read_checks(file: Path) -> list[Check]:

@@ -1,7 +1,7 @@
 """The reference implementation: the model and its adapter in plain PyTorch, one document at a time, in any dtype.
 
-It shares only the names of weights with the package. Norms, softmax and loss are in max(fp32, dtype), angles in fp32,
-as in transformers.
+It shares only data with the package: a model's shape and the names of weights. Norms, softmax and loss are in
+max(fp32, dtype), angles in fp32, as in transformers.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from megatron_tiedlora.base.shapes import ModelShape
+
 Tensors = Mapping[str, torch.Tensor]
-FACTORS = "ABuv"
 
 
 class Document(NamedTuple):
@@ -23,31 +24,26 @@ class Document(NamedTuple):
     labels: torch.Tensor
 
 
-class Shape(NamedTuple):
-    """Sizes and constants of the model and its adapter; `scale` is alpha / r."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    scale: float
-
-
 def loss_and_gradients(
-    shape: Shape, weights: Tensors, factors: Tensors, trained: Sequence[str], documents: Sequence[Document]
+    shape: ModelShape,
+    scale: float,
+    weights: Tensors,
+    factors: Tensors,
+    trained: Sequence[str],
+    documents: Sequence[Document],
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The summed loss of all documents, and the gradients of the trained factors.
 
     Args:
+        scale: alpha / r.
         weights: by the package's names, in the dtype of the computation.
         factors: the existing ones of A, B, u, v, tied or stacked over layers.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
     for document in documents:
-        loss = document_loss(shape, weights, leaves, document)
+        logits = document_logits(shape, scale, weights, leaves, document.tokens)
+        loss = functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
         found = torch.autograd.grad(loss, [leaves[name] for name in trained])
         for name, gradient in zip(trained, found, strict=True):
             gradients[name] += gradient
@@ -55,23 +51,19 @@ def loss_and_gradients(
     return total, gradients
 
 
-def document_loss(shape: Shape, weights: Tensors, factors: Tensors, document: Document) -> torch.Tensor:
-    """Cross entropy of one document, summed over its labels."""
-    logits = document_logits(shape, weights, factors, document.tokens)
-    return functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
-
-
-def document_logits(shape: Shape, weights: Tensors, factors: Tensors, tokens: torch.Tensor) -> torch.Tensor:
+def document_logits(
+    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: torch.Tensor
+) -> torch.Tensor:
     """The logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
-        hidden = hidden + _attention(shape, own, _of_layer(factors, layer), hidden)
-        normed = _norm(hidden, own["mlp.gate_up.norm"], shape.norm_eps)
+        hidden = hidden + _attention(shape, scale, own, _of_layer(factors, layer), hidden)
+        normed = _norm(hidden, own["mlp.gate_up.norm"], shape.final_norm.eps)
         gate, up = (normed @ own["mlp.gate_up.weight"].t()).chunk(2, dim=-1)
         hidden = hidden + (functional.silu(gate) * up) @ own["mlp.down.weight"].t()
     head = f"layers.{shape.num_layers + 1}"
-    normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.norm_eps)
+    normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.final_norm.eps)
     return _wide(normed @ weights[f"{head}.weight"].t())
 
 
@@ -81,19 +73,21 @@ def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
     return {name: tensor if tensor.ndim == dims[name] else tensor[layer - 1] for name, tensor in factors.items()}
 
 
-def _attention(shape: Shape, weights: Tensors, factors: Tensors, hidden: torch.Tensor) -> torch.Tensor:
-    normed = _norm(hidden, weights["attention.qkv.norm"], shape.norm_eps)
+def _attention(
+    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, hidden: torch.Tensor
+) -> torch.Tensor:
+    normed, heads = _norm(hidden, weights["attention.qkv.norm"], shape.final_norm.eps), shape.heads
     cast = {name: tensor.to(hidden.dtype) for name, tensor in factors.items()}
     ax = normed @ cast["A"].t()
     ax = ax * cast["u"] if "u" in cast else ax
     update = ax @ cast["B"].t()
     update = update * cast["v"] if "v" in cast else update
-    fused = normed @ weights["attention.qkv.weight"].t() + shape.scale * update
-    length, width = hidden.shape[0], shape.head_dim
-    rows = (shape.num_heads * width, shape.num_kv_heads * width, shape.num_kv_heads * width)
+    fused = normed @ weights["attention.qkv.weight"].t() + scale * update
+    length, width = hidden.shape[0], heads.dim
+    rows = (heads.num * width, heads.num_kv * width, heads.num_kv * width)
     query, key, value = (part.view(length, -1, width).transpose(0, 1) for part in fused.split(rows, dim=-1))
-    query, key = (_rotate(part, shape.rope_theta) for part in (query, key))
-    groups = shape.num_heads // shape.num_kv_heads
+    query, key = (_rotate(part, heads.rope.theta) for part in (query, key))
+    groups = heads.num // heads.num_kv
     key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
     scores = _wide(query @ key.transpose(1, 2)) / width**0.5
     hidden_keys = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)

@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_checks.package import planned_bytes
+from gpu_checks.package import SMALL, planned_bytes
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.layout import Started, start
 from megatron_tiedlora.benchmark.plan import make_plan
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -31,22 +30,9 @@ def step_settings(model: str, *flags: str) -> BenchSettings:
     return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
 
 
-def write_shape(folder: Path, shape: ModelShape) -> str:
-    """Write a config.json of these sizes for --random_weights; returns the folder as a value for --model."""
-    values = {
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.heads.num,
-        "num_key_value_heads": shape.heads.num_kv,
-        "head_dim": shape.heads.dim,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.final_norm.eps,
-        "rope_theta": asdict(shape.heads.rope)["theta"],
-    }
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+def write_small(folder: Path) -> str:
+    """Write the config.json of SMALL for --random_weights; returns the folder as a value for --model."""
+    (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     return str(folder)
 
 
@@ -61,7 +47,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
         plan = make_plan(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
-    raise UserError(f"--model {model}: not one layer fits into {free / 1e9:.1f} GB; give a smaller one")
+    raise UserError(f"--model {model}: not one layer fits into {bytes_in_words(free)}; give a smaller one")
 
 
 @contextmanager

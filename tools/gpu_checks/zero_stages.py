@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import shape_of, small_config
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import Document, loss_and_gradients
-from gpu_checks.running import started, step_settings, write_shape
+from gpu_checks.running import started, step_settings, write_small
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.engine import all_open
@@ -26,7 +25,7 @@ def check_zero_stages(report: Report, options: CheckOptions) -> None:
     """Check the change of the adapter over some steps at ZeRO 0 to 3, in fp32."""
     expected: dict[str, torch.Tensor] | None = None
     with tempfile.TemporaryDirectory() as folder:
-        model = write_shape(Path(folder), small_config())
+        model = write_small(Path(folder))
         for stage in range(4):
             label = f"{STEPS} steps of AdamW at ZeRO-{stage}, fp32"
             flags = ("--random_weights", "--dtype=fp32", f"--ds_config=zero{stage}.json", "--rows=2", "--length=64")
@@ -58,11 +57,10 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
     """The change of each trained factor with torch's AdamW on the reference's gradients, in fp64."""
-    settings, adapter, model_shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
-    shape = shape_of(model_shape, adapter)
+    settings, adapter, shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
     layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}
-    trained = [name for name in adapter.num_trained()]
+    trained = list(adapter.num_trained())
     factors = {name: tensor.double() for name, tensor in start.items()}
     optimizer = torch.optim.AdamW(
         [factors[name] for name in trained], lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -73,7 +71,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
             for batch in step.micro_batches
             for tokens, labels in zip(batch.input_ids, batch.labels, strict=True)
         ]
-        _, gradients = loss_and_gradients(shape, weights, factors, trained, documents)
+        _, gradients = loss_and_gradients(shape, adapter.scale, weights, factors, trained, documents)
         for name in trained:
             factors[name].grad = gradients[name] / step.num_supervised
         optimizer.step()

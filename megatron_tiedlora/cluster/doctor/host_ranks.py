@@ -17,6 +17,7 @@ import time
 from typing import NoReturn
 
 from megatron_tiedlora.cluster.doctor.records import TrialOrder
+from megatron_tiedlora.config.hosts import rank_variables
 
 _MODULE = "megatron_tiedlora.cluster.doctor.rank"
 _LOOK_SECONDS = 0.1
@@ -25,14 +26,11 @@ _LAST_WORDS_SECONDS = 2.0  # for the other ranks to report how they fail
 
 def start_rank(order: TrialOrder, local_rank: int) -> subprocess.Popen[bytes]:
     """Start one rank, with the variables that torch's launchers set."""
-    launch_env = {
-        "RANK": order.first_rank + local_rank,
-        "LOCAL_RANK": local_rank,
-        "WORLD_SIZE": order.layout.num_ranks,
-        "MASTER_ADDR": order.layout.master_host,
-        "MASTER_PORT": order.layout.master_port,
-    }
-    variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in launch_env.items()}}
+    layout = order.layout
+    launch_env = rank_variables(
+        order.first_rank + local_rank, layout.num_ranks, local_rank, layout.master_host, layout.master_port
+    )
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **launch_env}
     words = [sys.executable, "-P", "-m", _MODULE, order.model_dump_json()]
     return subprocess.Popen(words, env=variables, stdin=subprocess.DEVNULL)
 

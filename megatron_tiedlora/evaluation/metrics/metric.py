@@ -9,10 +9,6 @@ from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.evaluation.answers import Answer
 
 
-def _accepts(_: Example) -> None:
-    """Any example can be scored."""
-
-
 @dataclass(frozen=True)
 class Metric:
     """One metric. Every score is in per cent, 0 to 100, and higher is better.
@@ -35,7 +31,7 @@ class Metric:
     sample: Callable[[Answer], float]
     signature: Callable[[Sequence[Answer]], str]
     needs_choice_scores: bool = False
-    check: Callable[[Example], None] = _accepts
+    check: Callable[[Example], None] = lambda _: None
     statistics: Callable[[Answer], tuple[int, ...]] | None = None
     combine: Callable[[Sequence[int]], float] | None = None
 

@@ -22,10 +22,10 @@ from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.parallel.grid import Grid
 
 
@@ -83,8 +83,8 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "layers": [1, 3],
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
-        "base_weights_hash": adapter.base.weights_hash,
-        "base_sample": adapter.base.sample,
+        "base_weights_hash": adapter.base.base_weights_hash,
+        "base_sample": adapter.base.base_sample,
         "seed": 5,
         "init_std_a": pytest.approx(32**-0.5),
         "init_std_b": pytest.approx(4**-0.5),
@@ -105,7 +105,7 @@ def test_an_adapter_fits_its_base_in_every_precision(base: Path, tmp_path: Path)
     """The identity is of the model, not of how it is stored."""
     half = write_tiny_model(tmp_path / "half", dtype=torch.bfloat16, tokenizer=False)
     adapter = native_adapter(find_model(str(base)), values(base))
-    load_model(find_model(str(half)), adapter, dtype=torch.float32)
+    check_base(find_model(str(half)), adapter, uses_tokenizer=False)
 
 
 # --------------------------------------------------------------------------------------------- what is refused
@@ -125,7 +125,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, An
     adapter = native_adapter(find_model(str(base)), values(base))
     other = write_tiny_model(tmp_path / "other", tokenizer=False, **shape)
     with pytest.raises(UserError) as error:
-        load_model(find_model(str(other)), adapter, dtype=torch.float32)
+        check_base(find_model(str(other)), adapter, uses_tokenizer=False)
     assert message in str(error.value) and str(base) in str(error.value) and str(other) in str(error.value)
     assert "--model" in str(error.value) and "\n" not in str(error.value)
 
@@ -236,7 +236,7 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
     assert adapter.config.targets == (qkv_target(32, (32, 16, 16)),)
     model = find_model(str(write_tiny_model(tmp_path / "model")))
-    assert adapter.base.config_hash == model.base_hash
+    assert adapter.base.base_hash == model.base_hash
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
     assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (STORED_ADAPTER / WEIGHTS_FILE).read_bytes()
     before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (STORED_ADAPTER, tmp_path / "again"))

@@ -277,8 +277,6 @@ def test_merging_twice_is_refused(bases: dict[str, Path], tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=r"already; give the plain base with --model$"):
             action()
-    with pytest.raises(UserError, match="weights differ"):
-        load_model(merged, adapter, dtype=torch.float32)
     assert {item.name for item in tmp_path.iterdir()} == {"merged"}
 
 

@@ -21,7 +21,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -248,3 +249,17 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=f"^{re.escape(said)}"):
             adapter_kind(folder)
+
+
+def test_the_record_of_an_export_decides_neither_shape_nor_precision(base: Path, tmp_path: Path) -> None:
+    source, native, _ = with_adapter(base, "tl6")
+    assert exported_base(tmp_path, native.base) is None
+    export_peft(source, native, tmp_path / "peft")
+    file = tmp_path / "peft" / EXPORT_RECORD
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "num_layers": 99, "dtype": "fp16"}))
+    assert exported_base(tmp_path / "peft", native.base) == native.base
+    for name in ("base_model", "base_hash", "base_weights_hash"):
+        file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
+        with pytest.raises(UserError, match=f"{EXPORT_RECORD}: {name} is missing"):
+            exported_base(tmp_path / "peft", native.base)

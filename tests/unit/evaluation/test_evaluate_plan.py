@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def test_a_prompt_leaves_room_for_its_answer_and_the_demo_decodes_a_few_rows(models: Models) -> None:
     chosen = {"model": str(models.base), "max_new_tokens": 246, "test_file": str(models.rows)}
     plan = plan_evaluation(validate_settings(chosen, EvaluateSettings), rank=0, world_size=1)
-    scored = read_held_out(plan).scored
+    _, scored = read_held_out(plan)
     lengths = [min(1 + len(example.prompt), 256 - 246) for example in scored.examples]  # one token a letter, and BOS
     assert [len(prompt) for prompt in scored.prompts] == lengths and plan.limit is None
     num_cut = sum(len(example.prompt) >= 256 - 246 for example in scored.examples)
@@ -77,7 +77,7 @@ def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[
         rank=0,
         world_size=1,
     )
-    here, there = read_held_out(plan).scored, prepare_data(training, progress=False).scored
+    here, there = read_held_out(plan)[1], prepare_data(training, progress=False).scored
     assert there is not None and plan.max_new_tokens == training.max_new_tokens
     assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
     assert 0 < here.num_truncated == there.num_truncated < NUM_ROWS

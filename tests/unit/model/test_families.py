@@ -114,7 +114,7 @@ def test_rows_of_a_fused_tensor_are_read_and_given_back(tmp_path: Path) -> None:
         source.shape.block.qkv, sources=tuple(StoredRows("self_attn.kqv", start, total) for start in starts)
     )
     shape = replace(source.shape, block=replace(source.shape.block, qkv=qkv))
-    with BaseWeights(folder, weight_rules(shape)) as stored:
+    with BaseWeights(folder, shape) as stored:
         rule = rules_of(shape, 1)["layers.1.attention.qkv.weight"]
         for rank in range(2):
             local = torch.empty(rule.spec.local_shape(rule.shape, 2))

@@ -21,7 +21,8 @@ from torch import distributed
 from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import BaseIdentity, NativeAdapter
+from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, BaseIdentity
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.evaluation.scores import Score
 from megatron_tiedlora.parallel import agreement
@@ -54,7 +55,9 @@ def checkpoint() -> Checkpoint:
     """With every kind of field: texts, numbers, None, tuples, mappings, tensors of several shapes and dtypes."""
     draw = torch.Generator().manual_seed(5)
     config = make_adapter_config("tl6", rank=3, layers=(1, 3), targets=(qkv_target(8, (8, 4, 4)),), seed=5)
-    base = BaseIdentity(TEXT, "c" * 64, "w" * 64, {"num_layers": 3, "head_dim": 2}, "bf16")
+    base = BaseIdentity(
+        **dict.fromkeys(SHAPE_FIELDS, 2), base_model=TEXT, base_hash="c" * 64, base_weights_hash="w" * 64, dtype="bf16"
+    )
     state = {"A": torch.randn(3, 8, generator=draw), "B": torch.tensor([[math.nan, -0.0], [math.inf, 1e-42]])}
     moments = {f"exp_avg.{TEXT}": torch.randn(5, generator=draw).bfloat16(), "count": torch.tensor(7)}
     settings = {"seed": 5, "layers": [1, 3], "alpha": 0.1, "task": TEXT, "none": None, "flag": True, "odd": [math.inf]}

@@ -88,7 +88,7 @@ def build(folder: Path, kind: type[FrozenWeight]) -> Stage:
     adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     adapter.load_full({name: drawn(*value.shape, seed=7) for name, value in initial_values(config).items()})
     model = Stage(layer_specs(source.shape, dtype=torch.float64, kind=kind), adapter)
-    with BaseWeights(folder, weight_rules(source.shape)) as weights:
+    with BaseWeights(folder, source.shape) as weights:
         load_base_weights(weights, frozen_weights(model))
     return model
 

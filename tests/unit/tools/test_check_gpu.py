@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from gpu_checks import attention, child, children, correct, env, host, output, records
-from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_config
+from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
 from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from ranks import ENVIRONMENT
 
@@ -309,7 +309,7 @@ def test_kernels_that_are_not_here_are_named_once(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module")
 def judge() -> correct.Judge:
     """Of a small model in fp64."""
-    return correct.Judge(small_config(vocab=321), "tl6", dtype=torch.float64, device=CPU)
+    return correct.Judge(small_shape(vocab_size=321), "tl6", dtype=torch.float64, device=CPU)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -342,7 +342,7 @@ def test_a_wrong_plain_pytorch_is_no_measure(monkeypatch: pytest.MonkeyPatch) ->
     """Where bf16 itself is wrong the package is as wrong, and within twice of it."""
     monkeypatch.setattr(correct.Judge, "errors", lambda *_: {"loss": 0.0, "dA": 1.0})
     report = Report("correct")
-    correct.forms(report, "small", small_config(vocab=321), CPU, all_forms=False)
+    correct.forms(report, "small", small_shape(vocab_size=321), CPU, all_forms=False)
     plain, *others = report.checks
     assert plain.status == "fail" and plain.fix == correct.PLAIN_FIX
     assert [check.status for check in others] == ["pass"] * 3

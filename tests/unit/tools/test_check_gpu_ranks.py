@@ -16,10 +16,9 @@ import check_gpu
 import pytest
 import torch
 from gpu_checks import rank_orders, ranks, run_offline
-from gpu_checks.package import small_config
 from gpu_checks.rank_orders import Case, RankOrder
 from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import step_settings, write_shape
+from gpu_checks.running import step_settings, write_small
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
@@ -70,12 +69,12 @@ def test_ranks_that_compute_something_else_are_seen(tmp_path: Path) -> None:
 def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starts: list[tuple[int, RankOrder]] = []
+    starts: list[RankOrder] = []
     limits: list[float] = []
 
     @contextmanager
-    def started_ranks(order: RankOrder, world_size: int, **_: str) -> Iterator[list[rank_orders.Rank]]:
-        starts.append((world_size, order))
+    def started_ranks(order: RankOrder) -> Iterator[list[rank_orders.Rank]]:
+        starts.append(order)
         yield []
 
     def wait_for_ranks(_: Any, limit: float) -> bool:
@@ -84,12 +83,13 @@ def test_cases_are_done_in_several_starts_each_with_its_part_of_the_time(
 
     monkeypatch.setattr(ranks, "started_ranks", started_ranks)
     monkeypatch.setattr(ranks, "wait_for_ranks", wait_for_ranks)
-    order = RankOrder((), str(tmp_path), str(tmp_path), "m", "cuda")
+    order = RankOrder((), str(tmp_path), str(tmp_path), "m", "cuda", world_size=8)
     report = Report("ranks")
-    ranks.check_layouts(report, order, 8, {}, left=lambda share: 100 * share)
-    (size, alone), *others = starts
-    assert size == 1 and [case.dtype for case in alone.cases] == ["fp32", "bf16"]
-    done = {some.first + number: case for _, some in others for number, case in enumerate(some.cases)}
+    ranks.check_layouts(report, order, left=lambda share: 100 * share)
+    alone, *others = starts
+    assert alone.world_size == 1 and {some.world_size for some in others} == {8}
+    assert [case.dtype for case in alone.cases] == ["fp32", "bf16"]
+    done = {some.first + number: case for some in others for number, case in enumerate(some.cases)}
     assert [done[number] for number in range(len(done))] == list(ranks.cases_of(8, "cuda"))
     assert limits == pytest.approx([25, 75 / 3, 75 / 2, 75])
     assert {check.why for check in report.checks} == {"it did not finish"}, "nothing was left, nothing passes"
@@ -124,7 +124,8 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
         "import os, time; print('here'); time.sleep(60 * (os.environ['RANK'] == '1')); raise SystemExit(3)"
     )
     monkeypatch.setattr(rank_orders, "SCRIPT", script)
-    with rank_orders.started_ranks(RankOrder((), str(tmp_path), str(tmp_path), "m", "cpu"), 2) as started:
+    order = RankOrder((), str(tmp_path), str(tmp_path), "m", "cpu", world_size=2)
+    with rank_orders.started_ranks(order) as started:
         assert not rank_orders.wait_for_ranks(started, 30, grace_seconds=0.1)
         assert started[0].process.returncode == 3 and "here" in started[0].output
         assert ranks.why_not_ended(started, 30) == "here"
@@ -133,7 +134,7 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
 
 
 def test_documents_of_a_made_up_row_are_packed(tmp_path: Path) -> None:
-    model = write_shape(tmp_path, small_config())
+    model = write_small(tmp_path)
     settings = step_settings(model, "--random_weights", "--rows=2", "--length=64", "--documents=4", "--micro_batches=3")
     plan = make_plan(settings)
     dataset, pad_id = read_samples(plan, settings)
