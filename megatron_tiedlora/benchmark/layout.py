@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
-from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, model_flops, read_samples, saved_formula
+from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     describe_setup,
@@ -32,6 +32,7 @@ from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
+from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.runtime.stopping import StopWatch
@@ -184,7 +185,7 @@ def _step_figures(
     plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The figures of the step on all ranks together."""
-    flops = model_flops(plan, step)
+    flops = sample_flops(plan.source.shape, plan.adapter, step)
     matmul = sum(member["matmul_flops_per_second"] for member in ranks)
     figures: dict[str, Any] = {
         "micro_batches": len(step.micro_batches),

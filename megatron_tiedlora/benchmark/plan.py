@@ -15,7 +15,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
-from megatron_tiedlora.data.loader import MicroBatch, TrainingStep
+from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
 from megatron_tiedlora.model.families import shape_from_hf
@@ -25,7 +25,6 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
-from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.memory import saved_bytes
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.throughput import matmul_rate
@@ -145,17 +144,6 @@ def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
     return sum(
         saved_bytes(plan.stage, tokens=batch.labels.numel(), after=len(find_supervised(batch.labels, parts).rows))
         for batch in batches
-    )
-
-
-def model_flops(plan: RunPlan, step: TrainingStep) -> int:
-    """Operations that the samples of a step take on all ranks."""
-    return sample_flops(
-        plan.source.shape,
-        plan.adapter,
-        num_tokens=step.num_tokens,
-        squared_lengths=step.squared_lengths,
-        num_supervised=step.num_supervised,
     )
 
 

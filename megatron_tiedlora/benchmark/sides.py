@@ -11,7 +11,7 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.plan import LEARNING_RATE, model_flops, random_config, read_samples
+from megatron_tiedlora.benchmark.plan import LEARNING_RATE, random_config, read_samples
 from megatron_tiedlora.benchmark.timing import default_device, saved_by_autograd, storage_bytes
 from megatron_tiedlora.checkpoint.base_weights import draw_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -23,6 +23,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.throughput import timed
@@ -111,7 +112,8 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
         loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
         return loss / step.num_supervised
 
-    return Side(stage, step.micro_batches, forward, device, model_flops(plan, step), chosen.description)
+    flops = sample_flops(source.shape, plan.adapter, step)
+    return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
 
 
 def random_stage(

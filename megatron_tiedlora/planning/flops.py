@@ -8,8 +8,11 @@ all that follows the last attention), below the first adapted layer, and if a fa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.methods import Method
 from megatron_tiedlora.base.shapes import ModelShape
 
 
@@ -53,36 +56,45 @@ def step_flops(
         rest = 2 * after * (block.num_weights - qkv)
         matmuls += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
         attention += (3 if layer >= first else 1) * 2 * squared_lengths * query
-        if layer in adapter.layers:
-            low_rank += 2 * num_tokens * adapter.rank * _widths(adapter, needs_input=layer > first)
+        for target in adapter.targets if layer in adapter.layers else ():
+            columns = adapter.rank * (after if target.follows_attention else num_tokens)
+            needs_input = layer > first or target is not adapter.targets[0]
+            low_rank += 2 * columns * _widths(adapter.method_spec, target, needs_input=needs_input)
     head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(matmuls, attention, low_rank, head)
 
 
-def sample_flops(
-    shape: ModelShape, adapter: AdapterConfig, *, num_tokens: int, squared_lengths: int, num_supervised: int
-) -> int:
-    """The operations of training on samples. Padding does not count, so packing and layouts change nothing.
+class Samples(Protocol):
+    """What counts of samples of s tokens each."""
 
-    Args:
-        num_tokens, squared_lengths, num_supervised: sums of s, s^2 and supervised tokens over samples of length s.
-    """
+    @property
+    def num_tokens(self) -> int:
+        """The sum of s."""
+
+    @property
+    def squared_lengths(self) -> int:
+        """The sum of s^2."""
+
+    @property
+    def num_supervised(self) -> int:
+        """The number of labels."""
+
+
+def sample_flops(shape: ModelShape, adapter: AdapterConfig, samples: Samples) -> int:
+    """The operations of training on samples. Padding does not count, so packing and layouts change nothing."""
     return step_flops(
         shape,
         adapter,
-        num_tokens=num_tokens,
-        squared_lengths=squared_lengths,
-        num_after=num_supervised,
-        num_supervised=num_supervised,
+        num_tokens=samples.num_tokens,
+        squared_lengths=samples.squared_lengths,
+        num_after=samples.num_supervised,
+        num_supervised=samples.num_supervised,
     ).total
 
 
-def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
-    """The summed widths of the adapter's matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
-    method, summed = adapter.method_spec, 0
-    for target in adapter.targets:
-        d, o = target.in_size, target.out_size
-        rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
-        columns = o if needs_input or method.A.trained else 0
-        summed += (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)
-    return summed
+def _widths(method: Method, target: Target, *, needs_input: bool) -> int:
+    """The summed widths of a target's low-rank matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
+    d, o = target.in_size, target.out_size
+    rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
+    columns = o if needs_input or method.A.trained else 0
+    return (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)

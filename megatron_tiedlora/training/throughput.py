@@ -95,13 +95,7 @@ class Meter:
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
         """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
-        flops = sample_flops(
-            self.config,
-            self.adapter,
-            num_tokens=step.num_tokens,
-            squared_lengths=step.squared_lengths,
-            num_supervised=step.num_supervised,
-        )
+        flops = sample_flops(self.config, self.adapter, step)
         work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
         if self._is_warm:
             self._total = work if self._total is None else self._total + work
