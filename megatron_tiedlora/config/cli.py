@@ -12,7 +12,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
@@ -64,11 +64,15 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`. An unknown flag is a UserError with the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
+        reject_unknown(unknown, known=[option for action in self._actions for option in action.option_strings])
         return namespace
+
+
+def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:
+    """Raise UserError if there are `words` that belong to no flag. It names the nearest of the `known` flags."""
+    if words:
+        name = words[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
 
 
 def path_value(given: str) -> Path:

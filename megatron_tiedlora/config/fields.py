@@ -154,7 +154,7 @@ def _is_system_text(text: str) -> bool:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Validate flat names and values into settings of `kind`.
+    """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
 
     Raises:
         UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
@@ -163,7 +163,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
         if name not in kind.model_fields:
             raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
     try:
-        return kind(**values)
+        return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         raise UserError(_one_line(error, kind)) from None
     except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
@@ -179,6 +179,13 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
         hint = kind.missing.get(name)
         return f"--{name} is required" + (f": {hint}" if hint else "")
     return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def comma_separated(value: Any) -> Any:
+    """The parts of a text with commas between them, or one number, as a tuple; any other value is unchanged."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def shell_words(name: str, text: str | None) -> list[str]:

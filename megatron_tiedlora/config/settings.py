@@ -17,6 +17,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
+    comma_separated,
     optional_field,
     setting_field,
     validate_settings,
@@ -187,10 +188,8 @@ class Settings(CommandSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        filled = {name: value for name, value in values.items() if value is not None}
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        filled = dict(values)
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
@@ -206,13 +205,8 @@ class Settings(CommandSettings):
     @field_validator("layers", mode="before")
     @classmethod
     def _parse_layers(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return (value,)
-        if isinstance(value, str):
-            if value.strip().lower() in ("", "all", "none"):
-                return None
-            return tuple(part.strip() for part in value.split(","))
-        return value
+        whole = isinstance(value, str) and value.strip().lower() in ("", "all", "none")
+        return None if whole else comma_separated(value)
 
     @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume")
     @classmethod
