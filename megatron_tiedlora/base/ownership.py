@@ -255,14 +255,14 @@ def _put_token(
 ) -> None:
     """Rename `temporary`, which holds a token, to OWNER_FILE if the folder may be taken."""
     folder = temporary.parent
-    place = folder / OWNER_FILE
+    owned = folder / OWNER_FILE
     try:
-        os.link(temporary, place)  # fails if there is a token, even one that another host has just written
+        os.link(temporary, owned)  # fails if there is a token, even one that another host has just written
     except OSError:  # a token exists, or the file system has no hard links
         if not take_over:
             _reject_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
         before()
-        os.replace(temporary, place)
+        os.replace(temporary, owned)
     else:
         temporary.unlink()
     _remove_marks(folder)

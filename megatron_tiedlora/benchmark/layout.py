@@ -35,7 +35,7 @@ from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
@@ -104,7 +104,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
         built = build_model(plan, device, None, kernels=chosen.kernels)
     runner = start_engine(plan, built, device, None)
     loader = plan.training_loader(dataset, pad_id=pad_id)
-    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopRequests()), loader, chosen.description)
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:

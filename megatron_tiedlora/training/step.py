@@ -18,7 +18,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.engine.votes import StepVotes
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -44,7 +44,7 @@ class TrainStep:
 
     plan: RunPlan
     runner: Runner
-    stop: StopWatch
+    stop: StopRequests
     finished: int = 0
     long_seconds: float = LONG_STEP_SECONDS
     _seconds: float = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long

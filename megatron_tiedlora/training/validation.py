@@ -10,12 +10,12 @@ from megatron_tiedlora.data.loader import evaluation_batches, num_evaluation_bat
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
 
 
-def validation_loss(plan: RunPlan, runner: Runner, data: RunData, stop: StopWatch) -> float:
+def validation_loss(plan: RunPlan, runner: Runner, data: RunData, stop: StopRequests) -> float:
     """Mean loss over all supervised tokens of the validation split, the same on every rank.
 
     Raises:
