@@ -146,7 +146,7 @@ def _hidden_bytes(stage: StagePlan, num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Regions:
-    """Adds the messages of tensor-parallel regions. A linear that is sharded by rows enters one, the next one leaves it.
+    """Adds the messages of tensor-parallel regions: a column-parallel linear enters one, a row-parallel one leaves it.
 
     The backward pass mirrors the forward pass: through the end of a region it gathers, through its start it reduces.
     """

@@ -244,7 +244,7 @@ class Finding(Record):
     fix: str
 
 
-class Layout(Record):
+class ParallelConfig(Record):
     """The parallel configuration of the ranks, and where they meet."""
 
     num_ranks: int
@@ -256,7 +256,7 @@ class Layout(Record):
     backend: Backend | None = None
 
 
-class Report(Record):
+class DoctorReport(Record):
     """The whole examination, as --json writes it.
 
     Attributes:
@@ -268,7 +268,7 @@ class Report(Record):
     num_errors: int
     num_warnings: int
     route: Literal["ssh", "srun", "local"]
-    layout: Layout
+    layout: ParallelConfig
     hosts: list[HostReport]
     groups: list[GroupResult]
     skipped: str | None
