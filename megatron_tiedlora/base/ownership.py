@@ -227,22 +227,17 @@ def take_folder(
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     """Create the folder and its parents. Returns those that were created, the innermost first."""
-    missing: list[Path] = []
     made: list[Path] = []
     try:
-        for path in (folder, *folder.parents):
-            if path.is_dir():
-                break
-            missing.append(path)
-        for path in reversed(missing):
+        for path in (*reversed(folder.parents), folder):
+            if path.is_dir() and not (new and path == folder):
+                continue
             try:
                 path.mkdir()
                 made.insert(0, path)
             except FileExistsError:
                 if new and path == folder:
                     raise
-        if new and not missing:
-            raise FileExistsError(folder)
     except FileExistsError:
         raise
     except OSError as error:
@@ -250,9 +245,7 @@ def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     return tuple(made)
 
 
-def _put_token(
-    temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]
-) -> None:
+def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]) -> None:
     """Rename `temporary`, which holds a token, to OWNER_FILE if the folder may be taken."""
     folder = temporary.parent
     owned = folder / OWNER_FILE

@@ -12,15 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
@@ -50,9 +42,7 @@ def setting_field(
         flag: a second, shorter flag, for example a name that pydantic reserves for an attribute.
         constraints: pydantic constraints, such as `ge=1`.
     """
-    extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
-    if flag is not None:
-        extra["flag"] = flag
+    extra: dict[str, Any] = {"group": group, "choices": choices, "flag": flag}
     return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
 
 
@@ -68,13 +58,13 @@ def field_group(field: FieldInfo) -> str:
 
 def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
     """The choices that a field was declared with; None if only its type limits the values."""
-    choices = _extra(field).get("choices")
+    choices = _extra(field)["choices"]
     return None if choices is None else tuple(choices)
 
 
 def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
     """The flags that set a field on the command line. The first one is the field's name."""
-    flag = _extra(field).get("flag")
+    flag = _extra(field)["flag"]
     return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
 
 

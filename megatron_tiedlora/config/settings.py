@@ -102,9 +102,7 @@ class Settings(CommandSettings):
     layers: tuple[int, ...] | None = optional_field(
         "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
     )
-    init_std_a: float | None = optional_field(
-        "adapter", "init std of A (default: by method)", gt=0, le=1e3
-    )
+    init_std_a: float | None = optional_field("adapter", "init std of A (default: by method)", gt=0, le=1e3)
     init_std_b: float | None = optional_field(
         "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
     )
@@ -162,9 +160,7 @@ class Settings(CommandSettings):
     learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)
     weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
     warmup_steps: int = setting_field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
-    gradient_clipping: float = setting_field(
-        "optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0
-    )
+    gradient_clipping: float = setting_field("optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0)
     eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
     eval_metric: str = setting_field(
         "optimisation", "how to choose the best checkpoint: loss, or a metric of the task", "loss", min_length=1

@@ -60,12 +60,8 @@ def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: 
         longest: the tokens of the longest document; None means all.
     """
     layout, trained = stage.layout, sum(stage.trained)
-    attention = attention_memory(
-        stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens
-    )
-    of_gradients, of_moments, of_weights = (
-        layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3)
-    )
+    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
+    of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
     return StageMemory(
         base=layout.base_bytes(sum(stage.local_base)) / of_weights,
         adapter=FP32 * sum(stage.held) / of_weights,
