@@ -108,7 +108,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     arguments = (*(("--config", config) if config is not None else ()), *rest, *given)
     _, unknown = build_parser(Settings).parse_known_args(arguments)
     reject_unknown(unknown, known=[f"--{name}" for name in (*LaunchSettings.model_fields, *Settings.model_fields)])
-    settings, train = validate_settings(named, LaunchSettings), parse_settings(arguments)
+    settings, train = validate_settings(named, LaunchSettings), parse_settings(arguments, Settings)
     _check(settings, train)
     return LaunchCommand(settings, train, arguments)
 

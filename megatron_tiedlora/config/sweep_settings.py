@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import create_model, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
@@ -236,5 +236,4 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
 
 def read_sweep_yaml(path: str) -> dict[str, Any]:
     """The values in a YAML file with names of both sets. Raises UserError."""
-    own: dict[str, Any] = {name: (field.annotation, field) for name, field in SweepSettings.model_fields.items()}
-    return read_yaml(path, create_model("SweepFile", __base__=Settings, **own))  # only its names count
+    return read_yaml(path, {**Settings.model_fields, **SweepSettings.model_fields})
