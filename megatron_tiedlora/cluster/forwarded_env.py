@@ -156,9 +156,7 @@ def pdsh_word(word: str) -> str:
         UserError: it holds a line break or another control character.
     """
     if re.search(r"[\x00-\x1f\x7f]", word):
-        raise UserError(
-            f"{word!r}: pdsh does not pass on a line break; put the setting into a YAML file for --config"
-        )
+        raise UserError(f"{word!r}: pdsh does not pass on a line break; put the setting into a YAML file for --config")
     word = word.replace("%", "%%")
     if " " in word:
         return re.sub(r"([\\$`])", r"\\\1", word)

@@ -11,9 +11,7 @@ Rows = list[list[int]]
 Lengths = Sequence[int] | NDArray[np.int64]
 
 
-def pack(
-    lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1
-) -> list[Rows]:
+def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:
     """Return groups (micro-batches) of rows of indices into `lengths`; the longest rows come first.
 
     It is a pure function of its arguments. First-fit decreasing needs at most 11/9 of the minimum number of rows, plus

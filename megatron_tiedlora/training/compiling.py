@@ -81,9 +81,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     return ChosenKernels(EAGER, f"not compiled: {failure}")
 
 
-def compiled_kernels(
-    shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1
-) -> Kernels:
+def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:
     """The kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
 
     Raises:
