@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,8 +13,15 @@ def installed_versions(*libraries: str) -> dict[str, str]:
     """Versions of this package, of Python and of those `libraries` that are installed. Nothing is imported."""
     found = {"megatron_tiedlora": megatron_tiedlora.__version__, "python": platform.python_version()}
     for library in libraries:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:  # only a metric that was not requested needs it
-            continue
+        if number := _installed(library):  # the library of a metric that was not requested may be missing
+            found[library] = number
     return found
+
+
+@functools.cache
+def _installed(library: str) -> str | None:
+    """The version of an installed library; looking it up parses all that the library says of itself."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

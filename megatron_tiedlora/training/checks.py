@@ -30,12 +30,17 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
 class StepChecks:
     """The checks of one start of a run. All ranks call each method together."""
 
-    def __init__(self, runner: Runner, *, check_steps: int) -> None:
-        """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never)."""
+    def __init__(self, runner: Runner, *, check_steps: int, guarded_steps: int = GUARDED_STEPS) -> None:
+        """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never).
+
+        Args:
+            guarded_steps: the gradients of so many steps are watched (0: of none).
+        """
         self._runner = runner
         self._check_steps = check_steps
         self._steps = 0
-        self._guard: GradientGuard | None = GradientGuard(runner.adapter)
+        self._guarded_steps = guarded_steps
+        self._guard = GradientGuard(runner.adapter) if guarded_steps else None
 
     def before_step(self, step: int, *, ranks_missing: float = 0.0) -> None:
         """Check the gradients of `step`, before any parameter changes.
@@ -49,7 +54,7 @@ class StepChecks:
         self._steps += 1
         if self._guard is not None or ranks_missing:
             self._stop_where_missing(step)
-        if self._guard is None or self._steps < GUARDED_STEPS:
+        if self._guard is None or self._steps < self._guarded_steps:
             return
         largest = max_over_ranks(self._guard.largest())
         zero = [label for label, value in zip(self._guard.labels(), largest, strict=True) if value == 0]

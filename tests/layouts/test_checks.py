@@ -257,6 +257,7 @@ def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str
     engine = folder / f"{'-'.join(map(str, case.zero.values()))}.json"
     engine.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000000, **case.zero}}))
     short = {"max_steps": 4, "warmup_steps": 1, "eval_interval": 2, "save_interval": 2, "replica_check_steps": 1}
+    short["global_batch_size"] = 4
     settings = {**base, **short, "ds_config": str(engine), "tensor_parallel": tp, "pipeline_parallel": pp}
     return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True}
 

@@ -18,7 +18,7 @@ from megatron_tiedlora.training.run_data import prepare_data
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-FEWER = 4  # steps where not all cases of a test are run
+FEWER = 3  # steps where not all cases of a test are run
 LAYOUTS = [
     Layout(*sizes)
     for sizes in (

@@ -47,6 +47,8 @@ WHOLE = {"sequence_parallel": False}
 FULL = {"recompute": "full"}
 PACKED = {"packing": True, "micro_batch_size": 1, "global_batch_size": 24}
 ONE_LAYER = {"method": "lora", "layers": (3,)}
+# The third step is counted, and of other cases the first. In its first one, ZeRO-3 agrees on what it traces.
+LATER = {"steps_before": 2}
 
 # By name, what differs from the base settings. Data parallel is what is left of the ranks.
 CASES: dict[int, dict[str, dict[str, Any]]] = {
@@ -54,11 +56,11 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp zero0": {"ds_config": "zero0.json"},
         "dp zero1": {"ds_config": "zero1.json", "method": "vera"},
         "dp zero1, gradients larger than a bucket": {"ds_config": "small1", "method": "lora"},
-        "dp zero1, a bucket for each gradient": {"ds_config": "small1"},
+        "dp zero1, a bucket for each gradient": {**LATER, "ds_config": "small1"},
         "dp zero2": {"ds_config": "zero2.json"},
         "dp zero2, offloaded": {"ds_config": "zero2_offload.json", "method": "tl5"},
-        "dp zero3": {"ds_config": "zero3.json", "method": "vera"},
-        "dp zero3, base in parts": {"ds_config": "parted3"},
+        "dp zero3": {**LATER, "ds_config": "zero3.json", "method": "vera"},
+        "dp zero3, base in parts": {**LATER, "ds_config": "parted3"},
         "pp": {**PP},
         "pp zero0, one layer": {**PP, **ONE_LAYER, "ds_config": "zero0.json"},
         "pp, bf16": {**PP, "dtype": "bf16", "method": "tl5"},
@@ -70,7 +72,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp, short head": {**TP, "head_rows": 16, "ds_config": "zero0.json"},
         "tp, packed": {**TP, **PACKED},
         "dp zero2, packed": {**PACKED, "ds_config": "zero2.json"},
-        "pp, packed": {**PP, **PACKED},
+        "pp, packed": {**PP, **PACKED, **LATER},
         "tp, mutated": {**TP, "extra_message": True},
         "tp, long steps": {**TP, "long_steps": True},
         "tp vera": {**TP, "method": "vera", "layers": (2, 3, 5)},
@@ -81,13 +83,13 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x pp, packed": {**BOTH, **PACKED},
         "tp x dp, packed": {**TP, **PACKED, "ds_config": "zero2.json"},
         "tp x pp vera": {**BOTH, "method": "vera"},
-        "tp x pp whole": {**BOTH, **WHOLE},
+        "tp x pp whole": {**BOTH, **WHOLE, **LATER},
         "tp x pp, layer of the first stage": {**BOTH, "method": "lora", "layers": (2,)},
         "tp x pp, layer of the last stage": {**BOTH, **WHOLE, **FULL, "method": "lora", "layers": (5,)},
         "tp x pp, tied embeddings": {**BOTH, "model": "tied", "dtype": "bf16"},
         "tp x dp": {**TP, "ds_config": "zero2.json"},
         "tp x dp whole": {**TP, **WHOLE, "ds_config": "zero1.json", "method": "vera"},
-        "tp x dp, recompute": {**TP, **FULL, "ds_config": "zero0.json", "method": "tl5"},
+        "tp x dp, recompute": {**TP, **FULL, **LATER, "ds_config": "zero0.json", "method": "tl5"},
     },
 }
 MUTATED, LONG, ESTIMATED = "tp, mutated", "tp, long steps", "dp zero3, base in parts"
@@ -200,7 +202,7 @@ def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
         stage = plan.grid.pp_rank
         assert memory[stage]["base weights"] == bytes_in_words(counted.base_bytes)
         if plan.grid.dp_rank == 0:
-            traffic, most = found.predicted(rank, after_steps=0)
+            traffic, most = found.predicted(rank)
             expected = {group: traffic.of_group(group) for group in GROUPS}
             texts = {group: f"{n:,} / {bytes_in_words(size)}" for group, (n, size) in expected.items() if n}
             texts |= {DATA: f"at most {bytes_in_words(most)}"} if plan.grid.dp_size > 1 else {}

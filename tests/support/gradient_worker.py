@@ -53,7 +53,12 @@ class Case:
     @property
     def counted(self) -> bool:
         """Whether messages are counted, which doubles the time."""
-        return self.recompute == "none" or self.method in ("lora", "tl6")
+        return not self.packed and (self.recompute == "none" or self.method in ("lora", "tl6"))
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the last micro-batch goes through the stages once more, for its logits."""
+        return self.method == "tl6" and self.recompute == "none"
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -139,7 +144,7 @@ class Outcome:
         parts: gradients of the tied factors before their sum over stages.
         frozen_gradients: names of frozen tensors with a gradient; must be none.
         input_gradients: largest entry of the gradients that went to the stage before, one a micro-batch.
-        logits: of the last micro-batch, on the last stage, without labels.
+        logits: of the last micro-batch, on the last stage, without labels, where the case gives them.
         traffic: of the forward and backward passes, where the case is counted.
         tied_traffic: of the sum over stages.
     """
@@ -233,7 +238,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
         parts=before,
         frozen_gradients=[name for name, p in stage.named_parameters() if not p.requires_grad and p.grad is not None],
         input_gradients=input_gradients,
-        logits=walk.logits(batches[-1]),
+        logits=walk.logits(batches[-1]) if case.gives_logits else None,
         traffic=counter.traffic,
         tied_traffic=tied_counter.traffic,
     )

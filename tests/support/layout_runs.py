@@ -53,7 +53,7 @@ def settings_of(model: Path, folder: Path) -> dict[str, Any]:
     return {
         "model": str(model),
         "train_file": str(write_uneven_data(folder / "train.jsonl")),
-        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=2, seed=1)),
         "ds_config": str(engine_json(folder, 1)),
         "dtype": "fp32",
         "rank": 3,

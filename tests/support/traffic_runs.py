@@ -12,7 +12,7 @@ import pytest
 from engine_runs import write_uneven_data
 from forked_ranks import run_on_ranks
 from tiny_models import write_tiny_model
-from traffic_worker import UNCOUNTED_STEPS, Case, Counted, count_steps
+from traffic_worker import Case, Counted, count_steps
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
@@ -38,11 +38,11 @@ class Ran:
         """The rank's plan, made without starting it."""
         return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
 
-    def predicted(self, rank: int, *, after_steps: int = UNCOUNTED_STEPS) -> tuple[Traffic, int]:
+    def predicted(self, rank: int) -> tuple[Traffic, int]:
         """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
         plan = self.plan(rank)
         data = prepare_data(plan, progress=False).train
-        batch = plan.global_batch(data, consumed_samples=after_steps * plan.batches.global_batch_size)
+        batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
         shapes = plan.micro_batches(data, batch)
         return step_traffic(plan.stage, shapes), engine_bytes(plan.stage, num_micro_batches=len(shapes))
 

@@ -1,7 +1,6 @@
 """One rank of a traffic test: trains real steps through the package's own road and counts what one of them sends.
 
-`count_steps` runs on every rank (see forked_ranks.py) and takes cases one after another. The first steps, in which
-gradients are checked, are not counted.
+`count_steps` runs on every rank (see forked_ranks.py) and takes cases one after another.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch import distributed
 
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 
-UNCOUNTED_STEPS = 2  # as many as the gradient guard watches; replica checks are switched off by the settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Case:
         extra_message: put one more all-reduce into every block's forward pass.
         head_rows: in place of layer_specs.HEAD_ROWS.
         long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
+        steps_before: steps that are not counted, with the run's checks of gradients. Without them, nothing is checked.
         early_stop: False to let recompute go on when all that the backward pass needs is there again.
     """
 
@@ -37,6 +36,7 @@ class Case:
     head_rows: int | None = None
     long_steps: bool = False
     early_stop: bool = True
+    steps_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.data.tokenizer import padding_id
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build
+    from megatron_tiedlora.training.checks import GUARDED_STEPS, StepChecks
     from megatron_tiedlora.training.plan import plan_run
     from megatron_tiedlora.training.run_data import prepare_data
     from megatron_tiedlora.training.step import TrainStep
@@ -85,7 +86,9 @@ def _count(case: Case, device: torch.device) -> Counted:
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
         train_step = TrainStep(plan, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf)
         loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
-        for _ in range(UNCOUNTED_STEPS):
+        assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
+        train_step.checks = StepChecks(runner, check_steps=0, guarded_steps=case.steps_before)
+        for _ in range(case.steps_before):
             train_step.run(next(loader))
         step = next(loader)
         with TrafficCounter(named_handles(runner.groups)) as counter:
