@@ -1,25 +1,20 @@
-"""Starts engine_worker.py on some ranks and reads back what it did; and the oracle's answer to the same case."""
+"""Runs cases of the engine on some ranks and reads back what they did; and the oracle's answer to the same case."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import runpy
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_worker import run_cases
+from forked_ranks import run_on_ranks
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
 from oracle_training import OracleBatch, OracleRun, oracle_train
-from ranks import ENVIRONMENT, fork_server, free_port, start_and_join
 from safetensors.torch import load_file, save_file
-
-WORKER = Path(__file__).with_name("engine_worker.py")
 
 
 @dataclass(frozen=True)
@@ -62,28 +57,7 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int) -> list
     """Run all cases in one start of `ranks` processes; a hang or a failing rank fails the test with its output."""
     for index, case in enumerate(cases):
         case["output"] = str(folder / f"case{index}")
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    environment = {
-        **ENVIRONMENT,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "MEGATRON_TIEDLORA_CACHE": str(folder / "cache"),
-    }
-    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
-    workers = [
-        fork_server().Process(
-            target=_be_worker,
-            args=(str(file), {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(logs[rank])),
-            daemon=True,
-        )
-        for rank in range(ranks)
-    ]
-    codes = start_and_join(workers)
-    if any(codes):
-        tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
-        raise AssertionError(f"ranks ended with {codes}:\n{tails}")
+    run_on_ranks(run_cases, cases, str(folder), ranks=ranks, folder=folder / "ranks")
     return [_read(Path(case["output"]), ranks) for case in cases]
 
 
@@ -104,21 +78,6 @@ class SharedStarts:
         if isinstance(start, AssertionError):
             raise start
         return start
-
-
-def _be_worker(file: str, environment: dict[str, str], log: str) -> None:
-    """engine_worker.py as a script, in a process that has been forked for it."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    os.environ.update(environment)
-    sys.argv = [str(WORKER), file]
-    try:
-        runpy.run_path(str(WORKER), run_name="__main__")
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # at once: another rank may wait for this one, and then so would the end of the group
 
 
 def _read(folder: Path, ranks: int) -> EngineRun:

@@ -1,6 +1,4 @@
-"""One rank of an engine test: runs cases given as JSON through the package's own road, one after another.
-
-    python engine_worker.py cases.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
+"""One rank of an engine test: runs cases through the package's own road, one after another (see forked_ranks.py).
 
 A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}, and
 "faults": what to break before the model is built (see fault_patches.py); "may_fail": whether a run that ends with a
@@ -10,17 +8,16 @@ metrics.jsonl and adapter.safetensors in the output folder, every rank its own p
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fault_patches import apply_faults
+from forked_ranks import join_as_launched
+from torch import distributed
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
-from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
 
 
 def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:
@@ -70,11 +67,11 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     runner.engine.destroy()
 
 
-def main() -> None:
-    prepare_environment()
-    rank, world_size = rank_and_world_size()
-    device = join_process_group(2.0, expected_ranks=world_size)
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+def run_cases(cases: Sequence[dict[str, Any]], folder: str) -> None:
+    """All cases on this rank, which finds tokenised samples in `folder`."""
+    device = join_as_launched(folder)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    for case in cases:
         with apply_faults(case.get("faults", [])):
             try:
                 run_case(case, rank, world_size, device)
@@ -82,8 +79,3 @@ def main() -> None:
                 if not case.get("may_fail"):
                     raise
                 Path(case["output"], f"failure{rank}.txt").write_text(str(error))
-    leave_process_group()
-
-
-if __name__ == "__main__":
-    main()

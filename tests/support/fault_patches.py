@@ -46,9 +46,7 @@ def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
     make = checks.__init__
 
     def without(made: Any, *positional: Any, **keywords: Any) -> None:
-        make(made, *positional, **keywords)
-        made._guard.remove()
-        made._guard = None
+        make(made, *positional, **{**keywords, "guarded_steps": 0})
 
     patch.setattr(checks, "__init__", without)
 

@@ -1,4 +1,4 @@
-"""Runs a function on some ranks that are joined by gloo and nothing else: no engine, no launcher, no training.
+"""Runs a function on some ranks that are joined by gloo, without a launcher. What it does there is its own affair.
 
 Ranks are forked from the clean process of ranks.py. They meet in a file, every start in one of its own; a hang, or a
 rank that fails, fails the test with what the ranks printed.
@@ -7,6 +7,7 @@ rank that fails, fails the test with what the ranks printed.
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import fork_server, start_and_join
+from ranks import fork_server, redirect_output, start_and_join
 from torch import distributed
 
 from megatron_tiedlora.parallel.grid import Grid
@@ -30,26 +31,28 @@ def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: 
     ]
     codes = start_and_join(processes)
     if any(codes):
-        errors = "\n".join(
-            f"--- rank {rank}\n{file.read_text()[-3000:]}"
-            for rank in range(ranks)
-            if (file := folder / f"rank{rank}.error").exists()
-        )
-        raise AssertionError(f"ranks ended with {codes}\n{errors}")
+        logs = (f"--- rank {rank}\n{_log(folder, rank).read_text(errors='replace')[-3000:]}" for rank in range(ranks))
+        raise AssertionError(f"ranks ended with {codes}\n" + "\n".join(logs))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    redirect_output(_log(Path(folder), rank))
     try:
         distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
         )
         torch.save(work(*arguments), f"{folder}/rank{rank}.pt")
     except BaseException:
-        Path(folder, f"rank{rank}.error").write_text(traceback.format_exc())
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)  # at once: another rank may wait for this one, and then so would the end of the group
     distributed.destroy_process_group()
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
 
 
 def group_of(ranks: list[int]) -> RankGroup:

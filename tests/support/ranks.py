@@ -1,6 +1,6 @@
 """What every start of ranks shares: the server that they are forked from, their environment, ports and the time limit.
 
-run_helpers.py runs scripts in such processes, forked_ranks.py functions that gloo joins, engine_runs.py engine cases.
+run_helpers.py runs scripts in such processes, as a launcher would, and forked_ranks.py functions that gloo joins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from folders import SUPPORT
@@ -59,6 +60,17 @@ def _changed_environment(changes: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def redirect_output(out: Path, err: Path | None = None) -> None:
+    """In a forked process: stdout goes to one file, and stderr to another or to the same."""
+    for number, path in ((1, out), (2, err)):
+        if path is not None:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+    if err is None:
+        os.dup2(1, 2)
 
 
 def start_and_join(processes: Sequence[Any]) -> list[int | str]:

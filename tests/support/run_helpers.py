@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 from folders import ROOT, SUPPORT
-from ranks import ENVIRONMENT, LAUNCHER_VARIABLES, TIME_LIMIT, fork_server, free_port
+from ranks import ENVIRONMENT, LAUNCHER_VARIABLES, TIME_LIMIT, fork_server, free_port, redirect_output
 
 TRAIN = ROOT / "launch" / "train.py"
 EVALUATE = ROOT / "launch" / "evaluate.py"
@@ -238,10 +238,7 @@ def _be_rank(
     command: list[str], environment: dict[str, str], folder: str, out: str, err: str, prelude: Prelude | None
 ) -> None:
     os.setsid()
-    for path, number in ((out, 1), (err, 2)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
+    redirect_output(Path(out), Path(err))
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(environment)

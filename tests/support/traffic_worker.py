@@ -18,7 +18,6 @@ from torch import distributed
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A run of which one step is counted.
