@@ -32,7 +32,6 @@ from megatron_tiedlora.data.loader import TrainingLoader, TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
-from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -41,7 +40,7 @@ from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed
+from megatron_tiedlora.training.throughput import find_peak, peak_memory_bytes, timed, training_flops
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _step_figures(
     plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The figures of the step on all ranks together."""
-    flops = sample_flops(plan.source.shape, plan.adapter, step)
+    flops = training_flops(plan.source.shape, plan.adapter, step)
     matmul = sum(member["matmul_flops_per_second"] for member in ranks)
     figures: dict[str, Any] = {
         "micro_batches": len(step.micro_batches),

@@ -23,10 +23,9 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.flops import sample_flops
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.plan import RunPlan
-from megatron_tiedlora.training.throughput import timed
+from megatron_tiedlora.training.throughput import timed, training_flops
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 
@@ -112,7 +111,7 @@ def _ours(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) 
         loss: torch.Tensor = stage(tokens, position_ids, on_device, documents=batch.documents)
         return loss / step.num_supervised
 
-    flops = sample_flops(source.shape, plan.adapter, step)
+    flops = training_flops(source.shape, plan.adapter, step)
     return Side(stage, step.micro_batches, forward, device, flops, chosen.description)
 
 

@@ -8,7 +8,6 @@ all that follows the last attention), below the first adapted layer, and if a fa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
@@ -62,34 +61,6 @@ def step_flops(
             low_rank += 2 * columns * _widths(adapter.method_spec, target, needs_input=needs_input)
     head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(matmuls, attention, low_rank, head)
-
-
-class Samples(Protocol):
-    """What counts of samples of s tokens each."""
-
-    @property
-    def num_tokens(self) -> int:
-        """The sum of s."""
-
-    @property
-    def squared_lengths(self) -> int:
-        """The sum of s^2."""
-
-    @property
-    def num_supervised(self) -> int:
-        """The number of labels."""
-
-
-def sample_flops(shape: ModelShape, adapter: AdapterConfig, samples: Samples) -> int:
-    """The operations of training on samples. Padding does not count, so packing and layouts change nothing."""
-    return step_flops(
-        shape,
-        adapter,
-        num_tokens=samples.num_tokens,
-        squared_lengths=samples.squared_lengths,
-        num_after=samples.num_supervised,
-        num_supervised=samples.num_supervised,
-    ).total
 
 
 def _widths(method: Method, target: Target, *, needs_input: bool) -> int:

@@ -25,7 +25,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.planning.flops import sample_flops
+from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.training.plan import RunPlan
 
 # Dense bf16 TFLOP/s (half of the rate with sparsity) from the vendor's data sheets, by words of the device's name. The
@@ -77,6 +77,18 @@ class _Work:
         )
 
 
+def training_flops(shape: ModelShape, adapter: AdapterConfig, step: TrainingStep) -> int:
+    """The operations of training on a step's samples. Padding does not count, so packing and layouts change nothing."""
+    return step_flops(
+        shape,
+        adapter,
+        num_tokens=step.num_tokens,
+        squared_lengths=step.squared_lengths,
+        num_after=step.num_supervised,
+        num_supervised=step.num_supervised,
+    ).total
+
+
 @dataclass
 class Meter:
     """Rates of each step, and of all steps of this start except the first, which warms up.
@@ -95,7 +107,7 @@ class Meter:
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
         """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
-        flops = sample_flops(self.config, self.adapter, step)
+        flops = training_flops(self.config, self.adapter, step)
         work = _Work(step.num_tokens, step.num_supervised, step.num_positions, flops, seconds)
         if self._is_warm:
             self._total = work if self._total is None else self._total + work
