@@ -86,6 +86,7 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     for shape in micro_batches:
         if layout.tp_size > 1:
             _add_layers(traffic, stage, shape)
+            # once for any number of layers: a target's A, and the sum of its gradient
             for name in filter(stage.part.is_gathered, stage.part.config.tensors):
                 size = FP32 * stage.local_size(name) * layout.tp_size
                 traffic.add(TENSOR, "all-gather", size)
@@ -164,7 +165,7 @@ class _Regions:
             self._add("all-gather", num_tokens, columns)
 
     def reduce(self, num_tokens: int, *, columns: int = 0) -> None:
-        """Leave a region, or go back through its start. Without sharded sequences a rank has `columns` already."""
+        """Leave a region, or go back through its start. `columns` are only sent if sequences are sharded."""
         if self.stage.layout.sequence_parallel:
             self._add("reduce-scatter", num_tokens, columns)
         else:
