@@ -18,7 +18,7 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.runtime.ending import End, reported_end
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     settings = parse_settings(argv, EvaluateSettings)
     prepare_environment()
     rank, world_size = rank_and_world_size()
-    stop = StopWatch()
+    stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         end.unsaved = "nothing was written"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     return end.status
 
 
-def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopWatch, end: End) -> None:
+def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds. So --help and a wrong flag do not wait for it, and signals are
     # already handled.
     from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder

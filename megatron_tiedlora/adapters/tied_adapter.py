@@ -140,6 +140,10 @@ class AdapterPart:
             shape = (len(self.layers), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
+    def is_gathered(self, name: str) -> bool:
+        """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""
+        return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None
+
     def shard(self, name: str, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
         rows = full if self.config.factor(name).tied else full[self.rows]

@@ -128,7 +128,6 @@ class GradientGuard:
 
     def __init__(self, adapter: TiedAdapter) -> None:
         self._part = adapter.part
-        self._seen: set[str] = set()
         self._trained = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
         self._largest: dict[str, torch.Tensor] = {}
         self._hooks = [
@@ -138,7 +137,6 @@ class GradientGuard:
         ]
 
     def _look(self, name: str, gradient: torch.Tensor) -> None:
-        self._seen.add(name)
         per_layer = gradient.detach().abs() if not self._is_tied(name) else gradient.detach().abs()[None]
         largest = per_layer.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
         before = self._largest.get(name)
@@ -149,7 +147,7 @@ class GradientGuard:
 
     def missing(self) -> list[str]:
         """The trained tensors of this rank that have had no gradient so far."""
-        return [name for name in self._trained if name not in self._seen] if self._part.layers else []
+        return [name for name in self._trained if name not in self._largest] if self._part.layers else []
 
     def labels(self) -> list[str]:
         """The names for the numbers of `largest`: tied tensors, and per-layer ones by layer; the same on every rank."""

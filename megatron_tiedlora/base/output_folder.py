@@ -15,13 +15,13 @@ from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folde
 from megatron_tiedlora.base.paths import user_path
 
 
-def check_place(path: Path, *, given: str) -> None:
+def check_writable(path: Path, *, given: str) -> None:
     """Raise UserError if the folder `path` cannot be created or written. `given` is the value of --output_dir."""
-    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not place.is_dir():
-        raise UserError(f"--output_dir {given}: {place} is a file; give a folder")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--output_dir {given}: {place} is not writable; give another folder")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {given}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {given}: {existing} is not writable; give another folder")
 
 
 def reject_links(*folders: Path) -> None:
@@ -121,19 +121,19 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
     """
     if given is not None:
         path = user_path(given)
-        check_place(path, given=given)
+        check_writable(path, given=given)
         path = path.resolve() if path.is_dir() else path  # the target of a link
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"--output_dir {given} holds other files; give a new folder")
         reject_existing(path, flag=f"--output_dir {given}")
         if os.path.ismount(path):
             raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
-        check_place(path.parent, given=given)  # the output is written beside it first
+        check_writable(path.parent, given=given)  # the output is written beside it first
         return take_output(path, take_over=take_over)
     path, number = Path(parent) / name, 2
     while True:
         if not os.path.lexists(path):
-            check_place(path, given=str(path))
+            check_writable(path, given=str(path))
             with suppress(FolderTaken):
                 return take_output(path)
         path, number = Path(parent) / f"{name}-{number}", number + 1

@@ -227,22 +227,17 @@ def take_folder(
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     """Create the folder and its parents. Returns those that were created, the innermost first."""
-    missing: list[Path] = []
     made: list[Path] = []
     try:
-        for path in (folder, *folder.parents):
-            if path.is_dir():
-                break
-            missing.append(path)
-        for path in reversed(missing):
+        for path in (*reversed(folder.parents), folder):
+            if path.is_dir() and not (new and path == folder):
+                continue
             try:
                 path.mkdir()
                 made.insert(0, path)
             except FileExistsError:
                 if new and path == folder:
                     raise
-        if new and not missing:
-            raise FileExistsError(folder)
     except FileExistsError:
         raise
     except OSError as error:
@@ -250,19 +245,17 @@ def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
     return tuple(made)
 
 
-def _put_token(
-    temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]
-) -> None:
+def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, before: Callable[[], None]) -> None:
     """Rename `temporary`, which holds a token, to OWNER_FILE if the folder may be taken."""
     folder = temporary.parent
-    place = folder / OWNER_FILE
+    owned = folder / OWNER_FILE
     try:
-        os.link(temporary, place)  # fails if there is a token, even one that another host has just written
+        os.link(temporary, owned)  # fails if there is a token, even one that another host has just written
     except OSError:  # a token exists, or the file system has no hard links
         if not take_over:
             _reject_owned(folder, now=temporary.stat().st_mtime, resumes=resumes, hint=hint)
         before()
-        os.replace(temporary, place)
+        os.replace(temporary, owned)
     else:
         temporary.unlink()
     _remove_marks(folder)

@@ -1,11 +1,11 @@
-"""Wording that several packages share: sizes, the first line of a library's error, and the nearest known name."""
+"""How messages word sizes, times, counts, lists of names, the first line of a library's error, and the nearest name."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-_LONGEST_NAME = 200
+_LONGEST_NAME, _MOST_NAMES = 200, 8
 
 
 def bytes_in_words(size: float) -> str:
@@ -28,3 +28,23 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
         return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """`a, b and c`; a long list is cut to its first names and the number of the others."""
+    if len(names) > _MOST_NAMES:
+        return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def time_text(seconds: float) -> str:
+    """Seconds with the unit that fits: `85 us`, `3.2 ms`, `1.5 s`."""
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def count_text(number: int, noun: str) -> str:
+    """`1 host`, `2 hosts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

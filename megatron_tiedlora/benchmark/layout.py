@@ -34,7 +34,7 @@ from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_rank
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles
 from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
 from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model, start_engine
 from megatron_tiedlora.training.checks import GUARDED_STEPS
 from megatron_tiedlora.training.compiling import choose_kernels
@@ -103,7 +103,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
         built = build_model(plan, device, None, kernels=chosen.kernels)
     runner = start_engine(plan, built, device, None)
     loader = plan.training_loader(dataset, pad_id=pad_id)
-    return Started(plan, dataset, runner, TrainStep(plan, runner, StopWatch()), loader, chosen.description)
+    return Started(plan, dataset, runner, TrainStep(plan, runner, StopRequests()), loader, chosen.description)
 
 
 def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
 def _step_figures(
     plan: RunPlan, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The figures of the step over all ranks."""
+    """The figures of the step on all ranks together."""
     flops = training_flops(plan.source.shape, plan.adapter, step)
     matmul = sum(member["matmul_flops_per_second"] for member in ranks)
     figures: dict[str, Any] = {

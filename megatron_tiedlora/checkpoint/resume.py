@@ -18,14 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.atomic import (
-    Guard,
-    discard,
-    new_folder,
-    unguarded,
-    write_json,
-    write_text,
-)
+from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, read_fields, read_json_object
 from megatron_tiedlora.base.text_files import read_small_text

@@ -48,7 +48,7 @@ def launch(argv: Sequence[str], *, scripts: Path, times: Times = _TIMES) -> int:
     command, environment = parse_launch(argv), dict(os.environ)
     settings = command.settings
     launcher, route, hosts = choose_hosts(settings, environment)
-    check_layout(command.train, num_ranks(hosts))
+    check_num_ranks(command.train, num_ranks(hosts))
     chosen = choose_run_folder(command.train.output_dir, name=run_name(command.train), resume=command.train.resume)
     folder = RunFolder(chosen.path.absolute())
     private = Path(tempfile.mkdtemp(prefix="megatron_tiedlora-"))  # only this user can read it
@@ -120,7 +120,7 @@ def _allocation(settings: LaunchSettings, environment: Mapping[str, str]) -> tup
     return slurm_hosts({name: value for name, value in environment.items() if name != "SLURM_PROCID"})
 
 
-def check_layout(train: Settings, ranks: int) -> None:
+def check_num_ranks(train: Settings, ranks: int) -> None:
     """Raise UserError if layout or batch do not divide the number of ranks; called before anything is started."""
     grid = Grid(0, ranks, tp_size=train.tensor_parallel, pp_size=train.pipeline_parallel)
     plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)

@@ -35,12 +35,7 @@ def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int
 
 
 def plan_batches(
-    global_batch_size: int,
-    micro_batch_size: int | None,
-    data_parallel: int,
-    *,
-    max_rows: int = 1,
-    min_steps: int = 1,
+    global_batch_size: int, micro_batch_size: int | None, data_parallel: int, *, max_rows: int = 1, min_steps: int = 1
 ) -> BatchPlan:
     """Divide `global_batch_size` samples over `data_parallel` ranks.
 

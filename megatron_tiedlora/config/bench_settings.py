@@ -11,6 +11,7 @@ from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.config.fields import (
     CommandSettings,
+    comma_separated,
     field_group,
     optional_field,
     setting_field,
@@ -127,10 +128,8 @@ class BenchSettings(CommandSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        given = {name: value for name, value in values.items() if value is not None}
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = dict(values)
         groups = {name: field_group(cls.model_fields[name]) for name in given if name in cls.model_fields}
         asks_for_layout = "layout" in groups.values() and "against" not in given
         what = given.setdefault("what", "layout" if asks_for_layout else "step")
@@ -145,12 +144,7 @@ class BenchSettings(CommandSettings):
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
-    @field_validator("layers", "lengths", "ranks", "shares", mode="before")
-    @classmethod
-    def _split_values(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return (value,) if isinstance(value, int | float) else value
+    _split_values = field_validator("layers", "lengths", "ranks", "shares", mode="before")(comma_separated)
 
     @model_validator(mode="after")
     def _check(self) -> BenchSettings:

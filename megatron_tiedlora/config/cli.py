@@ -1,7 +1,5 @@
-"""Makes settings from the command line and a YAML file. argparse reads, pydantic checks, the command line wins.
-
-It works for the settings of any command; those of launch/train.py (`Settings`) are the default.
-"""
+"""Makes a command's settings from its command line and a YAML file. argparse reads, pydantic checks, the command line
+wins."""
 
 from __future__ import annotations
 
@@ -12,10 +10,10 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
@@ -29,7 +27,6 @@ from megatron_tiedlora.config.fields import (
     field_group,
     validate_settings,
 )
-from megatron_tiedlora.config.settings import Settings
 
 # Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
@@ -70,11 +67,15 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`. An unknown flag is a UserError with the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
+        reject_unknown(unknown, known=[option for action in self._actions for option in action.option_strings])
         return namespace
+
+
+def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:
+    """Raise UserError if there are `words` that belong to no flag. It names the nearest of the `known` flags."""
+    if words:
+        name = words[0].split("=")[0]
+        raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
 
 
 def path_value(given: str) -> Path:
@@ -100,7 +101,7 @@ def _value_kind(annotation: Any) -> tuple[str, tuple[str, ...] | None]:
     return {int: "N", float: "X"}.get(kind, "TEXT"), None
 
 
-def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
+def build_parser(kind: type[CommandSettings]) -> CommandParser:
     """The parser of a command, with one flag per setting in the groups of `kind`."""
     parser = CommandParser(
         prog=kind.prog,
@@ -124,8 +125,8 @@ def build_parser(kind: type[CommandSettings] = Settings) -> CommandParser:
     return parser
 
 
-def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, Any]:
-    """The mapping in a YAML file of settings. Raises UserError naming the file, and the line if known."""
+def read_yaml(path: str, known: Collection[str]) -> dict[str, Any]:
+    """The values in a YAML file by the `known` names of settings. Raises UserError naming the file, and the line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
@@ -135,21 +136,13 @@ def read_yaml(path: str, kind: type[CommandSettings] = Settings) -> dict[str, An
     for name in content:
         if name in _COMMAND_LINE_ONLY:
             raise UserError(f"{path}: {name} is not read from a file; give --{name} on the command line")
-        if name not in kind.model_fields:
-            near = nearest_name(name, kind.model_fields) if isinstance(name, str) else ""
+        if name not in known:
+            near = nearest_name(name, known) if isinstance(name, str) else ""
             raise UserError(f"{path}: unknown setting {shown(name)}{near}")
     return content
 
 
-@overload
-def parse_settings(argv: Sequence[str]) -> Settings: ...
-
-
-@overload
-def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings: ...
-
-
-def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) -> CommandSettings:
+def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     """Settings of `kind`: the command line wins over the file of --config, which wins over the defaults.
 
     Raises:
@@ -159,7 +152,7 @@ def parse_settings(argv: Sequence[str], kind: type[CommandSettings] = Settings) 
     values.pop("local_rank")
     config = values.pop("config")
     given = {name: value for name, value in values.items() if value is not None}
-    read = read_yaml(config, kind) if config else {}
+    read = read_yaml(config, kind.model_fields) if config else {}
     with naming_file(config, read.keys() - given.keys()):
         return validate_settings({**read, **given}, kind)
 

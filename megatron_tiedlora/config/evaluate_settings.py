@@ -87,10 +87,8 @@ class EvaluateSettings(CommandSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        filled = {name: value for name, value in values.items() if value is not None}
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        filled = dict(values)
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"

@@ -12,15 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
@@ -50,9 +42,7 @@ def setting_field(
         flag: a second, shorter flag, for example a name that pydantic reserves for an attribute.
         constraints: pydantic constraints, such as `ge=1`.
     """
-    extra: dict[str, Any] = {"group": group, **({"choices": list(choices)} if choices is not None else {})}
-    if flag is not None:
-        extra["flag"] = flag
+    extra: dict[str, Any] = {"group": group, "choices": choices, "flag": flag}
     return Field(default=default, description=help_text, json_schema_extra=extra, **constraints)
 
 
@@ -68,13 +58,13 @@ def field_group(field: FieldInfo) -> str:
 
 def field_choices(field: FieldInfo) -> tuple[str, ...] | None:
     """The choices that a field was declared with; None if only its type limits the values."""
-    choices = _extra(field).get("choices")
+    choices = _extra(field)["choices"]
     return None if choices is None else tuple(choices)
 
 
 def field_flags(name: str, field: FieldInfo) -> tuple[str, ...]:
     """The flags that set a field on the command line. The first one is the field's name."""
-    flag = _extra(field).get("flag")
+    flag = _extra(field)["flag"]
     return (f"--{name}", *(() if flag is None else (f"--{flag}",)))
 
 
@@ -154,7 +144,7 @@ def _is_system_text(text: str) -> bool:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Validate flat names and values into settings of `kind`.
+    """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
 
     Raises:
         UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
@@ -163,7 +153,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
         if name not in kind.model_fields:
             raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
     try:
-        return kind(**values)
+        return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         raise UserError(_one_line(error, kind)) from None
     except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
@@ -179,6 +169,13 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
         hint = kind.missing.get(name)
         return f"--{name} is required" + (f": {hint}" if hint else "")
     return f"--{name} {as_given(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def comma_separated(value: Any) -> Any:
+    """The parts of a text with commas between them, or one number, as a tuple; any other value is unchanged."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def shell_words(name: str, text: str | None) -> list[str]:

@@ -9,16 +9,15 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.wording import nearest_name
-from megatron_tiedlora.config.cli import build_parser, parse_settings
+from megatron_tiedlora.config.cli import build_parser, parse_settings, reject_unknown
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
     optional_field,
     setting_field,
     shell_words,
+    validate_settings,
 )
-from megatron_tiedlora.config.fields import validate_settings as validate
 from megatron_tiedlora.config.settings import Settings
 
 _LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
@@ -107,18 +106,11 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
     named = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     config = named.pop("config", None)
     arguments = (*(("--config", config) if config is not None else ()), *rest, *given)
-    _reject_unknown(arguments)
-    settings, train = validate(named, LaunchSettings), parse_settings(arguments)
+    _, unknown = build_parser(Settings).parse_known_args(arguments)
+    reject_unknown(unknown, known=[f"--{name}" for name in (*LaunchSettings.model_fields, *Settings.model_fields)])
+    settings, train = validate_settings(named, LaunchSettings), parse_settings(arguments, Settings)
     _check(settings, train)
     return LaunchCommand(settings, train, arguments)
-
-
-def _reject_unknown(arguments: Sequence[str]) -> None:
-    unknown = build_parser(Settings).parse_known_args(arguments)[1]
-    if unknown:
-        name = unknown[0].split("=")[0]
-        known = [f"--{known}" for known in (*LaunchSettings.model_fields, *Settings.model_fields)]
-        raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
 
 
 def _check(settings: LaunchSettings, train: Settings) -> None:

@@ -15,21 +15,10 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
-        **_COMMON,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": _shape(4096, 11008, 32, 32, 32),
-    "llama2-13b": _shape(5120, 13824, 40, 40, 40),
-    "llama2-70b": _shape(8192, 28672, 80, 64, 8),
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_ROWS = {
+    "llama2-7b": (4096, 11008, 32, 32, 32),
+    "llama2-13b": (5120, 13824, 40, 40, 40),
+    "llama2-70b": (8192, 28672, 80, 64, 8),
 }
+PRESETS = {name: {**_COMMON, **dict(zip(_SIZES, row, strict=True))} for name, row in _ROWS.items()}

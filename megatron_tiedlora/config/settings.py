@@ -17,6 +17,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     CommandSettings,
+    comma_separated,
     optional_field,
     setting_field,
     validate_settings,
@@ -101,9 +102,7 @@ class Settings(CommandSettings):
     layers: tuple[int, ...] | None = optional_field(
         "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
     )
-    init_std_a: float | None = optional_field(
-        "adapter", "init std of A (default: by method)", gt=0, le=1e3
-    )
+    init_std_a: float | None = optional_field("adapter", "init std of A (default: by method)", gt=0, le=1e3)
     init_std_b: float | None = optional_field(
         "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
     )
@@ -161,9 +160,7 @@ class Settings(CommandSettings):
     learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)
     weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
     warmup_steps: int = setting_field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
-    gradient_clipping: float = setting_field(
-        "optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0
-    )
+    gradient_clipping: float = setting_field("optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0)
     eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
     eval_metric: str = setting_field(
         "optimisation", "how to choose the best checkpoint: loss, or a metric of the task", "loss", min_length=1
@@ -187,10 +184,8 @@ class Settings(CommandSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        filled = {name: value for name, value in values.items() if value is not None}
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        filled = dict(values)
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
@@ -206,13 +201,8 @@ class Settings(CommandSettings):
     @field_validator("layers", mode="before")
     @classmethod
     def _parse_layers(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return (value,)
-        if isinstance(value, str):
-            if value.strip().lower() in ("", "all", "none"):
-                return None
-            return tuple(part.strip() for part in value.split(","))
-        return value
+        whole = isinstance(value, str) and value.strip().lower() in ("", "all", "none")
+        return None if whole else comma_separated(value)
 
     @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume")
     @classmethod

@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import create_model, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import nearest_name
-from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml
+from megatron_tiedlora.config.cli import build_parser, naming_file, read_yaml, reject_unknown
 from megatron_tiedlora.config.fields import (
     CommandSettings,
+    comma_separated,
     optional_field,
     setting_field,
     shell_words,
@@ -109,9 +110,7 @@ class SweepSettings(CommandSettings):
     @field_validator("methods", "ranks", "learning_rates", "single_layers", "tables_from", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.strip().lower() != "paper":
-            return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
-        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return value if isinstance(value, str) and value.strip().lower() == "paper" else comma_separated(value)
 
     @model_validator(mode="after")
     def _check(self) -> SweepSettings:
@@ -181,10 +180,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     parser, train_parser = build_parser(SweepSettings), build_parser(Settings)
     own, rest = parser.parse_known_args(argv)
     theirs, unknown = train_parser.parse_known_args(rest)
-    known = [*SweepSettings.model_fields, *(n for n in Settings.model_fields if n not in DECIDED_BY_SWEEP)]
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{nearest_name(name, [f'--{n}' for n in known])}; see --help")
+    known = [*SweepSettings.model_fields, *(name for name in Settings.model_fields if name not in DECIDED_BY_SWEEP)]
+    reject_unknown(unknown, known=[f"--{name}" for name in known])
     values = {name: value for name, value in {**vars(theirs), **vars(own)}.items() if value is not None}
     values.pop("local_rank", None)
     config = values.pop("config", None)
@@ -239,5 +236,4 @@ def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings
 
 def read_sweep_yaml(path: str) -> dict[str, Any]:
     """The values in a YAML file with names of both sets. Raises UserError."""
-    own: dict[str, Any] = {name: (field.annotation, field) for name, field in SweepSettings.model_fields.items()}
-    return read_yaml(path, create_model("SweepFile", __base__=Settings, **own))  # only its names count
+    return read_yaml(path, {**Settings.model_fields, **SweepSettings.model_fields})

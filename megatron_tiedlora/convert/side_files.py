@@ -46,9 +46,9 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def load_tokenizer_to_copy(place: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_to_copy(source: str | Path) -> PreTrainedTokenizerBase:
     """`load_tokenizer` for a tokenizer that is saved to an output. Raises UserError as that and `side_files` do."""
-    folder = user_path(place)
+    folder = user_path(source)
     if folder.is_dir():
         side_files(folder, _TOKENIZER_SOURCES)
-    return load_tokenizer(place)
+    return load_tokenizer(source)

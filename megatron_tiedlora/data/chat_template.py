@@ -51,9 +51,9 @@ class ChatTemplate:
         text = answer.get("text")
         if isinstance(text, str):
             return text
-        place = getattr(self._tokenizer, "name_or_path", "the tokenizer")
+        name = getattr(self._tokenizer, "name_or_path", "the tokenizer")
         reason = one_line(str(answer.get("reason")))
-        raise UserError(f"{source}: the chat template of {place} {reason}; give other rows or another --tokenizer")
+        raise UserError(f"{source}: the chat template of {name} {reason}; give other rows or another --tokenizer")
 
     def close(self) -> None:
         """End the process."""

@@ -77,12 +77,7 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
 
 
 def read_hub_rows(
-    hub_id: str,
-    *,
-    split: str,
-    config_name: str | None = None,
-    parquet_branch: bool = False,
-    limit: int | None = None,
+    hub_id: str, *, split: str, config_name: str | None = None, parquet_branch: bool = False, limit: int | None = None
 ) -> list[Row]:
     """Read all rows (at most `limit`) of one split of a hub data set.
 

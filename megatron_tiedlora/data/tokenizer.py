@@ -53,8 +53,8 @@ def load_tokenizer(path_or_hub: str | Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def library_errors(place: str | Path, what: str) -> Iterator[None]:
-    """Turn any error of a tokenizer's library into one line with `place`, `what` and the library's reason.
+def library_errors(source: str | Path, what: str) -> Iterator[None]:
+    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason.
 
     Raises:
         UserError: the block failed. Ctrl-C, an exit and a run's stop pass through.
@@ -66,7 +66,7 @@ def library_errors(place: str | Path, what: str) -> Iterator[None]:
     except BaseException as error:  # a corrupt file raises anything from KeyError to a Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise _rejection(str(place), f"{what} ({first_line(error)})") from error
+        raise _rejection(str(source), f"{what} ({first_line(error)})") from error
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
@@ -190,11 +190,11 @@ def download_tokenizer(hub_id: str) -> Path:
         raise _rejection(hub_id, f"is not a local folder and cannot be downloaded ({first_line(error)})") from error
 
 
-def _guarded(place: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
-    """Call `load` and try its tokenizer. Any error of the library becomes one line naming `place`."""
+def _guarded(source: Path, load: Callable[[], object]) -> PreTrainedTokenizerBase:
+    """Call `load` and try its tokenizer. Any error of the library becomes one line naming `source`."""
     from transformers import PreTrainedTokenizerBase
 
-    with library_errors(place, "cannot be read as a tokenizer"):
+    with library_errors(source, "cannot be read as a tokenizer"):
         tokenizer = load()
         _try_out(tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -220,5 +220,5 @@ def _named(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _rejection(place: str, reason: str) -> UserError:
-    return UserError(f"{place}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
+def _rejection(source: str, reason: str) -> UserError:
+    return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")

@@ -22,22 +22,22 @@ LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; larg
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
-def tokenizer_hash(place: str | Path) -> str | None:
+def tokenizer_hash(source: str | Path) -> str | None:
     """Hash of the vocabulary, BOS, EOS, added tokens and the chat template; None without a vocabulary.
 
     Args:
-        place: a folder, a SentencePiece file, or a hub id.
+        source: a folder, a SentencePiece file, or a hub id.
 
     Raises:
         UserError: a file cannot be read or downloaded.
     """
-    path = user_path(str(place))
+    path = user_path(str(source))
     if path.is_file():
         return _hash([path], {})
     if not path.is_dir():
         from megatron_tiedlora.data.tokenizer import download_tokenizer
 
-        path = download_tokenizer(str(place))
+        path = download_tokenizer(str(source))
     for names in _VOCABULARIES:
         if files := sorted({file for name in names for file in path.glob(name) if file.is_file()}):
             return _hash(files, _settings(path))

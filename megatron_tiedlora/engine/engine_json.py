@@ -118,9 +118,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         if content.get(key, "auto") not in ("auto", value):
             flag = flags.get(key, "--micro_batch_size")
             found = as_given(content[key])
-            raise UserError(
-                f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}'
-            )
+            raise UserError(f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}')
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
@@ -168,7 +166,7 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
         if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
             # DeepSpeed makes folders at that path and removes what is in them.
             raise UserError(
-                f"{path}: zero_optimization.{section} writes outside the run folder (device \"nvme\" or nvme_path); use"
+                f'{path}: zero_optimization.{section} writes outside the run folder (device "nvme" or nvme_path); use'
                 ' "device": "cpu" without nvme_path'
             )
     try:

@@ -128,12 +128,7 @@ def answer_all(
             used = indices or order[:1]
             prompts = [scored.prompts[index].tolist() for index in used]
             rows = generate(
-                decoder,
-                prompts,
-                end_ids=scored.end_ids,
-                max_new_tokens=max_new_tokens,
-                is_end=is_end,
-                agree=agree,
+                decoder, prompts, end_ids=scored.end_ids, max_new_tokens=max_new_tokens, is_end=is_end, agree=agree
             )
             choice_scores: list[list[float]] = [[] for _ in used]
             if has_endings:

@@ -20,6 +20,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, find_base, open_inputs
@@ -174,7 +175,7 @@ def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterat
     run_file = folder.parent / "run.yaml"
     trained: dict[str, Any] = {}
     with suppress(UserError):  # a file of another kind or version cannot be compared
-        trained = read_yaml(str(run_file)) if run_file.is_file() else {}
+        trained = read_yaml(str(run_file), Settings.model_fields) if run_file.is_file() else {}
     for name in ("task", "prompt_template", "tokenizer"):
         if name in trained and trained[name] != getattr(settings, name):
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"

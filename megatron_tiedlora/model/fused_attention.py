@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -137,19 +137,21 @@ class Candidate:
     """A fused kernel, and where it runs.
 
     Attributes:
-        make: from `deterministic` to the function.
+        kernel: a function of PyTorch, or the Python module of a library, which must be installed.
         min_capability: the lowest compute capability by dtype; other dtypes are not supported.
         below: the first compute capability that is not supported.
         max_head_dim: the largest head dim; None: any.
-        module: the Python module that must be installed.
     """
 
     name: str
-    make: Callable[[bool], Attend]
+    kernel: Attend | str
     min_capability: dict[torch.dtype, tuple[int, int]]
     below: tuple[int, int] | None = None
     max_head_dim: int | None = None
-    module: str | None = None
+
+    def make(self, deterministic: bool) -> Attend:
+        """The function. PyTorch's kernels obey torch.use_deterministic_algorithms instead of the argument."""
+        return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
     def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot run, in words that follow its name; None if it can."""
@@ -159,7 +161,7 @@ class Candidate:
             return f"is not for compute capability {capability[0]}.{capability[1]}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
-        if self.module is not None and find_spec(self.module) is None:
+        if isinstance(self.kernel, str) and find_spec(self.kernel) is None:
             return "is not installed"
         return None
 
@@ -214,28 +216,13 @@ def _torch_efficient(
     return output.squeeze(0)
 
 
-def _obedient(attend: Attend) -> Callable[[bool], Attend]:
-    """A kernel of PyTorch, which obeys torch.use_deterministic_algorithms."""
-    return lambda deterministic: attend
-
-
-_AMPERE = dict.fromkeys(HALF, (8, 0))
+_HOPPER, _AMPERE = dict.fromkeys(HALF, (9, 0)), dict.fromkeys(HALF, (8, 0))
+_ALL = {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)}
 CANDIDATES = (
-    Candidate(
-        "FlashAttention 3",
-        partial(_from_library, "flash_attn_interface"),
-        dict.fromkeys(HALF, (9, 0)),
-        below=(10, 0),
-        max_head_dim=256,
-        module="flash_attn_interface",
-    ),
-    Candidate("flash_attn", partial(_from_library, "flash_attn"), _AMPERE, max_head_dim=256, module="flash_attn"),
-    Candidate("PyTorch's flash kernel", _obedient(_torch_flash), _AMPERE, max_head_dim=256),
-    Candidate(
-        "PyTorch's memory-efficient kernel",
-        _obedient(_torch_efficient),
-        {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)},
-    ),
+    Candidate("FlashAttention 3", "flash_attn_interface", _HOPPER, below=(10, 0), max_head_dim=256),
+    Candidate("flash_attn", "flash_attn", _AMPERE, max_head_dim=256),
+    Candidate("PyTorch's flash kernel", _torch_flash, _AMPERE, max_head_dim=256),
+    Candidate("PyTorch's memory-efficient kernel", _torch_efficient, _ALL),
 )
 
 

@@ -21,6 +21,9 @@ def gated_decoder(
     Raises:
         UserError: the name of a field that is missing or wrong.
     """
+    config.reject_unless("attention_dropout", 0)
+    config.reject_unless("quantization_config")
+    config.reject_other_layers()
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Only 'silu' is")

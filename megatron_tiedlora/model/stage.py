@@ -170,9 +170,7 @@ class Stage(nn.Module):
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        found: torch.Tensor = self(
-            inputs, positions, labels, documents=documents, prediction=(caches, updates, wanted)
-        )
+        found: torch.Tensor = self(inputs, positions, labels, documents=documents, prediction=(caches, updates, wanted))
         return found
 
     def _predict(

@@ -97,9 +97,7 @@ def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def exp_scores_(
-    scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def exp_scores_(scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(scores + mask - largest) over the last dimension: the softmax before its division.
 
     Args:
@@ -163,9 +161,7 @@ class Kernels:
     gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
     rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
-    exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
-        exp_scores_
-    )
+    exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums
     exp_logits_: Callable[[torch.Tensor, torch.Tensor], None] = exp_logits_

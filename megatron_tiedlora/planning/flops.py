@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.methods import Method
 from megatron_tiedlora.base.shapes import ModelShape
 
 
@@ -53,18 +55,17 @@ def step_flops(
         rest = 2 * after * (block.num_weights - qkv)
         matmuls += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
         attention += (3 if layer >= first else 1) * 2 * squared_lengths * query
-        if layer in adapter.layers:
-            low_rank += 2 * num_tokens * adapter.rank * _widths(adapter, needs_input=layer > first)
+        for target in adapter.targets if layer in adapter.layers else ():
+            columns = adapter.rank * (after if target.follows_attention else num_tokens)
+            needs_input = layer > first or target is not adapter.targets[0]
+            low_rank += 2 * columns * _widths(adapter.method_spec, target, needs_input=needs_input)
     head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(matmuls, attention, low_rank, head)
 
 
-def _widths(adapter: AdapterConfig, *, needs_input: bool) -> int:
-    """The summed widths of the adapter's matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
-    method, summed = adapter.method_spec, 0
-    for target in adapter.targets:
-        d, o = target.in_size, target.out_size
-        rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
-        columns = o if needs_input or method.A.trained else 0
-        summed += (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)
-    return summed
+def _widths(method: Method, target: Target, *, needs_input: bool) -> int:
+    """The summed widths of a target's low-rank matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
+    d, o = target.in_size, target.out_size
+    rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
+    columns = o if needs_input or method.A.trained else 0
+    return (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)

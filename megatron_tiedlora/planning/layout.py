@@ -13,7 +13,9 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.shard_spec import weight_spec
 
 # Repeated shapes need less memory and fewer kernels.
 BASE_MULTIPLE = 8
@@ -85,6 +87,10 @@ class Layout:
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
 
+    def base_bytes(self, num_elements: int) -> int:
+        """The bytes of base weights with `num_elements` elements."""
+        return FrozenWeight.num_bytes(num_elements, self.dtype)
+
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int) -> bool:
     """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
@@ -99,15 +105,10 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
         UserError: the first thing that does not fit, with the numbers that do.
     """
     tp, pp = grid.tp_size, grid.pp_size
-    sizes = {
-        "attention heads": shape.heads.num,
-        "key-value heads": shape.heads.num_kv,
-        "hidden size": shape.hidden_size,
-        "feed-forward width": shape.intermediate_size,
-    }
-    for name, size in sizes.items():
+    sizes = _sizes_to_divide(shape)
+    for name, size in sizes:
         if size % tp:
-            possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for s in sizes.values())]
+            possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for _, s in sizes)]
             raise UserError(
                 f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
                 f" {', '.join(map(str, possible))}"
@@ -127,3 +128,16 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
             " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
             " whole gradients of its part of the adapter"
         )
+
+
+def _sizes_to_divide(shape: ModelShape) -> list[tuple[str, int]]:
+    """What tensor parallelism must divide, with names for messages: whole heads, and what linears are sharded along.
+
+    A linear that can be adapted also has its A, which is sharded along the linear's input.
+    """
+    names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
+    sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
+    for linear in shape.block.linears:
+        inputs = (linear.in_size,) if linear in shape.block.adaptable.values() else ()
+        sizes += [(names.get(size, linear.name), size) for size in (*inputs, *weight_spec(linear).blocks)]
+    return sizes

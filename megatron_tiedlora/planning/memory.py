@@ -14,7 +14,6 @@ import torch
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
@@ -61,14 +60,10 @@ def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: 
         longest: the tokens of the longest document; None means all.
     """
     layout, trained = stage.layout, sum(stage.trained)
-    attention = attention_memory(
-        stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens
-    )
-    of_gradients, of_moments, of_weights = (
-        layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3)
-    )
+    attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
+    of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
     return StageMemory(
-        base=base_bytes(stage) / of_weights,
+        base=layout.base_bytes(sum(stage.local_base)) / of_weights,
         adapter=FP32 * sum(stage.held) / of_weights,
         gradients=FP32 * trained / of_gradients,
         # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
@@ -87,11 +82,6 @@ def num_communicators(stage: StagePlan) -> int:
     if pipeline:  # the groups of the pipeline, of choices and of the tied tensors
         groups += [True] * 3 + [not stage.is_first, not stage.is_last]
     return sum(groups)
-
-
-def base_bytes(stage: StagePlan) -> int:
-    """The bytes of the base weights of a rank of the stage, before ZeRO-3 shards them over data-parallel ranks."""
-    return FrozenWeight.num_bytes(sum(stage.local_base), stage.layout.dtype)
 
 
 def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
@@ -137,29 +127,30 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     """The bytes of one token of the whole sequence on a rank of the layout.
 
     Without parallelism a block saves 4 d + 2 k + 2 f + r numbers (the inputs of two norms; q, k, v and the output of
-    attention; gate and up; A x if the gradient of a factor needs it), and one fp32 number for each norm and head.
+    attention; gate and up; A x of each target if a factor's gradient needs it), and one fp32 number per norm and head.
     Selective recompute does not save gate, up and the second norm's number. With full recompute this is what a block
     saves while it is recomputed.
     """
-    heads, itemsize, parts, tp_size = shape.heads, layout.dtype.itemsize, layout.sequence_parts, layout.tp_size
-    queries = heads.rows[0]
-    selective = layout.recompute == "selective"
+    block, heads, itemsize = shape.block, shape.heads, layout.dtype.itemsize
+    parts, tp_size, adapter = layout.sequence_parts, layout.tp_size, layout.adapter
     whole = shape.hidden_size * itemsize
-    gate = 2 * shape.intermediate_size / tp_size * itemsize
-    inside = sum(heads.rows) + queries
+    gate = block.gate_up.out_size / tp_size * itemsize
+    inside = block.qkv.out_size + block.output.in_size
     if layout.on_gpu and layout.dtype == torch.float32 and heads.num_kv < heads.num:
-        inside += 2 * queries  # the memory-efficient kernel gets keys and values for every head
-    low = layout.adapter.rank if any(layout.adapter.method_spec.factor(name).trained for name in "Buv") else 0
-    norms = (2 * whole + (1 if selective else 2) * FP32) / parts
-    saved_gate = 0.0 if selective else gate
+        inside += 2 * block.output.in_size  # the memory-efficient kernel gets keys and values for every head
+    ax = adapter.rank * itemsize * any(adapter.method_spec.factor(name).trained for name in "Buv")
+    ax_after = ax * sum(target.follows_attention for target in adapter.targets)
+    norm = (whole + FP32) / parts
+    after_attention = ax_after + (whole / parts if layout.recompute == "selective" else norm + gate)
+    in_attention = ax * len(adapter.targets) - ax_after + norm + (inside * itemsize + heads.num * FP32) / tp_size
     return TokenBytes(
         whole=whole,
         hidden=whole / parts,
         gathered=whole if parts > 1 else 0.0,
-        attended=queries * itemsize / tp_size,
+        attended=block.output.in_size * itemsize / tp_size,
         gate=gate,
-        saved=norms + (inside / tp_size + low) * itemsize + saved_gate + heads.num / tp_size * FP32,
-        after_attention=whole / parts if selective else (whole + FP32) / parts + gate,
+        saved=in_attention + after_attention,
+        after_attention=after_attention,
     )
 
 
@@ -185,13 +176,15 @@ def _factor_bytes(stage: StagePlan) -> int:
     part, adapter, itemsize = stage.part, stage.layout.adapter, stage.layout.dtype.itemsize
     if not part.layers:
         return 0
-    method, is_copy, num_layers = adapter.method_spec, itemsize != FP32, len(part.layers)
-    scaled = any(part.exists(name) for name in "uv")
-    columns, rows = map(sum, zip(*(target.local_sizes(part.tp_size) for target in adapter.targets), strict=True))
-    f_numbers = rows * adapter.rank * (num_layers if scaled or not method.B.tied else 1)
-    a_numbers = columns * adapter.rank * (1 if method.A.tied else num_layers)
-    held = f_numbers if is_copy or scaled or adapter.scale != 1.0 else 0  # else F is B itself
-    held += a_numbers if is_copy or (method.A.trained and part.tp_size > 1) else 0  # else A is the parameter
+    method, num_layers, held = adapter.method_spec, len(part.layers), 0
+    for target in adapter.targets:
+        columns, rows = target.local_sizes(part.tp_size)
+        scaled = any(part.exists(target.prefix + name) for name in "uv")
+        a_is_copy, b_is_copy = (itemsize != FP32 or part.is_gathered(target.prefix + name) for name in "AB")
+        if a_is_copy:  # else it is the parameter
+            held += columns * adapter.rank * (1 if method.A.tied else num_layers)
+        if b_is_copy or scaled or adapter.scale != 1.0:  # else F is B itself
+            held += rows * adapter.rank * (num_layers if scaled or not method.B.tied else 1)
     return held * itemsize
 
 
@@ -271,7 +264,7 @@ def eager_bytes(shape: ModelShape, layout: Layout, tokens: int) -> float:
     That kernel is `gate_gradient`. It needs eight fp32 numbers for each pair of gate and up that it processes at once,
     or five if these are fp32 already.
     """
-    numbers = 2 * tokens * shape.intermediate_size / layout.tp_size
+    numbers = tokens * shape.block.gate_up.out_size / layout.tp_size
     return _at_once(layout, numbers) / 2 * FP32 * (8 if layout.dtype.itemsize < FP32 else 5)
 
 
@@ -312,27 +305,18 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     return tokens * (came_in + (of_token.attended if stage.layout.recompute == "full" else 0.0))
 
 
-def engine_bytes_once(stage: StagePlan, *, tokens: int) -> float:
-    """The bytes that the engine holds for any number of micro-batches in flight: the buffer for received gradients.
-
-    The last stage receives none. It holds the input of its head from the previous micro-batch.
-    """
-    of_token = token_bytes(stage.shape, stage.layout)
-    if not stage.is_last:
-        return tokens * of_token.hidden
-    return tokens * (of_token.hidden + of_token.attended) if stage.layout.micro_batches > 1 else 0.0
-
-
-def gathered_bytes(stage: StagePlan) -> float:
-    """The most bytes of base weights that ZeRO-3 holds gathered; it stops above `live_parameters` (0.19.8)."""
-    if stage.layout.zero_stage < 3 or stage.layout.dp_size == 1:
-        return 0.0
-    most = stage.layout.live_parameters + max(stage.local_base)
-    return min(sum(stage.local_base), most) * float(stage.layout.dtype.itemsize)
-
-
 def _engine_bytes(stage: StagePlan, *, tokens: int) -> float:
-    if stage.layout.pp_size == 1:
-        return gathered_bytes(stage)
-    in_flight = micro_batches_in_flight(stage) * engine_bytes_in_flight(stage, tokens=tokens)
-    return in_flight + engine_bytes_once(stage, tokens=tokens)
+    """All bytes that DeepSpeed holds: weights that ZeRO-3 has gathered, or those of a pipeline.
+
+    ZeRO-3 stops gathering above `live_parameters` (0.19.8). A pipeline's stage also has a buffer for received
+    gradients. The last stage receives none, but holds the input of its head from the previous micro-batch.
+    """
+    layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
+    if layout.pp_size == 1:
+        most = layout.live_parameters + max(stage.local_base)
+        gathers = layout.zero_stage == 3 and layout.dp_size > 1
+        return float(layout.base_bytes(min(sum(stage.local_base), most))) if gathers else 0.0
+    once = of_token.hidden
+    if stage.is_last:
+        once = of_token.hidden + of_token.attended if layout.micro_batches > 1 else 0.0
+    return micro_batches_in_flight(stage) * engine_bytes_in_flight(stage, tokens=tokens) + tokens * once

@@ -55,11 +55,7 @@ def partition(costs: Sequence[float], num_stages: int) -> Stages:
 
 
 def _best_cuts(
-    total: Sequence[float],
-    num_stages: int,
-    add: Callable[[float, float], float],
-    *,
-    largest: float = math.inf,
+    total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
     """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import LinearShape, ModelShape
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.partition import layer_costs, partition
@@ -81,6 +81,11 @@ class StagePlan:
         config = self.part.config
         frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
+
+    def ax_columns(self, block: int, linear: LinearShape) -> int:
+        """The columns of A x beside the input of one of a block's linears; 0 if the linear is not adapted there."""
+        adapted = [self.shape.block.adaptable[target.name] for target in self.part.config.targets]
+        return self.part.config.rank if block in self.part.layers and linear in adapted else 0
 
     def local_size(self, name: str) -> int:
         """The numbers in a rank's part of one of the adapter's tensors."""

@@ -85,14 +85,19 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     for shape in micro_batches:
         if layout.tp_size > 1:
             _add_layers(traffic, stage, shape)
-            _add_adapter(traffic, stage)
+            # once for any number of layers: a target's A, and the sum of its gradient
+            for name in filter(stage.part.is_gathered, stage.part.config.tensors):
+                size = FP32 * stage.local_size(name) * layout.tp_size
+                traffic.add(TENSOR, "all-gather", size)
+                traffic.add(TENSOR, "reduce-scatter", size)
         # Hidden states forward, and their gradient backward (zeros if none is needed).
         hidden = _hidden_bytes(stage, shape.num_tokens) // layout.sequence_parts
         traffic.add(PIPELINE, "send", hidden, count=(not stage.is_last) + (not stage.is_first))
     if layout.pp_size > 1 and stage.trained_tied:
         traffic.add(TIED, "all-reduce", FP32 * stage.trained_tied)
     if layout.tp_size > 1 and stage.part.layers and layout.adapter.method_spec.u.trained:
-        traffic.add(_stage_group(layout), "all-reduce", FP32 * stage.local_size("u"))
+        sizes = [stage.local_size(f"{target.prefix}u") for target in layout.adapter.targets]
+        traffic.add(_stage_group(layout), "all-reduce", FP32 * sum(sizes))
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm
         traffic.add(MODEL, "all-reduce", _norm_bytes(layout))
     if layout.world_size > 1:
@@ -120,7 +125,7 @@ def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
     def whole(sizes: Sequence[int]) -> int:
         return sum(padded(size, dp_size) for size in sizes)
 
-    parameters = stage.layout.dtype.itemsize * whole(stage.local_base) + FP32 * whole(stage.held)
+    parameters = stage.layout.base_bytes(whole(stage.local_base)) + FP32 * whole(stage.held)
     return num_micro_batches * (2 * parameters + FP32 * whole(stage.trained)) + norm
 
 
@@ -139,84 +144,75 @@ def _hidden_bytes(stage: StagePlan, num_tokens: int) -> int:
     return num_tokens * stage.shape.hidden_size * stage.layout.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Regions:
+    """Adds the messages of tensor-parallel regions: a column-parallel linear enters one, a row-parallel one leaves it.
+
+    The backward pass mirrors the forward pass: through the end of a region it gathers, through its start it reduces.
+    """
+
+    traffic: Traffic
+    stage: StagePlan
+
+    def gather(self, num_tokens: int, *, columns: int = 0) -> None:
+        """Enter a region, or go back through its end. Every rank has all positions unless sequences are sharded.
+
+        Args:
+            columns: of the adapter, which are sent in the same message as the hidden states.
+        """
+        if self.stage.layout.sequence_parallel:
+            self._add("all-gather", num_tokens, columns)
+
+    def reduce(self, num_tokens: int, *, columns: int = 0) -> None:
+        """Leave a region, or go back through its start. `columns` are only sent if sequences are sharded."""
+        if self.stage.layout.sequence_parallel:
+            self._add("reduce-scatter", num_tokens, columns)
+        else:
+            self._add("all-reduce", num_tokens)
+
+    def _add(self, kind: str, num_tokens: int, columns: int = 0) -> None:
+        beside = num_tokens * padded(columns) * self.stage.layout.dtype.itemsize
+        self.traffic.add(TENSOR, kind, _hidden_bytes(self.stage, num_tokens) + beside)
+
+
 def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> None:
     """Add the tensor-parallel messages of a micro-batch in embedding, blocks and head.
 
     Recomputing a block stops as soon as its backward pass has all it needs, so the last exit is not repeated.
     Recomputing gate and up enters the MLP's region again. Nothing after the last attention is recomputed.
     """
-    layout, sent = stage.layout, _Regions(traffic, stage)
+    layout, linears, region = stage.layout, stage.shape.block, _Regions(traffic, stage)
+    trains_a = layout.adapter.method_spec.A.trained
     if stage.is_first:
-        sent.leave(shape.num_tokens)  # the embedding, which is frozen
+        region.reduce(shape.num_tokens)  # the embedding, which is frozen
     for block in stage.blocks:
         ends_here = stage.is_last and block == stage.blocks[-1]
         after = shape.num_after if ends_here else shape.num_tokens
-        columns = layout.adapter.rank if block in stage.part.layers else 0
+        of_qkv, of_gate_up = (stage.ax_columns(block, linear) for linear in (linears.qkv, linears.gate_up))
         backward = block in stage.backward_blocks
         again = backward and layout.recompute == "full"
         for number in range(2 if again else 1):
-            sent.enter(shape.num_tokens, columns=columns)
+            region.gather(shape.num_tokens, columns=of_qkv)
             if number == 0 or not ends_here:
-                sent.leave(after)
-                sent.enter(after)
-        sent.leave(after)
+                region.reduce(after)
+                region.gather(after, columns=of_gate_up)
+        region.reduce(after)
         if backward and layout.recompute == "selective" and not ends_here:
-            sent.enter(after)
+            region.gather(after, columns=of_gate_up)
         if backward:
-            sent.back_through_leave(after, count=2)
-            sent.back_through_enter(after)
-            columns = columns if layout.adapter.method_spec.A.trained else 0
+            region.gather(after)  # through the end of the MLP, then its start, then the end of attention
+            region.reduce(after, columns=of_gate_up * trains_a)
+            region.gather(after)
             if block > stage.first_adapted:
-                sent.back_through_enter(shape.num_tokens, columns=columns)
-            elif columns and layout.sequence_parallel:  # nothing below needs a gradient, but A does
-                size = shape.num_tokens * columns * layout.dtype.itemsize
+                region.reduce(shape.num_tokens, columns=of_qkv * trains_a)
+            elif of_qkv and trains_a and layout.sequence_parallel:  # nothing below needs a gradient, but A does
+                size = shape.num_tokens * of_qkv * layout.dtype.itemsize
                 traffic.add(TENSOR, "reduce-scatter", size)
     if stage.is_last:
-        sent.enter(shape.num_after)
-        sent.back_through_enter(shape.num_after)
+        region.gather(shape.num_after)
+        region.reduce(shape.num_after)  # its gradient
         # two fp32 numbers a row of logits and rank, for each chunk of the head
         logits = padded(shape.num_supervised)
         for start in range(0, logits, HEAD_ROWS):
             rows = min(HEAD_ROWS, logits - start)
             traffic.add(TENSOR, "all-gather", layout.tp_size * 2 * rows * FP32)
-
-
-@dataclass(frozen=True)
-class _Regions:
-    """Adds the messages of entering and leaving a tensor-parallel region with a number of positions.
-
-    `columns` of the adapter are sent in the same message as the hidden states.
-    """
-
-    traffic: Traffic
-    stage: StagePlan
-
-    def _add(self, kind: str, num_tokens: int, count: int = 1, columns: int = 0) -> None:
-        size = _hidden_bytes(self.stage, num_tokens)
-        size += num_tokens * padded(columns) * self.stage.layout.dtype.itemsize
-        self.traffic.add(TENSOR, kind, size, count=count)
-
-    def enter(self, num_tokens: int, *, columns: int = 0) -> None:
-        if self.stage.layout.sequence_parallel:
-            self._add("all-gather", num_tokens, columns=columns)
-
-    def leave(self, num_tokens: int) -> None:
-        self._add("reduce-scatter" if self.stage.layout.sequence_parallel else "all-reduce", num_tokens)
-
-    def back_through_leave(self, num_tokens: int, *, count: int) -> None:
-        if self.stage.layout.sequence_parallel:
-            self._add("all-gather", num_tokens, count)
-
-    def back_through_enter(self, num_tokens: int, *, columns: int = 0) -> None:
-        if self.stage.layout.sequence_parallel:
-            self._add("reduce-scatter", num_tokens, columns=columns)
-        else:
-            self._add("all-reduce", num_tokens)
-
-
-def _add_adapter(traffic: Traffic, stage: StagePlan) -> None:
-    """Add the gather of A and the sum of its gradient: one each per micro-batch and stage, for any number of layers."""
-    if stage.part.layers and stage.part.config.method_spec.A.trained:
-        size = FP32 * stage.local_size("A") * stage.part.tp_size
-        traffic.add(TENSOR, "all-gather", size)
-        traffic.add(TENSOR, "reduce-scatter", size)

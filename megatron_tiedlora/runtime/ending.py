@@ -39,7 +39,7 @@ from megatron_tiedlora.runtime.launch_env import first_to_fail
 from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
-from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch, exit_status
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
 FAILED_STATUS, REJECTED_STATUS = 1, 2
 _RESERVED_BYTES = 1 << 16
@@ -64,7 +64,7 @@ class End:
 
     rank: int
     world_size: int
-    stop: StopWatch
+    stop: StopRequests
     folder: RunFolder | None = None
     finished_step: Callable[[], int] = lambda: 0
     first_step: int = 0
@@ -127,7 +127,7 @@ class End:
             with suppress(OSError):  # freed before the status is written, because a full disk may be what ends the run
                 self._reserve.enter_context(_space(folder.path))
         guard = folder.guard if self.rank == 0 else unguarded  # others may have another folder of this name
-        self._open.enter_context(self.log.kept(folder.path, self.rank, guard=guard))
+        self._open.enter_context(self.log.opened(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
         """Write run_status.json if the folder belongs to this run; a start that fails earlier changes nothing."""
@@ -237,7 +237,7 @@ def _space(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reported_end(rank: int, world_size: int, stop: StopWatch) -> Iterator[End]:
+def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End]:
     """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
 
     A failure is reported and ends the process.

@@ -58,14 +58,14 @@ class _Tee:
 
 
 class RankLog:
-    """Where a rank's output goes: the screen until `kept` opens its file."""
+    """Where a rank's output goes: the screen, until `opened` sends it to the rank's file."""
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
         self._screen: TextIO | None = None  # the screen of a rank whose output goes only to its log
 
     @contextmanager
-    def kept(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
+    def opened(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
         """Inside, append the output to RUN/logs/rank_N.log; rank 0's output also goes to the screen.
 
         An earlier start's lines are copied into a new file, so that an earlier process that still runs cannot add to

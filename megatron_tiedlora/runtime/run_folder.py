@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megatron_tiedlora.base.atomic import Guard, discard, new_file, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.output_folder import check_place, reject_links
+from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import PathIn, last_name, user_path
 from megatron_tiedlora.base.yaml_files import write_yaml
@@ -130,7 +130,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
 def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFolder:
     if output_dir is not None:
         folder = RunFolder(user_path(output_dir))
-        check_place(folder.path, given=output_dir)
+        check_writable(folder.path, given=output_dir)
         files = folder.path.iterdir() if folder.path.is_dir() else ()
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
         if foreign or (resume == "none" and folder.is_run):

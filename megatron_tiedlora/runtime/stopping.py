@@ -74,7 +74,7 @@ def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
 
 
 class StopVotes(NamedTuple):
-    """What `StopWatch.agree` sums over all ranks, one fp64 number each."""
+    """What `StopRequests.agree` sums over all ranks, one fp64 number each."""
 
     missing: float  # ranks on which what is asked does not hold
     stopping: float  # ranks that should stop
@@ -94,7 +94,7 @@ class StepVotes(NamedTuple):
 
 
 @dataclass
-class StopWatch:
+class StopRequests:
     """Notes requests to stop. Outside `deferred()` a signal raises RunStopped at once.
 
     Only the first signal counts: an interrupted launcher sends its ranks another one while they end.

@@ -41,11 +41,7 @@ class Point:
         """Trained parameters on a model of `shape`."""
         layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
         config = make_adapter_config(
-            self.method,
-            rank=self.rank,
-            layers=layers,
-            targets=(qkv_target(shape.hidden_size, shape.qkv_rows),),
-            seed=0,
+            self.method, rank=self.rank, layers=layers, targets=(qkv_target(shape.hidden_size, shape.qkv_rows),), seed=0
         )
         return sum(config.num_trained().values())
 

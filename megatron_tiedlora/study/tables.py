@@ -14,14 +14,7 @@ from dataclasses import dataclass
 
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.study.grid import Point
-from megatron_tiedlora.study.paper import (
-    BEST_RANK,
-    LORA_RANK,
-    TABLE3_RANK,
-    PaperCell,
-    table2_cell,
-    table3_scores,
-)
+from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, TABLE3_RANK, PaperCell, table2_cell, table3_scores
 from megatron_tiedlora.study.scores import Result, Study, TestScore
 
 LORA = "lora"

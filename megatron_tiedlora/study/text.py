@@ -16,10 +16,7 @@ from megatron_tiedlora.study.paper import BEST_RANK, LORA_RANK, MODEL_TITLES
 from megatron_tiedlora.study.scores import Result, Study
 from megatron_tiedlora.study.tables import BASE_ROW, Cell, Row, SingleRow, table2, table3, tensors_text
 
-SECTION_TITLES = {
-    LORA_RANK: "All methods at LoRA's best rank",
-    BEST_RANK: "Each method at its own best rank",
-}
+SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
 METRIC_TITLES = {
     "exact_match": "EM",
     "gsm8k": "EM",

@@ -83,7 +83,7 @@ def _partition(plan: RunPlan) -> list[str]:
                 " + ".join(names),
                 f"{stage.cost_share:.1%}",
                 _ranges(stage.part.layers) or "none",
-                bytes_in_words(stage.full_base * plan.dtype.itemsize),
+                bytes_in_words(layout.base_bytes(stage.full_base)),
             ]
         )
     return [

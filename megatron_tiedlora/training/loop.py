@@ -27,7 +27,7 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.scores import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
-from megatron_tiedlora.runtime.stopping import RunStopped, StopWatch
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.checks import require_finite
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.run_data import RunData
@@ -44,7 +44,7 @@ class Trainer:
     runner: Runner
     base: BaseIdentity
     folder: RunFolder
-    stop: StopWatch
+    stop: StopRequests
     log: MetricsLog | None  # rank 0's
     meter: Meter
     progress: Progress = field(default_factory=Progress)
@@ -102,7 +102,7 @@ class Trainer:
         )
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
-        """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank wishes to stop."""
+        """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank should stop."""
         report = self._step.run(
             step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
         )

@@ -128,15 +128,15 @@ def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpo
     checkpoint = _find_checkpoint(plan.settings.resume, folder)
     if checkpoint is None:
         return None
-    place = checkpoint.folder
-    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(place))
+    step_folder = checkpoint.folder
+    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(step_folder))
     best = checkpoint.progress.best_step
     if best in (None, checkpoint.progress.step):
         return checkpoint
     notes = checkpoint.notes
-    if (place.parent / f"step_{best}").is_dir():
+    if (step_folder.parent / f"step_{best}").is_dir():
         try:
-            load_adapter(place.parent / f"step_{best}")
+            load_adapter(step_folder.parent / f"step_{best}")
             return checkpoint
         except UserError as error:
             notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")

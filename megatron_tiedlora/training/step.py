@@ -17,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import raise_on_every_rank, sum_over_ranks
-from megatron_tiedlora.runtime.stopping import StepVotes, StopWatch
+from megatron_tiedlora.runtime.stopping import StepVotes, StopRequests
 from megatron_tiedlora.training.checks import StepChecks, require_finite
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -43,7 +43,7 @@ class TrainStep:
 
     plan: RunPlan
     runner: Runner
-    stop: StopWatch
+    stop: StopRequests
     finished: int = 0
     long_seconds: float = LONG_STEP_SECONDS
     _seconds: float = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long

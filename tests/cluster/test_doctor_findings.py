@@ -9,14 +9,14 @@ import pytest
 
 from megatron_tiedlora.cluster.doctor.ask import explain_shared, explain_silence
 from megatron_tiedlora.cluster.doctor.examine import compare_hosts
-from megatron_tiedlora.cluster.doctor.layouts import group_members
+from megatron_tiedlora.cluster.doctor.rank_groups import group_members
 from megatron_tiedlora.cluster.doctor.records import (
     Clock,
     Finding,
     Gpu,
     HostReport,
-    Layout,
     OutputFolder,
+    ParallelConfig,
     PathContent,
     Port,
     Probe,
@@ -84,8 +84,8 @@ def hosts(changes: Mapping[str, Changes] | None = None, *, names: tuple[str, ...
     ]
 
 
-def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> Layout:
-    return Layout(
+def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> ParallelConfig:
+    return ParallelConfig(
         num_ranks=num_ranks,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,

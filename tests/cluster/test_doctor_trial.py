@@ -13,19 +13,19 @@ from megatron_tiedlora.cluster.doctor.examine import make_report
 from megatron_tiedlora.cluster.doctor.measure import Trial, explain_trial, group_results, judge_groups
 from megatron_tiedlora.cluster.doctor.rank import SMALL_BYTES, TrialRank
 from megatron_tiedlora.cluster.doctor.records import (
+    DoctorReport,
     Finding,
     GroupResult,
     HostReport,
-    Layout,
+    ParallelConfig,
     RankEvent,
-    Report,
     TrialOrder,
 )
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.cluster.remote import Done, Transport
 
 LARGE = 64_000_000
-LAYOUT = Layout(
+LAYOUT = ParallelConfig(
     num_ranks=4,
     tensor_parallel=2,
     pipeline_parallel=1,
@@ -202,7 +202,7 @@ def test_a_node_that_slurm_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure._unreachable(["nodea", "nodeb"], Transport("ssh"), []) == ["nodea", "nodeb"]
 
 
-def report(findings: Sequence[Finding]) -> Report:
+def report(findings: Sequence[Finding]) -> DoctorReport:
     results = group_results(HOSTS, LAYOUT, trial(), large_bytes=LARGE)
     return make_report("ssh", LAYOUT, HOSTS, results, None, findings, {"ask": 1.23456})
 
@@ -220,11 +220,11 @@ def test_the_verdict_counts_errors_and_puts_them_first() -> None:
 
 def test_the_json_report_reads_back_and_keeps_its_names() -> None:
     written = report([])
-    assert Report.model_validate_json(written.model_dump_json()) == written
-    names = {name: set(shape["properties"]) for name, shape in Report.model_json_schema()["$defs"].items()} | {
-        "Report": set(Report.model_fields)
+    assert DoctorReport.model_validate_json(written.model_dump_json()) == written
+    names = {name: set(shape["properties"]) for name, shape in DoctorReport.model_json_schema()["$defs"].items()} | {
+        "DoctorReport": set(DoctorReport.model_fields)
     }
-    assert names["Report"] == {
+    assert names["DoctorReport"] == {
         "verdict", "num_errors", "num_warnings", "route", "layout", "hosts", "groups", "skipped", "findings", "seconds",
     }  # fmt: skip
     assert names["Finding"] == {"level", "code", "hosts", "message", "fix"}
@@ -232,6 +232,6 @@ def test_the_json_report_reads_back_and_keeps_its_names() -> None:
     assert names["GroupResult"] == {
         "kind", "ranks", "hosts", "num_bytes", "seconds", "bus_bytes_per_second", "latency_seconds", "correct",
     }  # fmt: skip
-    assert names["Layout"] == {
+    assert names["ParallelConfig"] == {
         "num_ranks", "tensor_parallel", "pipeline_parallel", "data_parallel", "master_host", "master_port", "backend",
     }  # fmt: skip

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megatron_tiedlora.cluster.forwarded_env import is_secret
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 LAUNCH = ROOT / "launch"
@@ -47,7 +48,7 @@ def test_the_batch_script_requeues_what_was_saved_in_time_and_passes_the_rest_on
     rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <launch/train.py>"
     given = "<--output_dir> <runs/tiedlora-42> <--train_file> <my data.jsonl> <--resume> <none> <--resume> <auto>"
     assert calls == [f"{rank} {given}", "ranks 16", *(["scontrol <requeue> <42>"] if requeued else [])]
-    assert parse_settings(["--resume", "none", "--resume", "auto"]).resume == "auto"  # the last one counts
+    assert parse_settings(["--resume", "none", "--resume", "auto"], Settings).resume == "auto"  # the last one counts
 
 
 def run_batch_script(
@@ -270,7 +271,7 @@ def test_the_manifest_holds_documented_fields_alone() -> None:
     job = PyTorchJob.model_validate(manifest(), strict=True)
     container = job.spec.pytorchReplicaSpecs.Master.template.spec.containers[0]
     assert container.command == ["torchrun", "launch/train.py"]
-    settings = parse_settings(container.args)
+    settings = parse_settings(container.args, Settings)
     shared = next(mount.mountPath for mount in container.volumeMounts if mount.name == "data")
     assert settings.resume == "auto" and str(settings.output_dir).startswith(f"{shared}/")
     values = {variable.name: variable.value for variable in container.env}

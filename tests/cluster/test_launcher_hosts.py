@@ -11,7 +11,7 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.cluster.doctor.examine import find_hosts
 from megatron_tiedlora.cluster.routes import plan_start
-from megatron_tiedlora.cluster.start import check_layout, choose_hosts, make_job
+from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
 from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
@@ -201,8 +201,8 @@ def test_ranks_that_do_not_fit_the_layout_or_the_batch_start_nothing(
     ranks: int, settings: dict[str, int], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        check_layout(make_settings(settings), ranks)
-    check_layout(make_settings(settings), 12)
+        check_num_ranks(make_settings(settings), ranks)
+    check_num_ranks(make_settings(settings), 12)
 
 
 @pytest.mark.parametrize("given", [[], ["--master_port=12345"], ["--master_port=12345", "--master_addr=10.0.0.9"]])

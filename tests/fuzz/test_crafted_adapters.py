@@ -141,7 +141,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     )  # fmt: skip
     for rank in (0, 1):
         log = RankLog()
-        with log.kept(run.path, rank):
+        with log.opened(run.path, rank):
             log.note("noted")
         assert not (run.logs / f"rank_{rank}.log").is_symlink()
         assert (run.logs / f"rank_{rank}.log").read_text().endswith("noted\n")

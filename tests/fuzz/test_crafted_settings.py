@@ -15,6 +15,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -69,7 +70,7 @@ _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}
 def test_yaml_that_is_made_to_harm(area: Path, text: str | bytes, said: str) -> None:
     file = area / "settings.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    found = outcome(lambda: parse_settings(["--config", str(file)]), unchanged=area, names=(str(file), "--"))
+    found = outcome(lambda: parse_settings(["--config", str(file)], Settings), unchanged=area, names=(str(file), "--"))
     assert isinstance(found, UserError) and said in str(found), found
 
 
@@ -134,7 +135,7 @@ def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
 
 
 def test_a_choice_of_bytes_that_are_not_utf8_is_one_line(area: Path) -> None:
-    found = outcome(lambda: parse_settings(["--task=\udcff"]), unchanged=area, names=(r"--task \udcff: ",))
+    found = outcome(lambda: parse_settings(["--task=\udcff"], Settings), unchanged=area, names=(r"--task \udcff: ",))
     assert isinstance(found, UserError) and "input should be one of" in str(found)
 
 
@@ -144,7 +145,7 @@ def test_a_wrong_value_names_the_file_that_it_is_in(area: Path) -> None:
     starts = {"": f"{file}: --rank 0", "--rank=-1": "--rank -1", "--rank=2 --max_steps=0": "--max_steps 0"}
     for argv, start in starts.items():
         with pytest.raises(UserError) as error:
-            parse_settings([f"--config={file}", *argv.split()])
+            parse_settings([f"--config={file}", *argv.split()], Settings)
         assert str(error.value).startswith(start)
 
 

@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, tuple[dict[str, Any], Callable[[list[str]], Any]]] = {
         {"model": "llama2-7b", "task": "squad", "method": "tl6", "rank": 8, "layers": [1, 4], "learning_rate": 1e-4,
          "warmup_steps": 5, "max_steps": 10, "packing": True, "compile": "auto", "prompt_template": "Q: {question}",
          "save_interval_minutes": 2.5, "train_file": "rows.jsonl", "output_dir": "out"},
-        lambda argv: parse_settings(argv),
+        lambda argv: parse_settings(argv, Settings),
     ),
     "evaluate": (
         {"model": "llama2-7b", "task": "gsm8k", "adapter": "run/adapter", "limit": 3, "split": "test", "dtype": "fp32"},
@@ -134,7 +134,7 @@ def no_output(run: Callable[[], Any]) -> Any:
 
 
 def _train(argv: Sequence[str]) -> CommandSettings:
-    settings = parse_settings([*argv, "--dry_run=true"])
+    settings = parse_settings([*argv, "--dry_run=true"], Settings)
     no_output(lambda: print(dry_run_report(settings)))
     return settings
 

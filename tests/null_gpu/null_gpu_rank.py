@@ -32,7 +32,7 @@ from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 
 WARM_UP = 3  # steps
 
@@ -151,7 +151,7 @@ def _built(order: Order, device: torch.device) -> Any:
     chosen = choose_kernels(plan, device)
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
     built = build_random_model(plan, device, kernels=chosen.kernels)
-    train_step = TrainStep(plan, start_engine(plan, built, device, None), StopWatch())
+    train_step = TrainStep(plan, start_engine(plan, built, device, None), StopRequests())
     return plan, train_step, _steps(order, plan)
 
 

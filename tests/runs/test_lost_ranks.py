@@ -20,7 +20,7 @@ from ranks import wait_for
 from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, slow_steps
 
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
@@ -224,7 +224,7 @@ def test_torchrun_is_told_to_end_where_its_ssh_session_is_gone(monkeypatch: pyte
     (tmp_path / "torchrun").write_text("import time\ntime.sleep(60)")
     agent, session = (subprocess.Popen([sys.executable, tmp_path / "torchrun"]) for _ in range(2))
     try:
-        stop = StopWatch([psutil.Process(agent.pid), psutil.Process(session.pid)])
+        stop = StopRequests([psutil.Process(agent.pid), psutil.Process(session.pid)])
         monkeypatch.setenv("LOCAL_RANK", "0")
         stop.end_agent()
         session.kill()
@@ -258,8 +258,8 @@ def test_a_rank_that_ends_is_deaf_to_more_signals() -> None:
     """Also while Python ends: srun tells the others to stop as soon as one has, and gives their death as its status."""
     code = (
         "import os, signal\n"
-        "from megatron_tiedlora.runtime.stopping import StopWatch\n"
-        "stop = StopWatch()\nstop.install()\nstop.stopped(signal.SIGUSR1, 'SIGUSR1')\n"
+        "from megatron_tiedlora.runtime.stopping import StopRequests\n"
+        "stop = StopRequests()\nstop.install()\nstop.stopped(signal.SIGUSR1, 'SIGUSR1')\n"
         "class Last:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
         "        for number in (15, 2, 10): kill(pid, number)\n"

@@ -46,7 +46,7 @@ from pathlib import Path
 from megatron_tiedlora.runtime.rank_log import RankLog
 
 log = RankLog()
-with log.kept(Path(sys.argv[1]), int(sys.argv[2])):
+with log.opened(Path(sys.argv[1]), int(sys.argv[2])):
     print("inside")
     log.say("said")
     log.note("noted")

@@ -126,7 +126,7 @@ def test_run_yaml_can_be_given_back(base: Base, finished: tuple[Path, Ended], tm
     arguments = [f"--config={folder / 'run.yaml'}", f"--output_dir={again}"]
     run_ranks(arguments, folder=tmp_path / "work", cache=base.cache).expect(0)
     assert_same_run(again, folder)
-    settings = [parse_settings(["--config", str(path / "run.yaml")]) for path in (folder, again)]
+    settings = [parse_settings(["--config", str(path / "run.yaml")], Settings) for path in (folder, again)]
     assert settings[0].model_copy(update={"output_dir": None}) == settings[1].model_copy(update={"output_dir": None})
 
 

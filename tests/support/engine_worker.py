@@ -31,7 +31,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     from safetensors.torch import load_file, save_file
 
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
-    from megatron_tiedlora.runtime.stopping import StopWatch
+    from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build, session
     from megatron_tiedlora.training.loop import Trainer, full_adapter_state
     from megatron_tiedlora.training.optimizer import make_optimizer
@@ -53,7 +53,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
         session.write_run_settings(plan, folder)
     log = MetricsLog(folder, resumed_step=0) if rank == 0 else None
     meter = Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up"))
-    trainer = Trainer(plan, data, runner, built.base, folder, StopWatch(), log, meter)
+    trainer = Trainer(plan, data, runner, built.base, folder, StopRequests(), log, meter)
     if use_sgd:
         trainer.save = lambda **_: None  # it has no moments to save
     trainer.run()

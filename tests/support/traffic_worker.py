@@ -63,7 +63,7 @@ def count_steps(cases: list[Case], folder: str) -> list[Counted]:
 def _count(case: Case, device: torch.device) -> Counted:
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.data.tokenizer import padding_id
-    from megatron_tiedlora.runtime.stopping import StopWatch
+    from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.checks import GUARDED_STEPS, StepChecks
     from megatron_tiedlora.training.plan import plan_run
@@ -83,7 +83,7 @@ def _count(case: Case, device: torch.device) -> Counted:
         saved = _saved_bytes_per_token(built.stage, plan)
         runner = build.start_engine(plan, built, device, None)
         # On a busy machine the step before may have been a long one, after which ranks send a little more.
-        train_step = TrainStep(plan, runner, StopWatch(), long_seconds=0.0 if case.long_steps else math.inf)
+        train_step = TrainStep(plan, runner, StopRequests(), long_seconds=0.0 if case.long_steps else math.inf)
         loader = plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
         assert case.steps_before in (0, GUARDED_STEPS), "the last checked step says more than those after it"
         train_step.checks = StepChecks(runner, check_steps=0, guarded_steps=case.steps_before)

@@ -30,8 +30,8 @@ TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
 
-class Case(NamedTuple):
-    """Sizes of one comparison."""
+class Heads(NamedTuple):
+    """The attention heads of one comparison."""
 
     name: str
     heads: int
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     head_dim: int
 
 
-CASES = (Case("MHA", 4, 4, 128), Case("GQA", 8, 2, 128), Case("MHA d64", 4, 4, 64), Case("GQA d80", 4, 2, 80))
+CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
 _NONE = "No available kernel"  # torch's message if a backend supports none of the shapes
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
@@ -78,7 +78,7 @@ def compare(
     report: Report,
     name: str,
     route: Route,
-    case: Case,
+    case: Heads,
     lengths: Sequence[int],
     *,
     device: torch.device,
@@ -127,7 +127,7 @@ def optional(report: Report, name: str, label: str) -> Iterator[None]:
         report.is_alive()
 
 
-def random_heads(case: Case, length: int, *, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Queries, keys and values of two rows, with gradients."""
     draw = torch.Generator(device).manual_seed(length)
     return [

@@ -44,7 +44,7 @@ WRONG_FIX = (
 )
 
 
-class Answer(NamedTuple):
+class Computed(NamedTuple):
     """A loss and the gradients of the trained factors."""
 
     loss: float
@@ -62,14 +62,14 @@ class Judge:
         self.documents = random_documents(shape.vocab_size, device)
         self.expected = self.plain(torch.float64)
 
-    def plain(self, dtype: torch.dtype) -> Answer:
+    def plain(self, dtype: torch.dtype) -> Computed:
         """Plain PyTorch's result in this dtype, from the stage's own weights."""
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
-        return Answer(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
+        return Computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
-    def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Answer:
+    def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
         """The package's result, with packed rows or one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
@@ -80,9 +80,9 @@ class Judge:
         loss = stage(tokens, positions, labels, documents=ids)
         loss.backward()
         gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
-        return Answer(float(loss.detach()), gradients)
+        return Computed(float(loss.detach()), gradients)
 
-    def errors(self, answer: Answer) -> dict[str, float]:
+    def errors(self, answer: Computed) -> dict[str, float]:
         """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
         losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
         errors = {"loss": relative(*losses)}
@@ -148,7 +148,7 @@ def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *,
                         )
 
 
-def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Answer) -> None:
+def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Computed) -> None:
     """Compare the package's errors with plain PyTorch's in bf16: the largest share of its bound."""
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}

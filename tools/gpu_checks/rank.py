@@ -67,9 +67,9 @@ def run_endless(order: RankOrder, rank: int, world_size: int) -> int:
     from megatron_tiedlora.benchmark.layout import start
     from megatron_tiedlora.benchmark.plan import make_plan
     from megatron_tiedlora.runtime.ending import reported_end
-    from megatron_tiedlora.runtime.stopping import StopWatch
+    from megatron_tiedlora.runtime.stopping import StopRequests
 
-    with reported_end(rank, world_size, StopWatch()) as end:
+    with reported_end(rank, world_size, StopRequests()) as end:
         settings = settings_of(order.cases[0], order, world_size)
         plan = make_plan(settings, rank=rank, world_size=world_size, timeout_minutes=1.0)
         run = start(plan, settings)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from megatron_tiedlora.base.wording import enumerate_names
 from megatron_tiedlora.cluster.doctor.compare import error, warning
 from megatron_tiedlora.cluster.doctor.probe import CLOCK_MARK, CLOCK_QUESTION, PROBE_MARK
 from megatron_tiedlora.cluster.doctor.records import Clock, Finding, HostReport, HubRepo, Probe, Question
 from megatron_tiedlora.cluster.doctor.shared import FILE_PREFIX, NOT_SEEN, SEEN, SHARED_MARK, WRITTEN
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport, run_on_hosts
 
 _CLOCK_QUESTIONS = 3

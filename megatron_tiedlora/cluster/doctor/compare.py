@@ -11,9 +11,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, enumerate_names
 from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Probe
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 
 Value = TypeVar("Value", bound=Hashable)
 

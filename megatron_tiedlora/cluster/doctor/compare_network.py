@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, enumerate_names
 from megatron_tiedlora.cluster.doctor.compare import answering, error, usual_value, warning
-from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.probe import is_loopback
-from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, Layout, PathContent
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names
+from megatron_tiedlora.cluster.doctor.rank_groups import group_members, hosts_of_ranks
+from megatron_tiedlora.cluster.doctor.records import UNREADABLE, Finding, HostReport, ParallelConfig, PathContent
 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 _MOST_NAMED = 3  # of the files that differ
@@ -107,7 +106,7 @@ def look_at_port(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 # Layout ------------------------------------------------------------------------------------------------------------
 
 
-def look_at_layout(hosts: Sequence[HostReport], layout: Layout) -> Iterator[Finding]:
+def look_at_layout(hosts: Sequence[HostReport], layout: ParallelConfig) -> Iterator[Finding]:
     """Tensor parallel groups that span hosts: they send the most messages."""
     groups = [hosts_of_ranks(hosts, ranks) for ranks in group_members(layout).get("tensor", ())]
     spread = [where for where in groups if len(where) > 1]

@@ -9,12 +9,19 @@ from itertools import accumulate
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.cluster.doctor import compare, compare_network
 from megatron_tiedlora.cluster.doctor.ask import ask_hosts, try_shared
 from megatron_tiedlora.cluster.doctor.job_files import absolute_path, job_files
 from megatron_tiedlora.cluster.doctor.measure import explain_trial, group_results, judge_groups, start_ranks
-from megatron_tiedlora.cluster.doctor.records import Backend, Finding, GroupResult, HostReport, Layout, Report
-from megatron_tiedlora.cluster.doctor.wording import count_text
+from megatron_tiedlora.cluster.doctor.records import (
+    Backend,
+    DoctorReport,
+    Finding,
+    GroupResult,
+    HostReport,
+    ParallelConfig,
+)
 from megatron_tiedlora.cluster.forwarded_env import forward_env, read_user_file
 from megatron_tiedlora.cluster.remote import Route, Transport
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
@@ -27,7 +34,7 @@ _NOT_IN_THE_WAY = frozenset({"path_missing", "path_unreadable", "path_differs", 
 Say = Callable[[str], None]
 
 
-def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) -> Report:
+def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Say) -> DoctorReport:
     """Examine the hosts that the settings or the allocation name.
 
     Args:
@@ -100,7 +107,7 @@ def find_hosts(settings: DoctorSettings, environment: Mapping[str, str]) -> tupl
     return "local", (Host(socket.gethostname(), settings.tensor_parallel * settings.pipeline_parallel),)
 
 
-def compare_hosts(hosts: Sequence[HostReport], layout: Layout, *, max_skew: float) -> list[Finding]:
+def compare_hosts(hosts: Sequence[HostReport], layout: ParallelConfig, *, max_skew: float) -> list[Finding]:
     """All findings about the answers; a pure function."""
     return [
         *compare.look_at_torch(hosts),
@@ -119,17 +126,17 @@ def compare_hosts(hosts: Sequence[HostReport], layout: Layout, *, max_skew: floa
 
 def make_report(
     route: Route,
-    layout: Layout,
+    layout: ParallelConfig,
     hosts: Sequence[HostReport],
     groups: Sequence[GroupResult],
     skipped: str | None,
     findings: Sequence[Finding],
     seconds: Mapping[str, float],
-) -> Report:
+) -> DoctorReport:
     """Count the findings, errors first, and conclude."""
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = [finding for finding in findings if finding.level == "warning"]
-    return Report(
+    return DoctorReport(
         verdict="not ready" if errors else "ready",
         num_errors=len(errors),
         num_warnings=len(warnings),
@@ -167,14 +174,14 @@ def _fit_to_gpus(hosts: Sequence[HostReport]) -> list[HostReport]:
     ]
 
 
-def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings) -> Layout:
+def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings) -> ParallelConfig:
     num_ranks = sum(host.slots for host in hosts)
     grid = Grid(0, num_ranks, settings.tensor_parallel, settings.pipeline_parallel)
     probes = [host.probe for host in hosts if host.probe is not None]
     backend: Backend | None = None
     if probes:
         backend = "nccl" if all(probe.gpus for probe in probes) else "gloo"
-    return Layout(
+    return ParallelConfig(
         num_ranks=num_ranks,
         tensor_parallel=grid.tp_size,
         pipeline_parallel=grid.pp_size,
@@ -185,7 +192,7 @@ def _make_layout(hosts: Sequence[HostReport], settings: DoctorSettings) -> Layou
     )
 
 
-def _why_no_ranks(findings: Sequence[Finding], layout: Layout) -> str | None:
+def _why_no_ranks(findings: Sequence[Finding], layout: ParallelConfig) -> str | None:
     """Why no ranks are started; None if they are."""
     in_the_way = [finding for finding in findings if finding.level == "error" and finding.code not in _NOT_IN_THE_WAY]
     if in_the_way:

@@ -12,19 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from megatron_tiedlora.base.wording import enumerate_names
 from megatron_tiedlora.cluster.doctor.ask import module_command
 from megatron_tiedlora.cluster.doctor.compare import error, warning
-from megatron_tiedlora.cluster.doctor.layouts import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.rank import RANK_MARK, SMALL_BYTES
+from megatron_tiedlora.cluster.doctor.rank_groups import group_members, hosts_of_ranks
 from megatron_tiedlora.cluster.doctor.records import (
     Finding,
     GroupResult,
     HostReport,
-    Layout,
+    ParallelConfig,
     RankEvent,
     TrialOrder,
 )
-from megatron_tiedlora.cluster.doctor.wording import enumerate_names
 from megatron_tiedlora.cluster.remote import Done, HostCommands, RemoteCommand, Transport, run_on_hosts
 
 _LAST_WORDS_SECONDS = 4.0  # after the first host has failed: for the others to report how far they were
@@ -52,7 +52,7 @@ class Trial:
 
 def start_ranks(
     hosts: Sequence[HostReport],
-    layout: Layout,
+    layout: ParallelConfig,
     transport: Transport,
     *,
     large_bytes: int,
@@ -133,7 +133,9 @@ def _missed_by_slurm(names: Sequence[str]) -> list[str]:
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def group_results(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, large_bytes: int) -> list[GroupResult]:
+def group_results(
+    hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, large_bytes: int
+) -> list[GroupResult]:
     """Results of every group whose ranks have all measured both sizes; the slowest rank's time counts."""
     results = []
     for kind, groups in group_members(layout).items():
@@ -159,7 +161,7 @@ def group_results(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, 
     return results
 
 
-def explain_trial(hosts: Sequence[HostReport], layout: Layout, trial: Trial, *, limit: float) -> list[Finding]:
+def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
     """Why ranks did not finish; empty if all did. If a host was lost, only that is reported."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     if trial.unreachable:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.cluster.doctor.layouts import group_members
+from megatron_tiedlora.cluster.doctor.rank_groups import group_members
 from megatron_tiedlora.cluster.doctor.records import GroupKind, RankEvent, TrialOrder
 
 if TYPE_CHECKING:

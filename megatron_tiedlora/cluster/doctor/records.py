@@ -165,7 +165,7 @@ Backend = Literal["nccl", "gloo"]
 GroupKind = Literal["tensor", "pipeline", "data"]
 
 
-class Layout(Record):
+class ParallelConfig(Record):
     """The parallel configuration of the ranks, and where they meet."""
 
     num_ranks: int
@@ -186,7 +186,7 @@ class TrialOrder(Record):
         seconds: time limit, after which all ranks end by themselves.
     """
 
-    layout: Layout
+    layout: ParallelConfig
     first_rank: int
     slots: int
     large_bytes: int
@@ -251,7 +251,7 @@ class Finding(Record):
     fix: str
 
 
-class Report(Record):
+class DoctorReport(Record):
     """The whole examination, as --json writes it.
 
     Attributes:
@@ -263,7 +263,7 @@ class Report(Record):
     num_errors: int
     num_warnings: int
     route: Literal["ssh", "srun", "local"]
-    layout: Layout
+    layout: ParallelConfig
     hosts: list[HostReport]
     groups: list[GroupResult]
     skipped: str | None

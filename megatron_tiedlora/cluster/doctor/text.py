@@ -6,17 +6,23 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from megatron_tiedlora.base.errors import printable
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.wording import bytes_in_words, count_text, enumerate_names, time_text
 from megatron_tiedlora.cluster.doctor.compare import NO_GPU, answering, usual_value
 from megatron_tiedlora.cluster.doctor.compare_network import interface_in_use
-from megatron_tiedlora.cluster.doctor.records import Finding, GroupResult, HostReport, Layout, Probe, Report
-from megatron_tiedlora.cluster.doctor.wording import count_text, enumerate_names, time_text
+from megatron_tiedlora.cluster.doctor.records import (
+    DoctorReport,
+    Finding,
+    GroupResult,
+    HostReport,
+    ParallelConfig,
+    Probe,
+)
 
 ODD_MARK = "*"
 _OVER = {"ssh": "over ssh", "srun": "by srun", "local": "this machine"}
 
 
-def report_text(report: Report) -> str:
+def report_text(report: DoctorReport) -> str:
     """The whole report, to print."""
     parts = [[_headline(report)], host_table(report.hosts)]
     if report.groups:
@@ -28,7 +34,7 @@ def report_text(report: Report) -> str:
     return "\n\n".join("\n".join(map(printable, lines)) for lines in [*parts, [verdict_line(report)]])
 
 
-def verdict_line(report: Report) -> str:
+def verdict_line(report: DoctorReport) -> str:
     """The conclusion in one line."""
     warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
     if report.verdict == "ready":
@@ -42,12 +48,12 @@ def finding_lines(finding: Finding) -> list[str]:
     return [f"{finding.level}: {finding.message}", f"  fix: {finding.fix}"]
 
 
-def _headline(report: Report) -> str:
+def _headline(report: DoctorReport) -> str:
     hosts = count_text(len(report.hosts), "host")
     return f"{hosts} ({_OVER[report.route]}), {_layout_text(report.layout)}"
 
 
-def _layout_text(layout: Layout) -> str:
+def _layout_text(layout: ParallelConfig) -> str:
     parts = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
     meeting = f"meeting at {layout.master_host}:{layout.master_port}"
     backend = f"{layout.backend}, " if layout.backend else ""

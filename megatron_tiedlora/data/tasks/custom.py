@@ -82,10 +82,4 @@ def _render_turns(turns: list[dict[str, str]], source: str, chat: ChatTemplate |
     return "\n".join([*lines, "Assistant:"])
 
 
-TASK = Task(
-    name="custom",
-    fields=(),
-    template="",
-    parts=_parts,
-    metrics=("exact_match",),
-)
+TASK = Task(name="custom", fields=(), template="", parts=_parts, metrics=("exact_match",))

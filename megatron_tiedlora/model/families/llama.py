@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.families import Family
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
 
@@ -13,8 +12,6 @@ def read(config: HfConfig) -> ModelShape:
     config.reject_unless("sliding_window")
     config.reject_unless("use_sliding_window", False)
     config.reject_unless("mlp_bias", False)
-    config.reject_unless("attention_dropout", 0)
-    config.reject_unless("quantization_config")
     config.reject_unless("partial_rotary_factor", 1)
     config.reject_unless("logits_scaling", 1)
     config.reject_unless("attn_logit_softcapping")
@@ -22,9 +19,5 @@ def read(config: HfConfig) -> ModelShape:
     config.reject_unless("num_local_experts")
     config.reject_unless("use_qk_norm", False)
     config.reject_unless("rope_interleaved", False)
-    config.reject_other_layers()
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias, max_positions=2048)
-
-
-FAMILY = Family("llama", read)

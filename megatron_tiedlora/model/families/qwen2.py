@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.families import Family
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
 
@@ -14,10 +13,4 @@ def read(config: HfConfig) -> ModelShape:
     for name in ("sliding_window", "max_window_layers"):  # no effect without use_sliding_window
         config.get(name)
     config.reject_unless("use_mrope", False)  # in the config.json of Qwen2.5
-    config.reject_unless("attention_dropout", 0)
-    config.reject_unless("quantization_config")
-    config.reject_other_layers()
     return gated_decoder(config, qkv_bias=True, output_bias=False, max_positions=32768, num_kv_heads=32)
-
-
-FAMILY = Family("qwen2", read)

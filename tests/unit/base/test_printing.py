@@ -19,7 +19,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import printable, show
 from megatron_tiedlora.cluster import watch
-from megatron_tiedlora.cluster.doctor.records import Finding, HostReport, Layout, Report
+from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
@@ -151,13 +151,13 @@ def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path
         f"  {printable(FOREIGN)}",
     ]
     findings = [Finding(level="error", code="no_answer", hosts=["a"], message=FOREIGN, fix=f"look\nverdict: {FOREIGN}")]
-    layout = Layout(
+    layout = ParallelConfig(
         num_ranks=1, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, master_host=FOREIGN, master_port=1
     )
     hosts = [HostReport(name=FOREIGN, slots=1, first_rank=0)]
     found: dict[str, Any] = {"groups": [], "skipped": FOREIGN, "seconds": {}, "num_errors": 1, "num_warnings": 0}
     text = report_text(
-        Report(verdict="not ready", route="ssh", layout=layout, hosts=hosts, findings=findings, **found)
+        DoctorReport(verdict="not ready", route="ssh", layout=layout, hosts=hosts, findings=findings, **found)
     )
     assert not unsafe(text) and text.count("\nverdict:") == 1
     assert not unsafe(format_comparisons([LogitComparison(FOREIGN, 0.0, 0.0, 0.0, 1.0, "equal")]))

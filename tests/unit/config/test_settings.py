@@ -37,14 +37,14 @@ INTERFACE = {
 def refusal(*argv: str) -> str:
     """The one line with which `argv` is refused."""
     with pytest.raises(UserError) as caught:
-        parse_settings(argv)
+        parse_settings(argv, Settings)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_flags_are_those_of_the_interface() -> None:
-    groups = {group.title: group for group in build_parser()._action_groups}
+    groups = {group.title: group for group in build_parser(Settings)._action_groups}
     for name, flags in INTERFACE.items():
         found = {option for action in groups[name]._group_actions for option in action.option_strings}
         assert found == {f"--{flag}" for flag in flags.split()}, name
@@ -52,7 +52,7 @@ def test_flags_are_those_of_the_interface() -> None:
 
 
 def test_help_is_grouped_and_short_enough_to_read() -> None:
-    text = build_parser().format_help()
+    text = build_parser(Settings).format_help()
     positions = [text.index(f"\n{group}:\n") for group in GROUPS]
     assert positions == sorted(positions)
     for field in Settings.model_fields.values():
@@ -67,7 +67,7 @@ def test_defaults_by_task_are_of_known_tasks_and_settings() -> None:
 
 
 def test_demo_defaults() -> None:
-    settings = parse_settings([])
+    settings = parse_settings([], Settings)
     assert (settings.model, settings.task, settings.method, settings.rank) == ("demo", "demo", "tl6", 8)
     assert settings.global_batch_size == 24
     for ranks in (1, 2, 3, 8):
@@ -76,7 +76,7 @@ def test_demo_defaults() -> None:
 
 
 def test_paper_defaults_outside_the_demo() -> None:
-    settings = parse_settings(["--model=x", "--train_file=d.jsonl"])
+    settings = parse_settings(["--model=x", "--train_file=d.jsonl"], Settings)
     assert settings.task == "custom"
     found = (
         settings.rank,
@@ -96,7 +96,7 @@ def test_paper_defaults_outside_the_demo() -> None:
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: tiny\ntrain_file: a.jsonl\nrank: 4\nlearning_rate: 1e-3\nlayers: [1, 3]\ndry_run: true\n")
-    settings = parse_settings(["--config", str(file), "--rank=2"])
+    settings = parse_settings(["--config", str(file), "--rank=2"], Settings)
     assert (settings.rank, settings.learning_rate, settings.layers, settings.dry_run) == (2, 1e-3, (1, 3), True)
     assert settings.alpha == 2  # follows the rank that holds in the end
 
@@ -104,7 +104,7 @@ def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
 def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("rank: 4\ntokenizer: null\nranks: 2\nversions: {torch: '2'}\n")
-    assert parse_settings(["--config", str(file)]).rank == 4
+    assert parse_settings(["--config", str(file)], Settings).rank == 4
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) ->
     [(["--layers=8"], (8,)), (["--layers", "1,4,8"], (1, 4, 8)), (["--layers=all"], None), ([], None)],
 )
 def test_layers(argv: list[str], layers: tuple[int, ...] | None) -> None:
-    assert parse_settings(argv).layers == layers
+    assert parse_settings(argv, Settings).layers == layers
 
 
 def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
-    assert parse_settings(["--local_rank=1", "--rank", "3"]).rank == 3
-    assert parse_settings(["--dry_run"]).dry_run
-    assert not parse_settings(["--dry_run", "false"]).dry_run
+    assert parse_settings(["--local_rank=1", "--rank", "3"], Settings).rank == 3
+    assert parse_settings(["--dry_run"], Settings).dry_run
+    assert not parse_settings(["--dry_run", "false"], Settings).dry_run
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.model.families import families, shape_from_hf
+from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.grid import Grid
@@ -40,7 +40,7 @@ SIZES = {
 # What a config means -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_absent_field_means_what_transformers_means(model_type: str) -> None:
     from transformers import AutoConfig
 
@@ -53,7 +53,7 @@ def test_an_absent_field_means_what_transformers_means(model_type: str) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_field_that_nothing_knows_is_rejected_by_name(model_type: str) -> None:
     with pytest.raises(UserError, match=r"here: the field 'residual_scale' = 0.5 is unknown. Remove it"):
         shape_from_hf({"model_type": model_type, **SIZES, "residual_scale": 0.5}, source="here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import BlockShape
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning import layout as module
+from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
-from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.memory import stage_memory, token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
 
@@ -37,7 +41,7 @@ def layouts() -> list[tuple[int, int, int]]:
 
 def planned(tp: int, pp: int, dp: int, **changes: Any) -> tuple[StagePlan, ...]:
     sizes = {"tp_size": tp, "pp_size": pp, "dp_size": dp, "zero_stage": 1, "on_gpu": True, "micro_batches": 256 // dp}
-    return plan_stages(SHAPE, Layout(ADAPTER, length=4096, **{**sizes, **changes}))
+    return plan_stages(SHAPE, Layout(**{"adapter": ADAPTER, "length": 4096, **sizes, **changes}))
 
 
 def test_every_layout_of_a_cluster_can_be_planned() -> None:
@@ -67,6 +71,28 @@ def test_a_layout_costs_what_its_fields_say() -> None:
     whole, cut = (planned(4, 1, 8, shards_sequences=cuts)[0].layout for cuts in (False, True))
     assert (whole.sequence_parts, cut.sequence_parts) == (1, 4)
     assert planned(1, 1, 32)[0].layout.sequence_parts == 1 and not planned(1, 1, 32)[0].layout.sequence_parallel
+
+
+def test_every_target_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate-up beside QKV: FLOPs, A x saved and sent, factors and their gathers count for both."""
+    adaptable = property(lambda block: {"qkv": block.qkv, "gate_up": block.gate_up})
+    monkeypatch.setattr(BlockShape, "adaptable", adaptable)
+    both = replace(ADAPTER, targets=targets_of(SHAPE))
+    d, f, r, layers, rows = 8192, 28672, 8, 80, 4096
+    one, two = (planned(2, 1, 16, adapter=adapter)[0] for adapter in (ADAPTER, both))
+    assert token_bytes(SHAPE, two.layout).saved - token_bytes(SHAPE, one.layout).saved == 2 * r
+    assert token_bytes(SHAPE, two.layout).after_attention - token_bytes(SHAPE, one.layout).after_attention == 2 * r
+    batch = assumed_micro_batches(one.layout)[:1]
+    before, after = (step_traffic(stage, batch) for stage in (one, two))
+    added = {key: size - before.bytes[key] for key, size in after.bytes.items() if size != before.bytes[key]}
+    gathered = 4 * r * d  # A, as it is trained
+    sent = 2 * layers * rows * r + gathered
+    u = 4 * layers * r
+    assert added == {("tensor", "all-gather"): sent, ("tensor", "reduce-scatter"): sent, (WORLD, "all-reduce"): u}
+    assert after.messages["tensor", "all-gather"] == before.messages["tensor", "all-gather"] + 1
+    counts = {"num_tokens": rows, "squared_lengths": rows**2, "num_after": rows, "num_supervised": rows}
+    flops = [step_flops(SHAPE, stage.layout.adapter, **counts).total for stage in (one, two)]
+    assert flops[1] - flops[0] == 6 * r * (d + 2 * f) * layers * rows
 
 
 def test_a_layout_that_does_not_fit_is_rejected() -> None:

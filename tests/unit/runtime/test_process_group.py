@@ -22,7 +22,7 @@ from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.heartbeat import gpu_failure_line
 from megatron_tiedlora.runtime.launch_env import prepare_environment
 from megatron_tiedlora.runtime.process_group import choose_device, gpu_name, group_backend
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 
 CUDA_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -190,7 +190,7 @@ def test_a_run_that_a_gpu_ends_names_rank_host_and_gpu(
 ) -> None:
     monkeypatch.setattr("megatron_tiedlora.runtime.ending.socket", SimpleNamespace(gethostname=lambda: "gpu7"))
     monkeypatch.setattr("megatron_tiedlora.runtime.ending.first_to_fail", lambda: True)
-    stop = StopWatch(launchers=[])
+    stop = StopRequests(launchers=[])
     monkeypatch.setattr(stop, "ignore", lambda: None)
     end = End(3, 4, stop, gpu=f"cuda:1 (GPU-{UUID})")
     assert end.failed(RuntimeError(FAILURES[0][0])) == 1

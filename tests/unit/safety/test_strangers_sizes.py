@@ -26,6 +26,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.examples import Example
@@ -110,7 +111,7 @@ def test_a_file_decides_nothing_that_a_user_decides_at_a_start(tmp_path: Path, n
     file = tmp_path / "evil.yaml"
     file.write_text(f"{name}: true\nresume: auto\n")
     with pytest.raises(UserError, match=f"{name} is not read from a file; give --{name} on the command line"):
-        parse_settings([f"--config={file}"])
+        parse_settings([f"--config={file}"], Settings)
 
 
 def rouge(prediction: str, *references: str) -> float:

@@ -331,11 +331,11 @@ def test_what_is_left_out_is_seen(judge: correct.Judge, monkeypatch: pytest.Monk
         correct.compare_fp32(report, "fp32", judge)
         assert "fail" in [check.status for check in report.checks], what
     answer = judge.expected
-    wrong = correct.Answer(answer.loss, {**answer.gradients, "v": 1.3 * answer.gradients["v"]})
+    wrong = correct.Computed(answer.loss, {**answer.gradients, "v": 1.3 * answer.gradients["v"]})
     report = Report("correct")
     correct.compare_bf16(report, "bf16", judge, dict.fromkeys(["loss", "dA", "dB", "du", "dv"], 0.05), wrong)
     assert report.checks[0].status == "fail"
-    assert judge.errors(correct.Answer(answer.loss, {}))["dA"] == float("inf")
+    assert judge.errors(correct.Computed(answer.loss, {}))["dA"] == float("inf")
 
 
 def test_a_wrong_plain_pytorch_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.runtime.stopping import StopWatch
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import finish
 from megatron_tiedlora.training.run_data import _test_examples
 
@@ -37,7 +37,7 @@ def test_a_run_merges_where_its_task_says_so(
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
     monkeypatch.setattr(finish, "verify_export", lambda *_, **__: [])
     trainer: Any = SimpleNamespace(
-        stop=StopWatch(),
+        stop=StopRequests(),
         folder=RunFolder(tmp_path),
         plan=SimpleNamespace(source=None, settings=make_settings({"task": task})),
     )

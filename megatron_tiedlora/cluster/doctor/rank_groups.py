@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_tiedlora.cluster.doctor.records import GroupKind, HostReport, Layout
+from megatron_tiedlora.cluster.doctor.records import GroupKind, HostReport, ParallelConfig
 from megatron_tiedlora.parallel.grid import Grid
 
 
-def group_members(layout: Layout) -> dict[GroupKind, list[list[int]]]:
+def group_members(layout: ParallelConfig) -> dict[GroupKind, list[list[int]]]:
     """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
     grid = Grid(0, layout.num_ranks, layout.tensor_parallel, layout.pipeline_parallel)
     members: dict[GroupKind, dict[tuple[int, int], list[int]]] = {"tensor": {}, "pipeline": {}, "data": {}}
