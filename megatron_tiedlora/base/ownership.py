@@ -32,8 +32,7 @@ from megatron_tiedlora.base.json_files import Count, Text, read_fields, read_jso
 
 OWNER_FILE = ".owner"
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
-_LOCK_SECONDS = 5.0  # longest wait for a lock that processes of this machine hold only for a moment
-RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
+STALE_SECONDS = 60.0  # an owner counts as given up if it has not renewed its token for so long
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -132,10 +131,14 @@ class FolderLock:
 
     Attributes:
         descriptor: the locked file. Children that inherit it keep the kernel's lock while they live.
+        renew_seconds: time between renewals of the token.
+        lock_seconds: longest wait for a lock that processes of this machine hold only for a moment.
     """
 
     owner: Owner
     descriptor: int
+    renew_seconds: float
+    lock_seconds: float
     _made: tuple[Path, ...] = ()
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -150,7 +153,7 @@ class FolderLock:
         self.release()
 
     def _renew(self) -> None:
-        while not self._over.wait(RENEW_SECONDS):
+        while not self._over.wait(self.renew_seconds):
             with suppress(OSError):
                 os.utime(self.descriptor)
 
@@ -159,9 +162,9 @@ class FolderLock:
         if self._over.is_set():
             return
         self._over.set()
-        self._thread.join(_LOCK_SECONDS)
+        self._thread.join(self.lock_seconds)
         os.close(self.descriptor)
-        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder):
+        with suppress(OSError, UserError), _one_at_a_time(self.owner.folder, self.lock_seconds):
             token, file = read_token(self.owner.folder), self.owner.folder / OWNER_FILE
             if token is not None and token.start == self.owner.start and _is_unlocked(file) is not False:
                 _remove_marks(self.owner.folder)
@@ -182,6 +185,8 @@ def take_folder(
     take_over: bool = False,
     removed_after: bool = False,
     before: Callable[[], None] = lambda: None,
+    renew_seconds: float = 10.0,
+    lock_seconds: float = 5.0,
 ) -> FolderLock:
     """Become the owner of a folder, which is created if it does not exist.
 
@@ -195,6 +200,7 @@ def take_folder(
         take_over: take it, whoever owns it.
         before: called before the folder is taken from an earlier start; if it raises, that start keeps the folder.
         removed_after: `release` removes the folder if it is empty, whoever made it.
+        renew_seconds, lock_seconds: see FolderLock.
 
     Raises:
         FolderTaken: another start owns it; the message says which one and since when.
@@ -210,9 +216,10 @@ def take_folder(
         os.write(descriptor, json.dumps(asdict(token)).encode())
         with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with _one_at_a_time(folder):
+        with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
-        return FolderLock(Owner(folder, token.start), descriptor, (folder, *made[1:]) if removed_after else made)
+        removed = (folder, *made[1:]) if removed_after else made
+        return FolderLock(Owner(folder, token.start), descriptor, renew_seconds, lock_seconds, removed)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if descriptor is not None:
@@ -328,11 +335,11 @@ def _is_unlocked(file: Path) -> bool | None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
     """Exclude other processes of this machine, if the file system can lock folders (network ones may not)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS  # the holder may be suspended; tokens are safe enough without it
+        deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without it
         with suppress(OSError):
             while not _try_lock(descriptor) and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -92,10 +92,10 @@ class Layout:
         return FrozenWeight.num_bytes(num_elements, self.dtype)
 
 
-def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int) -> bool:
+def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
     """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
-    return num_tokens / grid.dp_size * widths >= LEAST_WORK
+    return num_tokens / grid.dp_size * widths >= least_work
 
 
 def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:

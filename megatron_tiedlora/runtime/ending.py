@@ -75,6 +75,7 @@ class End:
     owner: Owner | None = None
     release: Callable[[], None] | None = None
     gpu: str = ""
+    silence_seconds: float = SILENCE_SECONDS
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
     _reserve: ExitStack = field(default_factory=ExitStack)
@@ -89,7 +90,6 @@ class End:
         self.gpu = own_gpu()  # read now, because a failed GPU does not answer
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
-            silence = min(SILENCE_SECONDS, limit.total_seconds())
             self.heartbeat = Heartbeat(
                 connect(limit=limit),
                 self.rank,
@@ -97,7 +97,7 @@ class End:
                 step=lambda: self.step,
                 on_failure=self._lost,
                 reports_for_host=first_to_fail,
-                silence_seconds=silence,
+                silence_seconds=min(self.silence_seconds, limit.total_seconds()),
             ).start()
 
     def hold(self, release: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from folders import ROOT, SUPPORT
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import ROOT, SUPPORT
 from native_files import moments_of, with_adapter, write_native
 from tiny_models import write_tiny_model
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from run_files import assert_same_run, checkpoint_names, files_of, losses
 from ranks import fork_server
+from run_files import assert_same_run, checkpoint_names, files_of, losses
 from run_helpers import Base, run, write_base
 from run_preludes import die_at_event, kill_at_call, kill_at_step, scripted_validation
 
@@ -142,7 +142,7 @@ def _save_and_die(folder: Path, event: int) -> None:
 def save_a_checkpoint(folder: Path, step: int) -> None:
     """Save small values that depend on `step`; the best is that of step 2."""
     from megatron_tiedlora.adapters.targets import qkv_target
-    from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, initial_values
+    from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config
     from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
     from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from folders import SHARED_DATA
 import math
 from pathlib import Path
 
 import pytest
 from evaluation_runs import answering_model, evaluate, predictions, results, score_again
+from folders import SHARED_DATA
 from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
+XQUAD = SHARED_DATA / "xquad/xquad.en.json"
 # Rows of training and of the test, and an answer that is right for a few of the first 64 test rows.
 TASKS = {
     "gsm8k": (SHARED_DATA / "gsm8k/train.jsonl", SHARED_DATA / "gsm8k/test.jsonl", " #### 18", {"gsm8k": 3}),
-    "squad": (SHARED_DATA / "xquad/xquad.en.json", SHARED_DATA / "xquad/xquad.en.json", " Manning", {"squad": 1, "squad_f1": 3}),
+    "squad": (XQUAD, XQUAD, " Manning", {"squad": 1, "squad_f1": 3}),
 }
 NUM_ROWS = 64
 

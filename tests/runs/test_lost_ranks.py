@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from folders import ROOT
 import os
 import signal
 import subprocess
@@ -15,10 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
-from run_files import assert_same_run, files_of, has_step, metrics, status
+from folders import ROOT
 from ranks import wait_for
+from run_files import assert_same_run, files_of, has_step, metrics, status
 from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks, write_base
-from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, slow_steps
+from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, short_silence, slow_steps
 
 from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -29,12 +29,6 @@ LOOP = "megatron_tiedlora.training.loop"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_base(tmp_path_factory.mktemp("base"))
-
-
-def short_silence(seconds: float = 3.0) -> None:
-    from megatron_tiedlora.runtime import ending
-
-    ending.SILENCE_SECONDS = seconds
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -82,7 +76,7 @@ def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: 
 def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path: Path, rank: int) -> None:
     """As when its host or link is down: nothing comes, and no connection is closed."""
     folder = tmp_path / "run"
-    prelude = partial(all_of, short_silence, partial(kill_at_step, 3, signal.SIGSTOP, rank=rank))
+    prelude = partial(all_of, partial(short_silence, 3.0), partial(kill_at_step, 3, signal.SIGSTOP, rank=rank))
     world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     try:
         world.processes[1 - rank].join(90)
@@ -96,7 +90,7 @@ def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path
 def test_a_job_that_is_suspended_and_goes_on_is_no_loss(base: Base, tmp_path: Path) -> None:
     """All ranks stand still for longer than the silence that counts, as under `scontrol suspend` or Ctrl-Z and fg."""
     folder = tmp_path / "run"
-    prelude = partial(all_of, short_silence, slow_steps)
+    prelude = partial(all_of, partial(short_silence, 3.0), slow_steps)
     world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
     try:
         wait_for(lambda: has_step(folder, 2), "two steps")

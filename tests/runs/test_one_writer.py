@@ -5,7 +5,6 @@ Whoever writes leaves the folder of a run that was alone, byte for byte.
 
 from __future__ import annotations
 
-from folders import ROOT
 import shutil
 import signal
 import socket
@@ -17,11 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
+from folders import ROOT
 from native_files import with_adapter, write_native
-from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
+from ownership_files import grow_old
 from ranks import wait_for
+from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
 from run_helpers import EVALUATE, Base, World, run, run_ranks, start_ranks, write_base, write_rows
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+
+from megatron_tiedlora.base.ownership import STALE_SECONDS
 
 RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"
 HELD = "is at work here (last seen"
@@ -122,16 +125,10 @@ def test_a_run_that_was_killed_elsewhere_is_taken_after_a_while(base: Base, whol
     run(base, folder, prelude=partial(kill_at_step, 6, signal.SIGKILL), expect=-signal.SIGKILL)
     line = run(base, folder, resume="auto", prelude=another_machine, expect=2).error_line()
     assert HELD in line
-    run(base, folder, resume="auto", prelude=all_of_another_machine_later)
+    grow_old(folder, STALE_SECONDS + 5)
+    run(base, folder, resume="auto", prelude=another_machine)
     assert_same_run(folder, whole)
     assert is_free(folder)
-
-
-def all_of_another_machine_later() -> None:
-    from megatron_tiedlora.base import ownership
-
-    another_machine()
-    ownership.STALE_SECONDS = 0.0
 
 
 def test_a_start_that_fails_before_it_writes_leaves_nothing(base: Base, tmp_path: Path) -> None:

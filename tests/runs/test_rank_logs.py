@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from folders import ROOT
 import io
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import ROOT
 from run_files import status
 from run_helpers import Base, run, run_ranks, write_base
 from run_preludes import before_call, kill_at_step

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from folders import SHARED_DATA
 import math
 from pathlib import Path
 
 import pytest
+from folders import SHARED_DATA
 from run_files import metrics, status
 from run_helpers import run_ranks
 from tiny_models import write_tiny_model

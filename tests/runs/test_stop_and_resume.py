@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from ranks import free_port, wait_for
 from run_files import (
     assert_same_run,
     checkpoint_names,
@@ -22,7 +23,6 @@ from run_files import (
     run_settings,
     status,
 )
-from ranks import free_port, wait_for
 from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command, write_base
 from run_preludes import kill_at_call, kill_at_step, scripted_validation
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from folders import ROOT
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import ROOT
 from run_files import losses, metrics, status
 from run_helpers import Base, run_ranks, write_base
 

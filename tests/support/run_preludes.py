@@ -45,8 +45,16 @@ def long_steps() -> None:
 def watched_steps() -> None:
     """`long_steps`, and a rank that is silent for 5 s counts as lost."""
     long_steps()
-    ending: Any = importlib.import_module("megatron_tiedlora.runtime.ending")
-    ending.SILENCE_SECONDS = 5.0
+    short_silence(5.0)
+
+
+def short_silence(seconds: float) -> None:
+    """A rank that is silent for so long counts as lost."""
+
+    def shorten(ending: Any, *_: Any) -> None:
+        ending.silence_seconds = seconds
+
+    before_call("megatron_tiedlora.runtime.ending", "End.watch_peers", shorten)
 
 
 def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:
@@ -70,13 +78,13 @@ def kill_once() -> None:
 def no_compiler(rank: int, *, pays: bool = False) -> None:
     """Compiling fails on this rank. `pays`: every run is long enough for it."""
     from megatron_tiedlora.parallel.kernels import Kernels
-    from megatron_tiedlora.planning import layout
+    from megatron_tiedlora.training import plan
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler\nwith a long story")
 
     if pays:
-        layout.LEAST_WORK = 0.0
+        plan.pays_to_compile = lambda *_, **__: True
     if int(os.environ["RANK"]) == rank:
         Kernels.compiled = lambda self, **_: Kernels(normalise=broken)  # type: ignore[method-assign]
 

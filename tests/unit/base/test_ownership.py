@@ -127,9 +127,8 @@ def test_a_folder_that_is_gone_or_emptied(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_an_owner_renews_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "RENEW_SECONDS", 0.05)
-    with take(tmp_path):
+def test_an_owner_renews_its_time(tmp_path: Path) -> None:
+    with take(tmp_path, renew_seconds=0.05):
         grow_old(tmp_path, 100)
         deadline = time.monotonic() + 10
         while (tmp_path / OWNER_FILE).stat().st_mtime < time.time() - 50:
@@ -185,14 +184,13 @@ def test_a_start_that_looks_in_vain_is_no_leftover_of_the_owner(tmp_path: Path) 
     assert names(tmp_path) == set()
 
 
-def test_a_folder_that_somebody_else_has_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_somebody_else_has_locked(tmp_path: Path) -> None:
     """Such as `flock FOLDER rsync`, or a start that stands still: it is waited for a moment, and no longer."""
-    monkeypatch.setattr(ownership, "_LOCK_SECONDS", 0.2)
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     started = time.monotonic()
-    with take(tmp_path), pytest.raises(FolderTaken):
-        take(tmp_path, resumes=True)
+    with take(tmp_path, lock_seconds=0.2), pytest.raises(FolderTaken):
+        take(tmp_path, resumes=True, lock_seconds=0.2)
     assert time.monotonic() - started < 5
     os.close(descriptor)
     assert names(tmp_path) == set()
