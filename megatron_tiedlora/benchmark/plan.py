@@ -103,9 +103,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
             f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(PRESETS)}"
         )
     if settings.task is not None:
-        raise UserError(
-            f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights"
-        )
+        raise UserError(f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights")
     return values if settings.num_layers is None else {**values, "num_hidden_layers": settings.num_layers}
 
 

@@ -82,9 +82,7 @@ def load_model(
             part.load_full(adapter.state)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
         with torch.device(device):
-            model = Stage(
-                specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False)
-            )
+            model = Stage(specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False))
         load_base_weights(
             weights,
             frozen_weights(model),

@@ -82,9 +82,7 @@ class Decoder:
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        output = self.stage.predict(
-            inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted
-        )
+        output = self.stage.predict(inputs, positions, labels, caches=caches, updates=self._updates, wanted=wanted)
         if self.is_last:
             return output
         work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)

@@ -17,9 +17,7 @@ from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 _POLL_SECONDS = 0.2
 _LAST_WORDS = 2000  # characters at the end of a part's output that are searched for its last line
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
-HANG_FIX = (
-    "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
-)
+HANG_FIX = "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
 STUCK_FIX = (
     "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"
     " restart the host"

@@ -220,9 +220,7 @@ def check_death(report: Report, order: RankOrder, *, limit: float) -> None:
             fix=LOST_FIX,
         )
         said = next((line for rank in others if (line := naming_line(rank.output, victim))), None)
-        report.expect(
-            f"{label}: they name it", said is not None, said or "no", expected=f"rank {victim}", fix=LOST_FIX
-        )
+        report.expect(f"{label}: they name it", said is not None, said or "no", expected=f"rank {victim}", fix=LOST_FIX)
 
 
 def naming_line(output: str, victim: int) -> str | None:
