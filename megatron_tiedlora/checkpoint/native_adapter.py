@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import QKV, ModelShape
-from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, BaseIdentity
+from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -87,25 +87,14 @@ def save_adapter(
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredAdapter:
-    """The record in adapter_config.json, in the order of its fields: an adapter's config and its base."""
+class StoredAdapter(BaseIdentity):
+    """The record in adapter_config.json: an adapter's config, beside the identity of its base."""
 
     method: Text
     rank: Size
     alpha: Real
-    num_layers: Size
-    hidden_size: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Size
     qkv_layout: Text
     layers: list[Any]
-    base_model: Text
-    base_hash: Text
-    base_weights_hash: Text
-    base_sample: Text | None = None
-    tokenizer: Text | None = None
-    tokenizer_hash: Text | None = None
     seed: Count
     init_std_a: Real
     init_std_b: Real
@@ -120,7 +109,7 @@ class StoredAdapter:
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
 
     @property
     def config(self) -> AdapterConfig:
@@ -155,6 +144,10 @@ class StoredAdapter:
 
 _SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
 _LAYOUT = "q|k|v"
+_ORDER = (  # of the fields in the file
+    *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "layers", "base_model", *HASH_FIELDS),
+    *("seed", "init_std_a", "init_std_b", "dtype"),
+)
 
 
 def load_adapter(folder: Path) -> NativeAdapter:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import small_shape, training_device
+from gpu_checks.package import small_shape
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import Document, loss_and_gradients
 from gpu_checks.zero_stages import check_zero_stages
@@ -23,6 +23,7 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 # Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
@@ -96,17 +97,13 @@ def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Ten
     """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
     weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
     assert stage.adapter is not None
-    wide = max(dtype, torch.float32, key=_bits)
+    wide = torch.promote_types(dtype, torch.float32)
     return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
-
-
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
 
 
 def check(report: Report, options: CheckOptions) -> None:
     """All of the part."""
-    device = training_device()
+    device = join_process_group(1.0, expected_ranks=1)  # as in a run: with PyTorch's settings for matmuls
     small = small_shape()
     for method in METHOD_NAMES:
         with report.attempt(f"fp32, {method}"):

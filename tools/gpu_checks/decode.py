@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from gpu_checks.correct import adapter_of, plain_tensors, unsettle
-from gpu_checks.package import compute_dtype, small_shape, training_device
+from gpu_checks.package import compute_dtype, small_shape
 from gpu_checks.records import CheckOptions, Report
 from gpu_checks.reference import document_logits
 from gpu_checks.running import layers_that_fit, release
@@ -21,6 +21,7 @@ from megatron_tiedlora.evaluation.generate import generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.runtime.process_group import join_process_group
 
 LENGTHS = (3, 17, 40, 41)  # of the prompts whose answers are compared
 NEW_TOKENS = 24
@@ -35,7 +36,7 @@ PLAN_FIX = (
 
 def check(report: Report, options: CheckOptions) -> None:
     """Run the part; on a CPU only compare the tokens."""
-    device = training_device()
+    device = join_process_group(1.0, expected_ranks=1)  # as in a run: with PyTorch's settings for matmuls
     for kv_heads in (4, 2):
         label = f"fp32, {'MHA' if kv_heads == 4 else 'GQA'}: tokens as without a cache"
         with report.attempt(label):

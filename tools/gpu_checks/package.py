@@ -1,4 +1,4 @@
-"""What the checks use of the package's internals: attention's routes and choice, kernels, the process group.
+"""What the checks use of the package's internals: attention's routes and choice, and kernels.
 
 They reach everything else through plans, settings, training steps and the decoder. If the package changes one of these
 internals, change this file.
@@ -29,7 +29,6 @@ from megatron_tiedlora.model.fused_attention import (
 )
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.memory import stage_memory
-from megatron_tiedlora.runtime.process_group import join_process_group
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -117,11 +116,6 @@ def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: 
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
     return output.transpose(1, 2).flatten(2)
-
-
-def training_device() -> torch.device:
-    """The device set up as in a run: with a process group of one rank and PyTorch's settings for matmuls."""
-    return join_process_group(1.0, expected_ranks=1)
 
 
 def compiler_failure(device: torch.device) -> str | None:
