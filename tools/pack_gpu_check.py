@@ -76,16 +76,14 @@ def _build_wheels(wheels: Path) -> None:
 
 def _download(wheels: Path, python: str, options: Namespace) -> None:
     """Download the small packages for one version of Python; wheels for all versions are downloaded once."""
-    platforms = [f"--platform=manylinux_{glibc}_{options.machine}" for glibc in GLIBCS]
-    named = [f"--platform=manylinux2014_{options.machine}", f"--platform=manylinux1_{options.machine}"]
+    tags = (*(f"manylinux_{glibc}" for glibc in GLIBCS), "manylinux2014", "manylinux1")
     _pip(
         "download",
         "--no-deps",
         "--only-binary=:all:",
         f"--python-version={python}",
         "--implementation=cp",
-        *platforms,
-        *named,
+        *(f"--platform={tag}_{options.machine}" for tag in tags),
         "-d",
         str(wheels),
         *map(_pinned, PACKAGES),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.parallel.collectives import all_gather
 from megatron_tiedlora.parallel.groups import ParallelGroups, RankGroup
 from megatron_tiedlora.parallel.step_sum import StepSum
@@ -79,15 +79,6 @@ class Mismatch:
         return f"{where}: rank {ranks} from rank {self.first} by up to {self.largest:.3g}"
 
 
-def replica_groups(part: AdapterPart, groups: ParallelGroups, name: str) -> list[tuple[str, RankGroup]]:
-    """The groups whose ranks hold equal copies of a tensor, with a name for each."""
-    tied = part.config.factor(name).tied
-    found = [("stages and data-parallel ranks", groups.tied) if tied else ("data-parallel ranks", groups.data)]
-    if part.config.spec(name).dim is None:
-        found.append(("tensor-parallel ranks", groups.tensor))
-    return found
-
-
 def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | None:
     """Compare every replicated tensor bit by bit. Returns the first that differs within a group of this rank, or None.
 
@@ -96,7 +87,11 @@ def find_mismatch(adapter: TiedAdapter, groups: ParallelGroups) -> Mismatch | No
     """
     first: Mismatch | None = None
     for name, parameter in adapter.named_parameters():
-        for across, group in replica_groups(adapter.part, groups, name):
+        tied = adapter.part.config.factor(name).tied
+        copies = [("stages and data-parallel ranks", groups.tied) if tied else ("data-parallel ranks", groups.data)]
+        if adapter.part.config.spec(name).dim is None:
+            copies.append(("tensor-parallel ranks", groups.tensor))
+        for across, group in copies:
             if group.size == 1:
                 continue
             bits = parameter.detach().contiguous().view(torch.int32)

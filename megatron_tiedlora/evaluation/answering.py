@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ from megatron_tiedlora.parallel.grid import Grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_decoded = partial(decode_ids, skip_special=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,3 @@ def _cut(text: str, stop: str) -> int | None:
     first = 0 if stop.strip() else len(text) - len(text.lstrip())
     position = text.find(stop, first)
     return position if position >= 0 else None
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
-    return decode_ids(tokenizer, row, skip_special=True)

@@ -28,7 +28,6 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
@@ -275,7 +274,7 @@ def read_at(folder: Path, stages: Sequence[range], grid: Grid) -> tuple[Stage, R
     specs = layer_specs(source.shape, dtype=torch.float32, tp_size=grid.tp_size)
     group = RankGroup(None, grid.tp_rank, grid.tp_size)
     stage = Stage([specs[index] for index in stages[grid.pp_rank]], None, tensor_parallel=TensorParallel(group))
-    with Recorder(folder, weight_rules(source.shape)) as weights:
+    with Recorder(folder, source.shape) as weights:
         identify_base(source, weights, "fp32")
         fill_stage(stage, weights, source.shape, grid)
     return stage, weights
