@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,20 @@ from fake_hosts import FakeCluster
 
 # Tensors here are tiny: threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
+
+# Folders whose tests mostly wait: for a launcher, a silence, the end of a process.
+WAITING = {"cluster", "runs", "study"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that wait and files that compute take turns, so that processes which run both leave no core idle."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waits, computes = [], []
+    for path, tests in files.items():
+        (waits if WAITING & set(path.relative_to(Path(__file__).parent).parts) else computes).append(tests)
+    items[:] = chain.from_iterable(chain.from_iterable(zip_longest(waits, computes, fillvalue=[])))
 
 
 @pytest.fixture(scope="session", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["part", "whole"])

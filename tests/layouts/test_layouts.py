@@ -69,13 +69,28 @@ def combined(whole: bool, *choices: Iterable[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def combinations(layout: Layout, whole: bool) -> list[tuple[str, bool, str]]:
+    """(method, sequence parallelism, optimizer): all, or two opposite ones, which are others at the next layout."""
+    found = list(product(("tl6", "tl5"), (True, False) if layout.tp > 1 else (True,), ("sgd", "adamw")))
+    if whole:
+        return found
+    alike = [other for other in LAYOUTS if (other.tp > 1) == (layout.tp > 1)]
+    first = alike.index(layout) % (len(found) // 2)
+    return [found[first], found[-1 - first]]
+
+
+def test_every_combination_occurs_in_part() -> None:
+    for tp, count in ((1, 4), (2, 8)):
+        layouts = [layout for layout in LAYOUTS if min(layout.tp, 2) == tp]
+        assert len({found for layout in layouts for found in combinations(layout, False)}) == count
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool) -> None:
     oracles: dict[Any, OracleRun] = {}
     prepared = []
     for layout in (layout for layout in LAYOUTS if layout.ranks == ranks):
-        cut = (True, False) if layout.tp > 1 else (True,)
-        for method, sequence_parallel, optimizer in combined(whole, ("tl6", "tl5"), cut, ("sgd", "adamw")):
+        for method, sequence_parallel, optimizer in combinations(layout, whole):
             # Each layout and optimizer sees both kinds of rows; of all combinations, each method too.
             packing = (method == "tl6") == (optimizer == "sgd" or not whole)
             changes = {"method": method, "sequence_parallel": sequence_parallel, "packing": packing}

@@ -24,7 +24,7 @@ from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
-from megatron_tiedlora.study.jobs import Job, run_jobs
+from megatron_tiedlora.study.jobs import StudyJob, run_jobs
 from megatron_tiedlora.study.scores import read_study
 from megatron_tiedlora.study.text import table2_markdown
 
@@ -135,7 +135,7 @@ def test_jobs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     """The reason is the last error line of a log."""
     child: Any = SimpleNamespace(ended=lambda: True)
     stop: Any = SimpleNamespace(received=[])
-    job = Job("run", (), lambda slot: slot, lambda: FOREIGN, lambda: (0.5, FOREIGN))  # type: ignore[arg-type, return-value]
+    job = StudyJob("run", (), lambda slot: slot, lambda: FOREIGN, lambda: (0.5, FOREIGN))  # type: ignore[arg-type, return-value]
     assert run_jobs([job], slots=[()], start=lambda command: child, stop=stop, finished=0).failures == {"run": FOREIGN}
     said = "".join(capsys.readouterr())
     assert f"FAILED: {printable(FOREIGN)}" in said and TITLE not in said and "\x9b" not in said
