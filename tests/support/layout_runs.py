@@ -98,6 +98,8 @@ def prepare(
 ) -> Prepared:
     """A case at `layout` that starts from random non-zero factors."""
     settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
+    if layout.pp * layout.dp == 1 and "micro_batch_size" not in changes:
+        settings["micro_batch_size"] *= 2  # two micro-batches are enough where no stage waits for another
     if optimizer == "sgd":
         settings["learning_rate"] = 0.3
     layers = settings.get("layers")

@@ -6,6 +6,7 @@ where the server has not called the two functions and imported what they need.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -63,4 +64,5 @@ for module in MODULES:
     importlib.import_module(module)
 probe_builders()
 draw_once()
+gc.freeze()  # else a collection in a rank writes to, and so copies, the pages of all that was imported here
 os.environ["PYTHONPATH"] = os.environ.pop("OWN_PYTHONPATH")  # the other one led here
