@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for path, tests in files.items():
         (waits if WAITING & set(path.relative_to(Path(__file__).parent).parts) else computes).append(tests)
     items[:] = chain.from_iterable(chain.from_iterable(zip_longest(waits, computes, fillvalue=[])))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: the garbage collector need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["part", "whole"])
