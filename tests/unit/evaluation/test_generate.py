@@ -206,7 +206,7 @@ def test_ranks_that_call_together_read_their_prompts_in_one_call(references: dic
     decode(decoder, [[5] * length for length in (3, 30, 12, 28, 11)], new=1)
     assert len(calls) == 1
     calls.clear()
-    ending_log_likelihoods(decoder, [([5] * 9000, [[6, 7]] * 4)] * 2)
+    ending_log_likelihoods(decoder, [([5] * 4500, [[6, 7]] * 4)] * 2)
     assert len(calls) == 2
 
 
