@@ -20,7 +20,7 @@ def installed_versions(*libraries: str) -> dict[str, str]:
 
 @functools.cache
 def _installed(library: str) -> str | None:
-    """The version of an installed library; looking it up parses all that the library says of itself."""
+    """The version of an installed library; looking it up parses the library's whole metadata file."""
     try:
         return version(library)
     except PackageNotFoundError:

@@ -83,6 +83,8 @@ def _fullmatch(pieces: list[str], name: str) -> bool:
             taken = positions.get(piece.rstrip("*+"), 0)
             if not piece.endswith("*"):
                 here = (here & taken) << 1
-            while piece.endswith(("*", "+")) and (more := here | (here & taken) << 1) != here:
-                here = more
+            if piece.endswith(("*", "+")):  # one more letter at a time, until no position is new
+                reached = here | (here & taken) << 1
+                while reached != here:
+                    here, reached = reached, reached | (reached & taken) << 1
     return bool((here | ended) >> len(name) & 1)

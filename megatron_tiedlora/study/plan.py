@@ -148,7 +148,7 @@ class SweepPlan:
             folder = self.folder.score(name)
             discard(folder, guard=self.folder.guard)  # it has no result
             settings = {
-                **{name: getattr(self.command.train, name) for name in _SHARED_WITH_EVALUATE},
+                **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
                 "adapter": None if point is None else self.folder.run(name) / "adapter",
                 "batch_size": self.settings.test_batch_size,
                 "limit": self.test_limit,

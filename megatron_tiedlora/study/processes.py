@@ -69,7 +69,8 @@ class LaunchedChild:
     run_id: str
     script: str
     _signal: int = 0  # the one it was sent
-    _signalled: list[int] = field(default_factory=list)  # processes that do not need it any more
+    _signalled: list[int] = field(default_factory=list)  # process ids that need no further signal
+    _scans: int = 0  # without a process; one scan can miss a process while it loads its program
 
     def ended(self) -> bool:
         """Whether launcher and ranks have ended. Ranks that have appeared since a signal get it now."""
@@ -81,7 +82,8 @@ class LaunchedChild:
             everything = self._signal == signal.SIGKILL
             report = send_signal(report, self._signal, everything=everything, skip=self._signalled)
             self._signalled += [found.pid for found in report.processes if found.signalled]
-        return launcher_ended and not report.processes
+        self._scans = 0 if report.processes or not launcher_ended else self._scans + 1
+        return self._scans > 1
 
     def interrupt(self, number: int) -> None:
         """Signal the launcher. The ranks that run already notice its end; they save first, and then end."""

@@ -1,4 +1,4 @@
-"""One rank of an engine test: runs cases through the package's own road, one after another (see forked_ranks.py).
+"""One rank of an engine test: runs cases as the package trains, one after another (see forked_ranks.py).
 
 A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}, and
 "faults": what to break before the model is built (see fault_patches.py); "may_fail": whether a run that ends with a

@@ -1,4 +1,4 @@
-"""Runs a function on some ranks that are joined by gloo, without a launcher. What it does there is its own affair.
+"""Runs a function on some ranks that are joined by gloo, without a launcher. The function may use an engine or not.
 
 Ranks are forked from the clean process of ranks.py. They meet in a file, every start in one of its own; a hang, or a
 rank that fails, fails the test with what the ranks printed.
@@ -41,7 +41,7 @@ def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], argum
     redirect_output(_log(Path(folder), rank))
     try:
         distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
         )
         torch.save(work(*arguments), f"{folder}/rank{rank}.pt")
     except BaseException:

@@ -53,7 +53,7 @@ class Case:
     @property
     def counted(self) -> bool:
         """Whether messages are counted, which doubles the time."""
-        return not self.packed and (self.recompute == "none" or self.method in ("lora", "tl6"))
+        return self.recompute == "none" or self.method in ("lora", "tl6")
 
     @property
     def gives_logits(self) -> bool:
