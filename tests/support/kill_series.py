@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
             )
             _wait_for(kind, world, killed, draw, last=int(settings["max_steps"]))
             one = draw.choice([None, *range(layout.ranks)])
-            world.signal(signal.SIGKILL, rank=one)
+            with suppress(ProcessLookupError):  # it may be over
+                world.signal(signal.SIGKILL, rank=one)
             signalled = time.monotonic()
             ended = world.wait()
             if -signal.SIGKILL in ended.statuses:
