@@ -114,16 +114,16 @@ class BaseWeights:
                 if stored.get_dtype() not in FLOAT_TYPES:
                     raise UserError(f"{file}: {name} is {stored.get_dtype()}; quantised weights are not implemented")
 
-    def _check_tied_head(self, *names: str) -> None:
+    def _check_tied_head(self, head: str, embedding: str) -> None:
         """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
-        head, embedding = (self._readers[self._files[name]].get_slice(name) for name in names)
-        same = head.get_shape() == embedding.get_shape()
-        for start in range(0, head.get_shape()[0] if same else 0, _COMPARED_ROWS):
+        ours, theirs = (self._readers[self._files[name]].get_slice(name) for name in (head, embedding))
+        same = ours.get_shape() == theirs.get_shape()
+        for start in range(0, ours.get_shape()[0] if same else 0, _COMPARED_ROWS):
             rows = slice(start, start + _COMPARED_ROWS)
-            same = same and bool(torch.equal(head[rows], embedding[rows]))
+            same = same and bool(torch.equal(ours[rows], theirs[rows]))
         if not same:
             raise UserError(
-                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {names[0]} differs from {names[1]},"
+                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding},"
                 " so that transformers would not tie them; set it to false"
             )
 

@@ -104,9 +104,10 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
             raise UserError(f"{file}: {name} is missing, or not floating point")
         dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
-        starts = [index * (size - length) // (count - 1) for index in range(count)]
         if size <= count * length:
             starts, length = [0], size
+        else:  # evenly spaced, from the first to the last
+            starts = [index * (size - length) // (count - 1) for index in range(count)]
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)

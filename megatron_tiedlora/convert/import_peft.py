@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -48,8 +48,11 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-_Pair = tuple[torch.Tensor, torch.Tensor]
-"""The fp32 lora_A (r, in) and lora_B (rows, r) of one module."""
+class _Pair(NamedTuple):
+    """The fp32 lora_A (r, in) and lora_B (rows, r) of one module."""
+
+    a: torch.Tensor
+    b: torch.Tensor
 
 
 def _modules(block: BlockShape) -> dict[str, tuple[int, int]]:
@@ -245,7 +248,7 @@ def _read_pairs(
                     f"{file}: {key} is missing, but {CONFIG_FILE} targets its module; copy the adapter again, or give"
                     " its own base with --model"
                 )
-        pairs[place] = values[keys[0]], values[keys[1]]
+        pairs[place] = _Pair(*(values[key] for key in keys))
     return pairs
 
 
@@ -257,14 +260,14 @@ def _joined(
     modules = [stored.module for stored in linear.sources]
     by_layer = [{module: pairs[layer, module] for module in modules if (layer, module) in pairs} for layer in layers]
     used = [module for module in modules if any(module in here for here in by_layer)]
-    shared = all(torch.equal(a, next(iter(here.values()))[0]) for here in by_layer for a, _ in here.values())
+    shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())
     full_rank = rank if shared else rank * len(used)
     starts = dict(zip(modules, accumulate((0, *linear.blocks[:-1])), strict=True))
     a = torch.zeros(len(layers), full_rank, linear.in_size)
     b = torch.zeros(len(layers), linear.out_size, full_rank)
     for index, here in enumerate(by_layer):
-        for module, (own_a, own_b) in here.items():
+        for module, pair in here.items():
             column = 0 if shared else rank * used.index(module)
-            a[index, column : column + rank] = own_a
-            b[index, starts[module] : starts[module] + len(own_b), column : column + rank] = own_b
+            a[index, column : column + rank] = pair.a
+            b[index, starts[module] : starts[module] + len(pair.b), column : column + rank] = pair.b
     return a, b

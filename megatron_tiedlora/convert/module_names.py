@@ -2,8 +2,8 @@ r"""PEFT's `target_modules` and `exclude_modules`: a list of names or name endin
 
 PEFT matches a pattern with `re.fullmatch`, which can take exponential time. Here a pattern is a sequence of the few
 kinds of pieces below, none of which repeats a group. The state of a match is one integer, whose bit i says whether the
-pieces so far match the name's first i characters. Nothing is compiled or backtracks: each of at most 1,000 pieces takes
-at most one step per character. For one-line ASCII names the result is that of `re.fullmatch`.
+pieces so far match the name's first i characters. Nothing is compiled or backtracks: a name takes a few operations for
+each of at most 1,000 pieces. For one-line ASCII names the result is that of `re.fullmatch`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _split(pattern: str, what: str) -> list[str]:
 
 
 def _fullmatch(pieces: list[str], name: str) -> bool:
+    every = (1 << len(name)) - 1
     positions: dict[str, int] = {}  # the characters that a piece matches
     for position, letter in enumerate(name):
         for key in (r"\." if letter == "." else letter, ".", r"\d" if letter.isdigit() else "."):
@@ -78,13 +79,13 @@ def _fullmatch(pieces: list[str], name: str) -> bool:
         elif piece == "^":
             here &= 1
         elif piece == "$":
-            here &= 1 << len(name)
+            here &= every + 1
         else:
             taken = positions.get(piece.rstrip("*+"), 0)
             if not piece.endswith("*"):
                 here = (here & taken) << 1
-            if piece.endswith(("*", "+")):  # one more letter at a time, until no position is new
-                reached = here | (here & taken) << 1
-                while reached != here:
-                    here, reached = reached, reached | (reached & taken) << 1
+            if piece.endswith(("*", "+")):
+                # Match any number more: the sum carries each bit to the end of its run of ones in `taken`, and changes
+                # the bits on the way (MatchStar of Cameron et al. 2014, doi:10.1145/2628071.2628079).
+                here |= ((here & taken) + taken) ^ taken
     return bool((here | ended) >> len(name) & 1)
