@@ -75,5 +75,6 @@ for module in MODULES:
 probe_builders()
 draw_once()
 measure_once()
+gc.set_threshold(20_000)  # ranks make many objects and few cycles: their collections took 5 % of all tests' time
 gc.freeze()  # else a collection in a rank writes to, and so copies, the pages of all that was imported here
 os.environ["PYTHONPATH"] = os.environ.pop("OWN_PYTHONPATH")  # the other one led here
