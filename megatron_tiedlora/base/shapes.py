@@ -224,8 +224,7 @@ class BlockShape:
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
         """The norms and linears in the order in which they are computed."""
-        first = (self.attention_norm, self.qkv, *self.heads.norms)
-        return (*first, self.output, self.mlp_norm, self.gate_up, self.down)
+        return self.attention_norm, self.qkv, *self.heads.norms, self.output, self.mlp_norm, self.gate_up, self.down
 
     @property
     def num_weights(self) -> int:

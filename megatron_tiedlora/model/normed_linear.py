@@ -166,8 +166,8 @@ class _NormedLinear(torch.autograd.Function):
             normed = step.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
             grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, ctx.wide)
         if grad_normed is not None:
-            rows = (as_rows(grad_normed), as_rows(hidden))
-            found = step.kernels.norm_gradient(*rows, norm.detach(), detached(norm_bias), root)
+            inputs = (as_rows(grad_normed), as_rows(hidden))
+            found = step.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
             grad_hidden = found.view(hidden.shape)
         return grad_hidden, grad_a, grad_f, *(None,) * 6
 

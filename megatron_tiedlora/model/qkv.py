@@ -22,6 +22,9 @@ class QkvLinear(NormedLinear):
     The results are queries, keys and values, (b, heads, s, head_dim), in one storage.
     """
 
+    query_norm: nn.Parameter | None
+    key_norm: nn.Parameter | None
+
     def __init__(
         self,
         weight: FrozenWeight,
@@ -40,7 +43,7 @@ class QkvLinear(NormedLinear):
 
     def epilogue(self, table: tuple[torch.Tensor, ...]) -> Epilogue:
         """`RotatedHeads`, or `RotatedNormedHeads` if the heads have norms."""
-        if not self.heads.norms:
+        if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)
         return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm))
 
@@ -60,7 +63,8 @@ class RotatedHeads:
 
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Queries, keys and values; cos and sin."""
-        rotated = self.kernels.rotate(self._split(projected), *self.table, self._num_rotated)
+        cos, sin = self.table
+        rotated = self.kernels.rotate(self._split(projected), cos, sin, self._num_rotated)
         return self._joined(rotated, projected.shape), self.table
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
