@@ -108,7 +108,7 @@ def test_the_same_layout_goes_on_bit_for_bit(base: Base, runs: tuple[Path, Path]
 
 @pytest.mark.parametrize("grid", READERS, ids=str)
 def test_another_layout_goes_on(base: Base, runs: tuple[Path, Path], tmp_path: Path, grid: Grid) -> None:
-    """The next three losses and norms are those of the run that went through, and so are the adapter and its moments."""
+    """The next three losses and norms are those of the run that went through; so are the adapter and its moments."""
     whole, stopped = runs
     assert_went_on(resumed(base, stopped, tmp_path / "run", grid), whole)
 
