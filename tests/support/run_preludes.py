@@ -86,7 +86,11 @@ def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = 
 
 
 def kill_once() -> None:
-    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it."""
+    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it.
+
+    Every start is a bare one.
+    """
+    bare_start()
     done = Path(os.environ["KILL_ONCE"])
     if os.environ["RANK"] == "1" and not done.exists():
         kill_at_step(5, signal.SIGKILL)
