@@ -48,6 +48,12 @@ def quick_start() -> None:
 def bare_start() -> None:
     """A quick start of a run whose figures of speed and plot nobody looks at: neither is made."""
     quick_start()
+    import transformers
+
+    if "transformers.models" not in sys.modules:  # as it is imported it reads a thousand files, to list their classes
+        models: Any = ModuleType("transformers.models")
+        models.__path__ = [str(Path(transformers.__file__).parent / "models")]
+        sys.modules["transformers.models"] = transformers.models = models
     from megatron_tiedlora.training import finish, throughput
 
     throughput.measured_peak = lambda *_: 1e12
