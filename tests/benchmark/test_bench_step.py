@@ -15,7 +15,7 @@ import torch
 from engine_runs import write_uneven_data
 from folders import ROOT
 from ranks import ENVIRONMENT
-from run_helpers import Ended, run_ranks, start_command
+from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
@@ -185,8 +185,8 @@ print(None if before is None else peak_memory_bytes(torch.device("cpu")) - befor
 
 def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
     """As by a system without memory left: no waiting for ever, no traceback, and no warning of what is left behind."""
-    script = tmp_path / "script.py"
-    script.write_text(
+    ended = run_script(
+        tmp_path,
         """
 import os
 import signal
@@ -209,9 +209,9 @@ def main(argv):
 
 if __name__ == "__main__":
     run_command(main, [])
-"""
+""",
     )
-    (said,) = run_ranks([], folder=tmp_path / "work", script=script).expect(2).errors
+    (said,) = ended.expect(2).errors
     assert said.startswith("error: PEFT LoRA: the process that measures its memory was ended") and said.count("\n") == 1
     assert "--rows, --length or --num_layers" in said
 
