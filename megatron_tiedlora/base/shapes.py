@@ -16,18 +16,80 @@ QKV = "qkv"  # the target whose tensors have no prefix in files: A, B, u and v
 
 
 @dataclass(frozen=True)
-class RopeShape:
-    """Rotary position embedding: its base frequency and, for Llama 3, how low frequencies are stretched.
+class LinearScaling:
+    """All frequencies divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Low frequencies divided by `factor`, high ones unchanged, and those between blended; see `model.rope`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """As Llama 3's, with a ramp over the frequencies' indices (https://arxiv.org/abs/2309.00071).
 
     Attributes:
-        factor: None for no scaling; the fields after it are then unused.
+        beta_fast, beta_slow: rotations over the original positions at which the ramp begins and ends.
+        truncate: whether the ramp's ends are rounded to whole indices.
+        amplitude: cos and sin are multiplied by it.
     """
 
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    amplitude: float
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Each frequency divided by a factor of its own (https://arxiv.org/abs/2402.13753), up to the original positions.
+
+    Attributes:
+        amplitude: cos and sin are multiplied by it.
+    """
+
+    factors: tuple[float, ...]
+    amplitude: float
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    """Rotary position embedding: its base frequency, the share of a head that it rotates, and how it is scaled."""
+
     theta: float = 10000.0
-    factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    share: float = 1.0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """A norm over `size` numbers. RMS norm: y = w x / sqrt(mean(x^2) + eps).
+
+    Attributes:
+        name: name of its weight within the layer.
+        source: name of the Hugging Face module that stores it, within the layer.
+        bias_name: None for RMS norm. LayerNorm, which subtracts the mean of x first and adds a bias last, has the name
+            of that bias here.
+    """
+
+    name: str
+    size: int
+    eps: float
+    source: str
+    bias_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,32 +99,42 @@ class HeadShape:
     Attributes:
         num: number of query heads; groups of `num // num_kv` share one key and one value head.
         dim: elements per head.
+        query_norm, key_norm: norms of each head of queries and of keys, before the rotation.
     """
 
     num: int
     num_kv: int
     dim: int
     rope: RopeShape
+    query_norm: NormShape | None = None
+    key_norm: NormShape | None = None
 
     @property
     def rows(self) -> tuple[int, int, int]:
         """Output sizes of the query, key and value projections."""
         return self.num * self.dim, self.num_kv * self.dim, self.num_kv * self.dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are rotated, the first ones."""
+        return int(self.dim * self.rope.share)
 
-@dataclass(frozen=True)
-class NormShape:
-    """An RMS norm over `size` numbers: y = w x / sqrt(mean(x^2) + eps).
+    def resized(self, *, num: int, num_kv: int, dim: int) -> HeadShape:
+        """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
 
-    Attributes:
-        name: name of its weight within the layer.
-        source: name of the Hugging Face module that stores it, within the layer.
-    """
+        If part of a head is rotated, it is half of it.
+        """
+        rope = replace(self.rope, share=1.0 if self.rope.share == 1 else 0.5)
+        size = int(dim * rope.share) // 2
+        if isinstance(rope.scaling, LongRopeScaling):
+            rope = replace(rope, scaling=replace(rope.scaling, factors=(1.0,) * size))
+        norms = (norm and replace(norm, size=dim) for norm in (self.query_norm, self.key_norm))
+        return HeadShape(num, num_kv, dim, rope, *norms)
 
-    name: str
-    size: int
-    eps: float
-    source: str
+    @property
+    def norms(self) -> tuple[NormShape, ...]:
+        """The norms of heads, if there are any."""
+        return tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
@@ -152,7 +224,7 @@ class BlockShape:
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
         """The norms and linears in the order in which they are computed."""
-        return self.attention_norm, self.qkv, self.output, self.mlp_norm, self.gate_up, self.down
+        return self.attention_norm, self.qkv, *self.heads.norms, self.output, self.mlp_norm, self.gate_up, self.down
 
     @property
     def num_weights(self) -> int:
@@ -161,15 +233,29 @@ class BlockShape:
 
 
 @dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens of a row. A model with longer ones would be computed in another way.
+
+    Attributes:
+        reason: a sentence's end that says why; its beginning is the model's name.
+    """
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model: embedding, `num_layers` equal blocks, final norm and head.
 
     Attributes:
+        limit: the most tokens of a row, at most `max_positions`.
         head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
     """
 
     num_layers: int
     max_positions: int
+    limit: LengthLimit
     embedding: LinearShape
     block: BlockShape
     final_norm: NormShape

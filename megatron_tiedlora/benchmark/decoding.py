@@ -33,7 +33,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     folder, new_tokens = source.weights_folder(), settings.new_tokens
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
     texts = [example.prompt for example in examples]
-    encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.max_positions - new_tokens)
+    encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
     decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

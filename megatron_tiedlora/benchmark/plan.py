@@ -60,11 +60,7 @@ def make_plan(settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **
         source = find_model(settings.model)
     else:
         source = ModelSource(settings.model, None, shape_from_hf(config, source=settings.model))
-    if settings.length > source.shape.max_positions:
-        raise UserError(
-            f"--length {settings.length}: {settings.model} was trained for {source.shape.max_positions} positions; give"
-            " at most that"
-        )
+    source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
         raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)

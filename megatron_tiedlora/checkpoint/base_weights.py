@@ -146,12 +146,19 @@ class BaseWeights:
         return tensor
 
     def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1) -> None:
-        """Read this rank's shard of one weight into `target`, block by block."""
+        """Read this rank's shard of one weight into `target`, block by block.
+
+        Raises:
+            UserError: a weight that the backward pass divides by has a zero.
+        """
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
             size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
-            target.load(self.read(stored.name, slice(start, start + size), dim), dim=dim, start=offset)
+            values = self.read(stored.name, slice(start, start + size), dim)
+            if rule.divides and not values.all():
+                raise UserError(f"{self._files[stored.name]}: {stored.name} has a zero, by which training would divide")
+            target.load(values, dim=dim, start=offset)
             offset += size
         padding = list(target.local_shape)
         padding[dim] -= offset

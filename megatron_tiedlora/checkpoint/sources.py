@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import Llama3Scaling, ModelShape, RopeShape
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.demo import prepared_model
@@ -53,14 +53,24 @@ class ModelSource:
             "num_kv_heads": shape.heads.num_kv,
             "head_dim": shape.heads.dim,
             "norm_eps": shape.final_norm.eps,
-            "rope": asdict(shape.heads.rope),
+            "rope": _hashed_rope(shape.heads.rope),
             "max_positions": shape.max_positions,
             "tied_embeddings": shape.tied_embeddings,
             "attention_bias": block.qkv.bias,
         }
         if block.output.bias != block.qkv.bias:
             fields["output_bias"] = block.output.bias
+        if shape.final_norm.bias_name is not None:
+            fields["norm"] = "layer"
+        if shape.heads.norms:
+            fields["head_norms"] = True
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def check_length(self, flag: str, length: int) -> None:
+        """Raise UserError if rows of `length` tokens, the value of `flag`, are too long for the model."""
+        limit = self.shape.limit
+        if length > limit.tokens:
+            raise UserError(f"{flag} {length}: {self.name} {limit.reason}. Give at most {limit.tokens}")
 
     def weights_folder(self) -> Path:
         """The folder with weights and tokenizer. Raises UserError for a preset."""
@@ -70,6 +80,24 @@ class ModelSource:
                 " folder or a hub id"
             )
         return self.folder
+
+
+def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
+    """The rotary embedding as `base_hash` has it; the first five fields are those that there were first."""
+    fields: dict[str, Any] = {
+        "theta": rope.theta,
+        "factor": None,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_positions": 8192,
+    }
+    if isinstance(rope.scaling, Llama3Scaling):
+        fields |= asdict(rope.scaling)
+    elif rope.scaling is not None:
+        fields["scaling"] = {"kind": type(rope.scaling).__name__, **asdict(rope.scaling)}
+    if rope.share != 1:
+        fields["share"] = rope.share
+    return fields
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:

@@ -48,7 +48,8 @@ def peft_base(source: ModelSource) -> str:
 
 def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
     """PEFT's names for linears of `block.adaptable`: the last part of each stored module's name."""
-    return [rows.module.rpartition(".")[2] for name in linears for rows in block.adaptable[name].sources]
+    modules = (rows.module.rpartition(".")[2] for name in linears for rows in block.adaptable[name].sources)
+    return list(dict.fromkeys(modules))
 
 
 def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:

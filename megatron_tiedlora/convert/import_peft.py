@@ -58,7 +58,7 @@ class _Pair(NamedTuple):
 def _modules(block: BlockShape) -> dict[str, tuple[int, int]]:
     """(in, out) of the stored modules that are adaptable linears or parts of one, by their names below the block."""
     return {
-        stored.module: (linear.in_size, size)
+        stored.module: (linear.in_size, stored.of or size)
         for linear in block.adaptable.values()
         for stored, size in zip(linear.sources, linear.blocks, strict=True)
     }
@@ -257,17 +257,20 @@ def _joined(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The native A (n, R, in) and B (n, out, R) of a fused linear. R is `rank` if each layer has one A, else `rank`
     times the number of different modules that are adapted."""
-    modules = [stored.module for stored in linear.sources]
+    modules = list(dict.fromkeys(stored.module for stored in linear.sources))
     by_layer = [{module: pairs[layer, module] for module in modules if (layer, module) in pairs} for layer in layers]
     used = [module for module in modules if any(module in here for here in by_layer)]
     shared = all(torch.equal(pair.a, next(iter(here.values())).a) for here in by_layer for pair in here.values())
     full_rank = rank if shared else rank * len(used)
-    starts = dict(zip(modules, accumulate((0, *linear.blocks[:-1])), strict=True))
+    blocks = list(zip(linear.sources, linear.blocks, accumulate((0, *linear.blocks[:-1])), strict=True))
     a = torch.zeros(len(layers), full_rank, linear.in_size)
     b = torch.zeros(len(layers), linear.out_size, full_rank)
     for index, here in enumerate(by_layer):
         for module, pair in here.items():
             column = 0 if shared else rank * used.index(module)
             a[index, column : column + rank] = pair.a
-            b[index, starts[module] : starts[module] + len(pair.b), column : column + rank] = pair.b
+            for stored, size, start in blocks:
+                if stored.module == module:
+                    rows = pair.b[stored.start : stored.start + size]
+                    b[index, start : start + size, column : column + rank] = rows
     return a, b

@@ -109,7 +109,8 @@ def verify_export(
     if peft is not None:
         _check_peft(peft, source)
     # Equality must hold for any input, so it need not be text.
-    tokens = torch.randint(0, source.shape.vocab_size, _PROBED, generator=torch.Generator().manual_seed(0))
+    probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
+    tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
     count = 1 + (merged is not None) + (peft is not None)
     bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
     results, rounded = [], None

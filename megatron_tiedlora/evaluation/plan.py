@@ -104,7 +104,7 @@ class EvaluationPlan:
             "output_dir": str(output_dir),
             "model": self.source.name,
             "dtype": self.dtype_name,
-            "max_length": self.settings.max_length or self.source.shape.max_positions,
+            "max_length": self.settings.max_length or self.source.shape.limit.tokens,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
         }
@@ -137,13 +137,9 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
     check_layout(model_shape, grid)
-    if (settings.max_length or 0) > model_shape.max_positions:
-        raise UserError(
-            f"--max_length {settings.max_length}: {source.name} was trained for {model_shape.max_positions} positions;"
-            " give at most that"
-        )
-    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.max_positions, task.max_new_tokens)
-    prompt = longest_prompt(settings.max_length, model_shape.max_positions, max_new_tokens)
+    source.check_length("--max_length", settings.max_length or 0)
+    max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.limit.tokens, task.max_new_tokens)
+    prompt = longest_prompt(settings.max_length, model_shape.limit.tokens, max_new_tokens)
     if adapter is None:
         source = find_model(source.name)  # so far a hub model's weights were not downloaded
         source.weights_folder()  # rejects a preset, which has no weights

@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import QKV, HeadShape
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.cpu_attention import QueryTile, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.documents import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
-from megatron_tiedlora.model.normed_linear import NormedLinear
-from megatron_tiedlora.model.qkv import RotatedHeads
+from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -91,17 +90,16 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        qkv: NormedLinear,
+        qkv: QkvLinear,
         output: RowParallelLinear,
         *,
-        local_heads: HeadShape,
         kernels: Kernels,
         deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.kernels = kernels
         self.deterministic = deterministic
-        self.local_heads = local_heads
+        self.local_heads = qkv.heads
         self.qkv = qkv
         self.output = output
 
@@ -123,7 +121,7 @@ class Attention(nn.Module):
                 right; later tokens see its keys up to their own position.
         """
         heads = self.local_heads
-        context = AttentionContext(positions, rotation_table(positions, heads.rope, heads.dim, dtype))
+        context = AttentionContext(positions, rotation_table(positions, heads, dtype))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
@@ -163,9 +161,9 @@ class Attention(nn.Module):
             context: of the s tokens.
             cache: of this rank's key and value heads; the new keys and values are added to it.
         """
-        rotated = RotatedHeads(self.local_heads.rows, self.local_heads.dim, self.kernels, context.table)
         qkv_update = None if update is None else update.get(QKV)
-        query, key, value = self.qkv(hidden, rotated, tensor_parallel, qkv_update, num_rows=len(context.positions))
+        num_rows = len(context.positions)
+        query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=context.table)
         if cache is not None and cache.filled:
             cache.update(key, value, context.positions)
             return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(hidden.dtype)

@@ -1,67 +1,119 @@
-"""The decoder that many families share: RMS norms, grouped queries, rotary embedding, SwiGLU; transformers' names.
+"""The decoder that many families share: pre-norms, grouped queries, rotary embedding, SwiGLU; transformers' names.
 
-A family says which of its linears have a bias, and rejects features that are not implemented (`model/families/`).
+A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
 """
 
 from __future__ import annotations
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.shapes import BlockShape, HeadShape, LinearShape, ModelShape, NormShape, StoredRows
+from megatron_tiedlora.base.shapes import (
+    BlockShape,
+    HeadShape,
+    LengthLimit,
+    LinearShape,
+    LongRopeScaling,
+    ModelShape,
+    NormShape,
+    RopeShape,
+    StoredRows,
+)
 from megatron_tiedlora.model.hf_config import HfConfig
 
 
 def gated_decoder(
-    config: HfConfig, *, qkv_bias: bool, output_bias: bool, max_positions: int, num_kv_heads: int | None = None
+    config: HfConfig,
+    *,
+    rope: tuple[RopeShape, LengthLimit | None],
+    window: LengthLimit | None = None,
+    norm_eps: float | None = None,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    head_norms: bool = False,
+    fused: bool = False,
 ) -> ModelShape:
     """The shape that the fields common to these families describe.
 
     Args:
-        max_positions, num_kv_heads: the family's defaults for absent fields; None: the number of heads.
+        rope: see `read_rope`.
+        window: the limit that a sliding window sets, see `HfConfig.window`.
+        norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
+        head_norms: whether each head of queries and keys has an RMS norm before the rotation.
+        fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:
         UserError: the name of a field that is missing or wrong.
     """
-    config.reject_unless("attention_dropout", 0)
-    config.reject_unless("quantization_config")
-    config.reject_other_layers()
-    activation = config.get("hidden_act", "silu")
+    config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
+    activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):
         raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Only 'silu' is")
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
-    num_layers, heads = config.size("num_hidden_layers"), _heads(config, d, num_kv_heads)
-    eps = config.small_number("rms_norm_eps", 1e-6)
-    gate_up = (StoredRows("mlp.gate_proj"), StoredRows("mlp.up_proj"))
+    num_layers = config.size("num_hidden_layers")
+    eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
+
+    def norm(name: str, bias_name: str, source: str) -> NormShape:
+        return NormShape(name, d, eps, source, None if norm_eps is None else bias_name)
+
+    num, num_kv, dim = _head_sizes(config, d)
+    query_norm, key_norm = (
+        NormShape(f"attention.qkv.{part}_norm", dim, eps, f"self_attn.{part[0]}_norm") if head_norms else None
+        for part in ("query", "key")
+    )
+    heads = HeadShape(num, num_kv, dim, rope[0], query_norm, key_norm)
+    _check_rotation(config, heads)
     qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")
+    gate_up = tuple(StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
+    if fused:
+        qkv = _rows_of("self_attn.qkv_proj", heads.rows)
+        gate_up = _rows_of("mlp.gate_up_proj", (f, f))
+    output = (StoredRows("self_attn.o_proj"),)
     block = BlockShape(
         source="model.layers.{index}",
         heads=heads,
-        attention_norm=NormShape("attention.qkv.norm", d, eps, "input_layernorm"),
+        attention_norm=norm("attention.qkv.norm", "attention.qkv.norm_bias", "input_layernorm"),
         qkv=LinearShape("attention.qkv", d, heads.rows, "column", qkv, qkv_bias),
-        output=LinearShape(
-            "attention.output", heads.rows[0], (d,), "row", (StoredRows("self_attn.o_proj"),), output_bias
-        ),
-        mlp_norm=NormShape("mlp.gate_up.norm", d, eps, "post_attention_layernorm"),
+        output=LinearShape("attention.output", heads.rows[0], (d,), "row", output, output_bias),
+        mlp_norm=norm("mlp.gate_up.norm", "mlp.gate_up.norm_bias", "post_attention_layernorm"),
         gate_up=LinearShape("mlp.gate_up", d, (f, f), "column", gate_up),
         down=LinearShape("mlp.down", f, (d,), "row", (StoredRows("mlp.down_proj"),)),
     )
+    max_positions = config.size("max_position_embeddings")
+    trained = LengthLimit(max_positions, f"was trained for {max_positions} positions")
     return ModelShape(
         num_layers=num_layers,
-        max_positions=config.size("max_position_embeddings", max_positions),
+        max_positions=max_positions,
+        limit=min((trained, *filter(None, (rope[1], window))), key=lambda limit: limit.tokens),
         embedding=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("model.embed_tokens"),)),
         block=block,
-        final_norm=NormShape("norm.weight", d, eps, "model.norm"),
+        final_norm=norm("norm.weight", "norm.bias", "model.norm"),
         head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
     )
 
 
-def _heads(config: HfConfig, hidden_size: int, num_kv_heads: int | None) -> HeadShape:
+def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[StoredRows, ...]:
+    """Blocks of these sizes that follow each other in one stored tensor."""
+    return tuple(StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
+
+
+def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     num = config.size("num_attention_heads")
-    absent = num if num_kv_heads is None else num_kv_heads
-    num_kv = num if config.get("num_key_value_heads", absent) is None else config.size("num_key_value_heads", absent)
+    num_kv = config.size("num_key_value_heads", num)
     if hidden_size < num and not config.get("head_dim"):
         raise UserError(f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}")
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
         raise UserError(f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}")
-    return HeadShape(num, num_kv, dim, config.rope(dim))
+    return num, num_kv, dim
+
+
+def _check_rotation(config: HfConfig, heads: HeadShape) -> None:
+    rotated, scaling = heads.rotary_dim, heads.rope.scaling
+    if rotated % 2 or not rotated:
+        of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
+        raise UserError(
+            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
+        )
+    if isinstance(scaling, LongRopeScaling) and len(scaling.factors) != rotated // 2:
+        found = f"short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2} frequencies"
+        raise UserError(f"{config.source}: {found}")

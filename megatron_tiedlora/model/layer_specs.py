@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
 from megatron_tiedlora.model.attention import Attention, AttentionContext, KeyValueCache
 from megatron_tiedlora.model.mlp import SwiGlu
-from megatron_tiedlora.model.norm import RmsNorm
+from megatron_tiedlora.model.norm import Norm
 from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
@@ -91,7 +93,7 @@ class Head(nn.Module):
 
     frozen: FrozenWeight
 
-    def __init__(self, norm: RmsNorm, weight: FrozenWeight | None, *, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(self, norm: Norm, weight: FrozenWeight | None, *, vocab_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.norm = norm
         self.vocab_size = vocab_size
@@ -169,26 +171,27 @@ def layer_specs(
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
         return frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
 
-    def normed(norm: NormShape, linear: LinearShape) -> NormedLinear:
-        return NormedLinear(weight(linear), bias=bias(linear), eps=norm.eps, dtype=dtype, kernels=kernels)
+    def of_norm(norm: NormShape) -> dict[str, Any]:
+        return {"eps": norm.eps, "norm_has_bias": norm.bias_name is not None, "dtype": dtype, "kernels": kernels}
 
     def row_parallel(linear: LinearShape) -> RowParallelLinear:
         return RowParallelLinear(weight(linear), bias=bias(linear))
 
     def block() -> nn.Module:
-        parts, heads = shape.block, shape.heads
+        parts = shape.block
+        local = replace(shape.heads, num=shape.heads.num // tp_size, num_kv=shape.heads.num_kv // tp_size)
         attention = Attention(
-            normed(parts.attention_norm, parts.qkv),
+            QkvLinear(weight(parts.qkv), local, bias=bias(parts.qkv), **of_norm(parts.attention_norm)),
             row_parallel(parts.output),
-            local_heads=replace(heads, num=heads.num // tp_size, num_kv=heads.num_kv // tp_size),
             kernels=kernels,
             deterministic=deterministic,
         )
-        mlp = SwiGlu(normed(parts.mlp_norm, parts.gate_up), row_parallel(parts.down), kernels=kernels)
+        gate_up = NormedLinear(weight(parts.gate_up), bias=bias(parts.gate_up), **of_norm(parts.mlp_norm))
+        mlp = SwiGlu(gate_up, row_parallel(parts.down), kernels=kernels)
         return Block(attention, mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
-        norm = RmsNorm(shape.final_norm.size, eps=shape.final_norm.eps, dtype=dtype, kernels=kernels)
+        norm = Norm(shape.final_norm.size, **of_norm(shape.final_norm))
         own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight)
         return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
+from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
@@ -40,7 +40,7 @@ class SwiGlu(nn.Module):
 
     def activate(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
-        (gate_up,) = self.gate_up(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
+        (gate_up,) = self.gate_up(hidden, tensor_parallel, num_rows=len(hidden))
         gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
         return gated
 

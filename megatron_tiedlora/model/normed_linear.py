@@ -25,41 +25,33 @@ from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import Kernels, as_rows
+from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 
 
 class Epilogue(Protocol):
-    """A function of the projection's result, with its derivative. It saves no activations of its own.
+    """A function of the projection's result, with its derivative."""
 
-    Attributes:
-        tensors: passed to both `forward` and `backward`, and saved beside the activations of the projection.
-    """
+    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """From (b, s, local_out), which it may overwrite, to the results, and to what `backward` needs."""
 
-    tensors: tuple[torch.Tensor, ...]
-
-    def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """From (b, s, local_out), which it may overwrite, to the results."""
-
-    def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
         """From the gradients of the results to the gradient of the projection, (b, s, local_out)."""
 
 
 class Unchanged:
     """The epilogue that does nothing."""
 
-    tensors: tuple[torch.Tensor, ...] = ()
-
-    def forward(self, projected: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Return the projection itself."""
-        return (projected,)
+        return (projected,), ()
 
-    def backward(self, gradients: Sequence[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
         """Return its gradient."""
         return gradients[0]
 
 
 class NormedLinear(nn.Module):
-    """The weight of the norm, and this rank's shard of W and its bias."""
+    """The weight and bias of the norm, and this rank's shard of W and its bias."""
 
     def __init__(
         self,
@@ -67,35 +59,48 @@ class NormedLinear(nn.Module):
         *,
         bias: nn.Parameter | None = None,
         eps: float,
+        norm_has_bias: bool = False,
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in); `dtype` is the dtype of the norm's weight."""
+        """`weight` is W, (local out, in).
+
+        Args:
+            norm_has_bias: True for a LayerNorm, False for an RMS norm.
+            dtype: of the norm's weight and bias.
+        """
         super().__init__()
         self.eps = eps
         self.kernels = kernels
-        self.norm = frozen_parameter(weight.local_shape[1], dtype=dtype)
+        in_size = weight.local_shape[1]
+        self.norm = frozen_parameter(in_size, dtype=dtype)
+        self.register_parameter("norm_bias", frozen_parameter(in_size, dtype=dtype) if norm_has_bias else None)
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
+
+    def epilogue(self, table: tuple[torch.Tensor, ...]) -> Epilogue:
+        """What follows the projection; `table` is what the caller of `forward` has given for it."""
+        return Unchanged()
 
     def forward(
         self,
         hidden: torch.Tensor,
-        epilogue: Epilogue,
         tensor_parallel: TensorParallel,
         update: LinearUpdate | None = None,
         *,
         num_rows: int,
+        table: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, ...]:
-        """Activations between layers, (b, s, d) or (1, b s / p, d), to the results of `epilogue`.
+        """Activations between layers, (b, s, d) or (1, b s / p, d), to the results of the epilogue.
 
         Args:
             num_rows: b.
+            table: for the epilogue.
         """
         a, f, grad_a, grad_f = (None,) * 4 if update is None else update
-        step = _Step(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, epilogue)
+        step = _Step(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, self.epilogue(table))
         results: tuple[torch.Tensor, ...] = _NormedLinear.apply(
-            hidden, grad_a, grad_f, a, f, self.norm, self.bias, step, *epilogue.tensors
+            hidden, grad_a, grad_f, a, f, self.norm, self.norm_bias, self.bias, step
         )
         return results
 
@@ -120,36 +125,35 @@ class _NormedLinear(torch.autograd.Function):
         a: torch.Tensor | None,
         f: torch.Tensor | None,
         norm: torch.Tensor,
+        norm_bias: torch.Tensor | None,
         bias: torch.Tensor | None,
         step: _Step,
-        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        normed, root = step.kernels.normalise(as_rows(hidden), norm.detach(), step.eps)
+        normed, root = step.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), step.eps)
         normed = normed.view(hidden.shape)
         ax = None if a is None else low_rank.reduce_input(normed, a)
         normed, ax = _enter(normed, ax, step)
         projected = step.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
             low_rank.add_update_(_flat(projected), _flat(ax), f)
-        results = step.epilogue.forward(projected, *tensors)
+        results, saved = step.epilogue.forward(projected)
         needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         ctx.step = step
-        ctx.num_tensors = len(tensors)
         ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
         ctx.save_for_backward(
             *((hidden, root) if needs_hidden or needs_a else (None, None)),
             ax if needs_f else None,
-            *(a, f, norm, *tensors),
+            *(a, f, norm, norm_bias, *saved),
         )
         return results
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, ax, a, f, norm, *tensors = ctx.saved_tensors
+        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
         needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
         step: _Step = ctx.step
-        grad_projected = step.epilogue.backward(gradients, *tensors)
+        grad_projected = step.epilogue.backward(gradients, *saved)
         rows = _flat(grad_projected)
         grad_a = grad_ax = grad_hidden = None
         grad_f = low_rank.gradient_of_f(rows, _flat(ax), ctx.wide) if needs_f else None
@@ -159,12 +163,13 @@ class _NormedLinear(torch.autograd.Function):
         grad_normed, grad_ax = _leave(grad_normed, grad_ax, a, step.tensor_parallel, needs_ax=needs_a)
         if needs_a:
             assert grad_ax is not None
-            normed = step.kernels.apply_norm(as_rows(hidden), norm.detach(), root)
+            normed = step.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
             grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, ctx.wide)
         if grad_normed is not None:
-            found = step.kernels.norm_gradient(as_rows(grad_normed), as_rows(hidden), norm.detach(), root)
+            inputs = (as_rows(grad_normed), as_rows(hidden))
+            found = step.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
             grad_hidden = found.view(hidden.shape)
-        return grad_hidden, grad_a, grad_f, *(None,) * (5 + ctx.num_tensors)
+        return grad_hidden, grad_a, grad_f, *(None,) * 6
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

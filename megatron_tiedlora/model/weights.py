@@ -36,6 +36,7 @@ class WeightRule:
         shape: of the full tensor.
         spec: how it is sharded over tensor-parallel ranks.
         parts: stacked along dimension 0, one for each of `spec.blocks` if these run along it.
+        divides: whether the backward pass divides by it, so that it must have no zero.
     """
 
     name: str
@@ -44,6 +45,7 @@ class WeightRule:
     shape: tuple[int, ...]
     spec: ShardSpec
     parts: tuple[StoredPart, ...]
+    divides: bool = False
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -80,7 +82,8 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
     for index in range(shape.num_layers):
         stored = shape.block.source.format(index=index) + "."
         for part in shape.block.parts:
-            found += _weights_of(part, layer=index + 1, stored=stored)
+            divides = part in shape.heads.norms
+            found += (replace(rule, divides=divides) for rule in _weights_of(part, layer=index + 1, stored=stored))
     last = shape.num_layers + 1
     found += _norm(shape.final_norm, layer=last, stored="")
     if not shape.tied_embeddings:
@@ -109,8 +112,11 @@ def _weights_of(part: NormShape | LinearShape, *, layer: int, stored: str) -> It
 
 
 def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
-    part = StoredPart(f"{stored}{norm.source}.weight", (norm.size,), 0, norm.size)
-    yield WeightRule(f"layers.{layer}.{norm.name}", layer, None, (norm.size,), ShardSpec(None, (norm.size,)), (part,))
+    for kind, name in (("weight", norm.name), ("bias", norm.bias_name)):
+        if name is not None:
+            part = StoredPart(f"{stored}{norm.source}.{kind}", (norm.size,), 0, norm.size)
+            spec = ShardSpec(None, (norm.size,))
+            yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,))
 
 
 def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:

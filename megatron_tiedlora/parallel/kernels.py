@@ -34,27 +34,57 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
 
-def normalise(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm of rows (T, d): (weight * x * root, root), root = 1 / sqrt(mean(x^2) + eps), (T, 1) `upcast`."""
-    root = torch.rsqrt(upcast(hidden).square().mean(-1, keepdim=True) + eps)
-    return apply_norm(hidden, weight, root), root
+def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor` without autograd, or None."""
+    return None if tensor is None else tensor.detach()
 
 
-def apply_norm(hidden: torch.Tensor, weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """weight * x * root. x * root is rounded first, as in transformers, unless a compiler keeps it in fp32."""
-    return weight * (upcast(hidden) * root).to(hidden.dtype)
+def normalise(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) `upcast`.
+
+    Without a bias it is the RMS norm, weight * x * root; with one it is LayerNorm, which is the RMS norm of x - mean(x)
+    plus the bias.
+    """
+    root = torch.rsqrt(_centred(hidden, bias).square().mean(-1, keepdim=True) + eps)
+    return apply_norm(hidden, weight, bias, root), root
+
+
+def apply_norm(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, root: torch.Tensor
+) -> torch.Tensor:
+    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler keeps numbers in fp32.
+
+    There the RMS norm rounds x * root first, and LayerNorm only its result.
+    """
+    normed = _centred(hidden, bias) * root
+    if bias is None:
+        return weight * normed.to(hidden.dtype)
+    return (normed * weight + bias).to(hidden.dtype)
 
 
 def norm_gradient(
-    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, root: torch.Tensor
+    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, root: torch.Tensor
 ) -> torch.Tensor:
     """The gradient of x, (T, d), from the gradient of the norm's output.
 
-    With n = x root and g = weight * dy: dx = (g - n mean(g n)) root.
+    With n = x root and g = weight * dy: dx = (g - n mean(g n)) root. For LayerNorm n is (x - mean(x)) root, and the
+    mean of dx is subtracted.
     """
-    normed = upcast(hidden) * root
-    weighted = upcast(gradient) * weight
-    return ((weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * root).to(hidden.dtype)
+    return _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
+
+
+def _norm_gradient(
+    weighted: torch.Tensor, normed: torch.Tensor, root: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    found = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * root
+    return found if bias is None else found - found.mean(-1, keepdim=True)
+
+
+def _centred(hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    wide = upcast(hidden)
+    return wide if bias is None else wide - wide.mean(-1, keepdim=True)
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -77,7 +107,8 @@ def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
     """Heads (T, n, head_dim) with the first `num_rotated` of them rotated; a new tensor.
 
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of a head; cos and sin (T, 1, head_dim / 2).
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of the first m elements of a head; cos and sin
+    (T, 1, m / 2). The elements after them stay as they are.
     """
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
 
@@ -92,9 +123,50 @@ def rotate_gradient(
     return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
 
 
+def rotate_normed(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` of heads whose first m have gone through an RMS norm; weight (m, head_dim), each head's own.
+
+    Returns:
+        The heads (T, n, head_dim), and the root of each norm, (T, m, 1) `upcast`; see `normalise`.
+    """
+    count = len(weight)
+    normed, root = normalise(heads[:, :count], weight, None, eps)
+    return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1), root
+
+
+def rotate_normed_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotated: torch.Tensor,
+    root: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor,
+    amplitude: float,
+) -> torch.Tensor:
+    """The gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
+
+    What the norm divided, x root, is not kept: it is the result rotated back and divided by the weight.
+
+    Args:
+        query, key, value: gradients, each (T, heads, head_dim).
+        rotated, root: the results of `rotate_normed`.
+        amplitude: the length of (cos, sin).
+    """
+    squared = amplitude * amplitude
+    weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
+    normed = _rotated(upcast(rotated[:, : len(weight)]), cos / squared, -sin / squared) / weight
+    return torch.cat((_norm_gradient(weighted, normed, root, None).to(value.dtype), value), dim=1)
+
+
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
 
 
 def exp_scores_(scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,13 +226,15 @@ def exp_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
 class Kernels:
     """The functions of this module that layers call: plain, by rows, or compiled."""
 
-    normalise: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = normalise
-    apply_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = apply_norm
-    norm_gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = norm_gradient
+    normalise: Callable[..., tuple[torch.Tensor, torch.Tensor]] = normalise
+    apply_norm: Callable[..., torch.Tensor] = apply_norm
+    norm_gradient: Callable[..., torch.Tensor] = norm_gradient
     gate: Callable[[torch.Tensor], torch.Tensor] = gate
     gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
     rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
+    rotate_normed: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate_normed
+    rotate_normed_gradient: Callable[..., torch.Tensor] = rotate_normed_gradient
     exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums

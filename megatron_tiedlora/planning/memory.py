@@ -127,7 +127,8 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     """The bytes of one token of the whole sequence on a rank of the layout.
 
     Without parallelism a block saves 4 d + 2 k + 2 f + r numbers (the inputs of two norms; q, k, v and the output of
-    attention; gate and up; A x of each target if a factor's gradient needs it), and one fp32 number per norm and head.
+    attention; gate and up; A x of each target if a factor's gradient needs it), and one fp32 number per norm, per head,
+    and per head of queries and keys that has a norm.
     Selective recompute does not save gate, up and the second norm's number. With full recompute this is what a block
     saves while it is recomputed.
     """
@@ -142,7 +143,8 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     ax_after = ax * sum(target.follows_attention for target in adapter.targets)
     norm = (whole + FP32) / parts
     after_attention = ax_after + (whole / parts if layout.recompute == "selective" else norm + gate)
-    in_attention = ax * len(adapter.targets) - ax_after + norm + (inside * itemsize + heads.num * FP32) / tp_size
+    of_heads = heads.num + (heads.num + heads.num_kv if heads.norms else 0)
+    in_attention = ax * len(adapter.targets) - ax_after + norm + (inside * itemsize + of_heads * FP32) / tp_size
     return TokenBytes(
         whole=whole,
         hidden=whole / parts,

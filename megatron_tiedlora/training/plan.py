@@ -179,9 +179,7 @@ class RunPlan:
     def max_new_tokens(self) -> int:
         """The most tokens of a generated answer."""
         task = get_task(self.settings.task)
-        return resolve_max_new_tokens(
-            self.settings.max_new_tokens, self.source.shape.max_positions, task.max_new_tokens
-        )
+        return resolve_max_new_tokens(self.settings.max_new_tokens, self.source.shape.limit.tokens, task.max_new_tokens)
 
     @property
     def name(self) -> str:
@@ -238,16 +236,12 @@ def plan_run(
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape = found.shape
-    resolve_max_new_tokens(settings.max_new_tokens, shape.max_positions, task.max_new_tokens)
+    resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
         raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}")
-    if settings.max_length > shape.max_positions:
-        raise UserError(
-            f"--max_length {settings.max_length}: {settings.model} was trained for {shape.max_positions} positions."
-            " Give at most that"
-        )
+    found.check_length("--max_length", settings.max_length)
     adapter = make_adapter_config(
         settings.method,
         rank=settings.rank,

@@ -107,7 +107,7 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         examples,
         get_task(plan.settings.task),
         tokenizer,
-        longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.max_positions, plan.max_new_tokens),
+        longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,
     )

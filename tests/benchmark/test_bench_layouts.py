@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(folder: Path, flags: tuple[str, ...], message: st
 @pytest.mark.parametrize("layout", [(), ("--micro_batches=1",)])
 def test_rows_longer_than_the_model_has_positions(folder: Path, layout: tuple[str, ...]) -> None:
     """Its 256 are the most, with and without an engine."""
-    with pytest.raises(UserError, match=r"^--length 257: .* was trained for 256 positions; give at most that$"):
+    with pytest.raises(UserError, match=r"^--length 257: .* was trained for 256 positions. Give at most 256$"):
         plan_of(folder, "--length=257", *layout)
     assert plan_of(folder, "--length=256", *layout).settings.max_length == 256
 

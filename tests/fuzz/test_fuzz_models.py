@@ -34,7 +34,7 @@ def test_a_broken_model_folder(tmp_path_factory: pytest.TempPathFactory, area: P
     def load() -> ModelSource:
         source = find_model(str(folder))
         assert num_base_parameters(source.shape) > 0
-        inverse_frequencies(source.shape.heads.rope, 8)
+        inverse_frequencies(source.shape.heads)
         with BaseWeights(folder, source.shape) as weights:
             assert weights.read("model.norm.weight").shape == (source.shape.hidden_size,)
         return source

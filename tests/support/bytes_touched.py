@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_tiedlora.adapters.targets import qkv_target
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
-from megatron_tiedlora.model.normed_linear import NormedLinear
-from megatron_tiedlora.model.qkv import RotatedHeads
+from megatron_tiedlora.base.shapes import HeadShape, RopeShape
+from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -125,9 +125,9 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
     with torch.device("meta"):
         kernels = counter.watched(EAGER)
         weight = FrozenWeight.empty(sum(shape.rows), shape.hidden_size, dtype=torch.bfloat16)
-        layer = NormedLinear(weight, eps=1e-5, dtype=torch.bfloat16, kernels=kernels)
+        heads = HeadShape(*(size // shape.head_dim for size in shape.rows[:2]), shape.head_dim, RopeShape())
+        layer = QkvLinear(weight, heads, eps=1e-5, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
-        rotated = RotatedHeads(shape.rows, shape.head_dim, kernels, table)
         adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -140,7 +140,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         outputs = [
             head
             for hidden, update in zip(inputs, updates, strict=True)
-            for head in layer(hidden, rotated, TensorParallel(), update, num_rows=len(hidden))
+            for head in layer(hidden, TensorParallel(), update, num_rows=len(hidden), table=table)
         ]
         # Attention gives gradients of their own storage for each of the three, on a GPU by tokens.
         gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracle_rope import rope_amplitude, rope_frequencies, rotate
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear
@@ -65,7 +66,7 @@ def oracle_trainable_count(method: str, *, rank: int, hidden_size: int, qkv_rows
 
 @dataclass(frozen=True)
 class OracleConfig:
-    """What the forward pass needs of a LLaMA `config.json`."""
+    """What the forward pass needs of a `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -75,8 +76,10 @@ class OracleConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
+    max_positions: int
     rope_theta: float
-    rope_scaling: Mapping[str, Any] | None  # None, or llama3's four numbers
+    rotary_share: float  # of a head, its first elements
+    rope_scaling: Mapping[str, Any] | None  # the fields of its kind
     tied_embeddings: bool
 
     @property
@@ -94,23 +97,13 @@ class OracleConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> OracleConfig:
-        """Read an HF llama config, old (`rope_theta`, `rope_scaling`) or transformers v5 style (`rope_parameters`).
+        """Read an HF config that transformers has written, old (`rope_scaling`) or v5 style (`rope_parameters`).
 
-        Biases are not read from it: a bias is used where `weights` holds one.
-
-        Raises:
-            ValueError: mlp_bias, an activation other than silu, or rope scaling other than default or llama3.
+        Biases and norms of heads are not read from it: they are used where `weights` holds them.
         """
-        if hf.get("mlp_bias", False):
-            raise ValueError("oracle: mlp_bias is not supported")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"oracle: hidden_act {hf['hidden_act']!r} is not supported")
+        assert not hf.get("mlp_bias", False) and hf.get("hidden_act", "silu") == "silu"
         rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f"oracle: rope type {rope_type!r} is not supported")
-        if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ValueError("oracle: partial rotary embeddings are not supported")
         num_heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -120,9 +113,11 @@ class OracleConfig:
             num_heads=num_heads,
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            norm_eps=hf.get("rms_norm_eps", hf.get("layer_norm_eps", 1e-6)),
+            max_positions=hf["max_position_embeddings"],
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            rope_scaling=rope if rope_type == "llama3" else None,
+            rotary_share=float(rope.get("partial_rotary_factor", 1.0)),
+            rope_scaling=None if rope_type in ("default", "dynamic") else {**rope, "rope_type": rope_type},
             tied_embeddings=hf.get("tie_word_embeddings", False),
         )
 
@@ -132,11 +127,16 @@ class OracleConfig:
 
 
 def load_weights(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every safetensors file of an HF folder, by HF name, cast to `dtype` where given."""
+    """Every safetensors file of an HF folder, by HF name, cast to `dtype` where given; fused tensors taken apart."""
     weights: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         weights |= load_file(path)
     assert weights, f"no safetensors in {folder}"
+    for name in [name for name in weights if "qkv_proj" in name or "gate_up_proj" in name]:
+        config, fused = OracleConfig.from_folder(folder), weights.pop(name)
+        rows = [config.q_rows, config.kv_rows, config.kv_rows] if "qkv" in name else [config.intermediate_size] * 2
+        for part, piece in zip("qkv" if "qkv" in name else ("gate", "up"), fused.split(rows), strict=True):
+            weights[name.replace("qkv_proj" if "qkv" in name else "gate_up_proj", f"{part}_proj")] = piece
     return weights if dtype is None else cast_weights(weights, dtype)
 
 
@@ -254,31 +254,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide / (wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
-def rope_frequencies(config: OracleConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(head_dim / 2,) angles per position, theta^(-2i / head_dim), with llama3's stretching where configured."""
-    exponents = torch.arange(0, config.head_dim, 2).to(dtype) / config.head_dim
-    plain = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is None:
-        return plain
-    factor, context = config.rope_scaling["factor"], config.rope_scaling["original_max_position_embeddings"]
-    low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
-    stretched = []
-    for frequency in plain:
-        turns = context * frequency / (2 * math.pi)  # full turns within the original context
-        if turns < low:  # slow: stretch
-            stretched.append(frequency / factor)
-        elif turns > high:  # fast: leave
-            stretched.append(frequency)
-        else:  # between: blend linearly in the number of turns
-            share = (turns - low) / (high - low)
-            stretched.append(share * frequency + (1 - share) * frequency / factor)
-    return torch.stack(stretched)
+def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float) -> Tensor:
+    """The norm at `prefix`: RMS, or where a bias is stored LayerNorm, which is rounded once as torch's is."""
+    weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
+    if bias is None:
+        return rms_norm(x, weight, eps)
+    wide = x.to(_wide(x.dtype))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    return (centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight + bias).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + head_dim / 2]), HF's half-rotation: x (S, head_dim), cos, sin (S, head_dim / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config: OracleConfig) -> Tensor:
+    """Each head through the norm at `prefix`, if one is stored there."""
+    if f"{prefix}.weight" not in weights:
+        return rows
+    return torch.cat([norm(head, weights, prefix, config.norm_eps) for head in rows.split(config.head_dim, -1)], dim=-1)
 
 
 def _project(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
@@ -326,23 +316,27 @@ def _logits_of_sequence(
 ) -> Tensor:
     """tokens and positions (S,), visible (S, S) -> (S, vocabulary)."""
     x = embedding(tokens, weights["model.embed_tokens.weight"])
-    angles = positions.to(rope_dtype)[:, None] * rope_frequencies(config, rope_dtype)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    size = int(config.head_dim * config.rotary_share)
+    frequencies = rope_frequencies(config.rope_theta, size, config.rope_scaling, rope_dtype)
+    angles = positions.to(rope_dtype)[:, None] * frequencies
+    amplitude = rope_amplitude(config.rope_scaling, config.max_positions)
+    cos, sin = (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
-        normed = rms_norm(x, weights[f"{layer}.input_layernorm.weight"], config.norm_eps)
+        normed = norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
         q, k, v = (_project(normed, weights, f"{layer}.self_attn.{name}_proj") for name in "qkv")
         if adapter is not None and index + 1 in adapter.layers:
             update = adapter_update(normed, adapter, index + 1, update_dtype)
             dq, dk, dv = update.split([config.q_rows, config.kv_rows, config.kv_rows], dim=-1)
             q, k, v = q + dq, k + dk, v + dv
+        q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
         x = x + _project(_attention(q, k, v, visible, config), weights, f"{layer}.self_attn.o_proj")
-        normed = rms_norm(x, weights[f"{layer}.post_attention_layernorm.weight"], config.norm_eps)
+        normed = norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         gate = _project(normed, weights, f"{layer}.mlp.gate_proj")
         up = _project(normed, weights, f"{layer}.mlp.up_proj")
         x = x + _project(torch.nn.functional.silu(gate) * up, weights, f"{layer}.mlp.down_proj")
-    x = rms_norm(x, weights["model.norm.weight"], config.norm_eps)
+    x = norm(x, weights, "model.norm", config.norm_eps)
     return linear(x, weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"])
 
 

@@ -43,8 +43,13 @@ def tiny_config(
     llama3_rope: bool = False,
     max_positions: int = 256,
     norm_eps: float = 1e-5,
+    **fields: Any,
 ) -> Any:
-    """A transformers config of a family (a model type). `num_kv_heads = num_heads` is plain multi-head attention."""
+    """A transformers config of a family (a model type). `num_kv_heads = num_heads` is plain multi-head attention.
+
+    Args:
+        fields: of the family's own config.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
@@ -58,11 +63,17 @@ def tiny_config(
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
         **({"attention_bias": attention_bias} if family == "llama" else {}),
-        rope_parameters={"rope_theta": rope_theta} | (LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
+        rope_parameters={
+            "rope_theta": rope_theta,
+            **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
+            **fields.pop("rope", {}),
+        },
         max_position_embeddings=max_positions,
-        rms_norm_eps=norm_eps,
+        **{"layer_norm_eps" if family == "stablelm" else "rms_norm_eps": norm_eps},
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
+        pad_token_id=None,
+        **fields,
     )
     config._attn_implementation = "eager"
     return config
@@ -77,13 +88,13 @@ def tiny_model(*, seed: int = 0, **shape: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                draw = 1 + 0.2 * draw
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 draw = 0.3 * draw
+            elif "norm" in name:
+                draw = 1 + 0.2 * draw
             elif "embed_tokens" in name:  # also the head, where tied
                 draw = 0.6 * draw
-            elif "lm_head" in name or "q_proj" in name or "k_proj" in name:
+            elif any(part in name for part in ("lm_head", "q_proj", "k_proj", "qkv_proj")):
                 draw = 2.0 * draw / math.sqrt(parameter.shape[-1])
             else:
                 draw = draw / math.sqrt(parameter.shape[-1])

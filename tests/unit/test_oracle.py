@@ -15,8 +15,8 @@ from oracle import (
     merged_weights,
     oracle_logits,
     oracle_trainable_count,
-    rope_frequencies,
 )
+from oracle_rope import rope_amplitude, rope_frequencies
 from oracle_training import OracleBatch, oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches, tiny_model, write_tiny_model
 
@@ -96,11 +96,27 @@ def test_packed_documents_do_not_see_each_other():
 
 def test_llama3_frequencies_cover_all_three_cases():
     model, _, config = base(**SHAPES["llama3"])
-    ours, theirs = rope_frequencies(config), model.model.rotary_emb.inv_freq
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    plain = rope_frequencies(OracleConfig(**{**config.__dict__, "rope_scaling": None}))
+    plain, ours = (rope_frequencies(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling))
+    torch.testing.assert_close(ours, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     ratio = (plain / ours).round(decimals=3)
     assert (ratio == 1).any() and (ratio == 8).any() and ((ratio > 1) & (ratio < 8)).any()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "longrope", "short_factor": [1.0, 1.5, 3.0, 8.0], "long_factor": [9.0] * 4,
+         "original_max_position_embeddings": 64, "factor": 4.0},
+    ],
+)  # fmt: skip
+def test_other_frequencies_are_those_of_transformers(rope):
+    model, _, config = base(head_dim=8, max_positions=256, rope=rope)
+    theirs = model.model.rotary_emb
+    ours = rope_frequencies(config.rope_theta, 8, config.rope_scaling)
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert rope_amplitude(config.rope_scaling, 256) == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 def test_config_reads_both_styles_of_rope():
@@ -110,15 +126,14 @@ def test_config_reads_both_styles_of_rope():
         "intermediate_size": 4,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "max_position_embeddings": 64,
     }
     llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     old = OracleConfig.from_hf(common | {"rope_theta": 5e5, "rope_scaling": llama3 | {"rope_type": "llama3"}})
     new = OracleConfig.from_hf(common | {"rope_parameters": llama3 | {"rope_type": "llama3", "rope_theta": 5e5}})
-    assert torch.equal(rope_frequencies(old), rope_frequencies(new))
+    assert new.rope_scaling == {**old.rope_scaling, "rope_theta": 5e5} and old.rope_scaling["factor"] == 8.0
     assert old.rope_theta == new.rope_theta == 5e5 and old.num_kv_heads == 2 and old.head_dim == 4
     assert OracleConfig.from_hf(common | {"rope_scaling": None}).rope_theta == 10000.0
-    with pytest.raises(ValueError, match="yarn"):
-        OracleConfig.from_hf(common | {"rope_scaling": {"type": "yarn"}})
 
 
 # ----------------------------------------------------------------------------------------------------- the adapter

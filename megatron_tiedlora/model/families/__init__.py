@@ -1,4 +1,7 @@
-"""Families of models, one per module. The module has the name of the family's `model_type` in `config.json`."""
+"""Families of models, one per module. The module has the name of the family's `model_type` in `config.json`.
+
+It has `DEFAULTS`, what an absent field means, and `read`, which makes a `ModelShape` of an `HfConfig`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{source}: model_type {shown(kind)} is not implemented. This version trains {known}")
-    config = HfConfig(values, source)
-    shape: ModelShape = import_module(f"{__name__}.{kind}").read(config)
+    family = import_module(f"{__name__}.{kind}")
+    config = HfConfig(values, source, family.DEFAULTS)
+    shape: ModelShape = family.read(config)
     config.reject_unread()
     return shape

@@ -5,19 +5,21 @@ from __future__ import annotations
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_rope import read_rope
+
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
 
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `LlamaForCausalLM`. Raises UserError for features that are not implemented."""
-    config.reject_unless("sliding_window")
-    config.reject_unless("use_sliding_window", False)
-    config.reject_unless("mlp_bias", False)
-    config.reject_unless("partial_rotary_factor", 1)
-    config.reject_unless("logits_scaling", 1)
-    config.reject_unless("attn_logit_softcapping")
-    config.reject_unless("final_logit_softcapping")
-    config.reject_unless("num_local_experts")
-    config.reject_unless("use_qk_norm", False)
-    config.reject_unless("rope_interleaved", False)
     bias = config.flag("attention_bias")
-    return gated_decoder(config, qkv_bias=bias, output_bias=bias, max_positions=2048)
+    return gated_decoder(config, rope=read_rope(config), qkv_bias=bias, output_bias=bias)

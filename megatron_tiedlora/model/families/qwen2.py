@@ -1,16 +1,28 @@
-"""Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
+"""Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
 
 from __future__ import annotations
 
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_rope import read_rope
+
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}
 
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
-    config.reject_unless("use_sliding_window", False)
-    for name in ("sliding_window", "max_window_layers"):  # no effect without use_sliding_window
-        config.get(name)
-    config.reject_unless("use_mrope", False)  # in the config.json of Qwen2.5
-    return gated_decoder(config, qkv_bias=True, output_bias=False, max_positions=32768, num_kv_heads=32)
+    config.get("max_window_layers")  # the first layer with a window, if there are any
+    window = config.window(used=config.flag("use_sliding_window"))
+    return gated_decoder(config, rope=read_rope(config), window=window, qkv_bias=True)

@@ -20,6 +20,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
 )
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHODS
+from megatron_tiedlora.base.shapes import Llama3Scaling, RopeShape
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS
@@ -84,9 +85,9 @@ def test_rope_settings_are_read_in_both_of_transformers_spellings() -> None:
     old = {**new, "rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}}
     del old["rope_parameters"]
     assert shape_from_hf(old) == shape_from_hf(new)
-    assert shape_from_hf(new).heads.rope.factor == 8.0 and shape_from_hf(new).heads.rope.theta == 500.0
+    assert shape_from_hf(new).heads.rope == RopeShape(500.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 64))
     plain = {**old, "rope_scaling": None}
-    assert shape_from_hf(plain).heads.rope.factor is None
+    assert shape_from_hf(plain).heads.rope.scaling is None
     both = {**old, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
     assert shape_from_hf(both).heads.rope == shape_from_hf(old).heads.rope  # as transformers reads them
 
@@ -209,16 +210,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sliding_window": ({"sliding_window": 64}, "sliding_window = 64"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     "mlp_bias": ({"mlp_bias": True}, "mlp_bias = True"),
-    "yarn": ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-    "linear": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    "ntk": ({"rope_parameters": None, "rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk'"),
+    "linear": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.0}}, "factor = 0.0"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": 0}, "max_position_embeddings = 0"),
+    "rope field": ({"rope_parameters": {"mrope_section": [1]}}, "'mrope_section'"),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config = "),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-    "mistral": ({"model_type": "mistral"}, "model_type 'mistral'"),
+    "mixtral": ({"model_type": "mixtral"}, "model_type 'mixtral'"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
     "heads": ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),
     "size": ({"hidden_size": "wide"}, "wide"),
-    "missing": ({"vocab_size": None}, "vocab_size"),
+    "null": ({"vocab_size": None}, "vocab_size"),
     "llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}}, "low_freq_factor"),
 }
 
@@ -227,8 +230,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_features_that_are_not_implemented_are_refused_by_name(case: str) -> None:
     changes, message = REFUSED[case]
     values = tiny_config().to_dict() | changes
-    if case == "missing":
-        del values["vocab_size"]
     with pytest.raises(UserError) as error:
         shape_from_hf(values, source="the/config.json")
     assert message in str(error.value)

@@ -56,9 +56,9 @@ def test_each_compiled_kernel_rounds_no_worse(compiled_in_bf16: Kernels) -> None
     heads = torch.randn(200, 4, 24, generator=draw).bfloat16()
     cos, sin = (torch.randn(200, 1, 12, generator=draw).bfloat16() for _ in range(2))
     calls: dict[str, Any] = {
-        "normalise": lambda kernels, wide: kernels.normalise(wide(rows), wide(weight), 1e-5)[0],
-        "apply_norm": lambda kernels, wide: kernels.apply_norm(wide(rows), wide(weight), root),
-        "norm_gradient": lambda kernels, wide: kernels.norm_gradient(wide(more), wide(rows), wide(weight), root),
+        "normalise": lambda kernels, wide: kernels.normalise(wide(rows), wide(weight), None, 1e-5)[0],
+        "apply_norm": lambda kernels, wide: kernels.apply_norm(wide(rows), wide(weight), None, root),
+        "norm_gradient": lambda kernels, wide: kernels.norm_gradient(wide(more), wide(rows), wide(weight), None, root),
         "gate": lambda kernels, wide: kernels.gate(wide(rows)),
         "gate_gradient": lambda kernels, wide: kernels.gate_gradient(wide(more)[:, :48].contiguous(), wide(rows)),
         "rotate": lambda kernels, wide: kernels.rotate(wide(heads), wide(cos), wide(sin), 3),

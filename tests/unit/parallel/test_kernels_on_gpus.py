@@ -34,13 +34,18 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     rows, weight, root = drawn(ROWS, 24), drawn(24), drawn(ROWS, 1, wide=True)
     heads, table = drawn(ROWS, 4, 6), (drawn(ROWS, 1, 3), drawn(ROWS, 1, 3))
     return {
-        "normalise": (rows, weight, 1e-5),
-        "apply_norm": (rows, weight, root),
-        "norm_gradient": (drawn(ROWS, 24), rows, weight, root),
+        "normalise": (rows, weight, None, 1e-5),
+        "apply_norm": (rows, weight, None, root),
+        "norm_gradient": (drawn(ROWS, 24), rows, weight, None, root),
         "gate": (rows,),
         "gate_gradient": (drawn(ROWS, 12), rows),
         "rotate": (heads, *table, 3),
         "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table),
+        "rotate_normed": (heads, *table, drawn(3, 6), 1e-5),
+        "rotate_normed_gradient": (
+            *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
+            *(heads, drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs(), 1.5),
+        ),
         "row_log_sums": (rows,),
         "exp_logits_": (rows, drawn(ROWS, wide=True)),
     }

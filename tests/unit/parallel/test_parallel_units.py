@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.topology import make_topology
-from megatron_tiedlora.model.normed_linear import NormedLinear, Unchanged
+from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.parallel import collectives
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
@@ -141,7 +141,7 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
         if cut:
             hidden, gradient = (part_of(t, group.rank, group.size).clone() for t in (hidden, gradient))
         hidden.requires_grad_()
-        (inner,) = column(hidden, Unchanged(), tensor_parallel, num_rows=len(hidden))
+        (inner,) = column(hidden, tensor_parallel, num_rows=len(hidden))
         output = row(torch.tanh(inner), tensor_parallel)
         output.backward(gradient)
         found[cut] = output.detach(), hidden.grad

@@ -1,0 +1,29 @@
+"""Phi-3, Phi-3.5 and Phi-4: q, k and v in one stored tensor, gate and up in another, and part of a head rotated."""
+
+from __future__ import annotations
+
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.gated_decoder import gated_decoder
+from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_rope import read_rope
+
+DEFAULTS = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def read(config: HfConfig) -> ModelShape:
+    """The shape of a `Phi3ForCausalLM`. Raises UserError for features that are not implemented."""
+    original = config.size("original_max_position_embeddings")
+    rope = read_rope(
+        config, partial=True, original_positions=original, other_names={"su": "longrope", "yarn": "longrope"}
+    )
+    return gated_decoder(config, rope=rope, window=config.window(), fused=True)
