@@ -98,6 +98,6 @@ def _write_file(file: Path, tensors: Sequence[StreamedTensor], source: str, wrot
                 if not block.isfinite().all():
                     raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
                 assert block.dtype == tensor.dtype, tensor.name
-                size += stream.write(block.contiguous().view(torch.uint8).numpy())
+                size += stream.write(block.contiguous().view(torch.uint8).numpy().data)
                 wrote(block.nbytes)
             assert size == tensor.num_bytes, tensor.name

@@ -14,7 +14,7 @@ import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ import torch
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.wording import first_line
 
-_LARGEST_READ = 2**24  # bytes of a pickle, or of a list of files; a large model's have a hundredth of that
-_MOST_MEMBERS = 10_000
+# Bytes of a pickle, and of what tells the members of an archive. A model of 96 layers needs a fifth of that.
+_LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
+_MOST_PAX_FIELDS, _MOST_AXES = 64, 8
 
 
 class Place(NamedTuple):
@@ -84,8 +85,8 @@ class NemoArchive:
     def _bytes(self, place: Place | None, *, default: bytes = b"") -> bytes:
         if place is None:
             return default
-        if place.size > _LARGEST_READ:
-            raise ValueError(f"{place.size:,} bytes where at most {_LARGEST_READ:,} belong")
+        if place.size > _LARGEST_PICKLE:
+            raise ValueError(f"{place.size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
         return self._map[place.start : place.start + place.size]
 
     def _tensor(self, name: str, described: _Described, place: Place | None) -> torch.Tensor:
@@ -123,11 +124,14 @@ def readable(path: Path, what: str) -> Iterator[None]:
 
 
 class _Window:
-    """A part of the mapped file as the file object that tarfile and zipfile read. A read has a bounded size, because
-    sizes in a broken file can be anything."""
+    """A part of the mapped file as the file object that tarfile and zipfile read.
+
+    They read the lists of members only, but what lists say of their own size may be anything. So the bytes read in all
+    are bounded.
+    """
 
     def __init__(self, mapped: mmap.mmap, place: Place) -> None:
-        self._map, self._place, self._at = mapped, place, 0
+        self._map, self._place, self._at, self._left = mapped, place, 0, _LARGEST_LIST
 
     def tell(self) -> int:
         return self._at
@@ -140,10 +144,11 @@ class _Window:
         return at
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._place.size - self._at)
-        size = left if size < 0 else min(size, left)
-        if size > _LARGEST_READ:
-            raise ValueError(f"{size:,} bytes of names")
+        rest = max(0, self._place.size - self._at)
+        size = rest if size < 0 else min(size, rest)
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(f"its list of files is longer than {_LARGEST_LIST:,} bytes")
         start = self._place.start + self._at
         self._at += size
         return self._map[start : start + size]
@@ -155,6 +160,8 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
     with tarfile.open(fileobj=_Window(mapped, Place(0, len(mapped))), mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             path = PurePosixPath(member.name)
+            if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would get a copy of global ones
+                raise ValueError(f"{shown(member.name)} has {len(member.pax_headers):,} extended fields")
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"the name {shown(member.name)} leads out of it")
             if member.isdir():
@@ -163,8 +170,8 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
                 raise ValueError(f"{shown(member.name)} is not a plain file")
             if member.offset_data + member.size > len(mapped):
                 raise ValueError(f"it is truncated within {shown(member.name)}")
-            if str(path) in seen or len(seen) >= _MOST_MEMBERS:
-                raise ValueError(f"it holds {shown(str(path))} twice, or more than {_MOST_MEMBERS:,} files")
+            if str(path) in seen:
+                raise ValueError(f"it holds {shown(str(path))} twice")
             seen.add(str(path))
             yield str(path), Place(member.offset_data, member.size)
 
@@ -172,7 +179,7 @@ def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
 def _zip_members(mapped: mmap.mmap, place: Place) -> dict[str, Place]:
     """The places of the files in a zip that lies in the archive. Raises ValueError or zipfile's own errors."""
     found = {}
-    for entry in zipfile.ZipFile(_Window(mapped, place)).infolist():  # type: ignore[call-overload]
+    for entry in zipfile.ZipFile(_Window(mapped, place)).infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"{shown(entry.filename)} is compressed")
         header = place.start + entry.header_offset
@@ -213,6 +220,8 @@ def _describe(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _D
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError("the description of a tensor has the wrong types")
+    if len(shape) != len(stride) or len(shape) > _MOST_AXES:
+        raise ValueError(f"a tensor has {len(shape)} axes and {len(stride)} strides")
     return _Described(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -253,7 +262,8 @@ def _read_state_dict(pickled: bytes) -> dict[str, Any]:
         del stack[start:]
         return items
 
-    for operation, argument, _ in pickletools.genops(pickled):
+    operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickled)
+    for operation, argument, _ in operations:
         name = operation.name
         if name in _VALUES:
             if isinstance(argument, str) and argument.endswith("_extra_state"):

@@ -16,7 +16,7 @@ from megatron_tiedlora.convert.nemo_archive import NemoArchive
 
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
 ROPE_BASE = 10_000.0  # it stands in NeMo's code; later versions have it as a setting too
-_LARGEST_SIZE, _MOST_LAYERS, _MOST_RANKS = 2**28, 4096, 1024
+_LARGEST_SIZE, _MOST_LAYERS, _MOST_RANKS = 2**28, 4096, 256
 _ABSENT = object()
 _SISTER = re.compile(r"\$\{\.(\w+)\}")
 _CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_tensors_are_found_where_torch_finds_them(tmp_path: Path) -> None:
     assert list(found) == [PREFIX + name for name in content]
     for name, tensor in content.items():
         assert torch.equal(found[PREFIX + name], tensor) and found[PREFIX + name].dtype == tensor.dtype
+
+
+def test_a_file_of_9_gib_in_the_archive_is_found(tmp_path: Path) -> None:
+    """GPT-2B-001's weights are larger than a tar's plain header can say. The file has a hole in their place."""
+    size = 9 * 2**30
+    with (tmp_path / "x.nemo").open("wb") as stream:
+        for name in ("a.ckpt", "b.ckpt"):
+            member = tarfile.TarInfo(f"./{name}")
+            member.size, member.mtime = size, 1.5  # NeMo's have fractions of seconds, which are extended fields too
+            stream.write(member.tobuf())
+            start = stream.tell()
+            stream.seek(start + size)
+        stream.truncate()
+    members = NemoArchive(tmp_path / "x.nemo").members
+    assert [place.size for place in members.values()] == [size, size] and members["b.ckpt"].start == start
 
 
 def test_the_tokenizer_gives_sentencepiece_ids_and_has_its_special_tokens(whole: Path) -> None:

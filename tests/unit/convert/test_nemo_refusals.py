@@ -150,6 +150,7 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "deep": (lambda: zipped({"data.pkl": b"\x80\x02})" + b"\x85" * 10**5 + b"K\x01s."}), "a name is not text"),
     "pickle cut": (lambda: zipped({"data.pkl": b"\x80\x02}"}), "pickle exhausted before seeing STOP"),
     "memo": (lambda: zipped({"data.pkl": b"\x80\x02}r\xff\xff\xff\xff."}), "is missing"),
+    "many axes": (lambda: weights(lambda t: t.update(x=torch.ones([1] * 9))), "9 axes"),
     "huge pickle": (lambda: zipped({"data.pkl": b"\x80\x02}" + b"0" * 2**24}), "bytes where at most"),
 }  # fmt: skip
 
@@ -189,7 +190,8 @@ def test_another_archive_is_one_line(tmp_path: Path, make: Callable[[], dict[str
     ("absolute", "'/model_config.yaml' leads out of it"), ("gzip", "gzip -dc"), ("xz", "cannot be read as a .nemo"),
     (tarfile.SYMTYPE, "'link' is not a plain file"), (tarfile.LNKTYPE, "'link' is not a plain file"),
     (tarfile.FIFOTYPE, "'link' is not a plain file"), ("twice", "holds 'model_config.yaml' twice"),
-    ("empty", "cannot be read as a .nemo"), ("folder", "Is a directory"), ("long name", "bytes of names"),
+    ("empty", "cannot be read as a .nemo"), ("folder", "Is a directory"), ("many fields", "has 100 extended fields"),
+    ("long name", "its list of files is longer than"),
 ])  # fmt: skip
 def test_another_kind_of_file_is_one_line(tmp_path: Path, kind: Any, message: str) -> None:
     members, path = nemo_members(draw_tensors(SMALL), SMALL), tmp_path / "x.nemo"
@@ -205,6 +207,9 @@ def test_another_kind_of_file_is_one_line(tmp_path: Path, kind: Any, message: st
         header = tarfile.TarInfo("././@PaxHeader")
         header.type, header.size = tarfile.XHDTYPE, 2**25
         path.write_bytes(header.tobuf() + b"\0" * 2**25)
+    elif kind == "many fields":
+        path.write_bytes(tarfile.TarInfo.create_pax_global_header({f"x{n}": "1" for n in range(100)}))
+        path.write_bytes(path.read_bytes() + write_nemo(tmp_path / "plain.nemo", members).read_bytes())
     else:
         write_nemo(path, members)
         with tarfile.open(path, "a") as tar:
