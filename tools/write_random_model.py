@@ -1,4 +1,4 @@
-"""Write a LLaMA checkpoint of random bf16 weights in the shape of a preset, to test memory and speed without a model.
+"""Write a checkpoint of random bf16 weights in the shape of a preset, to test memory and speed without a model.
 
     python tools/write_random_model.py --model llama2-7b --output random-7b
 
@@ -62,9 +62,16 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             }
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
-        write_json(folder / "config.json", {**values, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+        write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
         weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
         write_json(folder / INDEX_FILE, weight_index)
+
+
+def _class_name(values: Mapping[str, Any]) -> str:
+    """Of the model in transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])
 
 
 def main(argv: Sequence[str]) -> int:

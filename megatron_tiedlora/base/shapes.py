@@ -251,6 +251,7 @@ class ModelShape:
     Attributes:
         limit: the most tokens of a row, at most `max_positions`.
         head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
+        unrotated: the blocks, from 1, whose queries and keys are not rotated.
     """
 
     num_layers: int
@@ -261,6 +262,7 @@ class ModelShape:
     final_norm: NormShape
     head: LinearShape
     tied_embeddings: bool
+    unrotated: frozenset[int] = frozenset()
 
     @property
     def vocab_size(self) -> int:

@@ -64,6 +64,8 @@ class ModelSource:
             fields["norm"] = "layer"
         if shape.heads.norms:
             fields["head_norms"] = True
+        if shape.unrotated:
+            fields["unrotated"] = sorted(shape.unrotated)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def check_length(self, flag: str, length: int) -> None:

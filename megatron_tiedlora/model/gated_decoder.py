@@ -5,6 +5,8 @@ A family says what its layers have besides, and rejects features that are not im
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import (
     BlockShape,
@@ -30,6 +32,7 @@ def gated_decoder(
     output_bias: bool = False,
     head_norms: bool = False,
     fused: bool = False,
+    unrotated: Iterable[int] = (),
 ) -> ModelShape:
     """The shape that the fields common to these families describe.
 
@@ -38,6 +41,7 @@ def gated_decoder(
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
         head_norms: whether each head of queries and keys has an RMS norm before the rotation.
+        unrotated: blocks, from 1, without rotation.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:
@@ -88,6 +92,7 @@ def gated_decoder(
         final_norm=norm("norm.weight", "norm.bias", "model.norm"),
         head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
+        unrotated=frozenset(unrotated),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,11 +178,17 @@ def layer_specs(
     def row_parallel(linear: LinearShape) -> RowParallelLinear:
         return RowParallelLinear(weight(linear), bias=bias(linear))
 
-    def block() -> nn.Module:
+    def block(index: int) -> nn.Module:
         parts = shape.block
         local = replace(shape.heads, num=shape.heads.num // tp_size, num_kv=shape.heads.num_kv // tp_size)
         attention = Attention(
-            QkvLinear(weight(parts.qkv), local, bias=bias(parts.qkv), **of_norm(parts.attention_norm)),
+            QkvLinear(
+                weight(parts.qkv),
+                local,
+                rotates=index not in shape.unrotated,
+                bias=bias(parts.qkv),
+                **of_norm(parts.attention_norm),
+            ),
             row_parallel(parts.output),
             kernels=kernels,
             deterministic=deterministic,
@@ -197,6 +204,6 @@ def layer_specs(
 
     return (
         LayerSpec("embedding", 0, embedding),
-        *(LayerSpec("block", index, block) for index in range(1, shape.num_layers + 1)),
+        *(LayerSpec("block", index, partial(block, index)) for index in range(1, shape.num_layers + 1)),
         LayerSpec("head", shape.num_layers + 1, head),
     )

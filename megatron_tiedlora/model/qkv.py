@@ -30,6 +30,7 @@ class QkvLinear(NormedLinear):
         weight: FrozenWeight,
         local_heads: HeadShape,
         *,
+        rotates: bool = True,
         bias: nn.Parameter | None = None,
         eps: float,
         norm_has_bias: bool = False,
@@ -37,27 +38,60 @@ class QkvLinear(NormedLinear):
         kernels: Kernels,
     ) -> None:
         super().__init__(weight, bias=bias, eps=eps, norm_has_bias=norm_has_bias, dtype=dtype, kernels=kernels)
+        assert rotates or not local_heads.norms, "no family has norms of heads that are not rotated"
         self.heads = local_heads
+        self.rotates = rotates
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
             self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
 
     def epilogue(self, table: tuple[torch.Tensor, ...]) -> Epilogue:
-        """`RotatedHeads`, or `RotatedNormedHeads` if the heads have norms."""
+        """The heads as they are, `RotatedHeads`, or `RotatedNormedHeads` if they have norms."""
+        if not self.rotates:
+            return PlainHeads(self.heads)
         if self.query_norm is None or self.key_norm is None:
             return RotatedHeads(self.heads, self.kernels, table)
         return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm))
 
 
 @dataclass(frozen=True)
-class RotatedHeads:
+class PlainHeads:
     """An `Epilogue`: [Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
 
     Attributes:
         heads: of this rank.
-        table: cos and sin of the s tokens' positions.
     """
 
     heads: HeadShape
+
+    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Queries, keys and values."""
+        return self._joined(self._split(projected), projected.shape), ()
+
+    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
+        """The gradient of [Q | K | V] from those of the heads."""
+        batch, _, length, _ = gradients[0].shape
+        return torch.cat(_by_token(gradients), dim=1).view(batch, length, -1)
+
+    @property
+    def _num_rotated(self) -> int:
+        return self.heads.num + self.heads.num_kv
+
+    def _split(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(-1, self._num_rotated + self.heads.num_kv, self.heads.dim).detach()
+
+    def _joined(self, heads: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        sizes = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
+        return heads.view(*shape[:-1], -1, self.heads.dim).transpose(1, 2).split(sizes, dim=1)
+
+
+@dataclass(frozen=True)
+class RotatedHeads(PlainHeads):
+    """The same with rotated queries and keys.
+
+    Attributes:
+        table: cos and sin of the s tokens' positions.
+    """
+
     kernels: Kernels
     table: tuple[torch.Tensor, ...]
 
@@ -71,17 +105,6 @@ class RotatedHeads:
         """The gradient of [Q | K | V] from the gradients of the rotated heads."""
         batch, _, length, _ = gradients[0].shape
         return self.kernels.rotate_gradient(*_by_token(gradients), *saved).view(batch, length, -1)
-
-    @property
-    def _num_rotated(self) -> int:
-        return self.heads.num + self.heads.num_kv
-
-    def _split(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.view(-1, self._num_rotated + self.heads.num_kv, self.heads.dim).detach()
-
-    def _joined(self, rotated: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        sizes = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
-        return rotated.view(*shape[:-1], -1, self.heads.dim).transpose(1, 2).split(sizes, dim=1)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ class PaperCell:
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """The paper's model that a base is, if any: LLaMA-2 7B by its shape, GPT-2B-001 by its name without folders."""
-    if shape == shape_from_hf(PRESETS["llama2-7b"], source="llama2-7b"):
-        return "llama2-7b"
+    """The paper's model that a base is, if any: by its shape, or GPT-2B-001 by its name without folders."""
+    for title in MODEL_TITLES:
+        if shape == shape_from_hf(PRESETS[title], source=title):
+            return title
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
 

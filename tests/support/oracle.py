@@ -81,6 +81,7 @@ class OracleConfig:
     rotary_share: float  # of a head, its first elements
     rope_scaling: Mapping[str, Any] | None  # the fields of its kind
     tied_embeddings: bool
+    rotates: tuple[int, ...] | None  # 0 for a layer whose queries and keys are not rotated; None: all are
 
     @property
     def q_rows(self) -> int:
@@ -119,6 +120,7 @@ class OracleConfig:
             rotary_share=float(rope.get("partial_rotary_factor", 1.0)),
             rope_scaling=None if rope_type in ("default", "dynamic") else {**rope, "rope_type": rope_type},
             tied_embeddings=hf.get("tie_word_embeddings", False),
+            rotates=hf.get("no_rope_layers"),
         )
 
     @classmethod
@@ -330,7 +332,8 @@ def _logits_of_sequence(
             dq, dk, dv = update.split([config.q_rows, config.kv_rows, config.kv_rows], dim=-1)
             q, k, v = q + dq, k + dk, v + dv
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
-        q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
+        if config.rotates is None or config.rotates[index]:
+            q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
         x = x + _project(_attention(q, k, v, visible, config), weights, f"{layer}.self_attn.o_proj")
         normed = norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
         gate = _project(normed, weights, f"{layer}.mlp.gate_proj")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from forked_ranks import join_as_launched
+from saved_bytes import saved_bytes_per_token
 from torch import distributed
 
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
@@ -127,27 +128,4 @@ def _saved_bytes_per_token(stage: Any, plan: Any) -> float:
     from megatron_tiedlora.engine.engine import all_open
 
     with all_open(stage, plan.engine):
-        return _count_saved_bytes(stage, plan)
-
-
-def _count_saved_bytes(stage: Any, plan: Any) -> float:
-    length, index = 256, stage.blocks[-1]
-    parts = plan.layout.sequence_parts
-    updates = stage.read_adapter()
-    hidden = torch.randn(1, length // parts, plan.source.shape.hidden_size, dtype=plan.dtype, requires_grad=True)
-    block = stage.layers[str(index)]
-    context = block.attention.context(torch.arange(length)[None], plan.dtype)  # saved once for all layers
-    found = (factor for update in updates.get(index, {}).values() for factor in update)
-    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
-    held = [*stage.parameters(), *context.table, *factors]
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in held}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(hidden, context, stage.tensor_parallel, update=updates.get(index))
-    assert output.shape == hidden.shape
-    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in parameters) / length
+        return saved_bytes_per_token(stage, plan.dtype)

@@ -1,0 +1,69 @@
+"""What was written before there were families is read as before: an adapter, a merged folder, a checkpoint.
+
+tests/data/run_before_families is a LLaMA with Llama 3's rotation, biases and tied embeddings, and a run of 4 steps on
+it with a checkpoint after the second, all written by the revision before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+from run_files import files_of, truncate
+from run_helpers import run_ranks
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.verify import verify_export
+
+KEPT = ROOT / "tests" / "data" / "run_before_families"
+
+
+def test_the_adapter_is_of_this_base_and_verifies() -> None:
+    source, adapter = find_model(str(KEPT / "base")), load_adapter(KEPT / "adapter")
+    assert source.base_hash == adapter.base.base_hash
+    assert not check_base(source, adapter, uses_tokenizer=True, differs=False).notes
+    results = verify_export(source, adapter, merged=KEPT / "merged", peft=KEPT / "peft")
+    assert all(row.passed for row in results)
+
+
+def test_merged_folder_and_export_are_written_as_before(tmp_path: Path) -> None:
+    source, adapter = find_model(str(KEPT / "base")), load_adapter(KEPT / "adapter")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    assert files_of(tmp_path / "merged").keys() == files_of(KEPT / "merged").keys()
+    merged, kept = (load_file(folder / "merged/model.safetensors") for folder in (tmp_path, KEPT))
+    assert_close(merged, kept, rtol=2**-7, atol=0)  # processors may sum in another order: one rounding to bf16
+    exported = load_file(KEPT / "peft/adapter_model.safetensors")
+    assert_close(peft_tensors(source, adapter, rank=adapter.config.rank), exported, rtol=1e-6, atol=0)
+
+
+@pytest.mark.distributed
+def test_the_checkpoint_goes_on_to_the_adapter_of_then(tmp_path: Path) -> None:
+    """Two more steps; the processor may be another one, which sums in another order."""
+    for name in ("base", "checkpoints", "train.jsonl"):
+        (shutil.copytree if (KEPT / name).is_dir() else shutil.copyfile)(KEPT / name, tmp_path / name)
+    flags = (
+        "--dtype fp32 --rank 2 --max_length 64 --global_batch_size 2 --micro_batch_size 1 --max_steps 4"
+        " --save_interval 2 --eval_interval 2 --learning_rate 0.02"
+    )
+    own = ["--model=base", "--train_file=train.jsonl", "--resume=checkpoints/step_2", "--output_dir=run"]
+    run_ranks([*own, *flags.split()], folder=tmp_path).expect(0)
+    found, kept = (files_of(folder / "adapter") for folder in (tmp_path / "run", KEPT))
+    assert found.keys() == kept.keys() and found["adapter_config.json"] == kept["adapter_config.json"]
+    tensors = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "run", KEPT)]
+    assert_close(*tensors, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kept_adapter_on_a_damaged_base_is_rejected(tmp_path: Path) -> None:
+    shutil.copytree(KEPT / "base", tmp_path / "base")
+    truncate(tmp_path / "base/model.safetensors")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        merge_adapter(find_model(str(tmp_path / "base")), load_adapter(KEPT / "adapter"), tmp_path / "merged")

@@ -1,0 +1,84 @@
+"""Every family against transformers: whole rows, packed rows, and greedy decoding with the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import FAMILY_MODELS
+from tiny_models import EOS_ID, write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.parallel.groups import ParallelGroups
+
+PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
+
+
+@pytest.fixture(scope="module", params=FAMILY_MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, Any, Any]:
+    """A base, this package's model of it in fp32, and transformers' in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("family") / "model"
+    write_tiny_model(folder, tokenizer=False, num_layers=4, **FAMILY_MODELS[request.param])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    source = find_model(str(folder))
+    return source, load_model(source, None, dtype=torch.float32), theirs
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape and theirs.std() > 1  # far from uniform, so that a fault shows
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_logits_of_whole_rows(model: tuple[ModelSource, Any, Any]) -> None:
+    _, ours, theirs = model
+    ids = torch.randint(3, 320, (2, 40), generator=torch.Generator().manual_seed(3))
+    assert_equal(ours.predict(ids, torch.arange(40).expand_as(ids)), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_logits_of_packed_rows(model: tuple[ModelSource, Any, Any]) -> None:
+    """Documents in one row are those that transformers computes alone."""
+    _, ours, theirs = model
+    ids = torch.cat([torch.tensor([prompt]) for prompt in PROMPTS], dim=1)
+    lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
+    documents = torch.arange(len(PROMPTS)).repeat_interleave(lengths)[None]
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])[None]
+    found = ours.predict(ids, positions, documents=documents)
+    assert_equal(found, torch.cat([theirs(torch.tensor([prompt])).logits for prompt in PROMPTS], dim=1))
+
+
+@torch.no_grad()
+def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any]) -> None:
+    source, ours, theirs = model
+    decoder = Decoder(ours, ParallelGroups(), source.shape)
+    found = generate(decoder, PROMPTS, end_ids=(EOS_ID,), max_new_tokens=24)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=EOS_ID
+        )[0, len(prompt) :].tolist()
+        assert row == (wanted[: wanted.index(EOS_ID)] if EOS_ID in wanted else wanted)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("mistral", "sees 64 tokens at a time (sliding_window). Longer rows are not implemented. Give at most 64"),
+    ("phi3", "has other frequencies beyond 64 tokens (original_max_position_embeddings). Longer rows are not"),
+    ("phi3 mha", "sees 64 tokens at a time (sliding_window)"),
+    ("qwen3", "was trained for 256 positions. Give at most 256"),
+])  # fmt: skip
+def test_longer_rows_than_are_computed_are_rejected_with_both_numbers(tmp_path: Path, name: str, said: str) -> None:
+    source = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=1, **FAMILY_MODELS[name])))
+    limit = source.shape.limit.tokens
+    source.check_length("--max_length", limit)
+    with pytest.raises(UserError) as error:
+        source.check_length("--max_length", limit + 1)
+    assert f"--max_length {limit + 1}: {source.name} {said}" in str(error.value)

@@ -1,0 +1,234 @@
+"""Families of models: what a config means, what is rejected, and one with other biases at several layouts."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from family_models import FAMILY_MODELS
+from folders import ROOT
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config, write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import HeadShape, ModelShape, StoredRows
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
+from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_rope import read_rope
+from megatron_tiedlora.model.rope import amplitude, inverse_frequencies
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.shard_spec import ShardSpec
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
+
+
+# What a config means -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_absent_field_means_what_transformers_means(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    written = AutoConfig.for_model(model_type, **SIZES).to_dict()
+    found = shape_from_hf({"model_type": model_type, **SIZES})
+    assert found == shape_from_hf(written)
+    assert (found.max_positions, found.tied_embeddings) == (
+        written["max_position_embeddings"],
+        written["tie_word_embeddings"],
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_of_transformers_config_is_read_harmless_or_rejected(model_type: str) -> None:
+    """A new field in a new version of transformers turns this red, and is not ignored."""
+    from transformers import AutoConfig
+
+    written = AutoConfig.for_model(model_type, **SIZES).to_dict()
+    names = {field.name for field in fields(type(AutoConfig.for_model(model_type)))} | written.keys()
+    config = HfConfig(written, "here", import_module(f"megatron_tiedlora.model.families.{model_type}").DEFAULTS)
+    import_module(f"megatron_tiedlora.model.families.{model_type}").read(config)
+    assert not {name for name in names if name not in config.known}
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_each_field_that_is_deleted_means_what_transformers_means(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    written = tiny_config(**FAMILY_MODELS[name]).to_diff_dict()
+    for field in sorted(written.keys() - {"model_type"}):
+        values = {key: value for key, value in written.items() if key != field}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        try:
+            theirs = AutoConfig.from_pretrained(tmp_path).to_dict()
+        except Exception:  # it rejects what is left: 32 heads that hidden_size does not divide, 3 layer_types of 32
+            assert field in {"num_attention_heads", "hidden_size", "num_hidden_layers"}, field
+            continue
+        assert _shape_or_error(values) == _shape_or_error(theirs), field
+
+
+def _shape_or_error(values: dict[str, Any]) -> ModelShape | str:
+    try:
+        return shape_from_hf(values)
+    except UserError as error:  # 8 heads are not a multiple of the 32 key-value heads that an absent field means
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn", "longrope"])
+def test_frequencies_are_those_of_transformers(kind: str) -> None:
+    """200 drawn sets of parameters of each kind, on a share of a head, with defaults for numbers that are absent."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    draw = random.Random(kind)
+    for _ in range(200):
+        head_dim, share = draw.choice([16, 32, 64, 128]), draw.choice([0.25, 0.5, 0.75, 1.0])
+        positions = draw.choice([512, 2048, 131072])
+        rope: dict[str, Any] = {
+            "rope_type": kind,
+            "rope_theta": draw.choice([500.0, 1e4, 5e5, 1e7]),
+            "factor": draw.uniform(1, 40),
+            "original_max_position_embeddings": positions // draw.choice([1, 4, 32]),
+            "low_freq_factor": draw.uniform(0.5, 2),
+            "high_freq_factor": draw.uniform(2.5, 8),
+            "partial_rotary_factor": share,
+            "short_factor": [draw.uniform(1, 9) for _ in range(int(head_dim * share) // 2)],
+            "long_factor": [1.0],
+        }
+        for name, value in (
+            *(("attention_factor", draw.uniform(0.5, 2)), ("beta_fast", draw.uniform(16, 64))),
+            *(("beta_slow", draw.uniform(0.5, 3)), ("truncate", False), ("mscale", 1.3), ("mscale_all_dim", 0.7)),
+        ):
+            if draw.random() < 0.4:
+                rope[name] = value
+        if kind == "longrope" and draw.random() < 0.5:
+            del rope["factor"]
+        values = {**SIZES, "head_dim": head_dim, "max_position_embeddings": positions, "rope_parameters": rope}
+        read, _ = read_rope(HfConfig(values, "here", {}), partial=True)
+        theirs = SimpleNamespace(**values, standardize_rope_params=lambda: None)
+        if kind == "default":
+            size = int(head_dim * share)
+            wanted, factor = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size), 1.0
+        else:
+            wanted, factor = ROPE_INIT_FUNCTIONS[kind](theirs, None)
+        found = inverse_frequencies(HeadShape(1, 1, head_dim, read))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+        assert amplitude(read.scaling) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"rope_type": "proportional"}, "rope_type 'proportional' is not implemented. These are: default, dynamic,"),
+    ({"rope_type": "llama3", "factor": 2.0}, "low_freq_factor of the rotary embedding is missing"),
+    ({"rope_type": "linear", "factor": -1.0}, "factor = -1.0 of the rotary embedding is not a positive number"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate = 1 of the rotary embedding is neither true nor"),
+    ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta = 1.0 must be above 1 for yarn"),
+    ({"rope_type": "longrope", "long_factor": [1.0]}, "short_factor = None of the rotary embedding is not a list"),
+    ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "short_factor has 1 numbers, but there"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
+    ({"mrope_section": [2, 2]}, "'mrope_section' of the rotary embedding is not implemented"),
+])  # fmt: skip
+def test_rotations_that_are_not_computed_are_rejected(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        rope = {"rope_theta": 1e4, **changes}
+        shape_from_hf({"model_type": "llama", **SIZES, "rope_parameters": rope}, source="here")
+    assert str(error.value).startswith("here: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [
+    ("stablelm", {"qk_layernorm": True}), ("stablelm", {"use_parallel_residual": True}),
+    ("phi3", {"mlp_bias": True}), ("phi3", {"embd_pdrop": 0.1}), ("mistral", {"num_local_experts": 8}),
+    ("qwen3", {"layer_types": ["sliding_attention"]}), ("qwen2", {"use_mrope": True}),
+])  # fmt: skip
+def test_features_of_other_models_are_rejected_by_name(model_type: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"^here: {next(iter(changes))} .*not implemented"):
+        shape_from_hf({"model_type": model_type, **SIZES, **changes}, source="here")
+
+
+def test_a_family_is_one_short_file() -> None:
+    for name in FAMILIES:
+        assert len((ROOT / f"megatron_tiedlora/model/families/{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_field_that_nothing_knows_is_rejected_by_name(model_type: str) -> None:
+    with pytest.raises(UserError, match=r"here: the field 'residual_scale' = 0.5 is unknown. Remove it"):
+        shape_from_hf({"model_type": model_type, **SIZES, "residual_scale": 0.5}, source="here")
+
+
+def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
+    with pytest.raises(UserError, match=rf"'mamba' is not implemented\. This version trains {', '.join(FAMILIES)}$"):
+        shape_from_hf({"model_type": "mamba"})
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"use_mrope": True}, "use_mrope = True"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+    ({"num_key_value_heads": 5}, "32 heads are not a multiple of num_key_value_heads 5"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
+])  # fmt: skip
+def test_what_qwen2_does_not_compute_is_rejected(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        shape_from_hf({"model_type": "qwen2", **SIZES, **changes})
+    assert shape_from_hf({"model_type": "qwen2", **SIZES, "num_key_value_heads": None}).heads.num_kv == 32
+
+
+def test_only_the_registry_imports_a_family() -> None:
+    package = ROOT / "megatron_tiedlora"
+    names = [f"families.{name}" for name in FAMILIES]
+    assert not [file for file in package.rglob("*.py") if any(name in file.read_text() for name in names)]
+
+
+# Names and rows of stored tensors ----------------------------------------------------------------------------------
+
+
+def rules_of(shape: ModelShape, layer: int) -> dict[str, WeightRule]:
+    return {rule.name: rule for rule in weight_rules(shape) if rule.layer == layer}
+
+
+def test_a_bias_on_query_key_and_value_alone() -> None:
+    rules = rules_of(shape_from_hf({"model_type": "qwen2", **SIZES, "num_key_value_heads": 2}), 1)
+    assert rules["layers.1.attention.qkv.bias"].hf_names == tuple(
+        f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"
+    )
+    assert rules["layers.1.attention.qkv.bias"].spec == ShardSpec(0, (256, 16, 16))
+    assert "layers.1.attention.output.bias" not in rules
+
+
+def test_rows_of_a_fused_tensor_are_read_and_given_back(tmp_path: Path) -> None:
+    """A stored tensor that holds key, query and value, in this order."""
+    folder = write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=1)
+    source = find_model(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    query, key, value = (weights.pop(name) for name in names)
+    fused = torch.cat([key, query, value])
+    save_file({**weights, "model.layers.0.self_attn.kqv.weight": fused}, folder / "model.safetensors")
+    total = len(fused)
+    starts = (len(key), 0, len(key) + len(query))
+    qkv = replace(
+        source.shape.block.qkv, sources=tuple(StoredRows("self_attn.kqv", start, total) for start in starts)
+    )
+    shape = replace(source.shape, block=replace(source.shape.block, qkv=qkv))
+    with BaseWeights(folder, shape) as stored:
+        rule = rules_of(shape, 1)["layers.1.attention.qkv.weight"]
+        for rank in range(2):
+            local = torch.empty(rule.spec.local_shape(rule.shape, 2))
+            stored.fill(rule, FrozenWeight(local), tp_rank=rank, tp_size=2)
+            assert torch.equal(local, rule.spec.split(torch.cat([query, key, value]), rank, 2))
+    given = rule.by_stored_tensor(torch.cat([query, key, value]))
+    assert list(given) == ["model.layers.0.self_attn.kqv.weight"]
+    assert torch.equal(given["model.layers.0.self_attn.kqv.weight"], fused)

@@ -1,0 +1,56 @@
+"""The bytes that a block of each family keeps are those of the dry run's formula, to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import FAMILY_MODELS
+from forked_ranks import groups_of, run_on_ranks
+from saved_bytes import saved_bytes_per_token
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tying import sum_of_u
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.memory import token_bytes
+
+DTYPES, RECOMPUTES = (torch.float32, torch.bfloat16), ("none", "selective")
+
+
+def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, float]]:
+    """Of each model, in both dtypes and with both kinds of recompute, whole sequences and sharded ones."""
+    found = []
+    rank = torch.distributed.get_rank() if tp_size > 1 else 0
+    groups = groups_of(Grid(rank, tp_size, tp_size=tp_size)) if tp_size > 1 else ParallelGroups()
+    for folder in folders:
+        shape = find_model(folder).shape
+        adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)
+        for dtype in DTYPES:
+            for recompute in RECOMPUTES:
+                specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, recomputes_gate=recompute == "selective")
+                part = TiedAdapter(AdapterPart(adapter, (1, 2), rank, tp_size))
+                part.u_sum = sum_of_u(groups)
+                stage = Stage(specs, part, tensor_parallel=TensorParallel(groups.tensor, tp_size > 1))
+                layout = Layout(adapter, length=256, tp_size=tp_size, dtype=dtype, recompute=recompute)
+                found.append((saved_bytes_per_token(stage, dtype), token_bytes(shape, layout).saved))
+    return found
+
+
+@pytest.mark.distributed
+def test_kept_bytes_are_the_formula_s(tmp_path: Path) -> None:
+    folders = [
+        str(write_tiny_model(tmp_path / name, tokenizer=False, **{**FAMILY_MODELS[name], "num_layers": 2}))
+        for name in ("qwen3", "qwen3 mha", "stablelm", "phi3")
+    ]
+    alone = _counted_and_planned(folders, 1)
+    ranks = run_on_ranks(_counted_and_planned, folders, 2, ranks=2, folder=tmp_path / "ranks")
+    for counted, planned in (*alone, *ranks[0], *ranks[1]):
+        assert counted == planned

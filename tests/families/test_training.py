@@ -1,0 +1,80 @@
+"""Families with arithmetic of their own, at layouts: logits against transformers, and training against the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import FAMILY_MODELS
+from forked_ranks import groups_of, run_on_ranks
+from layout_runs import Layout, prepare, run_and_check, settings_of
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.parallel.grid import Grid
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.planning.partition import layer_costs, partition
+
+pytestmark = pytest.mark.distributed
+
+# Biases on q, k and v alone; norms of heads; LayerNorms, and part of a head rotated; fused tensors; unrotated layers.
+NAMES = ("qwen2", "qwen3", "stablelm", "phi3", "smollm3")
+
+
+def _logits(folder: str, tp: int, pp: int) -> torch.Tensor | None:
+    grid = Grid(torch.distributed.get_rank(), tp * pp, tp_size=tp, pp_size=pp)
+    source, groups = find_model(folder), groups_of(grid) if tp * pp > 1 else ParallelGroups()
+    stages = partition(layer_costs(source.shape, length=32, first_adapted=1), pp)
+    stage = load_model(source, None, dtype=torch.float32, grid=grid, groups=groups, stages=stages)
+    decoder = Decoder(stage, groups, source.shape)
+    tokens = _tokens()
+    with torch.no_grad():
+        found = decoder.forward(tokens, torch.arange(32).expand_as(tokens), decoder.new_caches(2, 32))
+    decoder.finish()
+    return found
+
+
+def _tokens() -> torch.Tensor:
+    return torch.randint(3, 320, (2, 32), generator=torch.Generator().manual_seed(11))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_compute_what_transformers_does(tmp_path: Path, name: str, tp: int, pp: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_tiny_model(tmp_path / "model", **{**FAMILY_MODELS[name], "num_layers": 5, "tied": pp > 1})
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(_tokens()).logits.detach()
+    found = run_on_ranks(_logits, str(folder), tp, pp, ranks=tp * pp, folder=tmp_path / "ranks")[-1]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "stablelm", "smollm3"])
+def test_runs_are_the_oracle_s(tmp_path: Path, name: str) -> None:
+    """Losses, clipped norms and adapters at (2, 1, 1), (1, 2, 1) and (2, 2, 1), with and without sequence parallelism.
+
+    Selective recompute and packed rows occur at one layout each.
+    """
+    shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
+    model = write_tiny_model(tmp_path / "model", **shape)
+    base = {**settings_of(model, tmp_path), "max_steps": 3, "max_length": 64}
+    oracles: dict[Any, Any] = {}
+
+    def run(*layouts: tuple[tuple[int, int, int], dict[str, Any]]) -> None:
+        cases = [prepare(base, tmp_path, Layout(*sizes), oracles=oracles, **more) for sizes, more in layouts]
+        folder = tmp_path / str(cases[0].layout.ranks)
+        folder.mkdir()
+        run_and_check(cases, folder)
+
+    run(
+        ((2, 1, 1), {"sequence_parallel": False}),
+        ((2, 1, 1), {"sequence_parallel": True, "recompute": "selective"}),
+        ((1, 2, 1), {}),
+    )
+    if name in ("qwen3", "stablelm"):
+        run(((2, 2, 1), {"sequence_parallel": False, "recompute": "full"}), ((2, 2, 1), {"sequence_parallel": True}))
