@@ -40,6 +40,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.nemo import convert_nemo
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
 from megatron_tiedlora.convert.nemo_config import nemo_model
@@ -194,6 +195,7 @@ def test_the_real_settings_give_the_real_number_of_parameters() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = nemo_model(GPT_2B_001, source="x").hf_config(vocab_size=256_000)
+    assert shape_from_hf(values) == shape_from_hf(PRESETS["gpt-2b-001"])
     assert num_base_parameters(shape_from_hf(values)) == 2_253_590_528
     config = AutoConfig.for_model(**values)
     with torch.device("meta"):
