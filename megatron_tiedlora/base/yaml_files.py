@@ -18,7 +18,7 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.base.wording import first_line
 
-_LARGEST = 2**18  # bytes; PyYAML takes seconds for a megabyte
+LARGEST_YAML = 2**18  # bytes; PyYAML takes seconds for a megabyte
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -49,21 +49,25 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not valid; the message names it, and the line if known.
     """
-    text = read_small_text(file, kind="YAML", largest=_LARGEST)
+    return parse_yaml_mapping(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
+
+
+def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
+    """The names and values of a text, as `read_yaml_mapping`. Raises UserError naming the `source`."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{file}{where}: not valid YAML ({problem})") from None
+        raise UserError(f"{source}{where}: not valid YAML ({problem})") from None
     except RecursionError:
-        raise UserError(f"{file}: not valid YAML (nested too deeply)") from None
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
     # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{file}: holds a value that cannot be read ({error}); put text in quotes") from None
+        raise UserError(f"{source}: holds a value that cannot be read ({error}); put text in quotes") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected 'name: value' lines, found a {type(content).__name__}")
+        raise UserError(f"{source}: expected 'name: value' lines, found a {type(content).__name__}")
     return content

@@ -24,7 +24,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 INDEX_FILE = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -48,11 +48,11 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}: no such file, but {INDEX_FILE} names it; download the model again")
         return {tensor: folder / name for tensor, name in entries.items()}
-    single = folder / _SINGLE
+    single = folder / SINGLE_FILE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
-        raise UserError(f"{folder}: has neither {_SINGLE} nor {INDEX_FILE}{hint}")
+        raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 

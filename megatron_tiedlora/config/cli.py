@@ -50,14 +50,18 @@ class CommandParser(argparse.ArgumentParser):
         base = "the base model: folder, hub id or demo [the one that the adapter names]"
         self.add_argument("--model", metavar="M", help=base)
 
-    def add_output(self) -> None:
-        """Add the output flags of a command that converts an adapter and its base."""
+    def add_new_folder(self) -> None:
+        """Add the flags of a command that writes a new folder."""
         self.add_argument(
             "--output", required=True, type=path_value, metavar="DIR", help="folder to write; must not exist"
         )
         self.add_argument(
             "--take_over", action="store_true", help="take DIR over from another start that is writing it"
         )
+
+    def add_output(self) -> None:
+        """Add the output flags of a command that converts an adapter and its base."""
+        self.add_new_folder()
         self.add_argument(
             "--base_differs",
             action="store_true",

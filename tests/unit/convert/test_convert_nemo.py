@@ -1,0 +1,309 @@
+"""GPT-2B-001's `.nemo`, whole and split: the converted tensors, what transformers and the package compute with them.
+
+The reference is a plain forward pass on NeMo's own tensors; see nemo_files.py, which shares no code with the converter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from evaluation_runs import evaluate, predictions
+from folders import ROOT
+from nemo_files import (
+    GPT_2B_001,
+    MISREADINGS,
+    PREFIX,
+    Sizes,
+    ckpt,
+    draw_tensors,
+    nemo_logits,
+    nemo_members,
+    pieces,
+    rank_member,
+    state_dict,
+    write_nemo,
+)
+from run_helpers import Base, run_ranks, write_rows
+from run_helpers import run as run_training
+from safetensors.torch import load_file
+
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.convert.nemo import convert_nemo
+from megatron_tiedlora.convert.nemo_archive import NemoArchive
+from megatron_tiedlora.convert.nemo_config import nemo_model
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.weights import num_base_parameters
+from megatron_tiedlora.parallel.groups import ParallelGroups
+from tools import convert_nemo as tool
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+SMALL = Sizes(layers=2, hidden=16, ffn=24, heads=2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted whole file."""
+    folder = tmp_path_factory.mktemp("whole")
+    convert_nemo(write_nemo(folder / "whole.nemo", nemo_members(draw_tensors())), folder / "model")
+    return folder / "model"
+
+
+def load_stablelm(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def native_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+    """Logits of the package's own model."""
+    source, batch = find_model(str(folder)), tokens()
+    stage = load_model(source, None if adapter is None else load_adapter(adapter), dtype=torch.float32)
+    decoder = Decoder(stage, ParallelGroups(), source.shape)
+    with torch.no_grad():
+        found = decoder.forward(batch, torch.arange(40).expand_as(batch), decoder.new_caches(3, 40))
+    assert found is not None
+    return found[..., : len_pieces()]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(4, len_pieces(), (3, 40), generator=torch.Generator().manual_seed(3))
+
+
+def len_pieces() -> int:
+    return int(sentencepiece.SentencePieceProcessor(model_proto=pieces()).get_piece_size())
+
+
+# What is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_a_split_file_gives_the_bits_of_the_whole_one(whole: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    members = nemo_members(draw_tensors(), tp=tp, pp=pp)
+    assert len(members) == tp * pp + 2 and rank_member(tp, pp, tp - 1, pp - 1) in members
+    config = convert_nemo(write_nemo(tmp_path / "split.nemo", members), tmp_path / "model")
+    assert config == json.loads((whole / "config.json").read_text())
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "model"))
+    assert theirs.keys() == ours.keys() and len(ours) == 3 + 4 * 11 + 1
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_transformers_computes_what_the_plain_forward_pass_does(whole: Path) -> None:
+    """And a wrong reading of the format is far from it."""
+    tensors, batch = draw_tensors(), tokens()
+    with torch.no_grad():
+        found = load_stablelm(whole)(batch).logits
+    expected = nemo_logits(tensors, batch)[..., : len_pieces()]
+    largest = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 1e-5 * largest
+    for wrong in MISREADINGS:
+        moved = nemo_logits(tensors, batch, wrong=wrong)[..., : len_pieces()]
+        assert float((moved - expected).abs().max()) > 0.3 * largest, wrong
+
+
+def test_the_package_computes_what_the_plain_forward_pass_does(whole: Path) -> None:
+    expected = nemo_logits(draw_tensors(), tokens())[..., : len_pieces()]
+    found = native_logits(whole, None)
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_shards_hold_the_same_tensors(whole: Path, tmp_path: Path) -> None:
+    nemo = write_nemo(tmp_path / "whole.nemo", nemo_members(draw_tensors()))
+    convert_nemo(nemo, tmp_path / "model", shard_bytes=40_000)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert {file.name for file in files} == set(index["weight_map"].values()) and len(files) > 4
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(whole / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert load_stablelm(tmp_path / "model").num_parameters() == sum(tensor.numel() for tensor in expected.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype_and_norms_become_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In NeMo's O2, a module's name stands in front of all tensors."""
+    tensors = {name: tensor.to(dtype) for name, tensor in draw_tensors(SMALL).items()}
+    members = nemo_members(draw_tensors(SMALL), SMALL, megatron_amp_O2=True)
+    members["model_weights.ckpt"] = ckpt(state_dict(tensors, "model.module.language_model."))
+    config = convert_nemo(write_nemo(tmp_path / "o2.nemo", members), tmp_path / "model")
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert {name: t.dtype for name, t in found.items()} == {n: torch.float32 if "norm" in n else dtype for n in found}
+    theirs = tensors["encoder.layers.1.post_attention_layernorm.weight"]
+    assert torch.equal(found["model.layers.1.post_attention_layernorm.weight"], theirs.float() + 1)
+    assert torch.equal(
+        found["model.layers.0.mlp.up_proj.weight"], tensors["encoder.layers.0.mlp.dense_h_to_4h.weight"][24:]
+    )
+
+
+def test_tensors_are_found_where_torch_finds_them(tmp_path: Path) -> None:
+    """Also views of a shared storage, and what has no values."""
+    whole = torch.arange(40.0).view(5, 8)
+    content = {"a": whole, "part": whole[2:4], "none": torch.empty(0, 3), "one": torch.tensor(7.0).half()}
+    path = write_nemo(tmp_path / "x.nemo", {"pad": b"0" * 777, "x.ckpt": ckpt(state_dict(content))})
+    found = NemoArchive(path).tensors("x.ckpt")
+    assert list(found) == [PREFIX + name for name in content]
+    for name, tensor in content.items():
+        assert torch.equal(found[PREFIX + name], tensor) and found[PREFIX + name].dtype == tensor.dtype
+
+
+def test_a_file_of_9_gib_in_the_archive_is_found(tmp_path: Path) -> None:
+    """GPT-2B-001's weights are larger than a tar's plain header can say. The file has a hole in their place."""
+    size = 9 * 2**30
+    with (tmp_path / "x.nemo").open("wb") as stream:
+        for name in ("a.ckpt", "b.ckpt"):
+            member = tarfile.TarInfo(f"./{name}")
+            member.size, member.mtime = size, 1.5  # NeMo's have fractions of seconds, which are extended fields too
+            stream.write(member.tobuf())
+            start = stream.tell()
+            stream.seek(start + size)
+        stream.truncate()
+    members = NemoArchive(tmp_path / "x.nemo").members
+    assert [place.size for place in members.values()] == [size, size] and members["b.ckpt"].start == start
+
+
+def test_the_tokenizer_gives_sentencepiece_ids_and_has_its_special_tokens(whole: Path) -> None:
+    from transformers import AutoTokenizer
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=pieces())
+    assert (whole / "tokenizer.model").read_bytes() == pieces()
+    config = json.loads((whole / "config.json").read_text())
+    assert config["vocab_size"] == processor.get_piece_size() == 380
+    for tokenizer in (load_tokenizer(whole), AutoTokenizer.from_pretrained(whole)):
+        found = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert found == (1, 2, 3) == tuple(config[f"{role}_token_id"] for role in ("pad", "bos", "eos"))
+        for text in ("Tom has 12,345.60 apples", "a\nb\n\n c", "  two", "naïve 日本語 😀", "</s> <unk>", ""):
+            assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
+
+
+def test_the_real_settings_give_the_real_number_of_parameters() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = nemo_model(GPT_2B_001, source="x").hf_config(vocab_size=256_000)
+    assert shape_from_hf(values) == shape_from_hf(PRESETS["gpt-2b-001"])
+    assert num_base_parameters(shape_from_hf(values)) == 2_253_590_528
+    config = AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_253_590_528
+    assert (values["partial_rotary_factor"], values["max_position_embeddings"]) == (0.5, 4096)
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+def run_tool(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        run_command(tool.main, [str(argument) for argument in arguments])
+    return int(str(end.value.code))
+
+
+def test_the_command_converts_or_says_why_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    members = nemo_members(draw_tensors(SMALL), SMALL)
+    good = write_nemo(tmp_path / "good.nemo", members)
+    assert run_tool("--nemo", good, "--output", tmp_path / "model") == 0
+    assert f"(2 layers, 380 pieces, float32): {tmp_path / 'model'}" in capfd.readouterr().out
+    bad = write_nemo(tmp_path / "bad.nemo", {**members, "../evil": b""})
+    for status, nemo, output, message in (
+        (1, bad, tmp_path / "other", f"error: {bad}: cannot be read"),
+        (2, tmp_path / "none.nemo", tmp_path / "other", f"error: --nemo {tmp_path / 'none.nemo'}: no such file"),
+        (2, good, tmp_path / "model", f"error: --output {tmp_path / 'model'} exists; give a new folder"),
+    ):
+        assert run_tool("--nemo", nemo, "--output", output) == status
+        printed = capfd.readouterr()
+        assert printed.err.startswith(message) and printed.err.count("\n") == 1 and not printed.out
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["bad.nemo", "good.nemo", "model"]
+
+
+def test_help_reads_without_loading_anything() -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "tools" / "convert_nemo.py"), "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--nemo FILE" in result.stdout and "--output DIR" in result.stdout and " torch\n" not in result.stderr
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+@pytest.mark.distributed
+def test_convert_train_evaluate_and_merge_by_commands(tmp_path: Path) -> None:
+    """From a file that is split in four to a merged folder that transformers reads, trained on four other ranks."""
+    nemo = write_nemo(tmp_path / "split.nemo", nemo_members(draw_tensors(), tp=2, pp=2))
+    converted, run, merged = (tmp_path / name for name in ("converted", "run", "merged"))
+    base = Base(tmp_path, converted, write_rows(tmp_path / "train.jsonl", 16), write_rows(tmp_path / "dev.jsonl", 4))
+    work = tmp_path / "work"
+    run_ranks([f"--nemo={nemo}", f"--output={converted}"], folder=work, script=Path(tool.__file__)).expect(0)
+    training = {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json", "max_steps": 5}
+    run_training(base, run, ranks=4, method="tl6", learning_rate=0.2, **training)
+    adapter = run / "adapter"
+    evaluate(tmp_path / "scores", work=work, test_file=base.validation, max_new_tokens=8, adapter=adapter)
+    assert len(predictions(tmp_path / "scores")) == 4
+    merge = ROOT / "tools" / "merge_adapter.py"
+    run_ranks([f"--adapter={adapter}", f"--output={merged}"], folder=work, script=merge).expect(0)
+    ours = native_logits(converted, adapter)
+    with torch.no_grad():
+        theirs, plain = (load_stablelm(folder)(tokens()).logits for folder in (merged, converted))
+    largest = float(theirs.abs().max())
+    assert float((ours - theirs).abs().max()) < 1e-4 * largest
+    assert float((plain - theirs).abs().max()) > 1e-2 * largest
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading
+from pathlib import Path
+import torch
+from tools.convert_nemo import main
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+def watch():
+    while not done.wait(0.002):
+        seen.append(anonymous())
+
+done, start = threading.Event(), anonymous()
+seen = [start]
+thread = threading.Thread(target=watch)
+thread.start()
+assert main(["--nemo", sys.argv[1], "--output", sys.argv[2]]) == 0
+done.set(), thread.join()
+print(len(seen), max(seen) - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_large_file_takes_the_memory_of_a_few_rows(tmp_path: Path, tp: int) -> None:
+    """GPT-2B-001's layers, four of them, and a sixteenth of its vocabulary."""
+    sizes = Sizes(layers=4, hidden=2048, ffn=5440, heads=16, padded=16_384)
+    nemo = write_nemo(tmp_path / "large.nemo", nemo_members(draw_tensors(sizes), sizes, tp=tp))
+    assert nemo.stat().st_size > 10**9
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(nemo), str(tmp_path / "model")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    samples, grown = map(int, result.stdout.split()[-2:])
+    print(f"tp {tp}: {grown / 1e6:.0f} MB of RssAnon above the import of torch, in {samples} samples")
+    assert samples > 100 and grown < 150e6
