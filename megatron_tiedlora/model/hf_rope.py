@@ -112,14 +112,16 @@ def read_rope(
     if reader is None:
         known = ", ".join(sorted(["default", "dynamic", *_READERS]))
         raise UserError(f"{config.source}: rope_type {shown(kind)} is not implemented. These are: {known}")
-    original = original_positions or numbers.number("original_max_position_embeddings", max_positions)
-    scaling = reader(numbers, max_positions, int(original))
+    original = int(original_positions or numbers.number("original_max_position_embeddings", max_positions))
+    if original < 1:
+        raise UserError(f"{config.source}: original_max_position_embeddings is below 1")
+    scaling = reader(numbers, max_positions, original)
     if isinstance(scaling, YarnScaling) and theta <= 1:
         raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn")
     limit = None
     if isinstance(scaling, LongRopeScaling):
-        why = f"has other frequencies beyond {int(original)} tokens (original_max_position_embeddings)"
-        limit = LengthLimit(int(original), f"{why}. Longer rows are not implemented")
+        why = f"has other frequencies beyond {original} tokens (original_max_position_embeddings)"
+        limit = LengthLimit(original, f"{why}. Longer rows are not implemented")
     return RopeShape(theta, share, scaling), limit
 
 

@@ -138,6 +138,7 @@ def test_frequencies_are_those_of_transformers(kind: str) -> None:
     ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta = 1.0 must be above 1 for yarn"),
     ({"rope_type": "longrope", "long_factor": [1.0]}, "short_factor = None of the rotary embedding is not a list"),
     ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "short_factor has 1 numbers, but there"),
+    ({"rope_type": "yarn", "original_max_position_embeddings": 1e-9}, "original_max_position_embeddings is below 1"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
     ({"mrope_section": [2, 2]}, "'mrope_section' of the rotary embedding is not implemented"),
 ])  # fmt: skip
