@@ -155,7 +155,7 @@ class _Window:
 
 
 def _tar_members(mapped: mmap.mmap) -> Iterator[tuple[str, Place]]:
-    """The names and places of the files in a tar. Raises ValueError, or tarfile's own errors, as for a truncated file."""
+    """The names and places of the files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
     seen: set[str] = set()
     with tarfile.open(fileobj=_Window(mapped, Place(0, len(mapped))), mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
