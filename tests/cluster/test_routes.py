@@ -23,19 +23,24 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
         yield site
 
 
-DEFAULT = {("pdsh", "tp2"), ("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")}
+# One route starts launch/train.py itself, the others start it without what takes long and has no part in the numbers.
+DEFAULT = {("pdsh", "tp2"): "", **dict.fromkeys(
+    [("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")], "bare_start"
+)}
 CASES = [
-    pytest.param(
-        route, layout, marks=[needs(needed(route)), *([] if (route, layout) in DEFAULT else [pytest.mark.slow])]
-    )
-    for route in ROUTES
-    for layout in LAYOUTS
+    *((route, layout, prelude, [needs(needed(route))]) for (route, layout), prelude in DEFAULT.items()),
+    *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in LAYOUTS),
+]
+PARAMETERS = [
+    pytest.param(route, layout, prelude, marks=marks, id=f"{route}-{layout}-{prelude or 'train.py'}".replace(" ", "_"))
+    for route, layout, prelude, marks in CASES
+    if pytest.mark.slow not in marks or DEFAULT.get((route, layout)) != prelude
 ]
 
 
-@pytest.mark.parametrize(("route", "layout"), CASES)
-def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str, layout: str) -> None:
-    assert_as_on_one_host(site, tmp_path, layout, ROUTES[route])
+@pytest.mark.parametrize(("route", "layout", "prelude"), PARAMETERS)
+def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str, layout: str, prelude: str) -> None:
+    assert_as_on_one_host(site, tmp_path, layout, ROUTES[route], prelude)
 
 
 @pytest.mark.slow
@@ -44,9 +49,11 @@ def test_torchrun_on_the_nodes_of_an_allocation(site: Site, tmp_path: Path, rout
     assert_as_on_one_host(site, tmp_path, "tp2", TORCHRUN_BY_SLURM[route])
 
 
-def assert_as_on_one_host(site: Site, work: Path, layout: str, start: Callable[[Task], Job]) -> None:
+def assert_as_on_one_host(
+    site: Site, work: Path, layout: str, start: Callable[[Task], Job], prelude: str = ""
+) -> None:
     whole, folder = site.whole_run(layout), work / "run"
-    job = start(site.task(folder, layout, work=work))
+    job = start(site.task(folder, layout, work=work, prelude=prelude))
     assert job.wait() == 0, job.output()
     assert status(folder)["state"] == "finished"
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))

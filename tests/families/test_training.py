@@ -9,7 +9,7 @@ import pytest
 import torch
 from family_models import FAMILY_MODELS
 from forked_ranks import groups_of, run_on_ranks
-from layout_runs import Layout, prepare, run_and_check, settings_of
+from layout_runs import Layout, engine_json, prepare, run_and_check, settings_of
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -58,7 +58,7 @@ def test_ranks_compute_what_transformers_does(tmp_path: Path, name: str, tp: int
 def test_runs_are_the_oracle_s(tmp_path: Path, name: str) -> None:
     """Losses, clipped norms and adapters at (2, 1, 1), (1, 2, 1) and (2, 2, 1), with and without sequence parallelism.
 
-    Selective recompute and packed rows occur at one layout each.
+    Selective and full recompute occur at one layout each, and so does ZeRO-3.
     """
     shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
     model = write_tiny_model(tmp_path / "model", **shape)
@@ -75,6 +75,7 @@ def test_runs_are_the_oracle_s(tmp_path: Path, name: str) -> None:
         ((2, 1, 1), {"sequence_parallel": False}),
         ((2, 1, 1), {"sequence_parallel": True, "recompute": "selective"}),
         ((1, 2, 1), {}),
+        ((1, 1, 2), {"ds_config": str(engine_json(tmp_path, 3))}),
     )
     if name in ("qwen3", "stablelm"):
         run(((2, 2, 1), {"sequence_parallel": False, "recompute": "full"}), ((2, 2, 1), {"sequence_parallel": True}))

@@ -47,6 +47,7 @@ class Case:
         seen_by: measures that must see the fault; others may.
         own_start: from the package's own start values, and not from a given adapter.
         stops: what the run's own checks must say; they are switched off where this is "".
+        steps: no test at layouts takes fewer than two.
     """
 
     fault: str
@@ -56,6 +57,7 @@ class Case:
     sequence_parallel: bool = True
     own_start: bool = False
     stops: str = ""
+    steps: int = 2
 
     @property
     def healthy(self) -> Case:
@@ -88,7 +90,7 @@ FAULTS = [
     Case("shards_counted_on_rank_0", (2, 1, 1), ALL, zero=0),
     Case("replicas_counted_per_rank", (2, 1, 1), "norms A", zero=0),
     Case("start_from_local_shape", (2, 1, 1), "losses norms A B", own_start=True),
-    Case("loss_per_micro_batch", (1, 1, 2), ALL),
+    Case("loss_per_micro_batch", (1, 1, 2), ALL, steps=4),  # v sees it last
     Case("loss_per_micro_batch", (1, 2, 1), ALL),
 ]
 HEALTHY = list(dict.fromkeys(case.healthy for case in FAULTS))
@@ -132,13 +134,13 @@ def answer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 def prepare_case(base: dict[str, Any], folder: Path, oracles: dict[Any, OracleRun], case: Case) -> Prepared:
     """For the workers, with what a run without the fault must give."""
     prepared = prepare(
-        {**base, "max_steps": 4},
+        {**base, "max_steps": case.steps},
         folder,
         Layout(*case.sizes),
         oracles=oracles,
         ds_config=str(engine_json(folder, case.zero)),
         sequence_parallel=case.sequence_parallel,
-        replica_check_steps=3 if case.stops else 0,
+        replica_check_steps=2 if case.stops else 0,
     )
     if case.own_start:
         prepared = replace(prepared, oracle=from_one_rank(prepared.case["settings"], folder, oracles))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from folders import ROOT, SUPPORT
 from native_files import moments_of, with_adapter, write_native
+from run_helpers import Ended, run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base import atomic
@@ -111,10 +109,18 @@ def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -
     assert (tmp_path / "step_4" / "from").read_text() == "step_4"
 
 
-# Forks once for each line of the package that a save executes, kills the child at that line, and looks at what is there
-# afterwards: value 1.0 before the save, 2.0 after it, anything else raises.
+def in_own_process(code: str, folder: Path, *arguments: object) -> Ended:
+    """Run a script in a process of its own, which has imported the package."""
+    script = folder / "script.py"
+    script.write_text(code)
+    return run_ranks([str(argument) for argument in arguments], folder=folder / "work", script=script)
+
+
+# For each line of the package that a save executes, what is there if it is killed at that line: value 1.0 before the
+# save, 2.0 after it, anything else raises. Lines between which no file changes leave the same, so of each such stretch
+# the first line alone is one at which a forked child is killed.
 KILLER = """
-import os, shutil, sys
+import itertools, os, shutil, sys
 from pathlib import Path
 import torch
 from megatron_tiedlora.base import atomic
@@ -161,39 +167,62 @@ def prepare():
     write_checkpoint(2, 1.0)
     write_checkpoint(4, 1.0)
 
-def in_child(action, number):
-    # Kill at the number-th line; a child that comes to its end exits with 0.
-    count = 0
+def trace_lines(action, look):
+    # Save, and call look(n) before the n-th line.
+    numbers = itertools.count(1)
     def trace(frame, event, argument):
-        nonlocal count
         if frame.f_code.co_filename not in files:
             return None
-        count += event == "line"
-        if count == number:
-            os._exit(9)
+        if event == "line":
+            look(next(numbers))
         return trace
     sys.settrace(trace)
     action(2.0)
-    os._exit(0)
+    sys.settrace(None)
 
-def kill_everywhere(action, read, stride=1):
-    number, ended, states = 0, False, []
-    while not ended:
-        number += stride
-        shutil.rmtree(root)
-        shutil.copytree(prepared, root)
-        child = os.fork()
-        if child == 0:
-            in_child(action, number)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        states.append(read())
+def files_there():
+    return {path: (path.lstat().st_ino, path.is_file() and path.read_bytes()) for path in root.rglob("*")}
+
+def stretches(action):
+    # The first line of each stretch of lines between which no file changes, and the number after the last line.
+    restore()
+    firsts, there, last = [], None, 0
+    def look(number):
+        nonlocal there, last
+        last = number
+        if (now := files_there()) != there:
+            firsts.append(number)
+        there = now
+    trace_lines(action, look)
+    return [*firsts, last + 1]
+
+def end_of_child(action, number):
+    # The exit status of one that is killed at the number-th line: 9, or 0 if it comes to its end.
+    child = os.fork()
+    if child == 0:
+        try:
+            trace_lines(action, lambda at: os._exit(9) if at == number else None)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def restore():
+    shutil.rmtree(root)
+    shutil.copytree(prepared, root)
+
+def kill_everywhere(action, read):
+    firsts, states = stretches(action), []
+    for first, after in itertools.pairwise([*firsts, firsts[-1] + 1]):
+        restore()
+        assert end_of_child(action, first) == (0 if first == firsts[-1] else 9)
+        states += [read()] * (after - first)
         if atomic._exchange is swap:
             assert not list(root.glob(".writing-old-*"))
-        if len(states) % 3 == 0:
-            action(2.0)  # what was left is not in the way of the next save
-            assert read() == 2.0
+        action(2.0)  # what was left is not in the way of the next save
+        assert read() == 2.0
     assert states == sorted(states), states
-    print(len(states), states.count(1.0), states.count(2.0))
+    print(len(firsts), len(states), states.count(1.0), states.count(2.0))
 
 root.mkdir()
 prepare()
@@ -202,25 +231,17 @@ kill_everywhere(write_adapter, read_adapter)
 kill_everywhere(lambda value: write_checkpoint(6, value), read_checkpoint)
 atomic._exchange = lambda one, other: False  # as on a file system that cannot swap
 kill_everywhere(write_adapter, read_adapter)
-kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint, 2)  # the one that `latest` names, anew
+kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint)  # the one that `latest` names, anew
 """
 
 
 def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(base: Path, tmp_path: Path) -> None:
     write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "adapter"), str(tmp_path / "root")],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    rows = [[int(word) for word in line.split()] for line in result.stdout.splitlines()]
+    printed = in_own_process(KILLER, tmp_path, tmp_path / "adapter", tmp_path / "root").expect(0).outputs[0]
+    rows = [[int(word) for word in line.split()] for line in printed.splitlines()]
     assert len(rows) == 4
-    for points, before, after in rows:
-        assert points > 60 and before > 40 and after >= 2 and before + after == points
+    for kills, points, before, after in rows:
+        assert kills > 6 and points > 60 and before > 40 and after >= 2 and before + after == points
 
 
 # In a process of its own, because the limit holds for everything that it writes.
@@ -241,7 +262,7 @@ def main(arguments):
     if arguments[1] == "adapter":
         save_adapter(root / "adapter", adapter.config, adapter.base, adapter.state)
     elif arguments[1] == "text":
-        write_text(root / "latest", "new" * 100)
+        write_text(root / "latest", "new" * 1000)
     else:
         save_checkpoint(
             root, progress=Progress(step=2), config=adapter.config, base=adapter.base, state=adapter.state,
@@ -252,7 +273,7 @@ run_command(main, sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("adapter", 1000), ("checkpoint", 100_000), ("text", 100)])
+@pytest.mark.parametrize(("kind", "limit"), [("adapter", 1000), ("checkpoint", 100_000), ("text", 1000)])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path: Path, kind: str, limit: int) -> None:
     write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
     root = tmp_path / "root"
@@ -260,19 +281,11 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path:
     (root / "latest").write_text("step_1\n")
     for name in ("adapter", "step_1"):
         shutil.copytree(tmp_path / "adapter", root / name)
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "adapter"), str(root), str(limit), kind],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = in_own_process(FULL_DISK, tmp_path, tmp_path / "adapter", root, limit, kind).expect(2)
     target = {"adapter": "adapter", "checkpoint": "step_2", "text": "latest"}[kind]
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {root / target}: cannot be written (")
-    assert "File too large" in result.stderr and "nothing was changed" in result.stderr
+    (said,) = ended.errors
+    assert said.count("\n") == 1 and said.startswith(f"error: {root / target}: cannot be written (")
+    assert "File too large" in said and "nothing was changed" in said
     assert names(root) == {"latest", "adapter", "step_1"}
     assert (root / "latest").read_text() == "step_1\n"
     for file in (CONFIG, WEIGHTS):

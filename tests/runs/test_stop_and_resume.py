@@ -229,7 +229,7 @@ def _kill_launcher(base: Base, tmp_path: Path, number: int, *, ranks: int) -> No
     folder = tmp_path / "run"
     arguments = base.arguments(output_dir=folder, max_steps=200, eval_interval=100)
     command = start_command(
-        deepspeed_command(arguments, ranks=ranks, prelude="slow_steps"), folder=tmp_path / "work", cache=base.cache
+        deepspeed_command(arguments, ranks=ranks, prelude="long_steps"), folder=tmp_path / "work", cache=base.cache
     )
     try:
         wait_for(lambda: has_step(folder, 2) or command.process.poll() is not None, "two steps")

@@ -31,6 +31,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_dp2": (2, {"ds_config": "zero3.json"}),
 }
 
+JUDGED: dict[str, Any] = {"eval_metric": "exact_match", "eval_samples": 17, "eval_interval": 4}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
@@ -64,7 +66,7 @@ def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """One run at every layout, judged by its metric on some of the validation rows."""
     root = tmp_path_factory.mktemp("runs")
     return {
-        name: start(base, root / name, ranks, eval_metric="exact_match", eval_samples=17, **changes)
+        name: start(base, root / name, ranks, **JUDGED, **changes)
         for name, (ranks, changes) in LAYOUTS.items()
     }
 
@@ -122,7 +124,7 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     # The trained run at its end: nothing is left to do but to score.
-    judged = {"eval_metric": "exact_match", "eval_samples": 17, "resume": runs["alone"] / "checkpoints" / "step_16"}
+    judged = {**JUDGED, "resume": runs["alone"] / "checkpoints" / "step_16"}
     run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **judged)
     assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
 

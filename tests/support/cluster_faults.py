@@ -23,6 +23,7 @@ from run_files import has_step
 AGENT = "pt_elastic"
 WAITERS = ("sshd", "prted", "slurmstepd", AGENT)
 END_LIMIT = 90.0  # seconds after a fault, until the last process of the job has to be gone
+QUICK_END = 5.0  # seconds in which the end is looked for often
 
 
 # Faults ----------------------------------------------------------------------------------------------------------
@@ -170,10 +171,13 @@ TABLE_HEAD = (
 
 def wait_for_step(job: Job, step: int, *, limit: float = 200.0) -> None:
     """Wait until the job has finished a training step."""
-    deadline = time.monotonic() + limit
+    started, looked = time.monotonic(), 0.0
     while not has_step(seen_by_first(job, run_folder(job)), step):
-        assert not job.is_over() and time.monotonic() < deadline, f"no step {step}\n{job.output()[-6000:]}"
-        time.sleep(0.3 if job.number else 0.1)
+        now = time.monotonic()
+        if now - looked > 2.0:  # a look at Slurm is a command
+            assert not job.is_over() and now - started < limit, f"no step {step}\n{job.output()[-6000:]}"
+            looked = time.monotonic()
+        time.sleep(0.1)
 
 
 def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
@@ -184,7 +188,8 @@ def suffer(job: Job, fault: str, *, limit: float = END_LIMIT) -> Outcome:
         while (now := time.monotonic() - started) < limit and (told is None or over is None):
             told = now if told is None and _is_told(job, cut=fault == "link") else told
             over = now if over is None and not _left(job, cut=fault == "link") else over
-            time.sleep(0.5 if job.number else 0.1)  # each look at Slurm is a command
+            # Each look at Slurm is a command, and one at the hosts a look at all processes.
+            time.sleep(0.1 if now < QUICK_END and not job.number else 0.5)
         if fault == "link" and over is not None:
             _last(job).restore_link()
             with suppress(AssertionError):

@@ -32,9 +32,10 @@ def loss_and_gradients(
     packed: bool,
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
+    shape: ModelShape | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of a model with random weights, each a number of bf16, and an adapter that is not zero."""
-    config = model_config()
+    config = shape or model_config()
     adapter = make_adapter_config(
         "tl6", rank=4, layers=(1, 2), targets=targets_of(config), seed=0
     )

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # `folders` is not on the path of a rank on another host
@@ -27,18 +28,41 @@ def slow_steps() -> None:
 
 
 def quick_start() -> None:
-    """Nothing is compiled: DeepSpeed's Muon asks for it as it is imported, which costs a third of a rank's start."""
+    """Nothing is compiled, and what compiles is not imported, which costs a third of a rank's start.
+
+    DeepSpeed's Muon asks for it as it is imported, and torch.optim as it makes its first optimizer.
+    """
     import torch
 
-    def as_it_is(function: Any = None, **_: Any) -> Any:
+    def as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
         return function if function is not None else as_it_is
 
     torch.compile = as_it_is
+    if "torch._dynamo" not in sys.modules:
+        dynamo: Any = ModuleType("torch._dynamo")  # an attribute that it lacks ends the rank
+        dynamo.disable, dynamo.graph_break = as_it_is, lambda: None
+        dynamo.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
+        sys.modules["torch._dynamo"] = torch._dynamo = dynamo
+
+
+def bare_start() -> None:
+    """A quick start of a run whose figures of speed and plot nobody looks at: neither is made."""
+    quick_start()
+    import transformers
+
+    if "transformers.models" not in sys.modules:  # as it is imported it reads a thousand files, to list their classes
+        models: Any = ModuleType("transformers.models")
+        models.__path__ = [str(Path(transformers.__file__).parent / "models")]
+        sys.modules["transformers.models"] = transformers.models = models
+    from megatron_tiedlora.training import finish, throughput
+
+    throughput.measured_peak = lambda *_: 1e12
+    finish.plot_losses = lambda *_, **__: None
 
 
 def long_steps() -> None:
-    """`slow_steps` after a quick start."""
-    quick_start()
+    """`slow_steps` after a bare start."""
+    bare_start()
     slow_steps()
 
 
@@ -68,7 +92,11 @@ def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = 
 
 
 def kill_once() -> None:
-    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it."""
+    """Rank 1 is killed at step 5 of the first start; the file that KILL_ONCE names tells the next ones of it.
+
+    Every start is a bare one.
+    """
+    bare_start()
     done = Path(os.environ["KILL_ONCE"])
     if os.environ["RANK"] == "1" and not done.exists():
         kill_at_step(5, signal.SIGKILL)
@@ -76,7 +104,7 @@ def kill_once() -> None:
 
 
 def no_compiler(rank: int, *, pays: bool = False) -> None:
-    """Compiling fails on this rank. `pays`: every run is long enough for it."""
+    """Compiling fails on this rank, and takes no time on the others. `pays`: every run is long enough for it."""
     from megatron_tiedlora.parallel.kernels import Kernels
     from megatron_tiedlora.training import plan
 
@@ -85,8 +113,8 @@ def no_compiler(rank: int, *, pays: bool = False) -> None:
 
     if pays:
         plan.pays_to_compile = lambda *_, **__: True
-    if int(os.environ["RANK"]) == rank:
-        Kernels.compiled = lambda self, **_: Kernels(normalise=broken)  # type: ignore[method-assign]
+    found = Kernels(normalise=broken) if int(os.environ["RANK"]) == rank else Kernels()
+    Kernels.compiled = lambda self, **_: found  # type: ignore[method-assign]
 
 
 def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:

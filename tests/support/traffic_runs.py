@@ -66,8 +66,8 @@ def ours(traffic: Traffic) -> Traffic:
 def write_inputs(folder: Path) -> dict[str, Any]:
     """Write models, data and engine settings, which cases name, to `folder`; returns settings that all cases share."""
     shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321}
-    write_tiny_model(folder / "five", num_layers=5, **shape)
-    write_tiny_model(folder / "six", num_layers=6, **shape)
+    for name, number in {"three": 3, "four": 4, "five": 5}.items():
+        write_tiny_model(folder / name, num_layers=number, **shape)
     write_tiny_model(folder / "tied", num_layers=3, tied=True, attention_bias=True, **shape)
     for name, section in ENGINES.items():
         (folder / name).write_text(json.dumps({"zero_optimization": section}))

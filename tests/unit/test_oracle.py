@@ -228,6 +228,19 @@ def test_loss_is_the_mean_over_all_supervised_tokens():
         oracle_loss(weights, config, None, [samples[2]])
 
 
+def test_packed_samples_have_the_gradients_of_each_alone():
+    """All tests that compare a run with the oracle's let it pack: one document may leave no trace in another."""
+    _, weights, config = base()
+    weights = cast_weights(weights, torch.float64)
+    adapter = random_adapter("tl6", config, alpha=6.0, dtype=torch.float64)
+    (samples,) = random_batches(1)
+    loss, gradients = oracle_gradients(weights, config, adapter, samples)
+    packed_loss, packed = oracle_gradients(weights, config, adapter, [pack_samples(samples)])
+    assert packed_loss == pytest.approx(loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        assert (packed[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
 def test_gradients_by_finite_differences_in_fp64():
     _, weights, config = base()
     weights = cast_weights(weights, torch.float64)

@@ -14,6 +14,7 @@ from fuzzing import bounded
 from task_files import refusal
 from tiny_models import write_tiny_tokenizer
 
+from megatron_tiedlora.data import chat_template
 from megatron_tiedlora.data.chat_template import opened_template
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -46,7 +47,7 @@ def chat(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_chat_template_has_an_end(tmp_path: Path, chat: Any, name: str) -> None:
+def test_a_chat_template_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: Any, name: str) -> None:
     """Whatever it does; the conversations after it are answered, by a process of their own, and none is left."""
     chat.chat_template, said = BOMBS[name]
     children = psutil.Process().children()
@@ -57,6 +58,7 @@ def test_a_chat_template_has_an_end(tmp_path: Path, chat: Any, name: str) -> Non
             message = refusal(lambda: template.render(TURNS, "a.jsonl:1"))
         assert time.monotonic() - started < 30  # of a busy machine
         assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
+        monkeypatch.setattr(chat_template, "_SECONDS", 0.1)  # what ends the second one does not matter
         assert refusal(lambda: template.render(TURNS, "a.jsonl:2")).startswith("a.jsonl:2: ")
     assert psutil.Process().children() == children
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

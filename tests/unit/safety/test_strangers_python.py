@@ -56,7 +56,7 @@ def test_the_trap_works(trap: Path) -> None:
 def test_by_what_run_py_starts(trap: Path, launcher: str) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
-    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    hosts.write_text("node1 slots=1\n")  # run.py starts all hosts by the same words
     where = [f"--hostfile={hosts}"] if launcher == "pdsh" else ["--num_gpus=1"]
     settings = ["--model=./none", "--task=gsm8k", "--global_batch_size=2"]
     done = command(trap, "run.py", f"--launcher={launcher}", *where, *settings)
@@ -95,14 +95,16 @@ os.execvp(sys.executable, words[words.index("-u") - 1 :])
     check(trap)
 
 
-@pytest.mark.parametrize("hosts", [0, 2])
+@pytest.mark.parametrize("hosts", [0, 1])
 def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
     monkeypatch.chdir(trap)
     for name, value in hosts_here(trap.parent).items():
         monkeypatch.setenv(name, value)
-    (trap.parent / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    (trap.parent / "hosts").write_text("node1 slots=1\n")
     (trap.parent / ".deepspeed_env").write_text("# mine\nMINE=given\n")
-    where = ("--hostfile", str(trap.parent / "hosts"), "--no_ssh_check", "--master_addr=127.0.0.1") if hosts else ()
+    # One host is started as several are if DeepSpeed is told so, and all of them by the same words.
+    many = ("--force_multi", "--no_ssh_check", "--master_addr=127.0.0.1")
+    where = ("--hostfile", str(trap.parent / "hosts"), *many) if hosts else ()
     scripts, log = trap.parent / "scripts", trap.parent / "run.log"
     scripts.mkdir()
     mine = "import os, sys\nassert os.environ.get('MINE') == 'given'\n" if hosts else "import sys\n"
@@ -113,7 +115,7 @@ def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hos
     while not child.ended():
         time.sleep(0.1)
     os.close(lock)
-    assert log.read_text().count("all imported") >= max(1, hosts), log.read_text()
+    assert "all imported" in log.read_text(), log.read_text()
     check(trap)
 
 
