@@ -1,4 +1,4 @@
-"""Fine-tune a LLaMA model with Tied-LoRA.
+"""Fine-tune a language model with Tied-LoRA.
 
     deepspeed launch/train.py --ds_config zero2.json                                   the demo
     deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --train_file data.jsonl your model and data

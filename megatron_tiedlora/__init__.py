@@ -1,3 +1,3 @@
-"""Tied-LoRA fine-tuning of the LLaMA family on DeepSpeed, exact at any layout."""
+"""Tied-LoRA fine-tuning of dense language models on DeepSpeed, exact at any layout."""
 
 __version__ = "0.1.0"

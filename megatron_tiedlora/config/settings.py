@@ -47,7 +47,7 @@ class Settings(CommandSettings):
     """
 
     prog: ClassVar[str] = "train.py"
-    about: ClassVar[str] = "Fine-tune a LLaMA model with Tied-LoRA."
+    about: ClassVar[str] = "Fine-tune a language model with Tied-LoRA."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from megatron_tiedlora.base.shapes import HeadShape
 from megatron_tiedlora.model.normed_linear import Epilogue, NormedLinear
-from megatron_tiedlora.model.rope import amplitude
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import Kernels
 
@@ -132,9 +131,7 @@ class RotatedNormedHeads(RotatedHeads):
         rotated, root, cos, sin, *norms = saved
         batch, _, length, _ = gradients[0].shape
         found = self.kernels.rotate_normed_gradient(
-            *_by_token(gradients),
-            *(rotated.detach(), root, cos, sin, self._weight(norms)),
-            amplitude(self.heads.rope.scaling),
+            *_by_token(gradients), rotated.detach(), root, cos, sin, self._weight(norms)
         )
         return found.view(batch, length, -1)
 

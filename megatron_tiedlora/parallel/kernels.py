@@ -145,20 +145,20 @@ def rotate_normed_gradient(
     cos: torch.Tensor,
     sin: torch.Tensor,
     weight: torch.Tensor,
-    amplitude: float,
 ) -> torch.Tensor:
     """The gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
 
-    What the norm divided, x root, is not kept: it is the result rotated back and divided by the weight.
+    What the norm divided, x root, is not kept: it is the result rotated back and divided by the weight. Rounded cosines
+    and sines turn by a length that is not exactly 1, or a scaled rotation's, so it is also divided by its square.
 
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
-        amplitude: the length of (cos, sin).
     """
-    squared = amplitude * amplitude
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
-    normed = _rotated(upcast(rotated[:, : len(weight)]), cos / squared, -sin / squared) / weight
+    wide_cos, wide_sin = upcast(cos), upcast(sin)
+    squared = wide_cos.square() + wide_sin.square()
+    normed = _rotated(upcast(rotated[:, : len(weight)]), wide_cos / squared, -wide_sin / squared) / weight
     return torch.cat((_norm_gradient(weighted, normed, root, None).to(value.dtype), value), dim=1)
 
 

@@ -174,6 +174,21 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
         shape_from_hf({"model_type": "mamba"})
 
 
+@pytest.mark.parametrize(("model_type", "reason"), [
+    ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
+    ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
+    ("qwen3_next", "it is a mixture of experts"), ("gemma2", "it caps its scores"),
+    ("gemma3", "its text model is part of a multimodal one"), ("falcon", "its attention and MLP have the same input"),
+    ("gpt_neox", "its attention and MLP have the same input"),
+])  # fmt: skip
+def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: str, reason: str) -> None:
+    from transformers import AutoConfig
+
+    values = AutoConfig.for_model(model_type).to_dict()
+    with pytest.raises(UserError, match=f"^here: model_type '{model_type}' is not implemented, as {reason}. This"):
+        shape_from_hf(values, source="here")
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"use_mrope": True}, "use_mrope = True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),

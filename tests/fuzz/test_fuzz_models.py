@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from damage import break_one, changed_fields, fresh, json_text
+from family_models import FAMILY_MODELS
 from fuzzing import MAPPED, Draw, cases, explore, outcome
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
@@ -19,6 +20,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
+from megatron_tiedlora.model.families import FAMILIES
 from megatron_tiedlora.model.rope import inverse_frequencies
 from megatron_tiedlora.model.weights import num_base_parameters
 
@@ -98,11 +100,19 @@ VALUES: dict[str, list[Any]] = {
     "hidden_act": ["silu", "swish", "gelu", "relu", None],
     "max_position_embeddings": [8, 64, 256, 4096, None],
     "vocab_size": [320, 319, 1000],
-    "model_type": ["llama", "mistral", "qwen2", None],
+    "model_type": [*FAMILIES, None],
     "architectures": [["LlamaForCausalLM"], ["MistralForCausalLM"], ["LlamaModel"], [], None],
     "pretraining_tp": [1, 2],
     "attention_dropout": [0.0, 0.5, None],
-    "sliding_window": [None, 4],
+    "sliding_window": [None, 4, 64],
+    "use_sliding_window": [True, False, None],
+    "use_qkv_bias": [True, False, None],
+    "qk_layernorm": [True, False, None],
+    "use_parallel_residual": [True, False, None],
+    "no_rope_layers": [None, [1, 0], [0, 0], [1], [1, 2], "10"],
+    "no_rope_layer_interval": [1, 2, 3, 0, None],
+    "layer_norm_eps": [1e-5, 0.1, None],
+    "original_max_position_embeddings": [8, 64, None],
     "layer_types": [None, [], ["full_attention"] * 2, ["sliding_attention"] * 2, "full_attention"],
     "use_cache": [True, False],
     "partial_rotary_factor": [None, 1.0, 0.5],
@@ -158,6 +168,7 @@ def test_an_odd_config_means_what_transformers_means(
     """Configs that only we take are counted."""
     made = tmp_path_factory.mktemp("bases")
     shapes: list[dict[str, Any]] = [{}, {"tied": True}, {"attention_bias": True, "num_kv_heads": 4}, {"head_dim": 12}]
+    shapes += FAMILY_MODELS.values()
     bases = [
         write_tiny_model(made / str(index), num_layers=2, tokenizer=False, seed=index, **shape)
         for index, shape in enumerate(shapes)
@@ -167,7 +178,9 @@ def test_an_odd_config_means_what_transformers_means(
     positions = torch.arange(20).expand_as(tokens)
 
     def load() -> torch.Tensor:
-        logits: torch.Tensor = load_model(find_model(str(folder)), None, dtype=torch.float32).predict(tokens, positions)
+        source = find_model(str(folder))
+        source.check_length("--max_length", tokens.shape[1])
+        logits: torch.Tensor = load_model(source, None, dtype=torch.float32).predict(tokens, positions)
         return logits
 
     def body(draw: Draw) -> object:

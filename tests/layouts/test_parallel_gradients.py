@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import relative_distance
+from family_models import FAMILY_MODELS
 from forked_ranks import run_on_ranks
 from gradient_worker import DTYPE, Case, Outcome, joined_gradients, run_cases
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
@@ -35,6 +36,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
+FAMILIES = ("qwen3", "stablelm", "smollm3")  # those whose layers compute something of their own
+SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in FAMILIES}
 # At two stages one of them is then without an adapted layer.
 SOME_LAYERS = (("lora", (2,)), ("lora", (5,)), ("tl6", (1, 2)), ("tl6", (5,)))
 
@@ -64,7 +67,7 @@ def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[
                 continue
             cases += [Case(main, method=name, layers=layers, **variant) for name, layers in SOME_LAYERS[1:]]
             cases += [Case(main, method=method, packed=True, **variant) for method in ("lora", "tl6")]
-            cases += [Case(folders[shape], **variant) for shape in ("bias", "tied")]
+            cases += [Case(folders[shape], **variant) for shape in ("bias", "tied", *FAMILIES)]
         cases += [Case(main, packed=True, **_variants(layout)[1])]
         selective = {**_variants(layout)[0], "recompute": "selective"}
         cases += [Case(main, method=method, **selective) for method in ("lora", "tl6")]

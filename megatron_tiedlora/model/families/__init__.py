@@ -16,6 +16,16 @@ from megatron_tiedlora.model.hf_config import HfConfig
 
 FAMILIES = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__)))
 
+# Why a model of another type is out of reach, by a field that only such models have.
+_REASONS = {
+    **dict.fromkeys(("text_config", "vision_config"), "its text model is part of a multimodal one"),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "it is a mixture of experts"),
+    **dict.fromkeys(("linear_num_key_heads", "mamba_d_state", "state_size"), "it has layers without attention"),
+    **dict.fromkeys(("parallel_attn", "use_parallel_residual"), "its attention and MLP have the same input"),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps its scores"),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
+}
+
 
 def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
     """The shape that the fields of a Hugging Face config describe.
@@ -25,8 +35,9 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     """
     kind = values.get("model_type")
     if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{source}: model_type {shown(kind)} is not implemented. This version trains {known}")
+        known, reason = ", ".join(FAMILIES), next((why for field, why in _REASONS.items() if values.get(field)), None)
+        because = "" if reason is None else f", as {reason}"
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
     family = import_module(f"{__name__}.{kind}")
     config = HfConfig(values, source, family.DEFAULTS)
     shape: ModelShape = family.read(config)

@@ -44,7 +44,7 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rotate_normed": (heads, *table, drawn(3, 6), 1e-5),
         "rotate_normed_gradient": (
             *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
-            *(heads, drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs(), 1.5),
+            *(heads, drawn(ROWS, 3, 1, wide=True), *table, 1 + drawn(3, 6).abs()),
         ),
         "row_log_sums": (rows,),
         "exp_logits_": (rows, drawn(ROWS, wide=True)),
