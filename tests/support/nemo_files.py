@@ -69,7 +69,7 @@ class Sizes:
 
 
 @cache
-def pieces() -> bytes:
+def pieces(**options: Any) -> bytes:
     """A SentencePiece model with LLaMA's options, and a padding piece; fewer than 512 pieces."""
     import sentencepiece
 
@@ -78,7 +78,7 @@ def pieces() -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=written, vocab_size=380, model_type="bpe", byte_fallback=True,
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-        bos_id=2, eos_id=3, pad_id=1, unk_id=0, num_threads=1, minloglevel=2,
+        bos_id=2, eos_id=3, pad_id=1, unk_id=0, num_threads=1, minloglevel=2, **options,
     )  # fmt: skip
     return written.getvalue()
 

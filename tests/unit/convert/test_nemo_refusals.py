@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from nemo_files import TOKENIZER, Sizes, ckpt, draw_tensors, nemo_members, rank_member, state_dict, write_nemo
+from nemo_files import TOKENIZER, Sizes, ckpt, draw_tensors, nemo_members, pieces, rank_member, state_dict, write_nemo
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.convert.nemo import convert_nemo
@@ -180,6 +180,7 @@ def changed(change: Callable[[dict[str, bytes]], object], tp: int = 1, pp: int =
     (lambda: changed(lambda m: m.update({"model_config.yaml": b" " * 2**19})), "model_config.yaml is larger than"),
     (lambda: changed(lambda m: m.pop(TOKENIZER)), f"holds no {TOKENIZER}"),
     (lambda: changed(lambda m: m.update({TOKENIZER: b"junk"})), "cannot be read as a SentencePiece model"),
+    (lambda: changed(lambda m: m.update({TOKENIZER: pieces(treat_whitespace_as_suffix=True)})), "gives other ids for"),
     (lambda: changed(lambda m: m.update({"../evil": b""})), "the name './../evil' leads out of it"),
 ])  # fmt: skip
 def test_another_archive_is_one_line(tmp_path: Path, make: Callable[[], dict[str, bytes]], message: str) -> None:
