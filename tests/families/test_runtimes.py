@@ -7,26 +7,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from family_models import LONGROPE
 from native_files import with_adapter
 from other_runtimes import ctranslate2_tokens, llama_cpp_tokens, needs_wheel, transformers_tokens
 from tiny_models import BOS_ID, write_tiny_model
 
 from megatron_tiedlora.convert.merge import merge_adapter
 
+# llama.cpp makes room for this many tokens at least, and chooses longrope's factors by that.
+LONG = 256
 PROMPT, NEW_TOKENS = [BOS_ID, 5, 77, 250, 42], 24
 # Of families that CTranslate2 reads too: default rope and no window, which it would read wrongly, and heads that divide
 # the hidden size.
 BOTH: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True},
-    "llama tied": {"tied": True, "num_kv_heads": 4, "seed": 1},
+    "llama": {},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
+    "qwen2 tied": {"family": "qwen2", "tied": True, "num_kv_heads": 4, "seed": 5},
     "qwen3": {"family": "qwen3", "head_dim": 32},
 }
 LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
-    "llama wide": {"head_dim": 24},
+    "llama llama3": {"llama3_rope": True, "head_dim": 12, "attention_bias": True},
+    "qwen2 linear": {"family": "qwen2", "rope": {"rope_type": "linear", "factor": 3.0}},
     "phi3": {"family": "phi3"},
     "phi3 partial": {"family": "phi3", "rope": {"partial_rotary_factor": 0.75}},
+    "phi3 longrope": {
+        "family": "phi3",
+        "original_max_position_embeddings": LONG,
+        "rope": LONGROPE | {"original_max_position_embeddings": LONG},
+        "max_positions": 4 * LONG,
+    },
     "stablelm": {"family": "stablelm", "use_qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     # llama.cpp leaves the rotation out in every fourth layer, whatever the interval
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 4, "num_layers": 5},
@@ -47,7 +57,7 @@ def merged_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Merge
 
     def make(name: str) -> Merged:
         folder = tmp_path_factory.mktemp("merged")
-        base = write_tiny_model(folder / "base", hidden_size=64, intermediate_size=96, **LLAMA_CPP[name])
+        base = write_tiny_model(folder / "base", **LLAMA_CPP[name])
         source, native, _ = with_adapter(base, "tl6")
         merge_adapter(source, native, folder / "merged")
         tokens = transformers_tokens(folder / "merged", PROMPT, NEW_TOKENS)

@@ -45,7 +45,7 @@ def llama_cpp_tokens(folder: Path, prompt: list[int], count: int, *, scratch: Pa
     ffi, lib = get_ffi(), get_lib()
 
     def show_errors(level: int, text: Any, _: Any) -> None:
-        if level >= _ERROR:
+        if level == _ERROR:
             print(ffi.string(text).decode())
 
     log = ffi.callback("ggml_log_callback", show_errors)
@@ -57,6 +57,7 @@ def llama_cpp_tokens(folder: Path, prompt: list[int], count: int, *, scratch: Pa
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, 1, 1
     settings.type_k = settings.type_v = lib.GGML_TYPE_F32
+    settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it would round to 16 bits
     context = lib.llama_init_from_model(model, settings)
     assert context != ffi.NULL, "llama.cpp does not run the file"
     size, found, unread = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), [], list(prompt)
