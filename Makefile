@@ -20,7 +20,7 @@ REASONING_GYM = $(shell sed -n 's/^ *"\(reasoning-gym[^"]*\)".*/\1/p' pyproject.
 define install
 	$(PIP) install -e '.[$(1)]' || { \
 		echo "Trying again without the packages that need a C compiler ..."; \
-		$(PIP) install -e '.[demo-base]' $(2) && $(PIP) install --no-deps '$(REASONING_GYM)'; }
+		$(PIP) install -e '.[$(1)-base]' && $(PIP) install --no-deps '$(REASONING_GYM)'; }
 endef
 
 .DEFAULT_GOAL := help
@@ -49,11 +49,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(call install,demo,)
+	$(call install,demo)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(call install,test,pytest pytest-timeout pytest-xdist)
+	$(call install,test)
 	@touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python

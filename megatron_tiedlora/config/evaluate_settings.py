@@ -44,7 +44,9 @@ class EvaluateSettings(CommandSettings):
     model: str | None = optional_field(
         "model", "demo, a HF folder (a merged one too) or hub id (default: the adapter's base, or demo)"
     )
-    adapter: str | None = optional_field("model", "native adapter (RUN/adapter) or PEFT LoRA folder (default: none)")
+    adapter: str | None = optional_field(
+        "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)"
+    )
     base_differs: bool = setting_field(
         "model", "use the adapter although base or tokenizer differ from those that it was trained with", False
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from native_files import with_adapter, write_native
 from oracle import OracleConfig
+from peft_models import logits_of, lora_model, share
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
@@ -32,33 +32,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, fewer key-value heads than heads, and q wider than the hidden size: rows 48, 24 and 24 of 32."""
     return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12, tokenizer=False)
-
-
-def peft_model(base: Path, **options: Any) -> Any:
-    """PEFT's own model with a random adapter, B not zero."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return peft
-
-
-def logits_of(model: Callable[..., Any], *positions: torch.Tensor) -> torch.Tensor:
-    ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        output = model(ids, *positions)
-    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
-    return found
-
-
-def share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # --------------------------------------------------------------------------------------------- the same update
@@ -87,7 +60,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     options, layers, rank = OPTIONS[name]
-    peft = peft_model(base, **options)
+    peft = lora_model(base, **options)
     peft.save_pretrained(tmp_path)
     source = find_model(str(base))
     assert adapter_kind(tmp_path) == "peft"
@@ -117,8 +90,34 @@ def test_what_is_exported_comes_back(base: Path, tmp_path: Path, method: str, la
     }
 
 
+@pytest.mark.parametrize("method", ["lora", "tl6"])
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_a_fused_projection_is_one_module(tmp_path: Path, method: str, layers: tuple[int, ...] | None) -> None:
+    """Phi-3's qkv_proj: PEFT has one pair for all of it, whose product comes back to the last bit."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = write_tiny_model(tmp_path / "base", family="phi3", num_kv_heads=2, tokenizer=False)
+    source, native, _ = with_adapter(base, method, layers)
+    export_peft(source, native, tmp_path / "peft")
+    stored = load_file(tmp_path / "peft" / WEIGHTS)
+    assert len(stored) == 2 * len(native.config.layers) and all(".qkv_proj.lora_" in name for name in stored)
+    back = load_peft_adapter(tmp_path / "peft", source)
+    assert (back.config.method, back.config.rank, back.config.layers) == ("lora", 4, native.config.layers)
+    for (found_rule, *found), (rule, *expected) in zip(
+        back.updates(source.shape), native.updates(source.shape), strict=True
+    ):
+        assert found_rule == rule and all(map(torch.equal, found, expected))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft")
+    positions = torch.arange(24).expand(2, 24)
+    ours = logits_of(load_model(source, back, dtype=torch.float32).predict, positions)
+    assert share(ours, logits_of(peft)) <= 1e-5
+    with peft.disable_adapter():
+        assert share(ours, logits_of(peft)) > 0.01  # the update is there
+
+
 def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
-    peft = peft_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
+    peft = lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V)
     peft.save_pretrained(tmp_path / "peft")
     source = find_model(str(base))
     merge_adapter(source, load_peft_adapter(tmp_path / "peft", source), tmp_path / "merged")
@@ -129,7 +128,7 @@ def test_it_merges_as_a_native_adapter(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_factors_in_16_bits_are_read_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    peft_model(base, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
+    lora_model(base, r=2, target_modules=Q_AND_V).save_pretrained(tmp_path)
     stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
     save_file(stored, tmp_path / WEIGHTS)
     adapter = load_peft_adapter(tmp_path, find_model(str(base)))
@@ -144,7 +143,7 @@ def test_factors_in_16_bits_are_read_as_they_are(base: Path, tmp_path: Path, dty
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of q and v as PEFT writes it."""
     folder = tmp_path_factory.mktemp("plain")
-    peft_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V).save_pretrained(folder)
+    lora_model(base, r=3, lora_alpha=5, target_modules=Q_AND_V).save_pretrained(folder)
     return folder
 
 
@@ -159,7 +158,7 @@ def refusal(base: Path, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "VERA"}, "peft_type VERA is not supported; only LORA is"),
+        ({"peft_type": "LOHA"}, "peft_type LOHA is not supported; only LORA and VERA are"),
         ({"use_dora": True}, "use_dora = True is not a plain LoRA"),
         ({"bias": "lora_only"}, "bias = 'lora_only' trains biases"),
         ({"lora_bias": True}, "lora_bias = True is not a plain LoRA"),

@@ -1,0 +1,177 @@
+"""What PEFT's adapter folders have in common: which modules a config adapts, and the tensors of these modules.
+
+What a kind of adapter adds to a module is left to `import_lora` and `import_vera`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
+from megatron_tiedlora.convert.export_peft import target_modules
+from megatron_tiedlora.convert.module_names import name_matcher
+
+_LARGEST_RANK = 2**20
+# Fields that do not change what any kind of adapter computes for linear layers, or that are read below.
+_HARMLESS = {
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type"),
+    *("inference_mode", "runtime_config", "r", "bias", "target_modules", "layers_to_transform", "layers_pattern"),
+    "fan_in_fan_out",  # PEFT itself drops it for linear layers
+}
+
+
+class Module(NamedTuple):
+    """A stored module that a config adapts.
+
+    Attributes:
+        layer: 1-based.
+        name: its name below the layer ("self_attn.q_proj").
+    """
+
+    layer: int
+    name: str
+
+
+def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
+    """(in, out) of the stored modules that are adaptable linears or parts of one, by their names below the block."""
+    return {
+        stored.module: (linear.in_size, stored.of or size)
+        for linear in block.adaptable.values()
+        for stored, size in zip(linear.sources, linear.blocks, strict=True)
+    }
+
+
+def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, harmless: Collection[str]) -> None:
+    """Raise UserError if biases are trained, or if a field is set that is neither harmless nor read.
+
+    Such a field changes the computation, or may change it in a future version of PEFT.
+    """
+    if content.get("bias") not in (None, "none"):
+        raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
+    for name, value in content.items():
+        if name not in _HARMLESS and name not in harmless and value:
+            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain {kind}; only that is supported")
+
+
+def read_rank(file: Path, content: Mapping[str, Any]) -> int:
+    """The config's r. Raises UserError if it is not a rank."""
+    rank: Any = content.get("r")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise UserError(f"{file}: r = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
+    return rank
+
+
+def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
+    """The modules that the config adapts, by their whole names. PEFT's own rules decide.
+
+    Raises:
+        UserError: it adapts others, layers that `source` does not have, or none.
+    """
+    block, modules = source.shape.block, modules_of(source.shape.block)
+    words = target_modules(block, block.adaptable)
+    targets, layers = content.get("target_modules"), content.get("layers_to_transform")
+    if isinstance(targets, list) and targets:
+        for name in targets:
+            if not isinstance(name, str) or name.rpartition(".")[2] not in words:
+                raise UserError(f"{file}: target module {as_given(name)} is not supported; {', '.join(words)} are")
+    elif not isinstance(targets, str) or targets == "all-linear":
+        raise UserError(f"{file}: target_modules = {shown(targets)} is not supported; list {', '.join(words)}")
+    if not (layers is None or type(layers) is int or isinstance(layers, list)):
+        raise UserError(f"{file}: layers_to_transform = {shown(layers)} is neither a layer nor a list of layers")
+    chosen = [layers] if isinstance(layers, int) else layers or range(source.shape.num_layers)
+    for layer in chosen:
+        if type(layer) is not int or not 0 <= layer < source.shape.num_layers:
+            raise UserError(
+                f"{file}: layers_to_transform has {shown(layer)}, but {source.name} has layers 0 to"
+                f" {source.shape.num_layers - 1}; give the adapter's own base with --model"
+            )
+    is_target = name_matcher(targets, what=f"{file}: target_modules")
+    is_excluded = name_matcher(content.get("exclude_modules") or [], what=f"{file}: exclude_modules")
+    whole_names, of_chosen = frozenset(targets if isinstance(targets, list) else ()), frozenset(chosen)
+    found = {
+        name: Module(layer + 1, module)
+        for layer in range(source.shape.num_layers)
+        for module in modules
+        if is_target(name := f"{block.source.format(index=layer)}.{module}")
+        and not is_excluded(name)
+        # layers_to_transform does not apply to a module that is named in full.
+        and (name in whole_names or layer in of_chosen)
+    }
+    if not found:
+        raise UserError(f"{file}: target_modules {shown(targets)} match no {', '.join(words)} of {source.name}")
+    return found
+
+
+class StoredTensors(NamedTuple):
+    """What a file stores for a kind of adapter.
+
+    Attributes:
+        kind: the kind's name, for messages.
+        shared: shapes of the tensors that all modules share, by name.
+        of_module: names below a module, each with a function that gives the shape for (in, out) of the module.
+    """
+
+    kind: str
+    shared: Mapping[str, tuple[int, ...]]
+    of_module: Mapping[str, Callable[[int, int], tuple[int, ...]]]
+
+
+def read_factors(
+    folder: Path, chosen: Mapping[str, Module], stored: StoredTensors, source: ModelSource
+) -> tuple[dict[Module, tuple[torch.Tensor, ...]], list[torch.Tensor]]:
+    """The fp32 tensors of each chosen module and the shared ones, in the order of `stored`.
+
+    Raises:
+        UserError: a tensor is missing, does not belong to a chosen module, or has another shape than `source` needs.
+    """
+    file = folder / WEIGHTS_FILE
+    if not file.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
+    num_layers, block, shapes = source.shape.num_layers, source.shape.block, {}
+    modules = modules_of(block)
+    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
+    names, factors = ("|".join(map(re.escape, words)) for words in (modules, stored.of_module))
+    pattern = re.compile(rf"base_model\.model\.({layers}\.({names}))\.({factors})")
+    for key, found in read_header(file).shapes.items():
+        if key in stored.shared:
+            shapes[key] = stored.shared[key]
+        else:
+            match = pattern.fullmatch(key)
+            if match is None:
+                words = ", ".join(target_modules(block, block.adaptable))
+                raise UserError(
+                    f"{file}: {as_given(key)} is not a {stored.kind} factor of {words}; only these are supported"
+                )
+            name, layer, module, factor = match.groups()
+            if int(layer) >= num_layers:
+                raise UserError(
+                    f"{file}: {key} is for layer {int(layer)}, but {source.name} has layers 0 to {num_layers - 1};"
+                    " give the adapter's own base with --model"
+                )
+            if name not in chosen:
+                raise UserError(f"{file}: {key} is present, but {CONFIG_FILE} does not target its module")
+            shapes[key] = stored.of_module[factor](*modules[module])
+        if found != shapes[key]:
+            raise UserError(
+                f"{file}: {key} has shape {shown(found)}, but with r and {source.name} it must be {shapes[key]}; give"
+                " the adapter's own base with --model"
+            )
+    values = read_tensors(file, shapes)
+    keys = {name: [f"base_model.model.{name}.{factor}" for factor in stored.of_module] for name in chosen}
+    for key in (*stored.shared, *(key for of_module in keys.values() for key in of_module)):
+        if key not in values:
+            user = "every module uses it" if key in stored.shared else f"{CONFIG_FILE} targets its module"
+            raise UserError(
+                f"{file}: {key} is missing, but {user}; copy the adapter again, or give its own base with --model"
+            )
+    of_modules = {module: tuple(values[key] for key in keys[name]) for name, module in chosen.items()}
+    return of_modules, [values[key] for key in stored.shared]
