@@ -32,7 +32,6 @@ CASES: dict[str, tuple[dict[str, Any], bool, tuple[int, ...] | None]] = {
     "gqa": ({}, False, None),
     "mha_sharded": ({"num_kv_heads": 4}, True, None),
     "some_layers_sharded": ({"tied": True, "head_dim": 12}, True, (1, 3)),
-    "qwen2": ({"family": "qwen2"}, False, None),
     "one_layer_bias": ({"attention_bias": True, "llama3_rope": True}, False, (2,)),
 }
 

@@ -26,7 +26,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "gqa_tied_llama3": {"tied": True, "llama3_rope": True, "head_dim": 16},
     "mha": {"num_kv_heads": 4, "attention_bias": True},
-    "qwen2": {"family": "qwen2"},
     "mha_tied": {"num_kv_heads": 4, "tied": True, "vocab_size": 321},
 }
 FEW = ("gqa",)  # shapes of what need not be seen for all of them

@@ -29,7 +29,6 @@ from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import Block
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel import loss as loss_module
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
@@ -40,7 +39,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 12},
     "tied": {"tied": True},
     "bias": {"attention_bias": True},
-    "qwen2": {"family": "qwen2", "tied": True},
     "llama3": {"llama3_rope": True, "rope_theta": 500.0, "head_dim": 16},
     "five_layers": {"rope_theta": 500000.0, "num_layers": 5},
     "all": {"num_layers": 5, "head_dim": 16, "tied": True, "attention_bias": True, "llama3_rope": True},
@@ -323,30 +321,6 @@ def test_trained_counts_are_the_reference(preset: str, counts: dict[str, int]) -
 def test_trained_counts_of_lora_on_one_layer() -> None:
     assert trained_numbers(preset_config("llama2-7b", "lora", (8,))) == 131_072  # 8 (4096 + 12288)
     assert trained_numbers(preset_config("llama2-70b", "lora", (8,))) == 147_456  # 8 (8192 + 10240)
-
-
-def test_base_parameters_of_the_presets() -> None:
-    counts = {name: num_base_parameters(shape_from_hf(values)) for name, values in PRESETS.items()}
-    assert counts == {
-        "llama2-7b": 6_738_415_616,
-        "llama2-13b": 13_015_864_320,
-        "llama2-70b": 68_976_648_192,
-        "llama3.1-8b": 8_030_261_248,
-        "llama3.1-70b": 70_553_706_496,
-        "qwen3-8b": 8_190_735_360,
-        "qwen3-32b": 32_762_123_264,
-        "gpt-2b-001": 2_253_590_528,
-    }
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_transformers_counts_as_many(preset: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(PRESETS[preset])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    assert sum(p.numel() for p in model.parameters()) == num_base_parameters(shape_from_hf(PRESETS[preset]))
 
 
 # --------------------------------------------------------------------------------------------- start values
