@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hosts import FakeCluster
+from ranks import LAUNCHER_VARIABLES
 
 # Tensors here are tiny: threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
@@ -32,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: the garbage collector need not look at it again."""
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that runs as a rank in its own process leaves no rank to the tests after it."""
+    own = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    result = yield
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(own)
+    return result
 
 
 @pytest.fixture(scope="session", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["part", "whole"])

@@ -31,7 +31,7 @@ from megatron_tiedlora.cluster.forwarded_env import (
 )
 from megatron_tiedlora.cluster.job_processes import RUN_ID
 from megatron_tiedlora.cluster.remote import CONNECT_SECONDS, SSH_SETTINGS, Route, Transport
-from megatron_tiedlora.config.hosts import Host, num_ranks
+from megatron_tiedlora.config.hosts import RANK_VARIABLES, Host, num_ranks
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 
 # On SIGTERM, `deepspeed` over pdsh ends every DeepSpeed job of this user on its hosts (with pkill). So this shell gets
@@ -128,7 +128,7 @@ class StartPlan:
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    """The commands that start `job` from a shell with `environment`.
+    """The commands that start `job` from a shell with `environment`, whose own rank, if it has one, is left out.
 
     Raises:
         UserError: the launcher cannot send a path, an argument or a variable to the other hosts.
@@ -141,7 +141,8 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
         "srun": _srun,
         "torchrun": _torchrun,
     }
-    return routes[job.launcher](job, environment)
+    rankless = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
+    return routes[job.launcher](job, rankless)
 
 
 def _hostfile_text(job: Job) -> str:
