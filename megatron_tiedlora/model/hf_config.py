@@ -13,20 +13,20 @@ from megatron_tiedlora.base.shapes import LengthLimit
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS = frozenset(
     {
-        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
-        "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-        "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
-        "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "max_sequence_length",
-        "min_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
-        "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
-        "pad_token_id", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "remove_invalid_values",
-        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-        "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
-        "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
-        "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_safetensors",
+        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention",
+        "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+        "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+        "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+        "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
+        "length_penalty", "max_length", "max_sequence_length", "max_window_layers", "min_length", "model_type",
+        "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+        "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
+        "prefix", "pretraining_tp", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty",
+        "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+        "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+        "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+        "unsloth_version", "use_bfloat16", "use_cache", "use_safetensors",
     }
 )
 # Features that are not implemented, by the values that switch them off; null does too.

@@ -23,6 +23,5 @@ DEFAULTS = {
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
-    config.get("max_window_layers")  # the first layer with a window, if there are any
     window = config.window(used=config.flag("use_sliding_window"))
     return gated_decoder(config, rope=read_rope(config), window=window, qkv_bias=True)

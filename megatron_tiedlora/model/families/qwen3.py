@@ -13,7 +13,6 @@ DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen3ForCausalLM`. Raises UserError for features that are not implemented."""
-    config.get("max_window_layers")  # the first layer with a window, if there are any
     bias = config.flag("attention_bias")
     window = config.window(used=config.flag("use_sliding_window"))
     return gated_decoder(
