@@ -21,13 +21,17 @@ WAITING = {"cluster", "runs", "study"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that wait and files that compute take turns, so that processes which run both leave no core idle."""
+    """Files that wait and files that compute take turns, so that processes which run both leave no core idle.
+
+    Of the waiting ones those of several hosts come first, and beside them those that compute most.
+    """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
     waits, computes = [], []
     for path, tests in files.items():
         (waits if path.parent.name in WAITING else computes).append(tests)
+    computes.sort(key=lambda tests: tests[0].path.parent.name != "layouts")
     items[:] = chain.from_iterable(chain.from_iterable(zip_longest(waits, computes, fillvalue=[])))
 
 
