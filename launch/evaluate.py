@@ -11,19 +11,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.runtime.ending import End, reported_end
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.runtime.ending import End
+    from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, EvaluateSettings)
+    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
     prepare_environment()
     rank, world_size = rank_and_world_size()
     stop = StopRequests()
@@ -35,8 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
-    # These import transformers, which takes seconds. So --help and a wrong flag do not wait for it, and signals are
-    # already handled.
+    # These import transformers, which takes seconds; signals are handled already.
     from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
     from megatron_tiedlora.base.ownership import Owner
     from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
@@ -48,6 +53,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_table, write_results
     from megatron_tiedlora.evaluation.scores import score_answers
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.runtime.process_group import join_process_group
 
     is_main = rank == 0
     plan = plan_evaluation(settings, rank=rank, world_size=world_size)

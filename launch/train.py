@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.runtime.determinism import make_deterministic
-from megatron_tiedlora.runtime.ending import reported_end
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.runtime.process_group import join_process_group
-from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, Settings)
+    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.runtime.determinism import make_deterministic
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.process_group import join_process_group
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
     prepare_environment()
     if settings.deterministic:
         make_deterministic()
@@ -38,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
-        # These import DeepSpeed and transformers, which takes seconds: --help and a wrong flag do not wait for it, and
-        # signals are handled from here on.
+        # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
         from megatron_tiedlora.checkpoint.resume import Progress
         from megatron_tiedlora.training import build, compiling, finish, session
         from megatron_tiedlora.training.loop import Trainer

@@ -1,4 +1,7 @@
-"""Read the ranks from any launcher's variables, set what libraries read, and choose who reports a host's failure."""
+"""Read the ranks from any launcher's variables, set what libraries read, and choose who reports a host's failure.
+
+torch is imported where it is asked for GPUs: that takes a second, for which --help and a wrong flag do not wait.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from itertools import takewhile
 from pathlib import Path
 
 import psutil
-import torch
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.paths import user_path
@@ -41,6 +43,8 @@ def prepare_environment() -> None:
     Raises:
         UserError: Slurm's variables cannot be read.
     """
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
@@ -226,11 +230,15 @@ def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 def uses_gpu() -> bool:
     """Whether ranks of this host run on GPUs: torch sees one, and DS_ACCELERATOR does not name another device."""
+    import torch
+
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def visible_gpus() -> tuple[str, ...]:
     """The launcher's numbers of the GPUs in CUDA_VISIBLE_DEVICES (which `--include` overrides), or else of all GPUs."""
+    import torch
+
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     if named is None or not count:
