@@ -11,7 +11,7 @@ from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 EXAMPLE = """\
 example:
-  python tools/convert_nemo.py --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001
+  python tools/convert_nemo.py --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001-hf
 
 FILE may be split by tensor and pipeline parallelism. Its model must be a NeMo 1 GPT with LayerNorm1p, fast-swiglu, rope
 and a SentencePiece tokenizer; a setting that computes something else is rejected by name. Nothing is unpacked and no

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     )
     named = peft_base(source)
     show(f"exported {options.adapter} as LoRA of rank {rank} on {named}: {output}")
-    show(serve_hint(output, named, rank))
+    show(serve_hint(output, named, rank, source.shape))
     show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
     return 0
 

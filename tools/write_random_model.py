@@ -55,7 +55,10 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {
                 hf_name: draw_(
-                    torch.empty(shape, dtype=torch.bfloat16), full_shape=shape, seed=stream_seed(seed, hf_name)
+                    torch.empty(shape, dtype=torch.bfloat16),
+                    name=hf_name,
+                    full_shape=shape,
+                    seed=stream_seed(seed, hf_name),
                 )
                 for rule in rules
                 for hf_name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)

@@ -11,7 +11,7 @@ import torch
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
@@ -86,7 +86,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not go with random weights, or only with them.
     """
-    if settings.model in PRESETS:
+    if is_preset(settings.model):
         values = dict(PRESETS[settings.model])
     elif settings.random_weights:
         folder = find_model(settings.model, weights=False).folder

@@ -215,18 +215,20 @@ def draw_base_weights(
             with access(list(target.parameters.values())):
                 # Seeded by the stored name, so that copies of a tied embedding are equal.
                 own_seed = stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}")
-                target.load(draw_(target.empty_values(), full_shape=rule.shape, seed=own_seed))
+                name = rule.hf_names[0]
+                target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=own_seed))
 
 
-def draw_(target: torch.Tensor, *, full_shape: Sequence[int], seed: int) -> torch.Tensor:
+def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
     """Fill a tensor, or a shard of one of `full_shape`, with random values that preserve the scale of activations.
 
-    Vectors (norms) are set to one; other values are drawn from N(0, 1 / the full last dimension).
+    Biases (by the stored name) are set to zero, other vectors (norms) to one; other values are drawn from N(0, 1 / the
+    full last dimension).
 
     Returns:
         `target`.
     """
     if len(full_shape) == 1:
-        return target.fill_(1.0)
+        return target.fill_(0.0 if name.endswith(".bias") else 1.0)
     generator = torch.Generator(target.device).manual_seed(seed)
     return target.normal_(0.0, full_shape[-1] ** -0.5, generator=generator)

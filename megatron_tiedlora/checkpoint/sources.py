@@ -10,14 +10,22 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.shapes import Llama3Scaling, ModelShape, RopeShape
+from megatron_tiedlora.base.shapes import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelShape,
+    RopeShape,
+    YarnScaling,
+)
 from megatron_tiedlora.base.wording import first_line
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 
+_SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 
@@ -96,7 +104,7 @@ def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
     if isinstance(rope.scaling, Llama3Scaling):
         fields |= asdict(rope.scaling)
     elif rope.scaling is not None:
-        fields["scaling"] = {"kind": type(rope.scaling).__name__, **asdict(rope.scaling)}
+        fields["scaling"] = {"kind": _SCALINGS[type(rope.scaling)], **asdict(rope.scaling)}
     if rope.share != 1:
         fields["share"] = rope.share
     return fields
@@ -108,7 +116,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
     Raises:
         UserError: the model does not exist, its config is not readable, or it has a feature that is not implemented.
     """
-    if name in PRESETS:
+    if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
     folder = _local_folder(name)
     from_hub = folder is None

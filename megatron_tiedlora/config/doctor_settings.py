@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from megatron_tiedlora.config.fields import CommandSettings, optional_field, setting_field
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.presets import is_preset
 
 GROUPS = {
     "run": "which hosts are checked, and where the findings go",
@@ -69,7 +69,7 @@ class DoctorSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> DoctorSettings:
-        if self.model in PRESETS:
+        if self.model is not None and is_preset(self.model):
             raise ValueError(f"--model {self.model} is a shape without files to look for; give a folder or hub id")
         if self.ssh_port is not None and self.hostfile is None:
             raise ValueError("--ssh_port needs --hostfile: without one no host is reached by ssh")

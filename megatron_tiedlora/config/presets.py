@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+
 _LLAMA2: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -64,3 +67,11 @@ _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "gpt-2b-001": (_GPT_2B, (2048, 5440, 24, 16, 16)),
 }
 PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
+
+
+def is_preset(name: str) -> bool:
+    """Whether --model NAME means a preset: there is one of that name, and no such folder."""
+    try:
+        return name in PRESETS and not user_path(name).is_dir()
+    except UserError:  # it cannot be a path
+        return False

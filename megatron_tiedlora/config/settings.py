@@ -22,7 +22,7 @@ from megatron_tiedlora.config.fields import (
     setting_field,
     validate_settings,
 )
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
@@ -83,7 +83,7 @@ class Settings(CommandSettings):
     )
 
     model: str = setting_field(
-        "model", "demo, llama2-7b, llama2-13b, llama2-70b (shapes: dry runs only), a HF folder or hub id", DEFAULT_MODEL
+        "model", f"demo, a HF folder or hub id, or a shape for dry runs ({', '.join(PRESETS)})", DEFAULT_MODEL
     )
     tokenizer: str | None = optional_field(
         "model", "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)"
@@ -190,7 +190,7 @@ class Settings(CommandSettings):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled["task"] = DEFAULT_TASK
-        elif "task" not in filled and filled["model"] in PRESETS:
+        elif "task" not in filled and is_preset(as_given(filled["model"])):
             filled["task"] = "custom"  # a preset has no tokenizer, so its dry run reads no data
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not checked yet
@@ -221,7 +221,7 @@ class Settings(CommandSettings):
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
             )
-        if self.task == "custom" and self.train_file is None and self.model not in PRESETS:
+        if self.task == "custom" and self.train_file is None and not is_preset(self.model):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.base.shapes import BlockShape, ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base
@@ -114,8 +114,10 @@ def export_peft(
     return rank
 
 
-def serve_hint(output: Path, base: str, rank: int) -> str:
-    """How to serve the exported adapter with vLLM, and what to do if vLLM does not accept its rank."""
+def serve_hint(output: Path, base: str, rank: int, shape: ModelShape) -> str:
+    """How to serve the exported adapter with vLLM, and what to do if vLLM does not accept its rank or its model."""
+    if shape.final_norm.bias_name is not None:  # StableLM
+        return "vLLM serves this model without adapters; serve the merged model instead"
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
     if fitting is None:
         return f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"

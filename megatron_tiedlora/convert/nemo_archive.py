@@ -24,7 +24,7 @@ import torch
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.wording import first_line
 
-# Bytes of a pickle, and of what tells the members of an archive. A model of 96 layers needs a fifth of that.
+# Bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of that.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
 _MOST_PAX_FIELDS, _MOST_AXES = 64, 8
 

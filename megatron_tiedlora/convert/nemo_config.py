@@ -110,7 +110,7 @@ def read_nemo_model(archive: NemoArchive) -> NemoModel:
     """The settings of an archive's model.
 
     Raises:
-        UserError: names the setting that is missing, of no use, or computes something else.
+        UserError: a setting is missing, cannot be used, or computes something else; the message names it.
     """
     raw = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML)
     source = f"{archive.path}: {CONFIG_MEMBER}"

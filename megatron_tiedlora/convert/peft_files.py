@@ -82,7 +82,8 @@ def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) 
     if isinstance(targets, list) and targets:
         for name in targets:
             if not isinstance(name, str) or name.rpartition(".")[2] not in words:
-                raise UserError(f"{file}: target module {as_given(name)} is not supported; {', '.join(words)} are")
+                supported = ", ".join(words)
+                raise UserError(f"{file}: target module {as_given(name)} is not supported. Supported: {supported}")
     elif not isinstance(targets, str) or targets == "all-linear":
         raise UserError(f"{file}: target_modules = {shown(targets)} is not supported; list {', '.join(words)}")
     if not (layers is None or type(layers) is int or isinstance(layers, list)):

@@ -125,6 +125,16 @@ class HfConfig:
         return LengthLimit(size, f"sees {size} tokens at a time (sliding_window). Longer rows are not implemented")
 
 
+def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
+    """The limit of Qwen's windows, which layers have from `max_window_layers` on, or where `layer_types` says so."""
+    kinds, first = config.get("layer_types"), config.get("max_window_layers")
+    if kinds:
+        some = "sliding_attention" in kinds
+    else:
+        some = not isinstance(first, int) or first < config.size("num_hidden_layers")
+    return config.window(used=config.flag("use_sliding_window") and some)
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The fields of `folder/config.json`. Raises UserError naming the file."""
     return read_json_object(folder / "config.json", kind="a Hugging Face model folder or a hub id in --model")

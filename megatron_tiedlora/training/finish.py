@@ -177,7 +177,7 @@ def next_steps(trainer: Trainer) -> list[str]:
             + ("" if settings.tokenizer is None else f" --tokenizer {settings.tokenizer}"),
         ]
         lines.append(f"  python tools/verify_export.py --adapter {path / 'adapter'} --peft {peft}")
-    lines.append(f"  {serve_hint(peft, base, settings.rank)}")
+    lines.append(f"  {serve_hint(peft, base, settings.rank, trainer.plan.source.shape)}")
     return lines
 
 

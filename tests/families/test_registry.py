@@ -1,7 +1,8 @@
-"""Families of models: what a config means, what is rejected, and one with other biases at several layouts."""
+"""Families of models: what a config means, and what is rejected."""
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ from tiny_models import tiny_config, write_tiny_model
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import HeadShape, ModelShape, StoredRows
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
 from megatron_tiedlora.model.hf_config import HfConfig
 from megatron_tiedlora.model.hf_rope import read_rope
@@ -36,6 +37,15 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
 }
+
+
+FACTORS = {"short_factor": [1.5] * 4, "long_factor": [2.0] * 4}
+HASHES: list[tuple[dict[str, Any], str]] = [
+    ({}, "35e62db89a6e44fe"),
+    ({"rope_type": "linear", "factor": 2.0}, "49d40d55a98eb0b2"),
+    ({"rope_type": "yarn", "factor": 2.0}, "ff9545776698c3c8"),
+    ({"rope_type": "longrope", **FACTORS}, "156d0f2334fa6de8"),
+]
 
 
 # What a config means -----------------------------------------------------------------------------------------------
@@ -178,8 +188,11 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
     ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
-    ("qwen3_next", "it is a mixture of experts"), ("gemma2", "it caps its scores"),
+    ("qwen3_next", "it is a mixture of experts"), ("gemma2", "it has norms after attention and MLP"),
     ("gemma3", "its text model is part of a multimodal one"), ("falcon", "its attention and MLP have the same input"),
+    ("olmo2", "it has norms after attention and MLP"),
+    ("granite", "it multiplies what flows between its layers by factors"),
+    ("gemma3_text", "it has norms after attention and MLP"), ("nemotron", "its MLP has no gate"),
     ("gpt_neox", "its attention and MLP have the same input"),
 ])  # fmt: skip
 def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: str, reason: str) -> None:
@@ -188,6 +201,24 @@ def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: s
     values = AutoConfig.for_model(model_type).to_dict()
     with pytest.raises(UserError, match=f"^here: model_type '{model_type}' is not implemented, as {reason}. This"):
         shape_from_hf(values, source="here")
+
+
+@pytest.mark.parametrize(("rope", "start"), HASHES)
+def test_the_hash_of_a_base_stays(rope: dict[str, Any], start: str) -> None:
+    """It is stored with every adapter."""
+    values = {"model_type": "llama", **SIZES, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    assert ModelSource("x", None, shape_from_hf(values)).base_hash.startswith(start)
+
+
+@pytest.mark.parametrize(("changes", "limit"), [
+    ({"use_sliding_window": False}, 32768), ({"use_sliding_window": True}, 32768),
+    ({"use_sliding_window": True, "max_window_layers": 2}, 4096),
+    ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 4096),
+])  # fmt: skip
+def test_a_window_limits_rows_if_a_layer_has_it(changes: dict[str, Any], limit: int) -> None:
+    """There are 3 layers, and by default windows begin at layer 28."""
+    for model_type in ("qwen2", "qwen3"):
+        assert shape_from_hf({"model_type": model_type, **SIZES, **changes}).limit.tokens == limit
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -204,8 +235,12 @@ def test_what_qwen2_does_not_compute_is_rejected(changes: dict[str, Any], said: 
 
 def test_only_the_registry_imports_a_family() -> None:
     package = ROOT / "megatron_tiedlora"
-    names = [f"families.{name}" for name in FAMILIES]
-    assert not [file for file in package.rglob("*.py") if any(name in file.read_text() for name in names)]
+    names = {f"megatron_tiedlora.model.families.{name}" for name in FAMILIES}
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert f"{node.module}" not in names, file
+                assert not {f"{node.module}.{alias.name}" for alias in node.names} & names, file
 
 
 # Names and rows of stored tensors ----------------------------------------------------------------------------------

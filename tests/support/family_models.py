@@ -26,6 +26,7 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"family": "phi3", "original_max_position_embeddings": 64, "rope": LONGROPE},
     "phi3 mha": {"family": "phi3", "num_kv_heads": 4, "sliding_window": 64},
     "stablelm": {"family": "stablelm", "use_qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
+    "smollm3 mha": {"family": "smollm3", "no_rope_layer_interval": 3, "num_kv_heads": 4},
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "tied": True},
     "stablelm mha": {"family": "stablelm", "num_kv_heads": 4},
 }

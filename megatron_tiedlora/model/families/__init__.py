@@ -25,6 +25,12 @@ _REASONS = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps its scores"),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
 }
+_NORMS, _FACTORS = "it has norms after attention and MLP", "it multiplies what flows between its layers by factors"
+_OTHER_TYPES = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"), _NORMS),
+    **dict.fromkeys(("granite", "minicpm"), _FACTORS),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
+}
 
 
 def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
@@ -35,7 +41,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     """
     kind = values.get("model_type")
     if kind not in FAMILIES:
-        known, reason = ", ".join(FAMILIES), next((why for field, why in _REASONS.items() if values.get(field)), None)
+        known, reason = ", ".join(FAMILIES), _reason(values)
         because = "" if reason is None else f", as {reason}"
         raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
     family = import_module(f"{__name__}.{kind}")
@@ -43,3 +49,8 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     shape: ModelShape = family.read(config)
     config.reject_unread()
     return shape
+
+
+def _reason(values: Mapping[str, Any]) -> str | None:
+    known = _OTHER_TYPES.get(str(values.get("model_type")))
+    return known or next((why for field, why in _REASONS.items() if values.get(field)), None)

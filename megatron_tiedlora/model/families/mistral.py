@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the first of them."""
+"""Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
 
 from __future__ import annotations
 

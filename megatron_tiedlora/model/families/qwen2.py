@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
-from megatron_tiedlora.model.hf_config import HfConfig
+from megatron_tiedlora.model.hf_config import HfConfig, window_of_last_layers
 from megatron_tiedlora.model.hf_rope import read_rope
 
 DEFAULTS = {
@@ -18,10 +18,11 @@ DEFAULTS = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
+    "max_window_layers": 28,
 }
 
 
 def read(config: HfConfig) -> ModelShape:
     """The shape of a `Qwen2ForCausalLM`. Raises UserError for features that are not implemented."""
-    window = config.window(used=config.flag("use_sliding_window"))
+    window = window_of_last_layers(config)
     return gated_decoder(config, rope=read_rope(config), window=window, qkv_bias=True)

@@ -1,4 +1,4 @@
-"""SmolLM3: LLaMA's layers, some of which rotate nothing."""
+"""SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
 
 
 def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
-    """Norms are one; of a product's weights it is the full width that counts, and a copied embedding is a copy."""
+    """Norms are one and biases zero; of a product's weights it is the full width that counts, and a copied embedding is a copy."""
     source = find_model(str(tiny(tmp_path, tied=True)))
     rules = stage_weight_rules(source.shape, has_embedding=False)
     tp_size, parameters = 2, {}
@@ -55,7 +55,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
     for rule in rules:
         drawn = parameters[rule.name]
         if len(rule.shape) == 1:
-            assert bool((drawn == 1).all())
+            assert bool((drawn == (0 if rule.name.endswith("bias") else 1)).all())
         else:
             assert float(drawn.std()) == pytest.approx(rule.shape[-1] ** -0.5, rel=0.1)
     assert torch.equal(parameters["layers.0.weight"], parameters[rules[-1].name])

@@ -90,5 +90,5 @@ def test_longest_answer(value: int | None, positions: int, task: str, found: int
 
 @pytest.mark.parametrize("value", [256, 300])
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(value: int) -> None:
-    with pytest.raises(UserError, match=f"--max_new_tokens {value} .* 256 positions"):
+    with pytest.raises(UserError, match=f"--max_new_tokens {value} .* at most 256 tokens"):
         resolve_max_new_tokens(value, 256, 500)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_models import write_tiny_model
 
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters
 
@@ -22,6 +26,15 @@ def test_base_parameters_of_the_presets() -> None:
         "qwen3-32b": 32_762_123_264,
         "gpt-2b-001": 2_253_590_528,
     }
+
+
+def test_a_folder_of_a_preset_s_name_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_preset("gpt-2b-001") and find_model("gpt-2b-001").folder is None
+    folder = write_tiny_model(tmp_path / "gpt-2b-001", num_layers=1, tokenizer=False)
+    assert not is_preset("gpt-2b-001")
+    found = find_model("gpt-2b-001")
+    assert found.folder is not None and found.folder.resolve() == folder and found.shape.num_layers == 1
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -21,11 +21,14 @@ from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.model.families import shape_from_hf
 
 INDEX = "model.safetensors.index.json"
+PLAIN = shape_from_hf(PRESETS["llama2-7b"])
 
 # name: (model, sharded, adapted layers or all)
 CASES: dict[str, tuple[dict[str, Any], bool, tuple[int, ...] | None]] = {
@@ -364,13 +367,15 @@ def test_a_padded_rank_below_the_adapter_s_is_refused(
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
 def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
-    hint = serve_hint(Path("out dir/peft"), "org/base", rank)
+    hint = serve_hint(Path("out dir/peft"), "org/base", rank, PLAIN)
     assert hint.endswith(f"--max-lora-rank {served}")
     assert "vllm serve org/base --enable-lora --lora-modules 'tied=out dir/peft'" in hint
 
 
 def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
-    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 513)
+    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 513, PLAIN)
+    layer_norm = shape_from_hf({"model_type": "stablelm"})
+    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 8, layer_norm)
 
 
 def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:

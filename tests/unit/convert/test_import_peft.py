@@ -169,7 +169,7 @@ def refusal(base: Path, folder: Path) -> str:
         ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the base weights too"),
-        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj is not supported; q_proj, k_proj, v_proj are"),
+        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj is not supported. Supported: q_proj, k"),
         ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
         ({"target_modules": None}, "target_modules = None is not supported"),
         ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it

@@ -132,7 +132,7 @@ def rejection(base: Path, folder: Path) -> str:
         ({"lora_alpha": 8}, "lora_alpha = 8 is not a plain VeRA"),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain VeRA"),
         ({"r": None}, "r = None is not an integer from 1 to"),
-        ({"target_modules": ["k_proj", "o_proj"]}, "target module o_proj is not supported; q_proj, k_proj, v_proj are"),
+        ({"target_modules": ["k_proj", "o_proj"]}, "target module o_proj is not supported. Supported: q_proj, k"),
         ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2"),
     ],
 )
