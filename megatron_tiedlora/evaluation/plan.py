@@ -137,7 +137,6 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
     check_layout(model_shape, grid)
-    source.check_length("--max_length", settings.max_length or 0)
     max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.limit.tokens, task.max_new_tokens)
     prompt = longest_prompt(settings.max_length, model_shape.limit.tokens, max_new_tokens)
     if adapter is None:
@@ -184,17 +183,18 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         UserError: one is missing, they do not belong together, or they need another tokenizer.
     """
     if settings.adapter is None:
-        source = find_model(settings.model or DEFAULT_MODEL, weights=False)
+        source = _with_rows(settings, find_model(settings.model or DEFAULT_MODEL, weights=False))
         return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
         source, native = open_inputs(settings.adapter, settings.model)
+        _with_rows(settings, source)
         base = check_base(source, native, tokenizer=settings.tokenizer, differs=settings.base_differs)
         return source, native, "native", base.notes
     folder = user_path(settings.adapter)
     named = _named_base(folder)
     if not (settings.model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    source = find_base(folder, settings.model, named)
+    source = _with_rows(settings, find_base(folder, settings.model, named))
     if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)
@@ -203,6 +203,12 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         return source, adapter, "peft", ()
     notes = check_same_base(trained, adapter.base, source=str(folder), differs=settings.base_differs)
     return source, adapter, "peft", notes
+
+
+def _with_rows(settings: EvaluateSettings, source: ModelSource) -> ModelSource:
+    """`source`, which can have rows of --max_length tokens: said before a weight is read. Raises UserError."""
+    source.check_length("--max_length", settings.max_length or 0)
+    return source
 
 
 def _named_base(folder: Path) -> str:

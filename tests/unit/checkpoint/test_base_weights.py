@@ -43,7 +43,7 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
 
 
 def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
-    """Norms are one and biases zero; of a product's weights it is the full width that counts, and a copied embedding is a copy."""
+    """Norms are one and biases zero; for a matrix its full width counts, and a copied embedding is a copy."""
     source = find_model(str(tiny(tmp_path, tied=True)))
     rules = stage_weight_rules(source.shape, has_embedding=False)
     tp_size, parameters = 2, {}
