@@ -335,7 +335,7 @@ BAD: dict[str, tuple[int | None, Callable[[Models, Path], dict[str, Any]], list[
         lambda m, _: {"model": m.base, "output_dir": m.rows / "out"},
         ["--output_dir", "is a file; give a folder"],
     ),
-    "long_answer": (None, _given(max_new_tokens=256), ["--max_new_tokens 256", "256 positions"]),
+    "long_answer": (None, _given(max_new_tokens=256), ["--max_new_tokens 256", "at most 256 tokens"]),
     "long_length": (None, _given(max_length=257), ["--max_length 257", "256 positions"]),
     "heads": (4, _given(tensor_parallel=4), ["--tensor_parallel 4", "possible are 1, 2"]),
     "stages": (4, _given(pipeline_parallel=4), ["--pipeline_parallel 4", "3 layers"]),

@@ -178,7 +178,7 @@ def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -
     ("changes", "words"),
     [
         ({"eval_metric": "bleu"}, ("--eval_metric bleu", "custom", "loss or exact_match")),
-        ({"max_new_tokens": 256}, ("--max_new_tokens 256", "256 positions")),
+        ({"max_new_tokens": 256}, ("--max_new_tokens 256", "at most 256 tokens")),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

@@ -70,11 +70,13 @@ def measure_once() -> None:
     throughput.measured_peak(torch.device("cpu"), torch.float32)
 
 
+gc.disable()  # imports make objects that stay
 for module in MODULES:
     importlib.import_module(module)
 probe_builders()
 draw_once()
 measure_once()
+gc.enable()
 gc.set_threshold(20_000)  # ranks make many objects and few cycles: their collections took 5 % of all tests' time
 gc.freeze()  # else a collection in a rank writes to, and so copies, the pages of all that was imported here
 os.environ["PYTHONPATH"] = os.environ.pop("OWN_PYTHONPATH")  # the other one led here
