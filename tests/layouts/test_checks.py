@@ -221,9 +221,14 @@ EACH = [
     for value in (1e25, math.inf, math.nan)
     for stage in range(4)
 ]
+WAYS = [
+    (case, without_clipping(case)) if (index + index // 4) % 2 else (without_clipping(case), case)
+    for index, case in enumerate(EACH)
+]
+OTHER_NORMS = [other for other, _ in WAYS]  # slow
 NORMS = [
     # Each value at each stage, and with clipping or without: each value and each stage is seen with both.
-    *(without_clipping(case) if (index + index // 4) % 2 else case for index, case in enumerate(EACH)),
+    *(one for _, one in WAYS),
     not_finite(1e25, "B", 2, (1, 1, 2), step=3, zero=IN_PIECES),
     not_finite(1e25, "A", 3, (2, 1, 1), step=3),
     not_finite(1e25, "v", 3, (1, 2, 1), step=3),
@@ -231,7 +236,7 @@ NORMS = [
     without_clipping(Case("large-zero3", (1, 1, 2), LARGE, zero={"stage": 3})),
 ]
 CASES = [*HEALTHY, *CHANGED, *MORE_CHANGED, *GRADIENTS]
-assert len({case.name for case in (*CASES, *NORMS)}) == len(CASES) + len(NORMS)
+assert len({case.name for case in (*CASES, *NORMS, *OTHER_NORMS)}) == len(CASES) + len(NORMS) + len(OTHER_NORMS)
 
 Answer = Callable[[Case], EngineRun]
 
@@ -252,11 +257,12 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def answer(base: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
     asked for."""
-    starts = {"norms": SharedStarts(), "checks": SharedStarts()}
+    starts = {name: SharedStarts() for name in ("norms", "other norms", "checks")}
     folder = tmp_path_factory.mktemp("checks")
 
     def find(wanted: Case) -> EngineRun:
-        name, of_list = ("norms", NORMS) if wanted in NORMS else ("checks", CASES)
+        lists = {"norms": NORMS, "other norms": OTHER_NORMS, "checks": CASES}
+        name, of_list = next((name, of_list) for name, of_list in lists.items() if wanted in of_list)
         cases = [case for case in of_list if case.ranks == wanted.ranks]
         work = folder / f"{name}{wanted.ranks}"
         work.mkdir(exist_ok=True)
@@ -281,7 +287,11 @@ def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str
     return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True}
 
 
-@pytest.mark.parametrize("case", [*CASES, *NORMS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *NORMS, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHER_NORMS)],
+    ids=lambda case: case.name,
+)
 def test_checks(answer: Answer, case: Case) -> None:
     """A healthy run passes; a broken one stops on every rank with the same clear line, and saves nothing after."""
     run = answer(case)
