@@ -213,9 +213,8 @@ def draw_base_weights(
         for rule in tqdm(mine, desc="random weights", unit="tensor", disable=not progress, leave=False):
             target = targets[rule.name]
             with access(list(target.parameters.values())):
-                # Seeded by the stored name, so that copies of a tied embedding are equal.
-                own_seed = stream_seed(seed, f"{rule.hf_names[0]}/{tp_rank}")
                 name = rule.hf_names[0]
+                own_seed = stream_seed(seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
                 target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=own_seed))
 
 

@@ -182,19 +182,22 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     Raises:
         UserError: one is missing, they do not belong together, or they need another tokenizer.
     """
+    longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
-        source = _with_rows(settings, find_model(settings.model or DEFAULT_MODEL, weights=False))
+        source = find_model(settings.model or DEFAULT_MODEL, weights=False)
+        source.check_length("--max_length", longest)
         return source, None, "merged" if _is_merged(source) else "base", ()
     if adapter_kind(settings.adapter) == "native":
         source, native = open_inputs(settings.adapter, settings.model)
-        _with_rows(settings, source)
+        source.check_length("--max_length", longest)
         base = check_base(source, native, tokenizer=settings.tokenizer, differs=settings.base_differs)
         return source, native, "native", base.notes
     folder = user_path(settings.adapter)
     named = _named_base(folder)
     if not (settings.model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    source = _with_rows(settings, find_base(folder, settings.model, named))
+    source = find_base(folder, settings.model, named)
+    source.check_length("--max_length", longest)
     if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)
@@ -203,12 +206,6 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         return source, adapter, "peft", ()
     notes = check_same_base(trained, adapter.base, source=str(folder), differs=settings.base_differs)
     return source, adapter, "peft", notes
-
-
-def _with_rows(settings: EvaluateSettings, source: ModelSource) -> ModelSource:
-    """`source`, which can have rows of --max_length tokens: said before a weight is read. Raises UserError."""
-    source.check_length("--max_length", settings.max_length or 0)
-    return source
 
 
 def _named_base(folder: Path) -> str:

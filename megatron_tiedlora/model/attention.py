@@ -99,7 +99,6 @@ class Attention(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.deterministic = deterministic
-        self.local_heads = qkv.heads
         self.qkv = qkv
         self.output = output
 
@@ -120,7 +119,7 @@ class Attention(nn.Module):
             cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position.
         """
-        heads = self.local_heads
+        heads = self.qkv.heads
         context = AttentionContext(positions, rotation_table(positions, heads, dtype))
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
@@ -133,11 +132,11 @@ class Attention(nn.Module):
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
         """The kernel for attention among the tokens of one call, on `device` and in the dtype of activations."""
-        return choose_attention(device, dtype, self.local_heads.dim, deterministic=self.deterministic)
+        return choose_attention(device, dtype, self.qkv.heads.dim, deterministic=self.deterministic)
 
     def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         batch, length = positions.shape
-        kv_heads, group = self.local_heads.num_kv, self.local_heads.num // self.local_heads.num_kv
+        kv_heads, group = self.qkv.heads.num_kv, self.qkv.heads.num // self.qkv.heads.num_kv
         num_keys = cache.filled + length
         keys = torch.arange(padded(num_keys), device=positions.device)
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)

@@ -93,11 +93,6 @@ class TrafficCounter(TorchDispatchMode):
         self.traffic = Traffic()
         self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Else torch switches dynamo off and on again around every operation, which takes longer than the operation."""
-        return False
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count a collective, and run every operation."""
         if func.namespace == "c10d":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from native_files import with_adapter, write_native
 from oracle import OracleConfig
+from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
 from peft_models import logits_of, lora_model, share
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
@@ -24,8 +25,6 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +146,6 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refusal(base: Path, folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        load_peft_adapter(folder, find_model(str(base)))
-    message = str(caught.value)
-    assert message.startswith(str(folder)) and "\n" not in message
-    return message.removeprefix(f"{folder}/")
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -188,10 +179,8 @@ def refusal(base: Path, folder: Path) -> str:
 def test_what_is_not_a_plain_lora_is_refused_by_name(
     base: Path, plain: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    shutil.copytree(plain, tmp_path / "adapter")
-    content = json.loads((plain / CONFIG).read_text())
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(content | changes))
-    assert re.match(rf"{re.escape(CONFIG)}: {said}", refusal(base, tmp_path / "adapter"))
+    folder = with_fields(plain, tmp_path / "adapter", changes)
+    assert re.match(rf"{re.escape(CONFIG)}: {said}", rejection(base, folder))
 
 
 Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers"
@@ -216,20 +205,18 @@ Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.mod
 def test_tensors_that_do_not_fit_are_refused(
     base: Path, plain: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], said: str
 ) -> None:
-    shutil.copytree(plain, tmp_path / "adapter")
-    tensors = load_file(plain / WEIGHTS) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "adapter" / WEIGHTS)
-    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", refusal(base, tmp_path / "adapter"))
+    folder = with_tensors(plain, tmp_path / "adapter", changes)
+    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(base, folder))
 
 
 def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
-    assert refusal(base, tmp_path).startswith(f"{CONFIG}: no such file; expected a PEFT adapter folder")
+    assert rejection(base, tmp_path).startswith(f"{CONFIG}: no such file; expected a PEFT adapter folder")
     (tmp_path / CONFIG).write_text("{}")
-    assert refusal(base, tmp_path) == f"{CONFIG}: not a PEFT adapter (it has no peft_type); give another folder"
+    assert rejection(base, tmp_path) == f"{CONFIG}: not a PEFT adapter (it has no peft_type); give another folder"
     shutil.copy(plain / CONFIG, tmp_path)
-    assert refusal(base, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
+    assert rejection(base, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    assert refusal(base, tmp_path).startswith("adapter_model.bin: pickled weights are not read")
+    assert rejection(base, tmp_path).startswith("adapter_model.bin: pickled weights are not read")
 
 
 def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:

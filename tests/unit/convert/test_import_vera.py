@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
 from peft_models import logits_of, peft_model, share
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
 from megatron_tiedlora.convert.merge import merge_adapter
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +110,6 @@ def plain(separate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rejection(base: Path, folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        load_peft_adapter(folder, find_model(str(base)))
-    message = str(caught.value)
-    assert message.startswith(str(folder)) and "\n" not in message
-    return message.removeprefix(f"{folder}/")
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -139,10 +127,8 @@ def rejection(base: Path, folder: Path) -> str:
 def test_what_is_not_a_plain_vera_is_rejected_by_name(
     separate: Path, plain: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    shutil.copytree(plain, tmp_path / "adapter")
-    content = json.loads((plain / CONFIG).read_text())
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(content | changes))
-    assert re.match(rf"{re.escape(CONFIG)}: {said}", rejection(separate, tmp_path / "adapter"))
+    folder = with_fields(plain, tmp_path / "adapter", changes)
+    assert re.match(rf"{re.escape(CONFIG)}: {said}", rejection(separate, folder))
 
 
 K1, A, B = "base_model.model.model.layers.1.self_attn.k_proj", "base_model.vera_A", "base_model.vera_B"
@@ -167,7 +153,5 @@ K1, A, B = "base_model.model.model.layers.1.self_attn.k_proj", "base_model.vera_
 def test_tensors_that_do_not_fit_are_rejected(
     separate: Path, plain: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], said: str
 ) -> None:
-    shutil.copytree(plain, tmp_path / "adapter")
-    tensors = load_file(plain / WEIGHTS) | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "adapter" / WEIGHTS)
-    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(separate, tmp_path / "adapter"))
+    folder = with_tensors(plain, tmp_path / "adapter", changes)
+    assert re.match(rf"{re.escape(WEIGHTS)}: {said}", rejection(separate, folder))
