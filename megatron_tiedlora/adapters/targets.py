@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape
@@ -44,12 +45,29 @@ class Target:
         return "" if self.name == QKV else f"{self.name}."
 
 
-def targets_of(shape: ModelShape) -> tuple[Target, ...]:
-    """All linears of the model's blocks that can be adapted."""
-    adaptable = shape.block.adaptable
-    return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable.items())
+def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target, ...]:
+    """The model's linears of these names, in the order of their computation."""
+    adaptable = shape.block.adaptable.items()
+    return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable if name in names)
+
+
+def sized_targets(
+    names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
+) -> tuple[Target, ...]:
+    """The same from the sizes that an adapter's file has, for reading it without its base.
+
+    Args:
+        intermediate_size: only `gate_up` and `down_proj` need it.
+    """
+    known = (
+        qkv_target(hidden_size, qkv_rows),
+        Target("o_proj", qkv_rows[0], (hidden_size,), "row"),
+        Target("gate_up", hidden_size, (intermediate_size, intermediate_size), "column"),
+        Target("down_proj", intermediate_size, (hidden_size,), "row"),
+    )
+    return tuple(target for target in known if target.name in names)
 
 
 def qkv_target(hidden_size: int, qkv_rows: tuple[int, int, int]) -> Target:
-    """The fused query, key and value projection, from the sizes that files write out."""
+    """The fused query, key and value projection alone."""
     return Target(QKV, hidden_size, qkv_rows, "column")

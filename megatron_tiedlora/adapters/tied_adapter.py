@@ -57,7 +57,14 @@ class AdapterConfig:
     @property
     def facts(self) -> dict[str, Any]:
         """The fields that records of runs, scores and conversions have."""
-        return {"method": self.method, "rank": self.rank, "alpha": self.alpha, "layers": list(self.layers)}
+        targets = [target.name for target in self.targets]
+        return {
+            "method": self.method,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "layers": list(self.layers),
+            "targets": targets,
+        }
 
     @property
     def tensors(self) -> dict[str, tuple[Target, str]]:

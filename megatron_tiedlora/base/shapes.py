@@ -13,6 +13,7 @@ from typing import Literal
 
 Cut = Literal["column", "row", "vocabulary"]
 QKV = "qkv"  # the target whose tensors have no prefix in files: A, B, u and v
+TARGET_NAMES = (QKV, "o_proj", "gate_up", "down_proj")  # the linears of a block, in the order of their computation
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class BlockShape:
     @property
     def adaptable(self) -> dict[str, LinearShape]:
         """The linears that an adapter can change, by the names that users and files have for them."""
-        return {QKV: self.qkv}
+        return dict(zip(TARGET_NAMES, self.linears, strict=True))
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:

@@ -25,7 +25,10 @@ OLD_BASE_NOTE = (
 )
 
 
-SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHAPE_FIELDS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "intermediate_size",
+)
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash")  # unknown in files of earlier versions
 
@@ -35,6 +38,7 @@ class BaseIdentity:
     """Which base model an adapter was trained on. The fields have the names that they have in files.
 
     Attributes:
+        intermediate_size: None if unknown, as for an adapter of QKV alone.
         base_model: as the user gave it to --model.
         base_hash: hash of the shape, `ModelSource.base_hash`.
         base_weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few
@@ -50,6 +54,7 @@ class BaseIdentity:
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
+    intermediate_size: Size | None = None
     base_model: Text
     base_hash: Text
     base_weights_hash: Text
@@ -109,6 +114,7 @@ def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> Bas
         num_attention_heads=shape.heads.num,
         num_key_value_heads=shape.heads.num_kv,
         head_dim=shape.heads.dim,
+        intermediate_size=shape.intermediate_size,
         base_model=source.name,
         base_hash=source.base_hash,
         base_weights_hash=weights_hash,
@@ -127,7 +133,7 @@ def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, .
     return tuple(what for what, differs in differ.items() if differs)
 
 
-def _differ(one: str | None, other: str | None) -> bool:
+def _differ(one: str | int | None, other: str | int | None) -> bool:
     return None not in (one, other) and one != other
 
 
@@ -145,7 +151,7 @@ def check_same_base(
     """
     for field in SHAPE_FIELDS:
         value, other = getattr(trained, field), getattr(found, field)
-        if other != value:
+        if _differ(value, other):
             raise UserError(
                 f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
                 " give its own base with --model"

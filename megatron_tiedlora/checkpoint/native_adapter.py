@@ -1,4 +1,8 @@
-"""The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout."""
+"""The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout.
+
+Format version 1 is for adapters of QKV alone; version 2 names its targets, and has the fields that PEFT's loaders ask
+of every method.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
-from megatron_tiedlora.adapters.targets import qkv_target
+from megatron_tiedlora.adapters.targets import sized_targets
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import Count, Real, Size, Text, read_fields, read_json_object
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.base.shapes import QKV, ModelShape
+from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_seal, sealed
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
@@ -27,7 +31,7 @@ from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.messages import SentTensor
 
-FORMAT_VERSION = 1
+PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter of format version 2
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
@@ -68,8 +72,7 @@ def write_adapter_files(
 ) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
-    stored = StoredAdapter.of(config, base).fields()
-    content = {"format_version": FORMAT_VERSION, **stored, "version": __version__}
+    content = {**StoredAdapter.of(config, base).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
 
 
@@ -88,7 +91,11 @@ def save_adapter(
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter(BaseIdentity):
-    """The record in adapter_config.json: an adapter's config, beside the identity of its base."""
+    """The record in adapter_config.json: an adapter's config, beside the identity of its base.
+
+    Attributes:
+        targets: None in format version 1.
+    """
 
     method: Text
     rank: Size
@@ -99,24 +106,35 @@ class StoredAdapter(BaseIdentity):
     init_std_a: Real
     init_std_b: Real
     dtype: Literal["bf16", "fp32"]
+    targets: list[Text] | None = None
 
     @staticmethod
     def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
         """The record of an adapter."""
-        assert [target.name for target in config.targets] == [QKV], "the file has no field for other targets yet"
-        shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
-        return StoredAdapter(**{**asdict(base), **shared, "layers": list(config.layers)}, qkv_layout=_LAYOUT)
+        shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
+        targets = [target.name for target in config.targets]
+        new = dict.fromkeys(_NEW) if targets == [QKV] else {"targets": targets}
+        return StoredAdapter(**{**asdict(base), **shared, "layers": list(config.layers), **new}, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
-        return {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
+        values = {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
+        if self.targets is None:
+            return {"format_version": 1, **values}
+        for_peft = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base_model}
+        return {"format_version": 2, **for_peft, "inference_mode": True, **values}
 
     @property
     def config(self) -> AdapterConfig:
         """The adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
-        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
-        targets = (qkv_target(self.hidden_size, (query, kv, kv)),)
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED - {"targets"}}
+        targets = sized_targets(
+            self.targets or (QKV,),
+            hidden_size=self.hidden_size,
+            qkv_rows=(query, kv, kv),
+            intermediate_size=self.intermediate_size or 0,
+        )
         return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
 
     @property
@@ -140,12 +158,19 @@ class StoredAdapter(BaseIdentity):
             raise UserError(f"{file}: layers {shown(self.layers)} are not among 1 to {self.num_layers}")
         if self.layers != sorted(set(self.layers)):
             raise UserError(f"{file}: layers {shown(self.layers)} are not in ascending order")
+        if self.targets is not None:
+            if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
+                known = ", ".join(TARGET_NAMES)
+                raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
+            if self.intermediate_size is None:
+                raise UserError(f"{file}: intermediate_size is missing")
 
 
 _SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
 _LAYOUT = "q|k|v"
+_NEW = ("targets", "intermediate_size")  # not in version 1
 _ORDER = (  # of the fields in the file
-    *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "layers", "base_model", *HASH_FIELDS),
+    *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),
     *("seed", "init_std_a", "init_std_b", "dtype"),
 )
 
@@ -192,11 +217,16 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, s
     """(config, base, checksums of the other files)."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
-    if "peft_type" in content:
+    if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{file}: format_version {shown(content.get('format_version'))} is not {FORMAT_VERSION}")
+    version = content.get("format_version")
+    if type(version) is not int or version not in (1, 2):
+        raise UserError(f"{file}: format_version {shown(version)} is not 1 or 2")
     sums = check_seal(file, content)
-    stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
+    optional = OPTIONAL_FIELDS
+    if version == 1:
+        content = {name: value for name, value in content.items() if name not in _NEW}
+        optional += _NEW
+    stored = read_fields(file, content, StoredAdapter, optional=optional)
     stored.check(file)
     return stored.config, stored.base, sums
