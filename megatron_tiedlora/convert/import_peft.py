@@ -1,23 +1,39 @@
 """Reads a PEFT adapter folder as the exactly equal native adapter of a base.
 
-Its kind's own module reads it: `import_lora` or `import_vera`.
+Its kind's own module reads it: `import_lora` or `import_vera`. In our own exports the native adapter travels along.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    WEIGHTS_FILE,
+    NativeAdapter,
+    check_update,
+    load_adapter,
+)
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_lora import read_lora
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_as_peft
 from megatron_tiedlora.convert.import_vera import read_vera
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER
 
 
 def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
@@ -36,18 +52,40 @@ def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
             raise UserError(f"--adapter {folder}: this is a model folder; give it with --model")
         raise UserError(f"--adapter {folder}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
-    if "peft_type" in content:
+    if _is_peft(content):
         return "peft"
     if "format_version" in content:
         return "native"
     raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
 
 
-def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
-    """Read a PEFT LoRA or VeRA adapter as a native adapter of `source`.
+def _is_peft(content: Mapping[str, Any]) -> bool:
+    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
-    PEFT's files do not record the weights they were trained on. So only shapes are checked, and the adapter's base is
-    `source` itself with the given `tokenizer`. For our own exports, `exported_base` knows more.
+
+@dataclass(frozen=True)
+class PeftContent:
+    """A PEFT adapter folder, read as a native adapter of a model that need not be its base.
+
+    Attributes:
+        state: full fp32 tensors.
+        native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
+        trains_as_peft: whether training goes on as PEFT's would, if PEFT has one A for modules that are fused here.
+        notes: what a user should know.
+    """
+
+    config: AdapterConfig
+    state: Mapping[str, torch.Tensor]
+    native: NativeAdapter | None
+    trains_as_peft: bool
+    notes: tuple[str, ...]
+
+
+def read_peft(folder: Path, source: ModelSource) -> PeftContent:
+    """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used.
+
+    PEFT's files count. If the folder has a native adapter that gives their tensors bit for bit, that adapter is taken,
+    because it is the same and tied.
 
     Raises:
         UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
@@ -55,19 +93,90 @@ def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | Non
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
-    if "peft_type" not in content:
-        raise UserError(f"{file}: not a PEFT adapter (it has no peft_type); give another folder")
+    if not _is_peft(content):
+        what = "it is a native one" if "peft_type" in content else "it has no peft_type"
+        raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
+    native: NativeAdapter | None = None
+    notes: tuple[str, ...] = ()
+    state: Mapping[str, torch.Tensor]
     match content["peft_type"]:
         case "LORA":
-            config, state = read_lora(folder, content, source)
+            lora = read_lora(folder, content, source)
+            native, notes = _travelled(folder, lora, source)
+            config, state = native_lora(lora, source) if native is None else (native.config, native.state)
+            as_peft = native is None and trains_as_peft(lora, source)
         case "VERA":
             config, state = read_vera(folder, content, source)
+            as_peft = config.method == "vera"
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
+    if not SMALLEST_ALPHA <= config.alpha <= LARGEST_ALPHA:
+        bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
+        raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
+    check_update(config, state, source=folder / WEIGHTS_FILE)
+    return PeftContent(config, state, native, as_peft, notes)
+
+
+def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:
+    """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
+    inside = folder / NATIVE_FOLDER
+    if not os.path.lexists(inside):
+        return None, ()
+    try:
+        for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
+            if path.is_symlink():
+                raise UserError(f"{path} is a link")
+        native = load_adapter(inside)
+    except UserError as error:
+        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
+    if _gives(native, lora, source):
+        return native, ()
+    changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
+    return None, (f"{changed}; they were changed after the export",)
+
+
+def _gives(native: NativeAdapter, lora: Lora, source: ModelSource) -> bool:
+    """Whether the export of a native adapter has the modules and tensors of `lora`, bit for bit."""
+    config, block = native.config, source.shape.block
+    fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
+    if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
+        return False
+    found = {}
+    for (layer, module), pair in lora.pairs.items():
+        name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
+        found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
+    exported = peft_tensors(source, native, rank=lora.rank)
+    return exported.keys() == found.keys() and all(_same_bits(exported[name], found[name]) for name in found)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two fp32 tensors are equal, also in the sign of a zero."""
+    return torch.equal(*(tensor.contiguous().view(torch.int32) for tensor in (one, other)))
+
+
+def load_peft_adapter(
+    folder: Path, source: ModelSource, *, tokenizer: str | None = None, say: Callable[[str], object] = str
+) -> NativeAdapter:
+    """Read a PEFT LoRA or VeRA adapter as a native adapter of `source`; see `read_peft`.
+
+    PEFT's files do not record the weights they were trained on. So only shapes are checked, and the adapter's base is
+    `source` itself with the given `tokenizer`, unless the native adapter travelled along: that has its own base. For
+    our own exports, `exported_base` knows more.
+
+    Args:
+        say: called with each note.
+
+    Raises:
+        UserError: as `read_peft`.
+    """
+    content = read_peft(folder, source)
+    for note in content.notes:
+        say(note)
+    if content.native is not None:
+        return content.native
     with BaseWeights(source.weights_folder(), source.shape) as weights:
         base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
-    check_update(config, state, source=folder / WEIGHTS_FILE)
-    return NativeAdapter(config, base, state)
+    return NativeAdapter(content.config, base, content.state)
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
