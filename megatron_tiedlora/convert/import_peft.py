@@ -80,6 +80,25 @@ class PeftContent:
     trains_as_peft: bool
     notes: tuple[str, ...]
 
+    def of_base(self, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
+        """The native adapter that travelled along, with its own base; else a native adapter of `source`, used with the
+        given tokenizer."""
+        if self.native is not None:
+            return self.native
+        with BaseWeights(source.weights_folder(), source.shape) as weights:
+            base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
+        return NativeAdapter(self.config, base, self.state)
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    file = folder / CONFIG_FILE
+    content = read_json_object(file, kind="a PEFT adapter folder")
+    if not _is_peft(content):
+        what = "it is a native one" if "format_version" in content else "it has no peft_type"
+        raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
+    return content
+
 
 def read_peft(folder: Path, source: ModelSource) -> PeftContent:
     """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used.
@@ -91,11 +110,7 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
         UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
             or tensors are missing, unknown, not finite, or do not have the shapes of `source`.
     """
-    file = folder / CONFIG_FILE
-    content = read_json_object(file, kind="a PEFT adapter folder")
-    if not _is_peft(content):
-        what = "it is a native one" if "peft_type" in content else "it has no peft_type"
-        raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
+    file, content = folder / CONFIG_FILE, read_peft_config(folder)
     native: NativeAdapter | None = None
     notes: tuple[str, ...] = ()
     state: Mapping[str, torch.Tensor]
@@ -172,11 +187,7 @@ def load_peft_adapter(
     content = read_peft(folder, source)
     for note in content.notes:
         say(note)
-    if content.native is not None:
-        return content.native
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
-        base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
-    return NativeAdapter(content.config, base, content.state)
+    return content.of_base(source, tokenizer=tokenizer)
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
