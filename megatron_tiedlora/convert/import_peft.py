@@ -36,21 +36,21 @@ from megatron_tiedlora.convert.import_vera import read_vera
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER
 
 
-def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
-    """Which kind of adapter a folder holds.
+def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
+    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
         UserError: it holds no adapter; for a run or model folder the message says what to give instead.
     """
-    path = user_path(folder)
+    path, flag = user_path(folder), flag or f"--adapter {folder}"
     if not path.is_dir():
-        raise UserError(f"--adapter {folder}: no such folder")
+        raise UserError(f"{flag}: no such folder")
     if not (path / CONFIG_FILE).is_file():
         if (path / "adapter" / CONFIG_FILE).is_file():
-            raise UserError(f"--adapter {folder}: this is a run folder; give {Path(folder) / 'adapter'}")
+            raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
         if (path / "config.json").is_file():
-            raise UserError(f"--adapter {folder}: this is a model folder; give it with --model")
-        raise UserError(f"--adapter {folder}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
+            raise UserError(f"{flag}: this is a model folder; give it with --model")
+        raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
     if _is_peft(content):
         return "peft"
@@ -70,14 +70,15 @@ class PeftContent:
     Attributes:
         state: full fp32 tensors.
         native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
-        trains_as_peft: whether training goes on as PEFT's would, if PEFT has one A for modules that are fused here.
+        apart: why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused here;
+            None if it does not.
         notes: what a user should know.
     """
 
     config: AdapterConfig
     state: Mapping[str, torch.Tensor]
     native: NativeAdapter | None
-    trains_as_peft: bool
+    apart: str | None
     notes: tuple[str, ...]
 
     def of_base(self, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
@@ -112,6 +113,7 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
     """
     file, content = folder / CONFIG_FILE, read_peft_config(folder)
     native: NativeAdapter | None = None
+    apart: str | None = None
     notes: tuple[str, ...] = ()
     state: Mapping[str, torch.Tensor]
     match content["peft_type"]:
@@ -119,17 +121,19 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
             lora = read_lora(folder, content, source)
             native, notes = _travelled(folder, lora, source)
             config, state = native_lora(lora, source) if native is None else (native.config, native.state)
-            as_peft = native is None and trains_as_peft(lora, source)
+            if native is None and not trains_as_peft(lora, source):
+                apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
         case "VERA":
             config, state = read_vera(folder, content, source)
-            as_peft = config.method == "vera"
+            if config.method != "vera":
+                apart = "its vectors are a part of the A and B of a lora here"
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
     if not SMALLEST_ALPHA <= config.alpha <= LARGEST_ALPHA:
         bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
         raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
     check_update(config, state, source=folder / WEIGHTS_FILE)
-    return PeftContent(config, state, native, as_peft, notes)
+    return PeftContent(config, state, native, apart, notes)
 
 
 def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:

@@ -102,7 +102,7 @@ def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
     source, adapter = imported(peft, base, tmp_path / "peft")
     stored = load_file(tmp_path / "peft" / WEIGHTS)
     assert (adapter.config.method, [target.name for target in adapter.config.targets]) == ("vera", targets)
-    assert read_peft(tmp_path / "peft", source).trains_as_peft
+    assert read_peft(tmp_path / "peft", source).apart is None
     for target in adapter.config.targets:
         a, b = (adapter.state[target.prefix + factor] for factor in "AB")
         assert torch.equal(a, stored["base_model.vera_A"][:, : target.in_size])
@@ -116,7 +116,7 @@ def test_on_parts_it_is_a_native_lora(separate: Path, tmp_path: Path, name: str)
     peft = vera_model(separate, r=3, **options)
     source, adapter = imported(peft, separate, tmp_path / "peft")
     assert (adapter.config.method, adapter.config.rank, adapter.config.layers) == ("lora", 3, layers)
-    assert not read_peft(tmp_path / "peft", source).trains_as_peft
+    assert read_peft(tmp_path / "peft", source).apart is not None
     merge_adapter(source, adapter, tmp_path / "merged")
     expected = peft.merge_and_unload().state_dict()
     for weight, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
