@@ -48,37 +48,35 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.convert.open_adapter import open_adapter
     from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
-    output = options.output
-    stop = StopRequests(launchers=[])
-    stop.install()
+    output, stop = options.output, StopRequests(launchers=[])
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    reject_existing(output, flag=f"--output {output}")
     try:
-        reject_existing(output, flag=f"--output {output}")
-        opened = open_adapter(
-            options.adapter, options.model, tokenizer=options.tokenizer, differs=options.base_differs
-        )
-        source = opened.source
-        for note in opened.notes:
-            show(f"note: {note}")
-        with stop.deferred():  # a signal ends the merge between two blocks, where it can clean up
-            merge_adapter(
-                source,
-                opened.adapter,
-                output,
-                dtype=dtypes[options.dtype],
-                tokenizer=options.tokenizer,
-                base_differs=options.base_differs,
-                say=lambda note: show(f"note: {note}"),
-                new=partial(new_output, take_over=options.take_over, journal=JOURNAL),
-                between=stop.raise_if_requested,
-                progress=True,
+        with stop.installed():
+            opened = open_adapter(
+                options.adapter, options.model, tokenizer=options.tokenizer, differs=options.base_differs
             )
+            for note in opened.notes:
+                show(f"note: {note}")
+            with stop.deferred():  # a signal ends the merge between two blocks, where it can clean up
+                merge_adapter(
+                    opened.source,
+                    opened.adapter,
+                    output,
+                    dtype=dtypes[options.dtype],
+                    tokenizer=options.tokenizer,
+                    base_differs=options.base_differs,
+                    say=lambda note: show(f"note: {note}"),
+                    new=partial(new_output, take_over=options.take_over, journal=JOURNAL),
+                    between=stop.raise_if_requested,
+                    progress=True,
+                )
     except RunStopped as stopped:
         show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
         return exit_status(stopped.signal_number)
-    show(f"merged {options.adapter} into {source.name}: {output}")
+    show(f"merged {options.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
-        show(f"{source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
+        show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
     if opened.kind == "native":
         show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
     return 0

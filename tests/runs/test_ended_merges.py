@@ -1,5 +1,7 @@
-"""Merges that are ended by signals: the output is there whole or not at all, SIGTERM and Ctrl-C leave nothing, and after
-SIGKILL the same command keeps the files that are whole."""
+"""Merges that are ended by signals: the output is there whole or not at all, SIGTERM and Ctrl-C leave nothing behind.
+
+After SIGKILL the same command keeps the files that are whole.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +143,7 @@ def test_after_a_kill_the_same_command_goes_on(case: Case, moment: str) -> None:
 
 
 def test_the_files_of_a_merge_that_was_taken_over_while_it_slept(case: Case) -> None:
-    """It is suspended in a file; another goes on with the whole ones, and what the first writes when it wakes is lost."""
+    """It is suspended in a file, and another goes on with the whole ones. What it writes when it wakes up is lost."""
     old = case.start(prelude=partial(kill_at_call, FILE, "_write", call=12, number=signal.SIGSTOP))
     deadline = time.monotonic() + 60
     while Path(f"/proc/{old.processes[0].pid}/stat").read_text().split(")")[1].split()[0] != "T":
