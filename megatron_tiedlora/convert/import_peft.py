@@ -160,7 +160,7 @@ def _gives(native: NativeAdapter, lora: Lora, source: ModelSource) -> bool:
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
         return False
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.pairs.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}

@@ -107,8 +107,8 @@ def import_peft(
         if content.native is not None:
             copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
         else:
-            tokenizer = {"tokenizer": trained.tokenizer, "tokenizer_hash": trained.tokenizer_hash}
-            write_adapter_files(temporary, adapter.config, replace(adapter.base, **tokenizer), adapter.state)
+            own = replace(adapter.base, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
+            write_adapter_files(temporary, adapter.config, own, adapter.state)
     return adapter.config
 
 
