@@ -362,7 +362,9 @@ def _engine_bytes(stage: StagePlan, *, tokens: int) -> float:
     """
     layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
     if layout.pp_size == 1:
-        most = layout.live_parameters + max(stage.local_base)
+        block = stage.shape.block  # the linears of an MLP are gathered together
+        mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size
+        most = layout.live_parameters + max(mlp, *stage.local_base)
         gathers = layout.zero_stage == 3 and layout.dp_size > 1
         return float(layout.base_bytes(min(sum(stage.local_base), most))) if gathers else 0.0
     once = of_token.hidden
