@@ -19,7 +19,6 @@ from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel import collectives
-from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
@@ -60,6 +59,14 @@ def regions() -> dict[str, tuple[Region, bool, bool]]:
     for dim in (0, 1, 2, -1):
         found[f"gather_from {dim}"] = (
             lambda tensor, group, dim=dim: collectives.gather_from_tensor_parallel_region(tensor, group, dim),
+            False,
+            False,
+        )
+    for dim in (0, 1):
+        found[f"gather_together {dim}"] = (
+            lambda tensor, group, dim=dim: torch.cat(
+                [part.flatten() for part in collectives.gather_together((tensor, 2 * tensor[0]), group, (dim, 1))]
+            ),
             False,
             False,
         )
@@ -388,21 +395,3 @@ def test_the_grid_is_deepspeeds() -> None:
 def test_a_world_that_does_not_divide_is_refused(world_size: int, tp_size: int, pp_size: int, fix: str) -> None:
     with pytest.raises(UserError, match=fix):
         Grid(0, world_size, tp_size=tp_size, pp_size=pp_size)
-
-
-def test_an_early_backward_pass_is_for_its_input_alone() -> None:
-    """The factor that comes in later scales the gradient; another tensor gets none, rather than an unscaled one."""
-    hidden, other = torch.arange(3.0, requires_grad=True), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    factor, frozen = torch.tensor([1.0, 0.5, 2.0], requires_grad=True), torch.ones(3)
-
-    def function(inner: torch.Tensor, nothing: None, factor: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
-        assert nothing is None
-        return (inner * inner * factor * frozen * other).sum()
-
-    loss = run_with_early_backward(function, hidden * 1, None, factor, frozen)
-    assert loss.item() == 33.0 and hidden.grad is None
-    (loss / 8).backward()
-    expected = 2 * hidden * other * factor / 8, hidden * hidden * other / 8
-    for found, gradient in zip((hidden.grad, factor.grad), expected, strict=True):
-        torch.testing.assert_close(found, gradient.detach(), rtol=0, atol=0)
-    assert other.grad is None and frozen.grad is None
