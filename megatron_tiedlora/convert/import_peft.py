@@ -70,9 +70,9 @@ class PeftContent:
     Attributes:
         state: full fp32 tensors.
         native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
-        apart: why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused here;
-            None if it does not.
-        notes: what a user should know.
+        apart: says why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused
+            here; None if it does not.
+        notes: what else a user should know.
     """
 
     config: AdapterConfig
@@ -133,6 +133,8 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
         bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
         raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
     check_update(config, state, source=folder / WEIGHTS_FILE)
+    if apart is not None:
+        apart = f"{folder}: {apart}, so training goes on differently from PEFT's"
     return PeftContent(config, state, native, apart, notes)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import ROOT
 from native_files import reseal, with_adapter
-from peft_models import logits_of, share
+from peft_models import logits_of, lora_model, share
 from run_files import files_of
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
@@ -172,7 +172,7 @@ def test_changed_peft_files_count(base: Path, tmp_path: Path, change: str) -> No
 
     source, native = exported(base, tmp_path, pad_rank_to=8)
     CHANGES[change](tmp_path / "peft")
-    (note,) = imported(source, tmp_path)
+    note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
     back = load_adapter(tmp_path / "back")
     assert back.config.method == "lora" and back.base == native.base
@@ -274,6 +274,12 @@ def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pyte
         f"train it further with: --init_from {tmp_path}/back",
     ]
     assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
+    lora_model(base, r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "lora")
+    assert import_tool.main(["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
+    note, said, _ = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
+    assert note.endswith("so training goes on differently from PEFT's")
+    assert f"as lora of rank 4 on qkv of 3 layers of {base}" in said
 
 
 def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) -> None:
