@@ -169,7 +169,7 @@ def slow_blocks() -> None:
 
 
 def test_random_moments(case: Case) -> None:
-    end_at_random(case, kills=2, seconds=0.3, prelude=slow_blocks)
+    end_at_random(case, kills=2, prelude=slow_blocks)
 
 
 @pytest.mark.slow
@@ -179,40 +179,46 @@ def test_twenty_random_moments_of_each_signal(tmp_path: Path) -> None:
     write_wide_model(tmp_path / "model", file_bytes=200 * 10**6, num_hidden_layers=8, **sizes)
     write_wide_adapter(tmp_path / "adapter", tmp_path / "model", TARGET_NAMES)
     case = Case(tmp_path)
-    started = time.monotonic()
     case.merge(tmp_path / "whole").expect(0)
-    end_at_random(case, kills=20, seconds=time.monotonic() - started)
+    print(f"\n{end_at_random(case, kills=20)} whole files were kept")
 
 
-def end_at_random(case: Case, *, kills: int, seconds: float, prelude: Prelude | None = None) -> None:
-    """End merges by SIGTERM and by SIGKILL, `kills` times each, within `seconds` after they have begun to write."""
-    draw, figures = random.Random(18), {"kept": 0, "ended": 0}
-    for number in [signal.SIGTERM, signal.SIGKILL] * kills:
-        shutil.rmtree(case.output, ignore_errors=True)
-        world = case.start(prelude=prelude)
-        while not case.hidden() and world.processes[0].exitcode is None:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, seconds))
-        if world.processes[0].exitcode is None:
-            os.kill(world.processes[0].pid, number)
-        ended = world.wait()
-        if ended.status == 0:  # it was over, or as good as
-            case.check_output()
-            continue
-        figures["ended"] += 1
-        assert not case.output.exists() or sums(case.output) == sums(case.folder / "whole")
+def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> int:
+    """End merges by SIGTERM and by SIGKILL, `kills` times each, at random moments of the time in which they write.
+
+    Returns:
+        how many files the merges after SIGKILL have kept.
+    """
+    seconds, draw, kept = 0.0, random.Random(18), 0
+    for number in [None, *[signal.SIGTERM, signal.SIGKILL] * kills]:
+        status = 0
+        while status == 0:  # a merge that was over before its signal, or as good as, is started again
+            shutil.rmtree(case.output, ignore_errors=True)
+            world = case.start(prelude=prelude)
+            while not case.hidden() and world.processes[0].exitcode is None:
+                time.sleep(0.001)
+            started = time.monotonic()
+            if number is not None:
+                time.sleep(draw.uniform(0, seconds))
+                if world.processes[0].exitcode is None:
+                    os.kill(world.processes[0].pid, number)
+            ended = world.wait()
+            if (status := ended.status) == 0:
+                case.check_output()
+            if number is None:
+                seconds = time.monotonic() - started
+                break
         if number == signal.SIGTERM:
             check_stopped(ended, number, case.output)
             assert not case.output.exists() and not case.hidden()
-            continue
-        ended.expect(-signal.SIGKILL)
-        kept = case.whole_files()
-        figures["kept"] += len(kept)
-        if case.output.exists():
-            assert not kept
-        else:
-            case.merge().expect(0)
-            assert kept.items() <= case.inodes().items()
-        case.check_output()
-    print(f"\n{figures['ended']} of {2 * kills} merges were ended; {figures['kept']} whole files were kept")
-    assert figures["ended"] > kills and figures["kept"] > kills
+        elif number == signal.SIGKILL:
+            ended.expect(-signal.SIGKILL)
+            whole, there = case.whole_files(), case.output.exists()
+            assert not (whole and there)
+            if not there:
+                case.merge().expect(0)
+                assert whole.items() <= case.inodes().items()
+            case.check_output()
+            kept += len(whole)
+    assert kept > kills
+    return kept
