@@ -189,36 +189,45 @@ def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> 
     Returns:
         how many files the merges after SIGKILL have kept.
     """
-    seconds, draw, kept = 0.0, random.Random(18), 0
-    for number in [None, *[signal.SIGTERM, signal.SIGKILL] * kills]:
-        status = 0
-        while status == 0:  # a merge that was over before its signal, or as good as, is started again
-            shutil.rmtree(case.output, ignore_errors=True)
-            world = case.start(prelude=prelude)
-            while not case.hidden() and world.processes[0].exitcode is None:
-                time.sleep(0.001)
-            started = time.monotonic()
-            if number is not None:
-                time.sleep(draw.uniform(0, seconds))
-                if world.processes[0].exitcode is None:
-                    os.kill(world.processes[0].pid, number)
-            ended = world.wait()
-            if (status := ended.status) == 0:
-                case.check_output()
-            if number is None:
-                seconds = time.monotonic() - started
-                break
+    world = start_writing(case, prelude)
+    started = time.monotonic()
+    world.wait().expect(0)
+    seconds, draw, kept = time.monotonic() - started, random.Random(18), 0
+    for number in [signal.SIGTERM, signal.SIGKILL] * kills:
+        ended = end_within(case, prelude, number, lambda: draw.uniform(0, seconds))
         if number == signal.SIGTERM:
             check_stopped(ended, number, case.output)
             assert not case.output.exists() and not case.hidden()
-        elif number == signal.SIGKILL:
-            ended.expect(-signal.SIGKILL)
-            whole, there = case.whole_files(), case.output.exists()
-            assert not (whole and there)
-            if not there:
-                case.merge().expect(0)
-                assert whole.items() <= case.inodes().items()
-            case.check_output()
-            kept += len(whole)
+            continue
+        ended.expect(-signal.SIGKILL)
+        whole = case.whole_files()
+        kept += len(whole)
+        if case.output.exists():  # it came between the output's name and the end
+            assert not whole and sums(case.output) == sums(case.folder / "whole")
+            shutil.rmtree(case.output)
+        case.merge().expect(0)
+        case.check_output()
+        assert whole.items() <= case.inodes().items()
     assert kept > kills
     return kept
+
+
+def start_writing(case: Case, prelude: Prelude | None) -> World:
+    """Start a merge and wait until it has its hidden folder, or is over."""
+    shutil.rmtree(case.output, ignore_errors=True)
+    world = case.start(prelude=prelude)
+    while not case.hidden() and world.processes[0].exitcode is None:
+        time.sleep(0.001)
+    return world
+
+
+def end_within(case: Case, prelude: Prelude | None, number: int, delay: Callable[[], float]) -> Ended:
+    """Signal a merge after a delay. One that was over before, or as good as, is started again."""
+    while True:
+        world = start_writing(case, prelude)
+        time.sleep(delay())
+        if world.processes[0].exitcode is None:
+            os.kill(world.processes[0].pid, number)
+        if (ended := world.wait()).status != 0:
+            return ended
+        case.check_output()
