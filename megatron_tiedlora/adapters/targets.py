@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, Cut, ModelShape
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def sized_targets(
     """
     known = (
         qkv_target(hidden_size, qkv_rows),
-        Target("o_proj", qkv_rows[0], (hidden_size,), "row"),
-        Target("gate_up", hidden_size, (intermediate_size, intermediate_size), "column"),
-        Target("down_proj", intermediate_size, (hidden_size,), "row"),
+        Target(OUTPUT, qkv_rows[0], (hidden_size,), "row"),
+        Target(GATE_UP, hidden_size, (intermediate_size, intermediate_size), "column"),
+        Target(DOWN, intermediate_size, (hidden_size,), "row"),
     )
     return tuple(target for target in known if target.name in names)
 

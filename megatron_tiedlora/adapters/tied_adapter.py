@@ -18,7 +18,7 @@ from torch import nn
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.collectives import gather_from_tensor_parallel_region
+from megatron_tiedlora.parallel.collectives import gather_together
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup
 from megatron_tiedlora.parallel.random_streams import draw_normal
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
@@ -193,7 +193,7 @@ def initial_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
 
 
 class LinearUpdate(NamedTuple):
-    """The factors of the update F A x of one linear, on one rank.
+    """The factors of the update F A x of one linear, on one rank. Without factors there is no update.
 
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
@@ -202,10 +202,10 @@ class LinearUpdate(NamedTuple):
         grad_f: the same for F. None if B, u and v are frozen.
     """
 
-    a: torch.Tensor
-    f: torch.Tensor
-    grad_a: torch.Tensor | None
-    grad_f: torch.Tensor | None
+    a: torch.Tensor | None = None
+    f: torch.Tensor | None = None
+    grad_a: torch.Tensor | None = None
+    grad_f: torch.Tensor | None = None
 
 
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
@@ -291,17 +291,17 @@ class TiedAdapter(nn.Module):
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """The updates of each adapted layer of the stage: the parts of A and F that match this rank's shard of W.
 
-        With tensor parallelism, sharded factors that ranks need in full are gathered here, once per call. Each rank
-        has an addend of their gradients and of u's. They are summed here too: by the reduce-scatter that is the
-        gather's adjoint, and for u once per step by `u_sum`.
+        With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call,
+        whatever the targets. Each rank has an addend of their gradients and of u's. They are summed here too: by the
+        reduce-scatter that is the gather's adjoint, and for u once per step by `u_sum`.
 
         Args:
             dtype: the base's dtype.
         """
         if not self.part.layers:
             return ()
-        targets = self.config.targets
-        a, b, u, v = ([self._whole(target, factor, tensor_group) for target in targets] for factor in FACTORS)
+        targets, whole = self.config.targets, self._whole(tensor_group)
+        a, b, u, v = ([whole[target.prefix + factor] for target in targets] for factor in FACTORS)
         if self.config.method_spec.u.trained and tensor_group.size > 1 and torch.is_grad_enabled():
             assert self.u_sum.group.size % tensor_group.size == 0, "u's gradient would not be summed over these ranks"
             u = [self.u_sum.of(u[0])] if len(u) == 1 else list(self.u_sum.of(torch.stack(u)).unbind())
@@ -323,10 +323,15 @@ class TiedAdapter(nn.Module):
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))
 
-    def _whole(self, target: Target, factor: str, tensor_group: RankGroup) -> Any:
-        """A factor as this rank's matmuls need it; None if it is frozen at one."""
-        tensor, dim = getattr(self._module(target), factor), self.config.gathered_dim(target.prefix + factor)
-        return tensor if dim is None else gather_from_tensor_parallel_region(tensor, tensor_group, dim=dim)
+    def _whole(self, tensor_group: RankGroup) -> dict[str, Any]:
+        """Every factor as this rank's matmuls need it, by name; None if it is frozen at one."""
+        found = {
+            name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()
+        }
+        dims = {name: self.config.gathered_dim(name) for name in found}
+        dims = {name: dim for name, dim in dims.items() if dim is not None and found[name] is not None}
+        gathered = gather_together([found[name] for name in dims], tensor_group, list(dims.values()))
+        return found | dict(zip(dims, gathered, strict=True))
 
 
 def _stand_ins(

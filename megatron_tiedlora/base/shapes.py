@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Cut = Literal["column", "row", "vocabulary"]
-QKV = "qkv"  # the target whose tensors have no prefix in files: A, B, u and v
-TARGET_NAMES = (QKV, "o_proj", "gate_up", "down_proj")  # the linears of a block, in the order of their computation
+# The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
+# prefix: A, B, u and v.
+TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
 
 
 @dataclass(frozen=True)

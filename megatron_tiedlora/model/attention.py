@@ -15,9 +15,10 @@ from megatron_tiedlora.model.documents import Documents, find_documents, whole_r
 from megatron_tiedlora.model.fused_attention import Attend, AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.rope import rotation_table
+from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
-from megatron_tiedlora.parallel.layers import RowParallelLinear, padded
+from megatron_tiedlora.parallel.layers import padded
 
 
 @dataclass

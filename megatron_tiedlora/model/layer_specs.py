@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
+from megatron_tiedlora.base.shapes import OUTPUT, LinearShape, ModelShape, NormShape
 from megatron_tiedlora.model.attention import Attention, AttentionContext, KeyValueCache
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.norm import Norm
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.qkv import QkvLinear
+from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding, frozen_linear
+from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
@@ -34,8 +34,7 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x)).
 
-    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass: only d of d + 2 f
-    elements per token are saved.
+    With `recomputes_gate` the second norm, gate and up are computed again in the backward pass instead of being saved.
     """
 
     def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
@@ -55,34 +54,39 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
-        return self.add_mlp(self.add_attention(hidden, attention_output, tensor_parallel), tensor_parallel)
+        joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
+        return self.add_mlp(joined, tensor_parallel, update)
 
     def add_attention(
-        self, hidden: torch.Tensor, attention_output: torch.Tensor, tensor_parallel: TensorParallel
+        self,
+        hidden: torch.Tensor,
+        attention_output: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        update: LayerUpdate | None = None,
     ) -> torch.Tensor:
-        """x + output projection(attention output), for all positions or some. It saves nothing for backward.
+        """x + output projection(attention output), for all positions or some.
 
         Args:
             hidden: the block's input, (b, s, d) or (1, b s / p, d).
             attention_output: (b, s, local heads * head_dim).
         """
-        return hidden + self.attention.output(attention_output, tensor_parallel)
+        return hidden + self.attention.output(attention_output, tensor_parallel, (update or {}).get(OUTPUT))
 
     def add_mlp(
-        self, hidden: torch.Tensor, tensor_parallel: TensorParallel, *, recomputes: bool = True
+        self,
+        hidden: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        update: LayerUpdate | None = None,
+        *,
+        recomputes: bool = True,
     ) -> torch.Tensor:
         """x + mlp(norm(x)), where x is the result of `add_attention`; the same shape.
 
         Args:
             recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
         """
-        if self.recomputes_gate and recomputes and torch.is_grad_enabled():
-            activated = checkpoint(
-                self.mlp.activate, hidden, tensor_parallel, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            activated = self.mlp.activate(hidden, tensor_parallel)
-        return hidden + self.mlp.project(activated, tensor_parallel)
+        recomputes = recomputes and self.recomputes_gate
+        return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
 
 
 class Head(nn.Module):

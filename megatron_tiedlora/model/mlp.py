@@ -1,36 +1,30 @@
-"""SwiGLU behind its norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), gate and up in one matmul."""
+"""SwiGLU behind its norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), gate and up in one matmul.
+
+With their updates the norm and both linears are one autograd step with one backward pass. It saves the norm's input,
+gate and up, and A x of each adapted linear, r numbers per token; silu(gate) * up is computed again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP
+from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection
+from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
 from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows
-from megatron_tiedlora.parallel.layers import RowParallelLinear
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.kernels = kernels
-        return kernels.gate(as_rows(gate_up)).view(*gate_up.shape[:-1], -1)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gate_up,) = ctx.saved_tensors
-        found = ctx.kernels.gate_gradient(as_rows(gradient), as_rows(gate_up))
-        return found.view(gate_up.shape), None
 
 
 class SwiGlu(nn.Module):
-    """The feed-forward part of a block, in two steps. `activate` saves its input, gate and up for the backward pass."""
+    """The feed-forward part of a block."""
 
     def __init__(self, gate_up: NormedLinear, down: RowParallelLinear, *, kernels: Kernels) -> None:
         super().__init__()
@@ -38,13 +32,101 @@ class SwiGlu(nn.Module):
         self.gate_up = gate_up
         self.down = down
 
-    def activate(self, hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """Activations between layers, (b, s, d) or (1, b s / p, d) -> silu(W_gate x) * (W_up x), (..., local f)."""
-        (gate_up,) = self.gate_up(hidden, tensor_parallel, num_rows=len(hidden))
-        gated: torch.Tensor = _Gated.apply(gate_up, self.kernels)
-        return gated
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        update: Mapping[str, LinearUpdate] | None = None,
+        *,
+        recomputes: bool = False,
+    ) -> torch.Tensor:
+        """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape.
 
-    def project(self, gated: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """W_down y: the result of `activate`, (..., local f) -> activations between layers."""
-        output: torch.Tensor = self.down(gated, tensor_parallel)
-        return output
+        Args:
+            update: of the layer; those of gate_up and down_proj are used.
+            recomputes: do not save gate and up, but compute them again in the backward pass.
+        """
+        gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
+        projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden))
+        step = _Step(projection, self.down.frozen, self.kernels, recomputes)
+        result: torch.Tensor = _SwiGlu.apply(
+            *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
+            *(gate_up.a, gate_up.f, down.a, down.f, *self.gate_up.tensors, step),
+        )
+        return self.down.total(result, tensor_parallel)
+
+
+@dataclass(frozen=True)
+class _Step:
+    gate_up: Projection
+    down: FrozenWeight
+    kernels: Kernels
+    recomputes: bool
+
+
+class _SwiGlu(torch.autograd.Function):
+    """This rank's addend of y, (b, s, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        grad_a: torch.Tensor | None,
+        grad_f: torch.Tensor | None,
+        down_grad_a: torch.Tensor | None,
+        down_grad_f: torch.Tensor | None,
+        a: torch.Tensor | None,
+        f: torch.Tensor | None,
+        down_a: torch.Tensor | None,
+        down_f: torch.Tensor | None,
+        norm: torch.Tensor,
+        norm_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        step: _Step,
+    ) -> torch.Tensor:
+        gate_up, root, ax = step.gate_up.forward(hidden, Parameters(norm, norm_bias, bias), a, f)
+        z, down_ax = addend(step.kernels.gate(as_rows(gate_up)), step.down, down_a, down_f)
+        needs, of_down = _needs(ctx)
+        reads_gate_up = of_down.x or of_down.a
+        reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
+        ctx.step = step
+        stand_ins = (grad_a, grad_f, down_grad_a, down_grad_f)
+        ctx.wide = next((tensor.dtype for tensor in stand_ins if tensor is not None), None)
+        ctx.save_for_backward(
+            hidden if reads_hidden else None,
+            root if (needs.x or needs.a) and not step.recomputes else None,
+            gate_up if reads_gate_up and not step.recomputes else None,
+            ax if needs.f else None,
+            down_ax if of_down.f else None,
+            *(a, f, down_a, down_f, norm, norm_bias, bias),
+        )
+        return z.view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, root, gate_up, ax, down_ax, a, f, down_a, down_f, *parameters = ctx.saved_tensors
+        needs, of_down = _needs(ctx)
+        step: _Step = ctx.step
+        if step.recomputes and hidden is not None:
+            gate_up, root, _ = step.gate_up.forward(hidden, Parameters(*parameters), a, f, ax=ax)
+        gated = step.kernels.gate(as_rows(gate_up)) if of_down.a else None
+        grad_gated, *of_down_factors = addend_gradients(
+            grad_z.flatten(0, -2), gated, down_ax, step.down, down_a, down_f, of_down, ctx.wide
+        )
+        del gated
+        found: tuple[torch.Tensor | None, ...] = (None, None, None)
+        if grad_gated is not None:
+            grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
+            del grad_gated, gate_up
+            found = step.gate_up.backward(
+                grad_gate_up, hidden, root, ax, Parameters(*parameters), a, f, needs, ctx.wide
+            )
+        return *found, *of_down_factors, *(None,) * 8
+
+
+def _needs(ctx: Any) -> tuple[Needs, Needs]:
+    """Which gradients are needed of gate-up and of down, whose input has one if anything before it needs one."""
+    hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
+    needs = Needs(hidden, a, f)
+    return needs, Needs(needs.any, down_a, down_f)

@@ -1,10 +1,10 @@
-"""Norm and column-parallel frozen linear with its low-rank update: one autograd step with a handwritten backward pass.
+"""Norm and column-parallel frozen linear with its low-rank update, with a handwritten backward pass.
 
-    y = epilogue(W x + c + F A x)        x = norm(hidden)
+    z = W x + c + F A x        x = norm(hidden)
 
-For the backward pass it saves the norm's input, one number per token for the norm, and A x, r numbers per token; x is
+For the backward pass it needs the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
-A and F come from the adapter.
+A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
 
 Under sequence parallelism each rank computes A x from its part of the sequence. A x is sent in the same message as x,
 and its gradient in the same message as the gradient of x.
@@ -12,42 +12,17 @@ and its gradient in the same message as the gradient of x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
-from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
-
-
-class Epilogue(Protocol):
-    """A function of the projection's result, with its derivative."""
-
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """From (b, s, local_out), which it may overwrite, to the results, and to what `backward` needs."""
-
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """From the gradients of the results to the gradient of the projection, (b, s, local_out)."""
-
-
-class Unchanged:
-    """The epilogue that does nothing."""
-
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Return the projection itself."""
-        return (projected,), ()
-
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """Return its gradient."""
-        return gradients[0]
 
 
 class NormedLinear(nn.Module):
@@ -78,145 +53,164 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def epilogue(self, table: tuple[torch.Tensor, ...]) -> Epilogue:
-        """What follows the projection; `table` is what the caller of `forward` has given for it."""
-        return Unchanged()
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        tensor_parallel: TensorParallel,
-        update: LinearUpdate | None = None,
-        *,
-        num_rows: int,
-        table: tuple[torch.Tensor, ...] = (),
-    ) -> tuple[torch.Tensor, ...]:
-        """Activations between layers, (b, s, d) or (1, b s / p, d), to the results of the epilogue.
+    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int) -> Projection:
+        """The linear for one call. Its parameters go to autograd beside, see `tensors`.
 
         Args:
-            num_rows: b.
-            table: for the epilogue.
+            num_rows: b of the call's (b, s) tokens.
         """
-        a, f, grad_a, grad_f = (None,) * 4 if update is None else update
-        step = _Step(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, self.epilogue(table))
-        results: tuple[torch.Tensor, ...] = _NormedLinear.apply(
-            hidden, grad_a, grad_f, a, f, self.norm, self.norm_bias, self.bias, step
-        )
-        return results
+        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels)
+
+    @property
+    def tensors(self) -> Parameters:
+        """What `Projection` needs beside W."""
+        return Parameters(self.norm, self.norm_bias, self.bias)
+
+
+class Parameters(NamedTuple):
+    """The norm's weight and bias, and the linear's bias."""
+
+    norm: torch.Tensor
+    norm_bias: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass returns: of the input, of A and of F."""
+
+    x: bool
+    a: bool
+    f: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether it returns one."""
+        return self.x or self.a or self.f
 
 
 @dataclass(frozen=True)
-class _Step:
+class Projection:
+    """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
+
+    `a` (r, in) and `f` (local out, r) are the factors of the update, or None.
+    """
+
     weight: FrozenWeight
     eps: float
     num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
-    epilogue: Epilogue
 
-
-class _NormedLinear(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
+        self,
         hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
+        parameters: Parameters,
         a: torch.Tensor | None,
         f: torch.Tensor | None,
-        norm: torch.Tensor,
-        norm_bias: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        step: _Step,
-    ) -> tuple[torch.Tensor, ...]:
-        normed, root = step.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), step.eps)
+        *,
+        ax: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
+
+        Args:
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            ax: A x, if it is known from an earlier call.
+        """
+        norm, norm_bias, bias = parameters
+        normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
         normed = normed.view(hidden.shape)
-        ax = None if a is None else low_rank.reduce_input(normed, a)
-        normed, ax = _enter(normed, ax, step)
-        projected = step.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
+        known = ax is not None
+        if a is not None and not known:
+            ax = low_rank.reduce_input(normed, a)
+        normed, gathered = self._enter(normed, None if known else ax)
+        ax = ax if known else gathered
+        projected = self.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
         if ax is not None and f is not None:
             low_rank.add_update_(_flat(projected), _flat(ax), f)
-        results, saved = step.epilogue.forward(projected)
-        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
-        ctx.step = step
-        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
-        ctx.save_for_backward(
-            *((hidden, root) if needs_hidden or needs_a else (None, None)),
-            ax if needs_f else None,
-            *(a, f, norm, norm_bias, *saved),
-        )
-        return results
+        return projected, root, ax
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
-        needs_hidden, needs_a, needs_f = ctx.needs_input_grad[:3]
-        step: _Step = ctx.step
-        grad_projected = step.epilogue.backward(gradients, *saved)
+    def backward(
+        self,
+        grad_projected: torch.Tensor,
+        hidden: torch.Tensor | None,
+        root: torch.Tensor | None,
+        ax: torch.Tensor | None,
+        parameters: Parameters,
+        a: torch.Tensor | None,
+        f: torch.Tensor | None,
+        needs: Needs,
+        wide: torch.dtype | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of hidden, A and F.
+
+        Args:
+            hidden, root: needed for the gradients of hidden and A.
+            ax: needed for that of F.
+            wide: dtype of the gradients of A and F.
+        """
+        norm, norm_bias, _ = parameters
         rows = _flat(grad_projected)
-        grad_a = grad_ax = grad_hidden = None
-        grad_f = low_rank.gradient_of_f(rows, _flat(ax), ctx.wide) if needs_f else None
-        if f is not None and (needs_hidden or needs_a):
+        grad_a = grad_f = grad_ax = grad_hidden = None
+        if needs.f:
+            assert ax is not None and wide is not None
+            grad_f = low_rank.gradient_of_f(rows, _flat(ax), wide)
+        if f is not None and (needs.x or needs.a):
             grad_ax = low_rank.gradient_of_ax(rows, f).view(*grad_projected.shape[:-1], -1)
-        grad_normed = step.weight.times(rows).view(*grad_projected.shape[:-1], -1) if needs_hidden else None
-        grad_normed, grad_ax = _leave(grad_normed, grad_ax, a, step.tensor_parallel, needs_ax=needs_a)
-        if needs_a:
-            assert grad_ax is not None
-            normed = step.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
-            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, ctx.wide)
+        grad_normed = self.weight.times(rows).view(*grad_projected.shape[:-1], -1) if needs.x else None
+        grad_normed, grad_ax = self._leave(grad_normed, grad_ax, a, needs_ax=needs.a)
+        if needs.a:
+            assert grad_ax is not None and hidden is not None and wide is not None
+            normed = self.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
+            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, wide)
         if grad_normed is not None:
+            assert hidden is not None
             inputs = (as_rows(grad_normed), as_rows(hidden))
-            found = step.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
+            found = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
             grad_hidden = found.view(hidden.shape)
-        return grad_hidden, grad_a, grad_f, *(None,) * 6
+        return grad_hidden, grad_a, grad_f
+
+    def _enter(
+        self, normed: torch.Tensor, ax: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
+        if self.tensor_parallel.sequence_parts == 1:
+            return normed, ax
+        joined = normed if ax is None else low_rank.beside(normed, ax)
+        whole = all_gather(joined, self.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (self.num_rows, -1))
+        if ax is None:
+            return whole, None
+        whole, narrow = low_rank.apart(whole, ax.shape[-1])
+        return whole, narrow.contiguous()  # a copy: A x is saved, and a view would keep x in memory
+
+    def _leave(
+        self, grad_normed: torch.Tensor | None, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, needs_ax: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
+
+        Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
+        summed in the same message, and A's gradient follows from it and this rank's part of x. Without sequence
+        parallelism A's gradient is this rank's addend, from all of x. In both cases it is summed over ranks where A was
+        gathered.
+        """
+        group, in_parts = self.tensor_parallel.group, self.tensor_parallel.sequence_parts > 1
+        if in_parts:
+            grad_normed, grad_ax = (None if part is None else end_to_end(part) for part in (grad_normed, grad_ax))
+        if in_parts and needs_ax:
+            assert grad_ax is not None
+            if grad_normed is None:
+                return None, reduce_scatter(grad_ax, group, SEQUENCE_DIM)
+            size = grad_ax.shape[-1]
+            joined = reduce_scatter(low_rank.beside(grad_normed, grad_ax), group, SEQUENCE_DIM)
+            grad_normed, grad_ax = low_rank.apart(joined, size)
+            return low_rank.add_share_(grad_normed, grad_ax, a), grad_ax
+        if grad_normed is None:
+            return None, grad_ax
+        grad_normed = low_rank.add_share_(grad_normed, grad_ax, a)
+        if in_parts:
+            return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
+        return all_reduce(grad_normed, group), grad_ax
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """(b, s, n) -> (b s, n), a view."""
     return tensor.view(-1, tensor.shape[-1])
-
-
-def _enter(normed: torch.Tensor, ax: torch.Tensor | None, step: _Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
-    if step.tensor_parallel.sequence_parts == 1:
-        return normed, ax
-    joined = normed if ax is None else low_rank.beside(normed, ax)
-    whole = all_gather(joined, step.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (step.num_rows, -1))
-    if ax is None:
-        return whole, None
-    whole, narrow = low_rank.apart(whole, ax.shape[-1])
-    return whole, narrow.contiguous()  # a copy: A x is saved, and a view would keep x in memory
-
-
-def _leave(
-    grad_normed: torch.Tensor | None,
-    grad_ax: torch.Tensor | None,
-    a: torch.Tensor | None,
-    tensor_parallel: TensorParallel,
-    *,
-    needs_ax: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
-
-    Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is summed in
-    the same message, and A's gradient follows from it and this rank's part of x. Without sequence parallelism A's
-    gradient is this rank's addend, from all of x. In both cases it is summed over ranks where A was gathered.
-    """
-    group, in_parts = tensor_parallel.group, tensor_parallel.sequence_parts > 1
-    if in_parts:
-        grad_normed, grad_ax = (None if part is None else end_to_end(part) for part in (grad_normed, grad_ax))
-    if in_parts and needs_ax:
-        assert grad_ax is not None
-        if grad_normed is None:
-            return None, reduce_scatter(grad_ax, group, SEQUENCE_DIM)
-        size = grad_ax.shape[-1]
-        joined = reduce_scatter(low_rank.beside(grad_normed, grad_ax), group, SEQUENCE_DIM)
-        grad_normed, grad_ax = low_rank.apart(joined, size)
-        return low_rank.add_share_(grad_normed, grad_ax, a), grad_ax
-    if grad_normed is None:
-        return None, grad_ax
-    grad_normed = low_rank.add_share_(grad_normed, grad_ax, a)
-    if in_parts:
-        return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
-    return all_reduce(grad_normed, group), grad_ax

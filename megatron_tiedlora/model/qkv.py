@@ -1,25 +1,26 @@
-"""The fused QKV projection: its epilogue splits the result into heads, normalises them if they have norms, and rotates
-queries and keys."""
+"""The fused QKV projection: norm, linear with its update, and an epilogue that splits the result into heads, normalises
+them if they have norms, and rotates queries and keys. All of it is one autograd step with one backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape
-from megatron_tiedlora.model.normed_linear import Epilogue, NormedLinear
+from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection
+from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
+from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
 
 
 class QkvLinear(NormedLinear):
-    """[Q | K | V] of this rank's heads. Its `table` are cos and sin of the tokens' positions, see `rotation_table`.
-
-    The results are queries, keys and values, (b, heads, s, head_dim), in one storage.
-    """
+    """[Q | K | V] of this rank's heads."""
 
     query_norm: nn.Parameter | None
     key_norm: nn.Parameter | None
@@ -43,7 +44,30 @@ class QkvLinear(NormedLinear):
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
             self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
 
-    def epilogue(self, table: tuple[torch.Tensor, ...]) -> Epilogue:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        tensor_parallel: TensorParallel,
+        update: LinearUpdate | None = None,
+        *,
+        num_rows: int,
+        table: tuple[torch.Tensor, ...] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+        Args:
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            num_rows: b.
+            table: cos and sin of the tokens' positions, see `rotation_table`.
+        """
+        a, f, grad_a, grad_f = update or LinearUpdate()
+        projection = self.projection(tensor_parallel, num_rows=num_rows)
+        results: tuple[torch.Tensor, ...] = _Qkv.apply(
+            hidden, grad_a, grad_f, a, f, *self.tensors, projection, self.epilogue(table)
+        )
+        return results
+
+    def epilogue(self, table: tuple[torch.Tensor, ...]) -> PlainHeads:
         """The heads as they are, `RotatedHeads`, or `RotatedNormedHeads` if they have norms."""
         if not self.rotates:
             return PlainHeads(self.heads)
@@ -52,9 +76,46 @@ class QkvLinear(NormedLinear):
         return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm))
 
 
+class _Qkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        grad_a: torch.Tensor | None,
+        grad_f: torch.Tensor | None,
+        a: torch.Tensor | None,
+        f: torch.Tensor | None,
+        norm: torch.Tensor,
+        norm_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        projection: Projection,
+        heads: PlainHeads,
+    ) -> tuple[torch.Tensor, ...]:
+        projected, root, ax = projection.forward(hidden, Parameters(norm, norm_bias, bias), a, f)
+        results, saved = heads.forward(projected)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        ctx.projection, ctx.heads = projection, heads
+        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
+        ctx.save_for_backward(
+            *((hidden, root) if needs.x or needs.a else (None, None)),
+            ax if needs.f else None,
+            *(a, f, norm, norm_bias, *saved),
+        )
+        return results
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
+        needs, parameters = Needs(*ctx.needs_input_grad[:3]), Parameters(norm, norm_bias, None)
+        grad_projected = ctx.heads.backward(gradients, *saved)
+        found = ctx.projection.backward(grad_projected, hidden, root, ax, parameters, a, f, needs, ctx.wide)
+        return *found, *(None,) * 7
+
+
 @dataclass(frozen=True)
 class PlainHeads:
-    """An `Epilogue`: [Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+    """An epilogue: [Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
 
     Attributes:
         heads: of this rank.
@@ -63,7 +124,7 @@ class PlainHeads:
     heads: HeadShape
 
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Queries, keys and values."""
+        """Queries, keys and values; and what `backward` needs. It may overwrite `projected`."""
         return self._joined(self._split(projected), projected.shape), ()
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,7 @@ class Stage(nn.Module):
         """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
-        adapter = self.adapter
-        targets = adapter.config.targets if adapter is not None and self.blocks[-1] in adapter.part.layers else ()
-        return SupervisedTail(block, head, adapted=any(target.follows_attention for target in targets))
+        return SupervisedTail(block, head)
 
     @property
     def attention(self) -> Attention:
@@ -238,7 +236,7 @@ class Stage(nn.Module):
             cache = caches[number] if caches else None
             result = self._call(call, hidden, context, tensor_parallel, update=updates.get(index), cache=cache)
             if stops:
-                return Attended(hidden, result)
+                return Attended(hidden, result, updates.get(index))
             hidden = result
         return hidden
 

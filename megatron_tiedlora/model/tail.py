@@ -1,7 +1,7 @@
 """What follows the last attention: the last block's output projection and MLP, the final norm, head and loss.
 
-Only supervised positions go through it. Where none of its linears is adapted, the backward pass of the summed loss runs
-inside its forward pass: d numbers per supervised position are saved, whatever is recomputed.
+Only supervised positions go through it. From the MLP on, the backward pass of the summed loss runs inside its forward
+pass. So whatever is recomputed, only gradients are saved: d numbers per supervised position, and those of the factors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.model.supervised import Supervised, find_supervised
 from megatron_tiedlora.parallel.backward import run_with_early_backward
@@ -22,18 +24,24 @@ class Attended(NamedTuple):
     Attributes:
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
+        update: of the block's linears, if it is adapted.
     """
 
     hidden: torch.Tensor
     attention_output: torch.Tensor
+    update: LayerUpdate | None = None
+
+    @property
+    def mlp_update(self) -> LayerUpdate:
+        """The part of the update that belongs to the MLP."""
+        return {name: linear for name, linear in (self.update or {}).items() if name in (GATE_UP, DOWN)}
 
 
 class SupervisedTail:
     """The last block and the head, after the attention. The stage owns their modules and parameters."""
 
-    def __init__(self, block: Block, head: Head, *, adapted: bool = False) -> None:
-        """`adapted`: whether one of its linears has an adapter; an early backward pass would lose its gradients."""
-        self.block, self.head, self.adapted = block, head, adapted
+    def __init__(self, block: Block, head: Head) -> None:
+        self.block, self.head = block, head
 
     def logits(
         self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: torch.Tensor | None = None
@@ -41,11 +49,13 @@ class SupervisedTail:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V)."""
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
-            hidden = self.block.add_mlp(self._join(attended, tensor_parallel), tensor_parallel)
+            joined = self._join(attended, tensor_parallel)
+            hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
             return self._head(hidden, tensor_parallel).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        hidden = self.block.add_mlp(self._join(attended, tensor_parallel, rows, rows), tensor_parallel)
+        joined = self._join(attended, tensor_parallel, rows, rows)
+        hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
         return self._head(hidden, tensor_parallel).transpose(0, 1)
 
     def loss(
@@ -54,18 +64,27 @@ class SupervisedTail:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`."""
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
 
-        def summed(joined: torch.Tensor) -> torch.Tensor:
-            return self._losses(joined, supervised, tensor_parallel, summed=True)
+        update = attended.mlp_update
+        stand_ins = [tensor for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
 
-        early = joined.requires_grad and torch.is_grad_enabled() and not self.adapted
-        return run_with_early_backward(summed, joined) if early else summed(joined)
+        def summed(joined: torch.Tensor, *stand_ins: torch.Tensor | None) -> torch.Tensor:
+            pairs = zip(stand_ins[::2], stand_ins[1::2], strict=True)
+            inner = {
+                name: linear._replace(grad_a=grad_a, grad_f=grad_f)
+                for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
+            }
+            return self._losses(joined, inner, supervised, tensor_parallel, summed=True)
+
+        inputs = joined, *stand_ins
+        needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        return run_with_early_backward(summed, *inputs) if needs else summed(*inputs)
 
     def position_losses(
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
-        losses = self._losses(joined, supervised, tensor_parallel, summed=False)
+        losses = self._losses(joined, attended.mlp_update, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
@@ -79,9 +98,15 @@ class SupervisedTail:
         return supervised, self._join(attended, tensor_parallel, supervised.rows, local_rows)
 
     def _losses(
-        self, joined: torch.Tensor, supervised: Supervised, tensor_parallel: TensorParallel, *, summed: bool
+        self,
+        joined: torch.Tensor,
+        update: LayerUpdate,
+        supervised: Supervised,
+        tensor_parallel: TensorParallel,
+        *,
+        summed: bool,
     ) -> torch.Tensor:
-        hidden = self.block.add_mlp(joined, tensor_parallel, recomputes=self.adapted)
+        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
         return self._head(hidden, tensor_parallel, supervised, summed=summed)
 
     def _head(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -101,8 +126,8 @@ class SupervisedTail:
             rows: (m,), indices into (b s).
             local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
         """
-        hidden, attention_output = attended
+        hidden, attention_output, update = attended
         if rows is not None and local_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
-        return self.block.add_attention(hidden, attention_output, tensor_parallel)
+        return self.block.add_attention(hidden, attention_output, tensor_parallel, update)

@@ -1,7 +1,6 @@
 """Handwritten backward passes: they cannot be differentiated again, and that of a loss can run in its forward pass.
 
-Without trained tensors in between, the backward pass of a loss needs only the incoming factor, which scales the
-gradient. So only this gradient is saved.
+The backward pass of a loss needs only the incoming factor, which scales the gradients. So only the gradients are saved.
 """
 
 from __future__ import annotations
@@ -36,33 +35,40 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        inner = hidden.detach().requires_grad_()
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+        ctx.needs = ctx.needs_input_grad[1:]
+        inner = [
+            tensor.detach().requires_grad_() if tensor is not None and needs else tensor
+            for tensor, needs in zip(inputs, ctx.needs, strict=True)
+        ]
+        wanted = [tensor for tensor, needs in zip(inner, ctx.needs, strict=True) if tensor is not None and needs]
         # A caller's hooks are for tensors saved until the backward pass; these are not.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            loss = function(inner)
+            loss = function(*inner)
         # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
-        loss.backward(inputs=(inner,))
-        ctx.save_for_backward(inner.grad)
+        loss.backward(inputs=wanted)
+        ctx.save_for_backward(*(tensor.grad for tensor in wanted))
         return loss.detach()
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return scaled(grad_hidden, gradient), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        return None, *(scaled(next(saved), gradient) if needs else None for needs in ctx.needs)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def run_with_early_backward(function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """`function(hidden)`, a scalar. Only the gradient of `hidden`, of its shape and dtype, is saved for backward.
+def run_with_early_backward(
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None
+) -> torch.Tensor:
+    """`function(*inputs)`, a scalar. Only the gradients of the inputs that need one are saved for backward.
 
     Args:
-        function: it is differentiated for `hidden` alone; other tensors that it uses get no gradient.
-        hidden: any float dtype.
+        function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
+        inputs: of any float dtype. At least one needs a gradient, and the result must depend on all that do.
     """
-    loss: torch.Tensor = _EarlyBackward.apply(hidden, function)
+    loss: torch.Tensor = _EarlyBackward.apply(function, *inputs)
     return loss

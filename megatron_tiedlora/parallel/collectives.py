@@ -8,6 +8,7 @@ summed and never just sliced. No function changes its input. In a group of one r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,35 @@ class _GatherFrom(torch.autograd.Function):
         return reduce_scatter(gradient, ctx.group, ctx.dim), None, None
 
 
+class _GatherTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
+        ctx.set_materialize_grads(True)
+        gathered = all_gather(_end_to_end(tensors)[None], group, dim=0)
+        parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
+        return tuple(
+            part.reshape(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
+            for part, tensor, dim in zip(parts, tensors, dims, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        size = ctx.group.size
+        by_rank = [
+            gradient.unflatten(dim, (size, -1)).movedim(dim, 0).reshape(size, -1)
+            for gradient, dim in zip(gradients, ctx.dims, strict=True)
+        ]
+        mine = reduce_scatter(torch.cat(by_rank, dim=1), ctx.group, dim=0)[0]
+        parts = mine.split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 class _ReduceScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
@@ -121,6 +151,17 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     if group.size == 1:
         return tensor
     gathered: torch.Tensor = _GatherFrom.apply(tensor, group, dim)
+    return gathered
+
+
+def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The same for several tensors of one dtype in one message, each along its own dimension.
+
+    Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
+    """
+    if group.size == 1 or not tensors:
+        return tuple(tensors)
+    gathered: tuple[torch.Tensor, ...] = _GatherTogether.apply(group, tuple(dims), *tensors)
     return gathered
 
 

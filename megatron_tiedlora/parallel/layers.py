@@ -1,7 +1,7 @@
-"""The frozen row-parallel linear and the embedding. Column-parallel linears follow a norm (`model/normed_linear.py`).
+"""Matmuls with a frozen weight, and the embedding. Linears with an adapter are in model/ (`normed_linear`,
+`row_parallel`).
 
-Y = X W^T with W (out, in). A row-parallel layer holds columns of W and computes an addend of the output, which is
-summed over the ranks. The weight is never trained: dX = dY W does not need X, so the layer does not save its input.
+Y = X W^T with W (out, in). The weight is never trained: dX = dY W does not need X, so X is not saved.
 """
 
 from __future__ import annotations
@@ -56,23 +56,6 @@ def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
     """x W^T, (..., out), from x (..., in) and W (out, in). It saves nothing for the backward pass, dX = dY W."""
     product: torch.Tensor = _FrozenLinear.apply(x, weight)
     return product
-
-
-class RowParallelLinear(nn.Module):
-    """Y = sum_i X_i W_i^T + b with W = [W_1, ..., W_p]: every rank has its own features of X. b is added once."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None) -> None:
-        """`weight` is W_i, (out, local in)."""
-        super().__init__()
-        self.frozen = register(self, weight)
-        self.register_parameter("bias", bias)
-
-    def forward(self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
-        """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
-        output = leave_tensor_parallel_region(frozen_linear(local_hidden, self.frozen), tensor_parallel)
-        return output if self.bias is None else output + self.bias
 
 
 class VocabularyParallelEmbedding(nn.Module):

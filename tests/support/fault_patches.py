@@ -104,7 +104,11 @@ class _GatherAndSlice(torch.autograd.Function):
 
 def a_sum_left_out(patch: pytest.MonkeyPatch) -> None:
     """A's gradient is sliced over the tensor-parallel ranks, not reduce-scattered."""
-    patch.setattr(f"{ADAPTER}.gather_from_tensor_parallel_region", _GatherAndSlice.apply)
+
+    def gather_apart(tensors: Any, group: Any, dims: Any) -> list[Any]:
+        return [_GatherAndSlice.apply(tensor, group, dim) for tensor, dim in zip(tensors, dims, strict=True)]
+
+    patch.setattr(f"{ADAPTER}.gather_together", gather_apart)
 
 
 def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -114,18 +118,19 @@ def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
-    leave = importlib.import_module(NORMED_LINEAR)._leave
+    leave = importlib.import_module(NORMED_LINEAR).Projection._leave
 
-    def leave_apart(of_normed: Any, of_low: Any, a: Any, tensor_parallel: Any, **keywords: Any) -> Any:
+    def leave_apart(projection: Any, of_normed: Any, of_low: Any, a: Any, **keywords: Any) -> Any:
         if a is None:  # a linear without an update
-            return leave(of_normed, of_low, a, tensor_parallel, **keywords)
-        summed, low = leave(of_normed, of_low, torch.zeros_like(a), tensor_parallel, **keywords)
+            return leave(projection, of_normed, of_low, a, **keywords)
+        tensor_parallel = projection.tensor_parallel
+        summed, low = leave(projection, of_normed, of_low, torch.zeros_like(a), **keywords)
         if summed is not None:
             parts = (of_low @ a.to(of_low.dtype)).flatten(0, 1).chunk(tensor_parallel.sequence_parts)
             summed = summed + parts[tensor_parallel.group.rank % len(parts)].view(summed.shape)
         return summed, low
 
-    patch.setattr(f"{NORMED_LINEAR}._leave", leave_apart)
+    patch.setattr(f"{NORMED_LINEAR}.Projection._leave", leave_apart)
 
 
 # The norm ---------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Case:
     method: str = "tl6"
     rank: int = 3
     layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] = ("qkv",)
     sequence_parallel: bool = False
     recompute: str = "none"
     packed: bool = False
@@ -76,6 +77,7 @@ class Case:
             layers=self.layers,
             seed=5,
             dtype=DTYPE,
+            targets=self.targets,
         )
 
     @cached_property
@@ -87,7 +89,7 @@ class Case:
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            targets=targets_of(shape),
+            targets=targets_of(shape, self.targets),
             seed=0,
         )
 

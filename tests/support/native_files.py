@@ -27,7 +27,7 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
         rank=adapter.rank,
         alpha=adapter.alpha,
         layers=adapter.layers,
-        targets=targets_of(source.shape),
+        targets=targets_of(source.shape, adapter.targets),
         seed=5,
     )
     with BaseWeights(source.weights_folder(), source.shape) as weights:

@@ -2,12 +2,12 @@
 judges.
 
 It is written to be read, not to be fast, and on purpose in another way than a fast implementation: q, k and v are three
-separate projections, attention is a loop over query heads with an explicit -inf mask, the update of one layer is
-`(alpha / r) * v * (B @ (u * (A @ x)))` on plain leaf tensors, padding is never needed (every sample may have its own
-length), and AdamW is written out by hand.
+separate projections, gate and up are two, attention is a loop over query heads with an explicit -inf mask, a target's
+update of one layer is `(alpha / r) * v * (B @ (u * (A @ x)))` on plain leaf tensors, padding is never needed (every
+sample may have its own length), and AdamW is written out by hand.
 
-Owns: the forward pass, the table of what each method trains, the parameter counts. `oracle_training` has the loss, the
-schedule and the optimizers. Left to others: checkpoints of the base, tokenisers, start values of an adapter.
+Owns: the forward pass and the merged weights. `oracle_adapter` has the adapter's tensors, `oracle_training` the loss,
+the schedule and the optimizers. Left to others: checkpoints of the base, tokenisers, start values of an adapter.
 
 Precision. The base runs in the dtype of `weights` (fp64, fp32 or bf16). Norms, softmax and the loss run in
 max(fp32, that dtype): fp32 for a bf16 or fp32 base, fp64 for an fp64 base (transformers stays at fp32 there, a
@@ -20,45 +20,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from oracle_adapter import TARGET_PARTS, OracleAdapter, adapter_update
 from oracle_rope import rope_amplitude, rope_frequencies, rotate
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 IGNORED_LABEL = -100
-
-# The reference's table, by hand: which of the four tensors learn. "lora" alone has one A and one B per layer.
-TRAINED_TENSORS: dict[str, tuple[str, ...]] = {
-    "lora": ("A", "B"),
-    "vera": ("u", "v"),
-    "tl1": ("A",),
-    "tl2": ("A", "u", "v"),
-    "tl3": ("B",),
-    "tl4": ("B", "u"),
-    "tl5": ("A", "B"),
-    "tl6": ("A", "B", "u", "v"),
-}
-
-
-def oracle_trainable_count(method: str, *, rank: int, hidden_size: int, qkv_rows: int, num_layers: int) -> int:
-    """The "general" column of the reference's table; `num_layers` counts the adapted layers."""
-    r, d, o, n = rank, hidden_size, qkv_rows, num_layers
-    return {
-        "lora": n * r * (d + o),
-        "vera": n * (r + o),
-        "tl1": d * r,
-        "tl2": d * r + n * (r + o),
-        "tl3": o * r,
-        "tl4": n * r + o * r,
-        "tl5": r * (d + o),
-        "tl6": r * (d + o) + n * (r + o),
-    }[method]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The base model's shape
@@ -95,6 +68,20 @@ class OracleConfig:
     def qkv_rows(self) -> int:
         """o: rows of B and v, in the order [Q rows | K rows | V rows]."""
         return self.q_rows + 2 * self.kv_rows
+
+    def target_rows(self, target: str) -> list[int]:
+        """Output sizes of a target's parts."""
+        return {
+            "qkv": [self.q_rows, self.kv_rows, self.kv_rows],
+            "o_proj": [self.hidden_size],
+            "gate_up": [self.intermediate_size, self.intermediate_size],
+            "down_proj": [self.hidden_size],
+        }[target]
+
+    def target_columns(self, target: str) -> int:
+        """Input size of a target."""
+        widths = {"qkv": self.hidden_size, "o_proj": self.q_rows, "gate_up": self.hidden_size}
+        return widths.get(target, self.intermediate_size)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> OracleConfig:
@@ -147,95 +134,30 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The adapter
-
-
-@dataclass(frozen=True)
-class OracleAdapter:
-    """The four tensors as in the native format; n = len(layers), r = rank, d = hidden size, o = q + k + v rows.
-
-    A: (r, d), or (n, r, d) for lora. B: (o, r), or (n, o, r) for lora. u: (n, r). v: (n, o).
-    `layers` are 1-based, in the order of the first axis of u and v.
-    """
-
-    method: str
-    rank: int
-    alpha: float
-    layers: tuple[int, ...]
-    A: Tensor
-    B: Tensor
-    u: Tensor
-    v: Tensor
-
-    def __post_init__(self) -> None:
-        r, n, (d, o) = self.rank, len(self.layers), (self.A.shape[-1], self.B.shape[-2])
-        lead = (n,) if self.method == "lora" else ()
-        assert self.method in TRAINED_TENSORS, self.method
-        assert len(set(self.layers)) == n and min(self.layers) >= 1, self.layers
-        wanted = {"A": (*lead, r, d), "B": (*lead, o, r), "u": (n, r), "v": (n, o)}
-        for name, shape in wanted.items():
-            assert tuple(self.tensors[name].shape) == shape, (name, tuple(self.tensors[name].shape), shape)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B, "u": self.u, "v": self.v}
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Names of the tensors that learn."""
-        return TRAINED_TENSORS[self.method]
-
-    def with_tensors(self, **tensors: Tensor) -> OracleAdapter:
-        new = self.tensors | tensors
-        return replace(self, A=new["A"], B=new["B"], u=new["u"], v=new["v"])
-
-    def cast(self, dtype: torch.dtype) -> OracleAdapter:
-        return self.with_tensors(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
-
-    def leaves(self) -> OracleAdapter:
-        """A copy whose tensors are fresh leaves; the trained ones require a gradient."""
-        return self.with_tensors(
-            **{
-                name: tensor.detach().clone().requires_grad_(name in self.trained)
-                for name, tensor in self.tensors.items()
-            }
-        )
-
-    def of_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """A (r, d), B (o, r), u (r,), v (o,) of the 1-based `layer`, or None where the layer is plain."""
-        if layer not in self.layers:
-            return None
-        i = self.layers.index(layer)
-        if self.method == "lora":
-            return self.A[i], self.B[i], self.u[i], self.v[i]
-        return self.A, self.B, self.u[i], self.v[i]
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> OracleAdapter:
-        """Read a native adapter folder (`adapter_config.json` and `adapter_model.safetensors`)."""
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        names = {name: tensors[name] for name in ("A", "B", "u", "v")}
-        return cls(config["method"], config["rank"], float(config["alpha"]), tuple(config["layers"]), **names)
+# The adapter's update of the weights
 
 
 def delta_weights(adapter: OracleAdapter, config: OracleConfig, layer: int) -> dict[str, Tensor] | None:
-    """(alpha / r) diag(v) B diag(u) A of a 1-based layer, cut into q (q_rows, d), k and v (kv_rows, d)."""
-    parts = adapter.of_layer(layer)
-    if parts is None:
-        return None
-    a, b, u, v = parts
-    delta = (adapter.alpha / adapter.rank) * (torch.diag(v) @ b @ torch.diag(u) @ a)
-    q, k = config.q_rows, config.q_rows + config.kv_rows
-    return {"q": delta[:q], "k": delta[q:k], "v": delta[k:]}
+    """(alpha / r) diag(v) B diag(u) A of a 1-based layer, cut into the parts of each target: q (q_rows, d), k and v
+    (kv_rows, d) of qkv, then o, gate, up, down; None where the layer is plain."""
+    deltas: dict[str, Tensor] = {}
+    for target in adapter.targets:
+        factors = adapter.of_layer(layer, target)
+        if factors is None:
+            return None
+        a, b, u, v = factors
+        delta = (adapter.alpha / adapter.rank) * (torch.diag(v) @ b @ torch.diag(u) @ a)
+        deltas |= zip(TARGET_PARTS[target], delta.split(config.target_rows(target)), strict=True)
+    return deltas
 
 
 def merged_weights(weights: Mapping[str, Tensor], config: OracleConfig, adapter: OracleAdapter) -> dict[str, Tensor]:
-    """The base with W + delta in q_proj, k_proj and v_proj: summed in max(fp32, dtypes), cast once to W's dtype."""
+    """The base with W + delta in the linears of the targets: summed in max(fp32, dtypes), cast once to W's dtype."""
     merged = dict(weights)
+    modules = {part: module for parts in TARGET_PARTS.values() for part, module in parts.items()}
     for layer in adapter.layers:
-        for name, delta in (delta_weights(adapter, config, layer) or {}).items():
-            key = f"model.layers.{layer - 1}.self_attn.{name}_proj.weight"
+        for part, delta in (delta_weights(adapter, config, layer) or {}).items():
+            key = f"model.layers.{layer - 1}.{modules[part]}.weight"
             wide = torch.promote_types(_wide(weights[key].dtype), delta.dtype)
             merged[key] = (weights[key].to(wide) + delta.to(wide)).to(weights[key].dtype)
     return merged
@@ -277,14 +199,21 @@ def _project(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
     return linear(x, weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
 
 
-def adapter_update(x: Tensor, adapter: OracleAdapter, layer: int, update_dtype: torch.dtype | None = None) -> Tensor:
-    """(alpha / r) * v * (B (u * (A x))): x (S, d) -> (S, o), computed in `update_dtype`, or in x's where None."""
-    parts = adapter.of_layer(layer)
-    assert parts is not None
-    a, b, u, v = (tensor.to(update_dtype or x.dtype) for tensor in parts)
-    columns = x.to(a.dtype).T  # (d, S), so that this reads as the equation does
-    update = v[:, None] * (b @ (u[:, None] * (a @ columns)))
-    return (update.T * (adapter.alpha / adapter.rank)).to(x.dtype)
+def _linears(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    config: OracleConfig,
+    adapter: OracleAdapter | None,
+    target: str,
+    layer: int,
+    update_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """The linears of a target in the 1-based `layer`, each a product of its own, with their rows of the update."""
+    parts = [_project(x, weights, f"model.layers.{layer - 1}.{module}") for module in TARGET_PARTS[target].values()]
+    if adapter is None or adapter.of_layer(layer, target) is None:
+        return parts
+    update = adapter_update(x, adapter, layer, update_dtype, target=target)
+    return [part + rows for part, rows in zip(parts, update.split(config.target_rows(target), dim=-1), strict=True)]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, config: OracleConfig) -> Tensor:
@@ -317,6 +246,10 @@ def _logits_of_sequence(
     update_dtype: torch.dtype | None,
 ) -> Tensor:
     """tokens and positions (S,), visible (S, S) -> (S, vocabulary)."""
+
+    def linears(x: Tensor, target: str, layer: int) -> list[Tensor]:
+        return _linears(x, weights, config, adapter, target, layer, update_dtype)
+
     x = embedding(tokens, weights["model.embed_tokens.weight"])
     size = int(config.head_dim * config.rotary_share)
     frequencies = rope_frequencies(config.rope_theta, size, config.rope_scaling, rope_dtype)
@@ -326,19 +259,16 @@ def _logits_of_sequence(
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
         normed = norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
-        q, k, v = (_project(normed, weights, f"{layer}.self_attn.{name}_proj") for name in "qkv")
-        if adapter is not None and index + 1 in adapter.layers:
-            update = adapter_update(normed, adapter, index + 1, update_dtype)
-            dq, dk, dv = update.split([config.q_rows, config.kv_rows, config.kv_rows], dim=-1)
-            q, k, v = q + dq, k + dk, v + dv
+        q, k, v = linears(normed, "qkv", index + 1)
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         if config.rotates is None or config.rotates[index]:
             q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
-        x = x + _project(_attention(q, k, v, visible, config), weights, f"{layer}.self_attn.o_proj")
+        (output,) = linears(_attention(q, k, v, visible, config), "o_proj", index + 1)
+        x = x + output
         normed = norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
-        gate = _project(normed, weights, f"{layer}.mlp.gate_proj")
-        up = _project(normed, weights, f"{layer}.mlp.up_proj")
-        x = x + _project(torch.nn.functional.silu(gate) * up, weights, f"{layer}.mlp.down_proj")
+        gate, up = linears(normed, "gate_up", index + 1)
+        (output,) = linears(torch.nn.functional.silu(gate) * up, "down_proj", index + 1)
+        x = x + output
     x = norm(x, weights, "model.norm", config.norm_eps)
     return linear(x, weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"])
 

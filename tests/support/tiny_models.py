@@ -8,11 +8,13 @@ bias, a wrong head order or a forgotten permutation shows in the logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import IGNORED_LABEL, TRAINED_TENSORS, OracleAdapter, OracleConfig
+from oracle import IGNORED_LABEL, OracleAdapter, OracleConfig
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, tensor_name
 from oracle_training import OracleBatch
 
 # Stretches some of the tiny heads' frequencies, blends some and leaves some.
@@ -160,17 +162,19 @@ def random_adapter(
     dtype: torch.dtype = torch.float32,
     scale: float = 0.5,
     scale_frozen_vectors: bool = False,
+    targets: Collection[str] = ("qkv",),
 ) -> OracleAdapter:
-    """An adapter as if in the middle of training: no tensor is zero, and the update is about `scale` of q, k and v.
+    """An adapter as if in the middle of training: no tensor is zero, and the update is about `scale` of its linears.
 
     Args:
         alpha: rank by default; give another value so that a forgotten alpha / r shows.
         layers: 1-based; all by default.
         scale_frozen_vectors: draw u and v also where the method keeps them at 1.
+        targets: drawn in their own order, so that qkv has the same tensors with and without others.
     """
     layers = tuple(range(1, config.num_layers + 1)) if layers is None else tuple(layers)
     generator = torch.Generator().manual_seed(seed)
-    n, d, o = len(layers), config.hidden_size, config.qkv_rows
+    n = len(layers)
     lead = (n,) if method == "lora" else ()
 
     def vector(name: str, width: int) -> torch.Tensor:
@@ -179,11 +183,16 @@ def random_adapter(
         sign = torch.where(torch.rand(n, width, generator=generator) < 0.3, -1.0, 1.0)
         return size * sign if name in TRAINED_TENSORS[method] or scale_frozen_vectors else torch.ones_like(size)
 
-    a = torch.randn(*lead, rank, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-    b = torch.randn(*lead, o, rank, generator=generator, dtype=torch.float64) * scale / math.sqrt(rank)
-    u, v = vector("u", rank), vector("v", o)
+    tensors: dict[str, torch.Tensor] = {}
+    targets = tuple(target for target in ALL_TARGETS if target in targets)
+    for target in targets:
+        d, o = config.target_columns(target), sum(config.target_rows(target))
+        a = torch.randn(*lead, rank, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+        b = torch.randn(*lead, o, rank, generator=generator, dtype=torch.float64) * scale / math.sqrt(rank)
+        factors = {"A": a, "B": b, "u": vector("u", rank), "v": vector("v", o)}
+        tensors |= {tensor_name(target, name): factor for name, factor in factors.items()}
     alpha = float(rank) if alpha is None else float(alpha)
-    return OracleAdapter(method, rank, alpha, layers, a, b, u, v).cast(dtype)
+    return OracleAdapter(method, rank, alpha, layers, tensors, targets).cast(dtype)
 
 
 def random_batches(

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import (
-    TRAINED_TENSORS,
-    OracleConfig,
-    cast_weights,
-    load_weights,
-    merged_weights,
-    oracle_logits,
-    oracle_trainable_count,
-)
+from oracle import OracleConfig, cast_weights, load_weights, merged_weights, oracle_logits
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, oracle_trainable_count
 from oracle_rope import rope_amplitude, rope_frequencies
 from oracle_training import OracleBatch, oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches, tiny_model, write_tiny_model
@@ -182,15 +175,26 @@ def test_layers_are_one_based_and_in_the_order_given(method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_counts_match_the_tensors_and_the_gradients(method):
-    _, weights, config = base()
-    adapter = random_adapter(method, config, rank=3)
-    count = oracle_trainable_count(
-        method, rank=3, hidden_size=config.hidden_size, qkv_rows=config.qkv_rows, num_layers=config.num_layers
+SIZES_7B = {"qkv": (4096, 12288), "o_proj": (4096, 4096), "gate_up": (4096, 22016), "down_proj": (11008, 4096)}
+SIZES_70B = {"qkv": (8192, 10240), "o_proj": (8192, 8192), "gate_up": (8192, 57344), "down_proj": (28672, 8192)}
+
+
+def count_of(method, sizes, *, rank, num_layers):
+    return sum(
+        oracle_trainable_count(method, rank=rank, hidden_size=d, qkv_rows=o, num_layers=num_layers)
+        for d, o in sizes.values()
     )
+
+
+@pytest.mark.parametrize("targets", [("qkv",), ALL_TARGETS])
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_match_the_tensors_and_the_gradients(method, targets):
+    _, weights, config = base()
+    adapter = random_adapter(method, config, rank=3, targets=targets)
+    sizes = {"qkv": (32, 64), "o_proj": (32, 32), "gate_up": (32, 96), "down_proj": (48, 32)}
+    sizes = {name: sizes[name] for name in targets}
     _, gradients = oracle_gradients(weights, config, adapter, random_batches(1)[0])
-    assert sum(gradient.numel() for gradient in gradients.values()) == count
+    assert sum(gradient.numel() for gradient in gradients.values()) == count_of(method, sizes, rank=3, num_layers=3)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
@@ -201,6 +205,10 @@ def test_counts_of_the_reference():
     seventy = dict(rank=8, hidden_size=8192, qkv_rows=10240, num_layers=80)
     wanted = dict(lora=11796480, tl5=147456, tl6=967296)
     assert {method: oracle_trainable_count(method, **seventy) for method in wanted} == wanted
+    wanted = dict(lora=16842752, tl5=526336, tl6=1887232)
+    assert {method: count_of(method, SIZES_7B, rank=8, num_layers=32) for method in wanted} == wanted
+    wanted = dict(lora=87818240, tl5=1097728, tl6=7817728)
+    assert {method: count_of(method, SIZES_70B, rank=8, num_layers=80) for method in wanted} == wanted
 
 
 # ---------------------------------------------------------------------------------------- loss, gradients, training
@@ -244,7 +252,7 @@ def test_packed_samples_have_the_gradients_of_each_alone():
 def test_gradients_by_finite_differences_in_fp64():
     _, weights, config = base()
     weights = cast_weights(weights, torch.float64)
-    adapter = random_adapter("tl6", config, alpha=6.0, layers=(1, 3), dtype=torch.float64)
+    adapter = random_adapter("tl6", config, alpha=6.0, layers=(1, 3), dtype=torch.float64, targets=ALL_TARGETS)
     (samples,) = random_batches(1)
     _, gradients = oracle_gradients(weights, config, adapter, samples)
     generator = torch.Generator().manual_seed(0)
@@ -359,6 +367,9 @@ def test_random_things_are_reproducible():
         first, second = (random_adapter(method, config, seed=5) for _ in range(2))
         assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
         assert all(tensor.abs().max() > 0 for tensor in first.tensors.values())
+        more = random_adapter(method, config, seed=5, targets=ALL_TARGETS[::-1])
+        assert more.targets == ALL_TARGETS and len(more.tensors) == 4 * len(first.tensors)
+        assert all(torch.equal(more.tensors[name], tensor) for name, tensor in first.tensors.items())
     batches: list[list[OracleBatch]] = random_batches(3, samples_per_step=6, seed=1)
     again = random_batches(3, samples_per_step=6, seed=1)
     assert all(

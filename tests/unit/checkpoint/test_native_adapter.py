@@ -13,7 +13,8 @@ import pytest
 import torch
 from folders import STORED_ADAPTER
 from native_files import native_adapter, reseal, write_native
-from oracle import OracleAdapter, OracleConfig
+from oracle import OracleAdapter, OracleConfig, delta_weights
+from oracle_adapter import ALL_TARGETS, TARGET_PARTS
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter, write_tiny_model
 
@@ -65,6 +66,22 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_are_the_oracle_s_for_every_target(base: Path, tmp_path: Path, method: str) -> None:
+    """W' - W of every linear and layer, as they are stored and as they are read back."""
+    oracle = values(base, method, targets=ALL_TARGETS)
+    write_native(tmp_path / "adapter", base, oracle)
+    read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
+    assert read_by_oracle.targets == ALL_TARGETS
+    updates = list(load_adapter(tmp_path / "adapter").updates(find_model(str(base)).shape))
+    assert len(updates) == len(oracle.layers) * len(ALL_TARGETS)
+    for rule, a, b in updates:
+        deltas = delta_weights(read_by_oracle, OracleConfig.from_folder(base), rule.layer)
+        stored = [part.name.split(".", 3)[-1].removesuffix(".weight") for part in rule.parts]
+        (parts,) = [parts for parts in TARGET_PARTS.values() if list(parts.values()) == stored]
+        torch.testing.assert_close(b @ a, torch.cat([deltas[part] for part in parts]))
 
 
 def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.engine.topology import make_topology
+from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.normed_linear import NormedLinear
+from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel import collectives
 from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.parallel.layers import RowParallelLinear, VocabularyParallelEmbedding
+from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 from megatron_tiedlora.parallel.traffic import TrafficCounter
@@ -125,14 +127,14 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
         tensor_parallel = TensorParallel(group, cut)
         local = 2 * LENGTH // group.size
         column = NormedLinear(empty(local, WIDTH), bias=vector(local), eps=EPS, dtype=torch.float64, kernels=EAGER)
-        row = RowParallelLinear(empty(WIDTH, local), bias=vector(WIDTH))
+        row = RowParallelLinear(empty(WIDTH, local // 2), bias=vector(WIDTH))
         blocks = ShardSpec(0, (LENGTH, LENGTH))
         values = dense_layers()
         for parameter, spec, value in (
             (column.weight, blocks, values[0]),
             (column.bias, blocks, values[1]),
             (column.norm, ShardSpec(None, ()), values[4]),
-            (row.weight, ShardSpec(1, (LENGTH, LENGTH)), values[2]),
+            (row.weight, ShardSpec(1, (LENGTH,)), values[2]),
             (row.bias, ShardSpec(None, ()), values[3]),
         ):
             assert not parameter.requires_grad
@@ -141,8 +143,7 @@ def try_layers(group: RankGroup) -> dict[bool, Any]:
         if cut:
             hidden, gradient = (part_of(t, group.rank, group.size).clone() for t in (hidden, gradient))
         hidden.requires_grad_()
-        (inner,) = column(hidden, tensor_parallel, num_rows=len(hidden))
-        output = row(torch.tanh(inner), tensor_parallel)
+        output = SwiGlu(column, row, kernels=EAGER)(hidden, tensor_parallel)
         output.backward(gradient)
         found[cut] = output.detach(), hidden.grad
     return found
@@ -154,7 +155,7 @@ def part_of(hidden: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def dense_layers() -> tuple[torch.Tensor, ...]:
-    sizes = ((2 * LENGTH, WIDTH), (2 * LENGTH,), (WIDTH, 2 * LENGTH), (WIDTH,), (WIDTH,))
+    sizes = ((2 * LENGTH, WIDTH), (2 * LENGTH,), (WIDTH, LENGTH), (WIDTH,), (WIDTH,))
     return tuple(draw(*size, seed=30 + index) for index, size in enumerate(sizes))
 
 
@@ -307,7 +308,8 @@ def test_linear_layers_equal_dense_ones(of_groups: dict[int, Any], size: int, cu
     weight, bias, out_weight, out_bias, norm = dense_layers()
     hidden = draw(2, LENGTH, WIDTH, seed=20).requires_grad_()
     normed = functional.rms_norm(hidden, (WIDTH,), norm, EPS)
-    output = functional.linear(torch.tanh(functional.linear(normed, weight, bias)), out_weight, out_bias)
+    gate, up = functional.linear(normed, weight, bias).chunk(2, dim=-1)
+    output = functional.linear(functional.silu(gate) * up, out_weight, out_bias)
     output.backward(draw(2, LENGTH, WIDTH, seed=21))
     assert hidden.grad is not None
     for found in of_groups[size]:
@@ -391,8 +393,16 @@ def test_a_world_that_does_not_divide_is_refused(world_size: int, tp_size: int, 
 def test_an_early_backward_pass_is_for_its_input_alone() -> None:
     """The factor that comes in later scales the gradient; another tensor gets none, rather than an unscaled one."""
     hidden, other = torch.arange(3.0, requires_grad=True), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    loss = run_with_early_backward(lambda inner: (inner * inner * other).sum(), hidden * 1)
-    assert loss.item() == 18.0 and hidden.grad is None
+    factor, frozen = torch.tensor([1.0, 0.5, 2.0], requires_grad=True), torch.ones(3)
+
+    def function(inner: torch.Tensor, nothing: None, factor: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        assert nothing is None
+        return (inner * inner * factor * frozen * other).sum()
+
+    loss = run_with_early_backward(function, hidden * 1, None, factor, frozen)
+    assert loss.item() == 33.0 and hidden.grad is None
     (loss / 8).backward()
-    torch.testing.assert_close(hidden.grad, 2 * hidden.detach() * other.detach() / 8, rtol=0, atol=0)
-    assert other.grad is None
+    expected = 2 * hidden * other * factor / 8, hidden * hidden * other / 8
+    for found, gradient in zip((hidden.grad, factor.grad), expected, strict=True):
+        torch.testing.assert_close(found, gradient.detach(), rtol=0, atol=0)
+    assert other.grad is None and frozen.grad is None

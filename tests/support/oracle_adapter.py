@@ -1,0 +1,167 @@
+"""The oracle's adapter: its targets, its tensors by their names in the native format, and its update of x.
+
+It imports nothing from the package it judges.
+
+Owns: the tables of targets and of what each method trains, the parameter counts, one target's update of x. Left to
+others: where the update is added (`oracle`), start values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# The reference's table, by hand: which of the four tensors learn. "lora" alone has one A and one B per layer.
+TRAINED_TENSORS: dict[str, tuple[str, ...]] = {
+    "lora": ("A", "B"),
+    "vera": ("u", "v"),
+    "tl1": ("A",),
+    "tl2": ("A", "u", "v"),
+    "tl3": ("B",),
+    "tl4": ("B", "u"),
+    "tl5": ("A", "B"),
+    "tl6": ("A", "B", "u", "v"),
+}
+# What a target is made of, within a layer and in the order of its rows: the linears that read the same x.
+TARGET_PARTS: dict[str, dict[str, str]] = {
+    "qkv": {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"},
+    "o_proj": {"o": "self_attn.o_proj"},
+    "gate_up": {"gate": "mlp.gate_proj", "up": "mlp.up_proj"},
+    "down_proj": {"down": "mlp.down_proj"},
+}
+ALL_TARGETS = tuple(TARGET_PARTS)
+
+
+def oracle_trainable_count(method: str, *, rank: int, hidden_size: int, qkv_rows: int, num_layers: int) -> int:
+    """The "general" column of the reference's table; `num_layers` counts the adapted layers.
+
+    For another target than qkv, its input and output sizes stand for `hidden_size` and `qkv_rows`.
+    """
+    r, d, o, n = rank, hidden_size, qkv_rows, num_layers
+    return {
+        "lora": n * r * (d + o),
+        "vera": n * (r + o),
+        "tl1": d * r,
+        "tl2": d * r + n * (r + o),
+        "tl3": o * r,
+        "tl4": n * r + o * r,
+        "tl5": r * (d + o),
+        "tl6": r * (d + o) + n * (r + o),
+    }[method]
+
+
+def tensor_name(target: str, factor: str) -> str:
+    """The name in the native format of "A", "B", "u" or "v" of a target."""
+    return factor if target == "qkv" else f"{target}.{factor}"
+
+
+@dataclass(frozen=True)
+class OracleAdapter:
+    """The tensors as in the native format, four for each target: "A", "B", "u" and "v" are qkv's, "o_proj.A" o_proj's.
+
+    With n = len(layers), r = rank and a target's input size d and output size o:
+    A: (r, d), or (n, r, d) for lora. B: (o, r), or (n, o, r) for lora. u: (n, r). v: (n, o).
+    `layers` are 1-based, in the order of the first axis of u and v.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    layers: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    targets: tuple[str, ...] = ("qkv",)
+
+    def __post_init__(self) -> None:
+        r, n = self.rank, len(self.layers)
+        lead = (n,) if self.method == "lora" else ()
+        assert self.method in TRAINED_TENSORS, self.method
+        assert len(set(self.layers)) == n and min(self.layers) >= 1, self.layers
+        assert self.targets and self.targets == tuple(name for name in ALL_TARGETS if name in self.targets)
+        names = {tensor_name(target, factor) for target in self.targets for factor in "ABuv"}
+        assert self.tensors.keys() == names, (sorted(self.tensors), sorted(names))
+        for target in self.targets:
+            d, o = self.tensor(target, "A").shape[-1], self.tensor(target, "B").shape[-2]
+            wanted = {"A": (*lead, r, d), "B": (*lead, o, r), "u": (n, r), "v": (n, o)}
+            for factor, shape in wanted.items():
+                found = tuple(self.tensor(target, factor).shape)
+                assert found == shape, (target, factor, found, shape)
+
+    def tensor(self, target: str, factor: str) -> Tensor:
+        """ "A", "B", "u" or "v" of a target."""
+        return self.tensors[tensor_name(target, factor)]
+
+    @property
+    def A(self) -> Tensor:
+        """Of qkv, as B, u and v are."""
+        return self.tensors["A"]
+
+    @property
+    def B(self) -> Tensor:
+        return self.tensors["B"]
+
+    @property
+    def u(self) -> Tensor:
+        return self.tensors["u"]
+
+    @property
+    def v(self) -> Tensor:
+        return self.tensors["v"]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the tensors that learn."""
+        factors = TRAINED_TENSORS[self.method]
+        return tuple(tensor_name(target, factor) for target in self.targets for factor in factors)
+
+    def with_tensors(self, **tensors: Tensor) -> OracleAdapter:
+        """A copy with other values of some tensors."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def cast(self, dtype: torch.dtype) -> OracleAdapter:
+        return self.with_tensors(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    def leaves(self) -> OracleAdapter:
+        """A copy whose tensors are fresh leaves; the trained ones require a gradient."""
+        return self.with_tensors(
+            **{
+                name: tensor.detach().clone().requires_grad_(name in self.trained)
+                for name, tensor in self.tensors.items()
+            }
+        )
+
+    def of_layer(self, layer: int, target: str = "qkv") -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """A (r, d), B (o, r), u (r,), v (o,) of a target in the 1-based `layer`, or None where it is plain."""
+        if layer not in self.layers or target not in self.targets:
+            return None
+        i = self.layers.index(layer)
+        a, b, u, v = (self.tensor(target, factor) for factor in "ABuv")
+        if self.method == "lora":
+            return a[i], b[i], u[i], v[i]
+        return a, b, u[i], v[i]
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> OracleAdapter:
+        """Read a native adapter folder (`adapter_config.json` and `adapter_model.safetensors`)."""
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        targets = tuple(config.get("targets", ["qkv"]))  # version 1 of the format has no other
+        shared = config["method"], config["rank"], float(config["alpha"]), tuple(config["layers"])
+        return cls(*shared, tensors, targets)
+
+
+def adapter_update(
+    x: Tensor, adapter: OracleAdapter, layer: int, update_dtype: torch.dtype | None = None, *, target: str = "qkv"
+) -> Tensor:
+    """(alpha / r) * v * (B (u * (A x))): x (S, d) -> (S, o), computed in `update_dtype`, or in x's where None."""
+    parts = adapter.of_layer(layer, target)
+    assert parts is not None
+    a, b, u, v = (tensor.to(update_dtype or x.dtype) for tensor in parts)
+    columns = x.to(a.dtype).T  # (d, S), so that this reads as the equation does
+    update = v[:, None] * (b @ (u[:, None] * (a @ columns)))
+    return (update.T * (adapter.alpha / adapter.rank)).to(x.dtype)
