@@ -162,6 +162,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
         "method": settings.method,
+        "targets": settings.targets,
         "rank": settings.rank,
         "dtype": settings.dtype,
         **describe_setup(device),

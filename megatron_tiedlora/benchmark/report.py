@@ -14,8 +14,9 @@ _SHARES_HEADER = f"{SPEED_HEADER}{'padding':>9}{'of matmul':>11}"
 
 
 def _setup_lines(report: Mapping[str, Any]) -> list[str]:
+    adapter = f"{report['method']} r {report['rank']} of {', '.join(report['targets'])}"
     return [
-        f"{report['model']}, {report['method']} r {report['rank']}, {report['dtype']} on {report['device']}; a bare"
+        f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}; a bare"
         f" matmul does {report['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s",
         setup_line(report),
     ]

@@ -28,7 +28,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     axes = {flag: [_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
     return {
-        **{name: getattr(settings, name) for name in ("model", "method", "dtype")},
+        **{name: getattr(settings, name) for name in ("model", "method", "targets", "dtype")},
         "kernels": chosen.description,
         **timing.describe_setup(device),
         "axes": {
@@ -62,7 +62,8 @@ def _measure(
 
 def scaling_table(report: Mapping[str, Any]) -> list[str]:
     """The figures as lines. The last column has the additional seconds per unit, compared with the value before."""
-    first = f"{report['model']}, {report['method']}, {report['dtype']} on {report['device']}"
+    adapter = f"{report['method']} of {', '.join(report['targets'])}"
+    first = f"{report['model']}, {adapter}, {report['dtype']} on {report['device']}"
     lines = [f"{first}; kernels {report['kernels']}", timing.setup_line(report)]
     for name, measured in report["axes"].items():
         lines.append(f"{name:<12}{'tokens':>8}{timing.SPEED_HEADER}{'more, for 1 more':>18}")

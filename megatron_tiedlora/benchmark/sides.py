@@ -155,8 +155,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     else:
         folder = plan.source.weights_folder()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
-    block = plan.source.shape.block
-    targets = target_modules(block, block.adaptable)
+    targets = target_modules(plan.source.shape.block, settings.targets)
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
     model.train()

@@ -27,7 +27,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     formula = saved_formula(plan, ours.batches)
     memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
     report = {
-        **{name: getattr(settings, name) for name in ("model", "method", "rank", "dtype", "recompute")},
+        **{name: getattr(settings, name) for name in ("model", "method", "targets", "rank", "dtype", "recompute")},
         "kernels": ours.kernels,
         **describe_setup(ours.device),
         "matmul_flops_per_second": base_matmul_rate(plan, ours.model, ours.batches, ours.device),

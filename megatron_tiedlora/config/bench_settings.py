@@ -9,11 +9,14 @@ from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.config.fields import (
+    TARGETS_HELP,
     CommandSettings,
     comma_separated,
     field_group,
     optional_field,
+    parse_targets,
     setting_field,
     validate_settings,
 )
@@ -87,6 +90,7 @@ class BenchSettings(CommandSettings):
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
     num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)
     method: str = setting_field("step", "what is trained here", "tl6", choices=METHOD_NAMES)
+    targets: tuple[str, ...] = setting_field("step", TARGETS_HELP, (QKV,))
     rank: int = setting_field("step", "rank r of both sides", 8, ge=1)
     compile: Literal["auto", "true", "false"] = setting_field("step", "our kernels, where it can be done", "auto")
     recompute: Literal["none", "selective", "full"] = setting_field("step", "of layers, on our side", "none")
@@ -144,6 +148,7 @@ class BenchSettings(CommandSettings):
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
+    _parse_targets = field_validator("targets", mode="before")(parse_targets)
     _split_values = field_validator("layers", "lengths", "ranks", "shares", mode="before")(comma_separated)
 
     @model_validator(mode="after")

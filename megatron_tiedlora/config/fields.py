@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
@@ -96,6 +97,8 @@ class CommandSettings(BaseModel):
         field = cls.model_fields[name]
         if field.is_required() or field.default is None:
             return ""
+        if isinstance(field.default, tuple):
+            return ",".join(map(str, field.default))
         return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
     @field_validator("*", mode="before")
@@ -176,6 +179,29 @@ def comma_separated(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
+
+
+def parse_targets(value: Any) -> Any:
+    """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.
+
+    Raises:
+        ValueError: a name is unknown, or there is none.
+    """
+    if isinstance(value, str) and value.strip().lower() == "all":
+        return TARGET_NAMES
+    names = comma_separated(value)
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return names
+    for name in names:
+        if name not in TARGET_NAMES:
+            known = f"{', '.join(TARGET_NAMES)}, or all"
+            raise ValueError(f"--targets: {shown(name)} is unknown{nearest_name(name, TARGET_NAMES)}; known: {known}")
+    if not names:
+        raise ValueError(f"--targets is empty; give all, or some of {', '.join(TARGET_NAMES)}")
+    return tuple(name for name in TARGET_NAMES if name in names)
 
 
 def shell_words(name: str, text: str | None) -> list[str]:

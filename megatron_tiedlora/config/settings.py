@@ -14,11 +14,14 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from megatron_tiedlora.base.errors import as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
+    TARGETS_HELP,
     CommandSettings,
     comma_separated,
     optional_field,
+    parse_targets,
     setting_field,
     validate_settings,
 )
@@ -102,6 +105,7 @@ class Settings(CommandSettings):
     layers: tuple[int, ...] | None = optional_field(
         "adapter", "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)"
     )
+    targets: tuple[str, ...] = setting_field("adapter", TARGETS_HELP, (QKV,))
     init_std_a: float | None = optional_field("adapter", "init std of A (default: by method)", gt=0, le=1e3)
     init_std_b: float | None = optional_field(
         "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
@@ -203,6 +207,8 @@ class Settings(CommandSettings):
     def _parse_layers(cls, value: Any) -> Any:
         whole = isinstance(value, str) and value.strip().lower() in ("", "all", "none")
         return None if whole else comma_separated(value)
+
+    _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
     @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume")
     @classmethod

@@ -16,6 +16,7 @@ from torch import nn
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
+from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 
@@ -100,6 +101,8 @@ def initialize_engine(
     values = dict(config.values)
     if config.zero_stage == 0:
         values["gradient_clipping"] = 0.0
+    if config.zero_stage == 3:  # an MLP reads the weights of its linears itself, so they are gathered for all of it
+        deepspeed.utils.set_z3_leaf_modules(model, [SwiGlu])
     pipelined = isinstance(model, PipelineModule)
     if pipelined:
         # With sequence parallelism partitioned activations are silently wrong (seen in 0.19.8).

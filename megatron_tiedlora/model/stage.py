@@ -141,7 +141,7 @@ class Stage(nn.Module):
         if not sources:
             return output
         if isinstance(output, Attended):
-            return output._replace(hidden=_WithZeroGradients.apply(output.hidden, *sources))
+            return output.with_function(lambda tensor: _WithZeroGradients.apply(tensor, *sources))
         joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
         return joined
 

@@ -6,6 +6,7 @@ pass. So whatever is recomputed, only gradients are saved: d numbers per supervi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,18 @@ class Attended(NamedTuple):
     def mlp_update(self) -> LayerUpdate:
         """The part of the update that belongs to the MLP."""
         return {name: linear for name, linear in (self.update or {}).items() if name in (GATE_UP, DOWN)}
+
+    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Attended:
+        """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
+        for name in ("hidden", "attention_output"):
+            if (tensor := getattr(self, name)).requires_grad:
+                return self._replace(**{name: function(tensor)})
+        for target, linear in (self.update or {}).items():
+            for name in ("grad_a", "grad_f"):
+                if (tensor := getattr(linear, name)) is not None:
+                    changed = linear._replace(**{name: function(tensor)})
+                    return self._replace(update={**(self.update or {}), target: changed})
+        return self._replace(hidden=function(self.hidden))
 
 
 class SupervisedTail:

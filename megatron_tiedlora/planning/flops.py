@@ -1,8 +1,8 @@
 """Arithmetic for the floating-point operations that one training step with a frozen base needs.
 
 Let P be the multiplications of a token with all weights, A = 2 s d L the operations of causal attention, r the rank. A
-token takes 4 P + 3 A + 6 r (d + o) L, as no weight has a gradient. It takes less if it has no label (for the head and
-all that follows the last attention), below the first adapted layer, and if a factor is frozen.
+token takes 4 P + 3 A + 6 r (in + out) L for each target, as no weight has a gradient. It takes less if it has no label
+(for the head and all that follows the last attention), below the first adapted linear, and if a factor is frozen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.methods import Method
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import OUTPUT, QKV, ModelShape
+from megatron_tiedlora.planning.stages import needs_gradient
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,19 @@ def step_flops(
         num_after: the positions that are computed after the last attention.
         num_supervised: the positions that the head computes logits for.
     """
-    block, first, num_layers = shape.block, adapter.layers[0], shape.num_layers
-    qkv, query = block.qkv.num_weights, shape.heads.rows[0]
+    linears, num_layers, query = shape.block.adaptable, shape.num_layers, shape.heads.rows[0]
+    targets = {target.name: target for target in adapter.targets}
     matmuls = attention = low_rank = 0
     for layer in range(1, num_layers + 1):
+        needs = needs_gradient(adapter, layer)
         after = num_after if layer == num_layers else num_tokens
-        rest = 2 * after * (block.num_weights - qkv)
-        matmuls += (2 if layer >= first else 1) * rest + (2 if layer > first else 1) * 2 * num_tokens * qkv
-        attention += (3 if layer >= first else 1) * 2 * squared_lengths * query
-        for target in adapter.targets if layer in adapter.layers else ():
-            columns = adapter.rank * (after if target.follows_attention else num_tokens)
-            needs_input = layer > first or target is not adapter.targets[0]
-            low_rank += 2 * columns * _widths(adapter.method_spec, target, needs_input=needs_input)
+        attention += (3 if needs[OUTPUT] else 1) * 2 * squared_lengths * query
+        for name, linear in linears.items():
+            tokens = num_tokens if name == QKV else after
+            matmuls += (2 if needs[name] else 1) * 2 * tokens * linear.num_weights
+            if name in targets and layer in adapter.layers:
+                widths = _widths(adapter.method_spec, targets[name], needs_input=needs[name])
+                low_rank += 2 * adapter.rank * tokens * widths
     head = 2 * 2 * num_supervised * shape.head.num_weights
     return StepFlops(matmuls, attention, low_rank, head)
 
@@ -66,6 +68,6 @@ def step_flops(
 def _widths(method: Method, target: Target, *, needs_input: bool) -> int:
     """The summed widths of a target's low-rank matmuls in one layer, each of r columns: 3 (d + o) if all is trained."""
     d, o = target.in_size, target.out_size
-    rows_of_b = o if method.B.trained or method.u.trained or method.v.trained else 0
+    rows_of_b = o if method.trains_f else 0
     columns = o if needs_input or method.A.trained else 0
     return (d + o) + rows_of_b + columns + d * (method.A.trained + needs_input)

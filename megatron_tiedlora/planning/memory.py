@@ -11,13 +11,13 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.stages import StagePlan, needs_gradient
 
 FP32 = 4
 # Estimates. Users report 0.3 to 0.7 GB for NCCL on hosts with NVLink (NVIDIA/nccl issues 864 and 964).
@@ -109,6 +109,7 @@ class TokenBytes:
         hidden: the same between layers, where it may be sharded along the sequence.
         gathered: the gradient of a hidden state that is gathered; 0 if sequences are not cut.
         attended: the output of attention.
+        heads: queries, keys and values with the output of attention, and the numbers of heads and their norms.
         gate: gate and up.
         saved: all that one adapted block saves for its backward pass.
         after_attention: the part of `saved` that follows attention: the second norm's input, gate and up.
@@ -118,6 +119,7 @@ class TokenBytes:
     hidden: float
     gathered: float
     attended: float
+    heads: float
     gate: float
     saved: float
     after_attention: float
@@ -139,17 +141,19 @@ def token_bytes(shape: ModelShape, layout: Layout) -> TokenBytes:
     inside = block.qkv.out_size + block.output.in_size
     if layout.on_gpu and layout.dtype == torch.float32 and heads.num_kv < heads.num:
         inside += 2 * block.output.in_size  # the memory-efficient kernel gets keys and values for every head
-    ax = adapter.rank * itemsize * any(adapter.method_spec.factor(name).trained for name in "Buv")
+    ax = adapter.rank * itemsize * adapter.method_spec.trains_f
     ax_after = ax * sum(target.follows_attention for target in adapter.targets)
     norm = (whole + FP32) / parts
     after_attention = ax_after + (whole / parts if layout.recompute == "selective" else norm + gate)
     of_heads = heads.num + (heads.num + heads.num_kv if heads.norms else 0)
-    in_attention = ax * len(adapter.targets) - ax_after + norm + (inside * itemsize + of_heads * FP32) / tp_size
+    heads_bytes = (inside * itemsize + of_heads * FP32) / tp_size
+    in_attention = ax * len(adapter.targets) - ax_after + norm + heads_bytes
     return TokenBytes(
         whole=whole,
         hidden=whole / parts,
         gathered=whole if parts > 1 else 0.0,
         attended=block.output.in_size * itemsize / tp_size,
+        heads=heads_bytes,
         gate=gate,
         saved=in_attention + after_attention,
         after_attention=after_attention,
@@ -165,11 +169,54 @@ def saved_bytes(stage: StagePlan, *, tokens: int, after: int | None = None) -> f
     """
     after = tokens if after is None else after
     of_token, recomputes = token_bytes(stage.shape, stage.layout), stage.layout.recompute == "full"
-    blocks = len(stage.backward_blocks)
-    saved = blocks * tokens * (of_token.hidden if recomputes else of_token.saved)
-    saved += 0 if recomputes else _factor_bytes(stage)
-    if stage.is_last and blocks:  # see SupervisedTail
-        saved += after * of_token.hidden - (0.0 if recomputes else tokens * of_token.after_attention)
+    saved = 0.0 if recomputes else float(_factor_bytes(stage))
+    for block in stage.backward_blocks:
+        in_attention, of_output, in_mlp = (of_token.hidden, 0.0, 0.0) if recomputes else _block_bytes(stage, block)
+        if stage.is_last and block == stage.blocks[-1]:
+            saved += tokens * in_attention + _tail_bytes(stage, after)
+        else:
+            saved += tokens * (in_attention + of_output + in_mlp)
+    return saved
+
+
+def _block_bytes(stage: StagePlan, block: int) -> tuple[float, float, float]:
+    """What a block saves for a token without full recompute: up to attention, for its output projection, in its MLP.
+
+    In the first adapted layer nothing is saved of what comes before the first adapted linear.
+    """
+    shape, layout, method = stage.shape, stage.layout, stage.layout.adapter.method_spec
+    of_token, needs = token_bytes(shape, layout), needs_gradient(layout.adapter, block)
+    ax = layout.adapter.rank * layout.dtype.itemsize * method.trains_f
+    number = FP32 / layout.sequence_parts
+    in_attention = ax * stage.adapts(block, QKV)
+    if needs[QKV] or (stage.adapts(block, QKV) and method.A.trained):
+        in_attention += of_token.hidden + number
+    if needs[OUTPUT]:
+        in_attention += of_token.heads
+    of_output = 0.0
+    if stage.adapts(block, OUTPUT):  # its input is attention's result, which attention saves
+        of_output = ax + (of_token.attended if method.A.trained and not needs[OUTPUT] else 0.0)
+    in_mlp = ax * (stage.adapts(block, GATE_UP) + stage.adapts(block, DOWN))
+    reads_norm = needs[GATE_UP] or (stage.adapts(block, GATE_UP) and method.A.trained)
+    if reads_norm or (layout.recompute == "selective" and stage.reads_mlp_input(block)):
+        in_mlp += of_token.hidden
+    if layout.recompute == "none":
+        in_mlp += number * reads_norm + of_token.gate * stage.reads_mlp_input(block)
+    return in_attention, of_output, in_mlp
+
+
+def _tail_bytes(stage: StagePlan, after: int) -> float:
+    """What the last block and the head save of `after` positions behind the last attention; see `SupervisedTail`."""
+    layout, block, adapter = stage.layout, stage.blocks[-1], stage.layout.adapter
+    of_token, method = token_bytes(stage.shape, layout), adapter.method_spec
+    saved = after * of_token.hidden * needs_gradient(adapter, block)[GATE_UP]  # the gradient of the MLP's input
+    if stage.adapts(block, OUTPUT):  # A x, and x, of which attention saves other rows
+        saved += after * adapter.rank * layout.dtype.itemsize * method.trains_f
+        saved += after * of_token.attended * method.A.trained
+    for target in adapter.targets if stage.part.layers and block in stage.part.layers else ():
+        if target.name in (GATE_UP, DOWN):  # the gradients of its factors
+            columns, rows = target.local_sizes(stage.part.tp_size)
+            saved += FP32 * adapter.rank * (columns * method.A.trained + rows * method.trains_f)
     return saved
 
 
@@ -315,7 +362,9 @@ def _engine_bytes(stage: StagePlan, *, tokens: int) -> float:
     """
     layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
     if layout.pp_size == 1:
-        most = layout.live_parameters + max(stage.local_base)
+        block = stage.shape.block  # the linears of an MLP are gathered together
+        mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size
+        most = layout.live_parameters + max(mlp, *stage.local_base)
         gathers = layout.zero_stage == 3 and layout.dp_size > 1
         return float(layout.base_bytes(min(sum(stage.local_base), most))) if gathers else 0.0
     once = of_token.hidden

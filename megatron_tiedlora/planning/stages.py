@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart
-from megatron_tiedlora.base.shapes import LinearShape, ModelShape
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, TARGET_NAMES, ModelShape
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.partition import layer_costs, partition
@@ -82,14 +82,35 @@ class StagePlan:
         frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
 
-    def ax_columns(self, block: int, linear: LinearShape) -> int:
+    def adapts(self, block: int, name: str) -> bool:
+        """Whether a linear is adapted in one of its blocks."""
+        return block in self.part.layers and name in [target.name for target in self.part.config.targets]
+
+    def reads_mlp_input(self, block: int) -> bool:
+        """Whether the backward pass of a block's MLP computes something from gate and up."""
+        of_down = self.adapts(block, DOWN) and self.part.config.method_spec.A.trained
+        return of_down or self.adapts(block, GATE_UP) or needs_gradient(self.part.config, block)[GATE_UP]
+
+    def ax_columns(self, block: int, name: str) -> int:
         """The columns of A x beside the input of one of a block's linears; 0 if the linear is not adapted there."""
-        adapted = [self.shape.block.adaptable[target.name] for target in self.part.config.targets]
-        return self.part.config.rank if block in self.part.layers and linear in adapted else 0
+        return self.part.config.rank * self.adapts(block, name)
 
     def local_size(self, name: str) -> int:
         """The numbers in a rank's part of one of the adapter's tensors."""
         return math.prod(self.part.local_shape(name))
+
+
+def needs_gradient(adapter: AdapterConfig, block: int) -> dict[str, bool]:
+    """Whether the input of each linear of a block needs a gradient, by name, in the order of their computation.
+
+    In the first adapted layer it is the inputs behind the first adapted linear that need one.
+    """
+    adapted = [target.name for target in adapter.targets] if block in adapter.layers else []
+    first = block > adapter.layers[0]
+    return {
+        name: first or any(before in adapted for before in TARGET_NAMES[:number])
+        for number, name in enumerate(TARGET_NAMES)
+    }
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

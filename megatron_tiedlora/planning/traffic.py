@@ -6,8 +6,8 @@ fills buckets and fetches ahead. `engine_bytes` is an upper bound of the bytes t
 
 Let h be the bytes of a micro-batch's hidden states (rows x length x d). Each adapted block sends 8 messages of h with
 sequence parallelism (a gather and a reduce-scatter around attention and MLP, forward and backward), and 4 without. With
-sequence parallelism two of the 8 also carry r columns of the adapter, padded to a multiple of 8. After the last
-attention h counts supervised positions only.
+sequence parallelism two of the 8 also carry r columns of the adapter, padded to a multiple of 8, if QKV is adapted, and
+two if gate and up are. After the last attention h counts supervised positions only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tiedlora.base.shapes import GATE_UP, OUTPUT, QKV
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.model.supervised import padded_positions
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.stages import StagePlan
+from megatron_tiedlora.planning.stages import StagePlan, needs_gradient
 from megatron_tiedlora.runtime.stopping import StepVotes, StopVotes
 
 FP32, FP64 = 4, 8  # bytes
@@ -85,9 +86,9 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
     for shape in micro_batches:
         if layout.tp_size > 1:
             _add_layers(traffic, stage, shape)
-            # once for any number of layers: a target's A, and the sum of its gradient
-            for name in filter(stage.part.is_gathered, stage.part.config.tensors):
-                size = FP32 * stage.local_size(name) * layout.tp_size
+            # once for any number of layers and targets: factors that are gathered, and the sum of their gradients
+            gathered = filter(stage.part.is_gathered, stage.part.config.tensors)
+            if size := FP32 * layout.tp_size * sum(map(stage.local_size, gathered)):
                 traffic.add(TENSOR, "all-gather", size)
                 traffic.add(TENSOR, "reduce-scatter", size)
         # Hidden states forward, and their gradient backward (zeros if none is needed).
@@ -170,6 +171,13 @@ class _Regions:
         else:
             self._add("all-reduce", num_tokens)
 
+    def go_back(self, num_tokens: int, columns: int, *, needs_x: bool) -> None:
+        """Go back through the start of a region. If the hidden states need no gradient, only that of A x is sent."""
+        if needs_x:
+            self.reduce(num_tokens, columns=columns)
+        elif columns and self.stage.layout.sequence_parallel:
+            self.traffic.add(TENSOR, "reduce-scatter", num_tokens * columns * self.stage.layout.dtype.itemsize)
+
     def _add(self, kind: str, num_tokens: int, columns: int = 0) -> None:
         beside = num_tokens * padded(columns) * self.stage.layout.dtype.itemsize
         self.traffic.add(TENSOR, kind, _hidden_bytes(self.stage, num_tokens) + beside)
@@ -181,33 +189,32 @@ def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> N
     Recomputing a block stops as soon as its backward pass has all it needs, so the last exit is not repeated.
     Recomputing gate and up enters the MLP's region again. Nothing after the last attention is recomputed.
     """
-    layout, linears, region = stage.layout, stage.shape.block, _Regions(traffic, stage)
-    trains_a = layout.adapter.method_spec.A.trained
+    layout, region = stage.layout, _Regions(traffic, stage)
+    method = layout.adapter.method_spec
     if stage.is_first:
         region.reduce(shape.num_tokens)  # the embedding, which is frozen
     for block in stage.blocks:
         ends_here = stage.is_last and block == stage.blocks[-1]
         after = shape.num_after if ends_here else shape.num_tokens
-        of_qkv, of_gate_up = (stage.ax_columns(block, linear) for linear in (linears.qkv, linears.gate_up))
+        of_qkv, of_gate_up = (stage.ax_columns(block, name) for name in (QKV, GATE_UP))
         backward = block in stage.backward_blocks
-        again = backward and layout.recompute == "full"
+        needs = needs_gradient(layout.adapter, block)
+        again = backward and layout.recompute == "full" and (not ends_here or needs[OUTPUT])
         for number in range(2 if again else 1):
             region.gather(shape.num_tokens, columns=of_qkv)
             if number == 0 or not ends_here:
                 region.reduce(after)
                 region.gather(after, columns=of_gate_up)
         region.reduce(after)
-        if backward and layout.recompute == "selective" and not ends_here:
-            region.gather(after, columns=of_gate_up)
-        if backward:
-            region.gather(after)  # through the end of the MLP, then its start, then the end of attention
-            region.reduce(after, columns=of_gate_up * trains_a)
+        if not backward:
+            continue
+        if layout.recompute == "selective" and not ends_here and stage.reads_mlp_input(block):
+            region.gather(after, columns=0 if method.trains_f else of_gate_up)  # A x is saved if F is trained
+        region.gather(after)  # through the end of the MLP, then its start, then the end of attention
+        region.go_back(after, of_gate_up * method.A.trained, needs_x=needs[GATE_UP])
+        if needs[GATE_UP]:
             region.gather(after)
-            if block > stage.first_adapted:
-                region.reduce(shape.num_tokens, columns=of_qkv * trains_a)
-            elif of_qkv and trains_a and layout.sequence_parallel:  # nothing below needs a gradient, but A does
-                size = shape.num_tokens * of_qkv * layout.dtype.itemsize
-                traffic.add(TENSOR, "reduce-scatter", size)
+        region.go_back(shape.num_tokens, of_qkv * method.A.trained, needs_x=needs[QKV])
     if stage.is_last:
         region.gather(shape.num_after)
         region.reduce(shape.num_after)  # its gradient

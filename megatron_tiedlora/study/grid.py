@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from megatron_tiedlora.adapters.targets import qkv_target
+from megatron_tiedlora.adapters.targets import sized_targets
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import Size
+from megatron_tiedlora.base.json_files import Size, Text
+from megatron_tiedlora.base.shapes import QKV, ModelShape
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
@@ -22,11 +23,23 @@ PAPER_LAYER_STEP = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that decide the number of trained parameters: layers L, hidden size d, and rows of Q, K and V."""
+    """What decides the number of trained parameters: layers L, hidden size d, rows of Q, K and V, and the targets.
+
+    Attributes:
+        intermediate_size: width of the MLP; None if QKV alone is adapted.
+    """
 
     num_layers: Size
     hidden_size: Size
     qkv_rows: tuple[Size, Size, Size]
+    intermediate_size: Size | None = None
+    targets: tuple[Text, ...] = (QKV,)
+
+    @staticmethod
+    def of(model: ModelShape, targets: tuple[str, ...]) -> Shape:
+        """The sizes of a model whose `targets` are adapted."""
+        width = None if targets == (QKV,) else model.intermediate_size
+        return Shape(model.num_layers, model.hidden_size, model.heads.rows, width, targets)
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,13 @@ class Point:
     def num_trained(self, shape: Shape) -> int:
         """Trained parameters on a model of `shape`."""
         layers = tuple(range(1, shape.num_layers + 1)) if self.layer is None else (self.layer,)
-        config = make_adapter_config(
-            self.method, rank=self.rank, layers=layers, targets=(qkv_target(shape.hidden_size, shape.qkv_rows),), seed=0
+        targets = sized_targets(
+            shape.targets,
+            hidden_size=shape.hidden_size,
+            qkv_rows=shape.qkv_rows,
+            intermediate_size=shape.intermediate_size or 0,
         )
+        config = make_adapter_config(self.method, rank=self.rank, layers=layers, targets=targets, seed=0)
         return sum(config.num_trained().values())
 
 

@@ -204,7 +204,9 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     with _no_accelerator_needed():
         source = plan_run(train, rank=0, world_size=ranks, weights=False).source
     files = {name: getattr(train, name) for name in ("train_file", "validation_file", "test_file")}
-    base = describe_base(source, task=task.name, metric=task.metrics[0], files=files.values())
+    base = describe_base(
+        source, targets=train.targets, task=task.name, metric=task.metrics[0], files=files.values()
+    )
     check_resumable(folder, command, base)
     grid = make_grid(settings, source.shape.num_layers)
     for run in _each_run(grid):

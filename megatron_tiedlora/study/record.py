@@ -18,6 +18,7 @@ from megatron_tiedlora.base.json_files import Text, read_fields, read_json_objec
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.paths import PathIn, user_path
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -93,8 +94,10 @@ class BaseRecord:
     file_sha256: dict[Text, Text] | None = None
 
 
-def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterable[str | None]) -> BaseRecord:
-    """Make the record of a study of `task` on a model.
+def describe_base(
+    source: ModelSource, *, targets: tuple[str, ...], task: str, metric: str, files: Iterable[str | None]
+) -> BaseRecord:
+    """Make the record of a study of `task` on a model whose `targets` are adapted.
 
     Args:
         files: local row files (two aligned text files have a comma between them) or hub ids.
@@ -102,9 +105,8 @@ def describe_base(source: ModelSource, *, task: str, metric: str, files: Iterabl
     Raises:
         UserError: a file cannot be read.
     """
-    model_shape = source.shape
-    shape = Shape(model_shape.num_layers, model_shape.hidden_size, model_shape.heads.rows)
-    model = paper_model(source.name, model_shape)
+    shape = Shape.of(source.shape, targets)
+    model = paper_model(source.name, source.shape) if targets == (QKV,) else None  # the paper adapts nothing else
     return BaseRecord(source.name, source.base_hash, shape, model, task, metric, _hash_files(files))
 
 

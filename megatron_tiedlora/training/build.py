@@ -201,8 +201,9 @@ def _check_same_base(base: BaseIdentity) -> None:
 
 def _check_same_adapter(adapter: AdapterConfig, checkpoint: Checkpoint) -> None:
     """Compare the checkpoint's adapter with the plan's. (Its settings were compared when it was found.)"""
-    for name in ("method", "rank", "alpha", "layers"):
-        found, expected = getattr(checkpoint.adapter.config, name), getattr(adapter, name)
+    stored = checkpoint.adapter.config.facts
+    for name, expected in adapter.facts.items():
+        found = stored[name]
         if found != expected:
             raise UserError(
                 f"{checkpoint.folder / CONFIG_FILE}: {name} is {found}, but the checkpoint's settings say {expected}."

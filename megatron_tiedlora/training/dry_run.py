@@ -58,17 +58,22 @@ class FirstStep:
 
 def _parameters(plan: RunPlan) -> list[str]:
     shape, adapter = plan.source.shape, plan.adapter
-    lines = [f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers"]
+    linears = ", ".join(target.name for target in adapter.targets)
+    layers = f"{len(adapter.layers)} adapted layers ({linears})"
+    lines = [f"trained parameters: {adapter.method}, rank {adapter.rank}, {layers}"]
     counts = adapter.num_trained()
+    wide = max(map(len, counts))
     lines += [
-        f"  {name}  {' x '.join(map(str, adapter.shape(name))):<22}{count:>15,}" for name, count in counts.items()
+        f"  {name:<{wide}}  {' x '.join(map(str, adapter.shape(name))):<22}{count:>15,}"
+        for name, count in counts.items()
     ]
-    lines.append(f"  {'all':<25}{sum(counts.values()):>15,}")
+    lines.append(f"  {'all':<{wide + 24}}{sum(counts.values()):>15,}")
     for other in ("lora", "vera"):
         same = replace(adapter, method=other)
         total = sum(same.num_trained().values())
-        lines.append(f"  {f'{other} of the same rank':<25}{total:>15,}   ({sum(counts.values()) / total:.2%} of it)")
-    lines.append(f"  {'frozen base':<25}{num_base_parameters(shape):>15,}")
+        name = f"{other} of the same rank"
+        lines.append(f"  {name:<{wide + 24}}{total:>15,}   ({sum(counts.values()) / total:.2%} of it)")
+    lines.append(f"  {'frozen base':<{wide + 24}}{num_base_parameters(shape):>15,}")
     return lines
 
 

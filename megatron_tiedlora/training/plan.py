@@ -192,6 +192,7 @@ class RunPlan:
         values.update(
             dtype=self.dtype_name,
             layers=list(self.adapter.layers),
+            targets=list(self.settings.targets),
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
             micro_batch_size=self.batches.micro_batch_size,
@@ -247,7 +248,7 @@ def plan_run(
         rank=settings.rank,
         alpha=settings.alpha,
         layers=layers,
-        targets=targets_of(shape),
+        targets=targets_of(shape, settings.targets),
         seed=settings.seed,
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,

@@ -21,7 +21,7 @@ def test_a_table_for_each_quantity(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     values = ["--layers=1,3", "--lengths=8,24", "--ranks=2", "--shares="]
     assert bench_step.main(["--what=scaling", "--length=16", "--compile=false", "--repeats=1", *values]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "llama2-7b, tl6, bf16 on CPU; kernels not compiled"
+    assert lines[0] == "llama2-7b, tl6 of qkv, bf16 on CPU; kernels not compiled"
     heads = [index for index, line in enumerate(lines) if "tokens/s" in line]
     assert [lines[index].split()[0] for index in heads] == ["num_layers", "length", "rank"]
     assert [line.split()[:2] for line in lines[heads[0] + 1 : heads[1]]] == [["1", "16"], ["3", "16"]]
@@ -33,7 +33,7 @@ def test_table_by_hand() -> None:
         {"value": 2, "tokens": 100, "seconds": [2.0, 1.0, 3.0]},
         {"value": 10, "tokens": 100, "seconds": [4.0, 4.0, 4.0]},
     ]
-    about = {"model": "m", "method": "tl6", "dtype": "bf16", "kernels": "not compiled", **SETUP}
+    about = {"model": "m", "method": "tl6", "targets": ("qkv",), "dtype": "bf16", "kernels": "not compiled", **SETUP}
     lines = scaling_table({**about, "axes": {"rank": measured}})
     assert lines[3].split() == ["2", "100", "2.000", "1.000", "3.000", "50.0"]
     assert lines[4].split() == ["10", "100", "4.000", "4.000", "4.000", "25.0", "0.2500"]

@@ -132,11 +132,11 @@ def test_prediction_is_what_is_counted(
 
 
 def test_what_zero_3_fetches_is_an_upper_bound(ran: Mapping[str, Ran]) -> None:
-    """Parameters are gathered at most for each pass of each micro-batch; all but small ones at least half as often."""
+    """Parameters are gathered at most for each pass of each micro-batch; most of them at least half as often."""
     found = ran[ESTIMATED]
     for rank, counted in enumerate(found.counted):
         found.check(rank)
-        assert counted.traffic.of_group(DATA)[1] > 0.49 * found.predicted(rank)[1]
+        assert counted.traffic.of_group(DATA)[1] > 0.45 * found.predicted(rank)[1]
 
 
 def test_an_extra_message_per_layer_is_seen(ran: Mapping[str, Ran]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from traffic_worker import Case, Counted, count_steps
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.traffic import DATA, Traffic
-from megatron_tiedlora.planning.traffic import engine_bytes, step_traffic
+from megatron_tiedlora.planning.traffic import MicroBatchShape, engine_bytes, step_traffic
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import prepare_data
 
@@ -38,12 +38,16 @@ class Ran:
         """The rank's plan, made without starting it."""
         return plan_run(make_settings(self.case.settings), rank=rank, world_size=len(self.counted))
 
-    def predicted(self, rank: int) -> tuple[Traffic, int]:
-        """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
+    def micro_batches(self, rank: int) -> Sequence[MicroBatchShape]:
+        """Of the counted step, from settings and data alone."""
         plan = self.plan(rank)
         data = prepare_data(plan, progress=False).train
         batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
-        shapes = plan.micro_batches(data, batch)
+        return plan.micro_batches(data, batch)
+
+    def predicted(self, rank: int) -> tuple[Traffic, int]:
+        """Of the counted step, from settings and data alone: our messages, and the most that DeepSpeed sends."""
+        plan, shapes = self.plan(rank), self.micro_batches(rank)
         return step_traffic(plan.stage, shapes), engine_bytes(plan.stage, num_micro_batches=len(shapes))
 
     def check(self, rank: int) -> None:

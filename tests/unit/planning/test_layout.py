@@ -10,7 +10,7 @@ import pytest
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
@@ -72,26 +72,31 @@ def test_a_layout_costs_what_its_fields_say() -> None:
     assert planned(1, 1, 32)[0].layout.sequence_parts == 1 and not planned(1, 1, 32)[0].layout.sequence_parallel
 
 
-def test_every_target_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gate-up beside QKV: FLOPs, A x saved and sent, factors and their gathers count for both."""
-    adaptable = property(lambda block: {"qkv": block.qkv, "gate_up": block.gate_up})
-    monkeypatch.setattr(BlockShape, "adaptable", adaptable)
-    both = replace(ADAPTER, targets=targets_of(SHAPE))
-    d, f, r, layers, rows = 8192, 28672, 8, 80, 4096
-    one, two = (planned(2, 1, 16, adapter=adapter)[0] for adapter in (ADAPTER, both))
-    assert token_bytes(SHAPE, two.layout).saved - token_bytes(SHAPE, one.layout).saved == 2 * r
-    assert token_bytes(SHAPE, two.layout).after_attention - token_bytes(SHAPE, one.layout).after_attention == 2 * r
+def test_every_target_is_planned() -> None:
+    """All four beside QKV: FLOPs, A x saved and sent, factors and their gathers."""
+    every = replace(ADAPTER, targets=targets_of(SHAPE, TARGET_NAMES))
+    d, k, f, r, layers, rows = 8192, 1024, 28672, 8, 80, 4096
+    one, four = (planned(2, 1, 16, adapter=adapter)[0] for adapter in (ADAPTER, every))
+    assert token_bytes(SHAPE, four.layout).saved - token_bytes(SHAPE, one.layout).saved == 3 * 2 * r
+    after = [token_bytes(SHAPE, stage.layout).after_attention for stage in (one, four)]
+    assert after[1] - after[0] == 3 * 2 * r
     batch = assumed_micro_batches(one.layout)[:1]
-    before, after = (step_traffic(stage, batch) for stage in (one, two))
+    before, after = (step_traffic(stage, batch) for stage in (one, four))
+    assert after.messages == before.messages
     added = {key: size - before.bytes[key] for key, size in after.bytes.items() if size != before.bytes[key]}
-    gathered = 4 * r * d  # A, as it is trained
+    # A of gate_up, B and v of o_proj and down_proj; and 8 columns of gate_up a layer. The other two send no more.
+    gathered = 4 * (r * d + 2 * (d * r + layers * d))
     sent = 2 * layers * rows * r + gathered
-    u = 4 * layers * r
+    u = 4 * 3 * layers * r
     assert added == {("tensor", "all-gather"): sent, ("tensor", "reduce-scatter"): sent, (WORLD, "all-reduce"): u}
-    assert after.messages["tensor", "all-gather"] == before.messages["tensor", "all-gather"] + 1
     counts = {"num_tokens": rows, "squared_lengths": rows**2, "num_after": rows, "num_supervised": rows}
-    flops = [step_flops(SHAPE, stage.layout.adapter, **counts).total for stage in (one, two)]
-    assert flops[1] - flops[0] == 6 * r * (d + 2 * f) * layers * rows
+    flops = [step_flops(SHAPE, stage.layout.adapter, **counts).total for stage in (one, four)]
+    widths = (d + d) + (d + 2 * f) + (f + d)
+    assert flops[1] - flops[0] == 6 * r * widths * layers * rows
+    for method, qkv, everything in (("lora", 11_796_480, 87_818_240), ("tl5", 147_456, 1_097_728)):
+        for adapter, count in ((ADAPTER, qkv), (every, everything)):
+            assert sum(replace(adapter, method=method).num_trained().values()) == count
+    assert sum(every.num_trained().values()) == 7_817_728 and d + 2 * k == ADAPTER.targets[0].out_size
 
 
 def test_a_layout_that_does_not_fit_is_rejected() -> None:
