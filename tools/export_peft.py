@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.base.output_folder import new_output, reject_existing
+    from megatron_tiedlora.base.paths import user_path
     from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
     from megatron_tiedlora.convert.inputs import open_inputs
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         source,
         adapter,
         output,
+        native=user_path(options.adapter),
         pad_rank_to=options.pad_rank_to,
         base_differs=options.base_differs,
         say=lambda note: show(f"note: {note}"),

@@ -40,23 +40,32 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.base.output_folder import new_output, reject_existing
     from megatron_tiedlora.convert.inputs import open_inputs
     from megatron_tiedlora.convert.merge import merge_adapter
+    from megatron_tiedlora.convert.merge_journal import JOURNAL
+    from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
     output = options.output
-    reject_existing(output, flag=f"--output {output}")
-    source, adapter = open_inputs(options.adapter, options.model)
+    stop = StopRequests(launchers=[])
+    stop.install()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
-    dtype = dtypes[options.dtype]
-    merge_adapter(
-        source,
-        adapter,
-        output,
-        dtype=dtype,
-        tokenizer=options.tokenizer,
-        base_differs=options.base_differs,
-        say=lambda note: show(f"note: {note}"),
-        new=partial(new_output, take_over=options.take_over),
-        progress=True,
-    )
+    try:
+        reject_existing(output, flag=f"--output {output}")
+        source, adapter = open_inputs(options.adapter, options.model)
+        with stop.deferred():  # a signal ends the merge where it can be cleaned up
+            merge_adapter(
+                source,
+                adapter,
+                output,
+                dtype=dtypes[options.dtype],
+                tokenizer=options.tokenizer,
+                base_differs=options.base_differs,
+                say=lambda note: show(f"note: {note}"),
+                new=partial(new_output, take_over=options.take_over, journal=JOURNAL),
+                between=stop.raise_if_requested,
+                progress=True,
+            )
+    except RunStopped as stopped:
+        show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
+        return exit_status(stopped.signal_number)
     show(f"merged {options.adapter} into {source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,6 +55,11 @@ class NativeAdapter:
             if rule.linear in targets and rule.layer in self.config.layers:
                 yield rule, *lora_factors(self.config, self.state, targets[rule.linear], rule.layer)
 
+    def equals(self, other: NativeAdapter) -> bool:
+        """Whether both have the same config, base and values."""
+        same = (self.config, self.base) == (other.config, other.base)
+        return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
+
     @property
     def sha256(self) -> str:
         """Hash of the tensors, in hexadecimal."""
@@ -87,6 +93,22 @@ def save_adapter(
     """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base, state)
+
+
+def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
+    """Copy the two files of `adapter`, which was read from the folder `source`, into the existing folder `target`.
+
+    Raises:
+        UserError: the files have changed since then.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(source / name, target / name)
+    try:
+        copy = load_adapter(target)
+    except UserError:  # one file is another adapter's
+        copy = None
+    if copy is None or not copy.equals(adapter):
+        raise UserError(f"{source}: was replaced while it was read; give the command again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.base.json_files import Count, Real, read_fields, read_json_object
+from megatron_tiedlora.base.json_files import Count, Real, read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_file, check_seal, sealed
@@ -189,6 +189,17 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
         raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
     return checkpoints / name
+
+
+def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
+    """The settings of the run that wrote one of the checkpoint folders, of which it reads no more than that; None if
+    none of them can be read."""
+    for folder in folders:
+        content = None if folder.is_symlink() else read_json_or_none(folder / PROGRESS_FILE)
+        if content is not None and isinstance(content.get("settings"), dict):
+            found: Mapping[str, Any] = content["settings"]
+            return found
+    return None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -47,6 +47,10 @@ class CommandParser(argparse.ArgumentParser):
     def add_adapter(self) -> None:
         """Add the input flags of a command that reads a native adapter and its base."""
         self.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+        self.add_model()
+
+    def add_model(self) -> None:
+        """Add the flag for the base of an adapter."""
         base = "the base model: folder, hub id or demo [the one that the adapter names]"
         self.add_argument("--model", metavar="M", help=base)
 

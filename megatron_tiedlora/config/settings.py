@@ -69,7 +69,9 @@ class Settings(CommandSettings):
         "run", "with --resume: take the run folder over from a start that still has it, which then stops writing", False
     )
     base_differs: bool = setting_field(
-        "run", "with --resume: continue although base or tokenizer differ from those of the checkpoint", False
+        "run",
+        "with --resume or --init_from: continue although base or tokenizer differ from those of the adapter there",
+        False,
     )
     dry_run: bool = setting_field(
         "run", "print parameters, sharding, memory, messages, batches and one sample; train nothing", False
@@ -97,9 +99,14 @@ class Settings(CommandSettings):
     )
     max_length: int = setting_field("model", "maximum tokens of a sample; longer prompts lose their middle", ge=8)
 
+    init_from: str | None = optional_field(
+        "adapter",
+        "start with the values of an adapter (native, checkpoint or PEFT folder); its method, rank, alpha, targets and"
+        " layers hold (default: by method and seed)",
+    )
     method: str = setting_field("adapter", "which of the paper's configurations", "tl6", choices=METHOD_NAMES)
     rank: int = setting_field("adapter", "rank r of A and B", 8, ge=1)
-    alpha: float = setting_field(
+    alpha: float | None = optional_field(
         "adapter", "the update is scaled by alpha / rank (default: the rank)", ge=SMALLEST_ALPHA, le=LARGEST_ALPHA
     )
     layers: tuple[int, ...] | None = optional_field(
@@ -200,7 +207,9 @@ class Settings(CommandSettings):
         steps = as_given(filled["max_steps"])  # not checked yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
-        return {"alpha": filled.get("rank", 8), "save_interval": filled["eval_interval"], **filled}
+        if "init_from" not in filled:
+            filled = {"alpha": filled.get("rank", 8), **filled}
+        return {"save_interval": filled["eval_interval"], **filled}
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -210,7 +219,7 @@ class Settings(CommandSettings):
 
     _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
-    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume")
+    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume", "init_from")
     @classmethod
     def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
@@ -233,9 +242,10 @@ class Settings(CommandSettings):
             raise ValueError("--world_size needs --dry_run; in a run the launcher decides how many ranks train")
         if self.plan_for is not None and not self.dry_run:
             raise ValueError("--plan_for needs --dry_run; a run uses the GPUs that it sees")
-        for name in ("take_over", "base_differs"):
-            if getattr(self, name) and self.resume == "none":
-                raise ValueError(f"--{name} needs --resume; a new run has a folder and a base of its own")
+        if self.take_over and self.resume == "none":
+            raise ValueError("--take_over needs --resume; a new run has a folder of its own")
+        if self.base_differs and self.resume == "none" and self.init_from is None:
+            raise ValueError("--base_differs needs --resume or --init_from; a new adapter has a base of its own")
         if self.eval_samples is not None and self.eval_metric == "loss":
             raise ValueError("--eval_samples needs --eval_metric with a metric of the task; the loss uses all rows")
         return self

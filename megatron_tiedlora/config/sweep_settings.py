@@ -46,6 +46,7 @@ DECIDED_BY_SWEEP = {
     "rank": "the sweep trains those of --ranks",
     "learning_rate": "the sweep trains those of --learning_rates",
     "layers": "the sweep adapts all layers, and one at a time with --single_layers",
+    "init_from": "the sweep trains each adapter from the initial values of its method",
     "resume": "the sweep always resumes its runs where they stopped",
     "world_size": "the launcher decides how many ranks a run has (--launcher_args or --gpus_per_run)",
     "plan_for": "the dry run of a sweep only lists runs",

@@ -1,6 +1,8 @@
-"""Exports the exact PEFT LoRA adapter: A' = diag(u) A, B' = (alpha / r) diag(v) B, split into q, k and v rows.
+"""Exports the exact PEFT LoRA adapter: A' = diag(u) A, B' = (alpha / r) diag(v) B, split into the rows of q, k and v
+(and of gate and up), which share A'.
 
-diag(v) B diag(u) A is a rank-r LoRA per layer, so the export is exact. Only the tie, and so the small file, is lost.
+diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact. PEFT's files cannot express the tie,
+so the native ones travel along.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.shapes import BlockShape, ModelShape
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, check_base
 
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,6 +82,7 @@ def export_peft(
     adapter: NativeAdapter,
     output: Path,
     *,
+    native: Path | None = None,
     pad_rank_to: int | None = None,
     base_differs: bool = False,
     say: Callable[[str], object] = str,
@@ -88,13 +91,15 @@ def export_peft(
     """Write a PEFT adapter folder atomically, and return its rank.
 
     Args:
+        native: the folder from which `adapter` was read. Its two files travel along in `NATIVE_FOLDER`, and an import
+            finds them there, with the tie that PEFT's files cannot express.
         base_differs: export for this base although the adapter was trained on another; the record says so.
         say: called with each note about the base.
         new: makes the output folder.
 
     Raises:
-        UserError: the adapter is for another base, the padded rank is below the adapter's, the output exists, or a
-            factor is not finite (the message names it).
+        UserError: the adapter is for another base, the padded rank is below the adapter's, the output exists, a factor
+            is not finite (the message names it), or the files in `native` have changed.
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
@@ -111,6 +116,9 @@ def export_peft(
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", peft_config(source, adapter, rank=rank))
         write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record})
+        if native is not None:
+            (temporary / NATIVE_FOLDER).mkdir()
+            copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)
     return rank
 
 

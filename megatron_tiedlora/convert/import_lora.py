@@ -2,7 +2,11 @@
 
 PEFT adds s B_p A_p to module p, with s = lora_alpha / r (/ sqrt(r) with use_rslora). If all modules that are fused in
 one linear here have the same A, the native adapter has that A and the stacked rows of B. Otherwise it stacks the A_p,
-B is block-diagonal, and the rank is the sum. Modules without an adapter get zero rows.
+B is block-diagonal, and the rank is the sum. The native rank is the largest one of a linear; others are padded with
+zeros. Modules and layers without an adapter get zero rows.
+
+Zero rows of A that meet zero columns of B have no gradient, so padding stays zero in training. But a zero row of B
+beside a non-zero A is trained, and so are the zero blocks of a block-diagonal B: `trains_as_peft` tells.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.peft_files import (
     Module,
     StoredTensors,
+    adapted_linears,
     chosen_modules,
     read_factors,
     read_rank,
@@ -48,10 +53,16 @@ class Pair(NamedTuple):
     b: torch.Tensor
 
 
-def read_lora(
-    folder: Path, content: Mapping[str, Any], source: ModelSource
-) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """Config and full fp32 tensors of the native `lora` that equals a PEFT LoRA of `source`.
+class Lora(NamedTuple):
+    """A PEFT LoRA: scale B A is added to each module."""
+
+    pairs: Mapping[Module, Pair]
+    rank: int
+    scale: float
+
+
+def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Lora:
+    """Read a PEFT LoRA of `source`.
 
     Raises:
         UserError: it has a feature beyond plain LoRA, adapts other modules, or its tensors do not fit.
@@ -69,27 +80,38 @@ def read_lora(
         },
     )
     factors, _ = read_factors(folder, chosen_modules(file, content, source), stored, source)
-    pairs = {module: Pair(*tensors) for module, tensors in factors.items()}
-    return native_lora(pairs, rank=rank, scale=scale, source=source)
+    return Lora({module: Pair(*tensors) for module, tensors in factors.items()}, rank, scale)
 
 
-def native_lora(
-    pairs: Mapping[Module, Pair], *, rank: int, scale: float, source: ModelSource
-) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """Config and full tensors of the native `lora` that adds scale B A to each module."""
-    layers, adaptable = tuple(sorted({layer for layer, _ in pairs})), source.shape.block.adaptable
-    joined = {
-        target: _joined(pairs, layers, rank=rank, linear=adaptable[target.name]) for target in targets_of(source.shape)
-    }
+def native_lora(lora: Lora, source: ModelSource) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """Config and full fp32 tensors of the native `lora` that is equal to a PEFT LoRA of `source`. Its targets are the
+    linears of which a module is adapted in some layer."""
+    layers = tuple(sorted({layer for layer, _ in lora.pairs}))
+    adapted, joined = adapted_linears(lora.pairs, source), {}
+    for target in targets_of(source.shape, tuple(adapted)):
+        joined[target] = _joined(lora.pairs, layers, rank=lora.rank, linear=adapted[target.name])
     full_rank = max(a.shape[1] for a, _ in joined.values())
     config = make_adapter_config(
-        "lora", rank=full_rank, alpha=scale * full_rank, layers=layers, targets=tuple(joined), seed=0
+        "lora", rank=full_rank, alpha=lora.scale * full_rank, layers=layers, targets=tuple(joined), seed=0
     )
     state = {name: torch.ones(config.shape(name)) for name in config.tensors}
     for target, (a, b) in joined.items():
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     return config, state
+
+
+def trains_as_peft(lora: Lora, source: ModelSource) -> bool:
+    """Whether training goes on as PEFT's would with one A for all modules that are fused in a linear here: these have
+    the same A now, and all of them are adapted where one is."""
+    layers = {layer for layer, _ in lora.pairs}
+    for linear in adapted_linears(lora.pairs, source).values():
+        modules = {stored.module for stored in linear.sources}
+        for layer in layers:
+            here = [lora.pairs[key].a for module in modules if (key := Module(layer, module)) in lora.pairs]
+            if here and not (len(here) == len(modules) and all(torch.equal(a, here[0]) for a in here)):
+                return False
+    return True
 
 
 def _reject_features(file: Path, content: Mapping[str, Any]) -> None:

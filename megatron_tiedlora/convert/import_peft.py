@@ -1,73 +1,197 @@
 """Reads a PEFT adapter folder as the exactly equal native adapter of a base.
 
-Its kind's own module reads it: `import_lora` or `import_vera`.
+Its kind's own module reads it: `import_lora` or `import_vera`. In our own exports the native adapter travels along.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter, check_update
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    WEIGHTS_FILE,
+    NativeAdapter,
+    check_update,
+    load_adapter,
+)
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_lora import read_lora
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_as_peft
 from megatron_tiedlora.convert.import_vera import read_vera
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER
 
 
-def adapter_kind(folder: Path | str) -> Literal["native", "peft"]:
-    """Which kind of adapter a folder holds.
+def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
+    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
         UserError: it holds no adapter; for a run or model folder the message says what to give instead.
     """
-    path = user_path(folder)
+    path, flag = user_path(folder), flag or f"--adapter {folder}"
     if not path.is_dir():
-        raise UserError(f"--adapter {folder}: no such folder")
+        raise UserError(f"{flag}: no such folder")
     if not (path / CONFIG_FILE).is_file():
         if (path / "adapter" / CONFIG_FILE).is_file():
-            raise UserError(f"--adapter {folder}: this is a run folder; give {Path(folder) / 'adapter'}")
+            raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
         if (path / "config.json").is_file():
-            raise UserError(f"--adapter {folder}: this is a model folder; give it with --model")
-        raise UserError(f"--adapter {folder}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
+            raise UserError(f"{flag}: this is a model folder; give it with --model")
+        raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
-    if "peft_type" in content:
+    if _is_peft(content):
         return "peft"
     if "format_version" in content:
         return "native"
     raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
 
 
-def load_peft_adapter(folder: Path, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
-    """Read a PEFT LoRA or VeRA adapter as a native adapter of `source`.
+def _is_peft(content: Mapping[str, Any]) -> bool:
+    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
-    PEFT's files do not record the weights they were trained on. So only shapes are checked, and the adapter's base is
-    `source` itself with the given `tokenizer`. For our own exports, `exported_base` knows more.
+
+@dataclass(frozen=True)
+class PeftContent:
+    """A PEFT adapter folder, read as a native adapter of a model that need not be its base.
+
+    Attributes:
+        state: full fp32 tensors.
+        native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
+        apart: why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused here;
+            None if it does not.
+        notes: what a user should know.
+    """
+
+    config: AdapterConfig
+    state: Mapping[str, torch.Tensor]
+    native: NativeAdapter | None
+    apart: str | None
+    notes: tuple[str, ...]
+
+    def of_base(self, source: ModelSource, *, tokenizer: str | None = None) -> NativeAdapter:
+        """The native adapter that travelled along, with its own base; else a native adapter of `source`, used with the
+        given tokenizer."""
+        if self.native is not None:
+            return self.native
+        with BaseWeights(source.weights_folder(), source.shape) as weights:
+            base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
+        return NativeAdapter(self.config, base, self.state)
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    file = folder / CONFIG_FILE
+    content = read_json_object(file, kind="a PEFT adapter folder")
+    if not _is_peft(content):
+        what = "it is a native one" if "format_version" in content else "it has no peft_type"
+        raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
+    return content
+
+
+def read_peft(folder: Path, source: ModelSource) -> PeftContent:
+    """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used.
+
+    PEFT's files count. If the folder has a native adapter that gives their tensors bit for bit, that adapter is taken,
+    because it is the same and tied.
 
     Raises:
         UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
             or tensors are missing, unknown, not finite, or do not have the shapes of `source`.
     """
-    file = folder / CONFIG_FILE
-    content = read_json_object(file, kind="a PEFT adapter folder")
-    if "peft_type" not in content:
-        raise UserError(f"{file}: not a PEFT adapter (it has no peft_type); give another folder")
+    file, content = folder / CONFIG_FILE, read_peft_config(folder)
+    native: NativeAdapter | None = None
+    apart: str | None = None
+    notes: tuple[str, ...] = ()
+    state: Mapping[str, torch.Tensor]
     match content["peft_type"]:
         case "LORA":
-            config, state = read_lora(folder, content, source)
+            lora = read_lora(folder, content, source)
+            native, notes = _travelled(folder, lora, source)
+            config, state = native_lora(lora, source) if native is None else (native.config, native.state)
+            if native is None and not trains_as_peft(lora, source):
+                apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
         case "VERA":
             config, state = read_vera(folder, content, source)
+            if config.method != "vera":
+                apart = "its vectors are a part of the A and B of a lora here"
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
-        base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
+    if not SMALLEST_ALPHA <= config.alpha <= LARGEST_ALPHA:
+        bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
+        raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
     check_update(config, state, source=folder / WEIGHTS_FILE)
-    return NativeAdapter(config, base, state)
+    return PeftContent(config, state, native, apart, notes)
+
+
+def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:
+    """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
+    inside = folder / NATIVE_FOLDER
+    if not os.path.lexists(inside):
+        return None, ()
+    try:
+        for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
+            if path.is_symlink():
+                raise UserError(f"{path} is a link")
+        native = load_adapter(inside)
+    except UserError as error:
+        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
+    if _gives(native, lora, source):
+        return native, ()
+    changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
+    return None, (f"{changed}; they were changed after the export",)
+
+
+def _gives(native: NativeAdapter, lora: Lora, source: ModelSource) -> bool:
+    """Whether the export of a native adapter has the modules and tensors of `lora`, bit for bit."""
+    config, block = native.config, source.shape.block
+    fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
+    if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
+        return False
+    found = {}
+    for (layer, module), pair in lora.pairs.items():
+        name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
+        found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
+    exported = peft_tensors(source, native, rank=lora.rank)
+    return exported.keys() == found.keys() and all(_same_bits(exported[name], found[name]) for name in found)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two fp32 tensors are equal, also in the sign of a zero."""
+    return torch.equal(*(tensor.contiguous().view(torch.int32) for tensor in (one, other)))
+
+
+def load_peft_adapter(
+    folder: Path, source: ModelSource, *, tokenizer: str | None = None, say: Callable[[str], object] = str
+) -> NativeAdapter:
+    """Read a PEFT LoRA or VeRA adapter as a native adapter of `source`; see `read_peft`.
+
+    PEFT's files do not record the weights they were trained on. So only shapes are checked, and the adapter's base is
+    `source` itself with the given `tokenizer`, unless the native adapter travelled along: that has its own base. For
+    our own exports, `exported_base` knows more.
+
+    Args:
+        say: called with each note.
+
+    Raises:
+        UserError: as `read_peft`.
+    """
+    content = read_peft(folder, source)
+    for note in content.notes:
+        say(note)
+    return content.of_base(source, tokenizer=tokenizer)
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:

@@ -3,7 +3,8 @@
 PEFT adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u; all
 modules share A and B. If each adapted linear is one module here, that is the native `vera`, tensor by tensor. If the
 modules are parts of fused linears, it is a native `lora` of the same rank: its A is A[:, :in_p], and its B has the rows
-diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once.
+diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It is also a `lora` if a linear is adapted in some
+of the layers only, since a `vera` would train the others too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.shapes import LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_lora import Pair, native_lora
+from megatron_tiedlora.convert.import_lora import Lora, Pair, native_lora
 from megatron_tiedlora.convert.peft_files import (
     Module,
     StoredTensors,
+    adapted_linears,
     chosen_modules,
     modules_of,
     read_factors,
@@ -67,26 +69,20 @@ def read_vera(
         },
     )
     vectors, (a, b) = read_factors(folder, chosen, stored, source)
-    config = make_adapter_config(
-        "vera",
-        rank=rank,
-        alpha=rank,
-        layers=tuple(sorted({module.layer for module in vectors})),
-        targets=targets_of(source.shape),
-        seed=0,
-    )
-    adaptable = source.shape.block.adaptable
-    if all(_is_one_module(adaptable[target.name], config.layers, vectors) for target in config.targets):
+    layers, adapted = tuple(sorted({layer for layer, _ in vectors})), adapted_linears(vectors, source)
+    if all(_is_one_module(linear, layers, vectors) for linear in adapted.values()):
+        targets = targets_of(source.shape, tuple(adapted))
+        config = make_adapter_config("vera", rank=rank, alpha=rank, layers=layers, targets=targets, seed=0)
         state: dict[str, torch.Tensor] = {}
-        for target in config.targets:
-            tensors = _native_tensors(adaptable[target.name], config.layers, vectors, a, b)
+        for target in targets:
+            tensors = _native_tensors(adapted[target.name], layers, vectors, a, b)
             state |= {f"{target.prefix}{name}": tensor for name, tensor in tensors.items()}
         return config, state
     pairs = {}
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, rank=rank, scale=1.0, source=source)
+    return native_lora(Lora(pairs, rank, scale=1.0), source)
 
 
 def _is_one_module(linear: LinearShape, layers: tuple[int, ...], adapted: Collection[Module]) -> bool:

@@ -19,7 +19,8 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 
-EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: its native adapter, and the base
+EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
+NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of that adapter
 
 
 def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAdapter]:

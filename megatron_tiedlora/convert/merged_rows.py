@@ -17,8 +17,8 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 
-BLOCK_ELEMENTS = 2**21  # of a block of rows: 8 MiB in fp32, and as much again for its update
-_FEWEST_ROWS = 64  # of a block: a matmul of a few rows sums in another order than one of many
+BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
+_FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A' (r, in) and B' (rows, r), fp32
 
@@ -26,7 +26,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # A' (r, in) and B' (rows, r), fp32
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of about `BLOCK_ELEMENTS` elements that cover the rows of a stored tensor of this shape.
 
-    None has fewer than 64 rows, unless the tensor has.
+    None has fewer than 16 rows, unless the tensor has.
     """
     num_rows, width = shape[0], max(torch.Size(shape[1:]).numel(), 1)
     size = max(BLOCK_ELEMENTS // width // _FEWEST_ROWS, 1) * _FEWEST_ROWS
@@ -40,7 +40,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows (n, in) of W' in `dtype`, from the same rows of W as stored, A' (r, in) and the same rows (n, r) of B'."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return (rows.to(wide) + b_rows @ a).to(dtype)
+    return rows.to(wide, copy=True).add_(b_rows @ a).to(dtype)
 
 
 def stored_factors(adapter: NativeAdapter, shape: ModelShape) -> Mapping[str, Callable[[], Factors]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.base.shapes import BlockShape, LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
@@ -47,6 +47,16 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
         stored.module: (linear.in_size, stored.of or size)
         for linear in block.adaptable.values()
         for stored, size in zip(linear.sources, linear.blocks, strict=True)
+    }
+
+
+def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[str, LinearShape]:
+    """The adaptable linears, by target name, of which one of the modules `adapted` is a part."""
+    names = {module.name for module in adapted}
+    return {
+        target: linear
+        for target, linear in source.shape.block.adaptable.items()
+        if any(stored.module in names for stored in linear.sources)
     }
 
 

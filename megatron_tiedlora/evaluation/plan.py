@@ -11,19 +11,17 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import last_name, user_path
-from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD, check_same_base
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
-from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, check_base, find_base, open_inputs
+from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.open_adapter import is_merged, open_adapter
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
@@ -154,20 +152,15 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         longest_prompt=prompt,
         max_new_tokens=max_new_tokens,
         limit=settings.limit or task.scored_rows,
-        notes=(*notes, *_notes(settings, source, kind)),
+        notes=(*notes, *_notes(settings)),
     )
 
 
-def _notes(settings: EvaluateSettings, source: ModelSource, kind: str) -> Iterator[str]:
-    """Notes if the files beside an adapter show that it was trained on another base or with other prompts."""
+def _notes(settings: EvaluateSettings) -> Iterator[str]:
+    """Notes if the files beside an adapter show that it was trained with other prompts."""
     if settings.adapter is None:
         return
-    folder = user_path(settings.adapter)
-    if kind == "peft" and not (folder / EXPORT_RECORD).is_file():
-        named = _named_base(folder)
-        if named and named != source.name and not _same_folder(source, named):
-            yield f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same"
-    run_file = folder.parent / "run.yaml"
+    run_file = user_path(settings.adapter).parent / "run.yaml"
     trained: dict[str, Any] = {}
     with suppress(UserError):  # a file of another kind or version cannot be compared
         trained = read_yaml(str(run_file), Settings.model_fields) if run_file.is_file() else {}
@@ -186,39 +179,13 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)
         source.check_length("--max_length", longest)
-        return source, None, "merged" if _is_merged(source) else "base", ()
-    if adapter_kind(settings.adapter) == "native":
-        source, native = open_inputs(settings.adapter, settings.model)
-        source.check_length("--max_length", longest)
-        base = check_base(source, native, tokenizer=settings.tokenizer, differs=settings.base_differs)
-        return source, native, "native", base.notes
-    folder = user_path(settings.adapter)
-    named = _named_base(folder)
-    if not (settings.model or named):
-        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    source = find_base(folder, settings.model, named)
-    source.check_length("--max_length", longest)
-    if _is_merged(source) and not _same_folder(source, named) and not settings.base_differs:
-        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    adapter = load_peft_adapter(folder, source, tokenizer=settings.tokenizer)
-    trained = exported_base(folder, adapter.base)
-    if trained is None:
-        return source, adapter, "peft", ()
-    notes = check_same_base(trained, adapter.base, source=str(folder), differs=settings.base_differs)
-    return source, adapter, "peft", notes
-
-
-def _named_base(folder: Path) -> str:
-    """The name of the base in a PEFT folder; '' if there is none."""
-    named = read_json_object(folder / CONFIG_FILE, kind="a PEFT adapter folder").get("base_model_name_or_path")
-    return named if isinstance(named, str) else ""
-
-
-def _is_merged(source: ModelSource) -> bool:
-    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
-
-
-def _same_folder(source: ModelSource, named: str) -> bool:
-    with suppress(UserError):  # the name cannot be a path
-        return user_path(named).resolve() == source.weights_folder().resolve()
-    return False
+        return source, None, "merged" if is_merged(source) else "base", ()
+    opened = open_adapter(
+        settings.adapter,
+        settings.model,
+        tokenizer=settings.tokenizer,
+        longest=longest,
+        differs=settings.base_differs,
+    )
+    base = check_base(opened.source, opened.adapter, tokenizer=settings.tokenizer, differs=settings.base_differs)
+    return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

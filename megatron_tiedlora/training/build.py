@@ -34,6 +34,7 @@ from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.training.init_from import load_start
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
 
@@ -46,7 +47,7 @@ class BuiltModel:
         module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
         process_grid: DeepSpeed's grid of process groups.
         bytes_read: bytes of base weights read, by rank.
-        notes: how the base differs from the checkpoint's.
+        notes: what a user should know of the adapter that it starts with, and how the base differs from that one's.
     """
 
     module: nn.Module
@@ -64,16 +65,20 @@ def build_model(
     """Build this rank's part of the flat list on `device`, load its shards of the base and its part of the adapter.
 
     Raises:
-        UserError: weights are missing or do not fit, or the checkpoint is of another base.
+        UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), shape) as weights:
         base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
-        notes = () if checkpoint is None else _check_resumed(plan, base, checkpoint)
+        state: Mapping[str, torch.Tensor] | None
+        if checkpoint is None:
+            state, notes = load_start(plan.settings, plan.source, plan.adapter, base)
+        else:
+            state, notes = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
         module, stage, groups, process_grid = _build_stage(plan, device, kernels)
-        _fill_adapter(plan, stage, groups, None if checkpoint is None else checkpoint.adapter.state)
+        _fill_adapter(plan, stage, groups, state)
         load_base_weights(
             weights,
             frozen_weights(stage),

@@ -24,6 +24,7 @@ from megatron_tiedlora.planning.memory import (
     token_bytes,
 )
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
+from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
@@ -61,6 +62,7 @@ def _parameters(plan: RunPlan) -> list[str]:
     linears = ", ".join(target.name for target in adapter.targets)
     layers = f"{len(adapter.layers)} adapted layers ({linears})"
     lines = [f"trained parameters: {adapter.method}, rank {adapter.rank}, {layers}"]
+    lines += start_lines(plan.settings, plan.source)
     counts = adapter.num_trained()
     wide = max(map(len, counts))
     lines += [

@@ -142,7 +142,7 @@ def export(trainer: Trainer) -> list[str]:
     adapter = load_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
-    export_peft(source, adapter, peft, new=folder.new_folder)
+    export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
     if not get_task(settings.task).exports_merged:
         return []
     discard(merged, guard=folder.guard)

@@ -30,6 +30,7 @@ from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
+from megatron_tiedlora.training.init_from import with_start
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -236,7 +237,7 @@ def plan_run(
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
-    shape = found.shape
+    shape, settings = found.shape, with_start(settings, found)
     resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
@@ -261,11 +262,11 @@ def plan_run(
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
     """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values."""
     for name, value in plan.resolved_settings().items():
-        if name in LAYOUT_SETTINGS or name not in saved:
+        if name in LAYOUT_SETTINGS or (name not in saved and name != "init_from"):  # no old run had --init_from
             continue
         if name == "max_new_tokens" and plan.settings.eval_metric == "loss":  # changes nothing in such a run
             continue
-        before = saved[name]
+        before = saved.get(name)
         if (list(before) if isinstance(before, (list, tuple)) else before) != value:
             raise UserError(
                 f"{source}: trained with --{name} {before}, but now it is {value}; resume with the same value"

@@ -240,6 +240,8 @@ def headline(
     lines.append(f"read       {' to '.join(sizes)} of base weights per rank")
     lines.append(f"kernels    {chosen.description}")
     lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
-    notes = [] if checkpoint is None else [*checkpoint.notes, *built.notes]
+    if settings.init_from is not None and checkpoint is None:
+        lines.append(f"start      values of {settings.init_from}")
+    notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
     return [*lines, *(f"note       {note}" for note in notes)]

@@ -1,13 +1,10 @@
 """Phi-3 trained by PEFT is the reference: its LoRA and VeRA on the fused `qkv_proj` are this package's methods.
 
-PEFT's side uses transformers, PEFT and torch alone, with a schedule and samples of its own.
+PEFT's side uses transformers, PEFT and torch alone, with a schedule and samples of its own (`peft_training`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ import torch
 from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start, write_uneven_data
 from layout_runs import settings_of
 from oracle import OracleAdapter, OracleConfig
-from tiny_models import BOS_ID, EOS_ID, random_adapter, write_tiny_model
+from peft_training import peft_losses
+from tiny_models import random_adapter, write_tiny_model
 
 STEPS, ROWS, RANK = 20, 8, 3
 SCALES = {"lora": 2.0, "vera": 1.0}  # alpha / r; PEFT's VeRA has none
@@ -92,58 +90,16 @@ def peft_start(method: str, settings: dict[str, Any], start: OracleAdapter) -> t
     return model, parameters
 
 
-def samples(settings: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids (1, S) of each row, and the labels of positions 1 to S - 1: -100 in the prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    for line in Path(settings["train_file"]).read_text().splitlines():
-        row = json.loads(line)
-        texts = [row["prompt"], f" {row['completion']}"]
-        prompt, answer = tokenizer(texts, add_special_tokens=False).input_ids
-        tokens = torch.tensor([[BOS_ID, *prompt, *answer, EOS_ID]])
-        labels = tokens[0, 1:].clone()
-        labels[: len(prompt)] = -100
-        yield tokens, labels
-
-
-def peft_training(
-    method: str, settings: dict[str, Any], start: OracleAdapter
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of PEFT's run, and its factors after the last step, layer by layer."""
-    model, parameters = peft_start(method, settings, start)
-    trained = [parameter for of_layers in parameters.values() for parameter in of_layers]
-    optimizer = torch.optim.AdamW(trained, lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
-    rows = list(samples(settings))
-    num_supervised = sum(int((labels != -100).sum()) for _, labels in rows)
-    losses = []
-    for step in range(STEPS):
-        after = step - settings["warmup_steps"]
-        share = (1 + math.cos(math.pi * after / (STEPS - settings["warmup_steps"]))) / 2
-        rate = share if after >= 0 else (step + 1) / settings["warmup_steps"]
-        optimizer.param_groups[0]["lr"] = settings["learning_rate"] * rate
-        optimizer.zero_grad()
-        loss = 0.0
-        for tokens, labels in rows:
-            logits = model(tokens).logits[0, :-1]
-            addend = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_supervised
-            addend.backward()
-            loss += addend.item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings["gradient_clipping"])
-        assert norm > settings["gradient_clipping"], "clipping must be active"
-        optimizer.step()
-        losses.append(loss)
-    return losses, {name: torch.stack([p.detach() for p in of_layers]) for name, of_layers in parameters.items()}
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", SCALES)
 def test_training_is_peft_s(
     settings: dict[str, Any], starts: dict[str, OracleAdapter], ours: dict[str, EngineRun], method: str
 ) -> None:
-    losses, factors = peft_training(method, settings, starts[method])
+    model, parameters = peft_start(method, settings, starts[method])
+    losses = peft_losses(model, [parameter for of_layers in parameters.values() for parameter in of_layers], settings)
     assert max(relative_errors(ours[method].losses, losses)) <= 1e-6
-    for name, expected in factors.items():
+    for name, of_layers in parameters.items():
+        expected = torch.stack([parameter.detach() for parameter in of_layers])
         assert relative_distance(ours[method].adapter[name], expected) <= 5e-5, name
         assert relative_distance(starts[method].tensors[name], expected) > 1e-3, name  # it was trained
     assert losses[-1] < losses[0] - 0.01

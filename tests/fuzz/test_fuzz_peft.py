@@ -17,15 +17,16 @@ from safetensors.torch import save_file
 from tiny_models import tiny_model, write_tiny_model
 from valid import check_adapter
 
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.convert.peft_files import modules_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PARTS = ("q_proj", "k_proj", "v_proj")
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NATIVE = [f"native/{CONFIG}", f"native/{WEIGHTS}"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, native, _ = with_adapter(base, "tl6", (1, 3))
-    folder = tmp_path_factory.mktemp("peft") / "exported"
-    export_peft(source, native, folder)
-    return folder
+    source, native, _ = with_adapter(base, "tl6", (1, 3), targets=("qkv", "down_proj"))
+    folder = tmp_path_factory.mktemp("peft")
+    save_adapter(folder / "adapter", native.config, native.base, native.state)
+    export_peft(source, native, folder / "exported", native=folder / "adapter")
+    return folder / "exported"
 
 
 @cases("peft")
@@ -51,7 +53,7 @@ def test_a_broken_peft_adapter(base: Path, exported: Path, area: Path, examples:
 
     def body(draw: Draw) -> object:
         fresh(exported, folder)
-        break_one(draw, folder, [CONFIG, CONFIG, WEIGHTS], elsewhere=area / "elsewhere")
+        break_one(draw, folder, [CONFIG, CONFIG, WEIGHTS, *NATIVE], elsewhere=area / "elsewhere")
         loaded = outcome(load, unchanged=area, names=(str(folder),))
         if isinstance(loaded, NativeAdapter):
             check_adapter(loaded)
@@ -68,7 +70,7 @@ VALUES: dict[str, list[Any]] = {
     "lora_alpha": [1, 6, 6.5, 0, -2, 1e5, "6", None],
     "use_rslora": [True, False, None],
     "target_modules": [
-        ["q_proj"], ["k_proj", "v_proj"], [*PARTS, "o_proj"], ["self_attn.q_proj", "v_proj"], ["proj"], [], "q_proj",
+        ["q_proj"], ["k_proj", "v_proj"], [*PARTS, "lm_head"], ["self_attn.q_proj", "v_proj"], ["proj"], [], "q_proj",
         ["model.layers.1.self_attn.q_proj"], "all-linear", r".*\.(q|v)_proj", r".*(q_proj|k_proj|v_proj)$",
         r"model\.layers\.[02]\.self_attn\.v_proj", r".*self_attn\.(q_proj|k_proj)", ".*_proj", "(", ["q_proj", 1],
     ],
@@ -96,7 +98,7 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
     """A PEFT folder of some projections of some layers, then with up to two fields and perhaps a tensor changed."""
     fresh(exported, folder)
     content = json.loads((folder / CONFIG).read_text())
-    rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 3))
+    rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 4))
     layers = sorted(draw.some(range(source.shape.num_layers), draw.number(1, 3)))
     content |= {
         "r": rank,
@@ -105,14 +107,14 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
         "target_modules": parts,
         "layers_to_transform": layers,
     }
-    generator, model_shape = torch.Generator().manual_seed(draw.number(0, 2**31)), source.shape
+    generator, modules = torch.Generator().manual_seed(draw.number(0, 2**31)), modules_of(source.shape.block)
     tensors = {}
     for layer in layers:
-        for part in parts:
-            name = f"base_model.model.model.layers.{layer}.self_attn.{part}.lora_"
-            rows = model_shape.heads.rows[PARTS.index(part)]
-            tensors[f"{name}A.weight"] = torch.randn(rank, model_shape.hidden_size, generator=generator)
-            tensors[f"{name}B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+        for module, (columns, rows) in modules.items():
+            if module.rpartition(".")[2] in parts:
+                name = f"base_model.model.model.layers.{layer}.{module}.lora_"
+                tensors[f"{name}A.weight"] = torch.randn(rank, columns, generator=generator)
+                tensors[f"{name}B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
     for name in draw.some(sorted(VALUES), draw.number(0, 2)):
         content[name] = strange_value(draw) if draw.chance(0.1) else draw.pick(VALUES[name])
         draw.say(f"{name} = {content[name]!a}"[:80])
@@ -124,7 +126,7 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
             case "drop":
                 del tensors[name]
             case "more":
-                tensors[name.replace("self_attn", "mlp")] = torch.ones(2, 2)
+                tensors[name.replace("layers", "blocks")] = torch.ones(2, 2)
             case "shape":
                 tensors[name] = tensors[name].T.contiguous()
     (folder / CONFIG).write_text(json.dumps(content))
@@ -146,10 +148,8 @@ def peft_update(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 def native_update(source: ModelSource, adapter: NativeAdapter) -> dict[str, torch.Tensor]:
     """What the imported adapter adds, by transformers' names."""
     found = {}
-    for layer in adapter.config.layers:
-        a, b = lora_factors(adapter.config, adapter.state, adapter.config.targets[0], layer)
-        for part, rows in zip(PARTS, (b @ a).split(source.shape.heads.rows), strict=True):
-            found[f"model.layers.{layer - 1}.self_attn.{part}.weight"] = rows
+    for rule, a, b in adapter.updates(source.shape):
+        found |= rule.by_stored_tensor(b @ a)
     return found
 
 

@@ -15,14 +15,14 @@ from fuzzing import printable
 from native_files import moments_of
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
-from megatron_tiedlora.base.methods import FACTORS, METHODS
+from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
 from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
-LARGEST_ALPHA = 1e7  # an imported adapter of several A has as many times the alpha
+LARGEST_ALPHA = 1e6
 LARGEST_WIDTH = 1e3  # of start values
 BATCH = 24  # samples a step of the runs that `write_run` writes
 
@@ -32,14 +32,14 @@ def check_adapter(adapter: NativeAdapter) -> None:
     config, base = adapter.config, adapter.base
     tied_adapter = TiedAdapter(AdapterPart.whole(config))
     tied_adapter.load_full(adapter.state)
-    assert set(adapter.state) == set(FACTORS)
+    assert set(adapter.state) == set(config.tensors)
     for name, tensor in adapter.state.items():
         assert tensor.dtype == torch.float32 and tensor.isfinite().all(), name
     sizes = [getattr(base, name) for name in SHAPE_FIELDS[:-1]] + [base.intermediate_size or 1]  # None in version 1
     assert all(type(number) is int and number > 0 for number in (*config.layers, *sizes))
     json.dumps([asdict(config), asdict(base)], allow_nan=False)
-    for name in "uv":
-        if not METHODS[config.method].factor(name).trained:
+    for name, (_, factor) in config.tensors.items():
+        if factor in "uv" and not METHODS[config.method].factor(factor).trained:
             assert adapter.state[name].eq(1).all(), f"{config.method} does not train {name}, which is not one"
     assert 0 < config.alpha <= LARGEST_ALPHA, f"alpha {config.alpha}"
     for width in (config.init_std_a, config.init_std_b):

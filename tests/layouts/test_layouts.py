@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from layout_runs import Layout, engine_json, five_layers, prepare, run_and_check
+from oracle_adapter import ALL_TARGETS
 from oracle_training import OracleRun
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -69,20 +70,28 @@ def combined(whole: bool, *choices: Iterable[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def combinations(layout: Layout, whole: bool) -> list[tuple[str, bool, str]]:
-    """(method, sequence parallelism, optimizer): all, or two opposite ones, which are others at the next layout."""
+def combinations(layout: Layout, whole: bool) -> list[tuple[str, bool, str, tuple[str, ...]]]:
+    """(method, sequence parallelism, optimizer, targets): all, or two opposite ones, which are others at the next
+    layout."""
     found = list(product(("tl6", "tl5"), (True, False) if layout.tp > 1 else (True,), ("sgd", "adamw")))
+    kinds = ("qkv",), ALL_TARGETS
     if whole:
-        return found
+        return [(*choice, targets) for choice in found for targets in kinds]
     alike = [other for other in LAYOUTS if (other.tp > 1) == (layout.tp > 1)]
-    first = alike.index(layout) % (len(found) // 2)
-    return [found[first], found[-1 - first]]
+    number = alike.index(layout)
+    first, turn = number % (len(found) // 2), number * 2 // len(found) % 2
+    return [(*found[first], kinds[turn]), (*found[-1 - first], kinds[1 - turn])]
 
 
 def test_every_combination_occurs_in_part() -> None:
     for tp, count in ((1, 4), (2, 8)):
         layouts = [layout for layout in LAYOUTS if min(layout.tp, 2) == tp]
-        assert len({found for layout in layouts for found in combinations(layout, False)}) == count
+        found = [choice for layout in layouts for choice in combinations(layout, False)]
+        assert len({choice[:3] for choice in found}) == count
+        for layout in layouts:
+            assert {targets for *_, targets in combinations(layout, False)} == {("qkv",), ALL_TARGETS}
+        for position, choices in enumerate((("tl6", "tl5"), (True, False)[:tp], ("sgd", "adamw"))):
+            assert {choice[position] for choice in found if choice[3] == ALL_TARGETS} == set(choices)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -90,24 +99,36 @@ def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool)
     oracles: dict[Any, OracleRun] = {}
     prepared = []
     for layout in (layout for layout in LAYOUTS if layout.ranks == ranks):
-        for method, sequence_parallel, optimizer in combinations(layout, whole):
+        for method, sequence_parallel, optimizer, targets in combinations(layout, whole):
             # Each layout and optimizer sees both kinds of rows; of all combinations, each method too.
             packing = (method == "tl6") == (optimizer == "sgd" or not whole)
             changes = {"method": method, "sequence_parallel": sequence_parallel, "packing": packing}
+            changes["targets"] = list(targets)
             prepared.append(prepare(sized, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes))
     run_and_check(prepared, tmp_path)
 
 
 def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
-    """All eight methods and one-layer LoRA, on the first and on the last stage, at (2, 2, 1).
+    """All eight methods and layers alone, on the first and on the last stage, at (2, 2, 1), with QKV and all targets.
 
     In part, two steps of two micro-batches: whether buffers of the pipeline are used again and what a third step does,
     without the checks of the first two, depends on no method, and is seen where all layouts run.
     """
     oracles: dict[Any, OracleRun] = {}
     changes = {} if whole else {"max_steps": 2, "micro_batch_size": 4}
-    cases: list[dict[str, Any]] = [{"method": method} for method in METHODS]
+    everything, kinds = list(ALL_TARGETS), (["qkv"], list(ALL_TARGETS))
+    cases: list[dict[str, Any]] = [
+        {"method": method, "targets": targets}
+        for turn, method in enumerate(METHODS)
+        for targets in (kinds if whole else kinds[turn // 2 % 2 :][:1])
+    ]
     cases += [{"method": "lora", "layers": [layer]} for layer in (2, 5)]
+    alone = [("tl6", 5, everything), ("lora", 5, ["down_proj"]), ("tl6", 1, everything), ("tl6", 5, ["down_proj"])]
+    alone += [("lora", 1, ["o_proj"]), ("tl6", 5, ["gate_up"])]
+    cases += [
+        {"method": method, "layers": [layer], "targets": targets}
+        for method, layer, targets in (alone if whole else alone[:3])
+    ]
     prepared = [
         prepare(sized, tmp_path, Layout(2, 2, 1), optimizer=optimizer, oracles=oracles, **case, **changes)
         for case, optimizer in combined(whole, cases, ("sgd", "adamw"))

@@ -16,6 +16,7 @@ from family_models import FAMILY_MODELS
 from forked_ranks import run_on_ranks
 from gradient_worker import DTYPE, Case, Outcome, joined_gradients, run_cases
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
 from oracle_training import oracle_gradients
 from tiny_models import write_tiny_model
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.distributed
 
 # Sums of some thousand fp64 products in another order; 1e-13 is usual.
 TOLERANCE = 1e-10
+CASES_A_START = 100  # so that a start ends within the limit of `ranks`
 
 # No size of one is a size of another; heads * head_dim is not d; 321 words leave padding at TP 2 and 4.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -37,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
 FAMILIES = ("qwen3", "stablelm", "smollm3")  # those whose layers compute something of their own
-SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in FAMILIES}
+SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in (*FAMILIES, "qwen2")}
 # At two stages one of them is then without an adapted layer.
 SOME_LAYERS = (("lora", (2,)), ("lora", (5,)), ("tl6", (1, 2)), ("tl6", (5,)))
 
@@ -90,6 +92,45 @@ def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[
     return cases
 
 
+NEW_TARGETS = [(target,) for target in ALL_TARGETS if target != "qkv"] + [ALL_TARGETS]
+
+
+def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
+    """Each target but qkv alone, and all of them. In part, each of these once a way of cutting, with another method in
+    each way, and what else is seen only with all of them."""
+    main, wide, cases = folders["main"], folders["wide"], []
+    for layout in {2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (4, 1, 1)]}[ranks]:
+        folder = wide if layout[0] == 4 else main
+        last, ways = 5 if folder == main else 3, _variants(layout)
+        for index, variant in enumerate(ways if whole else ways[::2]):
+            for turn, targets in enumerate(NEW_TARGETS):
+                # Two ranks and four, sequences cut and not, and the targets: every method meets each kind of target.
+                first = 4 * (layout[0] == ranks) + 2 * index + turn + ranks // 4
+                methods = METHODS if variant["recompute"] == "none" else ("lora", "tl6")
+                methods = methods if whole else (METHODS[first % len(METHODS)],)
+                cases += [Case(folder, method=method, targets=targets, **variant) for method in methods]
+            if variant["recompute"] == "full":
+                continue
+            alone = [("tl6", (last,)), ("tl6", (1,)), ("lora", (last,)), ("lora", (1,))]
+            for method, layers in alone if whole else alone[index::2]:
+                for targets in [*NEW_TARGETS[:-1], ("o_proj", "gate_up"), ALL_TARGETS] if whole else NEW_TARGETS[-2:]:
+                    cases += [Case(folder, method=method, layers=layers, targets=targets, **variant)]
+            others = ("qwen2", *FAMILIES) if layout[0] < 4 else ()
+            for shape in others if whole else others[index + ranks // 4 * 2 :: len(ways)]:
+                cases += [Case(folders[shape], targets=ALL_TARGETS, **variant)]
+        for targets in NEW_TARGETS if whole else NEW_TARGETS[-1:]:
+            more = {"targets": targets, "sequence_parallel": layout[0] > 1}
+            cases += [
+                Case(folder, layout, recompute=recompute, packed=recompute == "selective", **more)
+                for recompute in ("full", "selective")
+            ]
+            cases += [Case(folder, layout, recompute="selective", layers=(last - 1, last), method="lora", **more)]
+    if ranks == 4:
+        for layout in ((1, 2, 2), (2, 1, 2)):
+            cases += [Case(main, layout, targets=targets) for targets in (NEW_TARGETS if whole else NEW_TARGETS[-1:])]
+    return cases
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
@@ -111,7 +152,7 @@ class Answers:
 
     def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
         """Of the samples, each on its own: neither padded nor packed."""
-        key = case.folder, case.method, case.rank, case.layers
+        key = case.folder, case.method, case.rank, case.layers, case.targets
         if key not in self._gradients:
             self._gradients[key] = oracle_gradients(*self.weights(case), case.adapter, case.samples)
         return self._gradients[key]
@@ -132,12 +173,26 @@ def answers() -> Answers:
 def test_gradients_equal_the_oracle(
     folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
 ) -> None:
-    cases = _cases(folders, ranks, whole=whole)
-    by_rank = run_on_ranks(run_cases, cases, ranks=ranks, folder=tmp_path)
-    for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
-        check_numbers(case, list(outcomes), answers)
-        check_ties(case, list(outcomes))
-        check_messages(case, list(outcomes))
+    run_and_check(_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_of_every_target_equal_the_oracle(
+    folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
+) -> None:
+    run_and_check(_target_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
+
+
+def run_and_check(cases: list[Case], answers: Answers, tmp_path: Path, ranks: int) -> None:
+    """Run all cases, some in one start, and compare each with the oracle and with the messages that it should send."""
+    for number, first in enumerate(range(0, len(cases), CASES_A_START)):
+        started = cases[first : first + CASES_A_START]
+        by_rank = run_on_ranks(run_cases, started, ranks=ranks, folder=tmp_path / str(number))
+        for case, outcomes in zip(started, zip(*by_rank, strict=True), strict=True):
+            check_numbers(case, list(outcomes), answers)
+            check_ties(case, list(outcomes))
+            check_messages(case, list(outcomes))
 
 
 def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None:
@@ -164,10 +219,10 @@ def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None
 
 def check_ties(case: Case, outcomes: list[Outcome]) -> None:
     """Stages have different parts of a tied gradient before their sum; frozen tensors have none."""
-    row, all_parts = case.adapter_config.method_spec, []
+    config, all_parts = case.adapter_config, []
     for grid, outcome in zip(grids(case), outcomes, strict=True):
         part = case.part(grid)
-        tied = [name for name in case.adapter.trained if row.factor(name).tied]
+        tied = [name for name in case.adapter.trained if config.factor(name).tied]
         assert not outcome.frozen_gradients, case
         assert set(outcome.parts) == set(tied if part.layers else []), case
         if grid.tp_rank == grid.dp_rank == 0 and part.layers:
@@ -193,15 +248,15 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
             kinds = kinds[2:] if case.sequence_parallel else kinds[:2]
         for kind in kinds:
             assert found["tensor", kind] == expected[kind], (kind, found, expected, case)
-        part, row = case.part(grid), case.adapter_config.method_spec
-        sums_u = grid.tp_size > 1 and row.u.trained and bool(part.layers)
-        if case.counted:
-            u_bytes = 8 * torch.Size(part.local_shape("u")).numel()
+        part, config = case.part(grid), case.adapter_config
+        sums_u = grid.tp_size > 1 and config.method_spec.u.trained and bool(part.layers)
+        if case.counted:  # one message for all targets
+            u_bytes = 8 * len(part.layers) * case.rank * len(case.targets)
             assert outcome.traffic.of_group("stage") == ((1, u_bytes) if sums_u else (0, 0)), case
         sizes = [
             torch.Size(part.local_shape(name)).numel()
             for name in case.adapter.trained
-            if row.factor(name).tied and grid.pp_size > 1
+            if config.factor(name).tied and grid.pp_size > 1
         ]
         once = {("tied", "all-reduce"): 1} if sizes else {}
         assert tied.messages == once and tied.of_group("tied")[1] == 8 * sum(sizes), case
@@ -210,10 +265,11 @@ def check_messages(case: Case, outcomes: list[Outcome]) -> None:
 def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     """Messages of a rank's tensor-parallel group in one forward and backward pass without full recompute, by kind.
 
-    Worked out by hand: a block enters and leaves its region twice; the adapter adds one gather of A and its
-    reduce-scatter for each micro-batch and stage, whatever the number of layers. Nothing below the first adapted layer
-    needs a gradient; with sequence parallelism a trained A there needs one of r columns. Where gate and up are computed
-    again a block enters once more, but the last, whose backward pass comes at once.
+    Worked out by hand: a block enters and leaves its region twice. The adapter adds one gather and its reduce-scatter
+    for each micro-batch and stage, whatever the number of layers and targets: of A for qkv and gate_up, of B and v for
+    o_proj and down_proj, where these are trained. Nothing before the first adapted linear needs a gradient; with
+    sequence parallelism a trained A there needs one of r columns, and B, u and v that of the whole output. Where gate
+    and up are computed again a block enters once more, but the last, whose backward pass comes at once.
     """
     count: Counter[str] = Counter()
     if grid.tp_size == 1:
@@ -221,6 +277,8 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     enter, leave = ("all-gather", "reduce-scatter") if case.sequence_parallel else ("", "all-reduce")
     enter_back, leave_back = ("reduce-scatter", "all-gather") if case.sequence_parallel else ("all-reduce", "")
     shape, first, stage = case.shape, case.adapter.layers[0], case.stages[grid.pp_rank]
+    learns = TRAINED_TENSORS[case.method]
+    gathered = {"qkv": "A", "gate_up": "A", "o_proj": "Bv", "down_proj": "Bv"}
     for batch in case.micro_batches[grid.dp_rank :: grid.dp_size]:
         for layer in stage:
             if layer == 0:
@@ -228,18 +286,27 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
             elif layer <= shape.num_layers:
                 count[enter] += 2
                 count[leave] += 2
-                if layer >= first:
-                    alone = case.sequence_parallel and "A" in case.adapter.trained
-                    count[enter_back] += 1 if layer == first and not alone else 2
-                    count[leave_back] += 2
-                    count[enter] += case.recompute == "selective" and layer < shape.num_layers
+                if layer < first:
+                    continue
+                start = ALL_TARGETS.index(case.targets[0]) if layer == first else -1  # the first one with a gradient
+                if layer == shape.num_layers and grid.pp_rank > 0 and start > 1:
+                    start = 1  # its MLP's input has a gradient for the stage before, of which only zeros are sent on
+                for index, linear in enumerate(ALL_TARGETS):
+                    adapted = index == start and linear in case.targets
+                    if linear in ("o_proj", "down_proj"):
+                        count[leave_back] += index > start or adapted
+                    else:
+                        narrow = adapted and case.sequence_parallel and "A" in learns
+                        count[enter_back] += index > start or narrow
+                if case.recompute == "selective" and layer < shape.num_layers:
+                    count[enter] += start < ALL_TARGETS.index("down_proj") or "A" in learns
             else:
                 count[enter] += 1
                 count[enter_back] += 1
                 count["all-gather"] += batch.num_supervised > 0  # of the loss
-        if case.part(grid).layers:
-            count["all-gather"] += "A" in case.adapter.trained
-            count["reduce-scatter"] += "A" in case.adapter.trained
+        if case.part(grid).layers and any(set(gathered[target]) & set(learns) for target in case.targets):
+            count["all-gather"] += 1
+            count["reduce-scatter"] += 1
     return count
 
 
@@ -267,3 +334,19 @@ def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
         if tp_size == 2 and not case.sequence_parallel:  # so with it, padding is needed in every micro-batch
             assert all(length % 2 for length in lengths) or case.packed, lengths
     assert any(case.shape.vocab_size % case.layout[0] for case in cases)
+
+
+def test_cases_of_targets_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
+    """In part too, each target at each layout with sequences cut and not, all methods, and layers that are plain."""
+    cases = [case for ranks in (2, 4) for case in _target_cases(folders, ranks, whole=False)]
+    layouts = ((2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1))
+    ways = {(layout, cut) for layout in layouts for cut in {layout[0] > 1, False}}
+    for targets in NEW_TARGETS:
+        assert {(case.layout, case.sequence_parallel) for case in cases if case.targets == targets} >= ways
+    assert {case.method for case in cases} == set(METHODS)
+    assert len({case.method for case in cases if case.targets == ALL_TARGETS and case.layers is None}) >= 6
+    assert all(case.shape.heads.num_kv < case.shape.heads.num for case in cases)
+    for layer in (1, 5):
+        alone = [case for case in cases if case.layers == (layer,)]
+        assert {case.targets for case in alone} == set(NEW_TARGETS[-2:])
+        assert any(not case.part(grid).layers for case in alone for grid in grids(case))

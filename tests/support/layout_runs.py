@@ -102,7 +102,7 @@ def prepare(
         settings["micro_batch_size"] *= 2  # two micro-batches are enough where no stage waits for another
     if optimizer == "sgd":
         settings["learning_rate"] = 0.3
-    layers = settings.get("layers")
+    layers, targets = settings.get("layers"), settings.get("targets", ["qkv"])
     method, rank = settings.get("method", "tl6"), settings["rank"]
     start = random_adapter(
         method,
@@ -112,8 +112,9 @@ def prepare(
         layers=tuple(layers) if layers else None,
         seed=3,
         scale=0.2,
+        targets=targets,
     )
-    key = (method, rank, optimizer, str(layers), settings["max_steps"])
+    key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets))
     file = folder / f"{'-'.join(map(str, key))}.safetensors"
     if key not in oracles:
         save_start(start, file)
@@ -130,14 +131,15 @@ def check(run: EngineRun, prepared: Prepared) -> None:
     for factor in oracle.adapter.trained:
         distance = relative_distance(run.adapter[factor], oracle.adapter.tensors[factor])
         assert distance <= ADAPTER_TOLERANCE[prepared.optimizer], (factor, distance, name)
-    if prepared.case["settings"].get("method", "tl6") != "lora":
-        for rank in range(layout.ranks):
-            for factor in ("A", "B"):
-                assert torch.equal(run.local[rank][factor], run.local[rank % layout.tp][factor]), (rank, factor, name)
-    for rank in range(layout.ranks):  # u is whole on every rank of its stage
+    lora = prepared.case["settings"].get("method", "tl6") == "lora"
+    for rank, local in enumerate(run.local):
         first = rank // (layout.tp * layout.dp) * layout.tp * layout.dp
-        if "u" in run.local[rank]:
-            assert torch.equal(run.local[rank]["u"], run.local[first]["u"]), (rank, "u", name)
+        for factor, value in local.items():
+            letter = factor[-1]
+            if letter in "AB" and not lora:
+                assert torch.equal(value, run.local[rank % layout.tp][factor]), (rank, factor, name)
+            elif letter == "u":  # it is whole on every rank of its stage
+                assert torch.equal(value, run.local[first][factor]), (rank, factor, name)
 
 
 def run_and_check(prepared: list[Prepared], folder: Path) -> None:

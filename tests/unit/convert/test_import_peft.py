@@ -19,23 +19,27 @@ from tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter
+from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter, read_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, fewer key-value heads than heads, and q wider than the hidden size: rows 48, 24 and 24 of 32."""
-    return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12, tokenizer=False)
+    """Three layers, fewer key-value heads than heads, and q wider than the hidden size: rows 48, 24 and 24 of 32. Gate
+    and up have 40."""
+    return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12, intermediate_size=40, tokenizer=False)
 
 
 # --------------------------------------------------------------------------------------------- the same update
 
 Q_AND_V = ["q_proj", "v_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 # name: options of PEFT's LoraConfig, layers and rank of the native adapter
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "q_v": ({"r": 3, "lora_alpha": 5, "target_modules": Q_AND_V}, (1, 2, 3), 6),
@@ -53,11 +57,25 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     ),
     "excluded": ({"r": 2, "target_modules": Q_AND_V, "exclude_modules": ["1.self_attn.v_proj"]}, (1, 2, 3), 4),
     "gaussian": ({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, (1, 2, 3), 2),
+    "o": ({"r": 3, "target_modules": ["o_proj"]}, (1, 2, 3), 3),
+    "up": ({"r": 3, "lora_alpha": 5, "target_modules": ["up_proj"]}, (1, 2, 3), 3),
+    "gate": ({"r": 3, "target_modules": ["gate_proj"], "layers_to_transform": 2}, (3,), 3),
+    "mlp": ({"r": 2, "lora_alpha": 7, "target_modules": MLP, "use_rslora": True}, (1, 2, 3), 4),
+    "o_and_down": ({"r": 3, "lora_alpha": 5, "target_modules": ["down_proj", "o_proj"]}, (1, 2, 3), 3),
+    "all_linear": ({"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}, (1, 2, 3), 6),
+    # q of layer 1, up of layer 2, down of layer 3: one module a linear, so nothing is block-diagonal
+    "one_a_layer": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)"}, (1, 2, 3), 2),
+}
+TARGETS = {  # of the native adapter, where it is not qkv alone
+    **{"o": ["o_proj"], "up": ["gate_up"], "gate": ["gate_up"], "mlp": ["gate_up", "down_proj"]},
+    **{"o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
+    "one_a_layer": ["qkv", "gate_up", "down_proj"],
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
+    """Separate A's, of q, k and v or of gate and up, are stacked: the rank is their sum."""
     options, layers, rank = OPTIONS[name]
     peft = lora_model(base, **options)
     peft.save_pretrained(tmp_path)
@@ -65,11 +83,37 @@ def test_logits_equal_peft_s(base: Path, tmp_path: Path, name: str) -> None:
     assert adapter_kind(tmp_path) == "peft"
     adapter = load_peft_adapter(tmp_path, source)
     assert adapter.config.method == "lora" and (adapter.config.layers, adapter.config.rank) == (layers, rank)
+    assert [target.name for target in adapter.config.targets] == TARGETS.get(name, ["qkv"])
+    save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
+    adapter = load_adapter(tmp_path / "native")
     positions = torch.arange(24).expand(2, 24)
     ours = logits_of(load_model(source, adapter, dtype=torch.float32).predict, positions)
     assert share(ours, logits_of(peft)) <= 1e-5
     with peft.disable_adapter():
         assert share(ours, logits_of(peft)) > 0.01  # the update is there
+
+
+def test_which_adapters_train_on_as_peft_s(base: Path, tmp_path: Path) -> None:
+    """With one A for all modules of a linear: where they have one A now, and each has an adapter."""
+
+    def trains_as_peft(name: str, tied: dict[str, str], **options: Any) -> bool:
+        peft = lora_model(base, r=2, **options)
+        parameters = dict(peft.named_parameters())
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                for module, first in tied.items():
+                    if module in key and "lora_A" in key:
+                        parameter.copy_(parameters[key.replace(module, first)])
+        peft.save_pretrained(tmp_path / name)
+        return read_peft(tmp_path / name, find_model(str(base))).apart is None
+
+    tied = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    assert trains_as_peft("o", {}, target_modules=["o_proj", "down_proj"], layers_to_transform=[0, 2])
+    assert trains_as_peft("tied", tied, target_modules="all-linear")
+    assert not trains_as_peft("separate", {}, target_modules="all-linear")
+    assert not trains_as_peft("half", {"k_proj": "q_proj", "v_proj": "q_proj"}, target_modules="all-linear")
+    assert not trains_as_peft("q", {}, target_modules=["q_proj"])
+    assert not trains_as_peft("two", {"v_proj": "q_proj"}, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize("method", ["lora", "tl6"])
@@ -160,7 +204,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"trainable_token_indices": [1]}, "trainable_token_indices = "),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' changes the base weights too"),
-        ({"target_modules": ["q_proj", "o_proj"]}, "target module o_proj is not supported. Supported: q_proj, k"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target module lm_head is not supported. Supported: q_proj, k"),
         ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
         ({"target_modules": None}, "target_modules = None is not supported"),
         ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it
@@ -174,6 +218,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"lora_alpha": 0}, "lora_alpha = 0 is not between"),
         ({"lora_alpha": -2}, "lora_alpha = -2 is not between"),
         ({"lora_alpha": 2**53}, "lora_alpha = 9007199254740992 is not between"),
+        ({"lora_alpha": 1e6}, r"its native alpha 2e\+06 is not between 1e-06 and 1e\+06; scale lora_B instead"),
     ],
 )
 def test_what_is_not_a_plain_lora_is_refused_by_name(
@@ -196,8 +241,8 @@ Q1, LAYERS = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.mod
         ({f"{Q1}.lora_B.weight": torch.ones(32, 3)}, r"\S* has shape \(32, 3\), but .* it must be \(48, 3\)"),
         ({f"{Q1}.lora_B.weight": torch.full((48, 3), torch.inf)}, r"\S* holds numbers that are not finite"),
         ({f"{Q1}.lora_B.weight": torch.ones(48, 3, dtype=torch.int8)}, r"\S* is I8, not floating point"),
-        ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, k_proj, v_proj"),
-        ({f"{LAYERS}.0.self_attn.o_proj.lora_A.weight": torch.ones(3, 48)}, r"\S*o_proj\S* is not a LoRA factor"),
+        ({f"{Q1}.lora_magnitude_vector": torch.ones(48)}, r"\S* is not a LoRA factor of q_proj, .*, down_proj; only"),
+        ({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)}, r"\S*lm_head\S* is not a LoRA factor"),
         ({f"{LAYERS}.3.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is for layer 3, but .* 0 to 2; give"),
         ({f"{LAYERS}.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 32)}, r"\S* is present, but \S* does not target"),
     ],

@@ -13,17 +13,19 @@ from peft_models import logits_of, peft_model, share
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.import_peft import load_peft_adapter, read_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")
 def separate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """q, k and v apart, with 48, 24 and 24 rows of 32."""
-    return write_tiny_model(tmp_path_factory.mktemp("separate"), head_dim=12, tokenizer=False)
+    """q, k and v apart, with 48, 24 and 24 rows of 32; gate and up have 40 each."""
+    folder = tmp_path_factory.mktemp("separate")
+    return write_tiny_model(folder, head_dim=12, intermediate_size=40, tokenizer=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,28 @@ PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "q_v": ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1}, (2,)),
     "k": ({"target_modules": ["k_proj"]}, (1, 2, 3)),
     "pattern": ({"target_modules": r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"}, (1, 3)),
+    "o_in_one_layer": ({"target_modules": r".*layers\.(0\..*o_proj|2\..*down_proj)"}, (1, 3)),
+    "all": ({"target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}, (1, 2, 3)),
 }
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "targets"),
+    [("separate", ["down_proj", "o_proj"], ["o_proj", "down_proj"]), ("fused", "all-linear", [*TARGET_NAMES])],
+)
+def test_every_linear_that_is_one_module_has_its_part_of_a_and_b(
+    separate: Path, fused: Path, tmp_path: Path, family: str, modules: Any, targets: list[str]
+) -> None:
+    base = {"separate": separate, "fused": fused}[family]
+    peft = vera_model(base, r=3, target_modules=modules)
+    source, adapter = imported(peft, base, tmp_path / "peft")
+    stored = load_file(tmp_path / "peft" / WEIGHTS)
+    assert (adapter.config.method, [target.name for target in adapter.config.targets]) == ("vera", targets)
+    assert read_peft(tmp_path / "peft", source).apart is None
+    for target in adapter.config.targets:
+        a, b = (adapter.state[target.prefix + factor] for factor in "AB")
+        assert torch.equal(a, stored["base_model.vera_A"][:, : target.in_size])
+        assert torch.equal(b, stored["base_model.vera_B"][: target.out_size])
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -93,6 +116,7 @@ def test_on_parts_it_is_a_native_lora(separate: Path, tmp_path: Path, name: str)
     peft = vera_model(separate, r=3, **options)
     source, adapter = imported(peft, separate, tmp_path / "peft")
     assert (adapter.config.method, adapter.config.rank, adapter.config.layers) == ("lora", 3, layers)
+    assert read_peft(tmp_path / "peft", source).apart is not None
     merge_adapter(source, adapter, tmp_path / "merged")
     expected = peft.merge_and_unload().state_dict()
     for weight, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
@@ -120,7 +144,7 @@ def plain(separate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"lora_alpha": 8}, "lora_alpha = 8 is not a plain VeRA"),
         ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain VeRA"),
         ({"r": None}, "r = None is not an integer from 1 to"),
-        ({"target_modules": ["k_proj", "o_proj"]}, "target module o_proj is not supported. Supported: q_proj, k"),
+        ({"target_modules": ["k_proj", "lm_head"]}, "target module lm_head is not supported. Supported: q_proj, k"),
         ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2"),
     ],
 )
@@ -146,7 +170,7 @@ K1, A, B = "base_model.model.model.layers.1.self_attn.k_proj", "base_model.vera_
         ({f"{K1}.vera_lambda_d": torch.ones(24)}, r"\S* has shape \(24,\), but .* it must be \(3,\)"),
         ({f"{K1}.vera_lambda_d": torch.full((3,), torch.nan)}, r"\S* holds numbers that are not finite"),
         ({f"{K1}.vera_lambda_b": torch.full((24,), 1e38)}, "its update may reach .* so the file is damaged"),
-        ({f"{K1}.lora_A.weight": torch.ones(3, 32)}, r"\S* is not a VeRA factor of q_proj, k_proj, v_proj; only"),
+        ({f"{K1}.lora_A.weight": torch.ones(3, 32)}, r"\S* is not a VeRA factor of q_proj, .*, down_proj; only"),
         ({f"{K1.replace('k_', 'q_')}.vera_lambda_d": torch.ones(3)}, r"\S* is present, but \S* does not target"),
     ],
 )

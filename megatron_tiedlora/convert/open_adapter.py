@@ -1,0 +1,154 @@
+"""Opens an adapter of any kind with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and writes the
+last as a native adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    NativeAdapter,
+    copy_adapter_files,
+    write_adapter_files,
+)
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.import_peft import (
+    adapter_kind,
+    exported_base,
+    load_peft_adapter,
+    read_peft,
+    read_peft_config,
+)
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, check_base, find_base, open_inputs
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter, and the model that it is used with; `check_base` checks whether that is its base.
+
+    Attributes:
+        adapter: if it is a PEFT adapter, its base is the one that it was exported for. If its files do not record one,
+            it is the model.
+        kind: what its folder holds.
+        notes: what a user should know about it.
+    """
+
+    source: ModelSource
+    adapter: NativeAdapter
+    kind: Literal["native", "peft"]
+    notes: tuple[str, ...] = ()
+
+
+def open_adapter(
+    given: str, model: str | None, *, tokenizer: str | None = None, longest: int = 0, differs: bool = False
+) -> OpenedAdapter:
+    """The adapter in the folder `given` to --adapter, and its base: `model`, or else the one that the adapter names.
+
+    Args:
+        tokenizer: the tokenizer in use, if it is not the base's own.
+        longest: value of --max_length, checked before a weight is read; 0 if there is none.
+        differs: value of --base_differs.
+
+    Raises:
+        UserError: the adapter or the base does not exist, cannot be read, or does not fit the other.
+    """
+    if adapter_kind(given) == "native":
+        source, native = open_inputs(given, model)
+        source.check_length("--max_length", longest)
+        return OpenedAdapter(source, native, "native")
+    folder = user_path(given)
+    source = find_peft_base(folder, model)
+    source.check_length("--max_length", longest)
+    notes = list(check_peft_base(folder, source, differs=differs))
+    adapter = load_peft_adapter(folder, source, tokenizer=tokenizer, say=notes.append)
+    trained = exported_base(folder, adapter.base)
+    return OpenedAdapter(source, adapter if trained is None else replace(adapter, base=trained), "peft", tuple(notes))
+
+
+def import_peft(
+    source: ModelSource,
+    folder: Path,
+    output: Path,
+    *,
+    base_differs: bool = False,
+    say: Callable[[str], object] = str,
+    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+) -> AdapterConfig:
+    """Write the PEFT adapter in `folder` as a native adapter folder of `source` atomically, and return its config.
+
+    A native adapter that travelled along, and is the same, is copied byte for byte.
+
+    Args:
+        base_differs: write it although the adapter was trained on another base; a copied one keeps its own.
+        say: called with each note.
+        new: makes the output folder.
+
+    Raises:
+        UserError: the adapter cannot be read or is for another base, or the output exists.
+    """
+    reject_existing(output, flag=f"--output {output}")
+    content = read_peft(folder, source)
+    adapter = content.of_base(source)
+    recorded = exported_base(folder, adapter.base)
+    trained = adapter.base if content.native is not None or recorded is None else recorded
+    base = check_base(source, replace(adapter, base=trained), uses_tokenizer=False, differs=base_differs)
+    for note in (*check_peft_base(folder, source, differs=base_differs), *content.notes, *base.notes):
+        say(note)
+    with new(output) as temporary:
+        if content.native is not None:
+            copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
+        else:
+            tokenizer = {"tokenizer": trained.tokenizer, "tokenizer_hash": trained.tokenizer_hash}
+            write_adapter_files(temporary, adapter.config, replace(adapter.base, **tokenizer), adapter.state)
+    return adapter.config
+
+
+def find_peft_base(folder: Path, model: str | None) -> ModelSource:
+    """The base of a PEFT adapter: `model`, or else the one that it names. Raises UserError if there is none."""
+    named = _named_base(folder)
+    if not (model or named):
+        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
+    return find_base(folder, model, named)
+
+
+def check_peft_base(folder: Path, source: ModelSource, *, differs: bool = False) -> tuple[str, ...]:
+    """Notes on a base that PEFT's files name otherwise. They are all that is known of it if this package did not write
+    the folder.
+
+    Raises:
+        UserError: an adapter is merged into `source`, which the files do not name, and `differs` (--base_differs) is
+            False.
+    """
+    named = _named_base(folder)
+    same = _same_folder(source, named)
+    if is_merged(source) and not same and not differs:
+        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+    if (folder / EXPORT_RECORD).is_file() or not named or named == source.name or same:
+        return ()
+    return (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
+
+
+def is_merged(source: ModelSource) -> bool:
+    """Whether an adapter was merged into a model."""
+    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
+
+
+def _named_base(folder: Path) -> str:
+    """The name of the base in a PEFT folder; '' if there is none."""
+    named = read_peft_config(folder).get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""
+
+
+def _same_folder(source: ModelSource, named: str) -> bool:
+    with suppress(UserError):  # the name cannot be a path
+        return user_path(named).resolve() == source.weights_folder().resolve()
+    return False

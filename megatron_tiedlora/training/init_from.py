@@ -1,0 +1,167 @@
+"""--init_from: a run starts with the values of an adapter, and takes over its method, rank, alpha, targets and layers.
+
+Owns what is read of the adapter, when the run is planned and when its model is built. A resumed run reads its
+checkpoint, and the record in it, instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.resume import recorded_settings
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, read_peft
+from megatron_tiedlora.convert.open_adapter import check_peft_base
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
+from megatron_tiedlora.parallel.messages import SentTensor
+from megatron_tiedlora.runtime.run_folder import RunFolder
+
+_TAKEN_OVER = ("method", "rank", "alpha", "targets", "layers", "init_std_a", "init_std_b")
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """The adapter with which a run starts.
+
+    Attributes:
+        state: full fp32 tensors.
+        trained: the base that it was trained on; None if its files do not record it.
+        kind: what its folder holds, in words.
+        notes: what a user should know.
+    """
+
+    config: AdapterConfig
+    state: Mapping[str, SentTensor]
+    trained: BaseIdentity | None
+    kind: str
+    notes: tuple[str, ...] = ()
+
+
+def with_start(settings: Settings, source: ModelSource) -> Settings:
+    """The settings with those that the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
+
+    Raises:
+        UserError: it cannot be read, is for a model of another shape, or contradicts a setting that was given.
+    """
+    if settings.init_from is None:
+        return settings
+    recorded = _recorded(settings)
+    if recorded is not None:  # what was given is compared with all of the record once it is resumed
+        taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
+        return make_settings({**settings.model_dump(), **taken, **_given(settings, source)})
+    given, folder = _given(settings, source), user_path(settings.init_from)
+    if settings.resume != "none" and given.keys() == set(_TAKEN_OVER) and not folder.exists():
+        return settings  # this host does not see the run that is resumed, but a --config of it says everything
+    config = read_start(settings.init_from, source, differs=settings.base_differs).config
+    decided = _decided(config)
+    for name, value in given.items():
+        if value != decided[name]:
+            raise UserError(
+                f"--{name} {_shown(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
+                f" {_shown(decided[name])}; leave --{name} out, or give another adapter"
+            )
+    return make_settings({**settings.model_dump(), **decided})
+
+
+def load_start(
+    settings: Settings, source: ModelSource, adapter: AdapterConfig, base: BaseIdentity
+) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
+    """The full tensors with which a new run starts, None for the initial ones; and notes. Rank 0 reads them for all.
+
+    Args:
+        adapter: the run's adapter.
+        base: the run's base.
+
+    Raises:
+        UserError: the adapter cannot be read, was replaced meanwhile, or is for another base; on every rank.
+    """
+    given = settings.init_from
+    if given is None:
+        return None, ()
+    differs, failure = settings.base_differs, None
+    start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
+    if _decided(start.config) != _decided(adapter):
+        failure = UserError(f"--init_from {given}: is another adapter than a rank has planned with; start again")
+    raise_on_every_rank(failure)
+    notes = start.notes
+    if start.trained is not None:
+        notes += check_same_base(start.trained, base, source=f"--init_from {given}", differs=differs)
+    return start.state, notes
+
+
+def start_lines(settings: Settings, source: ModelSource) -> list[str]:
+    """What a dry run says of the start."""
+    if settings.init_from is None or _recorded(settings) is not None:
+        return []
+    start = read_start(settings.init_from, source, differs=settings.base_differs)
+    return [f"  starts with the values of {settings.init_from}, {start.kind}", *(f"  ({note})" for note in start.notes)]
+
+
+def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
+    """The adapter in the folder `given` to --init_from, for a base of the shape of `source`.
+
+    Raises:
+        UserError: there is none, it cannot be read or is for a model of another shape; or `source` has a merged adapter
+            that a PEFT adapter does not know of, without `differs` (--base_differs).
+    """
+    flag, folder = f"--init_from {given}", user_path(given)
+    if adapter_kind(folder, flag=flag) == "native":
+        native = load_adapter(folder)
+        _check_shape(native, source, flag)
+        return StartAdapter(native.config, native.state, native.base, "a native adapter")
+    content = read_peft(folder, source)
+    notes = (*content.notes, *check_peft_base(folder, source, differs=differs))
+    if content.native is not None:
+        exported = "a PEFT folder with the native adapter that was exported"
+        return StartAdapter(content.config, content.state, content.native.base, exported, notes)
+    if content.apart is not None:
+        notes += (f"{flag}: {content.apart}, so training goes on differently from PEFT's",)
+    trained = exported_base(folder, identify_shape(source, "fp32", weights_hash=""))
+    return StartAdapter(content.config, content.state, trained, "a PEFT adapter", notes)
+
+
+def _check_shape(native: NativeAdapter, source: ModelSource, flag: str) -> None:
+    """Raise UserError if an adapter is for a model of another shape."""
+    base = native.base
+    same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
+    check_same_base(base, same_weights, source=flag, differs=True)
+
+
+def _decided(config: AdapterConfig) -> dict[str, Any]:
+    """The settings that an adapter decides."""
+    stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
+    found = {**config.facts, **stds}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
+    """Those of these settings that the user gave."""
+    every_layer = tuple(range(1, source.shape.num_layers + 1))
+    given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
+    return {name: every_layer if value is None else value for name, value in given.items()}
+
+
+def _recorded(settings: Settings) -> Mapping[str, Any] | None:
+    """The settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
+    if settings.resume == "none":
+        return None
+    if settings.resume != "auto":
+        return recorded_settings([user_path(settings.resume)])
+    if settings.output_dir is None:
+        return None
+    return recorded_settings(RunFolder(user_path(settings.output_dir)).checkpoints.glob("step_*"))
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

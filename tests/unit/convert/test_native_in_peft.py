@@ -1,0 +1,253 @@
+"""Adapters go to PEFT and come back: byte for byte where PEFT's files are what was exported, else as what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import ROOT
+from native_files import reseal, with_adapter
+from peft_models import logits_of, share
+from run_files import files_of
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+
+KEPT = ROOT / "tests" / "data" / "run_before_families"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SUBSETS: list[tuple[str, ...]] = [*((name,) for name in TARGET_NAMES), ("qkv", "down_proj"), TARGET_NAMES]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """q, k and v with 48, 24 and 24 rows of 32; gate and up with 40."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def write_base(folder: Path, *, seed: int = 0) -> Path:
+    return write_tiny_model(folder, seed=seed, head_dim=12, intermediate_size=40, tokenizer=False)
+
+
+def exported(
+    base: Path, folder: Path, method: str = "tl6", *, layers: tuple[int, ...] | None = None, **options: Any
+) -> tuple[ModelSource, NativeAdapter]:
+    """A native adapter in folder/adapter, alpha / r = 1.5, and its export in folder/peft."""
+    targets = options.pop("targets", TARGET_NAMES)
+    source = written(base, folder, method, layers=layers, targets=targets)
+    native = load_adapter(folder / "adapter")
+    export_peft(source, native, folder / "peft", native=folder / "adapter", **options)
+    return source, native
+
+
+def written(base: Path, folder: Path, method: str = "tl6", **options: Any) -> ModelSource:
+    """Write a native adapter to folder/adapter."""
+    source, native, _ = with_adapter(base, method, **options)
+    save_adapter(folder / "adapter", native.config, native.base, native.state)
+    return source
+
+
+def imported(source: ModelSource, folder: Path, **options: Any) -> list[str]:
+    """Import folder/peft to folder/back; returns the notes."""
+    notes: list[str] = []
+    import_peft(source, folder / "peft", folder / "back", say=notes.append, **options)
+    return notes
+
+
+# --------------------------------------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_files_come_back_byte_for_byte(base: Path, tmp_path: Path, method: str) -> None:
+    for number, targets in enumerate(SUBSETS):
+        folder = tmp_path / str(number)
+        layers = (None, (1, 3), (2,))[number % 3]
+        padded = 16 if number % 2 else None
+        source, native = exported(base, folder, method, layers=layers, targets=targets, pad_rank_to=padded)
+        assert imported(source, folder) == []
+        assert files_of(folder / "back") == files_of(folder / "adapter")
+        assert load_peft_adapter(folder / "peft", source).equals(native)
+
+
+@pytest.mark.parametrize("family", ["phi3", "stablelm", "qwen3"])
+def test_families_too(tmp_path: Path, family: str) -> None:
+    """Phi-3 stores q, k and v in one tensor, and gate and up."""
+    source, _ = exported(write_tiny_model(tmp_path / "base", family=family, tokenizer=False), tmp_path)
+    assert imported(source, tmp_path) == []
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "checkpoints/step_2"])
+def test_files_of_an_earlier_version_are_not_written_anew(tmp_path: Path, adapter: str) -> None:
+    source, folder = find_model(str(KEPT / "base")), KEPT / adapter
+    export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
+    assert sorted(item.name for item in (tmp_path / "peft/native").iterdir()) == [CONFIG, WEIGHTS]
+    assert imported(source, tmp_path) == []
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_this_version_exported_stays_the_same_bits() -> None:
+    """A kept export of tl6 on all targets, at alpha / r = 1.5: a version that folds in another order would not see
+    that its files are the adapter's."""
+    folder, notes = ROOT / "tests/data/peft_with_native", []
+    adapter = load_peft_adapter(folder, find_model(str(KEPT / "base")), say=notes.append)
+    assert (notes, adapter.config.method, len(adapter.config.targets)) == ([], "tl6", 4)
+
+
+def test_an_adapter_that_is_replaced_during_the_export_is_found(base: Path, tmp_path: Path) -> None:
+    source = written(base, tmp_path)
+    native = load_adapter(tmp_path / "adapter")
+    other = {name: -tensor for name, tensor in native.state.items()}
+    save_adapter(tmp_path / "adapter", native.config, native.base, other)
+    with pytest.raises(UserError, match="adapter: was replaced while it was read; give the command again"):
+        export_peft(source, native, tmp_path / "peft", native=tmp_path / "adapter")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_peft_loads_the_folder_as_before(base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    source, native = exported(base, tmp_path)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft")
+    ours = logits_of(load_model(source, native, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
+    assert share(ours, logits_of(peft)) <= 1e-5
+    peft.save_pretrained(tmp_path / "saved")  # what PEFT saves has no native/ any more
+    back = load_peft_adapter(tmp_path / "saved", source)
+    assert (back.config.method, back.config.rank) == ("lora", 4)
+
+
+# --------------------------------------------------------------------------------------------- what was changed
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (found,) = (tensor for key, tensor in tensors.items() if key.endswith(name))
+    change(found)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_field(folder: Path, **fields: Any) -> None:
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**content, **fields}))
+
+
+def flip_lowest_bit(tensor: torch.Tensor) -> None:
+    tensor.view(torch.int32)[3, 2] ^= 1
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "one bit of A": lambda folder: change_tensor(folder, "1.mlp.up_proj.lora_A.weight", flip_lowest_bit),
+    "one bit of B": lambda folder: change_tensor(folder, "2.mlp.down_proj.lora_B.weight", flip_lowest_bit),
+    "padding": lambda folder: change_tensor(folder, "0.self_attn.k_proj.lora_A.weight", lambda a: a[-1].fill_(0.1)),
+    "alpha": lambda folder: change_field(folder, lora_alpha=16),
+    "rslora": lambda folder: change_field(folder, use_rslora=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_peft_files_count(base: Path, tmp_path: Path, change: str) -> None:
+    """They come back as what PEFT computes, which is not the adapter in native/."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    source, native = exported(base, tmp_path, pad_rank_to=8)
+    CHANGES[change](tmp_path / "peft")
+    (note,) = imported(source, tmp_path)
+    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
+    back = load_adapter(tmp_path / "back")
+    assert back.config.method == "lora" and back.base == native.base
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft")
+    ours = logits_of(load_model(source, back, dtype=torch.float32).predict, torch.arange(24).expand(2, 24))
+    assert share(ours, logits_of(peft)) <= 1e-4
+
+
+def test_other_modules_and_layers_count_too(base: Path, tmp_path: Path) -> None:
+    """A module less is another adapter, although every tensor that is left is the export's."""
+    source, _ = exported(base, tmp_path)
+    tensors = load_file(tmp_path / "peft" / WEIGHTS)
+    left = {name: tensor for name, tensor in tensors.items() if "layers.2." in name and "down" not in name}
+    save_file(left, tmp_path / "peft" / WEIGHTS, metadata={"format": "pt"})
+    modules = sorted({name.split(".")[-3] for name in left})
+    change_field(tmp_path / "peft", target_modules=modules, layers_to_transform=[2])
+    assert len(imported(source, tmp_path)) == 1
+    config = load_adapter(tmp_path / "back").config
+    assert (config.method, config.layers) == ("lora", (3,))
+    assert [target.name for target in config.targets] == ["qkv", "o_proj", "gate_up"]
+
+
+def edit_native(folder: Path, **fields: Any) -> None:
+    change_field(folder, **fields)
+    reseal(folder)
+
+
+# What is wrong with native/: the PEFT files are whole, so they are used, and the note says why.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "not a whole safetensors file"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
+    "edited": (lambda f: change_field(f, alpha=3.0), "does not match its own checksum"),
+    "empty": (lambda f: [item.unlink() for item in f.iterdir()], "no such file"),
+    "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), "no such file"),
+    "a link": (lambda f: (f.rename(f.parent.parent / "moved"), f.symlink_to(f.parent.parent / "moved")), "is a link"),
+    "linked weights": (
+        lambda f: ((f / WEIGHTS).rename(f.parent.parent / "w"), (f / WEIGHTS).symlink_to(f.parent.parent / "w")),
+        "is a link",
+    ),
+    "other rank": (lambda f: edit_native(f, rank=5), "has shape"),
+    "other alpha": (lambda f: edit_native(f, alpha=3.0), "changed after the export"),
+    "other model": (lambda f: edit_native(f, layers=[1, 2, 9], num_layers=9), "changed after the export"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_native_folder_is_said_and_not_used(base: Path, tmp_path: Path, damage: str) -> None:
+    source, _ = exported(base, tmp_path)
+    shutil.copytree(tmp_path / "peft", tmp_path / "plain", ignore=shutil.ignore_patterns("native"))
+    break_it, why = DAMAGES[damage]
+    break_it(tmp_path / "peft/native")
+    (note,) = imported(source, tmp_path)
+    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since ") and why in note
+    assert load_peft_adapter(tmp_path / "plain", source).equals(load_adapter(tmp_path / "back"))
+
+
+# --------------------------------------------------------------------------------------------- which base
+
+
+def test_another_base_than_the_export_s_is_rejected(base: Path, tmp_path: Path) -> None:
+    source, native = exported(base, tmp_path)
+    other = find_model(str(write_base(tmp_path / "other", seed=1)))
+    with pytest.raises(UserError, match=r"whose weights differ from .*other's; give its own base"):
+        imported(other, tmp_path)
+    (note,) = imported(other, tmp_path, base_differs=True)
+    assert "weights differ" in note
+    assert load_adapter(tmp_path / "back").base == native.base  # a copy keeps its own
+    opened = open_adapter(str(tmp_path / "peft"), str(base))
+    assert opened.adapter.equals(native) and (opened.kind, opened.source) == ("peft", source)
+    with pytest.raises(UserError, match="no such folder"):
+        open_adapter(str(tmp_path / "none"), str(base))
+
+
+def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trained(base: Path, tmp_path: Path) -> None:
+    source = written(base, tmp_path)
+    native = load_adapter(tmp_path / "adapter")
+    other = find_model(str(write_base(tmp_path / "other", seed=1)))
+    export_peft(other, native, tmp_path / "peft", native=tmp_path / "adapter", base_differs=True)
+    opened = open_adapter(str(tmp_path / "peft"), None)
+    assert opened.source.name == str(tmp_path / "other")
+    assert opened.adapter.base.base_weights_hash != native.base.base_weights_hash
+    assert imported(source, tmp_path) == []
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
