@@ -198,8 +198,8 @@ def test_many_differences_are_cut_short(inputs: tuple[ModelSource, NativeAdapter
 def test_blocks_cover_all_rows_and_none_is_small(shape: tuple[int, ...]) -> None:
     blocks = list(row_blocks(shape))
     assert [row for block in blocks for row in range(shape[0])[block]] == list(range(shape[0]))
-    assert all(block.stop - block.start >= min(64, shape[0]) for block in blocks)
-    assert len(blocks) > 1 or shape[0] < 128
+    assert all(block.stop - block.start >= min(16, shape[0]) for block in blocks)
+    assert len(blocks) > 1 or shape[0] < 80
 
 
 def test_the_bar_counts_bytes(
@@ -207,4 +207,4 @@ def test_the_bar_counts_bytes(
 ) -> None:
     compare_merged(*inputs, exported / "fp32", progress=True)
     shown = capsys.readouterr().err
-    assert "merged files" in shown and "kB" in shown and "B/s" in shown
+    assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
