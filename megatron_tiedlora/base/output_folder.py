@@ -127,10 +127,10 @@ def reject_existing(path: Path, *, flag: str) -> None:
 
 
 def require_room(folder: Path, needed: int, *, output: Path) -> None:
-    """Raise UserError if `needed` bytes for the output `output` do not fit on the disk of the existing `folder`."""
+    """Raise UserError if the file system of the existing `folder` has no room for the `needed` bytes of `output`."""
     if (free := shutil.disk_usage(folder).free) < needed:
-        there = f"only {bytes_in_words(free)} are free there"
-        raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, {there}")
+        there = f"only {bytes_in_words(free)} are free in its folder's file system"
+        raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, but {there}")
 
 
 def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:

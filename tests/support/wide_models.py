@@ -96,7 +96,7 @@ def measured_merge(adapter: Path, output: Path, *words: str) -> Merge:
         text=True,
     ) as process:
         while not ended:
-            most = max(most, _anonymous(process.pid))
+            most = max(most, anonymous_bytes(process.pid))
             time.sleep(0.005)
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -105,7 +105,7 @@ def measured_merge(adapter: Path, output: Path, *words: str) -> Merge:
     return Merge(most - _torch_bytes(), usage.ru_utime + usage.ru_stime, time.monotonic() - started)
 
 
-def _anonymous(pid: int | str) -> int:
+def anonymous_bytes(pid: int | str) -> int:
     """RssAnon of a process in bytes; 0 once it is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()

@@ -14,11 +14,14 @@ import torch
 from folders import ROOT
 from native_files import reseal, with_adapter, write_native
 from oracle import load_weights
+from run_files import files_of
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -136,6 +139,32 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
         assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
 
 
+def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:
+    """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
+    from tools.merge_adapter import main
+
+    native = load_adapter(exported / "adapter")
+    export_peft(find_model(str(base)), native, tmp_path / "with_native", native=exported / "adapter")
+    checkpoint = save_checkpoint(
+        tmp_path / "checkpoints",
+        progress=Progress(step=1),
+        config=native.config,
+        base=native.base,
+        state=native.state,
+        moments={},
+        settings={},
+    )
+    wanted, output = files_of(exported / "merged"), tmp_path / "merged"
+    for folder in (checkpoint, tmp_path / "with_native", exported / "peft"):
+        assert main(["--adapter", str(folder), "--output", str(output)]) == 0
+        found = files_of(output)
+        if folder == exported / "peft":
+            assert b'"method": "lora"' in found.pop(MERGE_RECORD) and found.items() <= wanted.items()
+        else:
+            assert found == wanted
+        shutil.rmtree(output)
+
+
 def test_the_check_command_exits_1_where_an_export_is_wrong(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +193,7 @@ def test_help_reads_without_loading_anything(tool: str) -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "no adapter": (["--adapter", "none", "--output", "out"], "none/adapter_config.json: no such file"),
+    "no adapter": (["--adapter", "none", "--output", "out"], "none"),
     "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
     "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
     "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
@@ -193,6 +222,8 @@ def test_wrong_arguments_are_one_line(
     before = sorted(item.name for item in tmp_path.iterdir())
     arguments, message = WRONG[case]
     for tool in (merge_tool, export_tool):
+        if case == "peft folder" and tool is merge_tool:  # it takes one
+            continue
         with pytest.raises(SystemExit) as end:
             run_command(tool.main, arguments)
         captured = capsys.readouterr()
