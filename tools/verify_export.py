@@ -24,7 +24,7 @@ the most likely token is the same, over random tokens.
 def parser() -> CommandParser:
     """The command's flags."""
     described = CommandParser(prog="verify_export.py", description=__doc__, epilog=EXAMPLE)
-    described.add_adapter()
+    described.add_adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
     described.add_argument("--merged", type=path_value, metavar="DIR", help="output of tools/merge_adapter.py")
     described.add_argument("--peft", type=path_value, metavar="DIR", help="output of tools/export_peft.py")
     described.add_argument(
@@ -47,16 +47,17 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_known_names(argv)
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.checkpoint.load_model import DTYPES
-    from megatron_tiedlora.convert.inputs import check_base, open_inputs
+    from megatron_tiedlora.convert.inputs import check_base
+    from megatron_tiedlora.convert.open_adapter import open_adapter
     from megatron_tiedlora.convert.verify import verify_export
 
-    source, adapter = open_inputs(options.adapter, options.model)
-    base = check_base(source, adapter, uses_tokenizer=False, differs=options.base_differs)
-    for note in base.notes:
+    opened = open_adapter(options.adapter, options.model, differs=options.base_differs)
+    base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=options.base_differs)
+    for note in (*opened.notes, *base.notes):
         show(f"note: {note}")
     found = verify_export(
-        source,
-        adapter,
+        opened.source,
+        opened.adapter,
         merged=options.merged,
         peft=options.peft,
         dtype=DTYPES[options.dtype],
