@@ -21,6 +21,7 @@ from megatron_tiedlora.convert.merged_bits import compare_merged
 from megatron_tiedlora.convert.merged_rows import row_blocks
 
 ALL = ("qkv", "o_proj", "gate_up", "down_proj")
+WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"
 DTYPES = {"stored": None, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,10 +35,14 @@ def small_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in bf16, in several files, with more rows in some tensors than a block has."""
+    """A model in bf16, in several files, with more rows in some tensors than a block has, and one zero."""
     folder = tmp_path_factory.mktemp("base")
     shape = {"intermediate_size": 150, "vocab_size": 330}
-    return write_tiny_model(folder, dtype=torch.bfloat16, max_shard_size="20KB", tokenizer=False, **shape)
+    write_tiny_model(folder, dtype=torch.bfloat16, max_shard_size="20KB", tokenizer=False, **shape)
+    weight = load_file(file_of(folder, WITH_ZERO))[WITH_ZERO]
+    weight[1, 0] = 0.0
+    rewrite(file_of(folder, WITH_ZERO), WITH_ZERO, weight)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +130,9 @@ def test_one_flipped_bit_is_found_and_its_tensor_named(
 def test_the_highest_bit_counts_too(inputs: tuple[ModelSource, NativeAdapter], exported: Path, tmp_path: Path) -> None:
     """0 and -0 are equal as numbers."""
     folder = shutil.copytree(exported / "stored", tmp_path / "merged")
-    name = "model.layers.1.mlp.gate_proj.weight"
-    flip_bit(file_of(folder, name), name, row=1, bit=15)
+    flip_bit(file_of(folder, WITH_ZERO), WITH_ZERO, row=1, bit=15)
     (found,) = differences(inputs, folder)
-    assert f"{name} differs from the base in 1 value, first in row 1, " in found
+    assert f"{WITH_ZERO} differs from the base in 1 value, first in row 1, " in found
 
 
 @pytest.mark.parametrize("damage", ["no update", "swapped", "another dtype", "another tensor", "stale file"])
