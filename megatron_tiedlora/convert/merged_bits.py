@@ -6,7 +6,7 @@ base, or its values cast once to the dtype of the merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,8 @@ def compare_merged(source: ModelSource, adapter: NativeAdapter, merged: Path, *,
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
         base, written = _Tensors(source.weights_folder(), opened), _Tensors(merged, opened)
-        allowed = _allowed_types(base, written, {name for rule in weight_rules(source.shape) for name in rule.hf_names})
+        names = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
+        dtype = _merge_dtype(base, written, names)
         tensors = list(_in_file_order(written))
         total = sum(_size(entry) for _, _, entry in tensors)
         bar = opened.enter_context(
@@ -92,7 +93,7 @@ def compare_merged(source: ModelSource, adapter: NativeAdapter, merged: Path, *,
         )
         for file, name, entry in tensors:
             counts[name in factors] += 1
-            why = _why_unlike(entry, base.entry(name), allowed(name))
+            why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
             if why is None:
                 why = _compare_values(base, written, file, name, entry, factors.get(name), bar.update)
             if why is not None:
@@ -111,31 +112,34 @@ def _size(entry: Mapping[str, Any]) -> int:
     return int(stop) - int(start)
 
 
-def _allowed_types(base: _Tensors, written: _Tensors, names: set[str]) -> Callable[[str], set[str]]:
-    """The dtypes that a tensor may have: the one of a merge to one dtype, or else its own in the base.
+def _merge_dtype(base: _Tensors, written: _Tensors, names: Collection[str]) -> str | None:
+    """The dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's `names`."""
+    found = {name: entry["dtype"] for name in names if (entry := written.entry(name)) is not None}
+    own = {name: entry["dtype"] for name in names if (entry := base.entry(name)) is not None}
 
-    A merge may leave a tensor that is not of the model, such as a copy of a tied head, in the base's dtype.
+    def misfits(dtype: str | None) -> int:
+        return sum(kind != (dtype or own.get(name)) for name, kind in found.items())
+
+    return min([None, *sorted(set(found.values()))], key=misfits)
+
+
+def _why_unlike(
+    entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
+) -> str | None:
+    """Why the values of a tensor cannot be compared with those of the base; None if they can.
+
+    Args:
+        dtype: the result of `_merge_dtype`.
+        of_model: False for a tensor that the model does not use, such as a copy of a tied head. It may also keep the
+            dtype that it has in the base.
     """
-    found = {entry["dtype"] for name in names if (entry := written.entry(name)) is not None}
-
-    def allowed(name: str) -> set[str]:
-        entry = base.entry(name)
-        own = set() if entry is None else {entry["dtype"]}
-        if len(found) > 1:
-            return own
-        return found if name in names else found | own
-
-    return allowed
-
-
-def _why_unlike(entry: Mapping[str, Any], base: Mapping[str, Any] | None, allowed: set[str]) -> str | None:
-    """Why the values of a tensor cannot be compared with those of the base; None if they can."""
     if base is None:
         return "is not in the base"
     if entry["shape"] != base["shape"]:
         return f"has shape {shown(entry['shape'])}, but {shown(base['shape'])} in the base"
-    if entry["dtype"] not in allowed or (entry["dtype"] != base["dtype"] and base["dtype"] not in FLOAT_TYPES):
-        return f"is {as_given(entry['dtype'])}, but {as_given(base['dtype'])} in the base"
+    allowed = {base["dtype"]} if dtype is None or base["dtype"] not in FLOAT_TYPES else {dtype}
+    if entry["dtype"] not in (allowed if of_model else allowed | {base["dtype"]}):
+        return f"is {as_given(entry['dtype'])}, not {as_given(*allowed)}"
     return None
 
 

@@ -150,7 +150,7 @@ def test_what_else_is_found(
         wanted = f"{name} differs from base + adapter in "
     elif damage == "another dtype":
         rewrite(file, name, load_file(file)[name].float())
-        wanted = f"{name} is F32, but BF16 in the base"
+        wanted = f"{name} is F32, not BF16"
     elif damage == "another tensor":
         rewrite(file, "model.layers.0.extra.weight", torch.ones(3))
         wanted = "model.layers.0.extra.weight is not in the base"
@@ -159,6 +159,16 @@ def test_what_else_is_found(
         wanted = "differs from base + adapter"
     found = differences(inputs, folder)
     assert found and all(line.startswith(f"{file}: ") and wanted in line for line in found), found
+
+
+def test_a_tensor_that_is_not_cast_as_the_others_is_named(
+    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported / "fp32", tmp_path / "merged")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    file = file_of(folder, name)
+    rewrite(file, name, load_file(file_of(base, name))[name])
+    assert differences(inputs, folder) == (f"{file}: {name} is BF16, not F32",)
 
 
 def test_a_copy_of_a_tied_head_is_compared_where_there_is_one(tmp_path: Path) -> None:
@@ -173,7 +183,7 @@ def test_a_copy_of_a_tied_head_is_compared_where_there_is_one(tmp_path: Path) ->
         assert differences(inputs, tmp_path / "merged") == ()
     rewrite(tmp_path / "merged/model.safetensors", "lm_head.weight", head.half())
     (found,) = differences(inputs, tmp_path / "merged")
-    assert "lm_head.weight is F16, but F32 in the base" in found
+    assert "lm_head.weight is F16, not BF16" in found
 
 
 def test_a_fused_stored_tensor(tmp_path: Path) -> None:
