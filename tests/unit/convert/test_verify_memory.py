@@ -93,6 +93,7 @@ def test_a_model_of_two_layers_takes_the_memory_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("targets", [("qkv",), ALL], ids=["qkv", "all"])
 def test_llama2_70b_shapes_take_the_memory_of_one_layer(tmp_path: Path, targets: tuple[str, ...]) -> None:
     """Four layers: 7.9 GB for the base, and as much for the merged folder. Python and torch are in the peak."""
