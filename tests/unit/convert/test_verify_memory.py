@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,16 +94,23 @@ def test_a_model_of_two_layers_takes_the_memory_of_one(tmp_path: Path) -> None:
     assert peak - start < 1.5 * layer, f"{(peak - start) / 1e6:.0f} MB, a layer is {layer / 1e6:.0f} MB\n{report}"
 
 
+@pytest.fixture
+def large_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is removed at once: pytest keeps those of three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("targets", [("qkv",), ALL], ids=["qkv", "all"])
-def test_llama2_70b_shapes_take_the_memory_of_one_layer(tmp_path: Path, targets: tuple[str, ...]) -> None:
+def test_llama2_70b_shapes_take_the_memory_of_one_layer(large_folder: Path, targets: tuple[str, ...]) -> None:
     """Four layers: 7.9 GB for the base, and as much for the merged folder. Python and torch are in the peak."""
-    write_wide_model(tmp_path / "base", file_bytes=2 * 10**9, num_hidden_layers=4)
-    write_merged(tmp_path, targets)
+    write_wide_model(large_folder / "base", file_bytes=2 * 10**9, num_hidden_layers=4)
+    write_merged(large_folder, targets)
     for dtype, flag in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        report, _, peak = check(tmp_path, "--dtype", flag)
-        layer = layer_bytes(tmp_path / "base", dtype)
+        report, _, peak = check(large_folder, "--dtype", flag)
+        layer = layer_bytes(large_folder / "base", dtype)
         print(f"\n{flag}: peak of RssAnon {peak / 1e9:.2f} GB, a layer is {layer / 1e9:.2f} GB\n{report}")
         assert peak < 1.2 * layer
         (judged,) = (line for line in report.splitlines() if line.startswith("  against rounded weights"))
