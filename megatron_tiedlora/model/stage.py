@@ -6,7 +6,8 @@ It leaves schedules and messages between stages to DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.supervised import Supervised
@@ -231,18 +233,20 @@ class Stage(nn.Module):
         context = self.attention.context(positions, hidden.dtype, documents=documents, cache=cache)
         for number, index in enumerate(self.blocks):
             block: Any = self.layers[str(index)]
+            update = updates.get(index)
             stops = self.head is not None and index == self.blocks[-1]
             call = block.attention.attend if stops else block
+            if self.recompute == "full" and (hidden.requires_grad or _trains(update, only_qkv=stops)):
+                call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
-            result = self._call(call, hidden, context, tensor_parallel, update=updates.get(index), cache=cache)
+            result = call(hidden, context, tensor_parallel, update=update, cache=cache)
             if stops:
-                return Attended(hidden, result, updates.get(index))
+                return Attended(hidden, result, update)
             hidden = result
         return hidden
 
-    def _call(self, function: Callable[..., torch.Tensor], *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """The function's result; with full recompute only its arguments are saved."""
-        if self.recompute == "full" and torch.is_grad_enabled():
-            result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, **keywords)
-            return result
-        return function(*arguments, **keywords)
+
+def _trains(update: LayerUpdate | None, *, only_qkv: bool) -> bool:
+    """Whether a gradient is wanted of one of the factors."""
+    linears = [linear for name, linear in (update or {}).items() if name == QKV or not only_qkv]
+    return any(tensor is not None for linear in linears for tensor in (linear.grad_a, linear.grad_f))

@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
@@ -169,14 +170,22 @@ def saved_bytes(stage: StagePlan, *, tokens: int, after: int | None = None) -> f
     """
     after = tokens if after is None else after
     of_token, recomputes = token_bytes(stage.shape, stage.layout), stage.layout.recompute == "full"
-    saved = 0.0 if recomputes else float(_factor_bytes(stage))
+    saved = float(_factor_bytes(stage))
     for block in stage.backward_blocks:
-        in_attention, of_output, in_mlp = (of_token.hidden, 0.0, 0.0) if recomputes else _block_bytes(stage, block)
-        if stage.is_last and block == stage.blocks[-1]:
+        if recomputes:
+            in_attention, of_output, in_mlp = of_token.hidden * _saves_input(stage, block), 0.0, 0.0
+        else:
+            in_attention, of_output, in_mlp = _block_bytes(stage, block)
+        if stage.ends_in(block):
             saved += tokens * in_attention + _tail_bytes(stage, after)
         else:
             saved += tokens * (in_attention + of_output + in_mlp)
     return saved
+
+
+def _saves_input(stage: StagePlan, block: int) -> bool:
+    """Whether full recompute saves a block's input: all have a gradient but what precedes the first adapted linear."""
+    return not stage.ends_in(block) or needs_gradient(stage.layout.adapter, block)[OUTPUT]
 
 
 def _block_bytes(stage: StagePlan, block: int) -> tuple[float, float, float]:
@@ -220,13 +229,19 @@ def _tail_bytes(stage: StagePlan, after: int) -> float:
     return saved
 
 
-def _factor_bytes(stage: StagePlan) -> int:
-    """The bytes of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which all layers of a stage share."""
+def _factor_bytes(stage: StagePlan, *, given: bool = False) -> int:
+    """The bytes of A and F = (alpha / r) diag(v) B diag(u) in the base's dtype, which all layers of a stage share.
+
+    Args:
+        given: count also those that are only arguments of what is recomputed or runs its backward pass at once.
+    """
     part, adapter, itemsize = stage.part, stage.layout.adapter, stage.layout.dtype.itemsize
     if not part.layers:
         return 0
     method, num_layers, held = adapter.method_spec, len(part.layers), 0
     for target in adapter.targets:
+        if not given and not _saves_factors(stage, target):
+            continue
         columns, rows = target.local_sizes(part.tp_size)
         scaled = any(part.exists(target.prefix + name) for name in "uv")
         a_is_copy, b_is_copy = (itemsize != FP32 or part.is_gathered(target.prefix + name) for name in "AB")
@@ -235,6 +250,14 @@ def _factor_bytes(stage: StagePlan) -> int:
         if b_is_copy or scaled or adapter.scale != 1.0:  # else F is B itself
             held += rows * adapter.rank * (num_layers if scaled or not method.B.tied else 1)
     return held * itemsize
+
+
+def _saves_factors(stage: StagePlan, target: Target) -> bool:
+    """Whether one of a stage's blocks saves a target's factors for a later backward pass, without recompute."""
+    ends = stage.part.layers[-1] if stage.ends_in(stage.part.layers[-1]) else None
+    if stage.layout.recompute == "full":
+        return ends is not None and target.name == OUTPUT
+    return target.name not in (GATE_UP, DOWN) or stage.part.layers != (ends,)
 
 
 @dataclass(frozen=True)
@@ -286,7 +309,7 @@ def _activation_bytes(stage: StagePlan, *, tokens: int, attention: AttentionMemo
     recomputes = layout.recompute == "full"
     saved = saved_bytes(stage, tokens=tokens)
     # With full recompute, the factors are inputs of what is recomputed.
-    saved += _factor_bytes(stage) if recomputes else len(stage.backward_blocks) * attention.saved
+    saved += _factor_bytes(stage, given=True) if recomputes else len(stage.backward_blocks) * attention.saved
     after_attention = tokens * of_token.after_attention  # freed before the backward pass of attention
     in_attention = attention.backward
     if recomputes:

@@ -82,6 +82,10 @@ class StagePlan:
         frozen = [name for name in config.tensors if self.part.exists(name) and not config.factor(name).trained]
         return (*self.trained, *(self.local_size(name) for name in frozen))
 
+    def ends_in(self, block: int) -> bool:
+        """Whether the head follows a block."""
+        return self.is_last and block == self.blocks[-1]
+
     def adapts(self, block: int, name: str) -> bool:
         """Whether a linear is adapted in one of its blocks."""
         return block in self.part.layers and name in [target.name for target in self.part.config.targets]

@@ -194,7 +194,7 @@ def _add_layers(traffic: Traffic, stage: StagePlan, shape: MicroBatchShape) -> N
     if stage.is_first:
         region.reduce(shape.num_tokens)  # the embedding, which is frozen
     for block in stage.blocks:
-        ends_here = stage.is_last and block == stage.blocks[-1]
+        ends_here = stage.ends_in(block)
         after = shape.num_after if ends_here else shape.num_tokens
         of_qkv, of_gate_up = (stage.ax_columns(block, name) for name in (QKV, GATE_UP))
         backward = block in stage.backward_blocks

@@ -12,6 +12,7 @@ from study_files import SCORED, write_run, write_score, write_scored, write_stud
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
@@ -260,6 +261,10 @@ def test_trained_parameters_with_grouped_queries() -> None:
     counts = {method: Point(method, 8).num_trained(shape) for method in ("lora", "tl5", "tl6")}
     assert counts == {"lora": 11_796_480, "tl5": 147_456, "tl6": 967_296}
     assert Point("lora", 8, layer=3).num_trained(shape) == 147_456
+    every = Shape.of(shape_from_hf(PRESETS["llama2-70b"]), TARGET_NAMES)
+    counts = {method: Point(method, 8).num_trained(every) for method in ("lora", "tl5", "tl6")}
+    assert counts == {"lora": 87_818_240, "tl5": 1_097_728, "tl6": 7_817_728}
+    assert Shape.of(shape_from_hf(PRESETS["llama2-70b"]), ("qkv",)) == shape
 
 
 def test_names_of_learning_rates() -> None:

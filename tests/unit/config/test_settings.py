@@ -13,6 +13,7 @@ import pytest
 from run_helpers import TRAIN  # also names the accelerator before DeepSpeed is imported
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.batch import BatchPlan, plan_batches
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -108,6 +109,15 @@ def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("value", "targets"),
+    [("down_proj,qkv", ("qkv", "down_proj")), ("ALL", TARGET_NAMES), (" gate_up , gate_up ", ("gate_up",))],
+)
+def test_targets(value: str, targets: tuple[str, ...]) -> None:
+    assert parse_settings(["--targets", value], Settings).targets == targets
+    assert parse_settings([], Settings).targets == ("qkv",)
+
+
+@pytest.mark.parametrize(
     ("argv", "layers"),
     [(["--layers=8"], (8,)), (["--layers", "1,4,8"], (1, 4, 8)), (["--layers=all"], None), ([], None)],
 )
@@ -139,6 +149,8 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--learning_rate=inf"], ["--learning_rate inf"]),
         (["--alpha=0"], ["--alpha 0"]),
         (["--layers=0,1"], ["--layers 0,1", "count from 1"]),
+        (["--targets=qkv,oproj"], ["--targets", "'oproj' is unknown (did you mean o_proj?)", "or all"]),
+        (["--targets="], ["--targets is empty", "o_proj"]),
         (["--layers=2,2"], ["--layers 2,2"]),
         (["--layers=3,1"], ["--layers 3,1", "ascending"]),
         (["--layers=a"], ["--layers"]),
