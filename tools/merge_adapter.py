@@ -14,8 +14,8 @@ example:
   python tools/merge_adapter.py --adapter runs/demo/adapter --output runs/demo/merged
 
 Each file of the base is copied, and adapted weights are computed in the copy, some rows at a time: W + B A in fp32,
-cast once. So it needs about 100 MB of memory beside PyTorch, whatever the model. All other bytes are the base's own and
-are not looked at. With --dtype all weights are computed. A computed weight that is not finite is rejected by name.
+cast once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
+own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
 
 The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
 After a kill -9 or a crash, the same command goes on with the files that are complete.

@@ -328,8 +328,7 @@ class TiedAdapter(nn.Module):
         found = {
             name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()
         }
-        dims = {name: self.config.gathered_dim(name) for name in found}
-        dims = {name: dim for name, dim in dims.items() if dim is not None and found[name] is not None}
+        dims = {name: dim for name in found if (dim := self.config.gathered_dim(name)) is not None}
         gathered = gather_together([found[name] for name in dims], tensor_group, list(dims.values()))
         return found | dict(zip(dims, gathered, strict=True))
 

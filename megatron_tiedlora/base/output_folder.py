@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def take_output(path: Path, *, take_over: bool = False, journal: str | None = No
     """Become the one process that writes the output `path`.
 
     Args:
-        journal: name of a file. The folder of a killed process is gone on with if it has this file, and removed if not.
+        journal: name of a file. If this user's folder of a killed process has it, `written` goes on with that folder.
 
     Raises:
         UserError: another process is writing it and `take_over` is False, or it is not writable.
@@ -94,12 +95,19 @@ def take_output(path: Path, *, take_over: bool = False, journal: str | None = No
     partial = path.parent / _partial_name(path.name)
     hint = "wait until it ends, give another folder, or take this one over with --take_over"
     lock = take_folder(partial, take_over=take_over, hint=hint, removed_after=True)
-    found = None
-    if journal is not None:
-        folders = [item for item in partial.glob(f"{TEMPORARY_PREFIX}*") if not item.is_symlink()]
-        found = next((folder for folder in folders if (folder / journal).is_file()), None)
+    found = None if journal is None else _own_folder_with(journal, partial)
     remove_leftovers(partial, guard=lock.owner.check, keep=found)
     return NewOutput(path, lock, found)
+
+
+def _own_folder_with(name: str, partial: Path) -> Path | None:
+    """A temporary folder in `partial` that has a file of this name, and that nobody but this user has made."""
+    for file in partial.glob(f"{TEMPORARY_PREFIX}*/{name}"):
+        with suppress(OSError):  # a process that has lost the output removes it meanwhile
+            folder = file.parent.lstat()
+            if stat.S_ISDIR(folder.st_mode) and folder.st_uid == os.geteuid():
+                return file.parent
+    return None
 
 
 def _partial_name(name: str) -> str:

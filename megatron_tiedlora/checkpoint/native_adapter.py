@@ -245,10 +245,9 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, s
     if type(version) is not int or version not in (1, 2):
         raise UserError(f"{file}: format_version {shown(version)} is not 1 or 2")
     sums = check_seal(file, content)
-    optional = OPTIONAL_FIELDS
     if version == 1:
         content = {name: value for name, value in content.items() if name not in _NEW}
-        optional += _NEW
+    optional = (*OPTIONAL_FIELDS, *(_NEW if version == 1 else ()))
     stored = read_fields(file, content, StoredAdapter, optional=optional)
     stored.check(file)
     return stored.config, stored.base, sums

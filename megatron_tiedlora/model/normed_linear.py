@@ -28,6 +28,9 @@ from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 class NormedLinear(nn.Module):
     """The weight and bias of the norm, and this rank's shard of W and its bias."""
 
+    norm_bias: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         weight: FrozenWeight,

@@ -39,15 +39,18 @@ class Attended(NamedTuple):
 
     def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Attended:
         """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
-        for name in ("hidden", "attention_output"):
-            if (tensor := getattr(self, name)).requires_grad:
-                return self._replace(**{name: function(tensor)})
-        for target, linear in (self.update or {}).items():
-            for name in ("grad_a", "grad_f"):
-                if (tensor := getattr(linear, name)) is not None:
-                    changed = linear._replace(**{name: function(tensor)})
-                    return self._replace(update={**(self.update or {}), target: changed})
-        return self._replace(hidden=function(self.hidden))
+        if self.hidden.requires_grad:
+            return self._replace(hidden=function(self.hidden))
+        if self.attention_output.requires_grad:
+            return self._replace(attention_output=function(self.attention_output))
+        update = self.update or {}
+        target, name, tensor = next(
+            (target, name, tensor)
+            for target, linear in update.items()
+            for name in ("grad_a", "grad_f")
+            if (tensor := getattr(linear, name)) is not None
+        )
+        return self._replace(update={**update, target: update[target]._replace(**{name: function(tensor)})})
 
 
 class SupervisedTail:
@@ -76,7 +79,6 @@ class SupervisedTail:
     ) -> torch.Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`."""
         supervised, joined = self._supervised(attended, labels, tensor_parallel)
-
         update = attended.mlp_update
         stand_ins = [tensor for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
 
@@ -90,7 +92,7 @@ class SupervisedTail:
 
         inputs = joined, *stand_ins
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        return run_with_early_backward(summed, *inputs) if needs else summed(*inputs)
+        return run_with_early_backward(summed, *inputs) if needs else summed(joined, *stand_ins)
 
     def position_losses(
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel

@@ -197,7 +197,7 @@ def _block_bytes(stage: StagePlan, block: int) -> tuple[float, float, float]:
     of_token, needs = token_bytes(shape, layout), needs_gradient(layout.adapter, block)
     ax = layout.adapter.rank * layout.dtype.itemsize * method.trains_f
     number = FP32 / layout.sequence_parts
-    in_attention = ax * stage.adapts(block, QKV)
+    in_attention: float = ax * stage.adapts(block, QKV)
     if needs[QKV] or (stage.adapts(block, QKV) and method.A.trained):
         in_attention += of_token.hidden + number
     if needs[OUTPUT]:
@@ -205,7 +205,7 @@ def _block_bytes(stage: StagePlan, block: int) -> tuple[float, float, float]:
     of_output = 0.0
     if stage.adapts(block, OUTPUT):  # its input is attention's result, which attention saves
         of_output = ax + (of_token.attended if method.A.trained and not needs[OUTPUT] else 0.0)
-    in_mlp = ax * (stage.adapts(block, GATE_UP) + stage.adapts(block, DOWN))
+    in_mlp: float = ax * (stage.adapts(block, GATE_UP) + stage.adapts(block, DOWN))
     reads_norm = needs[GATE_UP] or (stage.adapts(block, GATE_UP) and method.A.trained)
     if reads_norm or (layout.recompute == "selective" and stage.reads_mlp_input(block)):
         in_mlp += of_token.hidden

@@ -17,7 +17,7 @@ from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
@@ -157,13 +157,13 @@ def _words(errors: dict[str, float]) -> str:
 
 
 def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
-    """An adapter of all layers, whose alpha is not its rank."""
+    """An adapter of all linears of all layers, whose alpha is not its rank."""
     return make_adapter_config(
         method,
         rank=RANK,
         alpha=1.5 * RANK,
         layers=tuple(range(1, shape.num_layers + 1)),
-        targets=targets_of(shape),
+        targets=targets_of(shape, TARGET_NAMES),
         seed=0,
     )
 
@@ -179,7 +179,8 @@ def unsettle(stage: Stage) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw).to(parameter))
         for name, factor in adapter.named_parameters():
             drawn = torch.randn(factor.shape, generator=draw)
-            factor.copy_(drawn * SCALES[name] if name in SCALES else 1 + 0.3 * drawn)
+            scale = SCALES.get(name[-1])
+            factor.copy_(1 + 0.3 * drawn if scale is None else drawn * scale)
 
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:

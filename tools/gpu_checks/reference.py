@@ -6,7 +6,8 @@ max(fp32, dtype), angles in fp32, as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from megatron_tiedlora.base.shapes import ModelShape
 
 Tensors = Mapping[str, torch.Tensor]
+Linear = Callable[[str, str, torch.Tensor], torch.Tensor]  # from a weight's name, a target's prefix and the input
 
 
 class Document(NamedTuple):
@@ -37,7 +39,7 @@ def loss_and_gradients(
     Args:
         scale: alpha / r.
         weights: by the package's names, in the dtype of the computation.
-        factors: the existing ones of A, B, u, v, tied or stacked over layers.
+        factors: the existing ones of A, B, u, v of each target, tied or stacked over layers.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
@@ -58,42 +60,48 @@ def document_logits(
     hidden = weights["layers.0.weight"][tokens]
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
-        hidden = hidden + _attention(shape, scale, own, _of_layer(factors, layer), hidden)
+        linear = partial(_linear, scale, own, _of_layer(factors, layer))
+        hidden = hidden + _attention(shape, linear, _norm(hidden, own["attention.qkv.norm"], shape.final_norm.eps))
         normed = _norm(hidden, own["mlp.gate_up.norm"], shape.final_norm.eps)
-        gate, up = (normed @ own["mlp.gate_up.weight"].t()).chunk(2, dim=-1)
-        hidden = hidden + (functional.silu(gate) * up) @ own["mlp.down.weight"].t()
+        gate, up = linear("mlp.gate_up", "gate_up.", normed).chunk(2, dim=-1)
+        hidden = hidden + linear("mlp.down", "down_proj.", functional.silu(gate) * up)
     head = f"layers.{shape.num_layers + 1}"
     normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.final_norm.eps)
     return _wide(normed @ weights[f"{head}.weight"].t())
 
 
 def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
-    """A (r, d), B (o, r), u (r), v (o) of one layer; u and v only where they exist."""
+    """A (r, d), B (o, r), u (r), v (o) of one layer, by target and name; u and v only where they exist."""
     dims = {"A": 2, "B": 2, "u": 1, "v": 1}
-    return {name: tensor if tensor.ndim == dims[name] else tensor[layer - 1] for name, tensor in factors.items()}
+    return {name: tensor if tensor.ndim == dims[name[-1]] else tensor[layer - 1] for name, tensor in factors.items()}
 
 
-def _attention(
-    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, hidden: torch.Tensor
+def _linear(
+    scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: torch.Tensor
 ) -> torch.Tensor:
-    normed, heads = _norm(hidden, weights["attention.qkv.norm"], shape.final_norm.eps), shape.heads
-    cast = {name: tensor.to(hidden.dtype) for name, tensor in factors.items()}
-    ax = normed @ cast["A"].t()
-    ax = ax * cast["u"] if "u" in cast else ax
-    update = ax @ cast["B"].t()
-    update = update * cast["v"] if "v" in cast else update
-    fused = normed @ weights["attention.qkv.weight"].t() + scale * update
-    length, width = hidden.shape[0], heads.dim
+    """W x + scale diag(v) B diag(u) A x of one linear, with the factors whose names begin with `target`."""
+    own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
+    ax = hidden @ own["A"].t()
+    ax = ax * own["u"] if "u" in own else ax
+    update = ax @ own["B"].t()
+    update = update * own["v"] if "v" in own else update
+    return hidden @ weights[f"{name}.weight"].t() + scale * update
+
+
+def _attention(shape: ModelShape, linear: Linear, normed: torch.Tensor) -> torch.Tensor:
+    heads = shape.heads
+    fused = linear("attention.qkv", "", normed)
+    length, width = normed.shape[0], heads.dim
     rows = (heads.num * width, heads.num_kv * width, heads.num_kv * width)
     query, key, value = (part.view(length, -1, width).transpose(0, 1) for part in fused.split(rows, dim=-1))
     query, key = (_rotate(part, heads.rope.theta) for part in (query, key))
     groups = heads.num // heads.num_kv
     key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
     scores = _wide(query @ key.transpose(1, 2)) / width**0.5
-    hidden_keys = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-    probs = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1).to(hidden.dtype)
+    hidden_keys = torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
+    probs = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1).to(normed.dtype)
     output = (probs @ value).transpose(0, 1).reshape(length, -1)
-    return output @ weights["attention.output.weight"].t()
+    return linear("attention.output", "o_proj.", output)
 
 
 def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:

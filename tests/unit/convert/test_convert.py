@@ -143,20 +143,6 @@ def test_a_merged_folder_holds_a_whole_model_and_nothing_else(bases: dict[str, P
         assert file.stat().st_mode & 0o044 == (tmp_path / "merged").stat().st_mode & 0o044, file  # others may read it
 
 
-def test_a_sharded_base_stays_sharded_alike(bases: dict[str, Path], tmp_path: Path) -> None:
-    base = bases["mha_sharded"]
-    source, adapter, _ = with_adapter(base, "tl5")
-    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
-    before = json.loads((base / INDEX).read_text())
-    after = json.loads((tmp_path / "merged" / INDEX).read_text())
-    assert after["weight_map"] == before["weight_map"]
-    for name, file in after["weight_map"].items():
-        assert name in load_file(tmp_path / "merged" / file)
-    stored = load_weights(tmp_path / "merged")
-    assert after["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored.values())
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 def test_config_states_the_dtype_that_is_stored(
     bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype | None
