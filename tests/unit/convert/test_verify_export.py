@@ -208,3 +208,13 @@ def test_transformers_computes_in_fp32_only(base: Path, exported: Path) -> None:
 def test_the_table_of_nan_fails() -> None:
     row = LogitComparison("merged", float("nan"), 0.0, 0.0, 1.0, "equal")
     assert not row.passed and "FAILED" in format_comparisons([row]) and not Verification(None, (row,)).passed
+
+
+def test_the_command_takes_a_peft_folder_as_the_adapter(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As merging does."""
+    from tools.verify_export import main
+
+    peft, merged = str(exported / "peft"), str(exported / "merged")
+    assert main(["--adapter", peft, "--merged", merged, "--in", "none", "--dtype", "bf16"]) == 0
+    *_, judged = capsys.readouterr().out.splitlines()
+    assert judged.startswith("  against rounded weights") and judged.split()[3] == "0.0e+00"
