@@ -19,6 +19,7 @@ from megatron_tiedlora.training.run_data import prepare_data
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
+KINDS = (("qkv",), ALL_TARGETS)
 FEWER = 3  # steps where not all cases of a test are run
 LAYOUTS = [
     Layout(*sizes)
@@ -74,13 +75,12 @@ def combinations(layout: Layout, whole: bool) -> list[tuple[str, bool, str, tupl
     """(method, sequence parallelism, optimizer, targets): all, or two opposite ones, which are others at the next
     layout."""
     found = list(product(("tl6", "tl5"), (True, False) if layout.tp > 1 else (True,), ("sgd", "adamw")))
-    kinds = ("qkv",), ALL_TARGETS
     if whole:
-        return [(*choice, targets) for choice in found for targets in kinds]
+        return [(*choice, targets) for choice in found for targets in KINDS]
     alike = [other for other in LAYOUTS if (other.tp > 1) == (layout.tp > 1)]
     number = alike.index(layout)
     first, turn = number % (len(found) // 2), number * 2 // len(found) % 2
-    return [(*found[first], kinds[turn]), (*found[-1 - first], kinds[1 - turn])]
+    return [(*found[first], KINDS[turn]), (*found[-1 - first], KINDS[1 - turn])]
 
 
 def test_every_combination_occurs_in_part() -> None:
@@ -116,17 +116,16 @@ def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: 
     """
     oracles: dict[Any, OracleRun] = {}
     changes = {} if whole else {"max_steps": 2, "micro_batch_size": 4}
-    everything, kinds = list(ALL_TARGETS), (["qkv"], list(ALL_TARGETS))
     cases: list[dict[str, Any]] = [
-        {"method": method, "targets": targets}
+        {"method": method, "targets": list(targets)}
         for turn, method in enumerate(METHODS)
-        for targets in (kinds if whole else kinds[turn // 2 % 2 :][:1])
+        for targets in (KINDS if whole else KINDS[turn // 2 % 2 :][:1])
     ]
     cases += [{"method": "lora", "layers": [layer]} for layer in (2, 5)]
-    alone = [("tl6", 5, everything), ("lora", 5, ["down_proj"]), ("tl6", 1, everything), ("tl6", 5, ["down_proj"])]
-    alone += [("lora", 1, ["o_proj"]), ("tl6", 5, ["gate_up"])]
+    alone = [("tl6", 5, ALL_TARGETS), ("lora", 5, ("down_proj",)), ("tl6", 1, ALL_TARGETS)]
+    alone += [("tl6", 5, ("down_proj",)), ("lora", 1, ("o_proj",)), ("tl6", 5, ("gate_up",))]
     cases += [
-        {"method": method, "layers": [layer], "targets": targets}
+        {"method": method, "layers": [layer], "targets": list(targets)}
         for method, layer, targets in (alone if whole else alone[:3])
     ]
     prepared = [
@@ -170,9 +169,10 @@ def test_zero_stages_beside_tensor_parallelism(sized: dict[str, Any], tmp_path: 
     """ZeRO 0, 2 and 3 at (2, 1, 2); under ZeRO-3 with nothing kept whole; rank 1, which TP does not divide."""
     oracles: dict[Any, OracleRun] = {}
     prepared = []
-    for stage, optimizer in combined(whole, (0, 2, 3), ("sgd", "adamw")):
+    for stage, optimizer, targets in combined(whole, (0, 2, 3), ("sgd", "adamw"), KINDS if whole else KINDS[1:]):
         file = engine_json(tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
         changes = {"ds_config": str(file), "rank": 1, "alpha": 2.0}  # the same alpha / rank as elsewhere
+        changes["targets"] = list(targets)
         prepared.append(prepare(sized, tmp_path, Layout(2, 1, 2), optimizer=optimizer, oracles=oracles, **changes))
     run_and_check(prepared, tmp_path)
 
@@ -181,9 +181,9 @@ def test_zero_stages_beside_tensor_parallelism(sized: dict[str, Any], tmp_path: 
 def test_the_norm_at_zero_0_over_stages(sized: dict[str, Any], tmp_path: Path, layout: Layout, whole: bool) -> None:
     """DeepSpeed leaves later stages' tensors out of it there, so it is ours: every tensor once, every shard once."""
     oracles: dict[Any, OracleRun] = {}
-    file = engine_json(tmp_path, 0)
+    changes = {"ds_config": str(engine_json(tmp_path, 0)), "targets": list(ALL_TARGETS)}
     prepared = [
-        prepare(sized, tmp_path, layout, oracles=oracles, optimizer=optimizer, ds_config=str(file), method=method)
+        prepare(sized, tmp_path, layout, oracles=oracles, optimizer=optimizer, method=method, **changes)
         for method, optimizer in combined(whole, ("tl6", "lora"), ("sgd", "adamw"))
     ]
     run_and_check(prepared, tmp_path)

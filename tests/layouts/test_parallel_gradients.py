@@ -97,37 +97,36 @@ NEW_TARGETS = [(target,) for target in ALL_TARGETS if target != "qkv"] + [ALL_TA
 
 def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
     """Each target but qkv alone, and all of them. In part, each of these once a way of cutting, with another method in
-    each way, and what else is seen only with all of them."""
-    main, wide, cases = folders["main"], folders["wide"], []
+    each way, and what else is seen of one or two of them."""
+    cases: list[Case] = []
     for layout in {2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (4, 1, 1)]}[ranks]:
-        folder = wide if layout[0] == 4 else main
-        last, ways = 5 if folder == main else 3, _variants(layout)
-        for index, variant in enumerate(ways if whole else ways[::2]):
+        main, short = (folders["wide" if layout[0] == 4 else name] for name in ("main", "main" if whole else "short"))
+        last = 3 if layout[0] == 4 else 5
+        for index, variant in enumerate(_variants(layout) if whole else _variants(layout)[::2]):
             for turn, targets in enumerate(NEW_TARGETS):
-                # Two ranks and four, sequences cut and not, and the targets: every method meets each kind of target.
-                first = 4 * (layout[0] == ranks) + 2 * index + turn + ranks // 4
                 methods = METHODS if variant["recompute"] == "none" else ("lora", "tl6")
-                methods = methods if whole else (METHODS[first % len(METHODS)],)
-                cases += [Case(folder, method=method, targets=targets, **variant) for method in methods]
+                if not whole:  # every method meets most kinds of targets
+                    methods = (METHODS[(4 * (layout[0] == ranks) + 2 * index + turn + ranks // 4) % len(METHODS)],)
+                cases += [Case(short, method=method, targets=targets, **variant) for method in methods]
             if variant["recompute"] == "full":
                 continue
-            alone = [("tl6", (last,)), ("tl6", (1,)), ("lora", (last,)), ("lora", (1,))]
-            for method, layers in alone if whole else alone[index::2]:
-                for targets in [*NEW_TARGETS[:-1], ("o_proj", "gate_up"), ALL_TARGETS] if whole else NEW_TARGETS[-2:]:
-                    cases += [Case(folder, method=method, layers=layers, targets=targets, **variant)]
-            others = ("qwen2", *FAMILIES) if layout[0] < 4 else ()
-            for shape in others if whole else others[index + ranks // 4 * 2 :: len(ways)]:
-                cases += [Case(folders[shape], targets=ALL_TARGETS, **variant)]
+            turn = index + ranks // 4 * 2
+            alone = [("tl6", (last,)), ("lora", (1,)), ("lora", (last,)), ("tl6", (1,))]
+            some = [*NEW_TARGETS[:-1], ("o_proj", "gate_up"), ALL_TARGETS] if whole else NEW_TARGETS[-2:]
+            for method, layers in alone if whole else alone[turn:][:1]:
+                cases += [Case(main, method=method, layers=layers, targets=targets, **variant) for targets in some]
+            families = ("qwen2", *FAMILIES) if layout[0] < 4 else ()
+            for name in families if whole else families[turn:][:1]:
+                cases += [Case(folders[name], targets=ALL_TARGETS, **variant)]
         for targets in NEW_TARGETS if whole else NEW_TARGETS[-1:]:
-            more = {"targets": targets, "sequence_parallel": layout[0] > 1}
-            cases += [
-                Case(folder, layout, recompute=recompute, packed=recompute == "selective", **more)
-                for recompute in ("full", "selective")
-            ]
-            cases += [Case(folder, layout, recompute="selective", layers=(last - 1, last), method="lora", **more)]
-    if ranks == 4:
+            more: dict[str, Any] = {"targets": targets, "sequence_parallel": layout[0] > 1}
+            cases += [Case(short, layout, recompute="full", **more)]
+            cases += [Case(short, layout, recompute="selective", packed=True, **more)]
+            more["layers"] = (last - 1, last)
+            cases += [Case(main, layout, recompute="selective", method="lora", **more)]
+    if ranks == 4 and whole:
         for layout in ((1, 2, 2), (2, 1, 2)):
-            cases += [Case(main, layout, targets=targets) for targets in (NEW_TARGETS if whole else NEW_TARGETS[-1:])]
+            cases += [Case(main, layout, targets=targets) for targets in NEW_TARGETS]
     return cases
 
 
@@ -289,8 +288,6 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
                 if layer < first:
                     continue
                 start = ALL_TARGETS.index(case.targets[0]) if layer == first else -1  # the first one with a gradient
-                if layer == shape.num_layers and grid.pp_rank > 0 and start > 1:
-                    start = 1  # its MLP's input has a gradient for the stage before, of which only zeros are sent on
                 for index, linear in enumerate(ALL_TARGETS):
                     adapted = index == start and linear in case.targets
                     if linear in ("o_proj", "down_proj"):

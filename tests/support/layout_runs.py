@@ -22,6 +22,7 @@ from oracle_training import OracleRun
 from tiny_models import random_adapter, write_tiny_model
 
 STEPS = 6
+CASES_A_START = 24  # so that a start ends within the limit of `ranks`
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-5
 ADAPTER_TOLERANCE = {"adamw": 5e-5, "sgd": 1e-5}
@@ -143,7 +144,11 @@ def check(run: EngineRun, prepared: Prepared) -> None:
 
 
 def run_and_check(prepared: list[Prepared], folder: Path) -> None:
-    """Run all cases in one start, and compare each with its oracle."""
+    """Run all cases, some in one start, and compare each with its oracle."""
     ranks = prepared[0].layout.ranks
-    for item, run in zip(prepared, run_engine([p.case for p in prepared], folder, ranks=ranks), strict=True):
-        check(run, item)
+    for first in range(0, len(prepared), CASES_A_START):
+        started = prepared[first : first + CASES_A_START]
+        place = folder / f"from{first}" if first else folder  # which has the oracle's tokenised samples
+        runs = run_engine([item.case for item in started], place, ranks=ranks)
+        for item, run in zip(started, runs, strict=True):
+            check(run, item)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from forked_ranks import groups_of
 from native_files import native_adapter
-from oracle import OracleConfig
+from oracle import OracleAdapter, OracleConfig
 from tiny_models import random_adapter
 
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -18,10 +19,18 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.planning.partition import layer_costs, partition
 
 
+def decoded_adapter(folder: Path) -> OracleAdapter:
+    """A tl6 adapter of the model in `folder`: of QKV if queries are grouped, else of all linears."""
+    config = OracleConfig.from_folder(folder)
+    if config.num_kv_heads < config.num_heads:
+        return random_adapter("tl6", config, alpha=6)
+    return random_adapter("tl6", config, alpha=6, targets=TARGET_NAMES, scale=0.3)
+
+
 def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: bool = False) -> Decoder:
-    """A decoder of this rank's part of the model in `folder`, with a tl6 adapter."""
+    """A decoder of this rank's part of the model in `folder`, with `decoded_adapter`."""
     source = find_model(str(folder))
-    adapter = native_adapter(source, random_adapter("tl6", OracleConfig.from_folder(folder), alpha=6))
+    adapter = native_adapter(source, decoded_adapter(folder))
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(

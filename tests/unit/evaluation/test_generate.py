@@ -11,8 +11,8 @@ import pytest
 import torch
 from forked_ranks import run_on_ranks
 from oracle import OracleConfig, load_weights, merged_weights
-from tiny_decoders import build
-from tiny_models import EOS_ID, random_adapter, write_tiny_model
+from tiny_decoders import build, decoded_adapter
+from tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -55,7 +55,7 @@ class Reference:
         self.folder = write_tiny_model(folder, tokenizer=False, **shape)
         config = OracleConfig.from_folder(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        merged = merged_weights(load_weights(folder), config, random_adapter("tl6", config, alpha=6))
+        merged = merged_weights(load_weights(folder), config, decoded_adapter(folder))
         missing, unexpected = self.model.load_state_dict(merged, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
 

@@ -1,10 +1,9 @@
-"""The pieces of tensor parallelism by themselves, in groups of 1, 2, 3 and 4: regions, layers, loss; and the grid."""
+"""The pieces of tensor parallelism by themselves, in groups of 1, 2, 3 and 4: regions, layers, loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -13,15 +12,11 @@ from forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.engine.topology import make_topology
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.normed_linear import NormedLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.parallel import collectives
-from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding
@@ -60,6 +55,14 @@ def regions() -> dict[str, tuple[Region, bool, bool]]:
     for dim in (0, 1, 2, -1):
         found[f"gather_from {dim}"] = (
             lambda tensor, group, dim=dim: collectives.gather_from_tensor_parallel_region(tensor, group, dim),
+            False,
+            False,
+        )
+    for dim in (0, 1):
+        found[f"gather_together {dim}"] = (
+            lambda tensor, group, dim=dim: torch.cat(
+                [part.flatten() for part in collectives.gather_together((tensor, 2 * tensor[0]), group, (dim, 1))]
+            ),
             False,
             False,
         )
@@ -274,12 +277,18 @@ def test_regions_do_what_their_names_say(of_groups: dict[int, Any], size: int) -
     def scattered(parts: list[torch.Tensor]) -> list[torch.Tensor]:
         return [part_of(sum(parts), rank, size) for rank in range(size)]  # type: ignore[arg-type]
 
+    def together(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+        whole = torch.cat(parts, dim), torch.cat([2 * part[0] for part in parts], 1)
+        return torch.cat([tensor.flatten() for tensor in whole])
+
     check("copy_to", lambda parts: parts)
     check("enter False", lambda parts: parts)
     check("reduce_from", lambda parts: [sum(parts)] * size)
     check("leave False", lambda parts: [sum(parts)] * size)
     for dim in (0, 1, 2, -1):
         check(f"gather_from {dim}", lambda parts, dim=dim: [torch.cat(parts, dim=dim)] * size)
+    for dim in (0, 1):
+        check(f"gather_together {dim}", lambda parts, dim=dim: [together(parts, dim)] * size)
     check("gather_from_sequence", lambda parts: [torch.cat(parts, dim=1)] * size)
     check("enter True", lambda parts: [torch.cat(parts, dim=1)] * size)
     check("reduce_scatter_to_sequence", scattered)
@@ -292,7 +301,7 @@ def test_a_group_of_one_sends_nothing(of_groups: dict[int, Any]) -> None:
     assert all(found["messages"] > 0 for size in SIZES for found in of_groups[size])
     tensor = draw(2, 3, 4, seed=1)
     for name, (function, _, _) in regions().items():
-        assert function(tensor, ALONE) is tensor, name
+        assert function(tensor, ALONE) is tensor or name.startswith("gather_together"), name
 
 
 @pytest.mark.distributed
@@ -353,56 +362,3 @@ def test_embedding_picks_the_rows_of_the_whole_table(of_groups: dict[int, Any], 
 
 
 # ------------------------------------------------------------------------------------------- the grid
-
-
-def grids() -> Iterator[Grid]:
-    for tp_size, pp_size, dp_size in product((1, 2, 3, 4, 8), (1, 2, 3, 5), (1, 2, 3, 4)):
-        yield Grid(0, tp_size * pp_size * dp_size, tp_size=tp_size, pp_size=pp_size)
-
-
-def test_the_grid_is_deepspeeds() -> None:
-    """Ranks, coordinates and groups of the topology that the pipeline engine runs on."""
-    for grid in grids():
-        topology = make_topology(grid)
-        assert topology.world_size() == grid.world_size
-        places = [grid.at(rank) for rank in range(grid.world_size)]
-        for here in places:
-            place = {"pp_rank": here.pp_rank, "dp_rank": here.dp_rank, "tp_rank": here.tp_rank}
-            coordinates = topology.get_coord(here.rank)
-            assert (coordinates.pipe, coordinates.data, coordinates.model) == tuple(place.values())
-            assert topology.get_rank(pipe=here.pp_rank, data=here.dp_rank, model=here.tp_rank) == here.rank
-            assert grid.rank_of(**place) == here.rank
-        for axis, names in (("pipe", ("dp", "tp")), ("data", ("pp", "tp")), ("model", ("pp", "dp"))):
-            ours: dict[Any, list[int]] = {}
-            for here in places:
-                ours.setdefault(tuple(getattr(here, f"{name}_rank") for name in names), []).append(here.rank)
-            assert sorted(map(sorted, topology.get_axis_comm_lists(axis))) == sorted(
-                ranks for ranks in ours.values() if len(ranks) > 1 or topology.get_dim(axis) == 1
-            )
-
-
-@pytest.mark.parametrize(
-    ("world_size", "tp_size", "pp_size", "fix"),
-    [(6, 4, 1, "4 or 8"), (3, 2, 2, "Start 4 ranks"), (10, 2, 2, "8 or 12")],
-)
-def test_a_world_that_does_not_divide_is_refused(world_size: int, tp_size: int, pp_size: int, fix: str) -> None:
-    with pytest.raises(UserError, match=fix):
-        Grid(0, world_size, tp_size=tp_size, pp_size=pp_size)
-
-
-def test_an_early_backward_pass_is_for_its_input_alone() -> None:
-    """The factor that comes in later scales the gradient; another tensor gets none, rather than an unscaled one."""
-    hidden, other = torch.arange(3.0, requires_grad=True), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    factor, frozen = torch.tensor([1.0, 0.5, 2.0], requires_grad=True), torch.ones(3)
-
-    def function(inner: torch.Tensor, nothing: None, factor: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
-        assert nothing is None
-        return (inner * inner * factor * frozen * other).sum()
-
-    loss = run_with_early_backward(function, hidden * 1, None, factor, frozen)
-    assert loss.item() == 33.0 and hidden.grad is None
-    (loss / 8).backward()
-    expected = 2 * hidden * other * factor / 8, hidden * hidden * other / 8
-    for found, gradient in zip((hidden.grad, factor.grad), expected, strict=True):
-        torch.testing.assert_close(found, gradient.detach(), rtol=0, atol=0)
-    assert other.grad is None and frozen.grad is None
