@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_tiedlora.base.errors import as_given, shown
+from megatron_tiedlora.base.errors import one_line, shown
 from megatron_tiedlora.base.wording import count_text
 from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -47,11 +47,8 @@ class MergedBits:
         verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
         shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
         left = len(self.differences) - len(shown_first)
-        return [
-            f"merged files, bit by bit: {compared}  {verdict}",
-            *shown_first,
-            *([f"  and {left} more"] * (left > 0)),
-        ]
+        more = [f"  and {left} more"] if left else []
+        return [f"merged files, bit by bit: {compared}  {verdict}", *shown_first, *more]
 
 
 class _Tensors:
@@ -97,7 +94,7 @@ def compare_merged(source: ModelSource, adapter: NativeAdapter, merged: Path, *,
             if why is None:
                 why = _compare_values(base, written, file, name, entry, factors.get(name), bar.update)
             if why is not None:
-                differences.append(f"{file}: {as_given(name)} {why}")
+                differences.append(one_line(f"{file}: {name} {why}"))
     return MergedBits(counts[True], counts[False], tuple(differences))
 
 
@@ -139,7 +136,7 @@ def _why_unlike(
         return f"has shape {shown(entry['shape'])}, but {shown(base['shape'])} in the base"
     allowed = {base["dtype"]} if dtype is None or base["dtype"] not in FLOAT_TYPES else {dtype}
     if entry["dtype"] not in (allowed if of_model else allowed | {base["dtype"]}):
-        return f"is {as_given(entry['dtype'])}, not {as_given(*allowed)}"
+        return f"is {entry['dtype']}, not {' '.join(allowed)}"
     return None
 
 

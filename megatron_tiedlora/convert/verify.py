@@ -61,7 +61,7 @@ class Verification:
     def report(self) -> str:
         """The result for a user: a line about the bits with what differs, the table of logits, and the note."""
         bits = [] if self.bits is None else self.bits.lines()
-        lines = [*map(printable, bits), format_comparisons(self.logits)]
+        lines = [*bits, format_comparisons(self.logits)]
         return "\n".join([*lines, printable(f"note: {self.note}")] if self.note else lines)
 
 
