@@ -105,21 +105,14 @@ class MergedFile:
             UserError: a computed number is not finite, or the base's file has become shorter.
             OSError: the disk is full.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        reader = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            writer = os.open(target, flags, 0o666)
-            try:
-                _write(writer, memoryview(self.head), 0)
-                for part in self.ranges:  # first, because a range starts before the end of the tensor in front of it
-                    self._copy(reader, writer, part, wrote)
-                for tensor in self.tensors:
-                    self._compute(reader, writer, tensor, changed.get(tensor.name), wrote)
-                os.fsync(writer)
-            finally:
-                os.close(writer)
-        finally:
-            os.close(reader)
+        with self.source.open("rb", buffering=0) as source, target.open("xb", buffering=0) as file:
+            reader, writer = source.fileno(), file.fileno()
+            _write(writer, memoryview(self.head), 0)
+            for part in self.ranges:  # first, because a range starts before the end of the tensor in front of it
+                self._copy(reader, writer, part, wrote)
+            for tensor in self.tensors:
+                self._compute(reader, writer, tensor, changed.get(tensor.name), wrote)
+            os.fsync(writer)
 
     def _copy(self, reader: int, writer: int, part: _Range, wrote: Wrote) -> None:
         start, target, left = part
