@@ -14,7 +14,8 @@ example:
   python tools/export_peft.py --adapter runs/demo/adapter --output runs/demo/peft
 
 Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
-ranks. DIR is written atomically.
+ranks. The adapter's own files travel along in DIR/native, where tools/import_peft.py finds them. DIR is written
+atomically.
 """
 
 

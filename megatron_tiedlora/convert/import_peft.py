@@ -70,9 +70,9 @@ class PeftContent:
     Attributes:
         state: full fp32 tensors.
         native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
-        apart: why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused here;
-            None if it does not.
-        notes: what a user should know.
+        apart: says why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused
+            here; None if it does not.
+        notes: what else a user should know.
     """
 
     config: AdapterConfig
@@ -133,6 +133,8 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
         bounds = f"{SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}"
         raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
     check_update(config, state, source=folder / WEIGHTS_FILE)
+    if apart is not None:
+        apart = f"{folder}: {apart}, so training goes on differently from PEFT's"
     return PeftContent(config, state, native, apart, notes)
 
 
@@ -160,7 +162,7 @@ def _gives(native: NativeAdapter, lora: Lora, source: ModelSource) -> bool:
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
         return False
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.pairs.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}

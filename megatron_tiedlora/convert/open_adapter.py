@@ -103,12 +103,14 @@ def import_peft(
     base = check_base(source, replace(adapter, base=trained), uses_tokenizer=False, differs=base_differs)
     for note in (*check_peft_base(folder, source, differs=base_differs), *content.notes, *base.notes):
         say(note)
+    if content.apart is not None:
+        say(content.apart)
     with new(output) as temporary:
         if content.native is not None:
             copy_adapter_files(folder / NATIVE_FOLDER, temporary, content.native)
         else:
-            tokenizer = {"tokenizer": trained.tokenizer, "tokenizer_hash": trained.tokenizer_hash}
-            write_adapter_files(temporary, adapter.config, replace(adapter.base, **tokenizer), adapter.state)
+            own = replace(adapter.base, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
+            write_adapter_files(temporary, adapter.config, own, adapter.state)
     return adapter.config
 
 

@@ -125,7 +125,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
         exported = "a PEFT folder with the native adapter that was exported"
         return StartAdapter(content.config, content.state, content.native.base, exported, notes)
     if content.apart is not None:
-        notes += (f"{flag}: {content.apart}, so training goes on differently from PEFT's",)
+        notes += (content.apart,)
     trained = exported_base(folder, identify_shape(source, "fp32", weights_hash=""))
     return StartAdapter(content.config, content.state, trained, "a PEFT adapter", notes)
 

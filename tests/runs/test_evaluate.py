@@ -168,7 +168,7 @@ def test_what_is_written(models: Models, alone: Path) -> None:
     assert set(found["settings"]) == set(EvaluateSettings.model_fields)
     resolved = {"model": str(models.base), "max_length": 256, "max_new_tokens": NEW_TOKENS, "task": "custom"}
     assert found["settings"] | resolved == found["settings"]
-    adapter = {"method": "tl6", "rank": 4, "alpha": 6.0, "layers": [1, 3], "merged": False}
+    adapter = {"method": "tl6", "rank": 4, "alpha": 6.0, "layers": [1, 3], "targets": ["qkv"], "merged": False}
     assert found["adapter"] == adapter
     assert {"torch", "transformers", "megatron_tiedlora"} <= set(found["versions"])
 

@@ -178,7 +178,7 @@ def test_the_check_command_exits_1_where_an_export_is_wrong(
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tool", ["merge_adapter.py", "export_peft.py", "verify_export.py"])
+@pytest.mark.parametrize("tool", ["merge_adapter.py", "export_peft.py", "verify_export.py", "import_peft.py"])
 def test_help_reads_without_loading_anything(tool: str) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--help"],
@@ -187,7 +187,8 @@ def test_help_reads_without_loading_anything(tool: str) -> None:
         text=True,
         check=True,
     )
-    assert f"python tools/{tool} --adapter" in result.stdout and "--model M" in result.stdout
+    first = "--peft" if tool == "import_peft.py" else "--adapter"
+    assert f"python tools/{tool} {first}" in result.stdout and "--model M" in result.stdout
     assert " torch\n" not in result.stderr and " yaml\n" in result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 
@@ -239,6 +240,7 @@ def test_wrong_arguments_are_one_line(
         ("--merged", "peft", "peft/config.json: no such file"),
         ("--peft", "none", "none/adapter_config.json: no such file"),
         ("--peft", "adapter", "this is not a PEFT adapter"),
+        ("--peft", "adapter2", "not a PEFT adapter (it is a native one)"),
         ("--merged", "other", "not the model"),
         ("--merged", "cut", "not a whole safetensors file"),
         ("--peft", "cut", "not a whole safetensors file"),
@@ -251,6 +253,7 @@ def test_a_folder_that_is_no_export_is_one_line(
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)
+    write_native(tmp_path / "adapter2", base, with_adapter(base, "tl6", targets=("o_proj",))[2])
     shutil.copytree(tmp_path / ("merged" if flag == "--merged" else "peft"), tmp_path / "cut")
     weights = next((tmp_path / "cut").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])

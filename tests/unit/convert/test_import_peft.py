@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter, write_native
+from native_files import moments_of, with_adapter, write_native
 from oracle import OracleConfig
 from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
 from peft_models import logits_of, lora_model, share
@@ -22,6 +22,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter, read_peft
@@ -62,13 +63,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "gate": ({"r": 3, "target_modules": ["gate_proj"], "layers_to_transform": 2}, (3,), 3),
     "mlp": ({"r": 2, "lora_alpha": 7, "target_modules": MLP, "use_rslora": True}, (1, 2, 3), 4),
     "o_and_down": ({"r": 3, "lora_alpha": 5, "target_modules": ["down_proj", "o_proj"]}, (1, 2, 3), 3),
+    "o_and_separate": ({"r": 2, "target_modules": ["o_proj", "gate_proj", "up_proj"]}, (1, 2, 3), 4),  # o_proj padded
     "all_linear": ({"r": 2, "lora_alpha": 5, "target_modules": "all-linear"}, (1, 2, 3), 6),
     # q of layer 1, up of layer 2, down of layer 3: one module a linear, so nothing is block-diagonal
     "one_a_layer": ({"r": 2, "target_modules": r".*layers\.(0\..*q_proj|1\..*up_proj|2\..*down_proj)"}, (1, 2, 3), 2),
 }
 TARGETS = {  # of the native adapter, where it is not qkv alone
     **{"o": ["o_proj"], "up": ["gate_up"], "gate": ["gate_up"], "mlp": ["gate_up", "down_proj"]},
-    **{"o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
+    **{"o_and_separate": ["o_proj", "gate_up"], "o_and_down": ["o_proj", "down_proj"], "all_linear": [*TARGET_NAMES]},
     "one_a_layer": ["qkv", "gate_up", "down_proj"],
 }
 
@@ -266,7 +268,13 @@ def test_folders_that_hold_no_peft_adapter(base: Path, plain: Path, tmp_path: Pa
 
 def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     write_native(tmp_path / "run" / "adapter", base, random_adapter("tl5", OracleConfig.from_folder(base)))
+    oracle = random_adapter("tl5", OracleConfig.from_folder(base), targets=["o_proj"])
+    native = write_native(tmp_path / "version2", base, oracle)  # it has a peft_type
+    moments = moments_of(native)
+    content = {"config": native.config, "base": native.base, "state": native.state, "moments": moments, "settings": {}}
+    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), **content)
     assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
+    assert adapter_kind(tmp_path / "version2") == adapter_kind(step) == "native"
     assert adapter_kind(plain) == "peft"
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / CONFIG).write_text('{"r": 3}')

@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import ROOT
 from native_files import reseal, with_adapter
-from peft_models import logits_of, share
+from peft_models import logits_of, lora_model, share
 from run_files import files_of
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
@@ -92,7 +92,10 @@ def test_families_too(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["adapter", "checkpoints/step_2"])
 def test_files_of_an_earlier_version_are_not_written_anew(tmp_path: Path, adapter: str) -> None:
-    source, folder = find_model(str(KEPT / "base")), KEPT / adapter
+    source, folder = find_model(str(KEPT / "base")), tmp_path / "kept"
+    shutil.copytree(KEPT / adapter, folder)
+    change_field(folder, version="0.0.9")
+    reseal(folder)
     export_peft(source, load_adapter(folder), tmp_path / "peft", native=folder)
     assert sorted(item.name for item in (tmp_path / "peft/native").iterdir()) == [CONFIG, WEIGHTS]
     assert imported(source, tmp_path) == []
@@ -167,7 +170,7 @@ def test_changed_peft_files_count(base: Path, tmp_path: Path, change: str) -> No
 
     source, native = exported(base, tmp_path, pad_rank_to=8)
     CHANGES[change](tmp_path / "peft")
-    (note,) = imported(source, tmp_path)
+    note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
     back = load_adapter(tmp_path / "back")
     assert back.config.method == "lora" and back.base == native.base
@@ -251,3 +254,47 @@ def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trai
     assert opened.adapter.base.base_weights_hash != native.base.base_weights_hash
     assert imported(source, tmp_path) == []
     assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tools import export_peft as export_tool
+    from tools import import_peft as import_tool
+
+    written(base, tmp_path, "tl5", targets=("qkv", "gate_up"))
+    assert export_tool.main(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "peft")]) == 0
+    capsys.readouterr()
+    assert import_tool.main(["--peft", str(tmp_path / "peft"), "--output", str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"imported {tmp_path}/peft as tl5 of rank 4 on qkv, gate_up of 3 layers of {base}: {tmp_path}/back",
+        f"train it further with: --init_from {tmp_path}/back",
+    ]
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
+    lora_model(base, r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "lora")
+    assert import_tool.main(["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
+    note, said, _ = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
+    assert note.endswith("so training goes on differently from PEFT's")
+    assert f"as lora of rank 4 on qkv of 3 layers of {base}" in said
+
+
+def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) -> None:
+    from tools.import_peft import main
+
+    exported(base, tmp_path)
+    shutil.copytree(tmp_path / "peft", tmp_path / "nameless")
+    change_field(tmp_path / "nameless", base_model_name_or_path=None)
+    before = sorted(item.name for item in tmp_path.iterdir())
+    wrong = {
+        "peft": ("adapter", "adapter exists; give a new folder"),
+        "adapter": ("out", "not a PEFT adapter (it is a native one); give another folder"),
+        "none": ("out", "none/adapter_config.json: no such file; expected a PEFT adapter folder"),
+        "nameless": ("out", "names no base model; give it with --model"),
+    }
+    for folder, (output, said) in wrong.items():
+        with pytest.raises(UserError) as error:
+            main(["--peft", str(tmp_path / folder), "--output", str(tmp_path / output)])
+        assert said in str(error.value) and "\n" not in str(error.value)
+    assert sorted(item.name for item in tmp_path.iterdir()) == before

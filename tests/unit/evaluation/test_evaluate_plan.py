@@ -14,6 +14,8 @@ from native_files import with_adapter, write_native
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
@@ -108,3 +110,15 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
     assert notes["same"] == notes["given"] == notes["peft_same"] == ()
     assert "--prompt_template Q: {prompt}" in notes["template"][0] and len(notes["template"]) == 1
     assert "someone/other" in notes["peft"][0] and len(notes["peft"]) == 1
+
+
+def test_an_export_is_evaluated_as_the_adapter_in_it_or_as_what_its_files_are(models: Models, tmp_path: Path) -> None:
+    source, native = find_model(str(models.base)), load_adapter(models.native)
+    export_peft(source, native, tmp_path / "peft", native=models.native)
+    settings = {"adapter": str(tmp_path / "peft"), "test_file": str(models.rows)}
+    plans = [plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)]
+    (tmp_path / "peft/native/adapter_model.safetensors").write_bytes(b"")
+    plans.append(plan_evaluation(validate_settings(settings, EvaluateSettings), rank=0, world_size=1))
+    assert [plan.kind for plan in plans] == ["peft"] * 2
+    assert [plan.adapter.config.method for plan in plans if plan.adapter] == ["tl6", "lora"]
+    assert plans[0].notes == () and "only its PEFT files are used" in plans[1].notes[0]

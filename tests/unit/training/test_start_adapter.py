@@ -155,7 +155,7 @@ def test_notes_say_where_training_is_not_peft_s(folder: Path) -> None:
 def test_the_dry_run_says_what_it_starts_with(folder: Path) -> None:
     report = dry_run_report(make_settings(values(folder, "lora", dry_run=True)))
     assert "trained parameters: lora, rank 6, 3 adapted layers (qkv)" in report
-    assert f"  starts with the values of {folder / 'lora'}, a PEFT adapter\n  (--init_from" in report
+    assert f"  starts with the values of {folder / 'lora'}, a PEFT adapter\n  ({folder / 'lora'}: modules" in report
     report = dry_run_report(make_settings(values(folder, "peft", dry_run=True)))
     assert "a PEFT folder with the native adapter" in report
     preset = {"model": "llama2-7b", "world_size": 4, "dry_run": True}
