@@ -109,9 +109,7 @@ def _write_weights(
     """Write the files that are not whole yet."""
     total = sum(plan.work for plan in plans.values())
     done = sum(plan.work for file, plan in plans.items() if file.name in journal)
-    bar = tqdm(
-        total=total, initial=done, desc="merge", unit="B", unit_scale=True, disable=not progress, leave=False
-    )
+    bar = tqdm(total=total, initial=done, desc="merge", unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar:
 
         def wrote(count: int) -> None:

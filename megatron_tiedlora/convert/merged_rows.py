@@ -50,9 +50,11 @@ def stored_factors(adapter: NativeAdapter, shape: ModelShape) -> Mapping[str, Ca
     """
     config = adapter.config
     targets = {shape.block.adaptable[target.name].name: target for target in config.targets}
-    changed = (rule for rule in weight_rules(shape) if rule.linear in targets and rule.layer in config.layers)
     return {
-        name: partial(_factors, adapter, rule, targets[rule.linear], name) for rule in changed for name in rule.hf_names
+        name: partial(_factors, adapter, rule, targets[rule.linear], name)
+        for rule in weight_rules(shape)
+        if rule.linear is not None and rule.linear in targets and rule.layer in config.layers
+        for name in rule.hf_names
     }
 
 

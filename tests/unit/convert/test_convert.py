@@ -365,8 +365,7 @@ def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
 
 
 def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:
-    """A NaN of the base in computed weights, an update that fp16 does not hold, factors that overflow; nothing is left.
-    """
+    """A NaN of the base in computed weights, an update that fp16 does not hold, factors that overflow."""
     broken = Path(shutil.copytree(bases["gqa"], tmp_path / "base"))
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(broken / "model.safetensors")
