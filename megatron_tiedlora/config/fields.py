@@ -190,11 +190,11 @@ def parse_targets(value: Any) -> Any:
     Raises:
         ValueError: a name is unknown, or there is none.
     """
-    if isinstance(value, str) and value.strip().lower() == "all":
-        return TARGET_NAMES
     names = comma_separated(value)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return names
+    if any(name.strip().lower() == "all" for name in names):
+        return TARGET_NAMES
     for name in names:
         if name not in TARGET_NAMES:
             known = f"{', '.join(TARGET_NAMES)}, or all"

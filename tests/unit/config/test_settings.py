@@ -110,7 +110,12 @@ def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("value", "targets"),
-    [("down_proj,qkv", ("qkv", "down_proj")), ("ALL", TARGET_NAMES), (" gate_up , gate_up ", ("gate_up",))],
+    [
+        ("down_proj,qkv", ("qkv", "down_proj")),
+        ("ALL", TARGET_NAMES),
+        (" gate_up , gate_up ", ("gate_up",)),
+        ("qkv,all", TARGET_NAMES),
+    ],
 )
 def test_targets(value: str, targets: tuple[str, ...]) -> None:
     assert parse_settings(["--targets", value], Settings).targets == targets
