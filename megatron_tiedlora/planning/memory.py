@@ -308,8 +308,10 @@ def _activation_bytes(stage: StagePlan, *, tokens: int, attention: AttentionMemo
     layout, of_token = stage.layout, token_bytes(stage.shape, stage.layout)
     recomputes = layout.recompute == "full"
     saved = saved_bytes(stage, tokens=tokens)
-    # With full recompute, the factors are inputs of what is recomputed.
-    saved += _factor_bytes(stage, given=True) if recomputes else len(stage.backward_blocks) * attention.saved
+    if recomputes:  # all factors are inputs of what is recomputed
+        saved += _factor_bytes(stage, given=True) - _factor_bytes(stage)
+    else:
+        saved += len(stage.backward_blocks) * attention.saved
     after_attention = tokens * of_token.after_attention  # freed before the backward pass of attention
     in_attention = attention.backward
     if recomputes:
