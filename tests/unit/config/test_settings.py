@@ -120,6 +120,7 @@ def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) ->
 def test_targets(value: str, targets: tuple[str, ...]) -> None:
     assert parse_settings(["--targets", value], Settings).targets == targets
     assert parse_settings([], Settings).targets == ("qkv",)
+    assert "o_proj, gate_up, down_proj [qkv]" in " ".join(build_parser(Settings).format_help().split())
 
 
 @pytest.mark.parametrize(
