@@ -8,7 +8,6 @@ with --tokenizer when you train the folder.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -20,9 +19,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
-from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.output_folder import reject_existing
-from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.output_folder import reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
@@ -45,9 +43,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     model_shape = shape_from_hf(values, source=name)
     needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
     existing = next(parent for parent in output.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(existing).free) < needed:
-        there = f"only {bytes_in_words(free)} are free there"
-        raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, {there}")
+    require_room(existing, needed, output=output)
     index: dict[str, str] = {}
     with new_folder(output) as folder:
         parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]

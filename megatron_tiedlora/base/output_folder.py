@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_folder, remove_leftovers
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.wording import bytes_in_words
 
 
 def check_writable(path: Path, *, given: str) -> None:
@@ -47,11 +50,15 @@ class NewOutput:
     """An output folder that one process writes. It appears at `path` complete or not at all.
 
     Until then it lies in PARENT/.NAME.partial, which the process owns. The next process that writes the same output
-    removes what a killed one left there.
+    removes what a killed one left there, or goes on with it.
+
+    Attributes:
+        found: the folder of a killed process that this one goes on with.
     """
 
     path: Path
     lock: FolderLock
+    found: Path | None = None
 
     @property
     def partial(self) -> Path:
@@ -61,7 +68,7 @@ class NewOutput:
     @contextmanager
     def written(self) -> Iterator[Path]:
         """Yield a temporary folder that becomes the output when the block ends. Raises UserError if it cannot."""
-        with new_folder(self.path, guard=self.guard, parent=self.partial) as temporary:
+        with new_folder(self.path, guard=self.guard, parent=self.partial, found=self.found) as temporary:
             yield temporary
 
     def guard(self) -> None:
@@ -76,17 +83,31 @@ class NewOutput:
         self.lock.release()
 
 
-def take_output(path: Path, *, take_over: bool = False) -> NewOutput:
+def take_output(path: Path, *, take_over: bool = False, journal: str | None = None) -> NewOutput:
     """Become the one process that writes the output `path`.
+
+    Args:
+        journal: name of a file. If this user's folder of a killed process has it, `written` goes on with that folder.
 
     Raises:
         UserError: another process is writing it and `take_over` is False, or it is not writable.
     """
     partial = path.parent / _partial_name(path.name)
     hint = "wait until it ends, give another folder, or take this one over with --take_over"
-    output = NewOutput(path, take_folder(partial, take_over=take_over, hint=hint, removed_after=True))
-    remove_leftovers(partial, guard=output.lock.owner.check)
-    return output
+    lock = take_folder(partial, take_over=take_over, hint=hint, removed_after=True)
+    found = None if journal is None else _own_folder_with(journal, partial)
+    remove_leftovers(partial, guard=lock.owner.check, keep=found)
+    return NewOutput(path, lock, found)
+
+
+def _own_folder_with(name: str, partial: Path) -> Path | None:
+    """A temporary folder in `partial` that has a file of this name, and that nobody but this user has made."""
+    for file in partial.glob(f"{TEMPORARY_PREFIX}*/{name}"):
+        with suppress(OSError):  # a process that has lost the output removes it meanwhile
+            folder = file.parent.lstat()
+            if stat.S_ISDIR(folder.st_mode) and folder.st_uid == os.geteuid():
+                return file.parent
+    return None
 
 
 def _partial_name(name: str) -> str:
@@ -97,9 +118,9 @@ def _partial_name(name: str) -> str:
 
 
 @contextmanager
-def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
+def new_output(path: Path, *, take_over: bool = False, journal: str | None = None) -> Iterator[Path]:
     """`take_output`, `written` and `release` in one: yield a temporary folder that becomes `path`."""
-    output = take_output(path, take_over=take_over)
+    output = take_output(path, take_over=take_over, journal=journal)
     try:
         with output.written() as temporary:
             yield temporary
@@ -111,6 +132,13 @@ def reject_existing(path: Path, *, flag: str) -> None:
     """Raise UserError if `path` is anything but an empty folder. `flag` is the flag with its value, as given."""
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f"{flag} exists; give a new folder")
+
+
+def require_room(folder: Path, needed: int, *, output: Path) -> None:
+    """Raise UserError if the file system of the existing `folder` has no room for the `needed` bytes of `output`."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        there = f"only {bytes_in_words(free)} are free in its folder's file system"
+        raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, but {there}")
 
 
 def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from tqdm import tqdm
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, SINGLE_FILE
-from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
+from megatron_tiedlora.checkpoint.tensor_files import TYPE_NAMES, all_finite
 
 SHARD_BYTES = 2 * 10**9
-_TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,26 @@ def _shards(tensors: Sequence[StreamedTensor], shard_bytes: int) -> list[list[St
     return shards
 
 
+def file_head(entries: Mapping[str, Mapping[str, object]]) -> bytes:
+    """What stands in front of the values in a file: the header of its entries, and the header's length."""
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as safetensors' own do
+    return len(raw).to_bytes(8, "little") + raw
+
+
 def _write_file(file: Path, tensors: Sequence[StreamedTensor], source: str, wrote: Callable[[int], object]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries = {}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.num_bytes
-        kind = _TYPE_NAMES[tensor.dtype]
-        header[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (start, end)}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as safetensors' own do
+        kind = TYPE_NAMES[tensor.dtype]
+        entries[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (start, end)}
     with file.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.write(file_head(entries))
         for tensor in tensors:
             size = 0
             for block in tensor.blocks():
-                if not block.isfinite().all():
+                if not all_finite(block):
                     raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
                 assert block.dtype == tensor.dtype, tensor.name
                 size += stream.write(block.contiguous().view(torch.uint8).numpy().data)

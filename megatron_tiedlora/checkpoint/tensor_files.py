@@ -25,6 +25,7 @@ from megatron_tiedlora.checkpoint.checksums import check_file
 LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 def read_tensors(
@@ -168,6 +169,11 @@ def _check_header(file: Path, header: Header, shapes: Mapping[str, tuple[int, ..
 
 def _fp32(file: Path, name: str, stored: torch.Tensor) -> torch.Tensor:
     values = stored.to(torch.float32, copy=True)  # a copy, because a view would keep the whole file's buffer
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise UserError(f"{file}: {name} holds numbers that are not finite")
     return values
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN, in one pass over them: NaN is their minimum and their maximum."""
+    return not values.numel() or all(math.isfinite(bound.item()) for bound in values.aminmax())

@@ -44,9 +44,9 @@ class CommandParser(argparse.ArgumentParser):
         """Raise `message` as a UserError."""
         raise UserError(message)
 
-    def add_adapter(self) -> None:
-        """Add the input flags of a command that reads a native adapter and its base."""
-        self.add_argument("--adapter", required=True, metavar="DIR", help="native adapter: a run's adapter/ folder")
+    def add_adapter(self, what: str = "native adapter: a run's adapter/ folder") -> None:
+        """Add the input flags of a command that reads an adapter, `what` in its help, and its base."""
+        self.add_argument("--adapter", required=True, metavar="DIR", help=what)
         self.add_model()
 
     def add_model(self) -> None:

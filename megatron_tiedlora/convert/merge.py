@@ -1,31 +1,32 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-It goes through the base's safetensors shards file by file, so it needs the memory of one shard, whatever the model.
+It copies the base's files one by one and computes the adapted tensors some rows at a time (`merged_file`). So it needs
+little memory, whatever the model. A merge that was killed goes on with the files that are whole (`merge_journal`).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
-from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, open_weights, weight_map
+from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
+from megatron_tiedlora.convert.merged_file import Changed, MergedFile
+from megatron_tiedlora.convert.merged_rows import stored_factors
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
-from megatron_tiedlora.model.weights import weight_rules
 
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
@@ -45,22 +46,26 @@ def merge_adapter(
     base_differs: bool = False,
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    between: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
-    It holds the tensors of the name table in the base's file layout, and no others: a copy of a tied head is omitted.
+    File names, index, and the bytes of tensors that the adapter does not change are the base's own. With `dtype` the
+    values of all tensors are cast to it once.
 
     Args:
         dtype: dtype of the written weights (default: each as it is stored in the base).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
         base_differs: merge into this base although the adapter was trained on another; the record says so.
         say: called with each note about the base.
-        new: makes the output folder.
+        new: makes the output folder. Whole files in it, of a merge of the same inputs that was killed, are kept.
+        between: called many times a second; it may raise to end the merge.
 
     Raises:
         UserError: the adapter is for another base, the base is already merged, the output exists, the tokenizer cannot
-            be read, a weight is not finite (the message names it), or a file is a link out of the folder.
+            be read, the disk has too little room, a computed weight is not finite (the message names it), or a file is
+            a link out of the folder.
     """
     folder = source.weights_folder()
     reject_existing(output, flag=f"--output {output}")
@@ -71,57 +76,50 @@ def merge_adapter(
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
     for note in base.notes:
         say(note)
-    wanted = {name for rule in weight_rules(source.shape) for name in rule.hf_names}
-    files = {name: file for name, file in weight_map(folder).items() if name in wanted}
-    side_files(folder, sorted({file.name for file in files.values()}))  # rejects links out of the folder here too
-    # The fp32 factors A' (r, d) and B' (rows, r) of every adapted weight, by its Hugging Face name.
-    factors = {
-        name: (a, rows)
-        for rule, a, b in adapter.updates(source.shape)
-        for name, rows in rule.by_stored_tensor(b).items()
-    }
+    places = weight_map(folder)
+    side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
+    changed = stored_factors(adapter, source.shape)
+    plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
+    copied = [*model_files, *own_files, *side_files(folder, [INDEX_FILE])]
+    record = {**adapter.record(), **base.record}
     with new(output) as temporary:
-        total_size = 0
-        with tqdm(total=len(files), desc="merge", unit="tensor", disable=not progress, leave=False) as bar:
-            for file in sorted(set(files.values())):
-                tensors = {}
-                with open_weights(file) as reader:
-                    for name in (name for name, holder in files.items() if holder == file):
-                        tensors[name] = _merged(file, name, reader.get_tensor(name), factors.get(name), dtype)
-                        bar.update()
-                total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-                save_file(tensors, temporary / file.name, metadata={"format": "pt"})
-        if (folder / INDEX_FILE).is_file():
-            names = {name: file.name for name, file in files.items()}
-            write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": names})
-        for file in (*model_files, *own_files):
+        journal = MergeJournal(temporary, fingerprint({**record, "dtype": str(dtype)}, plans))
+        needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
+        require_room(temporary, needed + sum(file.stat().st_size for file in copied), output=output)
+        _write_weights(temporary, plans, changed, journal, between, progress)
+        for file in copied:
             shutil.copyfile(file, temporary / file.name)
         if dtype is not None:
             _state_dtype(temporary / "config.json", dtype)
+            _state_size(temporary / INDEX_FILE, sum(plan.value_bytes for plan in plans.values()))
         if saved is not None:
             save_tokenizer(saved, temporary)
-        write_json(temporary / MERGE_RECORD, {**adapter.record(), **base.record})
+        write_json(temporary / MERGE_RECORD, record)
+        journal.close()
 
 
-def _merged(
-    file: Path,
-    name: str,
-    weight: torch.Tensor,
-    factors: tuple[torch.Tensor, torch.Tensor] | None,
-    dtype: torch.dtype | None,
-) -> torch.Tensor:
-    """The weight `name` of `file` as it is written. Raises UserError if it is not finite."""
-    out_type = weight.dtype if dtype is None else dtype
-    if factors is None:
-        merged = weight.to(out_type)
-    else:
-        a, b = factors
-        merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + b @ a).to(out_type)
-    if not merged.isfinite().all():
-        wide = str(out_type).removeprefix("torch.")
-        why = f"merged, it does not fit {wide}; give --dtype bf16" if weight.isfinite().all() else "the base is broken"
-        raise UserError(f"{file}: {name} holds numbers that are not finite ({why})")
-    return merged
+def _write_weights(
+    folder: Path,
+    plans: Mapping[Path, MergedFile],
+    changed: Changed,
+    journal: MergeJournal,
+    between: Callable[[], object],
+    progress: bool,
+) -> None:
+    """Write the files that are not whole yet."""
+    total = sum(plan.work for plan in plans.values())
+    done = sum(plan.work for file, plan in plans.items() if file.name in journal)
+    bar = tqdm(total=total, initial=done, desc="merge", unit="B", unit_scale=True, disable=not progress, leave=False)
+    with bar:
+
+        def wrote(count: int) -> None:
+            between()
+            bar.update(count)
+
+        for file, plan in plans.items():
+            if file.name not in journal:
+                plan.write(folder / file.name, changed, wrote)
+                journal.add(file.name)
 
 
 def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
@@ -130,3 +128,11 @@ def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
     for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
         values[name] = str(dtype).removeprefix("torch.")
     write_json(config_file, values)
+
+
+def _state_size(index_file: Path, size: int) -> None:
+    if index_file.is_file():
+        values = read_json_object(index_file, kind="a safetensors index")
+        metadata = values.get("metadata")
+        values["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
+        write_json(index_file, values)

@@ -1,93 +1,103 @@
-"""Checks that exports compute what the adapter computes: fp32 logits of base + adapter, merged folder and PEFT adapter.
+"""Checks that exports compute what the adapter computes: the bits of a merged folder, and logits of every export.
 
 A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
 dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
+
+Bits are compared by `merged_bits`, and logits computed by `layerwise`, both in the memory of one layer. Where the whole
+model fits, `in_transformers` also computes them in the software that users load the exports with.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
-from megatron_tiedlora.base.errors import UserError, printable
+from megatron_tiedlora.base.errors import UserError, printable, shown
 from megatron_tiedlora.base.json_files import read_json_object
-from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
-from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.in_transformers import peft_logits, require_peft, transformers_logits
+from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
+from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
+from megatron_tiedlora.convert.merged_bits import MergedBits, compare_merged
+from megatron_tiedlora.convert.merged_rows import merged_rows, stored_factors
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import weight_rules
+from megatron_tiedlora.model.weights import num_base_parameters
 
 _PROBED = (2, 48)  # rows and tokens of the input
-TOLERANCE = 1e-4  # as a share of the largest logit, in fp32 arithmetic
-
-Wanted = Literal["equal", "different", "rounded"]
+LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
+RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # what --in names, and the flag of the export it loads
 
 
 @dataclass(frozen=True)
-class LogitComparison:
-    """How much logits differ from the native adapter's.
+class Verification:
+    """The result of all checks.
 
     Attributes:
-        largest, mean: maximum and mean of |difference|, as a share of the largest |logit|.
-        divergence: mean KL(native || other), in nats per position.
-        agreement: share of positions with the same most likely token.
-        wanted: "equal" within TOLERANCE, "different" at all, or "rounded": only shown, as the next row is judged.
+        bits: of the merged folder, if there is one.
+        logits: the comparisons of logits.
+        note: what a user should know about the checks; it may be empty.
     """
 
-    name: str
-    largest: float
-    mean: float
-    divergence: float
-    agreement: float
-    wanted: Wanted
+    bits: MergedBits | None
+    logits: tuple[LogitComparison, ...]
+    note: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as wanted; NaN never is."""
-        if self.wanted == "different":
-            return self.largest > 0
-        return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
+        """Whether every check passed."""
+        return all(row.passed for row in self.logits) and not (self.bits and self.bits.differences)
 
-    @property
-    def verdict(self) -> str:
-        """The last column of the table."""
-        if self.wanted == "different":
-            if not self.passed:
-                return "FAILED: the adapter changes nothing"
-            return "differs, as it should" if self.largest > TOLERANCE else "differs by less than the tolerance"
-        if not self.passed:
-            return f"FAILED: above {TOLERANCE:.0e}"
-        return "ok" if self.wanted == "equal" else "for information"
+    def report(self) -> str:
+        """The result for a user: a line about the bits with what differs, the table of logits, and the note."""
+        bits = [] if self.bits is None else self.bits.lines()
+        lines = [*bits, format_comparisons(self.logits)]
+        return "\n".join([*lines, printable(f"note: {self.note}")] if self.note else lines)
 
 
-def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
-    """Compare two sets of logits (b, s, V)."""
-    scale = native.abs().max().item()
-    difference = (native - other).abs()
-    log_p, log_q = native.log_softmax(-1), other.log_softmax(-1)
-    return LogitComparison(
-        name,
-        largest=difference.max().item() / scale,
-        mean=difference.mean().item() / scale,
-        divergence=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        agreement=(native.argmax(-1) == other.argmax(-1)).float().mean().item(),
-        wanted=wanted,
-    )
+def choose_runtimes(
+    source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
+) -> tuple[tuple[str, ...], str]:
+    """Which of `RUNTIMES` load the exports too, and a note if there are none because the model is large.
+
+    Args:
+        given: the value of --in; None for each that has an export, if the model is small.
+        dtype: of our own layers. These runtimes compute in fp32.
+
+    Raises:
+        UserError: `given` names an unknown one, one whose export is missing, or any beside bf16.
+    """
+    exports = {"transformers": merged, "peft": peft}
+    there = tuple(name for name in RUNTIMES if exports[name] is not None)
+    size = 4 * num_base_parameters(source.shape)
+    if given is None and dtype != torch.float32:
+        return (), ""
+    if given is None and there and size > LARGEST_WHOLE:
+        return (
+            (),
+            f"{source.name} takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too",
+        )
+    if given is None:
+        return there, ""
+    names = [] if given == "none" else given.split(",")
+    for name in names:
+        if name not in RUNTIMES:
+            raise UserError(f"--in {given}: {shown(name)} is not one of {', '.join(RUNTIMES)}, none")
+        if name not in there:
+            raise UserError(f"--in {given}: {name} has nothing to load; give {RUNTIMES[name]} DIR")
+        if dtype != torch.float32:
+            raise UserError(f"--in {given}: {name} computes in fp32, so --dtype bf16 cannot be compared with it")
+    return tuple(names), ""
 
 
 def verify_export(
@@ -96,61 +106,61 @@ def verify_export(
     *,
     merged: Path | None = None,
     peft: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    inside: str | None = None,
     progress: bool = False,
-) -> list[LogitComparison]:
-    """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter, all in fp32.
+) -> Verification:
+    """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter.
 
-    It holds one fp32 model at a time. The caller checks whether `source` is the adapter's base.
+    It holds one layer at a time, except in `RUNTIMES`. The caller checks whether `source` is the adapter's base.
+
+    Args:
+        dtype: of our own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
+        inside: the value of --in, see `choose_runtimes`.
 
     Raises:
         UserError: a folder does not load or has another shape, or PEFT is needed and not installed.
     """
+    if peft is not None and dtype != torch.float32:
+        raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
+    runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
-    if peft is not None:
-        _check_peft(peft, source)
+    imported = None if peft is None else _read_peft(peft, source)
+    if imported is not None and "peft" in runtimes:
+        require_peft()
+    bits = None if merged is None else compare_merged(source, adapter, merged, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
-    count = 1 + (merged is not None) + (peft is not None)
-    bar = tqdm(total=count, desc="verify", unit="model", disable=not progress, leave=False)
-    results, rounded = [], None
-    with torch.no_grad(), bar:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        model = load_model(source, adapter, dtype=torch.float32, progress=progress)
-        native = model.predict(tokens, positions)
-        trained, model.adapter = model.adapter, None
-        results.append(compare_logits("base without adapter", native, model.predict(tokens, positions), "different"))
-        if any(dtype.itemsize < 4 for dtype in stored.values()):
-            _fold_and_round(model, adapter, source, stored)
-            rounded = model.predict(tokens, positions)
-        del model, trained
-        bar.update()
+    rounds = any(kind.itemsize < 4 for kind in (dtype, *stored.values()))
+    with ExitStack() as opened:
+        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape))
+        models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
         if merged is not None:
-            logits = _transformers_logits(merged, tokens)
-            if rounded is None:
-                results.append(compare_logits("merged, in transformers", native, logits, "equal"))
-            else:
-                results.append(compare_logits("merged, in transformers", native, logits, "rounded"))
-                results.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
-            bar.update()
-        if peft is not None:
-            from peft import PeftModel
+            if rounds:
+                models.append(Weights(_rounded(base, source, adapter, stored), {"rounded": None}))
+            written = opened.enter_context(BaseWeights(merged, source.shape))
+            models.append(Weights(written.read, {"merged": None}))
+        found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
+    native, rounded = found["native"], found.get("rounded")
+    rows = [compare_logits("base without adapter", native, found["plain"], "different")]
 
-            with_adapter = partial(PeftModel.from_pretrained, model_id=str(peft))
-            logits = _transformers_logits(source.weights_folder(), tokens, with_adapter)
-            results.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
-            bar.update()
-    return results
+    def compare_both(name: str, logits: torch.Tensor) -> None:
+        wanted: Wanted = "equal" if rounded is None else "rounded"
+        rows.append(compare_logits(name, native, logits, wanted))
+        if rounded is not None:
+            rows.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
 
-
-def format_comparisons(results: list[LogitComparison]) -> str:
-    """A table of comparisons, one per line under a heading."""
-    heading = f"{'logits against base + adapter':<30}{'max diff':>10}{'mean diff':>11}{'KL':>10}{'top-1':>8}  verdict"
-    lines = [
-        f"{row.name:<30}{row.largest:>10.1e}{row.mean:>11.1e}{row.divergence:>10.1e}{row.agreement:>8.1%}  "
-        for row in results
-    ]
-    return "\n".join([heading, *(printable(line + row.verdict) for line, row in zip(lines, results, strict=True))])
+    if merged is not None:
+        compare_both("merged", found["merged"])
+        if "transformers" in runtimes:
+            compare_both("merged, in transformers", transformers_logits(merged, tokens))
+    if peft is not None:
+        rows.append(compare_logits("PEFT adapter", native, found["peft"], "equal"))
+        if "peft" in runtimes:
+            logits = peft_logits(source.weights_folder(), peft, tokens)
+            rows.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
+    return Verification(bits, tuple(rows), note)
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
@@ -168,61 +178,26 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     return types
 
 
-def _fold_and_round(
-    model: Stage, adapter: NativeAdapter, source: ModelSource, stored: Mapping[str, torch.dtype]
-) -> None:
-    """Add the update to the fused weights, and round every weight to the dtype in the merged folder."""
-    parameters = dict(model.named_parameters())
-    for rule, a, b in adapter.updates(source.shape):
-        parameters[rule.name].add_(b @ a)
-    for rule in weight_rules(source.shape):
-        blocks = parameters[rule.name].split(rule.spec.blocks, dim=rule.spec.dim or 0)
-        for name, block in zip(rule.hf_names, blocks, strict=True):
-            block.copy_(block.to(stored[name]))
+def _rounded(
+    base: BaseWeights, source: ModelSource, adapter: NativeAdapter, stored: Mapping[str, torch.dtype]
+) -> ReadRows:
+    """Reads rows of base + adapter, added in fp32 and rounded to the dtypes in the merged folder."""
+    factors = stored_factors(adapter, source.shape)
+    of_tensor = lru_cache(maxsize=1)(lambda name: factors[name]())
+
+    def read(name: str, rows: slice) -> torch.Tensor:
+        values = base.read(name, rows)
+        if name not in factors:
+            return values.to(stored[name])
+        a, b = of_tensor(name)
+        return merged_rows(values, a, b[rows], stored[name])
+
+    return read
 
 
-def _check_peft(folder: Path, source: ModelSource) -> None:
-    """Raise UserError if PEFT is not installed, or if this package would not read the adapter itself."""
+def _read_peft(folder: Path, source: ModelSource) -> NativeAdapter:
+    """The PEFT adapter in `folder` as this package reads it. Raises UserError if it does not."""
     content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
     if "peft_type" not in content:
         raise UserError(f"{folder}: this is not a PEFT adapter; make one with tools/export_peft.py")
-    load_peft_adapter(folder, source)
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
-
-
-def _transformers_logits(
-    folder: Path, tokens: torch.Tensor, wrap: Callable[[Any], Any] = lambda model: model
-) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    with _quiet_transformers():
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
-            )
-            model = wrap(loaded).eval()
-        except Exception as error:  # of many types; whatever it is, users of transformers could not load it either
-            raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
-    logits: torch.Tensor = model(tokens).logits
-    return logits
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Disable transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    return load_peft_adapter(folder, source)

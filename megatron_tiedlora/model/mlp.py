@@ -109,7 +109,7 @@ class _SwiGlu(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, root, gate_up, ax, down_ax, a, f, down_a, down_f, *parameters = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # gate and up are freed below, before the last matmuls
+        ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
         needs, of_down = _needs(ctx)
         step: _Step = ctx.step
         if step.recomputes and hidden is not None:
@@ -119,6 +119,9 @@ class _SwiGlu(torch.autograd.Function):
             grad_z.flatten(0, -2), gated, down_ax, step.down, down_a, down_f, of_down, ctx.wide
         )
         del gated
+        if step.gate_up.tensor_parallel.sequence_parts > 1:
+            # It was gathered for this function alone, but autograd would hold all of its d numbers per token.
+            grad_z.untyped_storage().resize_(0)
         found: tuple[torch.Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
             grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)

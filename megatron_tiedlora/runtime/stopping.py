@@ -110,6 +110,18 @@ class StopRequests:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """`install` within the block. After a stop, signals stay ignored."""
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.install()
+        try:
+            yield
+        finally:
+            if not self._stopping:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = self._signal or number
         if not self._deferred and not self._stopping:

@@ -12,7 +12,7 @@ from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.convert.verify import format_comparisons, verify_export
+from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine import all_open
 from megatron_tiedlora.evaluation.scores import Score
@@ -147,12 +147,11 @@ def export(trainer: Trainer) -> list[str]:
         return []
     discard(merged, guard=folder.guard)
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
-    results = verify_export(source, adapter, merged=merged, peft=peft)
-    table = format_comparisons(results)
-    if not all(row.passed for row in results):
-        print(table)
+    found = verify_export(source, adapter, merged=merged, peft=peft)
+    if not found.passed:
+        print(found.report())
         raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
-    return ["", *table.split("\n")]
+    return ["", *found.report().split("\n")]
 
 
 def next_steps(trainer: Trainer) -> list[str]:

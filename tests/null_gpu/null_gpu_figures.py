@@ -39,6 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "4 layers of 7B, documents of 16 tokens": {"num_layers": 4, "packing": True, "lengths": [16, 16]},
     "the same in fp32": {"num_layers": 4, "packing": True, "lengths": [16, 16], "dtype": "fp32"},
     "4 layers of 70B, tensor 8": FOUR,
+    "the same with all targets": {**FOUR, "targets": "all"},
     "8 layers of 70B, tensor 8, first of two stages": {**TWO_STAGES, "lengths": [4096, 4096]},
     "4 layers of 7B, deterministic": {"num_layers": 4, "deterministic": True, "packing": True, "lengths": [512, 512]},
     "4 layers of 7B, data 8, ZeRO-2": {"num_layers": 4, "world_size": 8, "zero": "zero2.json"},

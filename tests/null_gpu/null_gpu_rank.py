@@ -47,6 +47,7 @@ class Order:
     model: str = "llama2-7b"
     num_layers: int | None = None
     method: str = "tl6"
+    targets: str = "qkv"
     rank: int = 8
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -130,6 +131,7 @@ def _built(order: Order, device: torch.device) -> Any:
             "task": "demo",
             "model": order.model,
             "method": order.method,
+            "targets": order.targets,
             "rank": order.rank,
             "dtype": order.dtype,
             "deterministic": order.deterministic,

@@ -22,7 +22,7 @@ from megatron_tiedlora.cluster import watch
 from megatron_tiedlora.cluster.doctor.records import DoctorReport, Finding, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.doctor.text import report_text
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
+from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
 from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.study.jobs import StudyJob, run_jobs
 from megatron_tiedlora.study.scores import read_study
@@ -55,13 +55,13 @@ PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
     ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
-    ("megatron_tiedlora/training/finish.py", "export"),  # format_comparisons
+    ("megatron_tiedlora/training/finish.py", "export"),  # Verification.report
     ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
     ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
     ("megatron_tiedlora/cluster/job_processes.py", "main"),
     ("launch/doctor.py", "main"),  # report_text, JSON
     ("launch/train.py", "main"),  # dry_run_report
-    ("tools/verify_export.py", "main"),  # format_comparisons
+    ("tools/verify_export.py", "main"),  # Verification.report
 }
 WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
 

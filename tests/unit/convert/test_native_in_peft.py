@@ -156,9 +156,7 @@ def flip_lowest_bit(tensor: torch.Tensor) -> None:
 CHANGES: dict[str, Callable[[Path], None]] = {
     "one bit of A": lambda folder: change_tensor(folder, "1.mlp.up_proj.lora_A.weight", flip_lowest_bit),
     "one bit of B": lambda folder: change_tensor(folder, "2.mlp.down_proj.lora_B.weight", flip_lowest_bit),
-    "padding": lambda folder: change_tensor(
-        folder, "0.self_attn.k_proj.lora_A.weight", lambda a: a[-1].fill_(0.1)
-    ),
+    "padding": lambda folder: change_tensor(folder, "0.self_attn.k_proj.lora_A.weight", lambda a: a[-1].fill_(0.1)),
     "alpha": lambda folder: change_field(folder, lora_alpha=16),
     "rslora": lambda folder: change_field(folder, use_rslora=True),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.convert.verify import Verification
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training import finish
@@ -35,7 +36,7 @@ def test_a_run_merges_where_its_task_says_so(
     called: list[str] = []
     for name in ("plot_losses", "load_adapter", "export_peft", "merge_adapter"):
         monkeypatch.setattr(finish, name, lambda *_, name=name, **__: called.append(name))
-    monkeypatch.setattr(finish, "verify_export", lambda *_, **__: [])
+    monkeypatch.setattr(finish, "verify_export", lambda *_, **__: Verification(None, ()))
     trainer: Any = SimpleNamespace(
         stop=StopRequests(),
         folder=RunFolder(tmp_path),

@@ -1,0 +1,218 @@
+"""Merges that are ended by signals: the output is there whole or not at all, SIGTERM and Ctrl-C leave nothing behind.
+
+After SIGKILL the same command keeps the files that are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+from native_files import with_adapter, write_native
+from run_helpers import Ended, World, run_ranks, start_ranks
+from run_preludes import before_call, kill_at_call
+from tiny_models import write_tiny_model
+from wide_models import write_wide_adapter, write_wide_model
+
+from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint.checksums import file_sha256
+from megatron_tiedlora.convert.merge_journal import JOURNAL
+
+MERGE = ROOT / "tools" / "merge_adapter.py"
+FILE, LOG, COMMAND = (f"megatron_tiedlora.convert.{name}" for name in ("merged_file", "merge_journal", "merge"))
+Prelude = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder with model/, adapter/ and whole/, an undisturbed merge; `output` and `work` are for others."""
+
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "merged"
+
+    def start(self, output: Path | None = None, prelude: Prelude | None = None) -> World:
+        words = [f"--adapter={self.folder / 'adapter'}", f"--output={output or self.output}"]
+        return start_ranks(words, folder=self.folder / "work", script=MERGE, prelude=prelude)
+
+    def merge(self, output: Path | None = None, prelude: Prelude | None = None) -> Ended:
+        return self.start(output, prelude).wait()
+
+    def hidden(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.name.startswith(".")]
+
+    def whole_files(self) -> dict[str, int]:
+        """The files that a killed merge has noted as whole, with their inodes."""
+        found = {}
+        for journal in self.folder.glob(f".merged.partial/.writing-*/{JOURNAL}"):
+            found = {name: (journal.parent / name).stat().st_ino for name in json.loads(journal.read_text())["whole"]}
+        return found
+
+    def check_output(self) -> None:
+        """That the output has the bytes of an undisturbed merge, and nothing else is left."""
+        assert sums(self.output) == sums(self.folder / "whole") and not self.hidden()
+
+    def inodes(self) -> dict[str, int]:
+        return {file.name: file.stat().st_ino for file in self.output.iterdir()}
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {file.name: file_sha256(file) for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("tiny")
+    model = write_tiny_model(folder / "model", max_shard_size="30KB")
+    write_native(folder / "adapter", model, with_adapter(model, "tl6", targets=TARGET_NAMES)[2])
+    case = Case(folder)
+    case.merge(folder / "whole").expect(0)
+    assert len(list((folder / "whole").glob("*.safetensors"))) > 4
+    return case
+
+
+@pytest.fixture
+def case(tiny: Case) -> Case:
+    """Without an output."""
+    shutil.rmtree(tiny.output, ignore_errors=True)
+    return tiny
+
+
+def check_stopped(ended: Ended, number: signal.Signals, output: Path) -> None:
+    ended.expect(128 + number)
+    bars, _, line = ended.errors[0].rstrip("\n").rpartition("\n")
+    assert line.rpartition("\r")[2] == f"stopped by {number.name}: {output} was not written"
+    assert all(part.lstrip("\r").startswith("merge:") for part in bars.splitlines() if part.strip()), bars
+
+
+WITHIN = {  # where the signal comes: (module, name, call)
+    "before the first byte": (COMMAND, "side_files", 1),
+    "as the folder is taken": ("megatron_tiedlora.base.output_folder", "take_folder", 1),
+    "in the second file": (FILE, "MergedFile.write", 2),
+    "in a tensor": (FILE, "_write", 9),
+    "in the journal": (LOG, "write_json", 3),
+}
+
+
+@pytest.mark.parametrize("moment", WITHIN)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(case: Case, moment: str, number: signal.Signals) -> None:
+    module, name, call = WITHIN[moment]
+    ended = case.merge(prelude=partial(kill_at_call, module, name, call=call, number=number))
+    check_stopped(ended, number, case.output)
+    assert not case.output.exists() and not case.hidden()
+
+
+def test_a_merge_that_is_as_good_as_done_ends_well(case: Case) -> None:
+    """The signal comes as the output gets its name."""
+    prelude = partial(kill_at_call, "megatron_tiedlora.base.atomic", "_put_in_place", number=signal.SIGTERM)
+    case.merge(prelude=prelude).expect(0)
+    case.check_output()
+
+
+KILLS = {  # (module, name, call), and how many files are whole then
+    "in the third file": (FILE, "MergedFile.write", 3, 2),
+    "before the third is noted": (LOG, "MergeJournal.add", 3, 2),
+    "before the journal goes": (LOG, "MergeJournal.close", 1, None),
+    "before the output gets its name": ("megatron_tiedlora.base.atomic", "_put_in_place", 1, 0),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_after_a_kill_the_same_command_goes_on(case: Case, moment: str) -> None:
+    module, name, call, count = KILLS[moment]
+    case.merge(prelude=partial(kill_at_call, module, name, call=call)).expect(-signal.SIGKILL)
+    assert not case.output.exists() and [path.name for path in case.hidden()] == [".merged.partial"]
+    kept = case.whole_files()
+    assert len(kept) == (len(list((case.folder / "whole").glob("*.safetensors"))) if count is None else count)
+    case.merge().expect(0)
+    case.check_output()
+    assert kept.items() <= case.inodes().items()
+
+
+def test_the_files_of_a_merge_that_was_taken_over_while_it_slept(case: Case) -> None:
+    """It is suspended in a file, and another goes on with the whole ones. What it writes when it wakes up is lost."""
+    old = case.start(prelude=partial(kill_at_call, FILE, "_write", call=12, number=signal.SIGSTOP))
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{old.processes[0].pid}/stat").read_text().split(")")[1].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kept = case.whole_files()
+    words = [f"--adapter={case.folder / 'adapter'}", f"--output={case.output}"]
+    refused = run_ranks(words, folder=case.folder / "work", script=MERGE).expect(2).error_line()
+    assert f"(process {old.processes[0].pid}) since" in refused
+    run_ranks([*words, "--take_over"], folder=case.folder / "work", script=MERGE).expect(0)
+    old.signal(signal.SIGCONT)
+    line = old.wait().expect(2).error_line()
+    assert "was removed" in line or "cannot be written" in line
+    case.check_output()
+    assert kept and kept.items() <= case.inodes().items()
+
+
+# At random moments ---------------------------------------------------------------------------------------------------
+
+
+def slow_blocks() -> None:
+    before_call(FILE, "_write", lambda *_: time.sleep(0.003))
+
+
+def test_random_moments(case: Case) -> None:
+    end_at_random(case, kills=2, seconds=0.3, prelude=slow_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_random_moments_of_each_signal(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 4096, "num_attention_heads": 32, "vocab_size": 256}
+    write_wide_model(tmp_path / "model", file_bytes=200 * 10**6, num_hidden_layers=8, **sizes)
+    write_wide_adapter(tmp_path / "adapter", tmp_path / "model", TARGET_NAMES)
+    case = Case(tmp_path)
+    started = time.monotonic()
+    case.merge(tmp_path / "whole").expect(0)
+    end_at_random(case, kills=20, seconds=time.monotonic() - started)
+
+
+def end_at_random(case: Case, *, kills: int, seconds: float, prelude: Prelude | None = None) -> None:
+    """End merges by SIGTERM and by SIGKILL, `kills` times each, within `seconds` after they have begun to write."""
+    draw, figures = random.Random(18), {"kept": 0, "ended": 0}
+    for number in [signal.SIGTERM, signal.SIGKILL] * kills:
+        shutil.rmtree(case.output, ignore_errors=True)
+        world = case.start(prelude=prelude)
+        while not case.hidden() and world.processes[0].exitcode is None:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, seconds))
+        if world.processes[0].exitcode is None:
+            os.kill(world.processes[0].pid, number)
+        ended = world.wait()
+        if ended.status == 0:  # it was over, or as good as
+            case.check_output()
+            continue
+        figures["ended"] += 1
+        assert not case.output.exists() or sums(case.output) == sums(case.folder / "whole")
+        if number == signal.SIGTERM:
+            check_stopped(ended, number, case.output)
+            assert not case.output.exists() and not case.hidden()
+            continue
+        ended.expect(-signal.SIGKILL)
+        kept = case.whole_files()
+        figures["kept"] += len(kept)
+        if case.output.exists():
+            assert not kept
+        else:
+            case.merge().expect(0)
+            assert kept.items() <= case.inodes().items()
+        case.check_output()
+    print(f"\n{figures['ended']} of {2 * kills} merges were ended; {figures['kept']} whole files were kept")
+    assert figures["ended"] > kills and figures["kept"] > kills

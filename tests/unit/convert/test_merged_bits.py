@@ -1,0 +1,224 @@
+"""The files of a merged folder against base and adapter, bit by bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flipped_bits import file_of, flip_bit
+from native_files import with_adapter
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert import merged_rows as merged_rows_module
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.merged_bits import compare_merged
+from megatron_tiedlora.convert.merged_rows import row_blocks
+
+ALL = ("qkv", "o_proj", "gate_up", "down_proj")
+WITH_ZERO = "model.layers.1.mlp.gate_proj.weight"
+DTYPES = {"stored": None, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Blocks of 64 rows, so that the tiny model's larger tensors have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged_rows_module, "BLOCK_ELEMENTS", 64 * 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in bf16, in several files, with more rows in some tensors than a block has, and one zero."""
+    folder = tmp_path_factory.mktemp("base")
+    shape = {"intermediate_size": 150, "vocab_size": 330}
+    write_tiny_model(folder, dtype=torch.bfloat16, max_shard_size="20KB", tokenizer=False, **shape)
+    weight = load_file(file_of(folder, WITH_ZERO))[WITH_ZERO]
+    weight[1, 0] = 0.0
+    rewrite(file_of(folder, WITH_ZERO), WITH_ZERO, weight)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(base: Path) -> tuple[ModelSource, NativeAdapter]:
+    """The base, and an adapter of all four targets in the first and the last of its three layers."""
+    return with_adapter(base, "tl6", layers=(1, 3), targets=ALL)[:2]
+
+
+@pytest.fixture(scope="module")
+def exported(inputs: tuple[ModelSource, NativeAdapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a merged folder for each of DTYPES."""
+    root = tmp_path_factory.mktemp("exported")
+    for name, dtype in DTYPES.items():
+        merge_adapter(*inputs, root / name, dtype=dtype)
+    return root
+
+
+def differences(inputs: tuple[ModelSource, NativeAdapter], merged: Path) -> tuple[str, ...]:
+    return compare_merged(*inputs, merged).differences
+
+
+def rewrite(file: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Put another tensor, or none, in the place of one in a file."""
+    tensors = load_file(file)
+    tensors.pop(name, None)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_merge_has_the_bits_that_it_must_have(
+    inputs: tuple[ModelSource, NativeAdapter], exported: Path, kind: str
+) -> None:
+    found = compare_merged(*inputs, exported / kind)
+    assert (found.touched, found.untouched, found.differences) == (2 * 7, 3 * 9 + 3 - 2 * 7, ())
+    assert found.lines() == ["merged files, bit by bit: 14 tensors with the adapter, 16 as in the base  ok"]
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_bits_are_those_of_whole_matrices(
+    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path, kind: str
+) -> None:
+    """The same folder, written here with no loop over rows: W in fp32 plus B' A', cast once."""
+    source, adapter = inputs
+    folder = shutil.copytree(exported / kind, tmp_path / "merged")
+    updates = {
+        part.name: b[start : start + part.size] @ a
+        for rule, a, b in adapter.updates(source.shape)
+        for part, start in zip(rule.parts, (0, rule.parts[0].size, sum(p.size for p in rule.parts[:2])), strict=False)
+    }
+    assert len(updates) == 14
+    for file in folder.glob("*.safetensors"):
+        tensors = {}
+        for name, tensor in load_file(file).items():
+            weight = load_file(file_of(base, name))[name]
+            tensors[name] = (weight.float() + updates.get(name, 0.0)).to(tensor.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert differences(inputs, folder) == ()
+
+
+ONE_BIT = {  # a tensor, and a row in it
+    "touched": ("model.layers.0.self_attn.k_proj.weight", 15),
+    "touched, second block": ("model.layers.2.mlp.up_proj.weight", 149),
+    "touched, a row target": ("model.layers.2.mlp.down_proj.weight", 3),
+    "a layer without the adapter": ("model.layers.1.self_attn.q_proj.weight", 31),
+    "embedding": ("model.embed_tokens.weight", 200),
+    "head": ("lm_head.weight", 329),
+    "norm": ("model.layers.0.input_layernorm.weight", 7),
+}
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("case", ONE_BIT)
+def test_one_flipped_bit_is_found_and_its_tensor_named(
+    inputs: tuple[ModelSource, NativeAdapter], exported: Path, tmp_path: Path, kind: str, case: str
+) -> None:
+    folder = shutil.copytree(exported / kind, tmp_path / "merged")
+    name, row = ONE_BIT[case]
+    file = file_of(folder, name)
+    flip_bit(file, name, row=row, column=0 if case == "norm" else 5)
+    like = "base + adapter" if case.startswith("touched") else "the base"
+    wanted = f"differs from {like} in 1 value, first in row {row}, by up to 1 unit in the last place"
+    assert differences(inputs, folder) == (f"{file}: {name} {wanted}",)
+
+
+def test_the_highest_bit_counts_too(inputs: tuple[ModelSource, NativeAdapter], exported: Path, tmp_path: Path) -> None:
+    """0 and -0 are equal as numbers."""
+    folder = shutil.copytree(exported / "stored", tmp_path / "merged")
+    flip_bit(file_of(folder, WITH_ZERO), WITH_ZERO, row=1, bit=15)
+    (found,) = differences(inputs, folder)
+    assert f"{WITH_ZERO} differs from the base in 1 value, first in row 1, " in found
+
+
+@pytest.mark.parametrize("damage", ["no update", "swapped", "another dtype", "another tensor", "stale file"])
+def test_what_else_is_found(
+    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = shutil.copytree(exported / "stored", tmp_path / "merged")
+    name = "model.layers.0.self_attn.v_proj.weight"
+    file = file_of(folder, name)
+    if damage == "no update":
+        rewrite(file, name, load_file(file_of(base, name))[name])
+        wanted = f"{name} differs from base + adapter in "
+    elif damage == "swapped":  # rows of the update, in the order of another head
+        rewrite(file, name, load_file(file)[name].roll(8, 0))
+        wanted = f"{name} differs from base + adapter in "
+    elif damage == "another dtype":
+        rewrite(file, name, load_file(file)[name].float())
+        wanted = f"{name} is F32, not BF16"
+    elif damage == "another tensor":
+        rewrite(file, "extra\n\x1b", torch.ones(3))
+        wanted = r"extra\n\x1b is not in the base"
+    else:  # the base's file, under the same name
+        shutil.copyfile(file_of(base, name), file)
+        wanted = "differs from base + adapter"
+    found = differences(inputs, folder)
+    assert found and all(line.startswith(f"{file}: ") and wanted in line for line in found), found
+
+
+def test_a_tensor_that_is_not_cast_as_the_others_is_named(
+    inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exported / "fp32", tmp_path / "merged")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    file = file_of(folder, name)
+    rewrite(file, name, load_file(file_of(base, name))[name])
+    assert differences(inputs, folder) == (f"{file}: {name} is BF16, not F32",)
+
+
+def test_a_copy_of_a_tied_head_is_compared_where_there_is_one(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", tied=True, tokenizer=False)
+    file = base / "model.safetensors"
+    rewrite(file, "lm_head.weight", load_file(file)["model.embed_tokens.weight"].clone())
+    inputs = with_adapter(base, "tl5")[:2]
+    merge_adapter(*inputs, tmp_path / "merged", dtype=torch.bfloat16)
+    head = load_file(file)["lm_head.weight"]
+    for copy in (None, head, head.bfloat16()):  # left out, as in the base, or cast with the others
+        rewrite(tmp_path / "merged/model.safetensors", "lm_head.weight", copy)
+        assert differences(inputs, tmp_path / "merged") == ()
+    rewrite(tmp_path / "merged/model.safetensors", "lm_head.weight", head.half())
+    (found,) = differences(inputs, tmp_path / "merged")
+    assert "lm_head.weight is F16, not BF16" in found
+
+
+def test_a_fused_stored_tensor(tmp_path: Path) -> None:
+    """Phi-3 stores q, k and v as one tensor, and gate and up as one."""
+    base = write_tiny_model(tmp_path / "base", family="phi3", tokenizer=False)
+    inputs = with_adapter(base, "lora", targets=("qkv", "gate_up"))[:2]
+    merge_adapter(*inputs, tmp_path / "merged")
+    assert compare_merged(*inputs, tmp_path / "merged").touched == 6 and not differences(inputs, tmp_path / "merged")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    flip_bit(tmp_path / "merged/model.safetensors", name, row=50)
+    (found,) = differences(inputs, tmp_path / "merged")
+    assert f"{name} differs from base + adapter in 1 value, first in row 50, " in found
+
+
+def test_many_differences_are_cut_short(inputs: tuple[ModelSource, NativeAdapter], base: Path, exported: Path) -> None:
+    """The base itself in the place of the merged folder: every touched tensor differs."""
+    found = compare_merged(*inputs, base)
+    assert len(found.differences) == 14
+    lines = found.lines()
+    assert lines[0].endswith("FAILED: 14 differ") and len(lines) == 10 and lines[-1] == "  and 6 more"
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (64,), (65, 32), (127, 32), (128, 32), (129, 32), (330, 32), (300, 7, 2), (0, 4)]
+)
+def test_blocks_cover_all_rows_and_none_is_small(shape: tuple[int, ...]) -> None:
+    blocks = list(row_blocks(shape))
+    assert [row for block in blocks for row in range(shape[0])[block]] == list(range(shape[0]))
+    assert all(block.stop - block.start >= min(16, shape[0]) for block in blocks)
+    assert len(blocks) > 1 or shape[0] < 80
+
+
+def test_the_bar_counts_bytes(
+    inputs: tuple[ModelSource, NativeAdapter], exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_merged(*inputs, exported / "fp32", progress=True)
+    shown = capsys.readouterr().err
+    assert "merged files" in shown and "/295k" in shown and "B/s" in shown  # the size of the tensors
