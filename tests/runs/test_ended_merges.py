@@ -169,7 +169,7 @@ def slow_blocks() -> None:
 
 
 def test_random_moments(case: Case) -> None:
-    end_at_random(case, kills=2, seconds=0.3, prelude=slow_blocks)
+    end_at_random(case, kills=2, prelude=slow_blocks)
 
 
 @pytest.mark.slow
@@ -179,40 +179,55 @@ def test_twenty_random_moments_of_each_signal(tmp_path: Path) -> None:
     write_wide_model(tmp_path / "model", file_bytes=200 * 10**6, num_hidden_layers=8, **sizes)
     write_wide_adapter(tmp_path / "adapter", tmp_path / "model", TARGET_NAMES)
     case = Case(tmp_path)
-    started = time.monotonic()
     case.merge(tmp_path / "whole").expect(0)
-    end_at_random(case, kills=20, seconds=time.monotonic() - started)
+    print(f"\n{end_at_random(case, kills=20)} whole files were kept")
 
 
-def end_at_random(case: Case, *, kills: int, seconds: float, prelude: Prelude | None = None) -> None:
-    """End merges by SIGTERM and by SIGKILL, `kills` times each, within `seconds` after they have begun to write."""
-    draw, figures = random.Random(18), {"kept": 0, "ended": 0}
+def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> int:
+    """End merges by SIGTERM and by SIGKILL, `kills` times each, at random moments of the time in which they write.
+
+    Returns:
+        how many files the merges after SIGKILL have kept.
+    """
+    world = start_writing(case, prelude)
+    started = time.monotonic()
+    world.wait().expect(0)
+    seconds, draw, kept = time.monotonic() - started, random.Random(18), 0
     for number in [signal.SIGTERM, signal.SIGKILL] * kills:
-        shutil.rmtree(case.output, ignore_errors=True)
-        world = case.start(prelude=prelude)
-        while not case.hidden() and world.processes[0].exitcode is None:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, seconds))
-        if world.processes[0].exitcode is None:
-            os.kill(world.processes[0].pid, number)
-        ended = world.wait()
-        if ended.status == 0:  # it was over, or as good as
-            case.check_output()
-            continue
-        figures["ended"] += 1
-        assert not case.output.exists() or sums(case.output) == sums(case.folder / "whole")
+        ended = end_within(case, prelude, number, lambda: draw.uniform(0, seconds))
         if number == signal.SIGTERM:
             check_stopped(ended, number, case.output)
             assert not case.output.exists() and not case.hidden()
             continue
         ended.expect(-signal.SIGKILL)
-        kept = case.whole_files()
-        figures["kept"] += len(kept)
-        if case.output.exists():
-            assert not kept
-        else:
-            case.merge().expect(0)
-            assert kept.items() <= case.inodes().items()
+        whole = case.whole_files()
+        kept += len(whole)
+        if case.output.exists():  # it came between the output's name and the end
+            assert not whole and sums(case.output) == sums(case.folder / "whole")
+            shutil.rmtree(case.output)
+        case.merge().expect(0)
         case.check_output()
-    print(f"\n{figures['ended']} of {2 * kills} merges were ended; {figures['kept']} whole files were kept")
-    assert figures["ended"] > kills and figures["kept"] > kills
+        assert whole.items() <= case.inodes().items()
+    assert kept > kills
+    return kept
+
+
+def start_writing(case: Case, prelude: Prelude | None) -> World:
+    """Start a merge and wait until it has its hidden folder, or is over."""
+    shutil.rmtree(case.output, ignore_errors=True)
+    world = case.start(prelude=prelude)
+    while not case.hidden() and world.processes[0].exitcode is None:
+        time.sleep(0.001)
+    return world
+
+
+def end_within(case: Case, prelude: Prelude | None, number: int, delay: Callable[[], float]) -> Ended:
+    """Signal a merge after a delay. One that was over before, or as good as, is started again."""
+    while True:
+        world = start_writing(case, prelude)
+        time.sleep(delay())
+        if world.processes[0].exitcode is None:
+            os.kill(world.processes[0].pid, number)
+        if (ended := world.wait()).status != 0:
+            return ended
+        case.check_output()
