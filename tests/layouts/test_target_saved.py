@@ -23,7 +23,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.memory import saved_bytes
+from megatron_tiedlora.planning.saved import saved_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 
 pytestmark = pytest.mark.distributed

@@ -157,6 +157,7 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--layers=0,1"], ["--layers 0,1", "count from 1"]),
         (["--targets=qkv,oproj"], ["--targets", "'oproj' is unknown (did you mean o_proj?)", "or all"]),
         (["--targets="], ["--targets is empty", "o_proj"]),
+        (["--targets=q_proj"], ["'q_proj' is unknown (part of qkv)"]),
         (["--layers=2,2"], ["--layers 2,2"]),
         (["--layers=3,1"], ["--layers 3,1", "ascending"]),
         (["--layers=a"], ["--layers"]),

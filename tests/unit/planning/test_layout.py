@@ -17,7 +17,8 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
-from megatron_tiedlora.planning.memory import stage_memory, token_bytes
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
 
