@@ -231,9 +231,11 @@ class _StandIns(torch.autograd.Function):
     def forward(
         ctx: Any, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float, num_layers: int
     ) -> tuple[torch.Tensor, ...]:
+        needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
+        used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
         # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
-        ctx.save_for_backward(*(None if tensor is None else tensor.detach() for tensor in (b, u, v)))
-        ctx.scale = scale
+        ctx.save_for_backward(*(tensor.detach() if tensor is not None and needed else None for tensor, needed in used))
+        ctx.scale, ctx.tied = scale, b.ndim == 2
         return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
 
     @staticmethod
@@ -245,7 +247,7 @@ class _StandIns(torch.autograd.Function):
         grad_b = grad_u = grad_v = None
         if needs_b:
             grad_b = _fold(grad_f, u, v, ctx.scale)
-            grad_b = grad_b if b.ndim == grad_b.ndim else grad_b.sum(0)  # tied: one B for all layers
+            grad_b = grad_b.sum(0) if ctx.tied else grad_b  # tied: one B for all layers
         if needs_u:
             grad_u = (_fold(grad_f, None, v, ctx.scale) * b).sum(-2)
         if needs_v:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from megatron_tiedlora.base.errors import UserError, as_given, shown
-from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
@@ -181,6 +181,8 @@ def comma_separated(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+# Names that PEFT's users know, and the target that they are part of.
+_FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
 
 
@@ -190,15 +192,15 @@ def parse_targets(value: Any) -> Any:
     Raises:
         ValueError: a name is unknown, or there is none.
     """
-    if isinstance(value, str) and value.strip().lower() == "all":
-        return TARGET_NAMES
     names = comma_separated(value)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return names
+    if any(name.strip().lower() == "all" for name in names):
+        return TARGET_NAMES
     for name in names:
         if name not in TARGET_NAMES:
-            known = f"{', '.join(TARGET_NAMES)}, or all"
-            raise ValueError(f"--targets: {shown(name)} is unknown{nearest_name(name, TARGET_NAMES)}; known: {known}")
+            hint = f" (part of {_FUSED[name]})" if name in _FUSED else nearest_name(name, TARGET_NAMES)
+            raise ValueError(f"--targets: {shown(name)} is unknown{hint}; known: {', '.join(TARGET_NAMES)}, or all")
     if not names:
         raise ValueError(f"--targets is empty; give all, or some of {', '.join(TARGET_NAMES)}")
     return tuple(name for name in TARGET_NAMES if name in names)

@@ -85,9 +85,12 @@ class _SwiGlu(torch.autograd.Function):
         step: _Step,
     ) -> torch.Tensor:
         gate_up, root, ax = step.gate_up.forward(hidden, Parameters(norm, norm_bias, bias), a, f)
-        z, down_ax = addend(step.kernels.gate(as_rows(gate_up)), step.down, down_a, down_f)
         needs, of_down = _needs(ctx)
         reads_gate_up = of_down.x or of_down.a
+        gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
+        saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
+        del gate_up  # before the matmul, if it is not saved
+        z, down_ax = addend(gated, step.down, down_a, down_f)
         reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
         ctx.step = step
         stand_ins = (grad_a, grad_f, down_grad_a, down_grad_f)
@@ -95,12 +98,12 @@ class _SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(
             hidden if reads_hidden else None,
             root if (needs.x or needs.a) and not step.recomputes else None,
-            gate_up if reads_gate_up and not step.recomputes else None,
+            saved_gate_up,
             ax if needs.f else None,
             down_ax if of_down.f else None,
             *(a, f, down_a, down_f, norm, norm_bias, bias),
         )
-        return z.view(*gate_up.shape[:-1], -1)
+        return z.view(*shape, -1)
 
     @staticmethod
     @first_derivative_only

@@ -201,7 +201,7 @@ class Stage(nn.Module):
         return norm.new_empty(*shape, len(norm))
 
     def read_adapter(self) -> dict[int, LayerUpdate]:
-        """The updates of the stage's adapted layers, by layer. A trained A is gathered over the tensor group."""
+        """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered."""
         if self.adapter is None:
             return {}
         dtype = next(self.layers.parameters()).dtype

@@ -93,7 +93,6 @@ class _GatherTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
-        ctx.set_materialize_grads(True)
         gathered = all_gather(_end_to_end(tensors)[None], group, dim=0)
         parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
         return tuple(

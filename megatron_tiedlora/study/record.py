@@ -146,10 +146,8 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     for name in type(ours).model_fields:
         free = (LAYOUT_SETTINGS - _SAME_STUDY) | DECIDED_BY_SWEEP.keys()
         if name not in free and getattr(theirs, name) != getattr(ours, name):
-            raise UserError(
-                f"{where} --{name} {getattr(theirs, name)}, now it is {getattr(ours, name)}; give the same, or another"
-                " --output_dir"
-            )
+            before, after = (_as_flag(getattr(settings, name)) for settings in (theirs, ours))
+            raise UserError(f"{where} --{name} {before}, now it is {after}; give the same, or another --output_dir")
     if not folder.base.is_file():
         return
     found = read_base(folder)
@@ -164,6 +162,11 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
                 f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); restore the"
                 " former file, or give another --output_dir"
             )
+
+
+def _as_flag(value: Any) -> Any:
+    """A setting's value as the command line has it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:

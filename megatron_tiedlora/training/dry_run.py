@@ -21,8 +21,8 @@ from megatron_tiedlora.planning.memory import (
     micro_batches_in_flight,
     num_communicators,
     stage_memory,
-    token_bytes,
 )
+from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
 from megatron_tiedlora.training.init_from import start_lines
 from megatron_tiedlora.training.plan import RunPlan, plan_run

@@ -14,6 +14,7 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
@@ -261,6 +262,7 @@ def plan_run(
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
     """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values."""
+    saved = {"targets": [QKV], **saved}  # checkpoints of earlier versions adapt QKV alone and do not say so
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or (name not in saved and name != "init_from"):  # no old run had --init_from
             continue

@@ -241,6 +241,15 @@ def test_bad_input_is_one_line(folder: Path, more: tuple[str, ...], message: str
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_both_sides_adapt_the_targets(folder: Path) -> None:
+    for flags, modules in (((), "q_proj k_proj v_proj"), (("--targets=down_proj,o_proj",), "o_proj down_proj")):
+        settings = settings_of(folder, "--against=peft", *flags)
+        assert [target.name for target in make_plan(settings).adapter.targets] == list(settings.targets)
+        peft = make_sides(make_plan(settings), settings)[PADDED]().model
+        adapted = {name.split(".")[-1] for name, module in peft.named_modules() if hasattr(module, "lora_A")}
+        assert adapted == set(modules.split())
+
+
 def test_labels_of_a_row_by_hand() -> None:
     """The first token has none that counts."""
     rows = ((2, 1.0), (2, 0.5), (16, 0.5), (16, 1.0))

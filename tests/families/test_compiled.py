@@ -18,7 +18,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.memory import token_bytes
+from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 

@@ -20,7 +20,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.memory import token_bytes
+from megatron_tiedlora.planning.saved import token_bytes
 
 DTYPES, RECOMPUTES = (torch.float32, torch.bfloat16), ("none", "selective")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Grid:
             "global_batch_size": 8,
             "max_steps": STEPS,
             "eval_interval": SAVED,
+            "targets": "all",
             "learning_rate": 1e-3,
         }
 
@@ -134,9 +136,11 @@ def test_files_are_those_of_one_process(base: Base, runs: tuple[Path, Path], tmp
     run(base, tmp_path / "alone", **ALONE.settings, prelude=partial(kill_at_step, SAVED), expect=143)
     ours, alone = (folder / "checkpoints" / f"step_{SAVED}" for folder in (stopped, tmp_path / "alone"))
     assert_same_checkpoint(ours, alone)
-    moments = {f"{moment}.adapter.{factor}" for moment in ("exp_avg", "exp_avg_sq") for factor in "ABuv"}
-    assert {name.partition(":")[2] for name in tensors(ours)} == {*"ABuv", *moments}
-    d, o, r = 32, 6 * (8 + 4 + 4), 3
-    shapes = {"A": (r, d), "B": (o, r), "u": (5, r), "v": (5, o)}
-    assert all(tensor.shape == shapes[name[-1]] for name, tensor in tensors(ours).items())
+    prefixes = {"": (32, 6 * (8 + 4 + 4)), "o_proj.": (6 * 8, 32), "gate_up.": (32, 2 * 48), "down_proj.": (48, 32)}
+    shapes = {}
+    for prefix, (d, o) in prefixes.items():
+        full = {"A": (3, d), "B": (o, 3), "u": (5, 3), "v": (5, o)}
+        for factor, start in product(full, ("", "exp_avg.adapter.", "exp_avg_sq.adapter.")):
+            shapes[f"{start}{prefix}{factor}"] = full[factor]
+    assert {name.partition(":")[2]: tensor.shape for name, tensor in tensors(ours).items()} == shapes
     assert_went_on(resumed(base, tmp_path / "alone", tmp_path / "more", WRITER), whole)

@@ -35,7 +35,7 @@ from megatron_tiedlora.parallel.traffic import (
 )
 from megatron_tiedlora.planning import traffic as planned_traffic
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.memory import token_bytes
+from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes
 from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
 

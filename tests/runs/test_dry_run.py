@@ -266,7 +266,7 @@ def test_saved_bytes_are_those_of_a_real_block(base: Base, recompute: str) -> No
     from megatron_tiedlora.config.settings import make_settings
     from megatron_tiedlora.model.layer_specs import layer_specs
     from megatron_tiedlora.parallel.groups import TensorParallel
-    from megatron_tiedlora.planning.memory import token_bytes
+    from megatron_tiedlora.planning.saved import token_bytes
     from megatron_tiedlora.training.plan import plan_run
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}

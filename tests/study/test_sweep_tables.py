@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import paper, sweep
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, Shape, rate_text, single_layers
-from megatron_tiedlora.study.record import StudyFolder
+from megatron_tiedlora.study.record import StudyFolder, describe_base
 from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
 from megatron_tiedlora.study.tables import table2, tensors_text
 from megatron_tiedlora.study.text import table2_csv, table2_markdown, table3_csv, table3_markdown
@@ -265,6 +266,13 @@ def test_trained_parameters_with_grouped_queries() -> None:
     counts = {method: Point(method, 8).num_trained(every) for method in ("lora", "tl5", "tl6")}
     assert counts == {"lora": 87_818_240, "tl5": 1_097_728, "tl6": 7_817_728}
     assert Shape.of(shape_from_hf(PRESETS["llama2-70b"]), ("qkv",)) == shape
+
+
+def test_the_paper_has_figures_for_qkv_alone() -> None:
+    source: Any = SimpleNamespace(name="llama2-7b", shape=shape_from_hf(PRESETS["llama2-7b"]), base_hash="1")
+    for targets, model in ((("qkv",), "llama2-7b"), (TARGET_NAMES, None)):
+        record = describe_base(source, targets=targets, task="gsm8k", metric="accuracy", files=())
+        assert record.paper_model == model and record.shape.targets == targets
 
 
 def test_names_of_learning_rates() -> None:

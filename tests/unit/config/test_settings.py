@@ -110,11 +110,17 @@ def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("value", "targets"),
-    [("down_proj,qkv", ("qkv", "down_proj")), ("ALL", TARGET_NAMES), (" gate_up , gate_up ", ("gate_up",))],
+    [
+        ("down_proj,qkv", ("qkv", "down_proj")),
+        ("ALL", TARGET_NAMES),
+        (" gate_up , gate_up ", ("gate_up",)),
+        ("qkv,all", TARGET_NAMES),
+    ],
 )
 def test_targets(value: str, targets: tuple[str, ...]) -> None:
     assert parse_settings(["--targets", value], Settings).targets == targets
     assert parse_settings([], Settings).targets == ("qkv",)
+    assert "o_proj, gate_up, down_proj [qkv]" in " ".join(build_parser(Settings).format_help().split())
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,7 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--layers=0,1"], ["--layers 0,1", "count from 1"]),
         (["--targets=qkv,oproj"], ["--targets", "'oproj' is unknown (did you mean o_proj?)", "or all"]),
         (["--targets="], ["--targets is empty", "o_proj"]),
+        (["--targets=q_proj"], ["'q_proj' is unknown (part of qkv)"]),
         (["--layers=2,2"], ["--layers 2,2"]),
         (["--layers=3,1"], ["--layers 3,1", "ascending"]),
         (["--layers=a"], ["--layers"]),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
@@ -16,7 +17,8 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.traffic import WORLD
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout, check_layout, pays_to_compile
-from megatron_tiedlora.planning.memory import stage_memory, token_bytes
+from megatron_tiedlora.planning.memory import stage_memory
+from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import assumed_micro_batches, engine_bytes, step_traffic
 
@@ -97,6 +99,19 @@ def test_every_target_is_planned() -> None:
         for adapter, count in ((ADAPTER, qkv), (every, everything)):
             assert sum(replace(adapter, method=method).num_trained().values()) == count
     assert sum(every.num_trained().values()) == 7_817_728 and d + 2 * k == ADAPTER.targets[0].out_size
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", TARGET_NAMES)
+def test_factors_are_counted_once(name: str, recompute: str) -> None:
+    """In fp32 and at alpha = r they are the parameters; else F is a copy, of which all layers have the same."""
+    tied = replace(ADAPTER, method="tl5", targets=targets_of(SHAPE, (name,)))
+    changes = {"dtype": torch.float32, "recompute": recompute}
+    one, two = (
+        stage_memory(planned(1, 1, 1, adapter=replace(tied, alpha=alpha), **changes)[0], tokens=4096).activations
+        for alpha in (tied.rank, 2 * tied.rank)
+    )
+    assert two - one == 4 * tied.rank * tied.targets[0].out_size
 
 
 def test_a_layout_that_does_not_fit_is_rejected() -> None:

@@ -20,7 +20,7 @@ from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.planning.flops import step_flops
 from megatron_tiedlora.planning.layout import Layout
-from megatron_tiedlora.planning.memory import saved_bytes, token_bytes
+from megatron_tiedlora.planning.saved import saved_bytes, token_bytes
 from megatron_tiedlora.planning.stages import plan_stages
 
 RANK, ROWS, LENGTH, LAST = 5, 2, 96, 4
