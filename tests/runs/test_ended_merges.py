@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,8 +176,8 @@ def test_random_moments(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_random_moments_of_each_signal(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 4096, "intermediate_size": 4096, "num_attention_heads": 32, "vocab_size": 256}
-    write_wide_model(tmp_path / "model", file_bytes=200 * 10**6, num_hidden_layers=8, **sizes)
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 256}
+    write_wide_model(tmp_path / "model", file_bytes=80 * 10**6, num_hidden_layers=8, **sizes)
     write_wide_adapter(tmp_path / "adapter", tmp_path / "model", TARGET_NAMES)
     case = Case(tmp_path)
     case.merge(tmp_path / "whole").expect(0)
@@ -184,17 +185,14 @@ def test_twenty_random_moments_of_each_signal(tmp_path: Path) -> None:
 
 
 def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> int:
-    """End merges by SIGTERM and by SIGKILL, `kills` times each, at random moments of the time in which they write.
+    """End merges by SIGTERM and by SIGKILL, `kills` times each, as they have written a random part of their bytes.
 
     Returns:
         how many files the merges after SIGKILL have kept.
     """
-    world = start_writing(case, prelude)
-    started = time.monotonic()
-    world.wait().expect(0)
-    seconds, draw, kept = time.monotonic() - started, random.Random(18), 0
+    size, draw, kept = written(case.folder / "whole"), random.Random(18), 0
     for number in [signal.SIGTERM, signal.SIGKILL] * kills:
-        ended = end_within(case, prelude, number, lambda: draw.uniform(0, seconds))
+        ended = end_within(case, prelude, number, lambda: draw.uniform(0, size))
         if number == signal.SIGTERM:
             check_stopped(ended, number, case.output)
             assert not case.output.exists() and not case.hidden()
@@ -212,22 +210,26 @@ def end_at_random(case: Case, *, kills: int, prelude: Prelude | None = None) -> 
     return kept
 
 
-def start_writing(case: Case, prelude: Prelude | None) -> World:
-    """Start a merge and wait until it has its hidden folder, or is over."""
-    shutil.rmtree(case.output, ignore_errors=True)
-    world = case.start(prelude=prelude)
-    while not case.hidden() and world.processes[0].exitcode is None:
-        time.sleep(0.001)
-    return world
+def written(folder: Path) -> int:
+    """The bytes of files in a folder and its folders that are allocated; there may be none."""
+    total = 0
+    for file in folder.rglob("*.safetensors"):
+        with suppress(OSError):
+            total += file.stat().st_blocks * 512
+    return total
 
 
-def end_within(case: Case, prelude: Prelude | None, number: int, delay: Callable[[], float]) -> Ended:
-    """Signal a merge after a delay. One that was over before, or as good as, is started again."""
+def end_within(case: Case, prelude: Prelude | None, number: int, part: Callable[[], float]) -> Ended:
+    """Signal a merge that has written so many bytes. One that was over before, or as good as, is started again."""
     while True:
-        world = start_writing(case, prelude)
-        time.sleep(delay())
-        if world.processes[0].exitcode is None:
-            os.kill(world.processes[0].pid, number)
+        shutil.rmtree(case.output, ignore_errors=True)
+        world, wanted = case.start(prelude=prelude), part()
+        while world.processes[0].exitcode is None:
+            if case.hidden() and sum(map(written, case.hidden())) >= wanted:
+                with suppress(ProcessLookupError):
+                    os.kill(world.processes[0].pid, number)
+                break
+            time.sleep(0.001)
         if (ended := world.wait()).status != 0:
             return ended
         case.check_output()
