@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
 
 EXAMPLE = """\
 example:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     named = peft_base(source)
     show(f"exported {options.adapter} as LoRA of rank {rank} on {named}: {output}")
     show(serve_hint(output, named, rank, source.shape))
-    show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --peft {output}")
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {output}")
     return 0
 
 

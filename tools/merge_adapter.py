@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_tiedlora.base.errors import show
-from megatron_tiedlora.config.cli import CommandParser, run_command
+from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
 
 EXAMPLE = """\
 example:
@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
     show(f"merged {options.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
-    if opened.kind == "native":
-        show(f"check it with: python tools/verify_export.py --adapter {options.adapter} --merged {output}")
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {output}")
     return 0
 
 

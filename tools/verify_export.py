@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 
 EXAMPLE = """\
@@ -45,6 +45,8 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Check the exports; returns the exit status."""
     options = parser().parse_known_names(argv)
+    if options.merged is None and options.peft is None:
+        raise UserError("there is nothing to check; give --merged DIR, --peft DIR or both")
     # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.checkpoint.load_model import DTYPES
     from megatron_tiedlora.convert.inputs import check_base

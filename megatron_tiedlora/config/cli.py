@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shlex
 import signal
 import sys
 import types
@@ -179,6 +180,12 @@ def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[Non
 def keep_from_others() -> None:
     """Set the umask so that others cannot write what this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)
+
+
+def adapter_flags(options: argparse.Namespace) -> str:
+    """The flags that name an adapter and its base, as they were given, for a command that may follow."""
+    words = ["--adapter", options.adapter, *(["--model", options.model] if options.model else [])]
+    return shlex.join([*words, *(["--base_differs"] if options.base_differs else [])])
 
 
 def run_command(

@@ -57,7 +57,9 @@ class Settings(CommandSettings):
     ds_config: str = setting_field(
         "run", "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json"
     )
-    output_dir: str | None = optional_field("run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK)")
+    output_dir: str | None = optional_field(
+        "run", "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK[-TARGETS])"
+    )
     seed: int = setting_field("run", "seed of the initialisation and of the order of samples", 1234, ge=0)
     resume: str = setting_field(
         "run", "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none"

@@ -18,6 +18,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import check_writable, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.paths import PathIn, last_name, user_path
+from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
@@ -72,8 +73,10 @@ class RunFolder:
 
 
 def run_name(settings: Settings) -> str:
-    """MODEL-TASK-METHOD-rRANK, the name of the run folder."""
-    return f"{last_name(settings.model)}-{settings.task}-{settings.method}-r{settings.rank}"
+    """MODEL-TASK-METHOD-rRANK[-TARGETS], the name of the run folder."""
+    targets = "all" if settings.targets == TARGET_NAMES else "+".join(settings.targets)
+    name = f"{last_name(settings.model)}-{settings.task}-{settings.method}-r{settings.rank}"
+    return name if settings.targets == (QKV,) else f"{name}-{targets}"
 
 
 def take_run_folder(

@@ -185,7 +185,7 @@ class RunPlan:
 
     @property
     def name(self) -> str:
-        """MODEL-TASK-METHOD-rRANK, for the run folder."""
+        """MODEL-TASK-METHOD-rRANK[-TARGETS], for the run folder."""
         return run_name(self.settings)
 
     def resolved_settings(self) -> dict[str, Any]:
@@ -271,10 +271,18 @@ def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha2
         before = saved.get(name)
         if (list(before) if isinstance(before, (list, tuple)) else before) != value:
             raise UserError(
-                f"{source}: trained with --{name} {before}, but now it is {value}; resume with the same value"
+                f"{source}: trained with --{name} {_as_flag(before)}, but now it is {_as_flag(value)}; resume with the"
+                " same value"
             )
     if saved.get("data_sha256") != data_sha256:
         raise UserError(
             f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
             " tokenised differently). Resume with the same data"
         )
+
+
+def _as_flag(value: Any) -> str:
+    """A setting's value as a user writes it."""
+    if value is None:
+        return "left out"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -14,6 +14,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
@@ -221,6 +222,8 @@ def headline(
     trained, total = sum(plan.adapter.num_trained().values()), num_base_parameters(plan.source.shape)
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
     layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
+    if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
+        layers += f" ({', '.join(targets)})"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",

@@ -44,7 +44,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "doctor": (command("launch/doctor.py"), [], "config hostfile json model output_dir train_file"),
     "merge": (command("tools/merge_adapter.py"), ["--adapter=a", "--output=o"], "adapter output"),
     "export": (command("tools/export_peft.py"), ["--adapter=a", "--output=o"], "adapter output"),
-    "verify": (command("tools/verify_export.py"), ["--adapter=a"], "adapter merged peft"),
+    "verify": (command("tools/verify_export.py"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
     "random": (command("tools/write_random_model.py"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
 NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
@@ -79,6 +79,8 @@ def test_a_long_model_name_leaves_room_in_the_run_folders(tmp_path: Path, monkey
     folder = choose_run_folder(None, name=run_name(settings), resume="none")
     folder.path.mkdir(parents=True)
     assert folder.path.name == f"{'n' * 80}-gsm8k-tl6-r8"
+    for targets, ending in (("all", "tl6-r8-all"), ("qkv,o_proj", "tl6-r8-qkv+o_proj")):
+        assert run_name(make_settings({"model": "m", "task": "gsm8k", "targets": targets})) == f"m-gsm8k-{ending}"
 
 
 def test_a_tensorboard_folder_that_cannot_be_written(tmp_path: Path) -> None:

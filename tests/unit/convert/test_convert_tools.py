@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config.cli import adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 
@@ -137,6 +139,19 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
     assert checked.stdout.count("ok") == 5, checked.stdout  # bits, by layers, and in transformers and PEFT
     for result in (merged, peft, checked):
         assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+
+
+def test_a_check_of_nothing_is_rejected(exported: Path) -> None:
+    from tools.verify_export import main
+
+    with pytest.raises(UserError, match="nothing to check; give --merged DIR, --peft DIR or both"):
+        main(["--adapter", str(exported / "adapter"), "--in", "none"])
+
+
+def test_the_next_command_has_the_flags_of_this_one() -> None:
+    options = {"adapter": "a b", "model": "m", "base_differs": True}
+    assert adapter_flags(Namespace(**options)) == "--adapter 'a b' --model m --base_differs"
+    assert adapter_flags(Namespace(adapter="a", model=None, base_differs=False)) == "--adapter a"
 
 
 def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:

@@ -23,4 +23,4 @@ def test_other_targets_are_rejected(earlier: bool) -> None:
     check_resumed_settings(before, saved, data_sha256="1", source="step_4")
     with pytest.raises(UserError) as error:
         check_resumed_settings(now, saved, data_sha256="1", source="step_4")
-    assert "step_4: trained with --targets ['qkv'], but now it is ['qkv', 'o_proj']" in str(error.value)
+    assert "step_4: trained with --targets qkv, but now it is qkv,o_proj" in str(error.value)

@@ -65,7 +65,7 @@ def test_what_was_not_given_is_the_adapter_s(folder: Path) -> None:
     assert facts(plan) == ("tl5", 4, 6.0, [1, 3], [*TARGETS])
     assert (plan.adapter.init_std_a, plan.adapter.init_std_b) == (native.init_std_a, native.init_std_b)
     recorded = plan.resolved_settings()
-    assert recorded["init_from"] == str(folder / "native") and plan.name == "model-custom-tl5-r4"
+    assert recorded["init_from"] == str(folder / "native") and plan.name == "model-custom-tl5-r4-o_proj+gate_up"
     assert [recorded[name] for name in plan.adapter.facts] == list(facts(plan))
     again = {name: value for name, value in recorded.items() if value is not None}
     assert plan_run(make_settings(again), rank=0, world_size=1).resolved_settings() == recorded  # --config run.yaml
@@ -213,13 +213,13 @@ def test_a_resumed_run_is_of_the_same_settings(folder: Path, run: Path) -> None:
     given = {"method": "tl5", "rank": 4, "alpha": 6, "layers": "1,3", "targets": "o_proj,gate_up"}
     stds = load_adapter(folder / "native").config
     without = plan_of(folder, None, **given, init_std_a=stds.init_std_a, init_std_b=stds.init_std_b)
-    with pytest.raises(UserError, match=r"trained with --init_from .*start, but now it is None"):
+    with pytest.raises(UserError, match=r"trained with --init_from .*start, but now it is left out"):
         check(without, run)
     file = run / "checkpoints/step_1/trainer_state.json"
     content = json.loads(file.read_text())
     del content["settings"]["init_from"]  # as in a checkpoint of a version that had no such setting
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"trained with --init_from None, but now it is .*start"):
+    with pytest.raises(UserError, match=r"trained with --init_from left out, but now it is .*start"):
         check(resumed(folder, run), run)
 
 
