@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora import __version__
-from megatron_tiedlora.adapters.targets import sized_targets
+from megatron_tiedlora.adapters.targets import Target, sized_targets
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, lora_factors
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.errors import UserError, shown
@@ -48,12 +48,20 @@ class NativeAdapter:
     state: Mapping[str, SentTensor]
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
-        """Every weight of the base that the adapter changes, layer by layer, with A' (r, in) and B' (out, r) of its
-        update: W' = W + B' A'."""
+        """Every weight of the base that the adapter changes, layer by layer, with its `factors`."""
+        for rule, target in self.changed(shape):
+            yield rule, *self.factors(rule, target)
+
+    def changed(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
+        """Every weight of the base that the adapter changes, layer by layer, and the target that it is."""
         targets = {shape.block.adaptable[target.name].name: target for target in self.config.targets}
         for rule in weight_rules(shape):
             if rule.linear in targets and rule.layer in self.config.layers:
-                yield rule, *lora_factors(self.config, self.state, targets[rule.linear], rule.layer)
+                yield rule, targets[rule.linear]
+
+    def factors(self, rule: WeightRule, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' (r, in) and B' (out, r) of the update of one of the weights of `changed`: W' = W + B' A'."""
+        return lora_factors(self.config, self.state, target, rule.layer)
 
     def equals(self, other: NativeAdapter) -> bool:
         """Whether both have the same config, base and values."""

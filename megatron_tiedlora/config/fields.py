@@ -206,6 +206,11 @@ def parse_targets(value: Any) -> Any:
     return tuple(name for name in TARGET_NAMES if name in names)
 
 
+def flag_value(value: Any) -> str:
+    """A setting's value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def shell_words(name: str, text: str | None) -> list[str]:
     """Split a setting that is written in shell syntax into words. The list is empty if `text` is None.
 

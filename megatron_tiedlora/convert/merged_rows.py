@@ -12,10 +12,9 @@ from functools import partial
 import torch
 
 from megatron_tiedlora.adapters.targets import Target
-from megatron_tiedlora.adapters.tied_adapter import lora_factors
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.model.weights import WeightRule
 
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
 _FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
@@ -48,16 +47,13 @@ def stored_factors(adapter: NativeAdapter, shape: ModelShape) -> Mapping[str, Ca
 
     Factors of all layers at once would take memory for each layer.
     """
-    config = adapter.config
-    targets = {shape.block.adaptable[target.name].name: target for target in config.targets}
     return {
-        name: partial(_factors, adapter, rule, targets[rule.linear], name)
-        for rule in weight_rules(shape)
-        if rule.linear is not None and rule.linear in targets and rule.layer in config.layers
+        name: partial(_factors, adapter, rule, target, name)
+        for rule, target in adapter.changed(shape)
         for name in rule.hf_names
     }
 
 
 def _factors(adapter: NativeAdapter, rule: WeightRule, target: Target, name: str) -> Factors:
-    a, b = lora_factors(adapter.config, adapter.state, target, rule.layer)
+    a, b = adapter.factors(rule, target)
     return a, rule.by_stored_tensor(b)[name]

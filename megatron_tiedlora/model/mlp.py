@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP
-from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection
+from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.model.row_parallel import RowParallelLinear, addend, addend_gradients
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
@@ -93,8 +93,7 @@ class _SwiGlu(torch.autograd.Function):
         z, down_ax = addend(gated, step.down, down_a, down_f)
         reads_hidden = needs.x or needs.a or (step.recomputes and reads_gate_up)
         ctx.step = step
-        stand_ins = (grad_a, grad_f, down_grad_a, down_grad_f)
-        ctx.wide = next((tensor.dtype for tensor in stand_ins if tensor is not None), None)
+        ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
         ctx.save_for_backward(
             hidden if reads_hidden else None,
             root if (needs.x or needs.a) and not step.recomputes else None,

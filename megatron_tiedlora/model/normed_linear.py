@@ -91,6 +91,11 @@ class Needs(NamedTuple):
         return self.x or self.a or self.f
 
 
+def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype of the factors' gradients, which is that of their stand-ins; None if no factor is trained."""
+    return next((tensor.dtype for tensor in stand_ins if tensor is not None), None)
+
+
 @dataclass(frozen=True)
 class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape
-from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection
+from megatron_tiedlora.model.normed_linear import Needs, NormedLinear, Parameters, Projection, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -95,7 +95,7 @@ class _Qkv(torch.autograd.Function):
         results, saved = heads.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
         ctx.projection, ctx.heads = projection, heads
-        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
+        ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(
             *((hidden, root) if needs.x or needs.a else (None, None)),
             ax if needs.f else None,

@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.model.normed_linear import Needs
+from megatron_tiedlora.model.normed_linear import Needs, gradient_dtype
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.collectives import leave_tensor_parallel_region
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, register
@@ -104,7 +104,7 @@ class _RowParallel(torch.autograd.Function):
         z, ax = addend(x.flatten(0, -2), weight, a, f)
         needs = Needs(*ctx.needs_input_grad[:3])
         ctx.weight = weight
-        ctx.wide = next((tensor.dtype for tensor in (grad_a, grad_f) if tensor is not None), None)
+        ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(x if needs.a else None, ax if needs.f else None, a, f)
         return z.view(*x.shape[:-1], -1)
 

@@ -23,6 +23,7 @@ from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import naming_file
+from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.sweep_settings import (
     DECIDED_BY_SWEEP,
     SWEEP_FILE,
@@ -146,8 +147,8 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     for name in type(ours).model_fields:
         free = (LAYOUT_SETTINGS - _SAME_STUDY) | DECIDED_BY_SWEEP.keys()
         if name not in free and getattr(theirs, name) != getattr(ours, name):
-            before, after = (_as_flag(getattr(settings, name)) for settings in (theirs, ours))
-            raise UserError(f"{where} --{name} {before}, now it is {after}; give the same, or another --output_dir")
+            old, new = (flag_value(getattr(settings, name)) for settings in (theirs, ours))
+            raise UserError(f"{where} --{name} {old}, now it is {new}; give the same, or another --output_dir")
     if not folder.base.is_file():
         return
     found = read_base(folder)
@@ -164,11 +165,6 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
             )
 
 
-def _as_flag(value: Any) -> Any:
-    """A setting's value as the command line has it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
-
-
 def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:
     pairs: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         name: (getattr(before, name), getattr(now, name)) for name in ("methods", "ranks", "learning_rates")
@@ -179,7 +175,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         missing = [value for value in old if value not in new]
         if missing:
             raise UserError(
-                f"{where} --{name} {','.join(map(str, old))}, now {missing[0]} is missing; values may be added, but not"
+                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; values may be added, but not"
                 " removed"
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:

@@ -19,6 +19,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, read_peft
 from megatron_tiedlora.convert.open_adapter import check_peft_base
@@ -67,8 +68,8 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
     for name, value in given.items():
         if value != decided[name]:
             raise UserError(
-                f"--{name} {_shown(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
-                f" {_shown(decided[name])}; leave --{name} out, or give another adapter"
+                f"--{name} {flag_value(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
+                f" {flag_value(decided[name])}; leave --{name} out, or give another adapter"
             )
     return make_settings({**settings.model_dump(), **decided})
 
@@ -160,8 +161,3 @@ def _recorded(settings: Settings) -> Mapping[str, Any] | None:
     if settings.output_dir is None:
         return None
     return recorded_settings(RunFolder(user_path(settings.output_dir)).checkpoints.glob("step_*"))
-
-
-def _shown(value: Any) -> str:
-    """A setting as it is given on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -19,6 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
+from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
@@ -270,19 +271,10 @@ def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha2
             continue
         before = saved.get(name)
         if (list(before) if isinstance(before, (list, tuple)) else before) != value:
-            raise UserError(
-                f"{source}: trained with --{name} {_as_flag(before)}, but now it is {_as_flag(value)}; resume with the"
-                " same value"
-            )
+            was, now = ("left out" if given is None else flag_value(given) for given in (before, value))
+            raise UserError(f"{source}: trained with --{name} {was}, but now it is {now}; resume with the same value")
     if saved.get("data_sha256") != data_sha256:
         raise UserError(
             f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
             " tokenised differently). Resume with the same data"
         )
-
-
-def _as_flag(value: Any) -> str:
-    """A setting's value as a user writes it."""
-    if value is None:
-        return "left out"
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -18,6 +18,8 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.merge import merge_adapter
 
 
 def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter:
@@ -71,3 +73,13 @@ def with_adapter(
     source = find_model(str(base))
     oracle = random_adapter(method, OracleConfig.from_folder(base), alpha=6, layers=layers, **keywords)
     return source, native_adapter(source, oracle), oracle
+
+
+def write_exports(root: Path, base: Path) -> Path:
+    """Write adapter/, merged/, merged16/ and peft/ of one adapter of the model folder `base` into `root`."""
+    source, adapter, oracle = with_adapter(base, "tl6")
+    write_native(root / "adapter", base, oracle)
+    merge_adapter(source, adapter, root / "merged")
+    merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
+    export_peft(source, adapter, root / "peft")
+    return root

@@ -11,9 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 from folders import ROOT
-from native_files import reseal, with_adapter, write_native
+from native_files import reseal, with_adapter, write_exports, write_native
 from oracle import load_weights
 from run_files import files_of
 from safetensors.torch import save_file
@@ -89,13 +88,7 @@ def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_pa
 @pytest.fixture(scope="module")
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
-    root = tmp_path_factory.mktemp("exported")
-    source, adapter, oracle = with_adapter(base, "tl6")
-    write_native(root / "adapter", base, oracle)
-    merge_adapter(source, adapter, root / "merged")
-    merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
-    export_peft(source, adapter, root / "peft")
-    return root
+    return write_exports(tmp_path_factory.mktemp("exported"), base)
 
 
 # --------------------------------------------------------------------------------------------- the commands

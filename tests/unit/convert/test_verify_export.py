@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from flipped_bits import flip_bit
-from native_files import native_adapter, with_adapter, write_native
+from native_files import native_adapter, with_adapter, write_exports
 from oracle import load_weights
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.convert import verify
-from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import Verification, verify_export
@@ -33,13 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with adapter/, merged/, merged16/ and peft/ of one adapter."""
-    root = tmp_path_factory.mktemp("exported")
-    source, adapter, oracle = with_adapter(base, "tl6")
-    write_native(root / "adapter", base, oracle)
-    merge_adapter(source, adapter, root / "merged")
-    merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
-    export_peft(source, adapter, root / "peft")
-    return root
+    return write_exports(tmp_path_factory.mktemp("exported"), base)
 
 
 def by_name(found: Verification) -> dict[str, LogitComparison]:
