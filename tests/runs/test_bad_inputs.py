@@ -300,7 +300,7 @@ def test_a_failed_start_leaves_an_empty_folder_empty(copy: Base) -> None:
         ({"learning_rate": 1e-3}, ["--learning_rate 0.02", "now it is 0.001"]),
         ({"method": "tl5"}, ["--method tl6", "tl5"]),
         ({"rank": 4}, ["--rank 3", "4"]),
-        ({"layers": "1,3"}, ["--layers [1, 2, 3]", "[1, 3]"]),
+        ({"layers": "1,3"}, ["--layers 1,2,3", "1,3"]),
         ({"max_steps": 20}, ["--max_steps 10", "20"]),
         ({"global_batch_size": 8}, ["--global_batch_size 4", "8"]),
         ({"seed": 6}, ["--seed 5", "6"]),

@@ -201,7 +201,7 @@ def export(made: Path, model: Path, output: Path, *words: str) -> None:
 
 
 def verify(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("verify_export", "--adapter", made / "adapter", "--model", model, *words)
+    tool("verify_export", "--adapter", made / "adapter", "--model", model, "--peft", made / "peft", *words)
 
 
 def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:
