@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,12 +17,10 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
-from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
-    PEFT_TYPE,
     WEIGHTS_FILE,
     NativeAdapter,
     check_update,
@@ -33,34 +31,7 @@ from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import peft_tensors
 from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_as_peft
 from megatron_tiedlora.convert.import_vera import read_vera
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER
-
-
-def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
-
-    Raises:
-        UserError: it holds no adapter; for a run or model folder the message says what to give instead.
-    """
-    path, flag = user_path(folder), flag or f"--adapter {folder}"
-    if not path.is_dir():
-        raise UserError(f"{flag}: no such folder")
-    if not (path / CONFIG_FILE).is_file():
-        if (path / "adapter" / CONFIG_FILE).is_file():
-            raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
-        if (path / "config.json").is_file():
-            raise UserError(f"{flag}: this is a model folder; give it with --model")
-        raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
-    content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
-    if _is_peft(content):
-        return "peft"
-    if "format_version" in content:
-        return "native"
-    raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
-
-
-def _is_peft(content: Mapping[str, Any]) -> bool:
-    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, is_peft
 
 
 @dataclass(frozen=True)
@@ -95,7 +66,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
-    if not _is_peft(content):
+    if not is_peft(content):
         what = "it is a native one" if "format_version" in content else "it has no peft_type"
         raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
     return content
@@ -142,7 +113,9 @@ def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAda
     """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
     inside = folder / NATIVE_FOLDER
     if not os.path.lexists(inside):
-        return None, ()
+        if not (folder / EXPORT_RECORD).is_file():
+            return None, ()
+        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/, what was exported, is missing",)
     try:
         for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
             if path.is_symlink():
@@ -150,24 +123,44 @@ def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAda
         native = load_adapter(inside)
     except UserError as error:
         return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
-    if _gives(native, lora, source):
+    if not _unlike_export(lora, source, native):
         return native, ()
     changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
     return None, (f"{changed}; they were changed after the export",)
 
 
-def _gives(native: NativeAdapter, lora: Lora, source: ModelSource) -> bool:
-    """Whether the export of a native adapter has the modules and tensors of `lora`, bit for bit."""
+def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter) -> tuple[str, ...]:
+    """A sentence for everything in which a LoRA differs from the export of a native adapter, bit by bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
-        return False
+        return ("its targets, layers, rank or scale cannot be the adapter's",)
     found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.pairs.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     exported = peft_tensors(source, native, rank=lora.rank)
-    return exported.keys() == found.keys() and all(_same_bits(exported[name], found[name]) for name in found)
+    differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
+    differences += [f"{name} is missing" for name in exported if name not in found]
+    both = [name for name in found if name in exported]
+    differences += [
+        f"{name} differs from the adapter's export" for name in both if not _same_bits(exported[name], found[name])
+    ]
+    return tuple(differences)
+
+
+def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) -> tuple[str, ...] | None:
+    """A sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by bit;
+    None if this package did not export them.
+
+    Raises:
+        UserError: it is not a PEFT LoRA of `source`.
+    """
+    if not (folder / EXPORT_RECORD).is_file():
+        return None
+    file = folder / WEIGHTS_FILE
+    lora = read_lora(folder, read_peft_config(folder), source)
+    return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter))
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import (
     HASH_FIELDS,
@@ -16,11 +18,44 @@ from megatron_tiedlora.checkpoint.base_identity import (
     identify_base,
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
+from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
 NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of that adapter
+
+
+def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
+    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+
+    Raises:
+        UserError: it holds no adapter; for a run or model folder the message says what to give instead.
+    """
+    path, flag = user_path(folder), flag or f"--adapter {folder}"
+    if path.is_file() and path.name == LATEST_FILE:
+        raise UserError(f"{flag}: this file names the newest checkpoint; give its folder, {path.parent}/step_N")
+    if not path.is_dir():
+        raise UserError(f"{flag}: no such folder")
+    if not (path / CONFIG_FILE).is_file():
+        if (path / LATEST_FILE).is_file():
+            raise UserError(f"{flag}: this is a folder of checkpoints; give one of them, {Path(folder) / 'step_N'}")
+        if (path / "adapter" / CONFIG_FILE).is_file():
+            raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
+        if (path / "config.json").is_file():
+            raise UserError(f"{flag}: this is a model folder; give it with --model")
+        raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
+    content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
+    if is_peft(content):
+        return "peft"
+    if "format_version" in content:
+        return "native"
+    raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
+
+
+def is_peft(content: Mapping[str, Any]) -> bool:
+    """Whether the fields of an adapter_config.json are those of a PEFT adapter."""
+    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
 def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAdapter]:
@@ -29,11 +64,10 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     `check_base` checks whether that is the base that it was trained on.
 
     Raises:
-        UserError: the adapter or the base does not exist.
+        UserError: the adapter or the base does not exist, or it is a PEFT adapter.
     """
+    adapter_kind(adapter)
     folder = user_path(adapter)
-    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
-        raise UserError(f"--adapter {adapter}: this is a run folder; give {Path(adapter) / 'adapter'}")
     native = load_adapter(folder)
     return find_base(folder, model, native.base.base_model), native
 
@@ -71,6 +105,7 @@ def check_base(
     tokenizer: str | None = None,
     uses_tokenizer: bool = True,
     differs: bool = False,
+    flag: str = "--adapter",
 ) -> CheckedBase:
     """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
 
@@ -79,6 +114,7 @@ def check_base(
         uses_tokenizer: False if nothing is tokenised; an adapter that was trained with its own tokenizer then fits
             any.
         differs: value of --base_differs.
+        flag: the adapter's name in messages.
 
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
@@ -91,7 +127,7 @@ def check_base(
     merged = (source.weights_folder() / MERGE_RECORD).is_file()
     if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    notes = check_same_base(adapter.base, found, source="--adapter", differs=differs)
+    notes = check_same_base(adapter.base, found, source=flag, differs=differs)
     record = {name: getattr(found, name) for name in HASH_FIELDS}
     if differences := base_differences(adapter.base, found):
         record["base_differs"] = list(differences)

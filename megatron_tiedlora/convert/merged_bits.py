@@ -6,7 +6,7 @@ base, or its values cast once to the dtype of the merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,15 @@ class MergedBits:
     def lines(self) -> list[str]:
         """The result for a user."""
         compared = f"{count_text(self.touched, 'tensor')} with the adapter, {self.untouched} as in the base"
-        verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
-        shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
-        left = len(self.differences) - len(shown_first)
-        more = [f"  and {left} more"] if left else []
-        return [f"merged files, bit by bit: {compared}  {verdict}", *shown_first, *more]
+        return bit_lines(f"merged files, bit by bit: {compared}", self.differences)
+
+
+def bit_lines(compared: str, differences: Sequence[str]) -> list[str]:
+    """The result of a comparison for a user: what was compared, with the verdict; and what differs."""
+    verdict = f"FAILED: {len(differences)} differ" if differences else "ok"
+    shown_first = [f"  {difference}" for difference in differences[:_MOST_LINES]]
+    left = len(differences) - len(shown_first)
+    return [f"{compared}  {verdict}", *shown_first, *([f"  and {left} more"] if left else [])]
 
 
 class _Tensors:

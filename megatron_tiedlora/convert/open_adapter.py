@@ -22,13 +22,19 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.import_peft import (
-    adapter_kind,
     exported_base,
     load_peft_adapter,
     read_peft,
     read_peft_config,
 )
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, check_base, find_base, open_inputs
+from megatron_tiedlora.convert.inputs import (
+    EXPORT_RECORD,
+    NATIVE_FOLDER,
+    adapter_kind,
+    check_base,
+    find_base,
+    open_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ def import_peft(
     adapter = content.of_base(source)
     recorded = exported_base(folder, adapter.base)
     trained = adapter.base if content.native is not None or recorded is None else recorded
-    base = check_base(source, replace(adapter, base=trained), uses_tokenizer=False, differs=base_differs)
+    own_base = replace(adapter, base=trained)
+    base = check_base(source, own_base, uses_tokenizer=False, differs=base_differs, flag=f"--peft {folder}")
     for note in (*check_peft_base(folder, source, differs=base_differs), *content.notes, *base.notes):
         say(note)
     if content.apart is not None:

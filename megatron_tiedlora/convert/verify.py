@@ -9,9 +9,9 @@ model fits, `in_transformers` also computes them in the software that users load
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,15 +20,16 @@ import torch
 from megatron_tiedlora.base.errors import UserError, printable, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adapter
 from megatron_tiedlora.convert.in_transformers import peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
-from megatron_tiedlora.convert.merged_bits import MergedBits, compare_merged
+from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.merged_rows import merged_rows, stored_factors
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
@@ -46,23 +47,27 @@ class Verification:
     Attributes:
         bits: of the merged folder, if there is one.
         logits: the comparisons of logits.
-        note: what a user should know about the checks; it may be empty.
+        exported: what differs between the PEFT folder and the adapter's export; None without an export of this package.
+        notes: what a user should know about the checks.
     """
 
     bits: MergedBits | None
     logits: tuple[LogitComparison, ...]
-    note: str = ""
+    exported: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
-        return all(row.passed for row in self.logits) and not (self.bits and self.bits.differences)
+        same_bits = not (self.bits and self.bits.differences) and not self.exported
+        return same_bits and all(row.passed for row in self.logits)
 
     def report(self) -> str:
-        """The result for a user: a line about the bits with what differs, the table of logits, and the note."""
+        """The result for a user: a line about the bits with what differs, the table of logits, and the notes."""
         bits = [] if self.bits is None else self.bits.lines()
-        lines = [*bits, format_comparisons(self.logits)]
-        return "\n".join([*lines, printable(f"note: {self.note}")] if self.note else lines)
+        if self.exported is not None:
+            bits += bit_lines("PEFT files, bit by bit: the adapter's export", self.exported)
+        return "\n".join([*bits, format_comparisons(self.logits), *(printable(f"note: {note}") for note in self.notes)])
 
 
 def choose_runtimes(
@@ -125,7 +130,9 @@ def verify_export(
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
-    imported = None if peft is None else _read_peft(peft, source)
+    notes = [note] if note else []
+    imported = None if peft is None else _read_peft(peft, source, say=notes.append)
+    exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:
         require_peft()
     bits = None if merged is None else compare_merged(source, adapter, merged, progress=progress)
@@ -160,13 +167,21 @@ def verify_export(
         if "peft" in runtimes:
             logits = peft_logits(source.weights_folder(), peft, tokens)
             rows.append(compare_logits("PEFT adapter, in peft", native, logits, "equal"))
-    return Verification(bits, tuple(rows), note)
+    return Verification(bits, tuple(rows), exported, tuple(notes))
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
-    if shape_from_hf(read_hf_config(merged), source=str(merged / "config.json")) != source.shape:
-        raise UserError(f"{merged / 'config.json'}: not the model {source.name}; give the base with --model")
+    file = merged / "config.json"
+    found = replace(source, shape=shape_from_hf(read_hf_config(merged), source=str(file)))
+    if found.shape != source.shape:
+        here, there = (identify_shape(model, "fp32", weights_hash="") for model in (found, source))
+        sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
+        differ = [f"{name} is {size}, not {other}" for name, size, other in sizes if size != other]
+        raise UserError(
+            f"{file}: {', '.join(differ) or 'not the config'} as in {source.name}; give the adapter's own merge, or its"
+            " base with --model"
+        )
     with BaseWeights(merged, source.shape) as weights:  # checks names and shapes
         names = {name for rule in weights.rules for name in rule.hf_names}
     files = weight_map(merged)
@@ -195,9 +210,9 @@ def _rounded(
     return read
 
 
-def _read_peft(folder: Path, source: ModelSource) -> NativeAdapter:
+def _read_peft(folder: Path, source: ModelSource, say: Callable[[str], object]) -> NativeAdapter:
     """The PEFT adapter in `folder` as this package reads it. Raises UserError if it does not."""
     content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
     if "peft_type" not in content:
         raise UserError(f"{folder}: this is not a PEFT adapter; make one with tools/export_peft.py")
-    return load_peft_adapter(folder, source)
+    return load_peft_adapter(folder, source, say=say)

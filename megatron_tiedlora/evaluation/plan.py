@@ -83,7 +83,10 @@ class EvaluationPlan:
         """
         settings, grid = self.settings, self.grid
         dtype = describe_dtype(settings.dtype, self.dtype_name)
-        adapter = "" if self.adapter is None else f" with {self.adapter_name} of {settings.adapter}"
+        adapter = ""
+        if self.adapter is not None:
+            targets = ", ".join(target.name for target in self.adapter.config.targets)
+            adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
         return [

@@ -21,7 +21,8 @@ from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, read_peft
+from megatron_tiedlora.convert.import_peft import exported_base, read_peft
+from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.convert.open_adapter import check_peft_base
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.parallel.messages import SentTensor

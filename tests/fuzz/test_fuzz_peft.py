@@ -21,7 +21,8 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import adapter_kind, load_peft_adapter
+from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.convert.peft_files import modules_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

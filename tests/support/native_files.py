@@ -16,7 +16,7 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import FILES_FIELD, SEAL_FIELD, sealed
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -78,8 +78,9 @@ def with_adapter(
 def write_exports(root: Path, base: Path) -> Path:
     """Write adapter/, merged/, merged16/ and peft/ of one adapter of the model folder `base` into `root`."""
     source, adapter, oracle = with_adapter(base, "tl6")
-    write_native(root / "adapter", base, oracle)
+    native = root / "adapter"
+    write_native(native, base, oracle)
     merge_adapter(source, adapter, root / "merged")
     merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
-    export_peft(source, adapter, root / "peft")
+    export_peft(source, load_adapter(native), root / "peft", native=native)
     return root

@@ -129,7 +129,7 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
         "verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"
     )
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.count("ok") == 5, checked.stdout  # bits, by layers, and in transformers and PEFT
+    assert checked.stdout.count("ok") == 6, checked.stdout  # bits of both, by layers, and in transformers and PEFT
     for result in (merged, peft, checked):
         assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
 
@@ -152,7 +152,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
     from tools.merge_adapter import main
 
     native = load_adapter(exported / "adapter")
-    export_peft(find_model(str(base)), native, tmp_path / "with_native", native=exported / "adapter")
+    export_peft(find_model(str(base)), native, tmp_path / "plain")
     checkpoint = save_checkpoint(
         tmp_path / "checkpoints",
         progress=Progress(step=1),
@@ -163,10 +163,10 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
         settings={},
     )
     wanted, output = files_of(exported / "merged"), tmp_path / "merged"
-    for folder in (checkpoint, tmp_path / "with_native", exported / "peft"):
+    for folder in (checkpoint, exported / "peft", tmp_path / "plain"):
         assert main(["--adapter", str(folder), "--output", str(output)]) == 0
         found = files_of(output)
-        if folder == exported / "peft":
+        if folder == tmp_path / "plain":
             assert b'"method": "lora"' in found.pop(MERGE_RECORD) and found.items() <= wanted.items()
         else:
             assert found == wanted
@@ -249,7 +249,7 @@ def test_wrong_arguments_are_one_line(
         ("--peft", "none", "none/adapter_config.json: no such file"),
         ("--peft", "adapter", "this is not a PEFT adapter"),
         ("--peft", "adapter2", "not a PEFT adapter (it is a native one)"),
-        ("--merged", "other", "not the model"),
+        ("--merged", "other", "num_key_value_heads is 4, not 2 as in"),
         ("--merged", "cut", "not a whole safetensors file"),
         ("--peft", "cut", "not a whole safetensors file"),
     ],

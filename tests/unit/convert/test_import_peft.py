@@ -25,8 +25,8 @@ from megatron_tiedlora.checkpoint.native_adapter import load_adapter, save_adapt
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import adapter_kind, exported_base, load_peft_adapter, read_peft
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD
+from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD, adapter_kind
 from megatron_tiedlora.convert.merge import merge_adapter
 
 
@@ -282,6 +282,8 @@ def test_kinds_of_folders(base: Path, plain: Path, tmp_path: Path) -> None:
     for folder, said in {
         tmp_path / "run": f"--adapter {tmp_path}/run: this is a run folder; give {tmp_path}/run/adapter",
         tmp_path / "none": f"--adapter {tmp_path}/none: no such folder",
+        step.parent: f"--adapter {step.parent}: this is a folder of checkpoints; give one of them, {step.parent}/step",
+        step.parent / "latest": f"--adapter {step.parent}/latest: this file names the newest checkpoint; give its",
         base: f"--adapter {base}: this is a model folder; give it with --model",
         tmp_path / "empty": f"--adapter {tmp_path}/empty: has no {CONFIG}; give the folder of a native or",
         tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",

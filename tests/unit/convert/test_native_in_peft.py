@@ -24,7 +24,8 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.convert.import_peft import load_peft_adapter
+from megatron_tiedlora.convert.import_peft import load_peft_adapter, read_peft
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 
 KEPT = ROOT / "tests" / "data" / "run_before_families"
@@ -202,6 +203,7 @@ def edit_native(folder: Path, **fields: Any) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "not a whole safetensors file"),
     "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
+    "missing": (shutil.rmtree, "native/, what was exported, is missing"),
     "edited": (lambda f: change_field(f, alpha=3.0), "does not match its own checksum"),
     "empty": (lambda f: [item.unlink() for item in f.iterdir()], "no such file"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), "no such file"),
@@ -225,6 +227,9 @@ def test_a_broken_native_folder_is_said_and_not_used(base: Path, tmp_path: Path,
     (note,) = imported(source, tmp_path)
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since ") and why in note
     assert load_peft_adapter(tmp_path / "plain", source).equals(load_adapter(tmp_path / "back"))
+    (tmp_path / "peft" / EXPORT_RECORD).unlink()
+    if damage == "missing":  # so it is anybody's LoRA
+        assert not read_peft(tmp_path / "peft", source).notes
 
 
 # --------------------------------------------------------------------------------------------- which base

@@ -16,6 +16,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.convert import verify
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.logit_table import LogitComparison, format_comparisons
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import Verification, verify_export
@@ -50,7 +51,7 @@ def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
     source, adapter, _ = with_adapter(base, "tl6")
     found = verify_export(source, adapter, merged=exported / "merged", peft=exported / "peft")
     rows = by_name(found)
-    assert found.passed and found.bits is not None and not found.bits.differences and not found.note
+    assert found.passed and found.bits is not None and not found.bits.differences and not found.notes
     assert tuple(rows) == ("base without adapter", *MERGED, *PEFT)
     plain = rows["base without adapter"]
     assert plain.largest > 0.02 and plain.agreement < 1 and plain.divergence > 1e-3
@@ -58,8 +59,8 @@ def test_the_check_passes_what_is_right(base: Path, exported: Path) -> None:
         row = rows[name]
         assert row.largest < 1e-5 and row.mean <= row.largest and row.agreement == 1.0 and abs(row.divergence) < 1e-6
     table = found.report().splitlines()
-    assert len(table) == 7 and table[0].startswith("merged files, bit by bit: 9 tensors with the adapter, 21 as in")
-    assert table[3].startswith("merged  ") and all(line.endswith("ok") for line in (table[0], *table[3:]))
+    assert len(table) == 8 and table[0].startswith("merged files, bit by bit: 9 tensors with the adapter, 21 as in")
+    assert table[4].startswith("merged  ") and all(line.endswith("ok") for line in (*table[:2], *table[4:]))
 
 
 def test_the_check_takes_the_rounding_of_16_bits_out(base: Path, exported: Path) -> None:
@@ -106,7 +107,30 @@ def test_the_check_fails_a_peft_adapter_that_is_wrong(base: Path, exported: Path
     found = verify_export(source, adapter, peft=broken)
     rows = by_name(found)
     assert [rows[name].passed for name in PEFT] == [False, False] and not found.passed
-    assert found.bits is None and found.report().count("FAILED") == 2
+    assert found.bits is None and found.report().count("FAILED") == 3
+
+
+def test_one_flipped_bit_of_an_exported_peft_folder_fails(base: Path, exported: Path, tmp_path: Path) -> None:
+    """Logits do not show it. In another's folder nothing says what the bits must be."""
+    source, adapter, _ = with_adapter(base, "tl6")
+    copy = shutil.copytree(exported / "peft", tmp_path / "peft")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    flip_bit(copy / "adapter_model.safetensors", name)
+    found = verify_export(source, adapter, peft=copy, inside="none")
+    assert not found.passed and all(row.passed for row in found.logits)
+    assert found.exported == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
+    assert found.report().startswith("PEFT files, bit by bit: the adapter's export  FAILED: 1 differ\n  ")
+    assert len(found.notes) == 1 and "they are not what the adapter in native/ gives" in found.notes[0]
+    (copy / EXPORT_RECORD).unlink()
+    assert verify_export(source, adapter, peft=copy, inside="none").passed
+
+
+def test_the_export_of_another_adapter_fails(base: Path, exported: Path) -> None:
+    source, adapter, _ = with_adapter(base, "tl6", layers=(2,))
+    found = verify_export(source, adapter, peft=exported / "peft", inside="none")
+    assert not found.passed and found.exported is not None
+    unknown = [difference for difference in found.exported if difference.endswith("is not in the adapter's export")]
+    assert len(unknown) == 2 * 3 * 2  # two layers' q, k and v
 
 
 def test_the_check_fails_an_adapter_that_changes_nothing(base: Path) -> None:
@@ -170,8 +194,8 @@ def test_a_large_model_is_not_loaded_whole(base: Path, exported: Path, monkeypat
     assert tuple(by_name(found)) == ("base without adapter", "merged", "PEFT adapter") and found.passed
 
     assert found.report().splitlines()[-1].startswith(f"note: {base} takes ")
-    assert found.note.endswith("kB in fp32; --in transformers,peft loads all of it there too")
-    assert verify_export(source, adapter).note == ""
+    assert found.notes[0].endswith("kB in fp32; --in transformers,peft loads all of it there too")
+    assert verify_export(source, adapter).notes == ()
     asked = verify_export(source, adapter, merged=exports["merged"], inside="transformers")
     assert tuple(by_name(asked)) == ("base without adapter", *MERGED)
 
