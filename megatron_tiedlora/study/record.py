@@ -40,7 +40,9 @@ from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
 RUNS, SCORES, LOGS = "runs", "scores", "logs"
 # A resumed run may change these settings, but a resumed study may not.
-_SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
+_SAME_STUDY = {
+    *("model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template", "columns", "chat_template")
+}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _UNRECORDED = {"output_dir", "dry_run", "tables_from", "take_over"}
 

@@ -173,7 +173,7 @@ def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples:
         except UserError as error:
             assert str(error).isprintable() and str(file.parent) in str(error), error
             return error
-        for name in ("tokens", "offsets", "prompt_lengths"):
+        for name in ("tokens", "offsets", "supervised"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
         assert type(found.truncated_prompts) is int
         return found

@@ -20,11 +20,10 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
     """Samples of 2 to 40 tokens; the tokens of sample i are all 100 + i, so that rows tell where they come from."""
     lengths = np.random.default_rng(seed).integers(2, 41, num_samples)
-    return TokenDataset(
+    return TokenDataset.after_prompts(
         tokens=np.repeat(np.arange(100, 100 + num_samples), lengths).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_lengths=np.maximum(1, lengths // 2).astype(np.int32),
-        truncated_prompts=0,
     )
 
 
@@ -116,11 +115,10 @@ def test_uneven_batches_are_refused():
 
 
 def test_labels_are_shifted_and_masked_by_position():
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
         offsets=np.array([0, 5, 8]),
         prompt_lengths=np.array([3, 1], np.int32),
-        truncated_prompts=0,
     )
     batch = collate(dataset, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
@@ -158,11 +156,10 @@ def test_evaluation_sees_every_sample_once(dp_size, num_samples):
 
 
 def test_packed_samples_restart_and_know_each_other():
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
         offsets=np.array([0, 5, 8]),
         prompt_lengths=np.array([3, 1], np.int32),
-        truncated_prompts=0,
     )
     batch = collate(dataset, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
     ignored = [IGNORED_LABEL]
@@ -216,11 +213,10 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
 def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(micro, dp_size, least, rows):
     """Twelve samples of 9 tokens, and rows of 4,096."""
     lengths = np.full(40, 9)
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.zeros(40 * 9, np.int32),
         offsets=np.arange(41) * 9,
         prompt_lengths=np.ones(40, np.int32),
-        truncated_prompts=0,
     )
     assert (dataset.lengths == lengths).all()
     shape = BatchShape(12, micro, dp_size, packed_length=4096, min_micro_batches=least)

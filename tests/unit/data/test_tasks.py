@@ -142,8 +142,9 @@ def test_hellaswag_is_cleaned_as_its_public_definition_says(tmp_path: Path) -> N
     }
     sample = read_one("hellaswag", tmp_path, row)
     assert sample.prompt == "Health: How to sleep. Go to bed early. Do it every day."
-    assert sample.choices == ("Wash it.. Dry it.", "Rest c]", "two spaces", "[step]")
-    assert (sample.completion, sample.references) == (" Wash it.. Dry it.", ("Wash it.. Dry it.",))
+    assert sample.choices == (" Wash it.. Dry it.", "Rest c]", "two spaces", "[step]")
+    assert sample.endings == ("  Wash it.. Dry it.", " Rest c]", " two spaces", " [step]")
+    assert (sample.completion, sample.references) == ("  Wash it.. Dry it.", ("Wash it.. Dry it.",))
     capitals = {**row, "ctx_a": "On a roof.", "ctx_b": "the MAN [x] sits", "label": "2"}
     assert read_one("hellaswag", tmp_path, capitals).prompt == "Health: On a roof. The man sits"
     assert read_one("hellaswag", tmp_path, capitals).references == ("two spaces",)
@@ -310,7 +311,7 @@ def test_aligned_files_that_do_not_fit(tmp_path: Path) -> None:
         ("x.de,y.de", ["both files end in .de"]),
         ("x.de,x.en,x.fr", ["3 files", "GERMAN,ENGLISH"]),
         ("x.de,", ["2 files", "GERMAN,ENGLISH"]),
-        ("x.jsonl,y.jsonl", ["2 files", "one .jsonl, .json, .parquet file"]),
+        ("x.jsonl,y.de", ["2 files", "one .jsonl, .json, .csv, .parquet, .arrow file"]),
         ("x.de,missing.en", ["missing.en: no such file"]),
         ("x.de,.", ["is a folder", "a text file"]),
     ],
@@ -388,7 +389,8 @@ def test_rows_that_do_not_fit(task: str, row: dict[str, Any], words: list[str], 
 def test_files_that_do_not_fit_any_task(task: str, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: read(task, write(tmp_path / "empty.jsonl", "")), "holds no rows"),
-        (lambda: read(task, write(tmp_path / "rows.csv", "a,b\n")), "unknown suffix '.csv'"),
+        (lambda: read(task, write(tmp_path / "rows.tsv", "a,b\n")), "unknown suffix '.tsv'"),
+        (lambda: read(task, write(tmp_path / "rows.csv", "a,b\n")), "holds no rows"),
         (lambda: read(task, str(tmp_path / "none.jsonl")), "no such file"),
         (lambda: read(task, write(tmp_path / "rows.jsonl", "{]\n")), "rows.jsonl:1: broken JSON"),
     ]
