@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -214,7 +215,7 @@ class _Encoder:
                 (parts,) = segment_ids(self._tokenizer, [shorter.segments])
                 tokens, supervised = self._put_together(example, shorter.segments, parts)
             if len(tokens) > self._max_length and not example.prompt:
-                yield from self._continued(tokens)
+                yield from self._continued(tokens, supervised)
             else:
                 yield self._cut_prompt(example, tokens, supervised, lost)
 
@@ -267,12 +268,14 @@ class _Encoder:
         segments, num_prompt = self._chat.segments(shorter, example.source)
         return replace(example, conversation=shorter, segments=segments, num_prompt=num_prompt)
 
-    def _continued(self, tokens: list[int]) -> Iterator[EncodedExample]:
-        """A text in pieces of the maximum length."""
-        for first in range(0, len(tokens), self._max_length):
-            piece = np.asarray(tokens[first : first + self._max_length], dtype=np.int32)
-            if first == 0 or len(piece) > 1:  # a single token predicts nothing
-                yield EncodedExample(piece, np.arange(len(piece)) >= (max(len(self._start), 1) if first == 0 else 1))
+    def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[EncodedExample]:
+        """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
+        edges = [*range(0, len(tokens), self._max_length), len(tokens)]
+        if edges[-1] - edges[-2] == 1:
+            edges[-2] -= 1
+        for start, stop in pairwise(edges):
+            learned = np.asarray([False, *supervised[start + 1 : stop]], dtype=np.bool_)
+            yield EncodedExample(np.asarray(tokens[start:stop], dtype=np.int32), learned)
 
     def _cut_prompt(
         self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int

@@ -18,6 +18,8 @@ _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 _MEMORY, _RATIO = 2**28, 100
 _ROWS = 64  # rows decoded at a time; few, since one row can be large
 
+_ARROW_FILE = b"ARROW1"  # at the start of Arrow's file format, not of its streams
+
 Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
@@ -41,13 +43,13 @@ def read_arrow(path: Path, *, limit: int | None) -> list[Row]:
 
     def rows() -> Iterator[dict[str, Any]]:
         with pyarrow.OSFile(str(path)) as file:
-            try:
-                reader = pyarrow.ipc.open_stream(file)
-                batches: Iterable[Any] = reader
-            except pyarrow.ArrowInvalid:
-                file.seek(0)
+            is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            file.seek(0)
+            if is_file_format:
                 whole = pyarrow.ipc.open_file(file)
-                batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
+                batches: Iterable[Any] = map(whole.get_batch, range(whole.num_record_batches))
+            else:
+                batches = pyarrow.ipc.open_stream(file)
             for batch in batches:
                 for start in range(0, batch.num_rows, _ROWS):
                     yield from batch.slice(start, _ROWS).to_pylist()
