@@ -86,14 +86,14 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
         rows = tables.read_saved_folder(path, split=split, limit=limit)
     else:
         rows = []
-        for file in _files(path, name):
+        for file in named_files(path, name):
             rows += _read_file(file, limit=None if limit is None else limit - len(rows))
     if not rows:
         raise UserError(f"{name}: holds no rows; give a file with at least one")
     return rows
 
 
-def _files(path: Path, name: str) -> list[Path]:
+def named_files(path: Path, name: str) -> list[Path]:
     """The files that a path or pattern names, in the order of their names.
 
     Raises:
@@ -198,7 +198,7 @@ def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
             if limit is not None and len(rows) >= limit:
                 break
             source = f"{path}:{number}"
-            row = _parse_json(line, source)
+            row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
             if row is _BLANK:
                 continue
             rows.append((_object(row, source), source))

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from glob import has_magic
+from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import Row, read_rows
+from megatron_tiedlora.data.readers import Row, named_files, read_rows
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
@@ -120,3 +123,18 @@ def without_rows(groups: Sequence[Group], held_out: Sequence[bool]) -> list[Grou
         if not group.rows:
             raise UserError(f"{group.source.name}: all of its rows became validation rows; give --validation_file")
     return kept
+
+
+def local_files(given: str) -> dict[str, Path]:
+    """The files that a data flag's value names on this host, by name; those of folders and patterns too."""
+    found: dict[str, Path] = {}
+    for name in (source.name for source in map(_parse_source, [given] if _exists(given) else given.split(","))):
+        name, path = name.strip(), user_path(name.strip())
+        if path.is_file():
+            found[name] = path
+        elif path.is_dir():
+            found |= {str(file): file for file in sorted(path.rglob("*")) if file.is_file()}
+        elif has_magic(name):
+            with suppress(UserError):
+                found |= {str(file): file for file in named_files(path, name)}
+    return found

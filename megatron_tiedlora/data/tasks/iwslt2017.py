@@ -20,7 +20,7 @@ from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 _LANGUAGES = ("de", "en")
-_SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # as the hub's rows are made: what follows another tag is left out
+_SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
@@ -78,10 +78,10 @@ def _sentences(name: str, reading: Reading) -> list[tuple[int, str]]:
     found = []
     for number, line in lines:
         text = line.strip()
-        if not text.startswith("<"):
-            found.append((number, text))
-        elif segment := _SEGMENT.match(text):
-            found.append((number, segment[1].strip()))
+        segments = [segment.strip() for segment in _SEGMENT.findall(text)] if text.startswith("<") else [text]
+        if text.startswith("<") and len(segments) < text.count("<seg"):
+            raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each on a line of its own")
+        found += [(number, segment) for segment in segments]
     if not found:
         raise UserError(f"{name}: holds no sentence, only tags; give the file of the sentences")
     return found
