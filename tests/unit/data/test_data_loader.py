@@ -1,5 +1,7 @@
 """Order, layout and labels: the same samples for every layout and after every resume."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,9 @@ from megatron_tiedlora.data.loader import (
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.packing import _halve, _spread, pack
+from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+from megatron_tiedlora.planning.traffic import micro_batch_shape
 
 
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
@@ -263,3 +267,42 @@ def test_rows_that_cannot_be_evened_out_are_those_of_first_fit_or_their_halves()
     assert _spread([6, 6, 4, 4, 4], range(5), 2, 12) is None, "4 + 4 + 6 is too much, so first fit's rows were kept"
     assert _halve([6, 6, 4, 4, 3], [[0, 1], [2, 3, 4]], 4) == [[0], [2, 4], [1], [3]]
     assert _halve([6, 4], [[0], [1]], 3) == [[0], [1], []], "no row has two samples"
+
+
+# Several answers in a sample --------------------------------------------------------------------------------
+
+
+def scattered(num_samples: int, *, seed: int = 5) -> TokenDataset:
+    """Samples of 2 to 40 tokens of which any may be supervised, but the first."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(2, 41, num_samples)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    supervised = draw.random(int(offsets[-1])) < 0.3
+    supervised[offsets[:-1]] = False
+    return TokenDataset(draw.integers(3, 99, int(offsets[-1])).astype(np.int32), offsets, supervised)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_labels_of_scattered_answers(packed):
+    """Each is in the position before it, in its own sample; the messages that are planned for a step are those of
+    the labels that it has."""
+    dataset = scattered(60)
+    assert dataset.prompt_lengths is None and dataset.num_supervised == dataset.supervised.sum()
+    assert dataset.supervised_counts.tolist() == [int(dataset.supervised_of(index).sum()) for index in range(60)]
+    rows = [[3, 9], [4], [5, 1, 7]] if packed else [[3], [9], [4]]
+    batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=packed)
+    for number, row in enumerate(rows):
+        expected = []
+        for index in row:
+            tokens, learned = dataset.sample(index).tolist(), dataset.supervised_of(index).tolist()
+            pairs = zip(tokens[1:], learned[1:], strict=True)
+            expected += [*(token if is_label else IGNORED_LABEL for token, is_label in pairs), IGNORED_LABEL]
+        assert batch.labels[number, : len(expected)].tolist() == expected
+        assert (batch.labels[number, len(expected) :] == IGNORED_LABEL).all()
+    assert batch.num_supervised == sum(int(dataset.supervised_counts[row].sum()) for row in rows)
+    for parts in (1, 2, 4):
+        layout = SimpleNamespace(pad_multiple=8, sequence_parts=parts)
+        masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
+        shape, found = micro_batch_shape(layout, masks), find_supervised(batch.labels, parts)
+        assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
+        assert (shape.num_supervised, shape.num_after) == (len(found.targets), len(found.rows))
