@@ -179,6 +179,12 @@ class Chat:
         return f"{self.name}; {what} is supervised, found by {how}"
 
 
+def chat_note(tokenizer: Any, reading: Reading) -> str:
+    """How conversations are read with a tokenizer."""
+    with opened_chat(tokenizer, reading) as chat:
+        return chat.note()
+
+
 @contextmanager
 def opened_chat(tokenizer: Any, reading: Reading) -> Iterator[Chat]:
     """Yield the `Chat` of a tokenizer, which may be None. Closes it afterwards."""

@@ -102,24 +102,21 @@ def make_conversation(
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """One turn with the names that templates know."""
     role_field, content_field = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    role = checked_text(item.get(role_field), role_field, where)
-    role = _SAME_ROLE.get(role, role)
-    unread = next((name for name in _UNREAD if item.get(name)), None)
-    if unread is not None:
+    role, content = checked_text(item.get(role_field), role_field, where), item.get(content_field)
+    if unread := next((name for name in _UNREAD if item.get(name)), None):
         raise UserError(f"{where}: {unread!r} is not read, only text is; remove the row, or the field if it is no data")
-    passed = {name: plain_json(item[name], name, where) for name in _PASSED_ON if item.get(name) not in (None, [], "")}
-    content = item.get(content_field)
     if role == _CALL_ROLE:
         call = _parsed(checked_text(content, content_field, where), content_field, where)
         return {"role": ASSISTANT, "content": "", "tool_calls": _calls([call], where)}
-    if isinstance(item.get("function_call"), Mapping):
-        passed["tool_calls"] = [item["function_call"]]
-    if "tool_calls" in passed:
-        passed["tool_calls"] = _calls(passed["tool_calls"], where)
-    if content is None and content_field not in item and not passed.get("tool_calls"):
+    role = _SAME_ROLE.get(role, role)
+    passed = {name: plain_json(item[name], name, where) for name in _PASSED_ON if item.get(name) not in (None, [], "")}
+    calls = passed.get("tool_calls", [item["function_call"]] if item.get("function_call") else None)
+    if calls is not None:
+        passed["tool_calls"] = _calls(calls, where)
+    elif content_field not in item:
         raise UserError(f"{where}: {content_field!r} is missing; the message has {', '.join(map(repr, item))}")
-    return {"role": role, "content": _content(content, content_field, where, may_be_empty="tool_calls" in passed
-                                              or role in (TOOL, *_OPENING)), **passed}  # fmt: skip
+    may_be_empty = calls is not None or role in (TOOL, *_OPENING)
+    return {"role": role, "content": _content(content, content_field, where, may_be_empty=may_be_empty), **passed}
 
 
 def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
@@ -154,15 +151,18 @@ def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
     return trained
 
 
+_MAY_FOLLOW = {USER: (None, *_OPENING, ASSISTANT), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
+
+
 def _check_order(roles: Sequence[str], source: str) -> None:
-    """Raise UserError if the turns do not alternate. Unknown roles, which templates may have, stand anywhere."""
-    before = None
+    """Raise UserError if the turns do not alternate. A role that is not in `ROLES` may stand anywhere."""
+    before: str | None = None
     for number, role in enumerate(roles, start=1):
         where = f"{source}, message {number}"
         if role in _OPENING and before not in (None, *_OPENING):
             raise UserError(f"{where}: a {role!r} turn after {before!r}; it has to come first")
-        follows = {USER: (None, *_OPENING, ASSISTANT), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}.get(role)
-        if follows is not None and before not in follows and (before is None or before in ROLES):
+        known = role in _MAY_FOLLOW and (before is None or before in ROLES)
+        if known and before not in _MAY_FOLLOW[role]:
             after = "at the start" if before is None else f"after {before!r}"
             raise UserError(f"{where}: turns are out of order: {role!r} {after}; correct or remove the row")
         before = role

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.data.chat import chat_note
 from megatron_tiedlora.data.encode import encode_prompts_of
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.reading import Reading
@@ -43,6 +44,7 @@ class ScoredSet:
         endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
         num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
+        chat_note: how chats became text; '' if the rows are no chats.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class ScoredSet:
     endings: tuple[tuple[tuple[int, ...], ...], ...]
     num_truncated: int
     end_ids: frozenset[int]
+    chat_note: str = ""
 
     @property
     def sha256(self) -> str:
@@ -66,7 +69,7 @@ def encode_scored(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    reading: Reading,
+    reading: Reading | None = None,
     longest_prompt: int,
     model_folder: Path,
     vocab_size: int,
@@ -74,7 +77,7 @@ def encode_scored(
     """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
 
     Args:
-        reading: what the user decided about rows.
+        reading: what the user decided about rows; by default nothing.
         model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
 
@@ -82,6 +85,7 @@ def encode_scored(
         UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
             token.
     """
+    reading = reading or Reading()
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
     for metric in metrics:
@@ -99,7 +103,8 @@ def encode_scored(
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends)
+    note = chat_note(tokenizer, reading) if any(example.conversation for example in examples) else ""
+    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends, note)
 
 
 def _follow(example: Example) -> tuple[str, ...]:

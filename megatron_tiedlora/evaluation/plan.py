@@ -76,12 +76,15 @@ class EvaluationPlan:
         model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
-    def headline(self, num_samples: int, num_truncated: int, attention: AttentionRoute) -> list[str]:
+    def headline(
+        self, num_samples: int, num_truncated: int, attention: AttentionRoute, chat_note: str = ""
+    ) -> list[str]:
         """A few lines about the evaluation, to print before its progress bar.
 
         Args:
             num_samples: number of samples to answer.
-            num_truncated: how many of their prompts lose their middle.
+            num_truncated: how many of their prompts lose their middle, or early turns.
+            chat_note: how chats became text.
             attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
@@ -91,13 +94,14 @@ class EvaluationPlan:
             targets = ", ".join(target.name for target in self.adapter.config.targets)
             adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
-        cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
+        cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
         return [
             f"model      {self.source.name} in {dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
             f"attention  {attention}",
+            *([f"chats      by {chat_note}"] if chat_note else []),
             *(f"note       {note}" for note in self.notes),
         ]
 

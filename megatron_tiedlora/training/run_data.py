@@ -12,7 +12,7 @@ import numpy as np
 from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.cache import tokenise_once
-from megatron_tiedlora.data.chat import opened_chat, set_chat_template
+from megatron_tiedlora.data.chat import chat_note, set_chat_template
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
@@ -64,8 +64,7 @@ class RunData:
         lines = ["rows by the rules of version 0.1, with which the run began (--data_rules 1)"]
         lines = lines if self.reading.first_rules else []
         if self.first_example.conversation is not None:
-            with opened_chat(self.tokenizer, self.reading) as chat:
-                lines.append(f"chats by {chat.note()}")
+            lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split.shortened_chats:
                 lines.append(
