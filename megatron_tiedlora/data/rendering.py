@@ -85,9 +85,10 @@ def _place(
     tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, whole: str, index: int
 ) -> tuple[int, int]:
     """Where the answer `index` stands in the rendering of all messages."""
-    start = _common(_render(tokenizer, messages[:index], tools, starts_answer=True), whole)
-    before = _render(tokenizer, messages[:index], tools) if start < len(whole) else ""
-    if not whole.startswith(before):
+    prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
+    start = _common(prompt, whole)
+    # The start of an answer may hold more than an answer has, but the turns before it have to be the same.
+    if start < len(prompt) and not whole.startswith(_render(tokenizer, messages[:index], tools)):
         raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
     until = _render(tokenizer, messages[: index + 1], tools)
     if whole.startswith(until):
