@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import has_magic
@@ -83,10 +84,9 @@ def read_sources(sources: Sequence[Source], *, split: str) -> list[Group]:
 
 
 def mixed(groups: Sequence[Group], *, seed: int) -> list[Row]:
-    """The rows of all groups, of which those of a group with a small weight for its size are the rule: every row is
-    used, and rows of the other groups are repeated until the shares are those of the weights.
+    """The rows of all groups, in order. With weights, rows are repeated until the shares of the groups are the weights.
 
-    Which rows are repeated once more than others depends on the seed alone. Without weights every row is used once.
+    Every row is used at least once. Which rows of a group are used once more than others depends on the seed alone.
     """
     rows = [row for group in groups for row in group.rows]
     if groups[0].source.weight is None:
@@ -101,12 +101,20 @@ def mixed(groups: Sequence[Group], *, seed: int) -> list[Row]:
     return result
 
 
-def mix_lines(groups: Sequence[Group]) -> list[str]:
-    """How often the rows of each group are used, in words."""
-    total = max(len(group.rows) / _weight(group) for group in groups)
+def mix_lines(places: Iterable[str]) -> list[str]:
+    """How often rows are used, by file, for the first lines of a run; nothing if none is used twice.
+
+    Args:
+        places: where each sample was read, as in `Example.source`.
+    """
+    used: dict[str, Counter[str]] = {}
+    for place in places:
+        used.setdefault(place.rpartition(":")[0], Counter())[place] += 1
+    if all(len(counts) == counts.total() for counts in used.values()):
+        return []
     return [
-        f"{group.source.name}: {len(group.rows):,} rows, each {total * _weight(group) / len(group.rows):.2f} times"
-        for group in groups
+        f"{file}: {len(counts):,} rows make {counts.total():,} samples, {counts.total() / len(counts):.2f} of each"
+        for file, counts in used.items()
     ]
 
 

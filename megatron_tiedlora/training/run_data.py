@@ -17,6 +17,7 @@ from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.sources import mix_lines
 from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.tasks import get_task
@@ -38,6 +39,8 @@ class RunData:
     Attributes:
         scored: samples to answer before and after training; None: none.
         scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
+        reading: what the user decided about rows.
+        mix: how often the rows of each file are used, in words; empty if each is used once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +50,7 @@ class RunData:
     scored_validation: ScoredSet | None
     first_example: Example
     reading: Reading
+    mix: tuple[str, ...] = ()
 
     @cached_property  # every save writes it
     def sha256(self) -> str:
@@ -62,7 +66,7 @@ class RunData:
     def notes(self) -> list[str]:
         """How chats became text, what they lost, and old rules, for the first lines of a run."""
         lines = ["rows by the rules of version 0.1, with which the run began (--data_rules 1)"]
-        lines = lines if self.reading.first_rules else []
+        lines = [*(lines if self.reading.first_rules else []), *self.mix]
         if self.first_example.conversation is not None:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
@@ -103,6 +107,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(validation, settings)),
         train[0],
         reading,
+        tuple(mix_lines(example.source for example in train)),
     )
 
 

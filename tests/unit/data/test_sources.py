@@ -13,7 +13,7 @@ from task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.readers import read_rows, split_hub_name
-from megatron_tiedlora.data.sources import Group, Source, local_files, mixed, parse_sources, read_sources
+from megatron_tiedlora.data.sources import Group, Source, local_files, mix_lines, mixed, parse_sources, read_sources
 from megatron_tiedlora.data.splits import load_split
 
 
@@ -48,6 +48,11 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     assert found == prompts(f"{a}:0.5,{b}:0.5") and found != prompts(f"{a}:0.5,{b}:0.5", seed=1)
     quarter = Counter(name[0] for name in prompts(f"{a}:0.75,{b}:.25"))
     assert quarter == {"a": 90, "b": 30}
+    said = mix_lines(sample.source for sample in load_split(
+        "custom", "train", files={"train": f"{a}:0.5,{b}:0.5", "validation": a}, seed=0
+    ))  # fmt: skip
+    assert said == [f"{a}: 90 rows make 90 samples, 1.00 of each", f"{b}: 20 rows make 90 samples, 4.50 of each"]
+    assert mix_lines(["a.jsonl:1", "b.jsonl:1"]) == []
     assert [name[0] for name in prompts(f"{a}:0.9,{b}:0.1")] == ["a"] * 180 + ["b"] * 20
 
 
