@@ -132,7 +132,8 @@ def _load(path: Path) -> TokenDataset | None:
             metadata = file.metadata() or {}
         if metadata["sha256"] != _checksum(arrays):
             return None
-        return TokenDataset(**arrays, **{name: int(metadata[name]) for name in _COUNTS})
+        counts = [int(metadata[name]) for name in _COUNTS]
+        return TokenDataset(arrays["tokens"], arrays["offsets"], arrays["supervised"], *counts)
     # AttributeError: unusual dtypes. MemoryError: a sparse file larger than memory.
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError):
         return None

@@ -64,13 +64,15 @@ def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | No
     template = tokenizer.get_chat_template(tools=tools)
     if not has_marks(template):
         return None
-    (text,), (places,) = render_jinja_template(
+    # It returns (texts, places by text), which its own annotation does not say.
+    found: Any = render_jinja_template(
         conversations=[list(messages)],
-        tools=tools,
+        tools=None if tools is None else list(tools),
         chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
+    (text,), (places,) = found
     if len(places) != _number(messages, len(messages)):
         return None
     return Rendered(text, tuple((start, end) for start, end in places))

@@ -115,7 +115,7 @@ def describe_base(
 
 
 def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
-    sums = {}
+    sums: dict[str, str] = {}
     for given in filter(None, files):
         sums |= {name: file_sha256(path) for name, path in local_files(given).items()}
     return sums
