@@ -71,6 +71,11 @@ def _parse_source(name: str) -> Source:
     return Source(name) if found is None else Source(found[1], float(found[2]))
 
 
+def without_weight(name: str) -> str:
+    """A name of a data flag without its weight."""
+    return _parse_source(name).name
+
+
 def _exists(name: str) -> bool:
     try:
         return user_path(name).exists()

@@ -16,7 +16,7 @@ from megatron_tiedlora.checkpoint.sources import is_model_on_hub
 from megatron_tiedlora.cluster.doctor.records import HubRepo
 from megatron_tiedlora.data.demo import prepared_model
 from megatron_tiedlora.data.readers import is_rows_file, may_be_hub_id, split_hub_name
-from megatron_tiedlora.data.sources import parse_sources
+from megatron_tiedlora.data.sources import parse_sources, without_weight
 
 _READ_OF_A_MODEL = (".json", ".jinja", ".safetensors", "tokenizer.model")  # the rest of a repository is not downloaded
 _WEIGHTS = ".safetensors"
@@ -65,7 +65,7 @@ def absolute_path(path: str | Path, *, flag: str) -> str:
 def _aligned_texts(value: str, flag: str) -> list[str]:
     """The two names of `A.de,A.en`; any other value is one name."""
     names = [name.strip() for name in value.split(",")]
-    is_pair = len(names) == 2 and all(names) and not any(map(is_rows_file, names))
+    is_pair = len(names) == 2 and all(names) and not any(is_rows_file(without_weight(name)) for name in names)
     return names if is_pair and not os.path.exists(absolute_path(value, flag=flag)) else [value]
 
 

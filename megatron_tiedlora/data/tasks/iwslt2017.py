@@ -17,6 +17,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
 from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
 from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.sources import without_weight
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 _LANGUAGES = ("de", "en")
@@ -41,7 +42,7 @@ def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | Non
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
-    if len(names) > 1 and all(map(is_rows_file, names)):
+    if len(names) > 1 and all(is_rows_file(without_weight(name)) for name in names):
         return None
     if len(names) == 1:
         if not is_rows_file(argument) and (_language(argument) or argument.lower().endswith(".txt")):

@@ -78,6 +78,12 @@ def test_names_that_are_no_pair(names: str, words: list[str], tmp_path: Path, mo
     assert all(word in message for word in words)
 
 
+def test_several_files_of_rows_with_weights(tmp_path: Path) -> None:
+    a, b = (write_rows(tmp_path / name, [{"de": "Ja.", "en": name}]) for name in ("a.jsonl", "b.csv.jsonl"))
+    samples = read("iwslt2017", f"{a}:0.5,{b}:0.5")
+    assert [sample.completion for sample in samples] == [" a.jsonl", " b.csv.jsonl"]
+
+
 def test_a_comma_or_a_language_in_the_name_of_a_file_of_rows(tmp_path: Path) -> None:
     for name in ("a,b.jsonl", "train.de.jsonl", "train.en.parquet"):
         path = write_rows(tmp_path / name, [{"de": "Ja.", "en": "Yes."}])
