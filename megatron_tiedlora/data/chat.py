@@ -179,6 +179,12 @@ class Chat:
         return f"{self.name}; {what} is supervised, found by {how}"
 
 
+def chat_writer(tokenizer: Any, reading: Reading) -> str:
+    """What writes the text of conversations with a tokenizer, in words."""
+    with opened_chat(tokenizer, reading) as chat:
+        return chat.name
+
+
 def chat_note(tokenizer: Any, reading: Reading) -> str:
     """How conversations are read with a tokenizer."""
     with opened_chat(tokenizer, reading) as chat:

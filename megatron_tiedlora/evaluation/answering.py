@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.chat import chat_note
+from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import encode_prompts_of
 from megatron_tiedlora.data.examples import Example, join_answer
 from megatron_tiedlora.data.reading import Reading
@@ -44,7 +44,7 @@ class ScoredSet:
         endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
         num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
-        chat_note: how chats became text; '' if the rows are no chats.
+        chat_note: what wrote the text of chats; '' if the rows are no chats.
     """
 
     task: Task
@@ -103,7 +103,7 @@ def encode_scored(
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
-    note = chat_note(tokenizer, reading) if any(example.conversation for example in examples) else ""
+    note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
     return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends, note)
 
 

@@ -84,7 +84,7 @@ class EvaluationPlan:
         Args:
             num_samples: number of samples to answer.
             num_truncated: how many of their prompts lose their middle, or early turns.
-            chat_note: how chats became text.
+            chat_note: what wrote the text of chats.
             attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
