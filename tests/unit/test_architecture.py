@@ -25,6 +25,8 @@ ORDER = (
     "cluster",
     "study",
     "benchmark",
+    "gpu_checks",
+    "commands",
 )
 SOURCES = sorted((ROOT / "megatron_tiedlora").rglob("*.py"))
 ENGINE_FILES = {

@@ -59,9 +59,9 @@ PRINT = {
     ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
     ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
     ("megatron_tiedlora/cluster/job_processes.py", "main"),
-    ("launch/doctor.py", "main"),  # report_text, JSON
-    ("launch/train.py", "main"),  # dry_run_report
-    ("tools/verify_export.py", "main"),  # Verification.report
+    ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
+    ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
+    ("megatron_tiedlora/commands/verify.py", "main"),  # Verification.report
 }
 WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
 
@@ -80,8 +80,8 @@ def prints(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
 
 def test_nothing_is_printed_but_by_show() -> None:
     found = set()
-    tools = [file for file in (ROOT / "tools").glob("*.py") if not file.name.startswith("prepare_")]
-    for file in sorted([*(ROOT / "megatron_tiedlora").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *tools]):
+    folders = (ROOT / "megatron_tiedlora", ROOT / "launch", ROOT / "tools")
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         place = str(file.relative_to(ROOT))
         for name, call, function in prints(file):
             if name == "print":
