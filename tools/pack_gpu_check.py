@@ -109,7 +109,6 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
 def _copy_tools(folder: Path) -> None:
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "check_gpu.py", folder / "tools")
-    shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")
     shutil.copy(ROOT / "megatron_tiedlora" / "gpu_checks" / "run_offline.py", folder / "run.py")
 
 

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
-from megatron_tiedlora.runtime.process_group import leave_process_group
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print on one rank; returns its exit status."""
     settings = parse_settings(argv, BenchSettings)
+    require_extra("train", only=["deepspeed"])
     file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
     prepare_environment()
     rank, world_size = rank_and_world_size()
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_tiedlora.base.atomic import write_json
     from megatron_tiedlora.benchmark import decoding, layout, report, scaling, step
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
 
     try:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.cli import CommandParser, path_value, run_command
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.gpu_checks import children
@@ -79,6 +80,7 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Run the checks and report; returns the exit status."""
     options = parser().parse_known_names(argv)
+    require_extra("train", only=["deepspeed"])
     parts = _parts(options.parts)
     if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes}: give more than 0")

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from megatron_tiedlora.base.atomic import write_text
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.cluster.doctor.examine import examine
 from megatron_tiedlora.cluster.doctor.text import report_text
@@ -26,6 +27,7 @@ from megatron_tiedlora.config.doctor_settings import DoctorSettings
 def main(argv: Sequence[str]) -> int:
     """Examine and report; returns 0 if a job can start, else 1."""
     settings = parse_settings(argv, DoctorSettings)
+    require_extra("train", only=["deepspeed"])
     to_file = settings.json_file not in (None, "-")
     file = user_path(str(settings.json_file), flag="--json")
     if to_file and not file.absolute().parent.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, EvaluateSettings)
+    require_extra("eval")
     # These import torch, which takes a second: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopRequests

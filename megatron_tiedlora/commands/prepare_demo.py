@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from megatron_tiedlora.base.command_names import program_name
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(
-        prog="prepare_demo.py",
+        prog=program_name("prepare_demo.py"),
         description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
         "Downloads 93 MB once.",
         epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "

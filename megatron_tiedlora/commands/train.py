@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
@@ -21,6 +22,7 @@ from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environm
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, Settings)
+    require_extra("train")
     # These import torch, which takes a second: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.runtime.determinism import make_deterministic
     from megatron_tiedlora.runtime.ending import reported_end

@@ -54,8 +54,6 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
-    ("megatron_tiedlora/training/finish.py", "export"),  # Verification.report
     ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
     ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
     ("megatron_tiedlora/cluster/job_processes.py", "main"),
@@ -146,7 +144,7 @@ def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path
     RankLog().say(f"Traceback\n  {FOREIGN}")
     said = capsys.readouterr().err
     assert said.split("\n")[:3] == [
-        f"run.py: node1 cannot be reached ({printable(FOREIGN)})",
+        f"tiedlora run: node1 cannot be reached ({printable(FOREIGN)})",
         "Traceback",
         f"  {printable(FOREIGN)}",
     ]

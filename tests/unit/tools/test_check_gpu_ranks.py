@@ -149,13 +149,12 @@ def test_a_bare_machine_gets_the_wheels_of_its_python(tmp_path: Path, monkeypatc
     wrong = (f"e-1-{other}-{other}-linux", "f-1-cp399-abi3-linux")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    (tmp_path / "ds_configs").mkdir()
     for name in (*names, *wrong):
         with zipfile.ZipFile(wheels / f"{name}.whl", "w") as archive:
             archive.writestr(f"{name[0]}.py", "")
     monkeypatch.setattr(run_offline, "HERE", tmp_path)
     run_offline.unpack(wheels, tmp_path / "site")
-    assert {file.name for file in (tmp_path / "site").iterdir()} == {"a.py", "b.py", "c.py", "d.py", "ds_configs"}
+    assert {file.name for file in (tmp_path / "site").iterdir()} == {"a.py", "b.py", "c.py", "d.py"}
     with pytest.raises(SystemExit, match="packed without Python"):
         run_offline.main()
 
