@@ -22,6 +22,7 @@ ORDER = (
     "convert",
     "evaluation",
     "training",
+    "sharing",
     "cluster",
     "study",
     "benchmark",
