@@ -92,7 +92,7 @@ def _metadata(facts: CardFacts) -> str:
         )
         for name, score in facts.scores.get("after", {}).items()
     ]
-    base = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
+    base: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
     data = ModelCardData(
         model_name=last_name(facts.repo),
         library_name="peft",
