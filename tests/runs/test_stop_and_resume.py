@@ -57,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 def test_resume_is_exact(base: Base, tmp_path: Path, ds_config: str, ranks: int | None) -> None:
     """Six steps in one go; and three, SIGTERM between two evaluations, then the rest: equal bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings: dict[str, Any] = {"ranks": ranks, "ds_config": ds_config, "max_steps": 6}
+    settings: dict[str, Any] = {"ranks": ranks, "ds_config": ds_config, "max_steps": 6, "keep_checkpoints": 2}
     run(base, whole, **settings)
     run(base, parts, **settings, prelude=partial(kill_at_step, 3), expect=143)
     stopped = status(parts)
