@@ -122,11 +122,10 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
 def _made_up(vocab_size: int, num_samples: int, settings: BenchSettings) -> TokenDataset:
     """Samples of random tokens. The last `settings.labels` of each document have a label."""
     draw, length = np.random.default_rng(0), settings.length // (settings.documents or 1)
-    return TokenDataset(
+    return TokenDataset.after_prompts(
         tokens=draw.integers(3, vocab_size, num_samples * length).astype(np.int32),
         offsets=np.arange(num_samples + 1, dtype=np.int64) * length,
         prompt_lengths=np.full(num_samples, length - settings.labels, np.int32),
-        truncated_prompts=0,
     )
 
 

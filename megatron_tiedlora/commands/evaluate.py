@@ -90,7 +90,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         attention = stage.attention.route(device, plan.dtype)
-        show(*plan.headline(len(scored.examples), scored.num_truncated, attention))
+        show(*plan.headline(len(scored.examples), scored.num_truncated, attention, scored.chat_note))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),

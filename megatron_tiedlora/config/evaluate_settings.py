@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
+from megatron_tiedlora.config.data_fields import (
+    ADD_BOS_HELP,
+    CHAT_TEMPLATE_HELP,
+    COLUMNS_HELP,
+    DATA_RULES,
+    DATA_RULES_HELP,
+    FILES_HELP,
+    SPECIAL_TOKENS_HELP,
+    AddBos,
+    SpecialTokensInText,
+    boolean_word,
+    check_first_rules,
+    parse_columns,
+    with_first_rules,
+)
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, TASK_NAMES
 
@@ -16,6 +31,8 @@ GROUPS = {
     "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
     "data": "the rows that are answered and scored",
 }
+
+_AS_TRAINED = "[as in the adapter's run]"
 
 
 class EvaluateSettings(CommandSettings):
@@ -74,23 +91,36 @@ class EvaluateSettings(CommandSettings):
     task: str = setting_field("data", "format of the rows, and how answers are scored", choices=TASK_NAMES)
     split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
     test_file: str | None = optional_field(
-        "data", "rows of the test split: .jsonl, .json, .parquet or a hub id (default: the task's own)"
+        "data", f"rows of the test split: {FILES_HELP} (default: the task's own)"
     )
     validation_file: str | None = optional_field(
         "data", "rows of the validation split (default: carved from the training rows with --seed, as in training)"
     )
     train_file: str | None = optional_field("data", "training rows, to carve the validation split from")
     prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
+    columns: str | None = optional_field("data", COLUMNS_HELP)
+    chat_template: str | None = optional_field("data", f"{CHAT_TEMPLATE_HELP} {_AS_TRAINED}")
+    add_bos: AddBos | None = optional_field("data", f"{ADD_BOS_HELP} {_AS_TRAINED}")
+    special_tokens_in_text: SpecialTokensInText | None = optional_field("data", f"{SPECIAL_TOKENS_HELP} {_AS_TRAINED}")
+    data_rules: int | None = optional_field("data", f"{DATA_RULES_HELP} {_AS_TRAINED}", ge=1, le=DATA_RULES)
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
     batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
     limit: int | None = optional_field("data", "answer only the first N rows [all; demo 24]", ge=1)
 
+    _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: str | None) -> str | None:
+        parse_columns(value)
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        filled = dict(values)
+        filled = with_first_rules(values, cls.model_fields)
         files = ("test_file", "validation_file", "train_file")
         if "task" not in filled and any(name in filled for name in files):
             filled["task"] = "custom"
@@ -100,6 +130,7 @@ class EvaluateSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateSettings:
+        check_first_rules(self.data_rules, self.model_dump(exclude_none=True))
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
         if self.base_differs and self.adapter is None:

@@ -15,6 +15,23 @@ from megatron_tiedlora.base.errors import as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.config.data_fields import (
+    ADD_BOS_HELP,
+    CHAT_TEMPLATE_HELP,
+    COLUMNS_HELP,
+    DATA_RULES,
+    DATA_RULES_HELP,
+    FILES_HELP,
+    SPECIAL_TOKENS_HELP,
+    TRAIN_ON_HELP,
+    AddBos,
+    SpecialTokensInText,
+    TrainOn,
+    boolean_word,
+    check_first_rules,
+    parse_columns,
+    with_first_rules,
+)
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     TARGETS_HELP,
@@ -138,14 +155,19 @@ class Settings(CommandSettings):
     )
     train_file: str | None = optional_field(
         "data",
-        "training rows: .jsonl, .json, .parquet, a hub id, or for iwslt2017 two aligned texts A.de,A.en (default: the"
-        " task's own)",
+        f"training rows: {FILES_HELP}, or for iwslt2017 two aligned texts A.de,A.en (default: the task's own)",
     )
     validation_file: str | None = optional_field(
         "data", "validation rows, as above (default: carved from the training rows)"
     )
     test_file: str | None = optional_field("data", "test rows, answered and scored before and after training")
     prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")
+    columns: str | None = optional_field("data", COLUMNS_HELP)
+    train_on: TrainOn = setting_field("data", TRAIN_ON_HELP, "all_turns")
+    chat_template: str | None = optional_field("data", CHAT_TEMPLATE_HELP)
+    add_bos: AddBos = setting_field("data", ADD_BOS_HELP, "auto")
+    special_tokens_in_text: SpecialTokensInText = setting_field("data", SPECIAL_TOKENS_HELP, "refuse")
+    data_rules: int = setting_field("data", DATA_RULES_HELP, DATA_RULES, ge=1, le=DATA_RULES)
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
@@ -198,7 +220,7 @@ class Settings(CommandSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        filled = dict(values)
+        filled = with_first_rules(values, cls.model_fields)
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
@@ -221,7 +243,15 @@ class Settings(CommandSettings):
 
     _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
-    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume", "init_from")
+    _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: str | None) -> str | None:
+        parse_columns(value)
+        return value
+
+    @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume", "init_from", "chat_template")
     @classmethod
     def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
@@ -230,6 +260,7 @@ class Settings(CommandSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
+        check_first_rules(self.data_rules, self.model_dump())
         if self.layers is not None and (min(self.layers) < 1 or len(set(self.layers)) != len(self.layers)):
             raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
         if self.layers is not None and list(self.layers) != sorted(self.layers):

@@ -22,11 +22,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
 from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
 from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.tokenizer import start_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1  # increase it whenever the same text may give other ids
+FORMAT_VERSION = 2  # increase it whenever the same text may give other ids
 
 
 def tokenise_once(
@@ -34,6 +36,7 @@ def tokenise_once(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    reading: Reading | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> TokenDataset:
@@ -43,7 +46,7 @@ def tokenise_once(
     again. Raises UserError as `encode_dataset` does, and if the cache cannot be written.
     """
     folder = Path(cache_dir or user_cache()) / "tokens"
-    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length)}.safetensors"
+    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, reading=reading)}.safetensors"
     try:
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
@@ -53,7 +56,9 @@ def tokenise_once(
         with FileLock(str(path.with_suffix(".lock"))):
             dataset = _load(path)  # another process may have written it while we waited
             if dataset is None:
-                dataset = encode_dataset(examples, tokenizer, max_length=max_length, progress=progress)
+                dataset = encode_dataset(
+                    examples, tokenizer, max_length=max_length, reading=reading, progress=progress
+                )
                 _save(dataset, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -62,16 +67,27 @@ def tokenise_once(
     return dataset
 
 
-def cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
-    """Return the hash of everything the ids depend on: texts, tokenizer, length and this code's format version."""
-    # True: BOS is added. It is in the key because it was once a choice.
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} True {len(examples)}\n".encode())
+def cache_key(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    reading: Reading | None = None,
+) -> str:
+    """Return the hash of everything the ids depend on: texts, tokenizer, length, settings and this code's version."""
+    reading = reading or Reading()
+    choices = f"{reading.add_bos} {reading.train_on} {reading.special_tokens} {reading.first_rules}"
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {choices} {len(examples)}\n".encode())
     digest.update(_tokenizer_content(tokenizer))
     for example in examples:
-        for text in (example.prompt, example.completion):
-            raw = text.encode("utf-8")
+        digest.update(bytes([example.templated, len(example.segments) % 256]))
+        for segment in example.segments:
+            raw = segment.text.encode("utf-8")
+            digest.update(bytes([segment.supervised, segment.plain, segment.ends]))
             digest.update(len(raw).to_bytes(8, "little"))  # lengths, so that moving a boundary changes the hash
             digest.update(raw)
+        if example.conversation is not None:  # the turns that a chat can lose
+            digest.update(json.dumps([example.conversation.messages, example.conversation.tools]).encode())
     return digest.hexdigest()
 
 
@@ -90,19 +106,20 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         tokenizer.eos_token_id,
         bool(getattr(tokenizer, "split_special_tokens", False)),
         tokenizer.chat_template,
+        start_ids(tokenizer, "auto"),
     ]
     return hashlib.sha256(rules).digest() + json.dumps(settings, sort_keys=True).encode()
 
 
+_ARRAYS = ("tokens", "offsets", "supervised")
+_COUNTS = ("truncated_prompts", "shortened_chats", "lost_turns")
+
+
 def _save(dataset: TokenDataset, path: Path) -> None:
-    arrays: dict[str, np.ndarray] = {
-        "tokens": dataset.tokens,
-        "offsets": dataset.offsets,
-        "prompt_lengths": dataset.prompt_lengths,
-    }
-    metadata = {"truncated_prompts": str(dataset.truncated_prompts), "sha256": _checksum(arrays)}
+    arrays: dict[str, np.ndarray] = {name: getattr(dataset, name) for name in _ARRAYS}
+    counts = {name: str(getattr(dataset, name)) for name in _COUNTS}
     with new_file(path) as temporary:
-        save_file(arrays, str(temporary), metadata=metadata)
+        save_file(arrays, str(temporary), metadata={**counts, "sha256": _checksum(arrays)})
 
 
 def _load(path: Path) -> TokenDataset | None:
@@ -111,11 +128,12 @@ def _load(path: Path) -> TokenDataset | None:
         return None
     try:
         with safe_open(str(path), framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths")}
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             metadata = file.metadata() or {}
         if metadata["sha256"] != _checksum(arrays):
             return None
-        return TokenDataset(**arrays, truncated_prompts=int(metadata["truncated_prompts"]))
+        counts = [int(metadata[name]) for name in _COUNTS]
+        return TokenDataset(arrays["tokens"], arrays["offsets"], arrays["supervised"], *counts)
     # AttributeError: unusual dtypes. MemoryError: a sparse file larger than memory.
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError):
         return None

@@ -12,8 +12,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -22,38 +22,64 @@ import psutil
 
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
+from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_prompt, render_with_places
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
-# the memory of the text, and add some kB to it.
-_SECONDS, _MEMORY = 1.0, 2**28
+# the memory of the text, and add some kB to it. A conversation is rendered up to three times for each of its answers.
+_SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
 _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
 
 class ChatTemplate:
-    """A tokenizer's chat template in its own process, which starts with the first conversation."""
+    """A tokenizer's chat template in its own process, which starts with the first conversation.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        name: what the template is called in messages.
+    """
+
+    def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._name = name or getattr(tokenizer, "name_or_path", "the tokenizer")
         self._process: psutil.Process | None = None
         self._connection: Connection | None = None
 
-    def render(self, turns: Sequence[Mapping[str, str]], source: str) -> str:
-        """Return the prompt for a conversation whose next turn is the assistant's.
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]], source: str) -> str:
+        """Return the prompt for a conversation whose next turn is the assistant's. Raises UserError as `render`."""
+        return self._asked({"messages": list(messages), "tools": None, "answers": None}, source).text
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        source: str,
+        *,
+        answers: Sequence[int],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Rendered:
+        """Return the text of a conversation, with the places of the assistant's turns whose indices are `answers`.
+
+        The template's generation marks give a place, if there is one for each answer of the assistant. Otherwise a turn
+        is what its rendering adds to that of the turns before it, with the start of an answer.
 
         Raises:
-            UserError: the template rejects the turns or fails; it needs more than a second of CPU time or 256 MiB;
-                its text is longer than ten times the conversation's plus 100,000 characters.
+            UserError: the template rejects the turns or fails; it writes a turn in another way once others follow; it
+                needs more than a second of CPU time or 256 MiB; its text is longer than ten times the conversation's
+                plus 100,000 characters.
         """
-        longest = _OWN_CHARACTERS + _RATIO * sum(len(text) for turn in turns for text in turn.values())
-        answer = self._ask({"turns": list(turns), "longest": longest})
-        text = answer.get("text")
+        return self._asked(
+            {"messages": list(messages), "tools": list(tools) if tools else None, "answers": list(answers)}, source
+        )
+
+    def _asked(self, request: Mapping[str, Any], source: str) -> Rendered:
+        longest = _OWN_CHARACTERS + _RATIO * _num_characters([request["messages"], request["tools"]])
+        answer = self._ask({**request, "longest": longest})
+        text, places = answer.get("text"), answer.get("answers", ())
         if isinstance(text, str):
-            return text
-        name = getattr(self._tokenizer, "name_or_path", "the tokenizer")
+            return Rendered(text, tuple((int(start), int(end)) for start, end in places))
         reason = one_line(str(answer.get("reason")))
-        raise UserError(f"{source}: the chat template of {name} {reason}; give other rows or another --tokenizer")
+        fix = answer.get("fix", "give other rows or another --tokenizer")
+        raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def close(self) -> None:
         """End the process."""
@@ -72,9 +98,10 @@ class ChatTemplate:
             self._start()
         assert self._process is not None and self._connection is not None
         before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
+        most = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"] or ())
         _send(self._connection, request)
         while not self._connection.poll(0.05):
-            if _seconds(self._process) - before > _SECONDS:
+            if _seconds(self._process) - before > most:
                 self.close()
                 return {"reason": f"takes more than {_SECONDS:g} s for these messages"}
             if time.monotonic() > deadline:
@@ -94,19 +121,6 @@ class ChatTemplate:
             _serve(self._tokenizer, theirs, parent)
         theirs.close()
         self._process = psutil.Process(pid)
-
-
-@contextmanager
-def opened_template(tokenizer: Any) -> Iterator[ChatTemplate | None]:
-    """Yield the tokenizer's chat template, or None if it has none (or there is no tokenizer). Closes it afterwards."""
-    if not getattr(tokenizer, "chat_template", None):
-        yield None
-        return
-    chat = ChatTemplate(tokenizer)
-    try:
-        yield chat
-    finally:
-        chat.close()
 
 
 def _seconds(process: psutil.Process) -> float:
@@ -130,22 +144,38 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         with limited(memory=_MEMORY):
             while os.getppid() == parent and (request := _receive(connection)) is not None:
-                _send(connection, _render(tokenizer, request["turns"], request["longest"]))
+                _send(connection, _render(tokenizer, request))
         status = 0
     finally:
         os._exit(status)
 
 
-def _render(tokenizer: Any, turns: list[Any], longest: int) -> dict[str, str]:
+def _render(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        if request["answers"] is None:
+            found = render_prompt(tokenizer, request["messages"])
+        else:
+            found = render_with_places(tokenizer, request["messages"], request["tools"], request["answers"])
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
+    except TurnsChange as error:
+        fix = "give --train_on last_turn, or a --chat_template that marks answers with {% generation %}"
+        return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
         return {"reason": one_line(f"rejects these messages ({error})")}
-    if len(text) > longest:
-        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
-    return {"text": text}
+    if len(found.text) > request["longest"]:
+        return {
+            "reason": f"makes {len(found.text):,} characters from these messages (the limit is {request['longest']:,})"
+        }
+    return {"text": found.text, "answers": found.answers}
+
+
+def _num_characters(value: Any) -> int:
+    """Length of all texts in a value of JSON."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_num_characters, parts))
 
 
 def _send(connection: Connection, content: Mapping[str, Any]) -> None:

@@ -224,10 +224,10 @@ def collate(
     for number, row in enumerate(rows or [[]]):
         start = 0
         for document, index in enumerate(row):
-            sample = dataset.sample(index)
-            first, stop = max(int(dataset.prompt_lengths[index]), 1), start + len(sample)  # `first`: first supervised
+            sample, supervised = dataset.sample(index), dataset.supervised_of(index)
+            stop = start + len(sample)
             input_ids[number, start:stop] = sample
-            labels[number, start + first - 1 : stop - 1] = sample[first:]
+            labels[number, start : stop - 1] = np.where(supervised[1:], sample[1:], IGNORED_LABEL)
             positions[number, start:stop] = np.arange(len(sample))
             documents[number, start:stop] = document
             start = stop

@@ -1,47 +1,47 @@
-"""Reads rows from files and hub data sets. Each row comes with its source, for messages.
+"""Reads rows from files, folders and hub data sets. Each row comes with its source, for messages.
 
-Owns the formats (.jsonl, .json, .parquet, lines of plain text, a hub id through `datasets`) and their errors. Leaves
-the meaning of the fields to `tasks`.
+Owns the formats of text (.jsonl, .json, .csv, each also as .gz, and lines of plain text), what a path, a pattern or a
+hub id names, and their errors. Leaves tables to `tables`, and the meaning of the fields to `tasks`.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from glob import has_magic, iglob
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.data import tables
 from megatron_tiedlora.data.limits import limited
+from megatron_tiedlora.data.tables import Row
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-
-_PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
+_TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_COMPRESSED = ".gz"
 
 # No model reads a sample as long as _LONGEST_LINE, and its JSON becomes at most some hundred MB of objects. A .json
 # file is read as a whole, into several times its size.
 _LONGEST_LINE, _LARGEST_JSON = 2**24, 2**28  # bytes
 _JSON_MEMORY, _JSON_RATIO = 2**28, 8  # text takes one to four times its bytes, lists of many small objects more
-# Memory of a parquet file as Python objects. Compression shrinks text 3 to 20 times, and a character takes up to 4
-# bytes. The constant is for small files of many short rows.
-_PARQUET_MEMORY, _PARQUET_RATIO = 2**28, 100
-_PARQUET_ROWS = 64  # rows decoded at a time; few, since one row can be large
-
-Row = tuple[dict[str, Any], str]
-"""A row's fields and its source ("train.jsonl:12"), for messages."""
+_GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # text shrinks 3 to 20 times
 
 
 def is_rows_file(name: str) -> bool:
     """Whether the name has the suffix of a file of rows."""
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().removesuffix(_COMPRESSED).endswith(SUFFIXES)
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Whether the string can only mean a local file: it has a data suffix or starts like a path."""
-    return is_rows_file(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
+    """Whether the string can only mean local files: it has a data suffix, is a pattern, or starts like a path."""
+    return is_rows_file(path_or_hub) or has_magic(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -58,50 +58,58 @@ def may_be_hub_id(name: str) -> bool:
     return True
 
 
+def split_hub_name(name: str) -> tuple[str, str | None, str | None]:
+    """(id, config, split) of `id[:config[:split]]`; None for what is left out."""
+    hub_id, *more = name.split(":", 2)
+    config, split = [*(part or None for part in more), None, None][:2]
+    return hub_id, config, split
+
+
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read all rows (at most `limit`) of a local file, or of one split of a hub data set.
+    """Read all rows (at most `limit`) of a local file, of all files of a folder or pattern, or of one split of a hub
+    data set, `id[:config[:split]]`.
 
     A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows, and the task unfolds them.
+    list are the rows, and the task unfolds them. A folder holds such files, or is one that `save_to_disk` wrote.
+
+    Args:
+        split: which part, where a name does not say it.
 
     Raises UserError if the file or data set is missing, unreadable, broken (naming file and line) or empty.
     """
     name = str(path_or_hub)
     path = user_path(name)
-    if path.exists() or looks_like_path(name):
-        rows = _read_file(path, limit=limit)
-        if not rows:
-            raise UserError(f"{name}: holds no rows; give a file with at least one")
-        return rows
-    return read_hub_rows(name, split=split, limit=limit)
+    if not path.exists() and not looks_like_path(name):
+        hub_id, config_name, own_split = split_hub_name(name)
+        return tables.read_hub_rows(hub_id, split=own_split or split, config_name=config_name, limit=limit)
+    if path.is_dir() and tables.is_saved_folder(path):
+        rows = tables.read_saved_folder(path, split=split, limit=limit)
+    else:
+        rows = []
+        for file in named_files(path, name):
+            rows += _read_file(file, limit=None if limit is None else limit - len(rows))
+    if not rows:
+        raise UserError(f"{name}: holds no rows; give a file with at least one")
+    return rows
 
 
-def read_hub_rows(
-    hub_id: str, *, split: str, config_name: str | None = None, parquet_branch: bool = False, limit: int | None = None
-) -> list[Row]:
-    """Read all rows (at most `limit`) of one split of a hub data set.
+def named_files(path: Path, name: str) -> list[Path]:
+    """The files that a path or pattern names, in the order of their names.
 
-    parquet_branch: read the hub's parquet copy of the data set, whose folders are `config_name`/`split`. It is for
-        repos with a loading script, which `datasets` no longer runs since version 4.
-
-    Raises UserError with the library's reason if the split cannot be loaded, or if it is empty.
+    Raises:
+        UserError: a folder or pattern has none with a suffix of rows.
     """
-    import datasets
-
-    try:
-        if parquet_branch:
-            folder = f"hf://datasets/{hub_id}@{_PARQUET_BRANCH}/{config_name}/{split}"
-            data = datasets.load_dataset("parquet", data_files={split: f"{folder}/*.parquet"}, split=split)
-        else:
-            data = datasets.load_dataset(hub_id, config_name, split=split)
-    except Exception as error:  # the library raises many unrelated types, including network errors
-        message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
-        raise UserError(f"{message}; give a local file or another hub id") from error
-    if not len(data):
-        raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
-    if limit is not None:
-        data = data.select(range(min(limit, len(data))))
-    return _number_rows(data, f"{hub_id}[{split}]")
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if is_rows_file(file.name) and file.is_file())
+        if not found:
+            raise UserError(f"{name}: is a folder without a {', '.join(SUFFIXES)} file; give one with such files")
+        return found
+    if path.exists() or not has_magic(name):
+        return [path]
+    found = sorted(Path(file) for file in iglob(str(path), recursive=True) if os.path.isfile(file))
+    if not found:
+        raise UserError(f"{name}: no file has a name of this pattern; check the path")
+    return found
 
 
 def read_lines(name: str | Path) -> list[str]:
@@ -124,16 +132,19 @@ def read_lines(name: str | Path) -> list[str]:
     return lines
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BinaryIO, path: Path, *, most: int | None = None) -> Iterator[tuple[int, bytes]]:
     r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError if a line is too long.
+    Raises UserError if a line is too long, or if there are more than `most` bytes.
     """
-    number = 0
+    number = total = 0
     while line := file.readline(_LONGEST_LINE + 1):
         number += 1
+        total += len(line)
         if len(line) > _LONGEST_LINE:
             raise UserError(f"{path}:{number}: is longer than {_LONGEST_LINE:,} bytes; remove or shorten the line")
+        if most is not None and total > most:
+            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
         yield number, line
 
 
@@ -148,32 +159,76 @@ def _check_file(path: Path, expected: str) -> None:
 
 def _read_file(path: Path, *, limit: int | None) -> list[Row]:
     _check_file(path, f"a {', '.join(SUFFIXES)} file or a hub id")
-    suffix = path.suffix.lower()
+    packed = path.suffix.lower() == _COMPRESSED
+    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    readers: dict[str, Callable[..., list[Row]]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": tables.read_parquet,
+        ".arrow": tables.read_arrow,
+    }
+    if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
+        names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
+        raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}")
     try:
-        if suffix == ".jsonl":
-            return _read_jsonl(path, limit=limit)
-        if suffix == ".json":
-            return _read_json(path, limit=limit)
-        if suffix == ".parquet":
-            return _read_parquet(path, limit=limit)
+        return readers[suffix](path, limit=limit)
     except MemoryError:
         raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
+    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: is not a readable .gz file ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
-    raise UserError(f"{path}: unknown suffix {suffix!r}; data files are {', '.join(SUFFIXES)}")
+
+
+def _open(path: Path) -> BinaryIO:
+    packed = path.suffix.lower() == _COMPRESSED
+    return cast(BinaryIO, gzip.GzipFile(path, "rb")) if packed else path.open("rb")
+
+
+def _most(path: Path) -> int | None:
+    """The most bytes of a packed file when unpacked."""
+    return _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size if path.suffix.lower() == _COMPRESSED else None
 
 
 def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
     rows: list[Row] = []
-    with path.open("rb") as file:  # as bytes, so that a message can name the line of a wrong encoding
-        for number, line in _lines(file, path):
+    with _open(path) as file:  # as bytes, so that a message can name the line of a wrong encoding
+        for number, line in _lines(file, path, most=_most(path)):
             if limit is not None and len(rows) >= limit:
                 break
             source = f"{path}:{number}"
-            row = _parse_json(line, source)
+            row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
             if row is _BLANK:
                 continue
             rows.append((_object(row, source), source))
+    return rows
+
+
+def _read_csv(path: Path, *, limit: int | None) -> list[Row]:
+    """Rows of a table with commas, whose first line names the fields. Every value is text."""
+    rows: list[Row] = []
+    csv.field_size_limit(_LONGEST_LINE)
+    with _open(path) as file:
+        lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path, most=_most(path)))
+        reader = csv.reader((line.removeprefix("\ufeff") for line in lines), strict=True)
+        header: list[str] = []
+        try:
+            while limit is None or len(rows) < limit:
+                source = f"{path}:{reader.line_num + 1}"
+                values = next(reader, None)
+                if values is None:
+                    break
+                if not header:
+                    header = values
+                elif values:  # a blank line is no row
+                    if len(values) != len(header):
+                        raise UserError(f"{source}: has {len(values)} fields, but the first line names {len(header)}")
+                    rows.append((dict(zip(header, values, strict=True)), source))
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}:1: names a field twice; rename one")
     return rows
 
 
@@ -203,35 +258,16 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
 
 def _json_bytes(path: Path) -> bytes:
     """The file's bytes up to the first chunk with a NUL, which JSON never has; a sparse file has gigabytes."""
-    pieces = []
-    with path.open("rb") as file:
+    pieces, most, total = [], _most(path), 0
+    with _open(path) as file:
         while piece := file.read(2**20):
             pieces.append(piece)
+            total += len(piece)
+            if most is not None and total > most:
+                raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
             if b"\0" in piece:
                 break
     return b"".join(pieces)
-
-
-def _read_parquet(path: Path, *, limit: int | None) -> list[Row]:
-    import pyarrow.parquet
-
-    memory = _PARQUET_MEMORY + _PARQUET_RATIO * path.stat().st_size
-    reason = f"its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
-    try:
-        with limited(memory=memory), pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-            size = _PARQUET_ROWS if limit is None else min(max(limit, 1), _PARQUET_ROWS)
-            batches = file.iter_batches(batch_size=size, use_threads=False)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            return _number_rows(islice(rows, limit), str(path))
-    except MemoryError:  # raised below, outside the handler, so that the rows read so far are freed
-        pass
-    except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
-        reason = f"not a readable parquet file ({first_line(error)})"
-    raise UserError(f"{path}: {reason}")
-
-
-def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
-    return [(dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1)]
 
 
 _BLANK = object()

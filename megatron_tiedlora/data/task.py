@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_tiedlora.data.readers import Row
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.turns import Conversation
 
 Split = Literal["train", "validation", "test"]
 
@@ -23,12 +25,18 @@ class Parts:
     prompt: the prompt if the task builds it itself; None: fill the template.
     answers: accepted texts, at least one; training uses the first.
     choices: all choices in the row's order, including the first answer; empty if the task has no choices.
+    endings: the choices as they follow the prompt; by default each after one space.
+    conversation: the turns of a chat, which has neither prompt nor answer of its own.
+    shape: the name of the row's shape, which all rows of a file share; '' for tasks with rows of one shape.
     """
 
     fields: Mapping[str, Any]
     prompt: str | None
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+    conversation: Conversation | None = None
+    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,15 @@ class Task:
     name: the name of its file.
     fields: fields that every row must have, also for messages; empty if rows have several shapes.
     template: the prompt with {field} names; empty if `parts` builds the prompt itself.
-    parts: (row, source, chat template or None) -> `Parts`; raises UserError naming source and field.
+    parts: (row, source, what the user decided about rows) -> `Parts`; raises UserError naming source and field.
     metrics: names of metrics in the evaluation package; the first is the task's own.
     stop: a prediction ends before this text; None: only end-of-sequence ends it.
     hub: the task's own rows; None if there are only the user's.
     validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
     merge_by: held-out rows with the same value of this field are one sample with several references.
     unfold: (row, source) -> flat rows, for files with nested rows.
-    read_files: (argument, flag) -> rows, for formats that only this task has; None: read it like any other file.
+    read_files: (argument, flag, what the user decided) -> rows, for formats that only this task has; None: read it like
+        any other file.
     generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
     scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
         training only those of a file that is given.
@@ -72,14 +81,14 @@ class Task:
     name: str
     fields: tuple[str, ...]
     template: str
-    parts: Callable[[Mapping[str, Any], str, Any], Parts]
+    parts: Callable[[Mapping[str, Any], str, Reading], Parts]
     metrics: tuple[str, ...]
     stop: str | None = None
     hub: HubSource | None = None
     validation_rows: int = 500
     merge_by: str | None = None
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
-    read_files: Callable[[str, str], list[Row] | None] | None = None
+    read_files: Callable[[str, str, Reading], list[Row] | None] | None = None
     generate: Callable[[Split], Iterable[Row]] | None = None
     scored_rows: int | None = None
     max_new_tokens: int = 500

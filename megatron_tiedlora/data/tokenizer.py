@@ -69,6 +69,18 @@ def library_errors(source: str | Path, what: str) -> Iterator[None]:
         raise _rejection(str(source), f"{what} ({first_line(error)})") from error
 
 
+def start_ids(tokenizer: PreTrainedTokenizerBase, add_bos: str) -> list[int]:
+    """The ids in front of a text: with `auto` (--add_bos) those that the tokenizer itself puts there."""
+    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    if add_bos != "auto":
+        return bos if add_bos == "true" else []
+    with library_errors(tokenizer.name_or_path, "cannot encode a text"):
+        ids = list(tokenizer("a", verbose=False)["input_ids"])
+        plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    starts = (start for start in range(len(ids)) if ids[start : start + len(plain)] == plain)
+    return ids[: next(starts, 0)]
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
     several). As in transformers, ids outside of the model's vocabulary are ignored.
@@ -171,13 +183,21 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
             if config_folder is not None and (config_folder / name).is_file():
                 shutil.copyfile(config_folder / name, Path(scratch, name))
+        more: dict[str, Any] = {} if _says_bos(config_folder) else {"add_bos_token": True}  # as LlamaTokenizer
         if config_folder is not None:
-            return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch))
-        tokenizer = _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, split_special_tokens=True))
+            return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, **more))
+        more["split_special_tokens"] = True
+        tokenizer = _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, **more))
     for text, ids in zip(_PROBES, expected, strict=True):
         if tokenizer.encode(text, add_special_tokens=False) != ids:
             raise _rejection(str(path), f"is a SentencePiece model that cannot be converted exactly (see {text!r})")
     return tokenizer
+
+
+def _says_bos(folder: Path | None) -> bool:
+    """Whether a folder's tokenizer_config.json says if BOS is added."""
+    file = None if folder is None else folder / "tokenizer_config.json"
+    return file is not None and "add_bos_token" in read_json_object(file, kind="a tokenizer's config")
 
 
 def download_tokenizer(hub_id: str) -> Path:

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
+from megatron_tiedlora.data.chat import chat_writer
+from megatron_tiedlora.data.encode import encode_prompts_of
 from megatron_tiedlora.data.examples import Example, join_answer
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.text_ids import continuation_ids, decode_ids
 from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answers import Answer
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -41,6 +44,7 @@ class ScoredSet:
         endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
         num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
+        chat_note: what wrote the text of chats; '' if the rows are no chats.
     """
 
     task: Task
@@ -49,6 +53,7 @@ class ScoredSet:
     endings: tuple[tuple[tuple[int, ...], ...], ...]
     num_truncated: int
     end_ids: frozenset[int]
+    chat_note: str = ""
 
     @property
     def sha256(self) -> str:
@@ -64,6 +69,7 @@ def encode_scored(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    reading: Reading | None = None,
     longest_prompt: int,
     model_folder: Path,
     vocab_size: int,
@@ -71,6 +77,7 @@ def encode_scored(
     """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
 
     Args:
+        reading: what the user decided about rows; by default nothing.
         model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
 
@@ -78,21 +85,31 @@ def encode_scored(
         UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
             token.
     """
+    reading = reading or Reading()
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
     for metric in metrics:
         for example in examples:
             metric.check(example)
-    questions = [example.prompt for example in examples]
-    prompts, num_truncated = encode_prompts(tokenizer, questions, max_length=longest_prompt)
+    for example in examples:
+        if not example.prompt:
+            raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
+    prompts, num_truncated = encode_prompts_of(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices = any(metric.needs_choice_scores for metric in metrics)
-    choices = [[join_answer(e.prompt, choice) for choice in e.choices] if reads_choices else [] for e in examples]
-    ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts]))
+    choices = [_follow(example) if reads_choices else () for example in examples]
+    plain = reading.special_tokens == "plain"
+    ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no token; remove the row")
-    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends)
+    note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
+    return ScoredSet(task, tuple(examples), tuple(prompts), tuple(endings), num_truncated, ends, note)
+
+
+def _follow(example: Example) -> tuple[str, ...]:
+    """The choices as they follow the prompt."""
+    return example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices)
 
 
 def answer_all(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.data.chat import set_chat_template
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
@@ -23,12 +25,14 @@ def read_held_out(plan: EvaluationPlan) -> tuple[PreTrainedTokenizerBase, Scored
     """
     settings = plan.settings
     tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
+    set_chat_template(tokenizer, settings.chat_template)
     check_vocabulary(tokenizer, plan.source.shape.vocab_size)
     examples = read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit)
     scored = encode_scored(
         examples,
         plan.task,
         tokenizer,
+        reading=Reading.of(settings),
         longest_prompt=plan.longest_prompt,
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,

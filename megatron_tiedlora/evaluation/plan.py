@@ -18,6 +18,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.inputs import check_base
@@ -28,6 +29,8 @@ from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.planning.layout import check_layout
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 from megatron_tiedlora.runtime.launch_env import uses_gpu
+
+_READING = ("chat_template", "add_bos", "special_tokens_in_text")
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ class EvaluationPlan:
         model = last_name(self.source.name)
         return "-".join([model, self.task.name, *([] if model == self.adapter_name else [self.adapter_name])])
 
-    def headline(self, num_samples: int, num_truncated: int, attention: AttentionRoute) -> list[str]:
+    def headline(
+        self, num_samples: int, num_truncated: int, attention: AttentionRoute, chat_note: str = ""
+    ) -> list[str]:
         """A few lines about the evaluation, to print before its progress bar.
 
         Args:
             num_samples: number of samples to answer.
-            num_truncated: how many of their prompts lose their middle.
+            num_truncated: how many of their prompts lose their middle, or early turns.
+            chat_note: what wrote the text of chats.
             attention: which kernels compute the attention of prompts.
         """
         settings, grid = self.settings, self.grid
@@ -88,13 +94,14 @@ class EvaluationPlan:
             targets = ", ".join(target.name for target in self.adapter.config.targets)
             adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
         merged = ", merged" if settings.merge_adapter else ""
-        cut = f", {num_truncated} of them without their middle to fit" if num_truncated else ""
+        cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
         return [
             f"model      {self.source.name} in {dtype}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
             f"attention  {attention}",
+            *([f"chats      by {chat_note}"] if chat_note else []),
             *(f"note       {note}" for note in self.notes),
         ]
 
@@ -133,7 +140,7 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     Raises:
         UserError: names the first thing that does not fit, with the fix.
     """
-    task = get_task(settings.task)
+    task, settings = get_task(settings.task), _as_trained(settings)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     source, adapter, kind, notes = _find_model(settings)
     model_shape = source.shape
@@ -159,17 +166,39 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
     )
 
 
-def _notes(settings: EvaluateSettings) -> Iterator[str]:
-    """Notes if the files beside an adapter show that it was trained with other prompts."""
+def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
+    """The settings of the adapter's run, in a file beside it; none if there is no file, or no adapter."""
     if settings.adapter is None:
-        return
+        return {}
     run_file = user_path(settings.adapter).parent / "run.yaml"
-    trained: dict[str, Any] = {}
     with suppress(UserError):  # a file of another kind or version cannot be compared
-        trained = read_yaml(str(run_file), Settings.model_fields) if run_file.is_file() else {}
-    for name in ("task", "prompt_template", "tokenizer"):
+        return read_yaml(str(run_file), Settings.model_fields) if run_file.is_file() else {}
+    return {}
+
+
+def _as_trained(settings: EvaluateSettings) -> EvaluateSettings:
+    """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none.
+
+    Raises:
+        UserError: the user's contradict them.
+    """
+    trained = _trained_with(settings)
+    if not trained or settings.data_rules is not None:
+        return settings
+    rules: dict[str, Any] = {"data_rules": trained.get("data_rules", 1)}
+    if rules["data_rules"] != 1:
+        rules |= {name: trained[name] for name in _READING if trained.get(name) is not None}
+    return validate_settings({**rules, **settings.model_dump(exclude_none=True)}, EvaluateSettings)
+
+
+def _notes(settings: EvaluateSettings) -> Iterator[str]:
+    """Notes if the files beside an adapter show that it was trained with other prompts, or by old rules."""
+    trained = _trained_with(settings)
+    for name in ("task", "prompt_template", "tokenizer", *_READING):
         if name in trained and trained[name] != getattr(settings, name):
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
+    if settings.data_rules == 1:
+        yield "rows are read by the rules of version 0.1 (--data_rules 1)"
 
 
 def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:

@@ -65,11 +65,10 @@ def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
     """A loader of the run's steps over random samples of these lengths."""
     draw = np.random.default_rng(0)
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
         offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         prompt_lengths=np.ones(len(lengths), np.int32),
-        truncated_prompts=0,
     )
     return run.plan.training_loader(dataset, pad_id=0)
 

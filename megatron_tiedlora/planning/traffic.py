@@ -31,8 +31,8 @@ FP32, FP64 = 4, 8  # bytes
 # If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
-SampleRow = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""The samples of a row, end to end: the length of each, and the index of its first supervised token (at least 1)."""
+SampleRow = NDArray[np.bool_]
+"""Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,17 @@ def assumed_micro_batches(layout: Layout) -> tuple[MicroBatchShape, ...]:
 
     No position predicts the first token of a sample.
     """
-    row = np.full(1, layout.length), np.ones(1, dtype=np.int64)
+    row = np.arange(layout.length) > 0
     return (micro_batch_shape(layout, [row] * layout.rows),) * layout.micro_batches
 
 
 def micro_batch_shape(layout: Layout, rows: Sequence[SampleRow]) -> MicroBatchShape:
-    """The shape of a micro-batch of these rows.
-
-    All tokens of a sample from its first supervised one on are supervised. The position before a token predicts it.
-    """
-    longest = max(int(lengths.sum()) for lengths, _ in rows)
-    length, num_parts = padded(max(longest, 1), layout.pad_multiple), layout.sequence_parts
-    edges = np.arange(num_parts + 1) * (len(rows) * length // num_parts)
-    before = np.zeros(num_parts + 1, dtype=np.int64)  # supervised positions before each edge
-    for number, (lengths, starts) in enumerate(rows):
-        begins = number * length + np.cumsum(lengths) - lengths
-        before += np.clip(edges[:, None], begins + starts - 1, begins + lengths - 1).sum(axis=1)
-    most = padded_positions(int(np.diff(before).max()))
-    num_supervised = sum(int((lengths - starts).sum()) for lengths, starts in rows)
-    return MicroBatchShape(len(rows), length, num_supervised, num_parts * most)
+    """The shape of a micro-batch of these rows. The position before a token predicts it."""
+    length = padded(max(1, *map(len, rows)), layout.pad_multiple)
+    edges = np.arange(layout.sequence_parts + 1) * (len(rows) * length // layout.sequence_parts)
+    places = np.concatenate([number * length + np.flatnonzero(row) - 1 for number, row in enumerate(rows)])
+    most = padded_positions(int(np.diff(np.searchsorted(places, edges)).max()))
+    return MicroBatchShape(len(rows), length, len(places), layout.sequence_parts * most)
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:

@@ -22,6 +22,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import looks_like_path, read_rows
+from megatron_tiedlora.data.sources import parse_sources
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.runtime.launch_env import visible_gpus
@@ -43,7 +44,8 @@ from megatron_tiedlora.training.plan import plan_run
 # Training settings that the evaluation on the test set shares.
 _SHARED_WITH_EVALUATE = (
     *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "max_length", "tensor_parallel", "pipeline_parallel"),
-    *("task", "test_file", "prompt_template", "max_new_tokens"),
+    *("task", "test_file", "prompt_template", "max_new_tokens", "columns", "chat_template", "add_bos"),
+    *("special_tokens_in_text", "data_rules"),
 )
 
 
@@ -251,9 +253,11 @@ def _each_run(grid: SweepGrid) -> Iterator[Run]:
 
 def _check_files(files: Mapping[str, str | None], *, read_by_task: bool) -> None:
     """Raise UserError if a local file does not exist. Hub ids, and formats that only a task reads, are not checked."""
-    for value in files.values():
-        if value is not None and not read_by_task and (looks_like_path(value) or user_path(value).exists()):
-            read_rows(value, limit=1)
+    for flag, value in files.items():
+        sources = () if value is None or read_by_task else parse_sources(value, f"--{flag}")
+        for name in (source.name for source in sources):
+            if looks_like_path(name) or user_path(name).exists():
+                read_rows(name, limit=1)
 
 
 def _score_job(point: Point) -> str:

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Text, read_fields, read_json_object
 from megatron_tiedlora.base.output_folder import reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.paths import PathIn, user_path
+from megatron_tiedlora.base.paths import PathIn
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.checkpoint.checksums import file_sha256
@@ -33,6 +33,7 @@ from megatron_tiedlora.config.sweep_settings import (
     read_sweep_yaml,
     resolve_train,
 )
+from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import Shape, single_layers
 from megatron_tiedlora.study.paper import paper_model
 from megatron_tiedlora.study.processes import LOG_MARK
@@ -40,7 +41,9 @@ from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
 RUNS, SCORES, LOGS = "runs", "scores", "logs"
 # A resumed run may change these settings, but a resumed study may not.
-_SAME_STUDY = {"model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template"}
+_SAME_STUDY = {
+    *("model", "tokenizer", "train_file", "validation_file", "test_file", "prompt_template", "columns", "chat_template")
+}
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _UNRECORDED = {"output_dir", "dry_run", "tables_from", "take_over"}
 
@@ -101,7 +104,7 @@ def describe_base(
     """Make the record of a study of `task` on a model whose `targets` are adapted.
 
     Args:
-        files: local row files (two aligned text files have a comma between them) or hub ids.
+        files: what the data flags name: local files, folders and patterns, or hub ids.
 
     Raises:
         UserError: a file cannot be read.
@@ -112,12 +115,9 @@ def describe_base(
 
 
 def _hash_files(files: Iterable[str | None]) -> dict[str, str]:
-    sums = {}
+    sums: dict[str, str] = {}
     for given in filter(None, files):
-        names = [given] if user_path(given).exists() else [name.strip() for name in given.split(",")]
-        for name, path in ((name, user_path(name)) for name in names):
-            if path.is_file():
-                sums[name] = file_sha256(path)
+        sums |= {name: file_sha256(path) for name, path in local_files(given).items()}
     return sums
 
 

@@ -21,7 +21,7 @@ from megatron_tiedlora.study.grid import Point, Run, SweepGrid, make_grid
 from megatron_tiedlora.study.record import BaseRecord, StudyFolder, read_base, read_command
 
 BASE_NAME = "base"
-_ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template")
+_ROW_SETTINGS = ("train_file", "validation_file", "test_file", "prompt_template", "columns")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import GlobalBatch, num_positions
+from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
@@ -285,16 +288,18 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
         )
     epochs = plan.settings.max_steps * plan.settings.global_batch_size / len(data.train)
     lines.append(f"  the run sees the training part {epochs:.2f} times")
+    lines += (f"  {line}" for line in data.notes)
     return lines
 
 
 def _sample(data: RunData) -> list[str]:
-    ids = data.train.sample(0)
-    prompt = int(data.train.prompt_lengths[0])
-    parts = (("not supervised", ids[:prompt]), ("supervised", ids[prompt:]))
+    ids, supervised = data.train.sample(0), data.train.supervised_of(0)
+    edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
     lines = [f"first sample ({data.first_example.source}), {len(ids)} tokens"]
-    for name, part in parts:
-        lines += [f"  [{name}, {len(part)} tokens]", *_indented(decode_ids(data.tokenizer, part.tolist()))]
+    for start, stop in itertools.pairwise(edges):
+        name = "supervised" if supervised[start] else "not supervised"
+        lines.append(f"  [{name}, {stop - start} tokens]")
+        lines += _indented(decode_ids(data.tokenizer, ids[start:stop].tolist()))
     return lines
 
 

@@ -57,7 +57,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
     """
     if settings.init_from is None:
         return settings
-    recorded = _recorded(settings)
+    recorded = recorded_run(settings)
     if recorded is not None:  # what was given is compared with all of the record once it is resumed
         taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
         return make_settings({**settings.model_dump(), **taken, **_given(settings, source)})
@@ -103,7 +103,7 @@ def load_start(
 
 def start_lines(settings: Settings, source: ModelSource) -> list[str]:
     """What a dry run says of the start."""
-    if settings.init_from is None or _recorded(settings) is not None:
+    if settings.init_from is None or recorded_run(settings) is not None:
         return []
     start = read_start(settings.init_from, source, differs=settings.base_differs)
     return [f"  starts with the values of {settings.init_from}, {start.kind}", *(f"  ({note})" for note in start.notes)]
@@ -153,7 +153,7 @@ def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
     return {name: every_layer if value is None else value for name, value in given.items()}
 
 
-def _recorded(settings: Settings) -> Mapping[str, Any] | None:
+def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
     """The settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
     if settings.resume == "none":
         return None

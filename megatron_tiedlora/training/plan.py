@@ -33,6 +33,7 @@ from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shap
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.training.init_from import with_start
+from megatron_tiedlora.training.kept_rules import with_kept_rules
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -42,7 +43,7 @@ LAYOUT_SETTINGS = frozenset(
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
         *("keep_checkpoints", "test_file", "eval_batch_size"),
         # Compared by content, not by name: the base by its hashes, the data by its tokens.
-        *("model", "tokenizer", "train_file", "validation_file", "prompt_template"),
+        *("model", "tokenizer", "train_file", "validation_file", "prompt_template", "columns", "chat_template"),
     )
 )
 
@@ -119,7 +120,7 @@ class RunPlan:
         return tuple(
             micro_batch_shape(
                 self.layout,
-                [(dataset.lengths_of(row), np.maximum(dataset.prompt_lengths[row], 1)) for row in rows],
+                [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows],
             )
             for rows in batch.on_rank(self.grid.dp_rank, dp_size=self.grid.dp_size)
         )
@@ -216,7 +217,7 @@ def plan_run(
     Raises:
         UserError: the first thing that does not fit, with the fix.
     """
-    task = get_task(settings.task)
+    task, settings = get_task(settings.task), with_kept_rules(settings)
     if settings.eval_metric not in ("loss", *task.metrics):
         raise UserError(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
@@ -263,7 +264,8 @@ def plan_run(
 
 def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
     """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values."""
-    saved = {"targets": [QKV], **saved}  # checkpoints of earlier versions adapt QKV alone and do not say so
+    # Checkpoints of earlier versions adapt QKV alone, read rows by their own rules, and do not say so.
+    saved = {"targets": [QKV], "data_rules": 1, **saved}
     for name, value in plan.resolved_settings().items():
         if name in LAYOUT_SETTINGS or (name not in saved and name != "init_from"):  # no old run had --init_from
             continue

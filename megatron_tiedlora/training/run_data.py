@@ -12,9 +12,12 @@ import numpy as np
 from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.cache import tokenise_once
+from megatron_tiedlora.data.chat import chat_note, set_chat_template
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.sources import mix_lines
 from megatron_tiedlora.data.splits import read_split
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.tasks import get_task
@@ -36,6 +39,8 @@ class RunData:
     Attributes:
         scored: samples to answer before and after training; None: none.
         scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
+        reading: what the user decided about rows.
+        mix: how often the rows of each file are used, in words; empty if each is used once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,15 +49,32 @@ class RunData:
     scored: ScoredSet | None
     scored_validation: ScoredSet | None
     first_example: Example
+    reading: Reading
+    mix: tuple[str, ...] = ()
 
     @cached_property  # every save writes it
     def sha256(self) -> str:
         """Hash of the tokenised training and validation splits; a resumed run must have the same."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
-            for array in (split.tokens, split.offsets, split.prompt_lengths):
+            prompts = split.prompt_lengths  # as version 0.1 stored what is supervised
+            for array in (split.tokens, split.offsets, split.supervised if prompts is None else prompts):
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """How chats became text, what they lost, and old rules, for the first lines of a run."""
+        lines = ["rows by the rules of version 0.1, with which the run began (--data_rules 1)"]
+        lines = [*(lines if self.reading.first_rules else []), *self.mix]
+        if self.first_example.conversation is not None:
+            lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
+        for name, split in (("train", self.train), ("validation", self.validation)):
+            if split.shortened_chats:
+                lines.append(
+                    f"{split.shortened_chats:,} {name} chats lost {split.lost_turns:,} turns at their start to fit"
+                )
+        return lines
 
     @property
     def shared_sha256(self) -> str:
@@ -69,11 +91,12 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
     """
     settings = plan.settings
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
-    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
+    tokenizer, reading = load_tokenizer(settings.tokenizer or model_folder), Reading.of(settings)
+    set_chat_template(tokenizer, settings.chat_template)
     check_vocabulary(tokenizer, plan.source.shape.vocab_size)
     train, validation = (read_split(settings, split, tokenizer=tokenizer) for split in _TRAINED_ON)
     train_set, validation_set = (
-        tokenise_once(examples, tokenizer, max_length=settings.max_length, progress=progress)
+        tokenise_once(examples, tokenizer, max_length=settings.max_length, reading=reading, progress=progress)
         for examples in (train, validation)
     )
     return RunData(
@@ -83,6 +106,8 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         _encode(plan, tokenizer, _test_examples(settings, tokenizer)),
         _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(validation, settings)),
         train[0],
+        reading,
+        tuple(mix_lines(example.source for example in train)),
     )
 
 
@@ -107,6 +132,7 @@ def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Ex
         examples,
         get_task(plan.settings.task),
         tokenizer,
+        reading=Reading.of(plan.settings),
         longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
         model_folder=plan.source.weights_folder(),
         vocab_size=plan.source.shape.vocab_size,

@@ -232,6 +232,7 @@ def headline(
         f"batches    {plan.batches.global_batch_size} samples per step, {plan.batches_in_words},"
         f" ZeRO-{plan.engine.zero_stage}",
     ]
+    lines[3:3] = [f"           {note}" for note in data.notes]
     if grid.tp_size * grid.pp_size > 1:
         sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
         stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)

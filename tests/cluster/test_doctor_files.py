@@ -38,7 +38,10 @@ GIVEN: tuple[tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str]], ...
     ({"train_file": "gsm8k"}, {"train_file": "gsm8k"}, {"train_file": "gsm8k"}),
     ({"test_file": "knkarthick/samsum"}, {"test_file": "knkarthick/samsum"}, {"test_file": "knkarthick/samsum"}),
     ({"train_file": "a.de, d/a.en"}, {"train_file:1": "a.de", "train_file:2": "d/a.en"}, {}),
-    ({"train_file": "a.jsonl,b.jsonl"}, {"train_file": "a.jsonl,b.jsonl"}, {}),  # launch/train.py takes one
+    ({"train_file": "a.jsonl,b.csv"}, {"train_file:1": "a.jsonl", "train_file:2": "b.csv"}, {}),
+    ({"train_file": "a.jsonl:0.4,b.jsonl:0.6"}, {"train_file:1": "a.jsonl", "train_file:2": "b.jsonl"}, {}),
+    ({"train_file": "data/*.jsonl"}, {}, {}),  # only a job's start knows what a pattern stands for
+    ({"train_file": "a/b:main:train"}, {"train_file": "a/b:main:train"}, {"train_file": "a/b"}),
     ({"train_file": "there.de,there.en"}, {"train_file": "there.de,there.en"}, {}),
 )
 

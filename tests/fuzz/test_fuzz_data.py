@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from damage import broken_file, changed_fields, clear, damaged, json_text, odd_p
 from fuzzing import MAPPED, Draw, cases, explore, outcome
 from task_files import HUB_ROWS, write_rows
 from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
+from zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.cache import tokenise_once
@@ -26,6 +28,19 @@ CUSTOM = [
     {"input": "2 + 3 =", "output": "5", "references": ["five"]},
     {"instruction": "Add.", "input": "1, 2", "output": "3"},
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Add"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "content": "3", "tool_call_id": "a"},
+            {"role": "assistant", "content": "3", "weight": 1, "reasoning_content": ""},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    },
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}], "system": "s"},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"query": "Hello", "response": "Hi", "history": [["a", "b"]]},
+    {"text": "Once upon a time."},
 ]
 ROWS: dict[str, list[dict[str, Any]]] = {"custom": CUSTOM, **{name: [row, row] for name, row in HUB_ROWS.items()}}
 TEMPLATES = [None, None, "{question}", "{prompt}\\n{note}", "{a.b}", "{0}", "{", "{prompt!r}", "{nothing}"]
@@ -40,7 +55,7 @@ def check_examples(draw: Draw, task: str, examples: list[Example], tokenizer: An
     """There are some, all that is in them can be tokenised, and whatever is answered has a score in per cent."""
     assert examples
     for example in examples:
-        assert example.prompt and example.references
+        assert (example.prompt or example.completion) and example.references
         for text in (example.prompt, example.completion, *example.references, *example.choices):
             text.encode("utf-8")
     try:
@@ -67,9 +82,14 @@ def check_examples(draw: Draw, task: str, examples: list[Example], tokenizer: An
 
 @cases("rows")
 def test_broken_rows(tokenizer: Any, area: Path, examples: int) -> None:
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TOOLS
+    tokenizers = (tokenizer, chat, None)
+
     def body(draw: Draw) -> object:
         task, suffix = draw.say(draw.pick(sorted(ROWS))), draw.say(draw.pick([".jsonl", ".json"]))
-        file, rows, elsewhere = area / f"rows{suffix}", ROWS[task], area / "elsewhere"
+        file, elsewhere = area / f"rows{suffix}", area / "elsewhere"
+        rows = [draw.pick(CUSTOM)] * 2 if task == "custom" else ROWS[task]
         clear(file, elsewhere)
         write_rows(file, rows)
         match draw.number(0, 9):
@@ -84,12 +104,14 @@ def test_broken_rows(tokenizer: Any, area: Path, examples: int) -> None:
         template = draw.pick(TEMPLATES)
         names = (str(file), "--prompt_template")
         found = outcome(
-            lambda: load_split(task, "test", files={"test": file}, seed=0, prompt_template=template),
+            lambda: load_split(
+                task, "test", files={"test": file}, seed=0, prompt_template=template, tokenizer=draw.pick(tokenizers)
+            ),
             unchanged=area,
             names=names,
         )
         if isinstance(found, list):
-            check_examples(draw, task, found, tokenizer)
+            check_examples(draw, task, found, tokenizers[0])
         outcome(lambda: load_split(task, "train", files={"train": file}, seed=0), unchanged=area, names=names)
         return found
 
@@ -173,7 +195,7 @@ def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples:
         except UserError as error:
             assert str(error).isprintable() and str(file.parent) in str(error), error
             return error
-        for name in ("tokens", "offsets", "prompt_lengths"):
+        for name in ("tokens", "offsets", "supervised"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
         assert type(found.truncated_prompts) is int
         return found

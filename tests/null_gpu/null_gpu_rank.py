@@ -180,11 +180,10 @@ def _steps(order: Order, plan: Any) -> Iterator[TrainingStep]:
     draw, count = np.random.default_rng(0), _global_batch(order)
     while True:
         length = int(draw.integers(order.lengths[0], order.lengths[1] + 1))
-        samples = TokenDataset(
+        samples = TokenDataset.after_prompts(
             tokens=draw.integers(3, plan.source.shape.vocab_size, count * length).astype(np.int32),
             offsets=np.arange(count + 1, dtype=np.int64) * length,
             prompt_lengths=np.full(count, int(length * order.prompts), np.int32),
-            truncated_prompts=0,
         )
         yield next(plan.training_loader(samples, pad_id=0))
 

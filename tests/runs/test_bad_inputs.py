@@ -241,7 +241,7 @@ def test_no_supervised_token() -> None:
     from megatron_tiedlora.data.encode import TokenDataset, check_supervised
 
     tokens = np.arange(6, dtype=np.int32)
-    nothing = TokenDataset(tokens, np.array([0, 3, 6]), np.array([3, 3], np.int32), truncated_prompts=0)
+    nothing = TokenDataset.after_prompts(tokens, np.array([0, 3, 6]), np.array([3, 3], np.int32))
     with pytest.raises(UserError, match=r"train.jsonl:1: no supervised token in 2 samples"):
         check_supervised(nothing, "train.jsonl:1")
 

@@ -121,8 +121,8 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, o
         for index in indices.tolist():
             tokens = torch.from_numpy(dataset.sample(index).astype("int64"))
             labels = torch.full_like(tokens, -100)
-            first = int(dataset.prompt_lengths[index])
-            labels[first - 1 : -1] = tokens[first:]
+            learned = torch.from_numpy(dataset.supervised_of(index)[1:])
+            labels[:-1][learned] = tokens[1:][learned]
             samples.append(OracleBatch(tokens[None], labels[None]))
         steps.append([pack_samples(samples[first : first + 4]) for first in range(0, count, 4)])
     # One thread: on busy cores, threads that share such small products mostly wait for each other (50 s in place of 1).

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 _ANSWERS = ("summary", "summary1", "summary2", "summary3")
 
 
-def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
     required_text(row, "dialogue", source)
     names = [name for name in _ANSWERS if row.get(name) is not None] or ["summary"]
     # Decoding would stop at a line break inside a summary. For ROUGE it is the same as a space.

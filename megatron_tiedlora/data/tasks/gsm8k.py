@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.data.fields import required_text, without
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 
-def question_parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+def question_parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
     """`Parts` of a row with `question` and `answer`; training uses the whole worked answer."""
     required_text(row, "question", source)
     return Parts(without(row, "answer"), None, (required_text(row, "answer", source),))

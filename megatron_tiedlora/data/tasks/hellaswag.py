@@ -1,7 +1,8 @@
 r"""HellaSwag: the start of a scene and four endings, one of which is correct.
 
 A prompt is `{activity_label}: {ctx_a} {ctx_b.capitalize()}`, cleaned. The answer is the text of the correct ending,
-cleaned in the same way. The prompt does not show the endings, but a template can, with {context} and {endings}.
+cleaned in the same way, after one space, even where cleaning left a space at its start. The prompt does not show the
+endings, but a template can, with {context} and {endings}.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.data.fields import checked_text, required_text, required_texts, without
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 # Headings and steps of the WikiHow articles that half of the rows come from. If a bracket is not closed on its line, no
@@ -20,24 +22,30 @@ _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
 def clean(text: str) -> str:
-    """Clean a text by the public definition: " [title]" ends a sentence; other brackets and double spaces are removed.
-
-    Unlike there, the ends are stripped too, since an answer has exactly one space before it.
-    """
+    """Clean a text as lm-evaluation-harness does: " [title]" ends a sentence, and other brackets and double spaces are
+    removed. White space that was beside a bracket stays at the ends."""
     text = text.strip().replace(" [title]", ". ")
     text = _BRACKETS.sub(lambda found: "" if found[0].endswith("]") else found[0], text)
-    return text.replace("  ", " ").strip()
+    return text.replace("  ", " ")
 
 
-def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     second = checked_text(row["ctx_b"], "ctx_b", source, allow_empty=True).capitalize()
     start = f"{required_text(row, 'ctx_a', source)} {second}"
-    context = clean(f"{required_text(row, 'activity_label', source)}: {start}")
-    endings = required_texts(row["endings"], "endings", source)
-    choices = tuple(clean(ending) or ending.strip() for ending in endings)  # an ending of only brackets keeps them
-    numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(choices, start=1))
+    query = clean(f"{required_text(row, 'activity_label', source)}: {start}")
+    context, endings = query.rstrip(), required_texts(row["endings"], "endings", source)
+    cleaned = (clean(ending) for ending in endings)
+    # An ending of only brackets keeps them.
+    choices = tuple(text if text.strip() else ending.strip() for text, ending in zip(cleaned, endings, strict=True))
+    shown_choices = tuple(choice.strip() for choice in choices)
+    numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(shown_choices, start=1))
     fields = {**without(row, "label"), "context": context, "endings": numbered}
-    return Parts(fields, None, (choices[_label(row, len(choices), source)],), choices)
+    right = _label(row, len(choices), source)
+    if reading.first_rules:
+        return Parts(fields, None, (shown_choices[right],), shown_choices)
+    # White space at the end of the prompt is scored with the ending, as the harness does.
+    follow = tuple(f"{query[len(context) :]} {choice}" for choice in choices)
+    return Parts(fields, None, (choices[right],), choices, follow)
 
 
 def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:

@@ -1,11 +1,13 @@
 """IWSLT 2017, German to English: one sentence of a talk and its translation.
 
 Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files
-with aligned lines, given as `train.de,train.en`.
+with aligned lines, given as `train.de,train.en`: plain sentences, or the files of the release, `train.tags.*` and
+`*.xml`, whose sentences are the lines without a tag at their start and the `<seg>` elements.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
 from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.sources import without_weight
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 _LANGUAGES = ("de", "en")
+_SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them
 
 
-def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
     # Decoding would stop at a line break inside a sentence.
     german, english = (without_line_breaks(required_text(row, name, source)) for name in _LANGUAGES)
     return Parts({**without(row, "en"), "de": german}, None, (english,))
@@ -31,12 +36,14 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _read_aligned(argument: str, flag: str) -> list[Row] | None:
+def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | None:
     """The rows of two text files "GERMAN,ENGLISH", or None if the argument is one file of rows.
 
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
+    if len(names) > 1 and all(is_rows_file(without_weight(name)) for name in names):
+        return None
     if len(names) == 1:
         if not is_rows_file(argument) and (_language(argument) or argument.lower().endswith(".txt")):
             raise UserError(f"{flag} {argument}: text of one language; give both as {flag} GERMAN,ENGLISH")
@@ -48,18 +55,37 @@ def _read_aligned(argument: str, flag: str) -> list[Row] | None:
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
     german_name, english_name = reversed(names) if first == "en" or second == "de" else names
-    german, english = read_lines(german_name), read_lines(english_name)
+    german, english = (_sentences(name, reading) for name in (german_name, english_name))
     if len(german) != len(english):
         raise UserError(
             f"{german_name} has {len(german)} lines and {english_name} has {len(english)}; line N of one must be the "
             "translation of line N of the other"
         )
-    for number, pair in enumerate(zip(german, english, strict=True), start=1):
-        for name, line in zip((german_name, english_name), pair, strict=True):
+    rows: list[Row] = []
+    for (number, de), (other, en) in zip(german, english, strict=True):
+        for name, place, line in ((german_name, number, de), (english_name, other, en)):
             if not line.strip():
-                raise UserError(f"{name}:{number}: the line is empty; remove this line from both files or fill it")
-    pairs = enumerate(zip(german, english, strict=True), start=1)
-    return [({"de": de, "en": en}, f"{german_name}:{number}") for number, (de, en) in pairs]
+                raise UserError(f"{name}:{place}: the line is empty; remove this line from both files or fill it")
+        rows.append(({"de": de, "en": en}, f"{german_name}:{number}"))
+    return rows
+
+
+def _sentences(name: str, reading: Reading) -> list[tuple[int, str]]:
+    """Number and text of each sentence of a file. Version 0.1 took every line for one."""
+    lines = list(enumerate(read_lines(name), start=1))
+    base = Path(name.lower()).name
+    if reading.first_rules or not (base.endswith(".xml") or base.startswith("train.tags.")):
+        return lines
+    found = []
+    for number, line in lines:
+        text = line.strip()
+        segments = [segment.strip() for segment in _SEGMENT.findall(text)] if text.startswith("<") else [text]
+        if text.startswith("<") and len(segments) < text.count("<seg"):
+            raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each on a line of its own")
+        found += [(number, segment) for segment in segments]
+    if not found:
+        raise UserError(f"{name}: holds no sentence, only tags; give the file of the sentences")
+    return found
 
 
 def _language(name: str) -> str | None:

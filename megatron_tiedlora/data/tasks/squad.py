@@ -8,10 +8,11 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.fields import required_text, required_texts, without
 from megatron_tiedlora.data.readers import Row
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.task import HubSource, Parts, Task
 
 
-def _parts(row: Mapping[str, Any], source: str, _: Any) -> Parts:
+def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
     """Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in the nested JSON."""
     required_text(row, "context", source)
     required_text(row, "question", source)

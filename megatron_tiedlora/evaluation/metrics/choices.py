@@ -56,12 +56,12 @@ def accuracy(answer: Answer) -> float:
 def accuracy_loglikelihood(answer: Answer) -> float:
     """100 if the correct ending has the highest log-likelihood per character (the first of equals), else 0.
 
-    Characters are the Unicode code points of the ending without its leading space, as in `acc_norm` of
-    lm-evaluation-harness. If a score is NaN, the result is 0.
+    Characters are the Unicode code points of the cleaned ending, without the space that joins it to the prompt, as in
+    `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
     """
     choices = checked_choices(answer)
     assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"
-    scores = [score / len(choice.strip()) for score, choice in zip(answer.choice_scores, choices, strict=True)]
+    scores = [score / len(choice) for score, choice in zip(answer.choice_scores, choices, strict=True)]
     if any(map(math.isnan, scores)):
         return 0.0
     return 100.0 * (choices[scores.index(max(scores))].strip() == answer.references[0].strip())

@@ -28,7 +28,8 @@ INTERFACE = {
     "model": "model tokenizer dtype max_length",
     "adapter": "init_from method rank alpha layers targets init_std_a init_std_b",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
-    "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size",
+    "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
+    " chat_template add_bos special_tokens_in_text data_rules",
     "speed": "packing compile recompute",
     "optimisation": "global_batch_size micro_batch_size max_steps learning_rate weight_decay warmup_steps"
     " gradient_clipping eval_interval eval_metric eval_samples patience save_interval save_interval_minutes",

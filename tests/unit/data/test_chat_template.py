@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from task_files import refusal
 from tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.data import chat_template
-from megatron_tiedlora.data.chat_template import opened_template
+from megatron_tiedlora.data.chat_template import ChatTemplate
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 MEGABYTE = 2**20
@@ -52,14 +53,13 @@ def test_a_chat_template_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     chat.chat_template, said = BOMBS[name]
     children = psutil.Process().children()
     started = time.monotonic()
-    with opened_template(chat) as template:
-        assert template is not None
+    with closing(ChatTemplate(chat)) as template:
         with bounded():
-            message = refusal(lambda: template.render(TURNS, "a.jsonl:1"))
+            message = refusal(lambda: template.render_prompt(TURNS, "a.jsonl:1"))
         assert time.monotonic() - started < 30  # of a busy machine
         assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
         monkeypatch.setattr(chat_template, "_SECONDS", 0.1)  # what ends the second one does not matter
-        assert refusal(lambda: template.render(TURNS, "a.jsonl:2")).startswith("a.jsonl:2: ")
+        assert refusal(lambda: template.render_prompt(TURNS, "a.jsonl:2")).startswith("a.jsonl:2: ")
     assert psutil.Process().children() == children
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
@@ -67,21 +67,20 @@ def test_a_chat_template_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_long_conversation_is_rendered(chat: Any) -> None:
     chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     turns = [{"role": "user", "content": "x\ud800" + "é" * MEGABYTE}] * 5
-    with opened_template(chat) as template:
-        assert template is not None
+    with closing(ChatTemplate(chat)) as template:
         for _ in range(3):
             expected = f"<user>{turns[0]['content']}" * 5 + "<assistant>"
-            assert template.render(turns, "a.jsonl:1") == expected
+            assert template.render_prompt(turns, "a.jsonl:1") == expected
 
 
 def test_a_process_that_is_killed_is_told_and_replaced(chat: Any) -> None:
     chat.chat_template, before = "{{ messages[0].content }}", psutil.Process().children()
-    with opened_template(chat) as template:
-        assert template is not None and template.render(TURNS, "a.jsonl:1") == "How many?!"
+    with closing(ChatTemplate(chat)) as template:
+        assert template.render_prompt(TURNS, "a.jsonl:1") == "How many?!"
         (process,) = (child for child in psutil.Process().children() if child not in before)
         process.kill()
-        assert "ended its process" in refusal(lambda: template.render(TURNS, "a.jsonl:2"))
-        assert template.render(TURNS, "a.jsonl:3") == "How many?!"
+        assert "ended its process" in refusal(lambda: template.render_prompt(TURNS, "a.jsonl:2"))
+        assert template.render_prompt(TURNS, "a.jsonl:3") == "How many?!"
 
 
 def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
@@ -91,12 +90,11 @@ def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
     reader, writer = context.Pipe()
 
     def work() -> None:
-        with opened_template(chat) as template:
-            assert template is not None
+        with closing(ChatTemplate(chat)) as template:
             template._start()
             assert template._process is not None
             writer.send(template._process.pid)
-            template.render(TURNS, "a.jsonl:1")
+            template.render_prompt(TURNS, "a.jsonl:1")
 
     ours = context.Process(target=work)
     ours.start()

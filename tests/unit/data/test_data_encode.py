@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache
 from megatron_tiedlora.data.cache import cache_key, tokenise_once
-from megatron_tiedlora.data.encode import (
-    adds_prefix_space,
-    check_supervised,
-    encode_dataset,
-    encode_examples,
-    encode_prompts,
-)
+from megatron_tiedlora.data.encode import check_supervised, encode_dataset, encode_examples, encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.loader import collate
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.text_ids import adds_prefix_space
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer, padding_id, save_tokenizer
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -99,9 +96,12 @@ def tokenizer(request):
     return request.getfixturevalue(request.param)
 
 
+WITH_BOS = Reading(add_bos="true")
+
+
 def encode_example(tokenizer, sample: Example, **keywords):
-    """One sample alone."""
-    return encode_examples(tokenizer, [sample], **keywords)[0]
+    """One sample alone, with BOS."""
+    return encode_examples(tokenizer, [sample], reading=WITH_BOS, **keywords)[0]
 
 
 def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 apples") -> Example:
@@ -211,7 +211,7 @@ def test_one_bos_and_a_supervised_eos(tokenizer):
     assert tokens[-1] == tokenizer.eos_token_id and tokens.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(tokens[1:-1]) == "Question: Tom?\nAnswer: 357 apples"
     assert tokenizer.decode(tokens[sample.prompt_length : -1]).strip() == "357 apples"
-    dataset = encode_dataset([example()], tokenizer, max_length=100)
+    dataset = encode_dataset([example()], tokenizer, max_length=100, reading=WITH_BOS)
     batch = collate(dataset, [[0]], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
     targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
     assert targets == tokens[sample.prompt_length :] and targets[-1] == tokenizer.eos_token_id
@@ -241,9 +241,10 @@ def test_prefix_space_is_noticed(byte_level, spm):
 
 def test_generation_sees_the_prompt_of_training(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
-    (prompt,), _ = encode_prompts(tokenizer, [example().prompt], max_length=100)
+    (prompt,), _ = encode_prompts(tokenizer, [example().prompt], max_length=100, reading=WITH_BOS)
     assert prompt.tolist() == sample.tokens[: sample.prompt_length].tolist()
-    both, num_cut = encode_prompts(tokenizer, [example().prompt, "other " * 50], max_length=20)
+    prompts = [example().prompt, "other " * 50]
+    both, num_cut = encode_prompts(tokenizer, prompts, max_length=20, reading=WITH_BOS)
     assert num_cut == 1
     assert (both[0] == prompt).all() and len(both[1]) == 20 and both[1][0] == tokenizer.bos_token_id
 
@@ -258,7 +259,7 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
     prompt, kept = whole.tokens[: whole.prompt_length].tolist(), cut.tokens[: cut.prompt_length].tolist()
     head = 1 + len(kept) // 2  # BOS is not part of the halves
     assert kept[:head] == prompt[:head] and kept[head:] == prompt[head - len(kept) :]
-    dataset = encode_dataset([long, example()], tokenizer, max_length=60)
+    dataset = encode_dataset([long, example()], tokenizer, max_length=60, reading=WITH_BOS)
     assert (len(dataset), dataset.truncated_prompts) == (2, 1)
 
 
@@ -280,9 +281,10 @@ def test_tokenizer_without_eos(byte_folder):
 
 def test_dataset_layout_and_counts(tokenizer):
     examples = [example(f"Question: {'dog ' * i}?\nAnswer:", f" {i} apples") for i in range(1, 6)]
-    dataset = encode_dataset(examples, tokenizer, max_length=100)
+    dataset = encode_dataset(examples, tokenizer, max_length=100, reading=WITH_BOS)
     single = [encode_example(tokenizer, item, max_length=100) for item in examples]
-    assert (dataset.tokens.dtype, dataset.offsets.dtype, dataset.prompt_lengths.dtype) == (np.int32, np.int64, np.int32)
+    assert (dataset.tokens.dtype, dataset.offsets.dtype, dataset.supervised.dtype) == (np.int32, np.int64, np.bool_)
+    assert dataset.prompt_lengths.tolist() == [sample.prompt_length for sample in single]
     for index, sample in enumerate(single):
         assert (dataset.sample(index) == sample.tokens).all()
         assert dataset.supervised_counts[index] == len(sample.tokens) - sample.prompt_length
@@ -293,8 +295,8 @@ def test_dataset_layout_and_counts(tokenizer):
 def test_no_supervised_token(byte_level):
     assert "no supervised token" in refusal(lambda: encode_dataset([], byte_level, max_length=9))
     dataset = encode_dataset([example()], byte_level, max_length=99)
-    object.__setattr__(dataset, "prompt_lengths", dataset.lengths.astype(np.int32))
-    assert "data.jsonl" in refusal(lambda: check_supervised(dataset, "data.jsonl"))
+    nothing = replace(dataset, supervised=np.zeros_like(dataset.supervised))
+    assert "data.jsonl" in refusal(lambda: check_supervised(nothing, "data.jsonl"))
 
 
 # Cache ------------------------------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_no_supervised_token(byte_level):
 
 def same(left, right) -> bool:
     return all(
-        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "offsets", "prompt_lengths")
+        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "offsets", "supervised")
     )
 
 

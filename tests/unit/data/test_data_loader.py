@@ -1,5 +1,7 @@
 """Order, layout and labels: the same samples for every layout and after every resume."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -14,17 +16,18 @@ from megatron_tiedlora.data.loader import (
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.packing import _halve, _spread, pack
+from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+from megatron_tiedlora.planning.traffic import micro_batch_shape
 
 
 def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
     """Samples of 2 to 40 tokens; the tokens of sample i are all 100 + i, so that rows tell where they come from."""
     lengths = np.random.default_rng(seed).integers(2, 41, num_samples)
-    return TokenDataset(
+    return TokenDataset.after_prompts(
         tokens=np.repeat(np.arange(100, 100 + num_samples), lengths).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_lengths=np.maximum(1, lengths // 2).astype(np.int32),
-        truncated_prompts=0,
     )
 
 
@@ -116,11 +119,10 @@ def test_uneven_batches_are_refused():
 
 
 def test_labels_are_shifted_and_masked_by_position():
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
         offsets=np.array([0, 5, 8]),
         prompt_lengths=np.array([3, 1], np.int32),
-        truncated_prompts=0,
     )
     batch = collate(dataset, [[0], [1]], pad_id=2, pad_multiple=4)  # padding equals EOS
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, 2, 2, 2, 2], [1, 8, 2, 2, 2, 2, 2, 2]]
@@ -158,11 +160,10 @@ def test_evaluation_sees_every_sample_once(dp_size, num_samples):
 
 
 def test_packed_samples_restart_and_know_each_other():
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.array([1, 5, 6, 7, 2, 1, 8, 2], np.int32),
         offsets=np.array([0, 5, 8]),
         prompt_lengths=np.array([3, 1], np.int32),
-        truncated_prompts=0,
     )
     batch = collate(dataset, [[1, 0], []], pad_id=9, pad_multiple=4, packed=True)
     ignored = [IGNORED_LABEL]
@@ -216,11 +217,10 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
 def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(micro, dp_size, least, rows):
     """Twelve samples of 9 tokens, and rows of 4,096."""
     lengths = np.full(40, 9)
-    dataset = TokenDataset(
+    dataset = TokenDataset.after_prompts(
         tokens=np.zeros(40 * 9, np.int32),
         offsets=np.arange(41) * 9,
         prompt_lengths=np.ones(40, np.int32),
-        truncated_prompts=0,
     )
     assert (dataset.lengths == lengths).all()
     shape = BatchShape(12, micro, dp_size, packed_length=4096, min_micro_batches=least)
@@ -267,3 +267,48 @@ def test_rows_that_cannot_be_evened_out_are_those_of_first_fit_or_their_halves()
     assert _spread([6, 6, 4, 4, 4], range(5), 2, 12) is None, "4 + 4 + 6 is too much, so first fit's rows were kept"
     assert _halve([6, 6, 4, 4, 3], [[0, 1], [2, 3, 4]], 4) == [[0], [2, 4], [1], [3]]
     assert _halve([6, 4], [[0], [1]], 3) == [[0], [1], []], "no row has two samples"
+
+
+# Several answers in a sample --------------------------------------------------------------------------------
+
+
+def scattered(num_samples: int, *, seed: int = 5) -> TokenDataset:
+    """Samples of 2 to 40 tokens of which any may be supervised, but the first."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(2, 41, num_samples)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    supervised = draw.random(int(offsets[-1])) < 0.3
+    supervised[offsets[:-1]] = False
+    return TokenDataset(draw.integers(3, 99, int(offsets[-1])).astype(np.int32), offsets, supervised)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_labels_of_scattered_answers(packed):
+    """Each is in the position before it, in its own sample."""
+    dataset = scattered(60)
+    assert dataset.prompt_lengths is None and dataset.num_supervised == dataset.supervised.sum()
+    assert dataset.supervised_counts.tolist() == [int(dataset.supervised_of(index).sum()) for index in range(60)]
+    rows = [[3, 9], [4], [5, 1, 7]] if packed else [[3], [9], [4]]
+    batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=packed)
+    for number, row in enumerate(rows):
+        expected = []
+        for index in row:
+            tokens, learned = dataset.sample(index).tolist(), dataset.supervised_of(index).tolist()
+            pairs = zip(tokens[1:], learned[1:], strict=True)
+            expected += [*(token if is_label else IGNORED_LABEL for token, is_label in pairs), IGNORED_LABEL]
+        assert batch.labels[number, : len(expected)].tolist() == expected
+        assert (batch.labels[number, len(expected) :] == IGNORED_LABEL).all()
+    assert batch.num_supervised == sum(int(dataset.supervised_counts[row].sum()) for row in rows)
+
+
+def test_the_messages_of_scattered_answers_are_those_that_are_planned():
+    """Also where a part of a shard has one position more: sizes are padded, so it takes many batches to tell."""
+    dataset, draw = scattered(60), np.random.default_rng(3)
+    for parts in (1, 2, 4) * 40:
+        layout = SimpleNamespace(pad_multiple=8, sequence_parts=parts)
+        rows = draw.permutation(60)[:6].reshape(2, 3).tolist()
+        batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=True)
+        masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]
+        shape, found = micro_batch_shape(layout, masks), find_supervised(batch.labels, parts)
+        assert (shape.num_rows, shape.length) == tuple(batch.labels.shape)
+        assert (shape.num_supervised, shape.num_after) == (len(found.targets), len(found.rows))

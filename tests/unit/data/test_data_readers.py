@@ -66,7 +66,7 @@ def test_wrong_files(tmp_path):
     for name in (str(tmp_path / "missing.jsonl"), "missing.parquet", "./missing"):
         assert "no such file" in refusal(lambda name=name: read_rows(name))
     assert "is a folder" in refusal(lambda: read_rows(tmp_path))
-    for name, reason in (("a.csv", "suffix"), ("a.parquet", "parquet"), ("a.json", "line 2")):
+    for name, reason in (("a.tsv", "suffix"), ("a.parquet", "parquet"), ("a.json", "line 2")):
         path = write(tmp_path / name, "[{},\n{]")
         message = refusal(lambda path=path: read_rows(path))
         assert path in message and reason in message
@@ -110,75 +110,7 @@ def test_hub_rows(monkeypatch):
     assert readers.read_rows("some/dataset", limit=3)[2][1] == "some/dataset[train]: row 3"
 
 
-# The four shapes --------------------------------------------------------------------------------------------
-
-
-def test_shapes_are_recognised_row_by_row(tmp_path):
-    path = write_rows(
-        tmp_path / "data.jsonl",
-        [
-            {"prompt": "Q:", "completion": "42"},
-            {"prompt": "Q:", "completion": " own space"},
-            {"input": "Line\n", "output": "no space"},
-            {"instruction": "Add.", "input": "1 2", "output": "3"},
-            {"instruction": "Say hi.", "input": "", "output": "hi"},
-            {"instruction": "Say hi.", "output": "hi"},
-            {
-                "messages": [
-                    {"role": "system", "content": "Be brief."},
-                    {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": "Yes?"},
-                    {"role": "user", "content": "2+2"},
-                    {"role": "assistant", "content": "4"},
-                ]
-            },
-        ],
-    )
-    samples = custom(path)
-    assert [sample.completion for sample in samples] == [" 42", " own space", "no space", " 3", " hi", " hi", " 4"]
-    assert samples[0].prompt == "Q:" and samples[0].references == ("42",) and samples[0].source == f"{path}:1"
-    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in samples[3].prompt
-    assert samples[4].prompt == samples[5].prompt and "### Input" not in samples[4].prompt
-    assert samples[6].prompt == "System: Be brief.\nUser: Hi\nAssistant: Yes?\nUser: 2+2\nAssistant:"
-
-
-def test_messages_use_the_chat_template(tmp_path):
-    class Chat:
-        chat_template = "yes"
-
-        def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
-            assert not tokenize and add_generation_prompt
-            if turns[0]["role"] == "system":
-                raise RuntimeError("no system role")
-            return "".join(f"<{turn['role']}>{turn['content']}\n" for turn in turns) + "<assistant>\n"
-
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    (sample,) = custom(write_rows(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer=Chat())
-    assert (sample.prompt, sample.completion) == ("<user>Hi\n<assistant>\n", "Yes?")
-    path = write_rows(tmp_path / "b.jsonl", [{"messages": [{"role": "system", "content": "x"}, *turns]}])
-    message = refusal(lambda: custom(path, tokenizer=Chat()))
-    assert f"{path}:1" in message and "no system role" in message
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"text": "x", "label": 1}, ["'text', 'label'", '"prompt","completion"', "instruction", "messages"]),
-        ({"prompt": "x", "completion": ""}, ["'completion'", "empty"]),
-        ({"prompt": "x", "completion": None}, ["'completion'", "missing"]),
-        ({"input": 3, "output": "x"}, ["'input'", "int"]),
-        ({"instruction": " ", "output": "x"}, ["'instruction'", "empty"]),
-        ({"prompt": "x", "completion": "\ud800"}, ["'completion'", "surrogate"]),
-        ({"messages": "x"}, ["'messages'"]),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, ["'user'", "'assistant'"]),
-        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, ["message 1", "'content'"]),
-    ],
-)
-def test_wrong_rows_are_named(tmp_path, row, words):
-    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, row])
-    message = refusal(lambda: custom(path))
-    for word in [f"{path}:2", *words]:
-        assert word in message
+# Prompts ----------------------------------------------------------------------------------------------------
 
 
 def test_prompt_template(tmp_path):

@@ -132,37 +132,6 @@ def test_squad_repeats_no_reference(tmp_path: Path) -> None:
     assert (sample.completion, sample.references) == (" a cat", ("a cat", "cats"))
 
 
-def test_hellaswag_is_cleaned_as_its_public_definition_says(tmp_path: Path) -> None:
-    row = {
-        "activity_label": "Health",
-        "ctx_a": "[header] How to sleep [title] Go to bed early. [step] Do it  every day.",
-        "ctx_b": "",
-        "endings": ["[substeps] Wash it. [title] Dry it.", "Rest [a [b] c]", " two  spaces ", "[step]"],
-        "label": 0,
-    }
-    sample = read_one("hellaswag", tmp_path, row)
-    assert sample.prompt == "Health: How to sleep. Go to bed early. Do it every day."
-    assert sample.choices == ("Wash it.. Dry it.", "Rest c]", "two spaces", "[step]")
-    assert (sample.completion, sample.references) == (" Wash it.. Dry it.", ("Wash it.. Dry it.",))
-    capitals = {**row, "ctx_a": "On a roof.", "ctx_b": "the MAN [x] sits", "label": "2"}
-    assert read_one("hellaswag", tmp_path, capitals).prompt == "Health: On a roof. The man sits"
-    assert read_one("hellaswag", tmp_path, capitals).references == ("two spaces",)
-    assert read_one("hellaswag", tmp_path, {**row, "ctx_a": "On a roof. [step]"}).prompt == "Health: On a roof."
-
-
-def test_a_template_can_show_hellaswag_s_endings(tmp_path: Path) -> None:
-    row = HUB_ROWS["hellaswag"]
-    sample = read_one("hellaswag", tmp_path, row, prompt_template=r"{split_type}: {context}\n{endings}\nRight:")
-    assert sample.prompt == (
-        "indomain: Roof shingle removal: A man is sitting on a roof. He\n"
-        "1. is ripping level tiles off.\n2. is holding a cube.\n3. sleeps.\n4. starts pulling up roofing.\nRight:"
-    )
-    assert sample.completion == " starts pulling up roofing."
-    message = refusal(lambda: read_one("hellaswag", tmp_path, row, prompt_template="{label}"))  # would leak the answer
-    assert "no field 'label'" in message
-    assert "activity_label, context, ctx, ctx_a, ctx_b, endings, ind, source_id, split, split_type" in message
-
-
 @pytest.mark.parametrize(
     ("task", "answer_field", "known"),
     [
@@ -259,76 +228,6 @@ def test_a_dialogue_is_never_on_both_sides_of_the_cut(tmp_path: Path) -> None:
     assert not {sample.prompt for sample in train} & {sample.prompt for sample in validation}
 
 
-# Two aligned text files -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("german", "english", "swapped"),
-    [
-        ("train.de", "train.en", False),
-        ("train.de", "train.en", True),
-        ("train.tags.de-en.de", "train.tags.de-en.en", True),
-        ("a.DE.txt", "b.en.txt", True),
-        ("source.txt", "target.txt", False),  # no language in the names: German stands first
-        ("source.txt", "target.en", True),
-        ("source.de", "target.txt", True),
-    ],
-)
-def test_aligned_files(german: str, english: str, swapped: bool, tmp_path: Path) -> None:
-    # U+2028 ends a line for `splitlines`, not here; a byte order mark and \r\n are no part of a sentence.
-    first = write(tmp_path / german, b"\xef\xbb\xbfGuten Tag.\r\nJa\xe2\x80\xa8nein.\r\n")
-    second = write(tmp_path / english, "Good day.\nYes no.")
-    path = f"{second}, {first}" if swapped else f"{first},{second}"
-    samples = read("iwslt2017", path)
-    assert [(sample.prompt, sample.completion) for sample in samples] == [
-        ("Guten Tag.\nEnglish:", " Good day."),
-        ("Ja\u2028nein.\nEnglish:", " Yes no."),
-    ]
-    assert [sample.source for sample in samples] == [f"{first}:1", f"{first}:2"]
-    assert len(read("iwslt2017", path, limit=1)) == 1
-
-
-def aligned_refusal(folder: Path, german: str | bytes, english: str | bytes) -> str:
-    first, second = write(folder / "x.de", german), write(folder / "x.en", english)
-    return refusal(lambda: read("iwslt2017", f"{first},{second}", "train"))
-
-
-def test_aligned_files_that_do_not_fit(tmp_path: Path) -> None:
-    message = aligned_refusal(tmp_path, "a\nb\nc\n", "a\nb\n")
-    assert f"{tmp_path}/x.de has 3 lines and {tmp_path}/x.en has 2" in message
-    assert f"{tmp_path}/x.en:2: the line is empty" in aligned_refusal(tmp_path, "a\nb\nc\n", "a\n \nc\n")
-    assert f"{tmp_path}/x.de:1: the line is empty" in aligned_refusal(tmp_path, "\nb\n", "\nb\n")
-    assert f"{tmp_path}/x.de:2: not UTF-8" in aligned_refusal(tmp_path, b"a\n\xe4\n", "a\nb\n")
-    assert f"{tmp_path}/x.en: holds no lines" in aligned_refusal(tmp_path, "a\n", "\n")
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ("x.de", ["--test_file", "text of one language", "GERMAN,ENGLISH"]),
-        ("x.txt", ["text of one language"]),
-        ("x.de,y.de", ["both files end in .de"]),
-        ("x.de,x.en,x.fr", ["3 files", "GERMAN,ENGLISH"]),
-        ("x.de,", ["2 files", "GERMAN,ENGLISH"]),
-        ("x.jsonl,y.jsonl", ["2 files", "one .jsonl, .json, .parquet file"]),
-        ("x.de,missing.en", ["missing.en: no such file"]),
-        ("x.de,.", ["is a folder", "a text file"]),
-    ],
-)
-def test_names_that_are_no_pair(names: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("x.de", "y.de", "x.txt", "x.jsonl"):
-        write(tmp_path / name, "a\n")
-    message = refusal(lambda: read("iwslt2017", names))
-    assert all(word in message for word in words)
-
-
-def test_a_comma_or_a_language_in_the_name_of_a_file_of_rows(tmp_path: Path) -> None:
-    for name in ("a,b.jsonl", "train.de.jsonl", "train.en.parquet"):
-        path = write_rows(tmp_path / name, [{"de": "Ja.", "en": "Yes."}])
-        assert [sample.completion for sample in read("iwslt2017", path)] == [" Yes."]
-
-
 # Rows that do not fit ---------------------------------------------------------------------------------------
 
 
@@ -388,7 +287,8 @@ def test_rows_that_do_not_fit(task: str, row: dict[str, Any], words: list[str], 
 def test_files_that_do_not_fit_any_task(task: str, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: read(task, write(tmp_path / "empty.jsonl", "")), "holds no rows"),
-        (lambda: read(task, write(tmp_path / "rows.csv", "a,b\n")), "unknown suffix '.csv'"),
+        (lambda: read(task, write(tmp_path / "rows.tsv", "a,b\n")), "unknown suffix '.tsv'"),
+        (lambda: read(task, write(tmp_path / "rows.csv", "a,b\n")), "holds no rows"),
         (lambda: read(task, str(tmp_path / "none.jsonl")), "no such file"),
         (lambda: read(task, write(tmp_path / "rows.jsonl", "{]\n")), "rows.jsonl:1: broken JSON"),
     ]

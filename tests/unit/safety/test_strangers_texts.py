@@ -22,12 +22,13 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.module_names import name_matcher
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.encode import decode_ids, encode_prompts
+from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.fields import without_line_breaks
 from megatron_tiedlora.data.readers import read_lines, read_rows
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks.hellaswag import clean
+from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
 from megatron_tiedlora.evaluation.answering import _cut
 from megatron_tiedlora.evaluation.answers import Answer
@@ -171,7 +172,8 @@ def one_line_before(text: str) -> str:
 
 
 def clean_before(text: str) -> str:
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+    """lm-evaluation-harness, lm_eval/tasks/hellaswag/utils.py, preprocess."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def cut_before(text: str) -> int | None:

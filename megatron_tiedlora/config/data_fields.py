@@ -1,0 +1,65 @@
+"""How rows become tokens: help texts, checks and choices of the settings that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from megatron_tiedlora.base.errors import as_given
+
+AddBos = Literal["auto", "true", "false"]
+SpecialTokensInText = Literal["refuse", "plain", "control"]
+TrainOn = Literal["all_turns", "last_turn"]
+
+# 1: version 0.1, whose runs and adapters keep their rules. Increase it if a row would give other tokens.
+DATA_RULES = 2
+# What version 0.1 did where there are choices now.
+FIRST_RULES: Mapping[str, str] = {"train_on": "last_turn", "add_bos": "true", "special_tokens_in_text": "control"}
+
+FILES_HELP = (
+    ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
+    " commas, each with a weight (a.jsonl:0.7,b.csv:0.3)"
+)
+TRAIN_ON_HELP = "chats: supervise every answer of the assistant, or only the last one"
+COLUMNS_HELP = "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response"
+CHAT_TEMPLATE_HELP = "Jinja file (default: the tokenizer's own; if it has none, lines as User: and Assistant:)"
+ADD_BOS_HELP = "put the beginning-of-sequence token before every sample (auto: as the tokenizer itself does)"
+SPECIAL_TOKENS_HELP = (
+    "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as plain"
+    " text, or as the control tokens"
+)
+DATA_RULES_HELP = "rules by which rows become tokens; 1: those of version 0.1, which its runs keep on resume"
+
+
+def boolean_word(value: Any) -> Any:
+    """A YAML file's true or false as the word; any other value is unchanged."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def with_first_rules(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The values with those `known` ones of version 0.1 where --data_rules 1 asks for them."""
+    first = {name: value for name, value in FIRST_RULES.items() if name in known}
+    return {**(first if str(values.get("data_rules")) == "1" else {}), **values}
+
+
+def check_first_rules(data_rules: int | None, values: Mapping[str, Any]) -> None:
+    """Raise ValueError if `values` contradict --data_rules 1."""
+    for name, value in FIRST_RULES.items():
+        if data_rules == 1 and values.get(name, value) != value:
+            raise ValueError(f"--{name} {values[name]} contradicts --data_rules 1, which means {value}; leave one out")
+
+
+def parse_columns(text: str | None) -> Mapping[str, str] | None:
+    """Our field -> the user's field, of `--columns OURS=YOURS[,...]`; None if it is not given.
+
+    Raises:
+        ValueError: it has another form, or names one of our fields twice.
+    """
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if not all(columns.values()) or not all(columns) or len(columns) < len(pairs):
+        said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
+        raise ValueError(f"{said} with each of ours once, e.g. prompt=query,completion=response")
+    return columns

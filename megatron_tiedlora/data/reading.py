@@ -1,0 +1,48 @@
+"""How rows become samples and samples become tokens: the settings of a command that decide it, in one record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_tiedlora.config.data_fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What users decide about their rows. The defaults are those of the settings.
+
+    columns: our field -> the user's field; None if rows are read as they are.
+    train_on: which answers of a chat are supervised.
+    chat_template: the file given in place of the tokenizer's template, for messages.
+    add_bos: whether the beginning-of-sequence token is put in front.
+    special_tokens: what control tokens in a row's texts mean.
+    first_rules: whether the rules are those of version 0.1.
+    template_fields: the fields of a row that the user's prompt template names.
+    """
+
+    columns: Mapping[str, str] | None = None
+    train_on: TrainOn = "all_turns"
+    chat_template: str | None = None
+    add_bos: AddBos = "auto"
+    special_tokens: SpecialTokensInText = "refuse"
+    first_rules: bool = False
+    template_fields: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Settings | EvaluateSettings) -> Reading:
+        """Those of a command. What it leaves to an adapter's run is the default if there is none."""
+        chosen = cls(
+            columns=parse_columns(settings.columns),
+            train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
+            chat_template=settings.chat_template,
+            first_rules=settings.data_rules == 1,
+        )
+        add_bos, special_tokens = settings.add_bos, settings.special_tokens_in_text
+        return replace(
+            chosen,
+            add_bos=add_bos or chosen.add_bos,
+            special_tokens=special_tokens or chosen.special_tokens,
+        )

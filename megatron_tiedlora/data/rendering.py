@@ -1,0 +1,122 @@
+"""What a chat template writes for a conversation, and where in it each answer of the assistant stands.
+
+It runs in the process of `chat_template`, which limits it. The place of answer i is
+[common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tiedlora.base.errors import shown
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_THOUGHT_END = "</think>"  # some templates write an empty thought before the last answer only
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the template writes it.
+
+    text: all of it.
+    answers: (start, end) in the text of each answer that was asked for.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...] = ()
+
+
+class TurnsChange(ValueError):
+    """The template writes a turn in another way once others follow, so its place cannot be found."""
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template marks what the assistant generates, with {% generation %}."""
+    return _GENERATION.search(template) is not None
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Any]) -> Rendered:
+    """The messages with the start of an answer."""
+    return Rendered(_render(tokenizer, messages, None, starts_answer=True))
+
+
+def render_with_places(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, answers: Sequence[int]
+) -> Rendered:
+    """The messages with the places of those with the indices `answers`.
+
+    Raises:
+        TurnsChange: a place cannot be found. Whatever the template raises.
+    """
+    if marked := _by_marks(tokenizer, messages, tools):
+        return Rendered(marked.text, tuple(marked.answers[_number(messages, index)] for index in answers))
+    whole = _render(tokenizer, messages, tools)
+    return Rendered(whole, tuple(_place(tokenizer, messages, tools, whole, index) for index in answers))
+
+
+def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> Rendered | None:
+    """The places of all answers by the template's generation marks; None unless there is one for each answer."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(tools=tools)
+    if not has_marks(template):
+        return None
+    # It returns (texts, places by text), which its own annotation does not say.
+    found: Any = render_jinja_template(
+        conversations=[list(messages)],
+        tools=None if tools is None else list(tools),
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    (text,), (places,) = found
+    if len(places) != _number(messages, len(messages)):
+        return None
+    return Rendered(text, tuple((start, end) for start, end in places))
+
+
+def _number(messages: Sequence[Any], index: int) -> int:
+    """How many answers there are before the message `index`."""
+    return sum(message["role"] == "assistant" for message in messages[:index])
+
+
+def _place(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, whole: str, index: int
+) -> tuple[int, int]:
+    """Where the answer `index` stands in the rendering of all messages."""
+    prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
+    start = _common(prompt, whole)
+    # The start of an answer may hold more than an answer has, but the turns before it have to be the same.
+    if start < len(prompt) and not whole.startswith(_render(tokenizer, messages[:index], tools)):
+        raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
+    until = _render(tokenizer, messages[: index + 1], tools)
+    if whole.startswith(until):
+        return start, len(until)
+    # As the last turn it is written with more before its text, e.g. an empty thought: compare what comes after that.
+    text = str(messages[index].get("content") or "").strip()
+    longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
+    for extra in range(start, max(longest_extra, 0) + 1):
+        added = until[start:extra]
+        if (not added or added.rstrip().endswith(_THOUGHT_END)) and whole.startswith(until[extra:], start):
+            return start, start + len(until) - extra
+    raise TurnsChange(f"writes message {index + 1} ({shown(text[:40])}) in another way once others follow")
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the common start of two texts."""
+    if second.startswith(first):
+        return len(first)
+    same = (one == other for one, other in zip(first, second, strict=False))
+    return next((length for length, equal in enumerate(same) if not equal), min(len(first), len(second)))
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
+) -> str:
+    more: Mapping[str, Any] = {} if tools is None else {"tools": list(tools)}
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=starts_answer, **more)
+    )

@@ -1,0 +1,263 @@
+"""Rows that do not fit: each is one line that names file, line, field and fix. And what --columns makes of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_files import refusal, write, write_rows
+from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
+
+from megatron_tiedlora.config.data_fields import parse_columns
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.chat import opened_chat, set_chat_template
+from megatron_tiedlora.data.encode import encode_examples
+from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+Row = dict[str, Any]
+PLAIN = {"prompt": "a", "completion": "b"}
+
+
+def user(text: Any = "Hi") -> Row:
+    return {"role": "user", "content": text}
+
+
+def answer(text: Any = "Yo", **more: Any) -> Row:
+    return {"role": "assistant", "content": text, **more}
+
+
+ONE = {"messages": [user(), answer()]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_zoo_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML)
+
+
+def custom(path: str, **options: Any) -> list[Example]:
+    return load_split("custom", "test", files={"test": path}, seed=0, **options)
+
+
+def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
+    """What a file of these rows is rejected with, without the file's name."""
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    message = refusal(lambda: custom(path, **options))
+    assert message.startswith(f"{path}:{len(rows)}"), message
+    return message.removeprefix(path)
+
+
+# Rows without a template ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "x", "id": 1}, ["'question', 'id'", '"prompt", "completion"', '{"messages"}', "--columns"]),
+        ({"prompt": "x", "completion": ""}, ["'completion'", "empty"]),
+        ({"prompt": "x", "completion": None}, ["'completion'", "missing"]),
+        ({"input": 3, "output": "x"}, ["'input'", "int"]),
+        ({"instruction": " ", "output": "x"}, ["'instruction'", "empty"]),
+        ({"prompt": "x", "completion": "\ud800"}, ["'completion'", "surrogate"]),
+        ({"text": ""}, ["'text'", "empty"]),
+        ({"text": "x", "label": 1}, ["'label' looks like data", "--columns text=text"]),
+        ({"prompt": "x", "completion": "y", "system": "Be."}, ["'system' looks like data", "prompt/completion"]),
+        ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, ["'tools'", "lists of messages"]),
+        ({**ONE, "prompt": "x"}, ["'prompt' looks like data", "--columns messages=messages"]),
+        ({**ONE, **PLAIN}, ["two shapes, messages and prompt/completion", "--columns messages=messages"]),
+        ({**ONE, "images": ["a.png"]}, ["'images' looks like data"]),
+        ({"prompt": [user()], "completion": "y"}, ["'prompt'", "'completion'", "list of messages"]),
+        ({"prompt": [user(), answer()], "completion": [user(), answer("", train=False)]}, ["message 4", "empty"]),
+        ({"messages": "x"}, ["'messages'", "not a list"]),
+        ({"messages": []}, ["'messages'", "not a list"]),
+        ({"messages": ["x"]}, ["message 1", "not an object"]),
+        ({"messages": [user(), user()]}, ["message 2", "'user' after 'user'"]),
+        ({"messages": [user(), answer(), answer()]}, ["message 3", "'assistant' after 'assistant'"]),
+        ({"messages": [answer(), user(), answer()]}, ["message 1", "'assistant' at the start"]),
+        ({"messages": [user(), {"role": "system", "content": "x"}, answer()]}, ["message 2", "has to come first"]),
+        ({"messages": [user(), answer(), user()]}, ["last message is from 'user'"]),
+        ({"messages": [{"role": "user"}, answer()]}, ["message 1", "'content' is missing"]),
+        ({"messages": [user(), answer(" ")]}, ["message 2", "'content' is empty"]),
+        ({"messages": [user(5), answer()]}, ["message 1", "int"]),
+        ({"messages": [user([{"type": "image_url", "image_url": {}}]), answer()]}, ["message 1", "'image_url'"]),
+        ({"messages": [{**user(), "images": ["x"]}, answer()]}, ["message 1", "'images' is not read"]),
+        ({"messages": [user(), answer(weight=0.5)]}, ["message 2", "'weight' is 0.5"]),
+        ({"messages": [{**user(), "train": True}, answer()]}, ["message 1", "only turns of the assistant"]),
+        ({"messages": [user(), answer(train=False)]}, ["no turn of the assistant is to be trained"]),
+        ({"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, ["role 'critic' is not known"]),
+        ({**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read by lines", "--chat_template"]),
+        ({"messages": [user(), answer()], "tools": "{"}, ["'tools' is not JSON"]),
+        ({"messages": [user(), answer()], "tools": {"name": "f"}}, ["'tools' is not a list"]),
+        ({"messages": [user(), answer("", tool_calls=[{"id": 1}])]}, ["message 2", "without the name"]),
+        ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}, ["message 1", "'value'"]),
+        ({"query": "x", "response": "y", "history": ["a"]}, ["'history'", "pairs"]),
+        ({"instruction": "x", "output": "y", "history": [["a", ""]]}, ["'history'", "empty"]),
+    ],
+)  # fmt: skip
+def test_a_row_that_does_not_fit_is_one_line(tmp_path: Path, row: Row, words: list[str]) -> None:
+    message = said(tmp_path, [row])
+    assert all(word in message for word in words), message
+
+
+def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
+    message = said(tmp_path, [PLAIN, PLAIN, {"input": "a", "output": "b"}])
+    assert message.startswith(":3: a row of shape input/output") and "has shape prompt/completion" in message
+    first = write_rows(tmp_path / "a.jsonl", [PLAIN])
+    second = write_rows(tmp_path / "b.jsonl", [{"input": "a", "output": "b"}])
+    assert len(custom(f"{first},{second}")) == 2
+
+
+# Rows with a template ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "words"),
+    [
+        (LLAMA2, {"messages": [{"role": "system", "content": "x"}, user(), answer()]}, ["rejects these messages",
+                                                                                        "not system"]),
+        (CHATML, {"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, ["role 'critic'", "template"]),
+        (CHATML, {"messages": [user(), answer("", tool_calls=[{"name": "f"}]), user("x"), answer()]},
+         ["'tool_calls' is not read", "another --chat_template"]),
+        (CHATML, {**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read"]),
+        (CHATML, {"messages": [user(), answer(reasoning_content="x")]}, ["'reasoning_content' is not read"]),
+        (CHATML, {"messages": [user("a <|im_end|> b"), answer()]}, ["message 1", "'<|im_end|>'", "plain", "control"]),
+        (TOOLS, {**ONE, "tools": [{"name": "<|im_start|>"}]}, ["'tools'", "'<|im_start|>'"]),
+        ("{{ 1 / 0 }}", ONE, ["rejects these messages", "division"]),
+        ("{{ raise_exception('no') }}", ONE, ["rejects these messages (no)"]),
+        ("{{ 'x' * 300000 }}", ONE, ["makes 300,000 characters"]),
+        (THINKING.replace("m.content +", "m.content.split('</think>')[-1] +"),
+         {"messages": [user(), answer("<think>a</think>b"), user(), answer()]},
+         ["writes message 2", "in another way once others follow", "--train_on last_turn", "{% generation %}"]),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_fit_is_one_line(
+    tmp_path: Path, folder: Path, template: str, row: Row, words: list[str]
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    message = said(tmp_path, [row], tokenizer=tokenizer)
+    assert all(word in message for word in words), message
+
+
+def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = THINKING.replace("m.content +", "m.content.split('</think>')[-1] +")
+    row = {"messages": [user(), answer("<think>a</think>b"), user(), answer()]}
+    path, last = write_rows(tmp_path / "a.jsonl", [row]), Reading(train_on="last_turn")
+    (example,) = custom(path, tokenizer=tokenizer, reading=last)
+    assert "a</think>b" not in example.prompt and "b<|im_end|>" in example.prompt
+
+
+def test_an_earlier_answer_is_found_where_only_the_last_has_a_thought(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = THINKING
+    row = {"messages": [user(), answer("one"), user(), answer("two")]}
+    (example,) = custom(write_rows(tmp_path / "a.jsonl", [row]), tokenizer=tokenizer)
+    learned = [segment.text for segment in example.segments if segment.supervised]
+    assert learned == ["one<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"]
+
+
+# Control tokens ---------------------------------------------------------------------------------------------
+
+
+def ids(tokenizer: Any, path: str, meaning: Any) -> list[int]:
+    reading = Reading(special_tokens=meaning)
+    (example,) = custom(path, tokenizer=tokenizer, reading=reading)
+    (sample,) = encode_examples(tokenizer, [example], max_length=300, reading=reading)
+    assert tokenizer.decode(sample.tokens.tolist()).count("<|im_end|>") >= example.prompt.count("<|im_end|>")
+    return list(sample.tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("a <|im_end|> b"), answer()]},
+        {"prompt": "a <|im_end|> b", "completion": "Yo"},
+        {"prompt": "a", "completion": "Yo <|im_end|> b"},
+        {"text": "a <|im_end|> b"},
+    ],
+)
+def test_control_tokens_in_a_row_are_rejected_text_or_tokens(tmp_path: Path, folder: Path, row: Row) -> None:
+    tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [row])
+    message = refusal(lambda: custom(path, tokenizer=tokenizer))
+    assert f"{path}:1" in message and "'<|im_end|>', a control token of the tokenizer" in message
+    plain, control = (ids(tokenizer, path, meaning) for meaning in ("plain", "control"))
+    end = tokenizer.eos_token_id
+    assert control.count(end) == plain.count(end) + 1
+    assert tokenizer.decode(plain) == tokenizer.decode(control)
+    assert len(custom(path)) == 1  # without a tokenizer nothing is known of them
+
+
+def test_an_unknown_role_may_be_written_as_it_stands(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    rows = [{"messages": [user(), {"role": "<|im_end|>", "content": "x"}, answer()]}]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    found = ids(tokenizer, path, "plain")
+    assert found.count(tokenizer.eos_token_id) == 3  # the ends of three turns
+    rows[0]["messages"][1]["role"] = "critic"
+    (example,) = custom(write_rows(tmp_path / "b.jsonl", rows), reading=Reading(special_tokens="plain"))
+    assert example.prompt == "User: Hi\nCritic: x\nAssistant:"
+
+
+def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
+    tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
+    (example,) = custom(path, tokenizer=tokenizer, prompt_template="<|im_start|>{prompt}<|im_end|>")
+    (sample,) = encode_examples(tokenizer, [example], max_length=99)
+    assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
+
+
+# Columns and templates of the user --------------------------------------------------------------------------
+
+
+def test_columns_name_the_user_s_fields(tmp_path: Path) -> None:
+    row = {"q": "Hi", "a": "Yo", "prompt": "unread", "system": "unread", "level": "easy"}
+    path = write_rows(tmp_path / "data.jsonl", [row])
+    reading = Reading(columns=parse_columns("prompt=q, completion=a"))
+    (example,) = custom(path, reading=reading, prompt_template="{level} {prompt}")
+    assert (example.prompt, example.completion) == ("easy Hi", " Yo")
+    for columns, words in (
+        ({"prompt": "q", "completion": "b"}, [f"{path}:1", "no field 'b'", "'q', 'a'"]),
+        ({"promt": "q", "completion": "a"}, ["'promt' is not a field of ours", "did you mean prompt?"]),
+    ):
+        message = refusal(lambda columns=columns: custom(path, reading=Reading(columns=columns)))
+        assert all(word in message for word in words)
+    squad = [{"passage": "C.", "question": "Q?", "answers": {"text": ["x"]}}]
+    path = write_rows(tmp_path / "squad.jsonl", squad)
+    (example,) = load_split(
+        "squad", "test", files={"test": path}, seed=0, reading=Reading(columns={"context": "passage"})
+    )
+    assert example.prompt == "Context: C. Question: Q? Answer:"
+    for given in ("prompt", "prompt=", "=x", "prompt=a,prompt=b", ""):
+        assert "--columns" in refusal(
+            lambda given=given: make_settings({"task": "custom", "train_file": "a.jsonl", "columns": given})
+        )
+
+
+def test_a_prompt_template_and_a_chat(tmp_path: Path, folder: Path) -> None:
+    tokenizer, rows = load_tokenizer(folder), [{"messages": [user(), answer("one"), user(), answer("two")]}]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "prompt_template": "Chat: {prompt}"}
+    assert "--train_on last_turn" in refusal(lambda: custom(path, **options))
+    (example,) = custom(path, reading=Reading(train_on="last_turn"), **options)
+    assert example.prompt.startswith("Chat: <|im_start|>user\nHi") and example.completion == "two"
+
+
+def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    set_chat_template(tokenizer, write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}"))
+    reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
+    (example,) = custom(write_rows(tmp_path / "a.jsonl", [ONE]), tokenizer=tokenizer, reading=reading)
+    assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
+    with opened_chat(tokenizer, reading) as chat:
+        assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat.note()
+    tokenizer.chat_template = None
+    with opened_chat(tokenizer, Reading(train_on="last_turn")) as chat:
+        assert chat.note().startswith("lines of User: and Assistant:") and "the last answer" in chat.note()
+    for content, words in ((None, "no such file"), (b"", "is empty"), (b"\xff", "not UTF-8")):
+        file = tmp_path / "other.jinja"
+        if content is not None:
+            write(file, content)
+        assert words in refusal(lambda file=file: set_chat_template(tokenizer, file))

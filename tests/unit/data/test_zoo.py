@@ -1,0 +1,346 @@
+"""The data zoo: files of every shape and format give the ids and labels that an independent oracle computes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_files import refusal, write_rows
+from zoo_oracle import CHATML, LLAMA2, MARKED, THINKING, TOOLS, Sample, ZooOracle, write_zoo_tokenizer
+
+from megatron_tiedlora.data.encode import encode_dataset, encode_examples
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+Row = dict[str, Any]
+
+
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str, **more: Any) -> Row:
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM: Row = {"role": "system", "content": "Be brief."}
+ONE = [user("Hello."), answer("How are you?")]
+THREE = [SYSTEM, *ONE, user("What is 2 + 2?"), answer("It is 4."), user("thanks"), answer("fine.")]
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+CALLED = [user("Add 1 and 2."), answer("", tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("It is 3.")]
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSay hello.\n\n### Response:"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
+    " response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+)
+
+
+@dataclass(frozen=True)
+class Animal:
+    """A row, and what the oracle says of it."""
+
+    row: Row
+    expected: Callable[[ZooOracle], Sample]
+    template: str | None = CHATML
+    reading: Reading = field(default_factory=Reading)
+    bos: bool = False
+
+
+def chat(messages: list[Row], **more: Any) -> Callable[[ZooOracle], Sample]:
+    return lambda oracle: oracle.chat(messages, **more)
+
+
+def plain(prompt: str, completion: str) -> Callable[[ZooOracle], Sample]:
+    return lambda oracle: oracle.plain(prompt, completion)
+
+
+def columns(**named: str) -> Reading:
+    return Reading(columns=named)
+
+
+SHAREGPT = [
+    {"from": "human", "value": "Hello."},
+    {"from": "gpt", "value": "How are you?"},
+    {"from": "human", "value": "thanks"},
+    {"from": "gpt", "value": "fine."},
+]
+SAME_AS_SHAREGPT = [*ONE, user("thanks"), answer("fine.")]
+PARTS = [user([{"type": "text", "text": "What is"}, {"type": "text", "text": "2 + 2?"}]), answer("It is 4.")]
+OPENAI_CALL = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+
+ZOO = {
+    "messages, one turn": Animal({"messages": ONE}, chat(ONE)),
+    "messages, three turns": Animal({"messages": THREE}, chat(THREE)),
+    "messages, the tokenizer adds BOS": Animal({"messages": THREE}, chat(THREE), bos=True),
+    "messages, metadata beside them": Animal({"messages": ONE, "id": 7, "source": "x", "system": None}, chat(ONE)),
+    "messages, the last turn": Animal(
+        {"messages": THREE}, chat(THREE, learned=[6]), reading=Reading(train_on="last_turn")
+    ),
+    "messages, generation marks": Animal({"messages": THREE}, chat(THREE), template=MARKED),
+    "messages, marks and train": Animal(
+        {"messages": [*ONE, user("thanks"), answer("fine.", train=False), user("Hello."), answer("4")]},
+        chat([*ONE, user("thanks"), answer("fine."), user("Hello."), answer("4")], learned=[1, 5]),
+        template=MARKED,
+    ),
+    "messages, train": Animal(
+        {"messages": [user("Hello."), answer("4", train=False), user("thanks"), answer("fine.", train=True)]},
+        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[3]),
+    ),
+    "messages, weight": Animal(
+        {"messages": [user("Hello."), answer("4", weight=1), user("thanks"), answer("fine.", weight=0)]},
+        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[1]),
+    ),
+    "messages, loss": Animal(
+        {"messages": [user("Hello."), answer("4", loss=False), user("thanks"), answer("fine.", loss=None)]},
+        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[3]),
+    ),
+    "messages, content parts": Animal({"messages": PARTS}, chat([user("What is\n2 + 2?"), answer("It is 4.")])),
+    "messages, a template with BOS": Animal(
+        {"messages": SAME_AS_SHAREGPT}, chat(SAME_AS_SHAREGPT), template=LLAMA2, bos=True
+    ),
+    "messages, a last answer with a thought": Animal({"messages": ONE}, chat(ONE), template=THINKING),
+    "tools and calls": Animal(
+        {"messages": CALLED, "tools": [SCHEMA]}, chat(CALLED, tools=[SCHEMA]), template=TOOLS
+    ),
+    "tools as a text": Animal(
+        {"messages": CALLED, "tools": json.dumps([SCHEMA])}, chat(CALLED, tools=[SCHEMA]), template=TOOLS
+    ),
+    "functions of OpenAI": Animal(
+        {
+            "messages": [CALLED[0], OPENAI_CALL, {"role": "function", "name": "add", "content": "3"}, CALLED[3]],
+            "functions": [SCHEMA["function"]],
+        },
+        chat(CALLED, tools=[SCHEMA]),
+        template=TOOLS,
+    ),
+    "ShareGPT": Animal({"conversations": SHAREGPT}, chat(SAME_AS_SHAREGPT)),
+    "ShareGPT, system": Animal(
+        {"conversations": SHAREGPT, "system": "Be brief."}, chat([SYSTEM, *SAME_AS_SHAREGPT])
+    ),
+    "ShareGPT, a call": Animal(
+        {
+            "conversations": [
+                {"from": "human", "value": "Add 1 and 2."},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "It is 3."},
+            ],
+            "tools": json.dumps([SCHEMA["function"]]),
+        },
+        chat(CALLED, tools=[SCHEMA]),
+        template=TOOLS,
+    ),
+    "prompt and completion of turns": Animal(
+        {"prompt": THREE[:6], "completion": THREE[6:]}, chat(THREE, learned=[6])
+    ),
+    "prompt and completion of turns, marks": Animal(
+        {"prompt": [user("Hello.")], "completion": [answer("fine.")]},
+        chat([user("Hello."), answer("fine.")]),
+        template=MARKED,
+    ),
+    "prompt and completion": Animal({"prompt": "Question:", "completion": " 4"}, plain("Question:", " 4")),
+    "prompt and completion, BOS": Animal(
+        {"prompt": "Question:", "completion": "4"}, plain("Question:", " 4"), bos=True
+    ),
+    "input and output": Animal({"input": "Hello.\n", "output": "fine"}, plain("Hello.\n", "fine")),
+    "query and response": Animal({"query": "Hello.", "response": "How are you?"}, chat(ONE)),
+    "query and response, history": Animal(
+        {"query": "thanks", "response": "fine.", "system": "Be brief.", "history": [["Hello.", "How are you?"]]},
+        chat([SYSTEM, *SAME_AS_SHAREGPT]),
+    ),
+    "query and response, named": Animal(
+        {"query": "Question:", "response": "4", "text": "unread"},
+        plain("Question:", " 4"),
+        reading=columns(prompt="query", completion="response"),
+    ),
+    "text": Animal({"text": "Once upon a time."}, lambda oracle: oracle.text("Once upon a time.")),
+    "text, BOS": Animal({"text": "Once upon a time."}, lambda oracle: oracle.text("Once upon a time."), bos=True),
+    "alpaca": Animal({"instruction": "Say hello.", "output": "Hello."}, plain(ALPACA, " Hello.")),
+    "alpaca, input": Animal({"instruction": "Add.", "input": "1 2", "output": "3"}, plain(ALPACA_INPUT, " 3")),
+    "alpaca, system and history": Animal(
+        {
+            "instruction": "thanks", "input": "", "output": "fine.", "system": "Be brief.",
+            "history": [["Hello.", "How are you?"]],
+        },
+        chat([SYSTEM, *SAME_AS_SHAREGPT]),
+    ),
+    "alpaca, empty history": Animal(
+        {"instruction": "What is", "input": "2 + 2?", "output": "It is 4.", "history": []},
+        chat([user("What is\n2 + 2?"), answer("It is 4.")]),
+    ),
+    "no template": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None),
+    "no template, BOS": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None, bos=True),
+}  # fmt: skip
+
+
+class Cage:
+    """Tokenizer and oracle of an animal."""
+
+    def __init__(self, folder: Path, *, template: str | None = CHATML, bos: bool = False) -> None:
+        write_zoo_tokenizer(folder, template=template, bos=bos)
+        self.tokenizer = load_tokenizer(folder)
+        self.oracle = ZooOracle(folder, template=template, bos=bos)
+
+    def samples(self, given: str, *, reading: Reading | None = None, max_length: int = 400) -> list[Sample]:
+        files = {"train": given, "validation": given}
+        examples = load_split(
+            "custom", "train", files=files, seed=0, tokenizer=self.tokenizer, reading=reading
+        )
+        encoded = encode_examples(self.tokenizer, examples, max_length=max_length, reading=reading)
+        return [Sample(sample.tokens.tolist(), sample.supervised.tolist()) for sample in encoded]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_row_gives_the_oracle_s_ids_and_labels(name: str, tmp_path: Path) -> None:
+    animal = ZOO[name]
+    cage = Cage(tmp_path / "tokenizer", template=animal.template, bos=animal.bos)
+    expected = animal.expected(cage.oracle)
+    (found,) = cage.samples(write_rows(tmp_path / "rows.jsonl", [animal.row]), reading=animal.reading)
+    assert found.ids == expected.ids and found.learned == expected.learned
+    assert (any(expected.learned) and not all(expected.learned[1:])) or "text" in animal.row
+
+
+def test_the_zoo_has_every_shape_that_is_named() -> None:
+    assert len(ZOO) >= 30
+
+
+# Formats ----------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"Question: {number}\nAnswer:", "completion": f" {number}"} for number in range(5)]
+
+
+def write_csv(folder: Path) -> str:
+    import csv
+
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return str(folder / "rows.csv")
+
+
+def write_packed(folder: Path) -> str:
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    return str(folder / "rows.jsonl.gz")
+
+
+def write_arrow(folder: Path) -> str:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    return str(folder / "rows.arrow")
+
+
+def write_stream(folder: Path) -> str:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(folder / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return str(folder / "a.arrow")
+
+
+def write_saved(folder: Path) -> str:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+def write_saved_splits(folder: Path) -> str:
+    import datasets
+
+    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+def write_folder(folder: Path) -> str:
+    (folder / "parts").mkdir()
+    write_rows(folder / "parts/2.parquet", ROWS[3:])
+    write_rows(folder / "parts/1.jsonl", ROWS[:3])
+    (folder / "parts/README.md").write_text("no rows")
+    return str(folder / "parts")
+
+
+def write_pattern(folder: Path) -> str:
+    write_folder(folder)
+    return str(folder / "parts/*.[jp]*")
+
+
+def write_several(folder: Path) -> str:
+    return f"{write_rows(folder / 'a.jsonl', ROWS[:3])},{write_rows(folder / 'b.json', ROWS[3:])}"
+
+
+FORMATS = [write_csv, write_packed, write_arrow, write_stream, write_saved, write_saved_splits, write_folder,
+           write_several, lambda folder: write_rows(folder / "a.parquet", ROWS),
+           lambda folder: write_rows(folder / "a.json", ROWS), write_pattern]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_format_gives_the_same_samples(write: Callable[[Path], str], tmp_path: Path) -> None:
+    cage = Cage(tmp_path / "tokenizer")
+    expected = [cage.oracle.plain(row["prompt"], row["completion"]) for row in ROWS]
+    assert cage.samples(write(tmp_path)) == expected
+
+
+# Lengths ----------------------------------------------------------------------------------------------------
+
+
+def test_a_long_chat_loses_whole_early_turns(tmp_path: Path) -> None:
+    cage = Cage(tmp_path / "tokenizer")
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": THREE}, {"messages": ONE}])
+    left = [SYSTEM, *THREE[3:]], [SYSTEM, *THREE[5:]]
+    whole, shorter, shortest = (cage.oracle.chat(messages) for messages in (THREE, *left))
+    for room, expected in ((len(whole.ids), whole), (len(whole.ids) - 1, shorter), (len(shortest.ids), shortest)):
+        assert cage.samples(file, max_length=room) == [expected, cage.oracle.chat(ONE)]
+    examples = load_split(
+        "custom", "train", files={"train": file, "validation": file}, seed=0, tokenizer=cage.tokenizer
+    )
+    dataset = encode_dataset(examples, cage.tokenizer, max_length=len(shortest.ids))
+    assert (dataset.shortened_chats, dataset.lost_turns, dataset.truncated_prompts) == (1, 4, 0)
+    assert dataset.prompt_lengths is not None  # one answer is left in each
+    assert encode_dataset(examples, cage.tokenizer, max_length=400).prompt_lengths is None
+    # The last question loses its middle, as any prompt does; the answer stays.
+    (cut, _) = cage.samples(file, max_length=len(shortest.ids) - 3)
+    assert len(cut.ids) == len(shortest.ids) - 3 and sum(cut.learned) == sum(shortest.learned)
+    message = refusal(lambda: cage.samples(file, max_length=sum(shortest.learned)))
+    assert message.startswith(f"{file}:1: the answer of {sum(shortest.learned)} tokens")
+
+
+def test_a_long_text_becomes_several_samples(tmp_path: Path) -> None:
+    cage = Cage(tmp_path / "tokenizer", bos=True)
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "Once upon a time. " * 9}])
+    whole = cage.oracle.text("Once upon a time. " * 9)
+    for length in (8, 9, 10, 11, len(whole.ids) - 1):
+        found = cage.samples(file, max_length=length)
+        assert [token for sample in found for token in sample.ids] == whole.ids
+        assert all(sample.learned == [False, *(True for _ in sample.ids[1:])] for sample in found)
+        assert all(2 <= len(sample.ids) <= length for sample in found)
+
+
+def test_where_the_joint_ids_merge_over_the_border_the_text_and_its_span_are_the_same(tmp_path: Path) -> None:
+    """An answer that starts with a line break after a head that ends with one: prompts stay as a server sees them."""
+    cage, messages = Cage(tmp_path / "tokenizer"), [user("Hello."), answer("\n\nfine.")]
+    (found,) = cage.samples(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]))
+    joint = cage.oracle.chat(messages)
+    assert found.ids != joint.ids
+    decode = cage.oracle.backend.decode
+    assert decode(found.ids, skip_special_tokens=False) == cage.oracle.whole(messages)
+    learned = [token for token, is_label in zip(found.ids, found.learned, strict=True) if is_label]
+    (place,) = cage.oracle.places(messages, [1])
+    assert decode(learned, skip_special_tokens=False) == cage.oracle.whole(messages)[slice(*place)]
+    prompt = cage.oracle.render(messages[:1], starts=True)
+    assert found.ids[: found.learned.index(True)] == cage.oracle.ids(prompt)
