@@ -77,7 +77,8 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         return adapter
 
     def _add(self, name: str, *, sign: int = 1, safe: bool = False) -> None:
-        weight: torch.Tensor = self.get_base_layer().weight.data
+        base: Any = self.get_base_layer()
+        weight: torch.Tensor = base.weight.data
         merged = weight.clone() if safe else weight
         merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
@@ -86,15 +87,13 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
         # PEFT has set requires_grad of whole adapters; the table of methods says which tensors are trained.
-        for adapter in self.tied_lora_adapters.values():
+        for adapter in map(self._adapter, self.tied_lora_adapters):
             for name, parameter in adapter.named_parameters():
                 if not adapter.config.factor(name).trained:
                     parameter.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast to the base's dtype too; adapters stay in fp32.
-        target = device or self.get_base_layer().weight.device
-        if adapter_name in self.places and not any(
-            weight.is_meta for weight in self._adapter(adapter_name).parameters()
-        ):
-            self._adapter(adapter_name).to(target)
+        adapter, base = self._adapter(adapter_name), self.get_base_layer()
+        if not next(adapter.parameters()).is_meta:
+            adapter.to(device or next(base.parameters()).device)

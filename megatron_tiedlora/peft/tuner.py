@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -25,7 +25,7 @@ from megatron_tiedlora.peft.layer import TiedLoraLinear
 _NAMES = frozenset(f"{prefix}{factor}" for prefix in ("", *(f"{name}." for name in TARGET_NAMES)) for factor in FACTORS)
 
 
-class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
+class TiedLoraModel(BaseTuner):
     """A transformers model with Tied-LoRA adapters.
 
     Attributes:
@@ -34,10 +34,10 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
 
     prefix = "tied_lora_"
     tuner_layer_cls = TiedLoraLinear
-    target_module_mapping: Mapping[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     uses_shared_state = True
 
-    def _pre_injection_hook(self, model: Any, config: TiedLoraConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
         self._found = identify_model(model, self._source)  # before anything is merged into the model
@@ -51,7 +51,7 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
         """
         if adapter_name in {*TARGET_NAMES, *FACTORS}:
             raise UserError(f"adapter name {adapter_name!r} is a tensor's name; choose another")
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         adapter, self._places = self._new_adapter(config)
         trained_before = [(weight, weight.requires_grad) for weight in self.tied_lora_adapters.parameters()]
         self.tied_lora_adapters[adapter_name] = adapter
@@ -78,7 +78,7 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
 
     def _create_and_replace(
         self,
-        peft_config: TiedLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -93,7 +93,7 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
         target.places[adapter_name] = self._places[current_key]
         target._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _prepare_adapter_config(self, peft_config: TiedLoraConfig, model_config: dict[str, Any]) -> TiedLoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
     @classmethod
@@ -105,7 +105,12 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: TiedLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor], **_: Any
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        unwanted_adapter_names: Any = (),
     ) -> dict[str, torch.Tensor]:
         """The tensors of a native folder: all four factors, fp32."""
         described = cls._adapter_of(model, adapter_name).config
@@ -128,7 +133,7 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc] # peft is not typed
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: TiedLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The parameters of an adapter by their names in the model.
 
