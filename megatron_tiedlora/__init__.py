@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_tiedlora.api.adapters import attach, detach, generate, load_adapter, load_base, merge
+    from megatron_tiedlora.api.training import TrainedRun, train
     from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.config.settings import Settings
 
 __version__ = "0.1.0"
 __all__ = [
     "Settings",
+    "TrainedRun",
     "UserError",
     "attach",
     "detach",
@@ -22,9 +24,11 @@ __all__ = [
     "load_adapter",
     "load_base",
     "merge",
+    "train",
 ]
 _MODULES = {
     **dict.fromkeys(("attach", "detach", "generate", "load_adapter", "load_base", "merge"), "api.adapters"),
+    **dict.fromkeys(("TrainedRun", "train"), "api.training"),
     "Settings": "config.settings",
     "UserError": "base.errors",
 }

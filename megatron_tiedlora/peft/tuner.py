@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -34,7 +34,6 @@ class TiedLoraModel(BaseTuner):
 
     prefix = "tied_lora_"
     tuner_layer_cls = TiedLoraLinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     uses_shared_state = True
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_me
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
+_LOGGER = logging.getLogger(__name__)
 SAMPLES = "samples_sha256"  # the key beside each score in scores.json
 
 
@@ -149,7 +151,7 @@ def export(trainer: Trainer) -> list[str]:
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
-        print(found.report())
+        _LOGGER.error(found.report())
         raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
     return ["", *found.report().split("\n")]
 

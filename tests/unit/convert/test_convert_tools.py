@@ -135,7 +135,7 @@ def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, t
 
 
 def test_a_check_of_nothing_is_rejected(exported: Path) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     with pytest.raises(UserError, match="nothing to check; give --merged DIR, --peft DIR or both"):
         main(["--adapter", str(exported / "adapter"), "--in", "none"])
@@ -149,7 +149,7 @@ def test_the_next_command_has_the_flags_of_this_one() -> None:
 
 def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:
     """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
-    from tools.merge_adapter import main
+    from megatron_tiedlora.commands.merge import main
 
     native = load_adapter(exported / "adapter")
     export_peft(find_model(str(base)), native, tmp_path / "plain")
@@ -176,7 +176,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
 def test_the_check_command_exits_1_where_an_export_is_wrong(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     broken = shutil.copytree(exported / "merged", tmp_path / "broken")
     weights = load_weights(broken)
@@ -217,9 +217,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
 def test_wrong_arguments_are_one_line(
     exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from megatron_tiedlora.commands import export as export_tool
+    from megatron_tiedlora.commands import merge as merge_tool
     from megatron_tiedlora.config.cli import run_command
-    from tools import export_peft as export_tool
-    from tools import merge_adapter as merge_tool
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
@@ -257,7 +257,7 @@ def test_wrong_arguments_are_one_line(
 def test_a_folder_that_is_no_export_is_one_line(
     exported: Path, base: Path, tmp_path: Path, flag: str, folder: str, message: str
 ) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)

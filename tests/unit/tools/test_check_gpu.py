@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import check_gpu
 import psutil
 import pytest
 import torch
-from gpu_checks import attention, child, children, correct, env, host, output, records
-from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
-from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
+from folders import ROOT
 from ranks import ENVIRONMENT
 
+from megatron_tiedlora.commands import check_gpu
+from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records
+from megatron_tiedlora.gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
+from megatron_tiedlora.gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from megatron_tiedlora.runtime import launch_env
 
-TOOL = Path(check_gpu.__file__)
+TOOL = ROOT / "tools" / "check_gpu.py"
 CPU = torch.device("cpu")
 WRITES = "import sys, json, os, time; f = open(sys.argv[1], 'a', buffering=1);"
 ROW = json.dumps({"part": "p", "name": "found", "status": "pass", "value": 1.0})
@@ -145,7 +146,7 @@ def test_a_part_that_cannot_be_killed_holds_nothing_up(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) -> None:
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
         deadline = time.monotonic() + 100
@@ -187,7 +188,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
-    environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TOOL), f"--output={tmp_path}", "--minutes=60"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 2, ended.stderr
@@ -238,7 +239,7 @@ def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
     some = check_gpu.part_limits(["env", "ranks"], 3.0, num_gpus=0)
     assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
     for part in check_gpu.SHARES:
-        assert (TOOL.parent / "gpu_checks" / f"{part}.py").exists()
+        assert (Path(records.__file__).parent / f"{part}.py").exists()
         assert f"\n    {part} " in (check_gpu.__doc__ or "")
 
 

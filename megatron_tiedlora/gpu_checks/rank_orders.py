@@ -100,7 +100,7 @@ def started_ranks(order: RankOrder) -> Iterator[list[Rank]]:
             log = Path(order.logs, f"ranks-{kind}-{rank}-of-{order.world_size}.log")
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, str(SCRIPT), order.to_json()],
+                    [sys.executable, "-P", str(SCRIPT), order.to_json()],
                     env=environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_checks.package import SMALL, planned_bytes
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.benchmark.layout import Started, start
@@ -23,6 +22,7 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.gpu_checks.package import SMALL, planned_bytes
 
 
 def step_settings(model: str, *flags: str) -> BenchSettings:

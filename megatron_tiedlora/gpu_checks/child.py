@@ -9,10 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ instead of this folder
-
-from gpu_checks.children import end_with_parent
-from gpu_checks.records import CheckOptions, PartOver, Report
+from megatron_tiedlora.gpu_checks.children import end_with_parent
+from megatron_tiedlora.gpu_checks.records import CheckOptions, PartOver, Report
 
 # Variables of a surrounding job, of which these processes are not ranks; and one that rounds fp32 to TF32 (see env).
 _LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "GROUP_", "MEGATRON_TIEDLORA_EXPECTED_RANKS")
@@ -37,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         if part not in ("env", "ranks"):  # env reports more, and part ranks leaves the GPUs to its ranks
             report.tell("device", torch.cuda.get_device_name(), why=f"torch {torch.__version__}")
     try:
-        importlib.import_module(f"gpu_checks.{part}").check(report, options)
+        importlib.import_module(f"megatron_tiedlora.gpu_checks.{part}").check(report, options)
     except PartOver as over:
         report.add("the rest of the part", "fail", why=str(over), fix="correct the failure before it first")
     sys.stdout.flush()

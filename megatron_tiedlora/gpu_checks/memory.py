@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from gpu_checks.package import planned_bytes
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.gpu_checks.package import planned_bytes
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
 # Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
 CLOSE, TOO_MUCH = 0.07, 1.15

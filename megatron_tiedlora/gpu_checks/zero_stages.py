@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from gpu_checks.attention import relative, worst_of
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import Document, loss_and_gradients
-from gpu_checks.running import started, step_settings, write_small
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.engine.engine import all_open
+from megatron_tiedlora.gpu_checks.attention import relative, worst_of
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
+from megatron_tiedlora.gpu_checks.running import started, step_settings, write_small
 
 STEPS = 3
 RATE = 1e-2

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
+from megatron_tiedlora.gpu_checks.records import ERROR_FIX, Check, CheckOptions, read_checks
 
 _POLL_SECONDS = 0.2
 _LAST_WORDS = 2000  # characters at the end of a part's output that are searched for its last line

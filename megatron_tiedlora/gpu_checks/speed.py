@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, release, step_settings
 from megatron_tiedlora.benchmark import layout
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.running import layers_that_fit, release, step_settings
 
 LENGTH = 4096
 # Forms of a step with their flags; the others are compared with the first.

@@ -15,11 +15,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 from megatron_tiedlora.benchmark.kernel_classes import profiled
 from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.running import layers_that_fit, loader_of, release, started, step_settings
 
 MICRO_BATCHES = 2  # per step
 LENGTHS = (256, 512, 1024, 2048, 4096)

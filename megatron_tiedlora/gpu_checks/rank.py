@@ -13,19 +13,17 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ instead of this folder
-
-from gpu_checks.children import end_with_parent
-from gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.gpu_checks.children import end_with_parent
+from megatron_tiedlora.gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
 
 
 def settings_of(case: Case, order: RankOrder, world_size: int) -> BenchSettings:
     """bench_step.py's settings for a case: the same samples at every layout."""
-    from gpu_checks.running import step_settings
+    from megatron_tiedlora.gpu_checks.running import step_settings
 
     rows = order.samples // (world_size // (case.tp * case.pp))
     return step_settings(

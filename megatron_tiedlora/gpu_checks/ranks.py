@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from write_random_model import write_random_model
 
-from gpu_checks.attention import relative, worst_of
-from gpu_checks.rank_orders import (
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.random_model import write_random_model
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.gpu_checks.attention import relative, worst_of
+from megatron_tiedlora.gpu_checks.rank_orders import (
     ADAPTER,
     RESULT,
     STEPPING,
@@ -30,9 +32,7 @@ from gpu_checks.rank_orders import (
     wait_for,
     wait_for_ranks,
 )
-from gpu_checks.records import CheckOptions, Report
-from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.runtime.launch_env import free_port
 
 SIZES = (1, 2, 4, 8)
@@ -247,11 +247,9 @@ def last_error(output: str) -> str:
 
 def _doctor(report: Report, count: int) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
-    script = Path(__file__).resolve().parents[2] / "launch" / "doctor.py"
     with report.attempt("the doctor's all-reduces", fix="run `python launch/doctor.py` by hand"):
         command = [
-            sys.executable,
-            str(script),
+            *(sys.executable, "-P", "-m", "megatron_tiedlora.commands.doctor"),
             "--json=-",
             f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
             f"--master_port={free_port()}",

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_checks.attention import relative, worst_of
-from gpu_checks.package import small_shape
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import Document, loss_and_gradients
-from gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage, recompute
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.gpu_checks.attention import relative, worst_of
+from megatron_tiedlora.gpu_checks.package import small_shape
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
+from megatron_tiedlora.gpu_checks.zero_stages import check_zero_stages
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels

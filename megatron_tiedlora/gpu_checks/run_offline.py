@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -31,7 +30,6 @@ def unpack(wheels: Path, site: Path) -> None:
         if fits(wheel):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(started)
-    shutil.copytree(HERE / "ds_configs", started / "ds_configs")
     started.rename(site)
 
 

@@ -11,8 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_checks.package import CHOSEN, CUDNN, Route, attention_obstacles, attention_routes, compute_dtype
-from gpu_checks.records import ERROR_FIX, CheckOptions, Report, error_line
+from megatron_tiedlora.gpu_checks.package import (
+    CHOSEN,
+    CUDNN,
+    Route,
+    attention_obstacles,
+    attention_routes,
+    compute_dtype,
+)
+from megatron_tiedlora.gpu_checks.records import ERROR_FIX, CheckOptions, Report, error_line
 from megatron_tiedlora.training.throughput import timed
 
 # Relative errors (2-norms) due to rounding; a mask that is off by one token gives 0.3 and more.

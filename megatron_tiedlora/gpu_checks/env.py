@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from gpu_checks.package import attention_choice, compiler_failure, compute_dtype
-from gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.base.versions import installed_versions
 from megatron_tiedlora.base.wording import first_line
+from megatron_tiedlora.gpu_checks.package import attention_choice, compiler_failure, compute_dtype
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, matmul_rate, timed
 

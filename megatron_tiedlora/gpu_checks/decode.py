@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_checks.correct import adapter_of, plain_tensors, unsettle
-from gpu_checks.package import compute_dtype, small_shape
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.reference import document_logits
-from gpu_checks.running import layers_that_fit, release
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.sides import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import generate
+from megatron_tiedlora.gpu_checks.correct import adapter_of, plain_tensors, unsettle
+from megatron_tiedlora.gpu_checks.package import compute_dtype, small_shape
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.reference import document_logits
+from megatron_tiedlora.gpu_checks.running import layers_that_fit, release
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups

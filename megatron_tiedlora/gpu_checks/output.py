@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gpu_checks.records import Check, Value
+from megatron_tiedlora.gpu_checks.records import Check, Value
 
 _WIDTH = 118
 _NAMED = 3  # findings before each piece of advice
