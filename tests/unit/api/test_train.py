@@ -58,3 +58,26 @@ def test_two_runs_in_one_process(tmp_path: Path) -> None:
 def test_a_dry_run_is_the_command_s() -> None:
     with pytest.raises(tiedlora.UserError, match="dry_run trains nothing; use the command: tiedlora train --dry_run"):
         tiedlora.train(tiedlora.Settings(dry_run=True))
+
+
+def test_settings_are_checked_and_have_a_schema() -> None:
+    schema = tiedlora.Settings.model_json_schema()
+    fields = schema["properties"]
+    assert fields.keys() == tiedlora.Settings.model_fields.keys() and "required" not in schema
+    assert fields["method"]["enum"] == ["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"]
+    assert fields["rank"] == {
+        "default": 8,
+        "description": "rank r of A and B",
+        "minimum": 1,
+        "title": "Rank",
+        "type": "integer",
+    }
+    for name, field in fields.items():
+        assert field["description"] and not field.keys() & {"group", "flag", "choices"}, name
+    for values, message in (
+        ({"rank": 0}, "--rank 0: input should be greater than or equal to 1"),
+        ({"rnk": 2}, r"unknown setting .rnk. .did you mean rank.."),
+        ({"method": "tl7"}, "--method tl7: input should be one of"),
+    ):
+        with pytest.raises(tiedlora.UserError, match=message):
+            tiedlora.Settings(**values)
