@@ -40,6 +40,8 @@ COMMANDS = (
     Command("export", "export", "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
     Command("import", "import_adapter", "read a PEFT LoRA or VeRA as a native adapter", "tools/import_peft.py"),
     Command("verify", "verify", "check a merged folder or an export", "tools/verify_export.py"),
+    Command("index", "index", "index a folder of adapters; find, verify and compare them"),
+    Command("push", "push", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert_nemo", "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
     Command("check-gpu", "check_gpu", "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "bench", "measure a training step or decoding", "tools/bench_step.py"),

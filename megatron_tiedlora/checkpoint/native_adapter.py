@@ -220,12 +220,12 @@ def load_adapter(folder: Path) -> NativeAdapter:
             a tensor is missing, of the wrong shape, not floating point or not finite; values are too large; or a
             checksum does not match.
     """
-    config, base, sums = read_adapter_config(folder)
+    config, base, sums = read_config(folder)
     file = folder / WEIGHTS_FILE
     try:
         state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     except UserError:
-        again = read_adapter_config(folder)
+        again = read_config(folder)
         if again == (config, base, sums):
             raise
         config, base, sums = again  # a run has replaced its adapter in the meantime
@@ -255,8 +255,12 @@ def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
             )
 
 
-def read_adapter_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """(config, base, checksums of the other files) of an adapter folder. Raises UserError as `load_adapter`."""
+def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
+    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
+
+    Raises:
+        UserError: as `load_adapter`, for its config.
+    """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:

@@ -32,7 +32,7 @@ from megatron_tiedlora.gpu_checks.rank_orders import (
     wait_for,
     wait_for_ranks,
 )
-from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report, Status
 from megatron_tiedlora.runtime.launch_env import free_port
 
 SIZES = (1, 2, 4, 8)
@@ -260,7 +260,7 @@ def _doctor(report: Report, count: int) -> None:
             raise UserError(last_error(done.stderr))
         found = json.loads(done.stdout)
         for problem in found["findings"]:
-            status = "fail" if problem["level"] == "error" else "warn"
+            status: Status = "fail" if problem["level"] == "error" else "warn"
             report.add(f"the doctor: {problem['code']}", status, why=problem["message"], fix=problem["fix"])
         for group in found["groups"]:
             name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"

@@ -79,8 +79,10 @@ def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
 def _linear(
     scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """W x + scale diag(v) B diag(u) A x of one linear, with the factors whose names begin with `target`."""
+    """W x + scale diag(v) B diag(u) A x of one linear, with factors whose names begin with `target`; W x without."""
     own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
+    if not own:
+        return hidden @ weights[f"{name}.weight"].t()
     ax = hidden @ own["A"].t()
     ax = ax * own["u"] if "u" in own else ax
     update = ax @ own["B"].t()

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     PEFT_TYPE,
     WEIGHTS_FILE,
     StoredAdapter,
-    read_adapter_config,
+    read_config,
 )
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -110,7 +110,7 @@ def native_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: its config is not valid, or a checksum does not match.
     """
-    config, base, sums = read_adapter_config(folder)
+    config, base, sums = read_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
         check_file(folder / WEIGHTS_FILE, sums)
     names = ("method", "alpha", "seed", "init_std_a", "init_std_b")

@@ -24,6 +24,7 @@ ORDER = (
     "peft",
     "evaluation",
     "training",
+    "sharing",
     "cluster",
     "study",
     "benchmark",

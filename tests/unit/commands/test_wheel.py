@@ -8,11 +8,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
@@ -25,6 +27,7 @@ from run_helpers import Base, write_base
 
 import megatron_tiedlora
 
+LIMIT = 280  # seconds of a command
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
@@ -46,7 +49,14 @@ class Installed:
         environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", **changes}
         first, *rest = map(str, words)
         command = [str(self.site / "bin" / first) if "/" not in first else first, *rest]
-        return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder, env=environment)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started = subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **pipes)
+        try:
+            output, errors = started.communicate(timeout=LIMIT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)  # ranks too
+        return subprocess.CompletedProcess(command, started.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")

@@ -291,6 +291,7 @@ def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) 
     exported(base, tmp_path)
     shutil.copytree(tmp_path / "peft", tmp_path / "nameless")
     change_field(tmp_path / "nameless", base_model_name_or_path=None)
+    (tmp_path / "nameless" / EXPORT_RECORD).unlink()
     before = sorted(item.name for item in tmp_path.iterdir())
     wrong = {
         "peft": ("adapter", "adapter exists; give a new folder"),

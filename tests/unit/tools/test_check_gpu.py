@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 
 from megatron_tiedlora.commands import check_gpu
-from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records
+from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records, reference
 from megatron_tiedlora.gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
 from megatron_tiedlora.gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from megatron_tiedlora.runtime import launch_env
@@ -182,6 +183,14 @@ def test_a_part_is_a_world_of_one_whatever_is_around_it(monkeypatch: pytest.Monk
 def _runs(pid: int) -> bool:
     state = Path(f"/proc/{pid}/stat")
     return state.exists() and state.read_text().split(")")[1].split()[0] != "Z"
+
+
+def test_the_reference_adds_nothing_to_a_linear_that_has_no_factors() -> None:
+    torch.manual_seed(0)
+    weight, a, b, hidden = torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2), torch.randn(4, 3)
+    linear = functools.partial(reference._linear, 0.5, {"x.weight": weight}, {"o_proj.A": a, "o_proj.B": b}, "x")
+    assert torch.equal(linear("gate_up.", hidden), hidden @ weight.t())
+    assert torch.allclose(linear("o_proj.", hidden), hidden @ (weight + 0.5 * b @ a).t())
 
 
 # Without a GPU, and its flags -----------------------------------------------------------------------------------------
