@@ -7,7 +7,7 @@ z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -311,6 +311,11 @@ class TiedAdapter(nn.Module):
         names = [target.name for target in targets]
         return tuple(dict(zip(names, layer, strict=True)) for layer in zip(*updates, strict=True))
 
+    def lora_factors(self, target: Target, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd; the adapter is whole."""
+        held = self._module(target)
+        return _lora_pair(self.config, [getattr(held, factor) for factor in FACTORS], layer)
+
     def _updates(
         self, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None
     ) -> tuple[LinearUpdate, ...]:
@@ -351,7 +356,17 @@ def lora_factors(
 
     It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors.
     """
-    index = config.layers.index(layer)
-    names = [target.prefix + factor for factor in FACTORS]
-    a, b, u, v = (state[name] if config.factor(name).tied else state[name][index] for name in names)
-    return u[:, None] * a, _fold(b, None, v, config.scale)
+    return _lora_pair(config, [state[target.prefix + factor] for factor in FACTORS], layer)
+
+
+def _lora_pair(
+    config: AdapterConfig, factors: Sequence[torch.Tensor | None], layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lora_factors` of A, B, u and v; u and v are None if they are frozen at one."""
+    index, method = config.layers.index(layer), config.method_spec
+    a, b, u, v = (
+        tensor if tensor is None or method.factor(factor).tied else tensor[index]
+        for factor, tensor in zip(FACTORS, factors, strict=True)
+    )
+    assert a is not None and b is not None
+    return (a if u is None else u[:, None] * a), _fold(b, None, v, config.scale)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Size, Text
 from megatron_tiedlora.base.text_files import read_small_text
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
+from megatron_tiedlora.model.weights import WeightRule
 
 MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
 OLD_BASE_NOTE = (
@@ -64,8 +66,26 @@ class BaseIdentity:
     dtype: str
 
 
+class StoredValues(Protocol):
+    """What of a model's weights its identity needs: `BaseWeights`, or a model in memory."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder, if it has one."""
+
+    @property
+    def rules(self) -> tuple[WeightRule, ...]:
+        """Its name table."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor by its stored name."""
+
+    def sample(self, name: str) -> torch.Tensor:
+        """See `BaseWeights.sample`."""
+
+
 def identify_base(
-    source: ModelSource, weights: BaseWeights, dtype: str, *, tokenizer: str | None = None
+    source: ModelSource, weights: StoredValues, dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
     """The identity of a base model; reads some KB of every tensor.
 
@@ -75,20 +95,26 @@ def identify_base(
     Raises:
         UserError: the tokenizer's files cannot be read.
     """
-    # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
-    digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
-    record = weights.folder / MERGE_RECORD
-    if record.is_file():
-        digest.update(read_small_text(record, kind="JSON").encode())
+    tokens = tokenizer or weights.folder
     return replace(
-        identify_shape(source, dtype, weights_hash=digest.hexdigest()),
+        identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
         base_sample=sample_hash(weights),
         tokenizer=tokenizer,
-        tokenizer_hash=tokenizer_hash(tokenizer or weights.folder),
+        tokenizer_hash=None if tokens is None else tokenizer_hash(tokens),
     )
 
 
-def sample_hash(weights: BaseWeights) -> str:
+def weights_hash(source: ModelSource, weights: StoredValues) -> str:
+    """Hash of the final norm's weight in bf16 and of a merge's record."""
+    # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
+    digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
+    record = weights.folder and weights.folder / MERGE_RECORD
+    if record and record.is_file():
+        digest.update(read_small_text(record, kind="JSON").encode())
+    return digest.hexdigest()
+
+
+def sample_hash(weights: StoredValues) -> str:
     """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
     digest = hashlib.sha256()
     shapes = {
@@ -102,7 +128,7 @@ def sample_hash(weights: BaseWeights) -> str:
 
 
 def _bits(values: torch.Tensor) -> bytes:
-    return values.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    return values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
 def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:

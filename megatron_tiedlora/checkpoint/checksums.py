@@ -14,6 +14,7 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError, shown
 
 FILES_FIELD = "sha256"  # {file name: SHA-256 of its bytes}
+UNSEALED_NOTE = "its files have no checksums (PEFT wrote them), so that damage to them is not found"
 SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
 
 

@@ -1,7 +1,7 @@
 """The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout.
 
-Format version 1 is for adapters of QKV alone; version 2 names its targets, and has the fields that PEFT's loaders ask
-of every method.
+It is also the format of the PEFT method TIED_LORA (`megatron_tiedlora.peft`), so it has the fields that PEFT's loaders
+ask of every method. Format version 1, for adapters of QKV alone, did not have them; it is read, and no longer written.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ _LARGEST_STD = 1e3  # of the initial values
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and its full fp32 tensors."""
+    """A loaded adapter: its config, its base, and its full fp32 tensors.
+
+    Attributes:
+        sealed: False if it was read from files without checksums.
+    """
 
     config: AdapterConfig
     base: BaseIdentity
     state: Mapping[str, SentTensor]
+    sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
         """Every weight of the base that the adapter changes, layer by layer, with its `factors`."""
@@ -54,10 +59,7 @@ class NativeAdapter:
 
     def changed(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
         """Every weight of the base that the adapter changes, layer by layer, and the target that it is."""
-        targets = {shape.block.adaptable[target.name].name: target for target in self.config.targets}
-        for rule in weight_rules(shape):
-            if rule.linear in targets and rule.layer in self.config.layers:
-                yield rule, targets[rule.linear]
+        return changed_weights(self.config, shape)
 
     def factors(self, rule: WeightRule, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         """A' (r, in) and B' (out, r) of the update of one of the weights of `changed`: W' = W + B' A'."""
@@ -79,6 +81,14 @@ class NativeAdapter:
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
         return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
+
+
+def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
+    """Every weight of a base that an adapter of `config` changes, layer by layer, and the target that it is."""
+    targets = {shape.block.adaptable[target.name].name: target for target in config.targets}
+    for rule in weight_rules(shape):
+        if rule.linear in targets and rule.layer in config.layers:
+            yield rule, targets[rule.linear]
 
 
 def write_adapter_files(
@@ -142,15 +152,12 @@ class StoredAdapter(BaseIdentity):
     def of(config: AdapterConfig, base: BaseIdentity) -> StoredAdapter:
         """The record of an adapter."""
         shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
-        targets = [target.name for target in config.targets]
-        new = dict.fromkeys(_NEW) if targets == [QKV] else {"targets": targets}
-        return StoredAdapter(**{**asdict(base), **shared, "layers": list(config.layers), **new}, qkv_layout=_LAYOUT)
+        lists = {"layers": list(config.layers), "targets": [target.name for target in config.targets]}
+        return StoredAdapter(**{**asdict(base), **shared, **lists}, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
         values = {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
-        if self.targets is None:
-            return {"format_version": 1, **values}
         for_peft = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base_model}
         return {"format_version": 2, **for_peft, "inference_mode": True, **values}
 
@@ -192,7 +199,7 @@ class StoredAdapter(BaseIdentity):
             if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
                 known = ", ".join(TARGET_NAMES)
                 raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
-            if self.intermediate_size is None:
+            if self.intermediate_size is None and self.targets != [QKV]:
                 raise UserError(f"{file}: intermediate_size is missing")
 
 
@@ -223,15 +230,20 @@ def load_adapter(folder: Path) -> NativeAdapter:
             raise
         config, base, sums = again  # a run has replaced its adapter in the meantime
         state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
+    check_values(config, state, source=file)
+    return NativeAdapter(config, base, state, sealed=bool(sums))
+
+
+def check_values(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
+    """Raise UserError if a factor that is frozen at one is not one, or values are too large."""
     for name in config.tensors:
         factor = config.factor(name)
         if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
-            raise UserError(f"{file}: {name} is not all ones, but method {config.method} does not train it")
-    check_update(config, state, source=file)
-    return NativeAdapter(config, base, state)
+            raise UserError(f"{source}: {name} is not all ones, but method {config.method} does not train it")
+    check_update(config, state, source=source)
 
 
-def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
+def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
     """Raise UserError if values are so large that the update may not be finite in fp32."""
     for target in config.targets:
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
@@ -259,7 +271,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     sums = check_seal(file, content)
     if version == 1:
         content = {name: value for name, value in content.items() if name not in _NEW}
-    optional = (*OPTIONAL_FIELDS, *(_NEW if version == 1 else ()))
+    optional = (*OPTIONAL_FIELDS, *(_NEW if version == 1 else ("intermediate_size",)))
     stored = read_fields(file, content, StoredAdapter, optional=optional)
     stored.check(file)
     return stored.config, stored.base, sums

@@ -105,16 +105,20 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
             raise UserError(f"{file}: {name} is missing, or not floating point")
         dtype, size = FLOAT_TYPES[entry["dtype"]], math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
-        if size <= count * length:
-            starts, length = [0], size
-        else:  # evenly spaced, from the first to the last
-            starts = [index * (size - length) // (count - 1) for index in range(count)]
+        starts, length = run_starts(size, count=count, length=length)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)
     if len(raw) != len(starts) * length * dtype.itemsize:
         raise UserError(f"{file}: not a whole safetensors file (it ends within {name})")
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
+
+
+def run_starts(size: int, *, count: int, length: int) -> tuple[list[int], int]:
+    """The first positions, and the length, of `count` runs of `length` among `size` values; one run if they are few."""
+    if size <= count * length:
+        return [0], size
+    return [index * (size - length) // (count - 1) for index in range(count)], length
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
@@ -18,28 +18,37 @@ from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
 
+if TYPE_CHECKING:
+    from megatron_tiedlora.runtime.ending import End
+
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
     settings = parse_settings(argv, Settings)
     require_extra("train")
+    prepare_environment()
+    if settings.dry_run:
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        rank, world_size = rank_and_world_size()
+        if rank == 0:
+            print(dry_run_report(settings, launched_ranks=world_size))
+        return 0
+    return train_rank(settings).status
+
+
+def train_rank(settings: Settings) -> End:
+    """Run one rank of a job; `prepare_environment` was called. A failure is reported and ends the process."""
     # These import torch, which takes a second: --help and a wrong flag do not wait for it.
     from megatron_tiedlora.runtime.determinism import make_deterministic
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.process_group import join_process_group
     from megatron_tiedlora.runtime.stopping import StopRequests
 
-    prepare_environment()
     if settings.deterministic:
         make_deterministic()
     rank, world_size = rank_and_world_size()
     is_main = rank == 0
-    if settings.dry_run:
-        from megatron_tiedlora.training.dry_run import dry_run_report
-
-        if is_main:
-            print(dry_run_report(settings, launched_ranks=world_size))
-        return 0
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
@@ -80,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             exported = finish.export(trainer)
             summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
             show(*summary, *finish.next_steps(trainer))
-    return end.status
+    return end
 
 
 def run(argv: Sequence[str]) -> NoReturn:

@@ -84,12 +84,27 @@ class CommandSettings(BaseModel):
         missing: by field, a hint to add to "is required" if the value is missing.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        json_schema_extra=lambda schema: _tidy_schema(schema),
+    )
 
     prog: ClassVar[str]
     about: ClassVar[str]
     groups: ClassVar[Mapping[str, str]]
     missing: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:
+        """Raises UserError with the first thing that is wrong, in one line."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_one_line(error, type(self))) from None
+        except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
+            raise UserError(error.object) from None
 
     @classmethod
     def default_text(cls, name: str) -> str:
@@ -155,17 +170,25 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     for name in values:
         if name not in kind.model_fields:
             raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
-    try:
-        return kind(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        raise UserError(_one_line(error, kind)) from None
-    except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
-        raise UserError(error.object) from None
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _tidy_schema(schema: dict[str, Any]) -> None:
+    """Make a command's JSON schema that of its YAML files: choices as an enum, and nothing required, because values
+    that are left out are filled in from others."""
+    schema.pop("required", None)
+    for field in schema["properties"].values():
+        choices = field.pop("choices")
+        del field["group"], field["flag"]
+        if choices:
+            field["enum"] = list(choices)
 
 
 def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {shown(name)}{nearest_name(name, kind.model_fields)}; see --help"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     if first["type"] == "missing":

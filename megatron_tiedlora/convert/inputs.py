@@ -19,6 +19,7 @@ from megatron_tiedlora.checkpoint.base_identity import (
     identify_base,
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.checksums import UNSEALED_NOTE
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -127,6 +128,8 @@ def check_base(
     if merged and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
     notes = check_same_base(adapter.base, found, source=flag, differs=differs)
+    if not adapter.sealed and adapter.base.base_sample is not None:  # a note of `check_same_base` says it otherwise
+        notes += (f"{flag}: {UNSEALED_NOTE}",)
     record = {name: getattr(found, name) for name in HASH_FIELDS}
     if differences := base_differences(adapter.base, found):
         record["base_differs"] = list(differences)

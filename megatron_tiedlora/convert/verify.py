@@ -9,7 +9,7 @@ model fits, `in_transformers` also computes them in the software that users load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.base.errors import UserError, printable, shown
-from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, open_weights, weight_map
@@ -131,7 +130,7 @@ def verify_export(
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
     notes = [note] if note else []
-    imported = None if peft is None else _read_peft(peft, source, say=notes.append)
+    imported = None if peft is None else load_peft_adapter(peft, source, tied=False, say=notes.append)
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:
         require_peft()
@@ -210,11 +209,3 @@ def _rounded(
         return merged_rows(values, a, b[rows], stored[name])
 
     return read
-
-
-def _read_peft(folder: Path, source: ModelSource, say: Callable[[str], object]) -> NativeAdapter:
-    """The PEFT adapter in `folder`, of its own tensors. Raises UserError if this package does not read it."""
-    content = read_json_object(folder / "adapter_config.json", kind="a PEFT adapter folder")
-    if "peft_type" not in content:
-        raise UserError(f"{folder}: this is not a PEFT adapter; make one with tools/export_peft.py")
-    return load_peft_adapter(folder, source, tied=False, say=say)

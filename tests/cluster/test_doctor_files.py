@@ -63,9 +63,7 @@ def test_what_a_flag_names(
 
 
 @pytest.mark.parametrize("name", sorted({given["model"] for given, *_ in GIVEN if "model" in given} | {"demo"}))
-def test_the_hub_is_asked_where_the_doctor_says_so(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_where_the_doctor_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`find_model` and the doctor tell hub ids from folders alike; what came from the hub keeps its id for PEFT."""
     asked: list[str] = []
     folder = write_tiny_model(tmp_path / "snapshot")

@@ -67,7 +67,7 @@ def test_this_machine_alone(tmp_path: Path) -> None:
 def test_json_alone_on_stdout_and_a_model_that_is_missing(tmp_path: Path) -> None:
     done = doctor("--model=nowhere", "--json=-", folder=tmp_path)
     report = json.loads(done.stdout)
-    assert done.returncode == 1 and report["skipped"] .endswith("has no communication to test")
+    assert done.returncode == 1 and report["skipped"].endswith("has no communication to test")
     (finding,) = report["findings"]
     assert (finding["code"], finding["level"]) == ("path_missing", "error")
     assert finding["message"] == f"--model {tmp_path / 'nowhere'} is missing on every host"

@@ -73,7 +73,7 @@ def run_batch_script(
 
 
 TORCHRUN = (
-    "srun <--kill-on-bad-exit=1> <--wait=60> <sh> <-c> <exec \"$0\" -u -P -m torch.distributed.run"
+    'srun <--kill-on-bad-exit=1> <--wait=60> <sh> <-c> <exec "$0" -u -P -m torch.distributed.run'
     ' --local-addr="$SLURMD_NODENAME" "$@"> </venv/bin/python> <--nnodes> <2>'
     " <--nproc-per-node> <8> <--max-restarts> <3> <--rdzv-backend> <c10d> <--rdzv-id> <42>"
     " <--rdzv-endpoint> <node1:29400> <--signals-to-handle> <SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1>"

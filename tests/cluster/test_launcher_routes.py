@@ -259,9 +259,7 @@ def test_openmpi(tmp_path: Path) -> None:
 
 
 def test_srun(tmp_path: Path) -> None:
-    job = make_job(
-        tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 4)), master_addr=""
-    )
+    job = make_job(tmp_path / "job", launcher="srun", route="srun", hosts=(Host("a", 4), Host("b", 4)), master_addr="")
     command = words(plan_start(job, {}))
     assert {"--kill-on-bad-exit=1", "--export=ALL", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(command)
     assert "--nodelist=a,b" in command and follows(command, *rank_of(job))

@@ -24,9 +24,10 @@ def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 # One route starts launch/train.py itself, the others start it without what takes long and has no part in the numbers.
-DEFAULT = {("pdsh", "tp2"): "", **dict.fromkeys(
-    [("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")], "bare_start"
-)}
+DEFAULT = {
+    ("pdsh", "tp2"): "",
+    **dict.fromkeys([("openmpi", "pp2"), ("mpirun", "tp2"), ("slurm", "pp2"), ("torchrun", "tp2")], "bare_start"),
+}
 CASES = [
     *((route, layout, prelude, [needs(needed(route))]) for (route, layout), prelude in DEFAULT.items()),
     *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in LAYOUTS),
@@ -49,9 +50,7 @@ def test_torchrun_on_the_nodes_of_an_allocation(site: Site, tmp_path: Path, rout
     assert_as_on_one_host(site, tmp_path, "tp2", TORCHRUN_BY_SLURM[route])
 
 
-def assert_as_on_one_host(
-    site: Site, work: Path, layout: str, start: Callable[[Task], Job], prelude: str = ""
-) -> None:
+def assert_as_on_one_host(site: Site, work: Path, layout: str, start: Callable[[Task], Job], prelude: str = "") -> None:
     whole, folder = site.whole_run(layout), work / "run"
     job = start(site.task(folder, layout, work=work, prelude=prelude))
     assert job.wait() == 0, job.output()

@@ -270,9 +270,7 @@ def test_rows_of_a_fused_tensor_are_read_and_given_back(tmp_path: Path) -> None:
     save_file({**weights, "model.layers.0.self_attn.kqv.weight": fused}, folder / "model.safetensors")
     total = len(fused)
     starts = (len(key), 0, len(key) + len(query))
-    qkv = replace(
-        source.shape.block.qkv, sources=tuple(StoredRows("self_attn.kqv", start, total) for start in starts)
-    )
+    qkv = replace(source.shape.block.qkv, sources=tuple(StoredRows("self_attn.kqv", start, total) for start in starts))
     shape = replace(source.shape, block=replace(source.shape.block, qkv=qkv))
     with BaseWeights(folder, shape) as stored:
         rule = rules_of(shape, 1)["layers.1.attention.qkv.weight"]

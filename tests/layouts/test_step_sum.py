@@ -29,9 +29,7 @@ def part(rank: int, number: int) -> torch.Tensor:
 def take_step(step_sum: StepSum, numbers: range) -> list[torch.Tensor]:
     """What each backward pass gives to the tensor."""
     value, rank = torch.ones(SIZE, requires_grad=True), distributed.get_rank()
-    return [
-        torch.autograd.grad(step_sum.of(value), value, part(rank, number))[0] for number in numbers
-    ]
+    return [torch.autograd.grad(step_sum.of(value), value, part(rank, number))[0] for number in numbers]
 
 
 def sum_on_rank(layout: tuple[int, int]) -> dict[str, Any]:

@@ -19,12 +19,17 @@ STAGES: dict[str, Any] = {"tensor_parallel": 1, "pipeline_parallel": 2}
 BESIDE = "qkv,o_proj,down_proj"
 # Layers 2 and 3 of 3: the backward pass ends at the first adapted linear of layer 2.
 CASES: dict[str, dict[str, Any]] = {
-    **{f"{parts} {targets}": {"targets": targets, **changes} for parts, changes in PARTS.items() for targets in (
-        "qkv", BESIDE, ALL
-    )},
+    **{
+        f"{parts} {targets}": {"targets": targets, **changes}
+        for parts, changes in PARTS.items()
+        for targets in ("qkv", BESIDE, ALL)
+    },
     **{
         f"{method} {targets}, {recompute}": {
-            "method": method, "targets": targets, "recompute": recompute, "layers": (2, 3)
+            "method": method,
+            "targets": targets,
+            "recompute": recompute,
+            "layers": (2, 3),
         }
         for method, recompute in (("tl6", "none"), ("tl1", "selective"), ("tl3", "selective"), ("tl5", "full"))
         for targets in (*TARGET_NAMES, "o_proj,gate_up")

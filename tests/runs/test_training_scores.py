@@ -65,10 +65,7 @@ def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
 def runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run at every layout, judged by its metric on some of the validation rows."""
     root = tmp_path_factory.mktemp("runs")
-    return {
-        name: start(base, root / name, ranks, **JUDGED, **changes)
-        for name, (ranks, changes) in LAYOUTS.items()
-    }
+    return {name: start(base, root / name, ranks, **JUDGED, **changes) for name, (ranks, changes) in LAYOUTS.items()}
 
 
 @pytest.mark.distributed
@@ -104,9 +101,7 @@ def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(runs: 
     assert all(share * 17 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
 
 
-def test_ranks_of_zero_3_call_the_model_until_all_are_done(
-    base: Base, runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, runs: dict[str, Path], tmp_path: Path) -> None:
     """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
     each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
     adapter, source = load_adapter(runs["alone"] / "adapter"), find_model(str(base.model))

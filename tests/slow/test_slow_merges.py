@@ -52,9 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_memory_and_bits(
-    folder: Path, targets: str, dtype: str | None, request: pytest.FixtureRequest
-) -> None:
+def test_memory_and_bits(folder: Path, targets: str, dtype: str | None, request: pytest.FixtureRequest) -> None:
     output = folder / "merged"
     took = measured_merge(folder / targets, output, *words(dtype))
     name = request.node.callspec.params["folder"]

@@ -52,8 +52,6 @@ def paper_studies(folder: Path, model: str) -> list[Study]:
     return studies
 
 
-
-
 @pytest.mark.parametrize("model", ["llama2-7b", "gpt-2b-001"])
 def test_the_papers_scores_give_the_papers_table(tmp_path: Path, model: str) -> None:
     rows = list(csv.DictReader(table2_csv(paper_studies(tmp_path, model)).splitlines()))

@@ -53,7 +53,6 @@ class BytesTouched(TorchDispatchMode):
             self.found[name] += _touched(func, name, args, kwargs, result)
         return result
 
-
     def watched(self, kernels: Kernels) -> Kernels:
         """The same kernels, each counted as one operation that reads what it is given and writes what it gives."""
         named = {field.name: self._as_one(field.name, getattr(kernels, field.name)) for field in fields(kernels)}

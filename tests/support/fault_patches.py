@@ -289,9 +289,7 @@ def zero_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[in
     _change_factor(patch, tensor, layers, lambda factor: factor.detach() + 0.0 * factor)
 
 
-def one_gradient(
-    patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int], step: int, value: float
-) -> None:
+def one_gradient(patch: pytest.MonkeyPatch, *, tensor: str, layers: Sequence[int], step: int, value: float) -> None:
     """One entry of a tensor's gradient in a layer is `value` at training step `step`."""
     current = _current_step(patch)
 

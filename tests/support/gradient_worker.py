@@ -180,9 +180,7 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
     adapter.u_sum = sum_of_u(groups)
-    specs = layer_specs(
-        case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective"
-    )
+    specs = layer_specs(case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective")
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
         adapter,

@@ -33,7 +33,5 @@ def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: boo
     adapter = native_adapter(source, decoded_adapter(folder))
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
-    stage = load_model(
-        source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged
-    )
+    stage = load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged)
     return Decoder(stage, groups, source.shape, calls_together=calls_together)

@@ -126,9 +126,7 @@ def test_what_a_killed_one_has_left_is_removed_by_the_next(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("case", ["own", "no journal", "link", "another user's", "another command"])
-def test_what_a_killed_one_has_left_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_what_a_killed_one_has_left_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """If the command has a journal, which is there, in a folder of this user."""
     left = tmp_path / ".out.partial" / ".writing-out-0123abcd"
     left.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Native adapters on other linears than QKV: format version 2, and version 1 for QKV alone."""
+"""Native adapters on other linears than QKV."""
 
 from __future__ import annotations
 
@@ -47,16 +47,15 @@ def test_tensors_and_targets_come_back(base: Path, tmp_path: Path, method: str, 
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-def test_qkv_alone_is_version_1_and_others_are_version_2(base: Path, tmp_path: Path) -> None:
-    """Version 2 has what PEFT's loaders ask of every method."""
-    written(tmp_path / "qkv", base, ("qkv",))
-    written(tmp_path / "more", base, ("qkv", "gate_up"))
-    one, two = (json.loads((tmp_path / name / CONFIG_FILE).read_text()) for name in ("qkv", "more"))
-    assert (one["format_version"], two["format_version"]) == (1, 2)
-    new = {"targets", "intermediate_size", "peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
-    assert two.keys() - one.keys() == new and one.keys() < two.keys()
-    assert two["targets"] == ["qkv", "gate_up"] and two["peft_type"] == "TIED_LORA"
-    assert two["intermediate_size"] == find_model(str(base)).shape.intermediate_size
+def test_the_config_names_the_targets_and_has_peft_s_fields(base: Path, tmp_path: Path) -> None:
+    for targets in (("qkv",), ("qkv", "gate_up")):
+        folder = tmp_path / "-".join(targets)
+        written(folder, base, targets)
+        content = json.loads((folder / CONFIG_FILE).read_text())
+        assert content["format_version"] == 2 and content["targets"] == list(targets)
+        assert (content["peft_type"], content["task_type"]) == ("TIED_LORA", "CAUSAL_LM")
+        assert content["base_model_name_or_path"] == str(base) and content["inference_mode"] is True
+        assert content["intermediate_size"] == find_model(str(base)).shape.intermediate_size
 
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {

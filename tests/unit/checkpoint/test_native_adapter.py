@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def test_all_four_tensors_are_written_whole_and_come_back(base: Path, tmp_path: 
     assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     loaded = load_adapter(tmp_path / "adapter")
-    assert loaded.config == written.config and loaded.base == replace(written.base, intermediate_size=None)
+    assert loaded.config == written.config and loaded.base == written.base
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
     assert read_by_oracle.layers == (1, 3)
@@ -88,7 +87,11 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
     adapter = write_native(tmp_path / "adapter", base, values(base))
     content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert content == {
-        "format_version": 1,
+        "format_version": 2,
+        "peft_type": "TIED_LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
         "method": "tl6",
         "rank": 4,
         "alpha": 6.0,
@@ -97,7 +100,9 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
+        "intermediate_size": 48,
         "qkv_layout": "q|k|v",
+        "targets": ["qkv"],
         "layers": [1, 3],
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
@@ -247,8 +252,8 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
     assert "\n" not in str(error.value)
 
 
-def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
-    """An adapter that was stored before its record had a class of its own reads, and is written again as it was."""
+def test_format_version_1_is_read_and_written_as_version_2(tmp_path: Path) -> None:
+    """An adapter of the first version keeps its tensors byte for byte, and every field that it had."""
     adapter = load_adapter(STORED_ADAPTER)
     assert adapter.sha256 == "4f0d1afe8f46ca4fafc12d764ef9d3185bb0dd287e12a24973bab4bf48a2a7c4"
     assert (adapter.config.method, adapter.config.layers) == ("tl6", (1, 3))
@@ -258,7 +263,10 @@ def test_the_format_is_as_the_first_version_wrote_it(tmp_path: Path) -> None:
     save_adapter(tmp_path / "again", adapter.config, adapter.base, adapter.state)
     assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (STORED_ADAPTER / WEIGHTS_FILE).read_bytes()
     before, after = (json.loads((folder / CONFIG_FILE).read_text()) for folder in (STORED_ADAPTER, tmp_path / "again"))
-    of_version = ("version", "config_sha256")  # the second is a hash of the first too
+    for_peft = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
+    assert after.keys() - before.keys() == {"targets", *for_peft} and after["format_version"] == 2
+    of_version = ("format_version", "version", "config_sha256")  # the last is a hash of the others
     assert [item for item in before.items() if item[0] not in of_version] == [
-        item for item in after.items() if item[0] not in of_version
+        item for item in after.items() if item[0] in before and item[0] not in of_version
     ]
+    assert load_adapter(tmp_path / "again").equals(adapter)

@@ -35,9 +35,7 @@ def examples(count: int = 13, *, choices: bool = True) -> list[Example]:
     found = []
     for index in range(count):
         prompt = "".join(draw.choice("abcdef ") for _ in range(draw.randint(1, 40))) + "?"
-        endings = tuple(
-            "".join(draw.choice("uvwxyz") for _ in range(draw.randint(1, 9))) for _ in range(2 + index % 3)
-        )
+        endings = tuple("".join(draw.choice("uvwxyz") for _ in range(draw.randint(1, 9))) for _ in range(2 + index % 3))
         found.append(Example(prompt, f" {endings[0]}", f"row {index}", choices=endings if choices else ()))
     return found
 
@@ -184,9 +182,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
     scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
-    found = answer_all(
-        decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4
-    )
+    found = answer_all(decoder, scored, tokenizer=tokenizer, grid=Grid(0, 1), max_new_tokens=NEW_TOKENS, batch_size=4)
     assert found is not None and found[0].prediction == text.split(letter)[0].strip()
 
 

@@ -100,9 +100,7 @@ def adapted_model(folder: Path, method: str = "tl6", layers: tuple[int, ...] = (
     source = find_model(str(folder))
     model = load_model(source, None, dtype=torch.float32)
     shape = source.shape
-    config = make_adapter_config(
-        method, rank=4, layers=layers, targets=targets_of(shape), seed=1
-    )
+    config = make_adapter_config(method, rank=4, layers=layers, targets=targets_of(shape), seed=1)
     model.adapter = TiedAdapter(AdapterPart.whole(config))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.adapter.parameters():

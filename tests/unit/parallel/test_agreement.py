@@ -36,7 +36,7 @@ from megatron_tiedlora.parallel.agreement import (
 from megatron_tiedlora.parallel.messages import SentTensor, packed, unpacked
 from megatron_tiedlora.parallel.traffic import WORLD, Traffic, TrafficCounter
 
-TEXT = "Grüße, 日本 \U0001f600, line\nbreak, quote \" back\\slash, \x00 and \x1b[2J"
+TEXT = 'Grüße, 日本 \U0001f600, line\nbreak, quote " back\\slash, \x00 and \x1b[2J'
 LARGE = 20 * 2**20
 
 

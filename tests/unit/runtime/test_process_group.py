@@ -92,9 +92,7 @@ def test_more_ranks_than_gpus(bare: pytest.MonkeyPatch) -> None:
         ("MIG-a,MIG-b", UUID, "MIG-b"),  # parts of one GPU
     ],
 )
-def test_a_gpu_is_called_as_no_other_is(
-    bare: pytest.MonkeyPatch, visible: str | None, uuid: str, name: str
-) -> None:
+def test_a_gpu_is_called_as_no_other_is(bare: pytest.MonkeyPatch, visible: str | None, uuid: str, name: str) -> None:
     bare.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
     if visible is not None:
         bare.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -127,9 +125,7 @@ def meet_with(names: list[str], shares: str = "") -> str:
         (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; run `nvidia-smi`"),
     ],
 )
-def test_two_ranks_on_one_gpu_are_told_on_every_rank(
-    names: list[str], shares: str, said: str, tmp_path: Path
-) -> None:
+def test_two_ranks_on_one_gpu_are_told_on_every_rank(names: list[str], shares: str, said: str, tmp_path: Path) -> None:
     answers = run_on_ranks(meet_with, names, shares, ranks=3, folder=tmp_path)
     assert len(set(answers)) == 1 and answers[0].startswith(said), answers
 

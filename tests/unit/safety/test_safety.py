@@ -37,6 +37,7 @@ BINDERS = {("megatron_tiedlora/runtime/launch_env.py", "free_port"),
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
     """Every call of a file: its dotted name, itself, and the function that it stands in."""
+
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call, str]]:
         for child in ast.iter_child_nodes(node):
             inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function

@@ -34,9 +34,7 @@ def model_config(kv_heads: int) -> ModelShape:
 
 
 def adapter_config(shape: ModelShape, method: str, layers: tuple[int, ...] = (1, 2, 3, 4)) -> AdapterConfig:
-    return make_adapter_config(
-        method, rank=RANK, layers=layers, targets=targets_of(shape), seed=0
-    )
+    return make_adapter_config(method, rank=RANK, layers=layers, targets=targets_of(shape), seed=0)
 
 
 def build(shape: ModelShape, adapter: AdapterConfig, dtype: torch.dtype = torch.bfloat16) -> Stage:
@@ -159,9 +157,7 @@ def test_the_formula_is_the_known_one() -> None:
         targets=targets_of(shape),
         seed=0,
     )
-    flops = step_flops(
-        shape, adapter, num_tokens=s, squared_lengths=s * s, num_after=s, num_supervised=s
-    )
+    flops = step_flops(shape, adapter, num_tokens=s, squared_lengths=s * s, num_after=s, num_supervised=s)
     d, f, k, o, vocabulary = 4096, 11008, 4096, 12288, 32000
     weights = layers * (2 * d * d + 2 * d * k + 3 * d * f) + vocabulary * d
     first = 2 * d * o + 2 * r * d  # nothing below the first layer needs a gradient

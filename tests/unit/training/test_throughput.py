@@ -70,9 +70,7 @@ SHAPE = {
 
 def make_meter(peak: float) -> Meter:
     config: ModelShape = shape_from_hf({"model_type": "llama", **SHAPE})
-    adapter = make_adapter_config(
-        "tl6", rank=3, layers=(1, 2), targets=targets_of(config), seed=0
-    )
+    adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(config), seed=0)
     return Meter(config, adapter, Peak(peak, "made up"))
 
 

@@ -1,0 +1,177 @@
+"""Native adapters on transformers' models from Python: load, attach, detach, merge, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.load_model import DTYPES
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter as load_native
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.convert.inputs import adapter_kind
+from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_model, model_source
+from megatron_tiedlora.hf.update import Place, find_places, merge_, with_update
+
+
+@dataclass
+class _State:
+    """What is on a model: the adapter that is attached or merged, and the hooks of an attached one."""
+
+    adapter: NativeAdapter
+    merged: bool = False
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+_STATE = "_tiedlora_state"  # the attribute of a model that holds it
+
+
+def load_adapter(path: str | Path) -> NativeAdapter:
+    """Load a native adapter: a run's adapter/ folder, a checkpoint, or the native/ folder of an export.
+
+    Raises:
+        UserError: it is not a native adapter, or its files are damaged.
+    """
+    if adapter_kind(path, flag=str(path)) == "peft":
+        raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tools/import_peft.py")
+    return load_native(user_path(path))
+
+
+def load_base(
+    adapter: NativeAdapter, model: str | None = None, *, dtype: torch.dtype | None = None, **keywords: Any
+) -> Any:
+    """The base of an adapter as a model of transformers, in evaluation mode.
+
+    Args:
+        model: its folder or hub id (default: the one that the adapter names).
+        dtype: of the weights (default: as in training).
+        keywords: further arguments of transformers' `from_pretrained`, such as `device_map`.
+
+    Raises:
+        UserError: it cannot be found, or is not of an implemented family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = find_model(model or adapter.base.base_model).weights_folder()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or DTYPES[adapter.base.dtype], use_safetensors=True, trust_remote_code=False, **keywords
+    )
+    return loaded.eval()
+
+
+def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:
+    """Add an adapter's update to a causal language model of transformers, and return the model.
+
+    The factors are not expanded: all layers use one A and one B. The model's modules and weights stay as they are, and
+    `detach` takes the adapter off. The results are those of the exported PEFT adapter.
+
+    Args:
+        base_differs: accept another model of the same shape than the adapter was trained on.
+
+    Raises:
+        UserError: the model has an adapter already, or is not the adapter's base.
+    """
+    update, places = _on(model, adapter, base_differs=base_differs)
+    state = _State(adapter)
+    for name, place in places.items():
+        module = model.get_submodule(name)
+        state.hooks.append(module.register_forward_hook(partial(_add_update, update, place)))
+    setattr(model, _STATE, state)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take the attached adapter off a model, and return the model. Raises UserError if none is attached."""
+    for hook in _attached(model).hooks:
+        hook.remove()
+    delattr(model, _STATE)
+    return model
+
+
+def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: bool = False) -> Any:
+    """Add an adapter to the weights of a causal language model in place, and return the model.
+
+    The weights have the bits of a folder that `tools/merge_adapter.py` writes from this model in this precision.
+
+    Args:
+        adapter: the adapter (default: the attached one, which is detached).
+        base_differs: as for `attach`.
+
+    Raises:
+        UserError: as `attach`; or the weights are quantised, offloaded or sharded.
+    """
+    if adapter is None:
+        adapter, base_differs = _attached(model).adapter, True  # it was checked when it was attached
+        detach(model)
+    update, places = _on(model, adapter, base_differs=base_differs)
+    for name, place in places.items():
+        merge_(model.get_submodule(name).weight.data, update, place)
+    setattr(model, _STATE, _State(adapter, merged=True))
+    return model
+
+
+@overload
+def generate(model: Any, prompts: str, *, tokenizer: Any = None, **keywords: Any) -> str: ...
+@overload
+def generate(model: Any, prompts: Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> list[str]: ...
+def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> str | list[str]:
+    """The model's answers to texts by greedy decoding, without the prompts.
+
+    Args:
+        prompts: a text, or several.
+        tokenizer: a tokenizer of transformers (default: the one of the model's folder).
+        keywords: further arguments of transformers' `generate` [max_new_tokens=256, do_sample=False].
+    """
+    if tokenizer is None:
+        from megatron_tiedlora.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(model.config.name_or_path)
+    options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
+    answers = []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, so that no padding changes a bit
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        with torch.no_grad():
+            found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        answers.append(tokenizer.decode(found[0, tokens.shape[1] :], skip_special_tokens=True))
+    return answers[0] if isinstance(prompts, str) else answers
+
+
+def _on(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> tuple[TiedAdapter, dict[str, Place]]:
+    """The factors on the model's device, and the modules that they change. Raises UserError as `attach`."""
+    state = getattr(model, _STATE, None)
+    if state is not None:
+        raise UserError(
+            "an adapter is merged into the model already; load the model again"
+            if state.merged
+            else "the model has an adapter already; detach(model) first"
+        )
+    source = model_source(model)
+    check_model(adapter.base, identify_model(model, source), differs=base_differs)
+    update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
+    update.load_full(adapter.state)
+    places = dict(find_places(source.shape, adapter.config))
+    return update.to(base_layer_of(model.get_submodule(next(iter(places)))).weight.device), places
+
+
+def _attached(model: Any) -> _State:
+    state = getattr(model, _STATE, None)
+    if state is None or state.merged:
+        raise UserError("the model has no attached adapter; attach(model, adapter) first")
+    assert isinstance(state, _State)
+    return state
+
+
+def _add_update(
+    update: TiedAdapter, place: Place, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
+) -> torch.Tensor:
+    return with_update(z, inputs[0], update, place)

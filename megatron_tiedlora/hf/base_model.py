@@ -1,0 +1,132 @@
+"""A transformers model in memory as the base of adapters: its shape, its identity, and whether an adapter is for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_identity import (
+    SHAPE_FIELDS,
+    BaseIdentity,
+    base_differences,
+    identify_base,
+    identify_shape,
+    weights_hash,
+)
+from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import run_starts
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
+
+
+def model_source(model: Any) -> ModelSource:
+    """A transformers model as a base model.
+
+    Raises:
+        UserError: it is no causal language model of an implemented family.
+    """
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
+    fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
+    fields.pop("quantization_config", None)  # of the frozen weights alone; an adapter is the same on them
+    name = model.config.name_or_path or type(model).__name__
+    folder = Path(name) if Path(name).is_dir() else None
+    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"))
+
+
+def base_layer_of(module: Any) -> Any:
+    """The module that adapters of PEFT wrap; the module itself if there are none."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+@dataclass(frozen=True)
+class WeightsInMemory:
+    """The weights of a transformers model, for `identify_base`."""
+
+    model: Any
+    source: ModelSource
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the model was loaded from, if it is one."""
+        return self.source.folder
+
+    @cached_property
+    def rules(self) -> tuple[WeightRule, ...]:
+        """The model's name table."""
+        return weight_rules(self.source.shape)
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether every tensor is there as it was stored: floating point, neither quantised, offloaded nor sharded."""
+        pairs = (pair for rule in self.rules for pair in zip(rule.hf_names, rule.hf_shapes(), strict=True))
+        return all(tuple(self.read(name).shape) == shape and _is_plain(self.read(name)) for name, shape in pairs)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this name. Raises UserError if the model has none."""
+        module, _, kind = name.rpartition(".")
+        try:
+            tensor: torch.Tensor = getattr(base_layer_of(self.model.get_submodule(module)), kind)
+        except AttributeError:
+            raise UserError(f"{self.source.name}: the model has no {name}; give the whole causal model") from None
+        return tensor.detach()
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The values that `BaseWeights.sample` takes."""
+        flat = self.read(name).flatten()
+        starts, length = run_starts(flat.numel(), count=SAMPLED_RUNS, length=RUN_LENGTH)
+        return torch.cat([flat[start : start + length] for start in starts]).cpu()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
+
+
+def identify_model(model: Any, source: ModelSource) -> BaseIdentity:
+    """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
+
+    Raises:
+        UserError: it lacks a module, or its final norm is not whole.
+    """
+    weights, norm = WeightsInMemory(model, source), source.shape.final_norm
+    values = weights.read(f"{norm.source}.weight")
+    if values.shape != (norm.size,) or not _is_plain(values):
+        raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
+    dtype = "fp32" if values.dtype == torch.float32 else "bf16"
+    if weights.are_whole:
+        return identify_base(source, weights, dtype)
+    return identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
+
+
+def check_model(trained: BaseIdentity, found: BaseIdentity, *, differs: bool = False) -> tuple[str, ...]:
+    """Compare a model with the one that an adapter was trained on; returns notes for the user.
+
+    Args:
+        differs: whether only the shape must be the same.
+
+    Raises:
+        UserError: it is another model.
+    """
+    for field in SHAPE_FIELDS:
+        value, other = getattr(trained, field), getattr(found, field)
+        if value is not None and value != other:
+            raise UserError(
+                f"the adapter was trained on {trained.base_model} with {field} {value}, but {found.base_model} has"
+                f" {other}; use its own base"
+            )
+    differences = base_differences(replace(trained, tokenizer_hash=None), found)
+    if not differences:
+        return ()
+    what = f"the adapter was trained on {trained.base_model}, whose {' and '.join(differences)} differ from those of"
+    if not differs:
+        raise UserError(f"{what} {found.base_model}; use its own base, or base_differs=True to use this one anyway")
+    return (f"{what} {found.base_model}",)

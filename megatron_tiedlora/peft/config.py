@@ -1,0 +1,127 @@
+"""The configuration of Tied-LoRA in PEFT; saved, it is the adapter_config.json of a native adapter folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from megatron_tiedlora import __version__
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.shapes import QKV, ModelShape
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.checksums import check_file
+from megatron_tiedlora.checkpoint.native_adapter import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    read_config,
+)
+from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
+
+
+@dataclass
+class TiedLoraConfig(PeftConfig):
+    """Tied-LoRA, VeRA or LoRA by the paper's table of methods.
+
+    PEFT fills in what is left out when it puts the adapter on a model.
+
+    Attributes:
+        base: fields of the model that the adapter belongs to.
+    """
+
+    method: str = field(default="tl6", metadata={"help": f"which of the paper's methods: {', '.join(METHOD_NAMES)}"})
+    r: int = field(default=8, metadata={"help": "rank of A and B"})
+    alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r (default: r)"})
+    layers: list[int] | None = field(default=None, metadata={"help": "adapted layers, 1-based (default: all)"})
+    targets: list[str] | str = field(default=QKV, metadata={"help": TARGETS_HELP})
+    seed: int = field(default=1234, metadata={"help": "seed of the initial values"})
+    init_std_a: float | None = field(default=None, metadata={"help": "init std of A (default: by method)"})
+    init_std_b: float | None = field(default=None, metadata={"help": "init std of B (default: by method)"})
+    base: dict[str, Any] | None = field(default=None, metadata={"help": "fields of the base model; leave it out"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        self.task_type = self.task_type or "CAUSAL_LM"
+        self.target_modules: list[str] | None = None  # the full names of modules, once the model is known
+        find_method(self.method)
+        if type(self.r) is not int or self.r < 1:
+            raise UserError(f"r = {shown(self.r)} is not a positive integer")
+        if self.alpha is not None and not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
+            raise UserError(f"alpha = {shown(self.alpha)} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
+        if self.task_type != "CAUSAL_LM":
+            raise UserError(f"task_type {self.task_type} is not implemented; only CAUSAL_LM is")
+        try:
+            self.targets = list(parse_targets(self.targets))
+        except ValueError as error:
+            raise UserError(str(error).removeprefix("--")) from None
+
+    def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
+        """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
+        layers = tuple(self.layers or range(1, shape.num_layers + 1))
+        if list(layers) != sorted({*layers}) or not 1 <= layers[0] <= layers[-1] <= shape.num_layers:
+            raise UserError(f"layers {shown(list(layers))} are not ascending numbers from 1 to {shape.num_layers}")
+        config = make_adapter_config(
+            self.method,
+            rank=self.r,
+            layers=layers,
+            targets=targets_of(shape, self.targets),
+            seed=self.seed,
+            alpha=self.alpha,
+            init_std_a=self.init_std_a,
+            init_std_b=self.init_std_b,
+        )
+        self.alpha, self.layers = config.alpha, list(layers)
+        self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
+        self.base = self.base or asdict(base)
+        self.base_model_name_or_path = self.base_model_name_or_path or base.base_model
+        return config
+
+    def save_pretrained(self, save_directory: str, **_: Any) -> None:
+        """Write the adapter_config.json of a native folder, without checksums."""
+        if self.base is None or self.layers is None:
+            raise UserError("the adapter is on no model yet, so its layers and its base are not known")
+        names = ("method", "alpha", "layers", "targets", "seed", "init_std_a", "init_std_b")
+        stored = StoredAdapter(
+            **{**self.base, **{name: getattr(self, name) for name in names}}, rank=self.r, qkv_layout="q|k|v"
+        )
+        content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
+        write_json(Path(save_directory) / CONFIG_FILE, content)
+
+
+def is_native(content: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is a native folder's; format version 1 has no peft_type."""
+    return "format_version" in content and content.get("peft_type", PEFT_TYPE) == PEFT_TYPE
+
+
+def native_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of `TiedLoraConfig` for a native adapter folder.
+
+    Raises:
+        UserError: its config is not valid, or a checksum does not match.
+    """
+    config, base, sums = read_config(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        check_file(folder / WEIGHTS_FILE, sums)
+    names = ("method", "alpha", "seed", "init_std_a", "init_std_b")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "r": config.rank,
+        "layers": list(config.layers),
+        "targets": [target.name for target in config.targets],
+        "base": asdict(base),
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.base_model,
+        "inference_mode": True,
+    }

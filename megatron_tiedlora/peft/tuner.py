@@ -1,0 +1,157 @@
+"""Tied-LoRA on a transformers model in PEFT. It owns the adapters, each a `TiedAdapter`, and how they are saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values
+from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.methods import FACTORS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.native_adapter import check_values
+from megatron_tiedlora.checkpoint.tensor_files import all_finite
+from megatron_tiedlora.hf.base_model import check_model, identify_model, model_source
+from megatron_tiedlora.hf.update import Place, find_places
+from megatron_tiedlora.peft.config import TiedLoraConfig
+from megatron_tiedlora.peft.layer import TiedLoraLinear
+
+_NAMES = frozenset(f"{prefix}{factor}" for prefix in ("", *(f"{name}." for name in TARGET_NAMES)) for factor in FACTORS)
+
+
+class TiedLoraModel(BaseTuner):
+    """A transformers model with Tied-LoRA adapters.
+
+    Attributes:
+        tied_lora_adapters: the adapters by name; all modules that an adapter changes use its tensors.
+    """
+
+    prefix = "tied_lora_"
+    tuner_layer_cls = TiedLoraLinear
+    uses_shared_state = True
+
+    def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
+        self.tied_lora_adapters = nn.ModuleDict()
+        self._source = model_source(model)
+        self._found = identify_model(model, self._source)  # before anything is merged into the model
+        self._places: Mapping[str, Place] = {}
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
+        """Put the adapter of `self.peft_config[adapter_name]` on the model.
+
+        Raises:
+            UserError: it does not fit the model, or its name is a tensor's.
+        """
+        if adapter_name in {*TARGET_NAMES, *FACTORS}:
+            raise UserError(f"adapter name {adapter_name!r} is a tensor's name; choose another")
+        config: Any = self.peft_config[adapter_name]
+        adapter, self._places = self._new_adapter(config)
+        trained_before = [(weight, weight.requires_grad) for weight in self.tied_lora_adapters.parameters()]
+        self.tied_lora_adapters[adapter_name] = adapter
+        config.target_modules = list(self._places)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **keywords)
+        except Exception:
+            del self.tied_lora_adapters[adapter_name]
+            raise
+        for weight, trained in trained_before:  # PEFT has set the active adapter's to what the new one's are
+            weight.requires_grad_(trained)
+        if adapter_name not in self.active_adapters:
+            adapter.requires_grad_(False)
+
+    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, Place]]:
+        """An adapter with the initial values of its config, and its places in the model."""
+        for note in check_model(BaseIdentity(**config.base), self._found, differs=True) if config.base else ():
+            warnings.warn(note, stacklevel=4)
+        described = config.resolve(self._source.shape, self._found)
+        adapter = TiedAdapter(AdapterPart.whole(described))
+        if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
+            adapter.load_full(initial_values(described))
+        return adapter, find_places(self._source.shape, described)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, TiedLoraLinear):
+            layer = TiedLoraLinear(target, self.tied_lora_adapters).train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.places[adapter_name] = self._places[current_key]
+        target._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    @classmethod
+    def _adapter_of(cls, model: Any, adapter_name: str) -> TiedAdapter:
+        tuner = model if isinstance(model, cls) else model.base_model
+        adapter = tuner.tied_lora_adapters[adapter_name]
+        assert isinstance(adapter, TiedAdapter)
+        return adapter
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        unwanted_adapter_names: Any = (),
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a native folder: all four factors, fp32."""
+        described = cls._adapter_of(model, adapter_name).config
+        prefix = f"tied_lora_adapters.{adapter_name}."
+        held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
+        found = {}
+        for name in described.tensors:
+            if name in held:
+                found[name] = held[name].float()
+            elif AdapterPart.whole(described).exists(name):
+                raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
+            else:
+                found[name] = torch.ones(described.shape(name))
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        kept: str = key if key in _NAMES else super()._remove_adapter_name_from_key(key, adapter_name)
+        return kept
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The parameters of an adapter by their names in the model.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of the wrong shape, or its values are not valid.
+        """
+        adapter = cls._adapter_of(model, adapter_name)
+        described, source = adapter.config, f"adapter {adapter_name}"
+        for name in described.tensors:
+            if name not in state_dict:
+                raise UserError(f"{source}: tensor {name} is missing")
+            if (found := tuple(state_dict[name].shape)) != described.shape(name):
+                raise UserError(f"{source}: {name} has shape {found}, expected {described.shape(name)}")
+            if not all_finite(state_dict[name]):
+                raise UserError(f"{source}: {name} holds numbers that are not finite")
+        for name in state_dict:
+            if name not in described.tensors:
+                raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there")
+        check_values(described, state_dict, source=source)
+        start = "" if isinstance(model, cls) else "base_model."
+        held = (name for name, _ in adapter.named_parameters())
+        return {f"{start}tied_lora_adapters.{adapter_name}.{name}": state_dict[name] for name in held}

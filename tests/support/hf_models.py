@@ -1,0 +1,38 @@
+"""Transformers models of a folder, and native adapters to put on them. Uses the package for the native files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from native_files import write_native
+from oracle import OracleConfig
+from tiny_models import random_adapter, write_tiny_model
+
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+
+TARGETS = {"qkv": ("qkv",), "all": ("qkv", "o_proj", "gate_up", "down_proj"), "mlp": ("gate_up", "down_proj")}
+# Separate q, k, v, gate and up; and all of them fused, in one stored tensor of each kind.
+BASES: dict[str, dict[str, Any]] = {"llama": {"head_dim": 12}, "phi3": {"family": "phi3"}}
+
+
+def write_bases(root: Path) -> dict[str, Path]:
+    """A model folder for each of `BASES`."""
+    return {name: write_tiny_model(root / name, **shape) for name, shape in BASES.items()}
+
+
+def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of a folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def write_adapter(
+    folder: Path, base: Path, method: str = "tl6", targets: str = "qkv", *, seed: int = 0, scale: float = 0.5
+) -> NativeAdapter:
+    """A native folder on layers 1 and 3 of 3, with alpha / rank 1.5, none of whose tensors is zero."""
+    sizes = OracleConfig.from_folder(base)
+    oracle = random_adapter(method, sizes, alpha=6, layers=(1, 3), seed=seed, scale=scale, targets=TARGETS[targets])
+    return write_native(folder, base, oracle)

@@ -1,0 +1,83 @@
+"""Training from Python: a run in this process is the command's run, and the process is as before when it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layout_runs import settings_of
+from tiny_models import write_tiny_model
+
+import megatron_tiedlora as tiedlora
+
+CODE = """
+import json, os, signal, sys
+from megatron_tiedlora import Settings, UserError, attach, generate, load_adapter, load_base, train
+
+values = json.loads(sys.argv[1])
+before = dict(os.environ), signal.getsignal(signal.SIGINT)
+found = []
+for folder in ("one", "two"):
+    run = train(Settings(**values, output_dir=values["model"] + "-" + folder))
+    assert run.adapter == run.folder / "adapter" and (run.step, run.reason) == (2, "max_steps"), run
+    found.append(load_adapter(run.adapter))
+assert found[0].equals(found[1])
+try:
+    train(Settings(**values, output_dir=values["model"] + "-one"))
+except UserError as error:
+    print("rejected:", error)
+try:
+    train(Settings(**{**values, "layers": "9"}))
+except UserError as error:
+    print("rejected:", error)
+after = {name: value for name, value in os.environ.items() if name in before[0] or "RANK" in name or "MASTER" in name}
+assert (after, signal.getsignal(signal.SIGINT)) == before
+print("answer:", len(generate(attach(load_base(found[0]), found[0]), "abc", max_new_tokens=4)))
+"""
+
+
+@pytest.mark.distributed
+def test_two_runs_in_one_process(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        **settings_of(write_tiny_model(tmp_path / "model"), tmp_path),
+        "max_steps": 2,
+        "max_new_tokens": 4,
+    }
+    code = [sys.executable, "-c", CODE, json.dumps(settings)]
+    ended = subprocess.run(code, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    rejected = [line for line in ended.stdout.splitlines() if line.startswith("rejected: ")]
+    assert "model-one" in rejected[0] and "layers 1 to 3" in rejected[1] and len(rejected) == 2
+    assert "answer: " in ended.stdout and (tmp_path / "model-one" / "run.yaml").is_file()
+
+
+def test_a_dry_run_is_the_command_s() -> None:
+    with pytest.raises(tiedlora.UserError, match="dry_run trains nothing; use the command: tiedlora train --dry_run"):
+        tiedlora.train(tiedlora.Settings(dry_run=True))
+
+
+def test_settings_are_checked_and_have_a_schema() -> None:
+    schema = tiedlora.Settings.model_json_schema()
+    fields = schema["properties"]
+    assert fields.keys() == tiedlora.Settings.model_fields.keys() and "required" not in schema
+    assert fields["method"]["enum"] == ["lora", "vera", "tl1", "tl2", "tl3", "tl4", "tl5", "tl6"]
+    assert fields["rank"] == {
+        "default": 8,
+        "description": "rank r of A and B",
+        "minimum": 1,
+        "title": "Rank",
+        "type": "integer",
+    }
+    for name, field in fields.items():
+        assert field["description"] and not field.keys() & {"group", "flag", "choices"}, name
+    for values, message in (
+        ({"rank": 0}, "--rank 0: input should be greater than or equal to 1"),
+        ({"rnk": 2}, r"unknown setting .rnk. .did you mean rank.."),
+        ({"method": "tl7"}, "--method tl7: input should be one of"),
+    ):
+        with pytest.raises(tiedlora.UserError, match=message):
+            tiedlora.Settings(**values)

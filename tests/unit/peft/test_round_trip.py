@@ -1,0 +1,180 @@
+"""Native folders in PEFT, and back: every method is bit-equal, and its logits are those of the exported LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import STORED_ADAPTER
+from hf_models import hf_model, write_adapter, write_bases
+from native_files import reseal
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft_models import logits_of
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES, METHODS
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import check_base
+from megatron_tiedlora.peft import TiedLoraConfig
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_bases(tmp_path_factory.mktemp("bases"))
+
+
+def prefixed(name: str) -> str:
+    return f"base_model.tied_lora_adapters.default.{name}"
+
+
+@pytest.mark.parametrize("targets", ["qkv", "all"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_native_to_peft_to_native(
+    bases: dict[str, Path], tmp_path: Path, method: str, family: str, targets: str
+) -> None:
+    base = bases[family]
+    native = write_adapter(tmp_path / "native", base, method, targets)
+    model = PeftModel.from_pretrained(hf_model(base), tmp_path / "native")
+    export_peft(find_model(str(base)), native, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(hf_model(base), tmp_path / "lora")
+    mine, theirs, plain = logits_of(model), logits_of(lora), logits_of(hf_model(base))
+    assert torch.equal(mine, theirs) and (mine - plain).abs().max() > 0.05
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_adapter(tmp_path / "saved")
+    assert saved.equals(native) and not saved.sealed and load_adapter(tmp_path / "native").sealed
+    assert load_file(tmp_path / "saved" / WEIGHTS).keys() == native.config.tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_stay_in_fp32_on_a_base_of_16_bits(bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    native = write_adapter(tmp_path / "native", bases["llama"], targets="all")
+    export_peft(find_model(str(bases["llama"])), native, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(hf_model(bases["llama"], dtype), tmp_path / "lora")
+    for low in (False, True):  # PEFT's own LoRA is rounded to 16 bits with low_cpu_mem_usage
+        base = hf_model(bases["llama"], dtype)
+        tied = PeftModel.from_pretrained(base, tmp_path / "native", low_cpu_mem_usage=low)
+        assert torch.equal(logits_of(tied), logits_of(lora))
+        tied.save_pretrained(tmp_path / f"saved{low}")
+        assert load_adapter(tmp_path / f"saved{low}").equals(native)
+
+
+def test_a_folder_that_peft_wrote_is_accepted_with_a_note(bases: dict[str, Path], tmp_path: Path) -> None:
+    source = find_model(str(bases["llama"]))
+    write_adapter(tmp_path / "native", bases["llama"])
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "saved")  # finds the base
+    found = check_base(source, load_adapter(tmp_path / "saved"))
+    assert found.notes == (
+        "--adapter: its files have no checksums (PEFT wrote them), so that damage to them is not found",
+    )
+    assert check_base(source, load_adapter(tmp_path / "native")).notes == ()
+
+
+@pytest.mark.parametrize("read", [PeftConfig.from_pretrained, TiedLoraConfig.from_pretrained])
+def test_format_version_1_is_read(tmp_path: Path, read: Any) -> None:
+    """A folder that was written before the method existed has no `peft_type`."""
+    assert "peft_type" not in json.loads((STORED_ADAPTER / CONFIG).read_text())
+    config = read(str(STORED_ADAPTER))
+    native = load_adapter(STORED_ADAPTER)
+    assert isinstance(config, TiedLoraConfig) and config.method == "tl6" and config.targets == ["qkv"]
+    assert (config.r, config.alpha, config.layers) == (native.config.rank, native.config.alpha, [1, 3])
+    base = write_tiny_model(tmp_path / "model")
+    model = PeftModel.from_pretrained(hf_model(base), STORED_ADAPTER)
+    model.load_adapter(str(STORED_ADAPTER), "again")
+    model.save_pretrained(tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved").equals(native) and load_adapter(tmp_path / "saved" / "again").equals(native)
+    assert (tmp_path / "saved" / "README.md").is_file()  # PEFT's model card is no obstacle
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_new_adapter_has_the_package_s_initial_values(bases: dict[str, Path], method: str, tmp_path: Path) -> None:
+    shape = find_model(str(bases["llama"])).shape
+    config = TiedLoraConfig(method=method, r=3, layers=[2, 3], targets="all", seed=7)
+    model = get_peft_model(hf_model(bases["llama"]), config)
+    targets = targets_of(shape, ("qkv", "o_proj", "gate_up", "down_proj"))
+    expected = make_adapter_config(method, rank=3, layers=(2, 3), targets=targets, seed=7)
+    held = {name: weight for name, weight in model.named_parameters() if "tied_lora" in name}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {prefixed(name) for name in expected.num_trained()} and trained <= held.keys()
+    assert model.get_nb_trainable_parameters()[0] == sum(expected.num_trained().values())
+    initial = initial_values(expected)
+    assert len(held) == len(initial) - 4 * sum(not METHODS[method].factor(name).trained for name in "uv")
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_adapter(tmp_path / "saved")
+    assert saved.config == expected
+    assert all(torch.equal(saved.state[name], tensor) for name, tensor in initial.items())
+    assert check_base(find_model(str(bases["llama"])), saved, uses_tokenizer=False)  # it knows its base
+
+
+def change(folder: Path, tensors: dict[str, torch.Tensor | None]) -> None:
+    held = {**load_file(folder / WEIGHTS), **tensors}
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS)
+    reseal(folder)
+
+
+DAMAGE: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "missing": ({"u": None}, "adapter default: tensor u is missing"),
+    "unexpected": ({"w": torch.ones(1)}, "holds a tensor 'w' that does not belong there"),
+    "shape": ({"v": torch.ones(2, 3)}, r"v has shape \(2, 3\), expected \(2, 96\)"),
+    "not finite": ({"u": torch.full((2, 4), torch.nan)}, "u holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_tensors_that_do_not_fit_are_an_error(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
+    write_adapter(tmp_path / "native", bases["llama"])
+    tensors, message = DAMAGE[case]
+    change(tmp_path / "native", tensors)
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(hf_model(bases["llama"]), tmp_path / "native")
+
+
+def test_damage_is_found_by_the_checksums(bases: dict[str, Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "native", bases["llama"])
+    shutil.copytree(tmp_path / "native", tmp_path / "edited")
+    text = (tmp_path / "edited" / CONFIG).read_text()
+    (tmp_path / "edited" / CONFIG).write_text(text.replace('"rank": 4', '"rank": 5'))
+    raw = bytearray((tmp_path / "native" / WEIGHTS).read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / "native" / WEIGHTS).write_bytes(raw)
+    for folder, what in (("edited", "its own checksum"), ("native", "its checksum")):
+        with pytest.raises(UserError, match=what):
+            PeftModel.from_pretrained(hf_model(bases["llama"]), tmp_path / folder)
+
+
+def test_another_base_is_an_error_or_a_warning(bases: dict[str, Path], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "native", bases["llama"])
+    with pytest.raises(UserError, match=r"with head_dim 12, but .* has 8; use its own base"):
+        PeftModel.from_pretrained(hf_model(bases["phi3"]), tmp_path / "native")
+    other = write_tiny_model(tmp_path / "other", head_dim=12, seed=1)
+    with pytest.warns(UserWarning, match=r"whose weights differ from those of .*other"):
+        PeftModel.from_pretrained(hf_model(other), tmp_path / "native")
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "method": ({"method": "tl7"}, "unknown method 'tl7'"),
+    "rank": ({"r": 0}, "r = 0 is not a positive integer"),
+    "alpha": ({"alpha": -1.0}, "alpha = -1.0 is not between"),
+    "targets": ({"targets": ["q_proj"]}, r"targets: 'q_proj' is unknown \(part of qkv\)"),
+    "layers": ({"layers": [2, 9]}, r"layers \[2, 9\] are not ascending numbers from 1 to 3"),
+    "task": ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS is not implemented"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_config_is_one_line(bases: dict[str, Path], case: str) -> None:
+    values, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        get_peft_model(hf_model(bases["llama"]), TiedLoraConfig(**values))
