@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.config.other_names import name_hint
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
 LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; libraries below us count milliseconds, some in 32 bits
@@ -82,6 +83,7 @@ class CommandSettings(BaseModel):
         about: what the command does, for its help.
         groups: name and description of each group of flags, in the order of the help.
         missing: by field, a hint to add to "is required" if the value is missing.
+        instead: pairs of fields that exclude each other. The one on the command line replaces the other in a file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -90,6 +92,7 @@ class CommandSettings(BaseModel):
     about: ClassVar[str]
     groups: ClassVar[Mapping[str, str]]
     missing: ClassVar[Mapping[str, str]] = {}
+    instead: ClassVar[Sequence[tuple[str, str]]] = ()
 
     @classmethod
     def default_text(cls, name: str) -> str:
@@ -150,11 +153,11 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
 
     Raises:
-        UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
+        UserError: a name is unknown (the message says which is meant), or a value is out of range.
     """
     for name in values:
         if name not in kind.model_fields:
-            raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
+            raise UserError(f"unknown setting {shown(name)}{name_hint(str(name), kind.model_fields)}; see --help")
     try:
         return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
