@@ -104,7 +104,11 @@ OUR_NAMES: Mapping[str, str] = {
     **_same("{packing}", "sample_packing pack padding_free"),
     **_same("{output_dir}", "output out_dir save_dir run_name save_path save output_path logging_dir experiment_name"),
     **_same("{resume}", "resume_from_checkpoint resume_from load_checkpoint"),
-    **_same("{report_to}", "wandb_project wandb use_wandb logger log_with trackers tracker wandb_run_name"),
+    **_same("{report_to}", "logger log_with trackers tracker loggers"),
+    **_same(
+        "{report_to} wandb, where the variable WANDB_PROJECT names the project",
+        "wandb wandb_project use_wandb wandb_run_name",
+    ),
     **_same("{profile}", "profiler use_profiler torch_profiler"),
     **_same("{compile}", "torch_compile"),
     **_same("{seed}", "random_seed data_seed"),

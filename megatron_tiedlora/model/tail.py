@@ -50,7 +50,8 @@ class Attended(NamedTuple):
             for name in ("grad_a", "grad_f")
             if (tensor := getattr(linear, name)) is not None
         )
-        return self._replace(update={**update, target: update[target]._replace(**{name: function(tensor)})})
+        changed: dict[str, Any] = {name: function(tensor)}
+        return self._replace(update={**update, target: update[target]._replace(**changed)})
 
 
 class SupervisedTail:

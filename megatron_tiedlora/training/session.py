@@ -245,7 +245,8 @@ def headline(
         layers += f" ({', '.join(targets)})"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
-        f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
+        f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+        + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts truncated to {settings.max_length} tokens",
         f"batches    {plan.batches.global_batch_size} samples per step, {plan.batches_in_words},"
