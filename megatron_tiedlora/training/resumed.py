@@ -44,8 +44,8 @@ def check_resumed_settings(
         if name == "max_steps":
             raise UserError(
                 f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only"
-                " --schedule constant, from the first step on, lets a run go on); resume with the same value, or start a"
-                f" new run with --init_from {source}"
+                " --schedule constant, from the first step on, lets a run go on); resume with the same value, or start"
+                f" a new run with --init_from {source}"
             )
         raise UserError(f"{found} {now}; resume with the same value")
     if saved.get("data_sha256") != data_sha256:
