@@ -76,8 +76,7 @@ def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
             f" {settings.max_length}; raise it if the model allows, or shorten the prompts"
         )
     if epochs > MANY_EPOCHS:
-        found.append(
-            f"the run sees each of the {len(train):,} training samples {epochs:,.1f} times; with --epochs, for example"
-            " --epochs 3, it is shorter"
-        )
+        instead = f"--epochs 3 in place of --max_steps {settings.max_steps} would be shorter"
+        advice = instead if settings.epochs is None else "a lower value of --epochs makes it shorter"
+        found.append(f"the run sees each of the {len(train):,} training samples {epochs:,.1f} times; {advice}")
     return found

@@ -80,7 +80,7 @@ def test_warnings_name_the_number_and_the_flag() -> None:
     (cut,) = found(129, 1000)
     assert cut.startswith("129 of 12,800 training prompts (1.0%)") and "--max_length 4096" in cut
     (often,) = found(0, 1001)
-    assert "12,800 training samples 20.0 times" in often and "--epochs" in often
+    assert "12,800 training samples 20.0 times; --epochs 3 in place of --max_steps 1001" in often
 
 
 def test_the_first_lines_say_how_steps_and_epochs_follow() -> None:
@@ -96,6 +96,6 @@ def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
     given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
     report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"}))
     assert "  75 steps, 600 samples" in report and "sees the training part 30.00 times" in report
-    assert "  warning: the run sees each of the 20 training samples 30.0 times" in report
+    assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
     preset = dry_run_report(settings_of(epochs=2))
     assert "--epochs 2: its steps are counted from data" in preset and "2000 steps" not in preset
