@@ -71,3 +71,26 @@ def test_a_tracker_without_its_package_is_named_before_anything_is_read(base: Ba
     ended = run_ranks(base.arguments(output_dir=tmp_path / "run", report_to="aim"), folder=tmp_path).expect(2)
     assert "--report_to aim: the package aim is not installed; pip install aim" in ended.errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_dropout_is_for_training_steps_and_resumes_anywhere(base: Base, tmp_path: Path) -> None:
+    """tl1 begins with an update that is not zero, so its first evaluation would show dropout."""
+    settings = {"method": "tl1", "targets": "qkv,down_proj", "max_steps": 4, "save_interval": 2}
+    run(base, tmp_path / "plain", **settings)
+    run(base, tmp_path / "run", dropout=0.3, **settings)
+    found, plain = (losses(tmp_path / name, "validation") for name in ("run", "plain"))
+    assert found[0] == plain[0] and found[1] != plain[1]
+    assert losses(tmp_path / "run")[0] != losses(tmp_path / "plain")[0]
+    middle = tmp_path / "run" / "checkpoints" / "step_2"
+    run(base, tmp_path / "on", ranks=2, resume=middle, tensor_parallel=2, packing=False, dropout=0.3, **settings)
+    expected = [loss for _, loss in losses(tmp_path / "run")]
+    assert [loss for _, loss in losses(tmp_path / "on")] == pytest.approx(expected, rel=1e-5)
+
+
+def test_betas_reach_the_optimizer(base: Base, tmp_path: Path) -> None:
+    """AdamW's first step depends on no beta."""
+    for name, betas in (("plain", {}), ("first", {"beta1": 0.5}), ("second", {"beta2": 0.9})):
+        run(base, tmp_path / name, max_steps=4, **betas)
+    plain, *others = ([loss for _, loss in losses(tmp_path / name)] for name in ("plain", "first", "second"))
+    for other in others:
+        assert other[:2] == pytest.approx(plain[:2], rel=1e-6) and abs(other[3] / plain[3] - 1) > 1e-5
