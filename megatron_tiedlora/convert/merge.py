@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.atomic import sync_path, write_json
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
@@ -106,20 +107,30 @@ def _write_weights(
     between: Callable[[], object],
     progress: bool,
 ) -> None:
-    """Write the files that are not whole yet."""
+    """Write the files that are not whole yet. Each is flushed to the disk while the next one is written."""
     total = sum(plan.work for plan in plans.values())
     done = sum(plan.work for file, plan in plans.items() if file.name in journal)
     bar = tqdm(total=total, initial=done, desc="merge", unit="B", unit_scale=True, disable=not progress, leave=False)
-    with bar:
+    with bar, ThreadPoolExecutor(1) as thread:
+        written: list[tuple[str, Future[None]]] = []
+
+        def note_whole(*, wait: bool) -> None:
+            while written and (wait or written[0][1].done()):
+                name, flushed = written.pop(0)
+                flushed.result()
+                journal.add(name)
 
         def wrote(count: int) -> None:
             between()
+            note_whole(wait=False)
             bar.update(count)
 
         for file, plan in plans.items():
             if file.name not in journal:
                 plan.write(folder / file.name, changed, wrote)
-                journal.add(file.name)
+                note_whole(wait=True)
+                written.append((file.name, thread.submit(sync_path, folder / file.name)))
+        note_whole(wait=True)
 
 
 def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:

@@ -99,7 +99,7 @@ class MergedFile:
         return sum(part.size for part in self.ranges) + sum(tensor.num_bytes for tensor in self.tensors)
 
     def write(self, target: Path, changed: Changed, wrote: Wrote) -> None:
-        """Write the file and flush it to the disk. `wrote` is called with numbers of bytes; it may raise.
+        """Write the file, without flushing it to the disk. `wrote` is called with numbers of bytes; it may raise.
 
         Raises:
             UserError: a computed number is not finite, or the base's file has become shorter.
@@ -112,7 +112,6 @@ class MergedFile:
                 self._copy(reader, writer, part, wrote)
             for tensor in self.tensors:
                 self._compute(reader, writer, tensor, changed.get(tensor.name), wrote)
-            os.fsync(writer)
 
     def _copy(self, reader: int, writer: int, part: _Range, wrote: Wrote) -> None:
         start, target, left = part
