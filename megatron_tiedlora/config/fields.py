@@ -170,7 +170,9 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        found = first["ctx"]["error"]
+        # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
+        return found.object if isinstance(found, UnicodeEncodeError) else str(found)
     if first["type"] == "missing":
         hint = kind.missing.get(name)
         return f"--{name} is required" + (f": {hint}" if hint else "")
