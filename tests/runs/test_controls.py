@@ -60,7 +60,10 @@ def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None
     traces = sorted((tmp_path / "run" / "profile").iterdir())
     assert [trace.name for trace in traces] == ["rank_0.json.gz", "rank_1.json.gz"]
     for trace in traces:
-        names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = {event.get("name") for event in events}
+        end = max(event["ts"] + event["dur"] for event in events if event.get("name") == "step 4")
+        assert max(event["ts"] for event in events if event.get("cat") == "cpu_op") <= end
         assert {"step 3", "step 4", "aten::mm"} <= names and not {"step 2", "step 5"} & names
     assert not (tmp_path / "run" / "tensorboard").exists() and len(metrics(tmp_path / "run")) == 5
     run(base, tmp_path / "ends", max_steps=3, profile="3:9")
