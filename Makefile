@@ -57,7 +57,7 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[lint]'
+	$(PIP) install -e '.[lint,train,eval]'
 	@touch $@
 
 demo: $(VENV)/.installed-demo

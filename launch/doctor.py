@@ -1,44 +1,8 @@
-"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine.
+"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine."""
 
-    python launch/doctor.py --hostfile hostfile --model MODEL --output_dir RUNS --tensor_parallel 2
-    python launch/doctor.py --model MODEL                      inside a Slurm allocation, else this machine alone
-
-Start it once, where you would start the job. It starts what it needs on the hosts and leaves nothing there.
-"""
-
-from __future__ import annotations
-
-import json
-import os
 import sys
-from collections.abc import Sequence
 
-from megatron_tiedlora.base.atomic import write_text
-from megatron_tiedlora.base.errors import UserError, show
-from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.cluster.doctor.examine import examine
-from megatron_tiedlora.cluster.doctor.text import report_text
-from megatron_tiedlora.config.cli import parse_settings, run_command
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
-
-
-def main(argv: Sequence[str]) -> int:
-    """Examine and report; returns 0 if a job can start, else 1."""
-    settings = parse_settings(argv, DoctorSettings)
-    to_file = settings.json_file not in (None, "-")
-    file = user_path(str(settings.json_file), flag="--json")
-    if to_file and not file.absolute().parent.is_dir():
-        raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
-    report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
-    text = json.dumps(report.model_dump(mode="json"), indent=2)
-    if settings.json_file == "-":
-        print(text)
-    else:
-        print(report_text(report))
-    if to_file:
-        write_text(file, f"{text}\n")
-    return 0 if report.verdict == "ready" else 1
-
+from megatron_tiedlora.commands.doctor import run
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    run(sys.argv[1:])

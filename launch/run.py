@@ -1,19 +1,9 @@
-"""Start launch/train.py on this machine, the hosts of a hostfile or a Slurm allocation, and say how it ended.
-
-    python launch/run.py --num_gpus 4 --ds_config zero2.json                      this machine
-    python launch/run.py --hostfile hosts --model meta-llama/Llama-2-7b-hf ...    hosts that ssh reaches
-    python launch/run.py --launcher torchrun --max_restarts 3 --resume auto ...   restart after a failure
-
-The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to run.py.
-"""
-
-from __future__ import annotations
+"""Start launch/train.py on this machine, the hosts of a hostfile or a Slurm allocation, and say how it ended."""
 
 import sys
 from pathlib import Path
 
-from megatron_tiedlora.cluster.start import launch
-from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.commands.run import run
 
 if __name__ == "__main__":
-    run_command(lambda argv: launch(argv, scripts=Path(__file__).resolve().parent), sys.argv[1:])
+    run(sys.argv[1:], scripts=Path(__file__).resolve().parent)

@@ -20,12 +20,14 @@ torch.set_num_threads(1)
 
 # Folders whose tests mostly wait: for a launcher, a silence, the end of a process.
 WAITING = {"cluster", "runs", "study"}
+# Folders with the files that compute longest, a minute each: the last files of a run should be short ones.
+LONGEST = ("layouts", "benchmark", "families", "parallel", "safety", "evaluation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that wait and files that compute take turns, so that processes which run both leave no core idle.
 
-    Of the waiting ones those of several hosts come first, and beside them those that compute most.
+    Of the waiting ones those of several hosts come first, and beside them those that compute longest.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
@@ -33,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     waits, computes = [], []
     for path, tests in files.items():
         (waits if path.parent.name in WAITING else computes).append(tests)
-    computes.sort(key=lambda tests: tests[0].path.parent.name != "layouts")
+    order = {name: number for number, name in enumerate(LONGEST)}
+    computes.sort(key=lambda tests: order.get(tests[0].path.parent.name, len(order)))
     items[:] = chain.from_iterable(chain.from_iterable(zip_longest(waits, computes, fillvalue=[])))
 
 

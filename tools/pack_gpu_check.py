@@ -30,7 +30,6 @@ PACKAGES = (
     *("hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
     *("safetensors", "PyYAML", "psutil", "msgpack", "einops", "tqdm", "packaging", "filelock", "py-cpuinfo"),
 )
-TOOLS = ("check_gpu.py", "write_random_model.py")
 PYTHONS = "3.11,3.12,3.13"
 # Wheels name the oldest glibc that they run with.
 GLIBCS = ("2_5", "2_12", "2_17", "2_24", "2_26", "2_27", "2_28", "2_31", "2_34")
@@ -109,14 +108,8 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
 
 def _copy_tools(folder: Path) -> None:
     (folder / "tools").mkdir()
-    for name in TOOLS:
-        shutil.copy(ROOT / "tools" / name, folder / "tools")
-    leave = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "tools" / "gpu_checks", folder / "tools" / "gpu_checks", ignore=leave)
-    shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")
-    (folder / "launch").mkdir()
-    shutil.copy(ROOT / "launch" / "doctor.py", folder / "launch")
-    shutil.move(folder / "tools" / "gpu_checks" / "run_offline.py", folder / "run.py")
+    shutil.copy(ROOT / "tools" / "check_gpu.py", folder / "tools")
+    shutil.copy(ROOT / "megatron_tiedlora" / "gpu_checks" / "run_offline.py", folder / "run.py")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import reprlib
 from typing import TextIO
 
+from megatron_tiedlora.base.command_names import for_user
+
 _LONGEST = 1200  # characters of a message
 
 
@@ -21,7 +23,7 @@ class UserError(ValueError):
     of_peer: bool = False
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(str(message)))
+        super().__init__(one_line(for_user(str(message))))
 
 
 def one_line(text: str) -> str:
@@ -40,8 +42,8 @@ def _printable(character: str) -> str:
 
 
 def show(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines to `file` (default: standard output), each made `printable`."""
-    print("\n".join(map(printable, lines)), file=file, flush=True)
+    """Print lines to `file` (default: standard output), each made `printable` and worded `for_user`."""
+    print("\n".join(printable(for_user(line)) for line in lines), file=file, flush=True)
 
 
 def _cut(text: str) -> str:

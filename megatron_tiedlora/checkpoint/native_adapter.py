@@ -213,12 +213,12 @@ def load_adapter(folder: Path) -> NativeAdapter:
             a tensor is missing, of the wrong shape, not floating point or not finite; values are too large; or a
             checksum does not match.
     """
-    config, base, sums = _read_config(folder)
+    config, base, sums = read_config(folder)
     file = folder / WEIGHTS_FILE
     try:
         state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     except UserError:
-        again = _read_config(folder)
+        again = read_config(folder)
         if again == (config, base, sums):
             raise
         config, base, sums = again  # a run has replaced its adapter in the meantime
@@ -243,8 +243,12 @@ def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
             )
 
 
-def _read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """(config, base, checksums of the other files)."""
+def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
+    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
+
+    Raises:
+        UserError: as `load_adapter`, for its config.
+    """
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:

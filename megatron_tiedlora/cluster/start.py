@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.cluster.decide import Times
 from megatron_tiedlora.cluster.job_hosts import JobHosts
 from megatron_tiedlora.cluster.remote import Route
@@ -182,6 +183,7 @@ def _stop_seconds(settings: LaunchSettings) -> int | None:
 
 
 def _check_programs(job: Job) -> None:
+    require_extra("train", only=["deepspeed"])
     deepspeed = Path(job.python).with_name("deepspeed")
     if job.launcher in ("local", "pdsh", "openmpi") and not deepspeed.is_file():
         raise UserError(f"{deepspeed}: no such launcher; start run.py with the Python in which DeepSpeed is installed")

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from megatron_tiedlora.base.command_names import for_user, program_name
 from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.extras import missing_module
+from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.fields import (
@@ -38,8 +41,13 @@ _COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these ane
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that raises a one-line UserError instead of printing its usage and exiting."""
 
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
+    def __init__(self, *, prog: str, **keywords: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=program_name(prog), formatter_class=formatter, allow_abbrev=False, **keywords)
+
+    def format_help(self) -> str:
+        """The help, which names commands as the user started this one."""
+        return for_user(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""
@@ -204,6 +212,7 @@ def run_command(
         reports: whether to print the error; another rank on this host may have printed it.
     """
     keep_from_others()
+    show_messages()
     status: Any
     try:
         status = main(argv)
@@ -213,7 +222,10 @@ def run_command(
         if not _reader_is_gone():
             raise
         status = 128 + signal.SIGPIPE
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as raised:
+        error = raised if isinstance(raised, UserError) else missing_module(raised)
+        if error is None:
+            raise
         if reports():
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2

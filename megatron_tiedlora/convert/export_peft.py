@@ -2,12 +2,11 @@
 (and of gate and up), which share A'.
 
 diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact. PEFT's files cannot express the tie,
-so the native ones travel along.
+so the native ones travel along. PEFT's config names the base without a path of this host, which the record has.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,17 +18,27 @@ from safetensors.torch import save_file
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.shapes import BlockShape, ModelShape
+from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.base.shapes import BlockShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, check_base
+from megatron_tiedlora.convert.inputs import (
+    BASE_PATH,
+    EXPORT_RECORD,
+    NATIVE_FOLDER,
+    Identify,
+    check_base,
+    identify_model,
+)
 
-# The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+def peft_tensors(
+    source: ModelSource, adapter: NativeAdapter, *, rank: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
 
-def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, torch.Tensor]:
-    """The fp32 tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`."""
+    They are computed in fp32 and cast to `dtype` once.
+    """
     pad = rank - adapter.config.rank
     tensors = {}
     for rule, a, b in adapter.updates(source.shape):
@@ -38,14 +47,19 @@ def peft_tensors(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> d
         for hf_name, rows in rule.by_stored_tensor(b).items():
             module = f"base_model.model.{hf_name.removesuffix('.weight')}"
             # safetensors rejects tensors that share storage, and the parts of a fused linear share A'
-            tensors[f"{module}.lora_A.weight"] = a.clone()
-            tensors[f"{module}.lora_B.weight"] = rows.contiguous().clone()
+            tensors[f"{module}.lora_A.weight"] = a.to(dtype, copy=True)
+            tensors[f"{module}.lora_B.weight"] = rows.contiguous().to(dtype, copy=True)
     return tensors
 
 
-def peft_base(source: ModelSource) -> str:
-    """The absolute folder or hub id from which PEFT loads the base."""
+def base_location(source: ModelSource) -> str:
+    """The hub id or the absolute folder from which other programs load the base on this host."""
     return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
+
+
+def base_name(source: ModelSource) -> str:
+    """What names the base elsewhere too: its hub id, or else the last part of its folder's name."""
+    return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 
 def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
@@ -54,12 +68,12 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int) -> dict[str, Any]:
-    """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1."""
+def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
+    """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1. `base` names the base."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": peft_base(source),
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -84,18 +98,24 @@ def export_peft(
     *,
     native: Path | None = None,
     pad_rank_to: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    named: str | None = None,
     base_differs: bool = False,
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    identify: Identify = identify_model,
 ) -> int:
     """Write a PEFT adapter folder atomically, and return its rank.
 
     Args:
+        dtype: of the tensors. Other programs compute the adapter's values exactly in fp32 only.
+        named: name of the base in PEFT's config [`base_name`].
         native: the folder from which `adapter` was read. Its two files travel along in `NATIVE_FOLDER`, and an import
             finds them there, with the tie that PEFT's files cannot express.
         base_differs: export for this base although the adapter was trained on another; the record says so.
         say: called with each note about the base.
         new: makes the output folder.
+        identify: for a caller that exports many adapters of one base.
 
     Raises:
         UserError: the adapter is for another base, the padded rank is below the adapter's, the output exists, a factor
@@ -105,29 +125,23 @@ def export_peft(
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; raise it")
     reject_existing(output, flag=f"--output {output}")
-    base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs)
+    base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
     for note in base.notes:
         say(note)
     with new(output) as temporary:
-        tensors = peft_tensors(source, adapter, rank=rank)
+        tensors = peft_tensors(source, adapter, rank=rank, dtype=dtype)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise UserError(f"--adapter: {name} of its export holds numbers that are not finite")
+                fits = "" if dtype == torch.float32 else "; give --dtype fp32"
+                raise UserError(f"--adapter: {name} of its export holds numbers that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "adapter_config.json", peft_config(source, adapter, rank=rank))
-        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record})
+        write_json(
+            temporary / "adapter_config.json",
+            peft_config(source, adapter, rank=rank, base=named or base_name(source)),
+        )
+        on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
+        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **on_this_host})
         if native is not None:
             (temporary / NATIVE_FOLDER).mkdir()
             copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)
     return rank
-
-
-def serve_hint(output: Path, base: str, rank: int, shape: ModelShape) -> str:
-    """How to serve the exported adapter with vLLM, and what to do if vLLM does not accept its rank or its model."""
-    if shape.final_norm.bias_name is not None:  # StableLM
-        return "vLLM serves this model without adapters; serve the merged model instead"
-    fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
-    if fitting is None:
-        return f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"
-    flags = ["--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
-    return f"serve with: {shlex.join(['vllm', 'serve', base, *flags])}"

@@ -27,6 +27,7 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     load_adapter,
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import peft_tensors
 from megatron_tiedlora.convert.import_lora import Lora, native_lora, read_lora, trains_as_peft
@@ -72,11 +73,14 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_peft(folder: Path, source: ModelSource) -> PeftContent:
+def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> PeftContent:
     """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used.
 
     PEFT's files count. If the folder has a native adapter that gives their tensors bit for bit, that adapter is taken,
-    because it is the same and tied.
+    because it is the same and tied, and not rounded to 16 bits as PEFT's tensors may be.
+
+    Args:
+        tied: False to take PEFT's tensors in any case.
 
     Raises:
         UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
@@ -91,6 +95,7 @@ def read_peft(folder: Path, source: ModelSource) -> PeftContent:
         case "LORA":
             lora = read_lora(folder, content, source)
             native, notes = _travelled(folder, lora, source)
+            native = native if tied else None
             config, state = native_lora(lora, source) if native is None else (native.config, native.state)
             if native is None and not trains_as_peft(lora, source):
                 apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
@@ -123,14 +128,22 @@ def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAda
         native = load_adapter(inside)
     except UserError as error:
         return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
-    if not _unlike_export(lora, source, native):
+    if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
     changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
     return None, (f"{changed}; they were changed after the export",)
 
 
-def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter) -> tuple[str, ...]:
-    """A sentence for everything in which a LoRA differs from the export of a native adapter, bit by bit."""
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the tensors in a PEFT folder: fp32 if they have several."""
+    names = {entry["dtype"] for entry in read_header(folder / WEIGHTS_FILE).entries.values()}
+    return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
+
+
+def _unlike_export(
+    lora: Lora, source: ModelSource, native: NativeAdapter, dtype: torch.dtype
+) -> tuple[str, ...]:
+    """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > lora.rank or lora.scale != 1.0:
@@ -139,12 +152,14 @@ def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter) -> tu
     for (layer, module), pair in lora.pairs.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
-    exported = peft_tensors(source, native, rank=lora.rank)
+    exported = peft_tensors(source, native, rank=lora.rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
     differences += [f"{name} is missing" for name in exported if name not in found]
     both = [name for name in found if name in exported]
     differences += [
-        f"{name} differs from the adapter's export" for name in both if not _same_bits(exported[name], found[name])
+        f"{name} differs from the adapter's export"
+        for name in both
+        if not _same_bits(exported[name].float(), found[name])
     ]
     return tuple(differences)
 
@@ -160,7 +175,7 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
         return None
     file = folder / WEIGHTS_FILE
     lora = read_lora(folder, read_peft_config(folder), source)
-    return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter))
+    return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -169,7 +184,12 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def load_peft_adapter(
-    folder: Path, source: ModelSource, *, tokenizer: str | None = None, say: Callable[[str], object] = str
+    folder: Path,
+    source: ModelSource,
+    *,
+    tokenizer: str | None = None,
+    tied: bool = True,
+    say: Callable[[str], object] = str,
 ) -> NativeAdapter:
     """Read a PEFT LoRA or VeRA adapter as a native adapter of `source`; see `read_peft`.
 
@@ -178,12 +198,13 @@ def load_peft_adapter(
     our own exports, `exported_base` knows more.
 
     Args:
+        tied: as in `read_peft`.
         say: called with each note.
 
     Raises:
         UserError: as `read_peft`.
     """
-    content = read_peft(folder, source)
+    content = read_peft(folder, source, tied=tied)
     for note in content.notes:
         say(note)
     return content.of_base(source, tokenizer=tokenizer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import (
     HASH_FIELDS,
     MERGE_RECORD,
+    BaseIdentity,
     base_differences,
     check_same_base,
     identify_base,
@@ -20,9 +21,11 @@ from megatron_tiedlora.checkpoint.base_identity import (
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.find_base import find_base
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
+BASE_PATH = "base_path"  # in that record: the base's folder on the host that exported
 NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of that adapter
 
 
@@ -69,21 +72,16 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
     adapter_kind(adapter)
     folder = user_path(adapter)
     native = load_adapter(folder)
-    return find_base(folder, model, native.base.base_model), native
+    return find_base(folder, model, native.base.base_model, asdict(native.base)), native
 
 
-def find_base(folder: Path, model: str | None, named: str) -> ModelSource:
-    """The base of the adapter in `folder`: `model`, the value of --model, or else the one that the adapter names.
+Identify = Callable[[ModelSource, str, str | None], BaseIdentity]
 
-    Raises:
-        UserError: it does not exist.
-    """
-    try:
-        return find_model(model or named)
-    except UserError as error:
-        if model is not None:
-            raise
-        raise UserError(f"{folder}: its base cannot be found; give it with --model ({error})") from None
+
+def identify_model(source: ModelSource, dtype: str, tokenizer: str | None) -> BaseIdentity:
+    """The identity of a base, see `identify_base`. Raises UserError if its files cannot be read."""
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
+        return identify_base(source, weights, dtype, tokenizer=tokenizer)
 
 
 class CheckedBase(NamedTuple):
@@ -106,6 +104,7 @@ def check_base(
     uses_tokenizer: bool = True,
     differs: bool = False,
     flag: str = "--adapter",
+    identify: Identify = identify_model,
 ) -> CheckedBase:
     """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
 
@@ -115,12 +114,12 @@ def check_base(
             any.
         differs: value of --base_differs.
         flag: the adapter's name in messages.
+        identify: for a caller that checks many adapters of one base.
 
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
-        found = identify_base(source, weights, adapter.base.dtype, tokenizer=tokenizer)
+    found = identify(source, adapter.base.dtype, tokenizer)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
@@ -21,18 +22,14 @@ from megatron_tiedlora.checkpoint.native_adapter import (
     write_adapter_files,
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.import_peft import (
-    exported_base,
-    load_peft_adapter,
-    read_peft,
-    read_peft_config,
-)
+from megatron_tiedlora.convert.find_base import find_base
+from megatron_tiedlora.convert.import_peft import exported_base, load_peft_adapter, read_peft, read_peft_config
 from megatron_tiedlora.convert.inputs import (
+    BASE_PATH,
     EXPORT_RECORD,
     NATIVE_FOLDER,
     adapter_kind,
     check_base,
-    find_base,
     open_inputs,
 )
 
@@ -126,7 +123,7 @@ def find_peft_base(folder: Path, model: str | None) -> ModelSource:
     named = _named_base(folder)
     if not (model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    return find_base(folder, model, named)
+    return find_base(folder, model, named, _export_record(folder))
 
 
 def check_peft_base(folder: Path, source: ModelSource, *, differs: bool = False) -> tuple[str, ...]:
@@ -152,9 +149,15 @@ def is_merged(source: ModelSource) -> bool:
 
 
 def _named_base(folder: Path) -> str:
-    """The name of the base in a PEFT folder; '' if there is none."""
-    named = read_peft_config(folder).get("base_model_name_or_path")
+    """The path or else the name of the base in a PEFT folder; '' if there is none."""
+    content = read_peft_config(folder)
+    named = _export_record(folder).get(BASE_PATH, content.get("base_model_name_or_path"))
     return named if isinstance(named, str) else ""
+
+
+def _export_record(folder: Path) -> dict[str, Any]:
+    """The record of an export; empty if this package did not write the folder."""
+    return read_json_or_none(folder / EXPORT_RECORD) or {}
 
 
 def _same_folder(source: ModelSource, named: str) -> bool:

@@ -6,8 +6,10 @@ and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeR
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -97,6 +99,7 @@ def initialize_engine(
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.utils import groups as deepspeed_groups
 
+    import_muon_uncompiled()
     deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have left its own here
     values = dict(config.values)
     if config.zero_stage == 0:
@@ -115,6 +118,25 @@ def initialize_engine(
         mpu=None if pipelined else process_grid,  # a PipelineModule brings its own
     )
     return engine
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which no run here uses, without compiling it: else every start takes a second longer.
+
+    As it is imported, its functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports it
+    to see whether ZeRO knows the optimizer (seen in 0.19.8); needless once its functions are compiled where it is used.
+    """
+    importlib.import_module("torch._dynamo")  # before the switch is on, of which it might keep a copy
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with suppress(ImportError):  # DeepSpeed does without it too
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        os.environ.pop(switch)
+        if before is not None:
+            os.environ[switch] = before
 
 
 def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:

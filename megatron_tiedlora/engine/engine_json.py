@@ -17,7 +17,8 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.config.batch import BatchPlan
 
-REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# In a clone this is a link to the top-level ds_configs/; a wheel has copies of its files.
+SHIPPED_CONFIGS = (Path(__file__).resolve().parents[1] / "ds_configs").resolve()
 
 # Sections that would silently override the settings' numerics, and what to use instead.
 REJECTED_SECTIONS = {
@@ -80,11 +81,11 @@ class EngineConfig:
 
 
 def find_engine_json(name: str) -> Path:
-    """The file that --ds_config names: as given, or else in the project's ds_configs/. Raises UserError."""
-    for path in (user_path(name), REPOSITORY_CONFIGS / name):
+    """The file that --ds_config names: as given, or else in this package's ds_configs/. Raises UserError."""
+    for path in (user_path(name), SHIPPED_CONFIGS / name):
         if path.is_file():
             return path
-    shipped = sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.json"))
+    shipped = sorted(path.name for path in SHIPPED_CONFIGS.glob("*.json"))
     raise UserError(f"--ds_config {name}: no such file here or in ds_configs/{nearest_name(name, shipped)}")
 
 

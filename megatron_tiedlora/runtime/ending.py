@@ -23,6 +23,7 @@ from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.base.atomic import unguarded
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.heartbeat import (
@@ -172,6 +173,8 @@ class End:
     def failed(self, error: BaseException) -> int:
         """Report why the run failed, or leave that to the rank that knows; returns the exit status."""
         self.stop.ignore()  # a launcher signals the other ranks as soon as one has ended
+        if isinstance(error, ModuleNotFoundError):
+            error = missing_module(error) or error
         text = str(error) or type(error).__name__
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
         lost = self.heartbeat is not None and is_lost_exchange(error)

@@ -11,8 +11,8 @@ enough tokens for Triton to time its variants, and then with one token, as in ge
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.runtime.launch_env import local_rank
 from megatron_tiedlora.training.plan import RunPlan
 
+_LOGGER = logging.getLogger(__name__)
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # With each of these torch.compile returns functions unchanged.
 _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
@@ -60,7 +61,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     if not plan.layout.compiled:
         return ChosenKernels(EAGER, "not compiled, as the run is short (--compile true does it)")
     if plan.grid.rank == 0:
-        print("compiling the kernels ...", file=sys.stderr, flush=True)
+        _LOGGER.info("compiling the kernels ...")
     started = time.monotonic()
     kernels, failure = EAGER, None
     # On a CPU one rank of each host compiles first and fills the cache for the others. With GPUs all compile at once.

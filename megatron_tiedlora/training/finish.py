@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.wording import bytes_in_words
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter
-from megatron_tiedlora.convert.export_peft import export_peft, peft_base, serve_hint
+from megatron_tiedlora.convert.export_peft import base_location, export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.engine.engine import all_open
@@ -21,6 +23,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_me
 from megatron_tiedlora.training.loop import Trainer
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
+_LOGGER = logging.getLogger(__name__)
 SAMPLES = "samples_sha256"  # the key beside each score in scores.json
 
 
@@ -149,7 +152,7 @@ def export(trainer: Trainer) -> list[str]:
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
-        print(found.report())
+        _LOGGER.error(found.report())
         raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
     return ["", *found.report().split("\n")]
 
@@ -158,7 +161,7 @@ def next_steps(trainer: Trainer) -> list[str]:
     """The files that a user has now, and the next commands."""
     path, settings = trainer.folder.path, trainer.plan.settings
     peft = path / "peft"
-    base = peft_base(trainer.plan.source)
+    source = trainer.plan.source
     lines = [
         "",
         f"run folder  {path}",
@@ -176,7 +179,8 @@ def next_steps(trainer: Trainer) -> list[str]:
             + ("" if settings.tokenizer is None else f" --tokenizer {settings.tokenizer}"),
         ]
         lines.append(f"  python tools/verify_export.py --adapter {path / 'adapter'} --peft {peft}")
-    lines.append(f"  {serve_hint(peft, base, settings.rank, trainer.plan.source.shape)}")
+    serving, *_ = serve_hints(peft, base_location(source), settings.rank, source.shape, settings.targets)
+    lines.append(f"  {serving}")
     return lines
 
 

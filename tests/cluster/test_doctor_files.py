@@ -21,7 +21,7 @@ from megatron_tiedlora.cluster.doctor.ask import module_command
 from megatron_tiedlora.cluster.doctor.job_files import job_files
 from megatron_tiedlora.cluster.doctor.probe import job_content
 from megatron_tiedlora.cluster.doctor.records import HubRepo
-from megatron_tiedlora.convert.export_peft import peft_base
+from megatron_tiedlora.convert.export_peft import base_location
 from megatron_tiedlora.data.demo import demo_model_path
 
 MODEL = HubRepo(kind="model", id="meta-llama/Llama-2-7b-hf")
@@ -71,9 +71,9 @@ def test_the_hub_is_asked_where_the_doctor_says_so(
     monkeypatch.chdir(tmp_path)
     _, hub = job_files({"model": name})
     if hub:
-        assert peft_base(find_model(name)) == name and asked == [name]
+        assert base_location(find_model(name)) == name and asked == [name]
         shutil.copytree(folder, tmp_path / name)  # a folder of that name comes first
-        assert peft_base(find_model(name)) == str(tmp_path / name) and asked == [name]
+        assert base_location(find_model(name)) == str(tmp_path / name) and asked == [name]
     else:
         with pytest.raises(UserError, match=r"no such folder|the demo model is not prepared"):
             find_model(name)
@@ -85,7 +85,7 @@ def test_the_prepared_demo_model_is_named_by_its_folder(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     folder = write_tiny_model(demo_model_path())
     (tmp_path / "demo").mkdir()  # the name means the model, wherever the command is given
-    assert peft_base(find_model("demo")) == str(folder)
+    assert base_location(find_model("demo")) == str(folder)
 
 
 def test_demo_is_a_model_and_no_file() -> None:

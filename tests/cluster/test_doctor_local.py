@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from megatron_tiedlora.cluster.doctor.probe import (
     resolve,
     source_hash,
 )
+from megatron_tiedlora.commands.doctor import main
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.runtime.launch_env import free_port
@@ -110,7 +110,7 @@ def test_wrong_usage_is_one_line(flags: list[str], words: str, tmp_path: Path, m
     Path("empty").write_text("# nobody\n\n")
     Path("odd").write_text("a slots=1\nb slots=2\n")
     with pytest.raises(UserError) as raised:
-        runpy.run_path(str(DOCTOR))["main"](flags)
+        main(flags)
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -270,7 +270,7 @@ def manifest() -> Any:
 def test_the_manifest_holds_documented_fields_alone() -> None:
     job = PyTorchJob.model_validate(manifest(), strict=True)
     container = job.spec.pytorchReplicaSpecs.Master.template.spec.containers[0]
-    assert container.command == ["torchrun", "launch/train.py"]
+    assert container.command == ["torchrun", "--no-python", "tiedlora", "train"]
     settings = parse_settings(container.args, Settings)
     shared = next(mount.mountPath for mount in container.volumeMounts if mount.name == "data")
     assert settings.resume == "auto" and str(settings.output_dir).startswith(f"{shared}/")

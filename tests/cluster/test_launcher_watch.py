@@ -182,7 +182,7 @@ def test_the_status_file_decides(
 ) -> None:
     ended = start(rank, launcher)
     assert ended.status == status and said in ended.said
-    assert ended.said.splitlines()[-1].startswith("run.py: ")
+    assert ended.said.splitlines()[-1].startswith("tiedlora run: ")
 
 
 @pytest.mark.parametrize(

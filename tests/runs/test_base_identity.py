@@ -188,20 +188,20 @@ def test_what_counts_of_a_tokenizer(base: Base, tmp_path: Path) -> None:
 
 
 def tool(name: str, *words: object) -> None:
-    """A command of tools/, in this process."""
-    importlib.import_module(f"tools.{name}").main([str(word) for word in words])
+    """A command, in this process."""
+    importlib.import_module(f"megatron_tiedlora.commands.{name}").main([str(word) for word in words])
 
 
 def merge(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("merge_adapter", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
+    tool("merge", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
 
 
 def export(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("export_peft", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
+    tool("export", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
 
 
 def verify(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("verify_export", "--adapter", made / "adapter", "--model", model, "--peft", made / "peft", *words)
+    tool("verify", "--adapter", made / "adapter", "--model", model, "--peft", made / "peft", *words)
 
 
 def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,10 @@ from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_r
 from megatron_tiedlora.study.sweep import sweep
 
 
-def command(path: str) -> Callable[[Sequence[str]], Any]:
-    """`main` of a script."""
-
-    def start(argv: Sequence[str]) -> Any:
-        return runpy.run_path(str(ROOT / path))["main"](argv)
-
-    return start
+def command(name: str) -> Callable[[Sequence[str]], Any]:
+    """`main` of a command."""
+    main: Callable[[Sequence[str]], Any] = importlib.import_module(f"megatron_tiedlora.commands.{name}").main
+    return main
 
 
 def no_start() -> Any:
@@ -35,17 +32,17 @@ def no_start() -> Any:
 # By command: how it is started, what else it needs, and its flags of files and folders.
 MODEL = "--model=llama2-7b"
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
-    "train": (command("launch/train.py"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
+    "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
     "run": (lambda argv: launch(argv, scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
     "sweep": (lambda argv: sweep(argv, no_start), ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
               "config model tokenizer ds_config output_dir train_file test_file"),
     "tables": (lambda argv: sweep(argv, no_start), ["--output_dir=study"], "tables_from"),
-    "doctor": (command("launch/doctor.py"), [], "config hostfile json model output_dir train_file"),
-    "merge": (command("tools/merge_adapter.py"), ["--adapter=a", "--output=o"], "adapter output"),
-    "export": (command("tools/export_peft.py"), ["--adapter=a", "--output=o"], "adapter output"),
-    "verify": (command("tools/verify_export.py"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
-    "random": (command("tools/write_random_model.py"), [MODEL, "--output=o"], "model output"),
+    "doctor": (command("doctor"), [], "config hostfile json model output_dir train_file"),
+    "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
+    "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),
+    "verify": (command("verify"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
+    "random": (command("random_model"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
 NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
 
@@ -67,7 +64,7 @@ def test_a_name_that_no_file_has(name: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_preparation_whose_folder_no_file_system_has(capsys: pytest.CaptureFixture[str]) -> None:
     for value in NAMES.values():
-        assert command("tools/prepare_demo.py")([f"--output={value}"]) == 2
+        assert command("prepare_demo")([f"--output={value}"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(NAMES) and all(line.startswith("prepare_demo: --output") for line in said)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -54,14 +55,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     ],
 )
 def test_resume_is_exact(base: Base, tmp_path: Path, ds_config: str, ranks: int | None) -> None:
-    """Ten steps in one go; and five, SIGTERM between two evaluations, then the rest: equal bit for bit."""
+    """Six steps in one go; and three, SIGTERM between two evaluations, then the rest: equal bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(base, whole, ranks=ranks, ds_config=ds_config)
-    run(base, parts, ranks=ranks, ds_config=ds_config, prelude=partial(kill_at_step, 5), expect=143)
+    settings: dict[str, Any] = {"ranks": ranks, "ds_config": ds_config, "max_steps": 6, "keep_checkpoints": 2}
+    run(base, whole, **settings)
+    run(base, parts, **settings, prelude=partial(kill_at_step, 3), expect=143)
     stopped = status(parts)
-    assert (stopped["state"], stopped["step"]) == ("stopped", 5)
-    assert (parts / "checkpoints" / "latest").read_text() == "step_5\n"
-    run(base, parts, ranks=ranks, ds_config=ds_config, resume="auto")
+    assert (stopped["state"], stopped["step"]) == ("stopped", 3)
+    assert (parts / "checkpoints" / "latest").read_text() == "step_3\n"
+    run(base, parts, **settings, resume="auto")
     assert_same_run(parts, whole)
 
 

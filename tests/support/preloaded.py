@@ -1,7 +1,7 @@
 """Imported by the server that ranks are forked from: what each rank would import and look up by itself.
 
 A rank that imports all of it works for 9 s. A forked one works for 0.1 s before it reads its first row, and for 0.8 s
-where the server has not called the two functions and imported what they need.
+where the server has not called the functions below and imported what they need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 MODULES = (
     "pytest",
-    "deepspeed.runtime.zero.muon.original_muon",  # brings torch._inductor, two of a start's three seconds
+    "torch._dynamo",  # through torch.optim, a second
     "deepspeed.runtime.pipe.engine",
     "deepspeed.module_inject.auto_ep_layer",
     "PIL.BmpImagePlugin",  # with the next three: PIL imports them as it writes its first image
@@ -49,6 +49,13 @@ def probe_builders() -> None:
     assert deepspeed.ops.__compatible_ops__
 
 
+def import_muon() -> None:
+    """As an engine does."""
+    from megatron_tiedlora.engine.engine import import_muon_uncompiled
+
+    import_muon_uncompiled()
+
+
 def draw_once() -> None:
     """The first figure of a process finds its fonts."""
     from matplotlib import pyplot
@@ -74,6 +81,7 @@ gc.disable()  # imports make objects that stay
 for module in MODULES:
     importlib.import_module(module)
 probe_builders()
+import_muon()
 draw_once()
 measure_once()
 gc.enable()

@@ -117,6 +117,15 @@ def no_compiler(rank: int, *, pays: bool = False) -> None:
     Kernels.compiled = lambda self, **_: found  # type: ignore[method-assign]
 
 
+def without_compiler() -> None:
+    """A rank that has imported torch's compiler by its last step ends with a traceback."""
+
+    def look(*_: Any) -> None:
+        assert "torch._inductor.compile_fx" not in sys.modules
+
+    before_call("megatron_tiedlora.training.finish", "export", look)
+
+
 def kill_at_call(module: str, name: str, *, call: int = 1, number: int = signal.SIGKILL) -> None:
     """The rank sends itself a signal when `module.name` is called for the `call`-th time, before it does anything."""
     calls = iter(range(1, call + 1))

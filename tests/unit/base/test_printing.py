@@ -54,14 +54,12 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 PRINT = {
     ("megatron_tiedlora/base/errors.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
-    ("megatron_tiedlora/training/compiling.py", "choose_kernels"),
-    ("megatron_tiedlora/training/finish.py", "export"),  # Verification.report
     ("megatron_tiedlora/cluster/doctor/shared.py", "_say"),  # lines for our own other end
     ("megatron_tiedlora/cluster/doctor/probe.py", "main"),
     ("megatron_tiedlora/cluster/job_processes.py", "main"),
-    ("launch/doctor.py", "main"),  # report_text, JSON
-    ("launch/train.py", "main"),  # dry_run_report
-    ("tools/verify_export.py", "main"),  # Verification.report
+    ("megatron_tiedlora/commands/doctor.py", "main"),  # report_text, JSON
+    ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report
+    ("megatron_tiedlora/commands/verify.py", "main"),  # Verification.report
 }
 WRITE = {"megatron_tiedlora/training/loop.py"}  # numbers
 
@@ -80,8 +78,8 @@ def prints(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
 
 def test_nothing_is_printed_but_by_show() -> None:
     found = set()
-    tools = [file for file in (ROOT / "tools").glob("*.py") if not file.name.startswith("prepare_")]
-    for file in sorted([*(ROOT / "megatron_tiedlora").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *tools]):
+    folders = (ROOT / "megatron_tiedlora", ROOT / "launch", ROOT / "tools")
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         place = str(file.relative_to(ROOT))
         for name, call, function in prints(file):
             if name == "print":
@@ -146,7 +144,7 @@ def test_reasons_of_hosts_and_ranks(capsys: pytest.CaptureFixture[str], tmp_path
     RankLog().say(f"Traceback\n  {FOREIGN}")
     said = capsys.readouterr().err
     assert said.split("\n")[:3] == [
-        f"run.py: node1 cannot be reached ({printable(FOREIGN)})",
+        f"tiedlora run: node1 cannot be reached ({printable(FOREIGN)})",
         "Traceback",
         f"  {printable(FOREIGN)}",
     ]

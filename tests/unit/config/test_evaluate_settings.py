@@ -24,7 +24,7 @@ def test_flags_are_those_of_the_interface() -> None:
     assert found == {f"--{flag}" for flag in flags.split()} | {"-h", "--help", "--local_rank", "--local-rank"}
     text = parser.format_help()
     positions = [text.index(f"\n{group}:\n") for group in EvaluateSettings.groups]
-    assert positions == sorted(positions) and text.startswith("usage: evaluate.py")
+    assert positions == sorted(positions) and text.startswith("usage: tiedlora evaluate")
 
 
 @pytest.mark.parametrize(

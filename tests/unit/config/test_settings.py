@@ -19,7 +19,7 @@ from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import GROUPS, Settings
 from megatron_tiedlora.config.tasks import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
-from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, REPOSITORY_CONFIGS, load_engine_config
+from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONFIGS, load_engine_config
 
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
@@ -272,7 +272,7 @@ def test_a_wait_for_a_rank_is_no_longer_than_clocks_hold() -> None:
 
 def test_shipped_configs() -> None:
     stages = {}
-    for file in sorted(REPOSITORY_CONFIGS.glob("*.json")):
+    for file in sorted(SHIPPED_CONFIGS.glob("*.json")):
         config = load_engine_config(file.name, batches=BATCHES, gradient_clipping=0.5)
         stages[file.name] = config.zero_stage
         found = [config.values[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu")]

@@ -22,8 +22,9 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.convert.export_peft import export_peft, serve_hint
+from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 
@@ -294,7 +295,7 @@ def test_peft_files_are_as_documented(bases: dict[str, Path], tmp_path: Path, la
     expected = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base.name,  # a path would not exist elsewhere; the record has it
         "r": 4,
         "lora_alpha": 4,
         "lora_dropout": 0.0,
@@ -353,15 +354,18 @@ def test_a_padded_rank_below_the_adapter_s_is_refused(
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
 def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
-    hint = serve_hint(Path("out dir/peft"), "org/base", rank, PLAIN)
+    hint, modules, sglang, llama_cpp = serve_hints(Path("out dir/peft"), "org/base", rank, PLAIN, ["qkv", "down_proj"])
     assert hint.endswith(f"--max-lora-rank {served}")
     assert "vllm serve org/base --enable-lora --lora-modules 'tied=out dir/peft'" in hint
+    assert "--lora-target-modules qkv_proj down_proj" in modules
+    assert "sglang.launch_server --model-path org/base --lora-paths 'tied=out dir/peft'" in sglang
+    assert "convert_lora_to_gguf.py 'out dir/peft' --base org/base --outfile peft.gguf" in llama_cpp
 
 
 def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
-    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 513, PLAIN)
+    assert "serve the merged model" in serve_hints(Path("peft"), "org/base", 513, PLAIN, ["qkv"])[0]
     layer_norm = shape_from_hf({"model_type": "stablelm"})
-    assert "serve the merged model" in serve_hint(Path("peft"), "org/base", 8, layer_norm)
+    assert "serve the merged model" in serve_hints(Path("peft"), "org/base", 8, layer_norm, ["qkv"])[0]
 
 
 def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from safetensors.torch import load_file
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.commands import convert_nemo as tool
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.nemo import convert_nemo
@@ -49,7 +50,6 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from tools import convert_nemo as tool
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 SMALL = Sizes(layers=2, hidden=16, ffn=24, heads=2)
@@ -249,7 +249,8 @@ def test_convert_train_evaluate_and_merge_by_commands(tmp_path: Path) -> None:
     converted, run, merged = (tmp_path / name for name in ("converted", "run", "merged"))
     base = Base(tmp_path, converted, write_rows(tmp_path / "train.jsonl", 16), write_rows(tmp_path / "dev.jsonl", 4))
     work = tmp_path / "work"
-    run_ranks([f"--nemo={nemo}", f"--output={converted}"], folder=work, script=Path(tool.__file__)).expect(0)
+    script = ROOT / "tools" / "convert_nemo.py"
+    run_ranks([f"--nemo={nemo}", f"--output={converted}"], folder=work, script=script).expect(0)
     training = {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json", "max_steps": 5}
     run_training(base, run, ranks=4, method="tl6", learning_rate=0.2, **training)
     adapter = run / "adapter"
@@ -271,7 +272,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 import torch
-from tools.convert_nemo import main
+from megatron_tiedlora.commands.convert_nemo import main
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024

@@ -93,49 +93,53 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --------------------------------------------------------------------------------------------- the commands
 
-# Runs a tool in this process's stead and says whether deepspeed was imported on the way.
+# Runs tools one after another, each as the command that was started, and says whether deepspeed was imported by one.
 RUNNER = """
-import runpy, sys
-tool = sys.argv[1]
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(tool, run_name="__main__")
-finally:
-    print("deepspeed" in sys.modules, file=sys.stderr)
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("END", flush=True)
+print("deepspeed" in sys.modules, file=sys.stderr)
 """
 
 
-def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", RUNNER, str(ROOT / "tools" / name), *(str(item) for item in arguments)],
+def run_tools(*commands: tuple[object, ...]) -> tuple[list[str], str]:
+    """(what each of these prints, all of stderr) of names in tools/ with their arguments; each must end with 0."""
+    words = [[str(ROOT / "tools" / str(name)), *map(str, arguments)] for name, *arguments in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(words)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    *printed, rest = done.stdout.split("END\n")
+    assert len(printed) == len(commands) and not rest, done.stdout
+    return printed, done.stderr
 
 
 def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
     adapter = exported / "adapter"
-    merged = run_tool("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16")
-    assert merged.returncode == 0, merged.stderr
-    assert f"verify_export.py --adapter {adapter} --merged {tmp_path / 'merged'}" in merged.stdout
-    peft = run_tool("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8)
-    assert peft.returncode == 0, peft.stderr
-    assert "vllm serve" in peft.stdout and "--max-lora-rank 8" in peft.stdout
-    checked = run_tool(
-        "verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"
+    (merged, peft, checked), errors = run_tools(
+        ("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16"),
+        ("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8),
+        ("verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"),
     )
-    assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.count("ok") == 6, checked.stdout  # bits of both, by layers, and in transformers and PEFT
-    for result in (merged, peft, checked):
-        assert result.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+    assert f"verify_export.py --adapter {adapter} --merged {tmp_path / 'merged'}" in merged
+    assert "vllm serve" in peft and "--max-lora-rank 8" in peft
+    assert checked.count("ok") == 6, checked  # bits of both, by layers, and in transformers and PEFT
+    assert errors.endswith("False\n")  # transformers and peft are imported, deepspeed is not
 
 
 def test_a_check_of_nothing_is_rejected(exported: Path) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     with pytest.raises(UserError, match="nothing to check; give --merged DIR, --peft DIR or both"):
         main(["--adapter", str(exported / "adapter"), "--in", "none"])
@@ -149,7 +153,7 @@ def test_the_next_command_has_the_flags_of_this_one() -> None:
 
 def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Path, tmp_path: Path) -> None:
     """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
-    from tools.merge_adapter import main
+    from megatron_tiedlora.commands.merge import main
 
     native = load_adapter(exported / "adapter")
     export_peft(find_model(str(base)), native, tmp_path / "plain")
@@ -176,7 +180,7 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
 def test_the_check_command_exits_1_where_an_export_is_wrong(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     broken = shutil.copytree(exported / "merged", tmp_path / "broken")
     weights = load_weights(broken)
@@ -217,9 +221,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
 def test_wrong_arguments_are_one_line(
     exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from megatron_tiedlora.commands import export as export_tool
+    from megatron_tiedlora.commands import merge as merge_tool
     from megatron_tiedlora.config.cli import run_command
-    from tools import export_peft as export_tool
-    from tools import merge_adapter as merge_tool
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
@@ -257,7 +261,7 @@ def test_wrong_arguments_are_one_line(
 def test_a_folder_that_is_no_export_is_one_line(
     exported: Path, base: Path, tmp_path: Path, flag: str, folder: str, message: str
 ) -> None:
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)

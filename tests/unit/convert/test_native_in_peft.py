@@ -265,8 +265,8 @@ def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trai
 
 
 def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tools import export_peft as export_tool
-    from tools import import_peft as import_tool
+    from megatron_tiedlora.commands import export as export_tool
+    from megatron_tiedlora.commands import import_adapter as import_tool
 
     written(base, tmp_path, "tl5", targets=("qkv", "gate_up"))
     assert export_tool.main(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "peft")]) == 0
@@ -286,11 +286,12 @@ def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pyte
 
 
 def test_wrong_arguments_of_the_import_are_one_line(base: Path, tmp_path: Path) -> None:
-    from tools.import_peft import main
+    from megatron_tiedlora.commands.import_adapter import main
 
     exported(base, tmp_path)
     shutil.copytree(tmp_path / "peft", tmp_path / "nameless")
     change_field(tmp_path / "nameless", base_model_name_or_path=None)
+    (tmp_path / "nameless" / EXPORT_RECORD).unlink()
     before = sorted(item.name for item in tmp_path.iterdir())
     wrong = {
         "peft": ("adapter", "adapter exists; give a new folder"),

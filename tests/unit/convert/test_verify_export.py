@@ -229,7 +229,7 @@ def test_the_table_of_nan_fails() -> None:
 
 def test_the_command_takes_a_peft_folder_as_the_adapter(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As merging does."""
-    from tools.verify_export import main
+    from megatron_tiedlora.commands.verify import main
 
     peft, merged = str(exported / "peft"), str(exported / "merged")
     assert main(["--adapter", peft, "--merged", merged, "--in", "none", "--dtype", "bf16"]) == 0

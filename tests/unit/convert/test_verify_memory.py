@@ -27,7 +27,7 @@ MEASURE = """
 import sys, threading
 from pathlib import Path
 from megatron_tiedlora.convert import inputs, verify  # imported here: they do not count
-from tools.verify_export import main
+from megatron_tiedlora.commands.verify import main
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024

@@ -36,7 +36,7 @@ LAYOUTS: dict[tuple[int, int, int], tuple[str, ...]] = {
     (1, 2, 2): ("gqa", "mha_tied"),
     **dict.fromkeys([(2, 1, 1), (1, 1, 3)], FEW),
 }
-NEW_TOKENS = 24
+NEW_TOKENS = 2 * TOKENS_BETWEEN_AGREEMENTS
 
 
 def prompts(seed: int = 0, count: int = 32, longest: int = 30) -> list[list[int]]:

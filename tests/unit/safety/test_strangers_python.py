@@ -20,7 +20,13 @@ from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.study.processes import Command, deepspeed_starter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
-IMPORTS = "import deepspeed, psutil, torch\n"
+NAMES = ("deepspeed", "json", "numpy", "psutil", "torch", "yaml")
+# What a rank would import, without the seconds that the large ones take: where it would find them.
+IMPORTS = f"""
+import importlib.util, json, psutil, yaml
+for name in {NAMES}:
+    assert "/trap/" not in importlib.util.find_spec(name).origin, name
+"""
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def trap(tmp_path: Path) -> Path:
     """A folder with modules of names that everybody imports; `check` sees whether one was."""
     folder = tmp_path / "trap"
     folder.mkdir()
-    for name in ("deepspeed", "json", "numpy", "psutil", "torch", "yaml"):
+    for name in NAMES:
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'a').write('{name} ')\n")
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -12,18 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import check_gpu
 import psutil
 import pytest
 import torch
-from gpu_checks import attention, child, children, correct, env, host, output, records
-from gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
-from gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
+from folders import ROOT
 from ranks import ENVIRONMENT
 
+from megatron_tiedlora.commands import check_gpu
+from megatron_tiedlora.gpu_checks import attention, child, children, correct, env, host, output, records, reference
+from megatron_tiedlora.gpu_checks.package import CHOSEN, attention_obstacles, attention_routes, small_shape
+from megatron_tiedlora.gpu_checks.records import Check, CheckOptions, PartOver, Report, read_checks
 from megatron_tiedlora.runtime import launch_env
 
-TOOL = Path(check_gpu.__file__)
+TOOL = ROOT / "tools" / "check_gpu.py"
 CPU = torch.device("cpu")
 WRITES = "import sys, json, os, time; f = open(sys.argv[1], 'a', buffering=1);"
 ROW = json.dumps({"part": "p", "name": "found", "status": "pass", "value": 1.0})
@@ -145,7 +147,7 @@ def test_a_part_that_cannot_be_killed_holds_nothing_up(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) -> None:
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
         deadline = time.monotonic() + 100
@@ -183,11 +185,19 @@ def _runs(pid: int) -> bool:
     return state.exists() and state.read_text().split(")")[1].split()[0] != "Z"
 
 
+def test_the_reference_adds_nothing_to_a_linear_that_has_no_factors() -> None:
+    torch.manual_seed(0)
+    weight, a, b, hidden = torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2), torch.randn(4, 3)
+    linear = functools.partial(reference._linear, 0.5, {"x.weight": weight}, {"o_proj.A": a, "o_proj.B": b}, "x")
+    assert torch.equal(linear("gate_up.", hidden), hidden @ weight.t())
+    assert torch.allclose(linear("o_proj.", hidden), hidden @ (weight + 0.5 * b @ a).t())
+
+
 # Without a GPU, and its flags -----------------------------------------------------------------------------------------
 
 
 def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
-    environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TOOL), f"--output={tmp_path}", "--minutes=60"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 2, ended.stderr
@@ -238,7 +248,7 @@ def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
     some = check_gpu.part_limits(["env", "ranks"], 3.0, num_gpus=0)
     assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
     for part in check_gpu.SHARES:
-        assert (TOOL.parent / "gpu_checks" / f"{part}.py").exists()
+        assert (Path(records.__file__).parent / f"{part}.py").exists()
         assert f"\n    {part} " in (check_gpu.__doc__ or "")
 
 

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import check_gpu
 import pytest
 import torch
-from gpu_checks import rank_orders, ranks, run_offline
-from gpu_checks.rank_orders import Case, RankOrder
-from gpu_checks.records import CheckOptions, Report
-from gpu_checks.running import step_settings, write_small
+from folders import ROOT
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
 from megatron_tiedlora.benchmark.plan import make_plan, read_samples
+from megatron_tiedlora.gpu_checks import rank_orders, ranks, run_offline
+from megatron_tiedlora.gpu_checks.rank_orders import Case, RankOrder
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.running import step_settings, write_small
 
-TOOL = Path(check_gpu.__file__)
+TOOL = ROOT / "tools" / "check_gpu.py"
 
 
 def test_every_layout_that_fits_is_a_case() -> None:
@@ -149,13 +149,12 @@ def test_a_bare_machine_gets_the_wheels_of_its_python(tmp_path: Path, monkeypatc
     wrong = (f"e-1-{other}-{other}-linux", "f-1-cp399-abi3-linux")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    (tmp_path / "ds_configs").mkdir()
     for name in (*names, *wrong):
         with zipfile.ZipFile(wheels / f"{name}.whl", "w") as archive:
             archive.writestr(f"{name[0]}.py", "")
     monkeypatch.setattr(run_offline, "HERE", tmp_path)
     run_offline.unpack(wheels, tmp_path / "site")
-    assert {file.name for file in (tmp_path / "site").iterdir()} == {"a.py", "b.py", "c.py", "d.py", "ds_configs"}
+    assert {file.name for file in (tmp_path / "site").iterdir()} == {"a.py", "b.py", "c.py", "d.py"}
     with pytest.raises(SystemExit, match="packed without Python"):
         run_offline.main()
 
@@ -164,7 +163,7 @@ def test_a_bare_machine_gets_the_wheels_of_its_python(tmp_path: Path, monkeypatc
 @pytest.mark.distributed
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:
     """Steps at ZeRO 0 to 3, decoding, every layout of two ranks, and a killed one."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TOOL), "--device=cpu", f"--output={tmp_path}", "--minutes=60"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert ended.returncode == 0, ended.stdout

@@ -171,7 +171,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_is_not_ready(tmp_path: Path) -> None:
-    from tools import prepare_demo
+    from megatron_tiedlora.commands import prepare_demo
 
     assert not prepare_demo.is_ready(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")

@@ -1,0 +1,6 @@
+"""`python -m megatron_tiedlora` is `tiedlora`."""
+
+from megatron_tiedlora.commands.front import main
+
+if __name__ == "__main__":
+    main()

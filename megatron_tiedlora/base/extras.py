@@ -1,0 +1,41 @@
+"""The extras of this package: what a command needs that loading, merging and exporting do not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import enumerate_names
+
+# By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "train": ("deepspeed", "datasets", "tensorboard", "matplotlib", "accelerate"),
+    "eval": ("deepspeed", "datasets", "rouge_score", "sacrebleu"),
+    "demo": ("gguf", "reasoning_gym", "peft"),
+    "mpi": ("mpi4py",),
+}
+
+
+def missing_modules(*names: str) -> list[str]:
+    """The modules of these extras that are not installed; nothing is imported."""
+    modules = dict.fromkeys(module for name in names for module in EXTRAS[name])
+    return [module for module in modules if find_spec(module) is None]
+
+
+def require_extra(*names: str, only: Collection[str] | None = None) -> None:
+    """Raise UserError if a module of these extras, or one of `only`, is not installed."""
+    missing = [module for module in missing_modules(*names) if only is None or module in only]
+    if missing:
+        raise UserError(f"this needs {enumerate_names(missing)}; {_install(names)}")
+
+
+def missing_module(error: ModuleNotFoundError) -> UserError | None:
+    """The error for a user who lacks an extra; None if the module belongs to none."""
+    module = (error.name or "").partition(".")[0]
+    names = [name for name, modules in EXTRAS.items() if module in modules]
+    return UserError(f"this needs {module}; {_install(names[:1])}") if names else None
+
+
+def _install(names: Sequence[str]) -> str:
+    return f"install it with: pip install 'megatron_tiedlora[{','.join(names)}]'"

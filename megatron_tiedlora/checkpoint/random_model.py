@@ -1,0 +1,63 @@
+"""Writes checkpoints of random weights, to test memory and speed without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_tiedlora.base.atomic import new_folder, write_json
+from megatron_tiedlora.base.output_folder import reject_existing, require_room
+from megatron_tiedlora.checkpoint.base_weights import INDEX_FILE, draw_
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.weights import num_base_parameters, weight_rules
+from megatron_tiedlora.parallel.random_streams import stream_seed
+
+
+def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
+    """Write config.json, shards and index of a model into `output`.
+
+    Args:
+        values: the content of its config.json.
+        name: its name in messages.
+
+    Raises:
+        UserError: `output` exists, or the disk has too little space.
+    """
+    reject_existing(output, flag=f"--output {output}")
+    model_shape = shape_from_hf(values, source=name)
+    needed = num_base_parameters(model_shape) * torch.bfloat16.itemsize
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    require_room(existing, needed, output=output)
+    index: dict[str, str] = {}
+    with new_folder(output) as folder:
+        parts = [list(rules) for _, rules in groupby(weight_rules(model_shape), key=lambda rule: rule.layer)]
+        for number, rules in enumerate(tqdm(parts, desc=name, unit="shard"), start=1):
+            file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            tensors = {
+                hf_name: draw_(
+                    torch.empty(shape, dtype=torch.bfloat16),
+                    name=hf_name,
+                    full_shape=shape,
+                    seed=stream_seed(seed, hf_name),
+                )
+                for rule in rules
+                for hf_name, shape in zip(rule.hf_names, rule.hf_shapes(), strict=True)
+            }
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(tensors, file))
+        write_json(folder / "config.json", {**values, "architectures": [_class_name(values)], "dtype": "bfloat16"})
+        weight_index = {"metadata": {"total_size": needed}, "weight_map": index}
+        write_json(folder / INDEX_FILE, weight_index)
+
+
+def _class_name(values: Mapping[str, Any]) -> str:
+    """Of the model in transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])

@@ -1,0 +1,120 @@
+"""Answer a task's held-out rows by greedy decoding and score them, for a base model, adapter, merged or PEFT folder.
+
+    python launch/evaluate.py                                                          the demo model on the demo task
+    deepspeed launch/evaluate.py --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
+
+Read top to bottom: it is the table of contents of an evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.runtime.ending import End
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
+    settings = parse_settings(argv, EvaluateSettings)
+    require_extra("eval")
+    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    stop = StopRequests()
+    stop.install()
+    with reported_end(rank, world_size, stop) as end:
+        end.unsaved = "nothing was written"
+        _evaluate(settings, rank, world_size, stop, end)
+    return end.status
+
+
+def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
+    # These import transformers, which takes seconds; signals are handled already.
+    from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
+    from megatron_tiedlora.base.ownership import Owner
+    from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
+    from megatron_tiedlora.engine.topology import make_groups, make_process_grid
+    from megatron_tiedlora.evaluation.answering import answer_all
+    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.held_out import check_same_rows, read_held_out
+    from megatron_tiedlora.evaluation.plan import plan_evaluation
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, score_table, write_results
+    from megatron_tiedlora.evaluation.scores import score_answers
+    from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.runtime.process_group import join_process_group
+
+    is_main = rank == 0
+    plan = plan_evaluation(settings, rank=rank, world_size=world_size)
+    tokenizer, scored = read_held_out(plan)
+    device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+    end.watch_peers(settings.timeout_minutes)
+    check_same_rows(scored)
+    check_same_dtype(plan.dtype_name)
+    output: NewOutput | None = None  # of rank 0
+
+    def take() -> tuple[Path, str]:
+        nonlocal output
+        output = take_output_folder(
+            settings.output_dir, parent=DEFAULT_PARENT, name=plan.name, take_over=settings.take_over
+        )
+        end.hold(output.release)
+        return output.partial, output.lock.owner.start
+
+    # A folder that is not free is rejected before any work is done.
+    end.owner = Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main)
+    groups = make_groups(plan.grid, make_process_grid(plan.grid))
+    stage = load_model(
+        plan.source,
+        plan.adapter,
+        dtype=plan.dtype,
+        device=device,
+        grid=plan.grid,
+        groups=groups,
+        stages=plan.stages,
+        merged=settings.merge_adapter,
+        progress=is_main,
+    )
+    if is_main:
+        attention = stage.attention.route(device, plan.dtype)
+        show(*plan.headline(len(scored.examples), scored.num_truncated, attention))
+    with stop.deferred():
+        answers = answer_all(
+            Decoder(stage, groups, plan.source.shape),
+            scored,
+            tokenizer=tokenizer,
+            grid=plan.grid,
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=settings.batch_size,
+            agree=stop.agree,
+            progress=is_main,
+        )
+    if answers is None or output is None:  # rank 0 has both
+        return
+    stop.raise_if_requested()
+    scores = score_answers(plan.task.metrics, answers)
+    with stop.deferred():  # this takes a moment, and is then done
+        write_results(plan, answers, scores, output)
+    show(*score_table(plan, scores, output.path))
+
+
+def run(argv: Sequence[str]) -> NoReturn:
+    """Run the command and exit with its status."""
+    run_command(main, argv, reports=first_to_fail)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

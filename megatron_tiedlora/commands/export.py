@@ -1,0 +1,82 @@
+"""Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
+
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.wording import count_text
+from megatron_tiedlora.config.cli import CommandParser, adapter_flags, run_command
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+EXAMPLE = """\
+examples:
+  python tools/export_peft.py --adapter runs/demo/adapter --output runs/demo/peft
+  python tools/export_peft.py --adapter 'runs/*/adapter' --output exports --dtype bf16
+
+Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
+ranks. The adapter's own files travel along in DIR/native, where tools/import_peft.py finds them. Several adapters, or
+a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
+atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder.
+"""
+
+
+def parser() -> CommandParser:
+    """The command's flags."""
+    described = CommandParser(prog="export_peft.py", description=__doc__, epilog=EXAMPLE)
+    described.add_argument(
+        "--adapter", required=True, nargs="+", metavar="DIR", help="native adapters: runs' adapter/ folders or patterns"
+    )
+    described.add_model()
+    described.add_output()
+    described.add_argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="dtype of the tensors [fp32]")
+    described.add_argument("--base_name", metavar="NAME", help="name of the base in PEFT's config, such as its hub id")
+    described.add_argument("--pad_rank_to", type=int, metavar="N", help="write rank N, padded with zeros")
+    return described
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export the adapter; returns the exit status."""
+    options = parser().parse_known_names(argv)
+    # These import torch and transformers, which takes seconds: --help and a wrong flag do not wait for it.
+    import torch
+
+    from megatron_tiedlora.base.output_folder import new_output, reject_existing
+    from megatron_tiedlora.base.paths import user_path
+    from megatron_tiedlora.convert.export_many import export_all, find_adapters
+    from megatron_tiedlora.convert.export_peft import base_location, export_peft
+    from megatron_tiedlora.convert.inputs import open_inputs
+    from megatron_tiedlora.convert.serving import serve_hints
+
+    def note(text: str) -> None:
+        show(f"note: {text}")
+
+    output, adapters = options.output, find_adapters(options.adapter)
+    chosen = {
+        "pad_rank_to": options.pad_rank_to,
+        "dtype": getattr(torch, _DTYPES[options.dtype]),
+        "named": options.base_name,
+        "base_differs": options.base_differs,
+        "new": partial(new_output, take_over=options.take_over),
+    }
+    if len(options.adapter) > 1 or adapters != [user_path(options.adapter[0])]:
+        export_all(adapters, options.model, output, say=note, options=chosen)
+        show(f"exported {count_text(len(adapters), 'adapter')}: {output}")
+        return 0
+    reject_existing(output, flag=f"--output {output}")
+    (options.adapter,) = options.adapter
+    source, adapter = open_inputs(options.adapter, options.model)
+    rank = export_peft(source, adapter, output, native=user_path(options.adapter), say=note, **chosen)
+    location = base_location(source)
+    show(f"exported {options.adapter} as LoRA of rank {rank} on {location}: {output}")
+    targets = [target.name for target in adapter.config.targets]
+    show(*serve_hints(output, location, rank, source.shape, targets))
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {output}")
+    return 0
+
+
+def run(argv: Sequence[str]) -> NoReturn:
+    """Run the command and exit with its status."""
+    run_command(main, argv)

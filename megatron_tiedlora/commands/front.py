@@ -1,0 +1,65 @@
+"""`tiedlora NAME ...`: lists the commands, and runs one. It imports no command but that one, so its help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import megatron_tiedlora
+from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.wording import nearest_name
+
+_LOCAL_RANK = ("--local_rank", "--local-rank")
+
+
+def help_text() -> str:
+    """The text of `tiedlora --help`."""
+    width = max(len(command.name) for command in COMMANDS) + 2
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [...]      {PROGRAM} COMMAND --help      {PROGRAM} --version",
+            "",
+            "Tied-LoRA fine-tuning of language models on DeepSpeed.",
+            "",
+            *(f"  {command.name:{width}}{command.about}" for command in COMMANDS),
+            "",
+            f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process",
+            f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command that the first word names, and exit with its status: 2 if there is no such command."""
+    words = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    if not words:
+        _leave(f"error: give a command; `{PROGRAM} --help` lists them", status=2)
+    name, *rest = words
+    if name in ("-h", "--help"):
+        _leave(help_text())
+    if name in ("-V", "--version"):
+        _leave(f"{PROGRAM} {megatron_tiedlora.__version__}")
+    command = find_command(name)
+    if command is None:
+        near = nearest_name(name, [command.name for command in COMMANDS])
+        _leave(f"error: {PROGRAM} {name}: no such command{near}; `{PROGRAM} --help` lists them", status=2)
+    importlib.import_module(f"megatron_tiedlora.commands.{command.module}").run(rest)
+    raise AssertionError("a command ends the process")
+
+
+def _without_local_rank(words: Sequence[str]) -> list[str]:
+    """`words` without the rank that a launcher puts before the command; ranks are read from the environment."""
+    if words and words[0].startswith(tuple(f"{name}=" for name in _LOCAL_RANK)):
+        return list(words[1:])
+    return list(words[2:]) if words and words[0] in _LOCAL_RANK else list(words)
+
+
+def _leave(text: str, *, status: int = 0) -> NoReturn:
+    """Show the text, on stderr if it is an error, and exit."""
+    show(*text.split("\n"), file=sys.stderr if status else None)
+    sys.exit(status)

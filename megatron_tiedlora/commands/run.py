@@ -1,0 +1,24 @@
+"""Start launch/train.py on this machine, the hosts of a hostfile or a Slurm allocation, and say how it ended.
+
+    python launch/run.py --num_gpus 4 --ds_config zero2.json                      this machine
+    python launch/run.py --hostfile hosts --model meta-llama/Llama-2-7b-hf ...    hosts that ssh reaches
+    python launch/run.py --launcher torchrun --max_restarts 3 --resume auto ...   restart after a failure
+
+The exit status is 0 only if the run finished, or saved and stopped on a signal that was sent to run.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.cli import run_command
+
+HERE = Path(__file__).resolve().parent
+
+
+def run(argv: Sequence[str], *, scripts: Path = HERE) -> NoReturn:
+    """Run the command and exit with its status; ranks run the train.py in the folder `scripts`."""
+    run_command(lambda words: launch(words, scripts=scripts), argv)

@@ -1,0 +1,32 @@
+"""The paper's study on any model and task: methods x ranks x learning rates, tables and figures.
+
+    python launch/sweep.py --output_dir study --model meta-llama/Llama-2-7b-hf --task squad          the paper's grid
+    python launch/sweep.py --output_dir study --methods lora,tl6 --ranks 2,8 --gpus_per_run 2 ...    a part of it
+    python launch/sweep.py --output_dir study                                                        resumes it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.config.cli import run_command
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+
+HERE = Path(__file__).resolve().parent
+
+
+def run(argv: Sequence[str], *, scripts: Path = HERE) -> NoReturn:
+    """Run the command and exit with its status; it starts the train.py and evaluate.py in the folder `scripts`."""
+
+    def main(argv: Sequence[str]) -> int:
+        parse_sweep(argv)  # --help and a wrong flag end here and do not wait for torch; `sweep` reads the flags again
+        require_extra("train", "eval")
+        from megatron_tiedlora.study.processes import deepspeed_starter
+        from megatron_tiedlora.study.sweep import sweep
+
+        return sweep(argv, lambda: deepspeed_starter(scripts))
+
+    run_command(main, argv)

@@ -1,0 +1,93 @@
+"""Fine-tune a language model with Tied-LoRA.
+
+    deepspeed launch/train.py --ds_config zero2.json                                   the demo
+    deepspeed launch/train.py --model meta-llama/Llama-2-7b-hf --train_file data.jsonl your model and data
+
+Read top to bottom: it is the table of contents of a run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.config.cli import parse_settings, run_command
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.runtime.launch_env import first_to_fail, prepare_environment, rank_and_world_size
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
+    settings = parse_settings(argv, Settings)
+    require_extra("train")
+    # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+    from megatron_tiedlora.runtime.determinism import make_deterministic
+    from megatron_tiedlora.runtime.ending import reported_end
+    from megatron_tiedlora.runtime.process_group import join_process_group
+    from megatron_tiedlora.runtime.stopping import StopRequests
+
+    prepare_environment()
+    if settings.deterministic:
+        make_deterministic()
+    rank, world_size = rank_and_world_size()
+    is_main = rank == 0
+    if settings.dry_run:
+        from megatron_tiedlora.training.dry_run import dry_run_report
+
+        if is_main:
+            print(dry_run_report(settings, launched_ranks=world_size))
+        return 0
+    stop = StopRequests()
+    stop.install()
+    with reported_end(rank, world_size, stop) as end:
+        # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
+        from megatron_tiedlora.checkpoint.resume import Progress
+        from megatron_tiedlora.training import build, compiling, finish, session
+        from megatron_tiedlora.training.loop import Trainer
+        from megatron_tiedlora.training.plan import plan_run
+        from megatron_tiedlora.training.run_data import prepare_data
+        from megatron_tiedlora.training.throughput import start_meter
+
+        plan = plan_run(settings, rank=rank, world_size=world_size)
+        data = prepare_data(plan, progress=is_main)
+        plan = plan.counted(len(data.train))
+        device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        end.watch_peers(settings.timeout_minutes)
+        session.check_same_data(data)
+        folder = session.open_run_folder(plan, data, keep=end.hold)
+        end.owner = folder.owner
+        checkpoint = session.find_checkpoint(plan, data, folder)
+        start = checkpoint.progress if checkpoint else Progress()
+        chosen = compiling.choose_kernels(plan, device)
+        built = build.build_model(plan, device, checkpoint, kernels=chosen.kernels)
+        runner = build.start_engine(plan, built, device, checkpoint)
+        log = session.occupy_run_folder(plan, folder, checkpoint)
+        end.enter(folder)
+        end.first_step = start.step
+        meter = start_meter(plan, device)
+        trainer = Trainer(plan, data, runner, built.base, folder, stop, log, meter, start)
+        end.finished_step = lambda: trainer.progress.step
+        if is_main:
+            show(*session.headline(plan, data, folder, checkpoint, built, chosen, device))
+        if checkpoint is None:
+            finish.record_score(trainer, "before", finish.score(trainer))
+        end.reason = trainer.run()
+        finish.use_best_adapter(trainer)
+        finish.record_score(trainer, "after", finish.score(trainer))
+        if is_main:
+            exported = finish.export(trainer)
+            summary = [*finish.summary_lines(trainer), *exported, *finish.speed_lines(trainer)]
+            show(*summary, *finish.next_steps(trainer))
+    return end.status
+
+
+def run(argv: Sequence[str]) -> NoReturn:
+    """Run the command and exit with its status."""
+    run_command(main, argv, reports=first_to_fail)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""Exports many native adapters to PEFT in one call. What their bases have in common is read once."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.find_base import find_base
+from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind, identify_model
+
+_UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
+
+
+def find_adapters(given: Sequence[str]) -> list[Path]:
+    """The folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
+
+    Raises:
+        UserError: a pattern matches no adapter. A folder that is no adapter is found when it is read.
+    """
+    found: dict[Path, None] = {}
+    for value in given:
+        path = user_path(value)
+        if path.exists() or not glob.has_magic(value):
+            found[path] = None
+            continue
+        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
+        adapters = [match for match in matches if (match / CONFIG_FILE).is_file()]
+        if not adapters:
+            raise UserError(f"--adapter {value}: matches no folder of an adapter")
+        found |= dict.fromkeys(adapters)
+    return list(found)
+
+
+def output_names(adapters: Iterable[Path]) -> dict[Path, str]:
+    """The name of each adapter's export: that of its folder, or of the run around `adapter`.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    names: dict[str, Path] = {}
+    for adapter in adapters:
+        named = adapter.absolute()
+        while named.name in _UNNAMED:
+            named = named.parent
+        other = names.setdefault(named.name, adapter)
+        if other != adapter:
+            raise UserError(f"--adapter: {other} and {adapter} would both be exported as {named.name}; rename one")
+    return {adapter: name for name, adapter in names.items()}
+
+
+def export_all(
+    adapters: Sequence[Path],
+    model: str | None,
+    output: Path,
+    *,
+    say: Callable[[str], object] = str,
+    options: Mapping[str, Any],
+) -> None:
+    """Export each adapter into a folder of its own in `output`, with a bar.
+
+    Args:
+        model: value of --model.
+        say: called with each note, which names its adapter.
+        options: arguments of `export_peft` that hold for all.
+
+    Raises:
+        UserError: as `export_peft`; or an output exists, before anything is written. The exports before an error stay.
+    """
+    names = output_names(adapters)
+    there = [name for name in names.values() if (output / name).exists()]
+    if there:
+        raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
+    output.mkdir(parents=True, exist_ok=True)
+
+    @cache
+    def base_of(named: str, *hashes: str | None) -> ModelSource:
+        kinds = ("base_hash", "base_weights_hash", "base_sample")
+        return find_base(output, model, named, dict(zip(kinds, hashes, strict=True)))
+
+    identify = cache(identify_model)
+    for adapter, name in tqdm(names.items(), desc="export", unit="adapter", leave=False):
+        try:
+            if adapter_kind(adapter) != "native":
+                raise UserError(f"{adapter}: this is a PEFT adapter already")
+            native = load_adapter(adapter)
+            base = native.base
+            source = base_of(base.base_model, base.base_hash, base.base_weights_hash, base.base_sample)
+            notes: list[str] = []
+            export_peft(
+                source, native, output / name, native=adapter, say=notes.append, identify=identify, **options
+            )
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if str(adapter) in text else f"{adapter}: {text}") from None
+        for note in notes:
+            say(note.replace("--adapter", str(adapter), 1))

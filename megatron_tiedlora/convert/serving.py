@@ -1,0 +1,39 @@
+"""How an exported adapter is served: the commands of vLLM, SGLang and llama.cpp."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, ModelShape
+
+# The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_MODULES = {QKV: "qkv_proj", OUTPUT: "o_proj", GATE_UP: "gate_up_proj", DOWN: "down_proj"}  # its fused linears
+
+
+def serve_hints(output: Path, base: str, rank: int, shape: ModelShape, targets: Sequence[str]) -> list[str]:
+    """Lines with the commands that serve the exported adapter in the folder `output`.
+
+    Args:
+        base: hub id or folder of the base.
+        rank: of the export.
+        targets: names of the adapted linears.
+    """
+    if shape.final_norm.bias_name is not None:  # StableLM
+        return ["vLLM serves this model without adapters; serve the merged model instead"]
+    fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
+    if fitting is None:
+        return [f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"]
+    vllm = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
+    modules = ["--lora-target-modules", *(_VLLM_MODULES[name] for name in targets)]
+    sglang = ["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", f"tied={output}"]
+    gguf = f"{output.name}.gguf"
+    convert = ["python", "convert_lora_to_gguf.py", str(output), "--base", base, "--outfile", gguf]
+    return [
+        f"serve with: {shlex.join(vllm)}",
+        f"        (a newer vLLM needs less memory with {shlex.join(modules)})",
+        f"        or: {shlex.join(sglang)}",
+        f"        or, from llama.cpp: {shlex.join(convert)}; llama-server -m BASE.gguf --lora {shlex.quote(gguf)}",
+    ]

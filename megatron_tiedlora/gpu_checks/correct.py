@@ -1,0 +1,223 @@
+"""Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.benchmark.sides import random_stage, recompute
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.gpu_checks.attention import relative, worst_of
+from megatron_tiedlora.gpu_checks.package import small_shape
+from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
+from megatron_tiedlora.gpu_checks.reference import Document, loss_and_gradients
+from megatron_tiedlora.gpu_checks.zero_stages import check_zero_stages
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.training.compiling import compiled_kernels
+
+# Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
+LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+# In bf16 both have rounding errors of the same kind, in another order. The package's error may be MULTIPLE times plain
+# PyTorch's measured error plus BEYOND.
+MULTIPLE, BEYOND = 2.0, 2e-3
+PLAIN_BOUND = 0.1  # on plain PyTorch's own error, above which its multiple is meaningless; 0.025 on a CPU
+RANK = 8
+SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but does not dominate the base
+LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
+PLAIN_FIX = (
+    "PyTorch's own bf16 is wrong here, without this package: check part attention and `matmul ceiling` of part env; do"
+    " not train with this torch or driver"
+)
+WRONG_FIX = (
+    "the model gives other results here: check part attention first, then give --compile false; if the error stays, do"
+    " not train with this torch or driver"
+)
+
+
+class Computed(NamedTuple):
+    """A loss and the gradients of the trained factors."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+class Judge:
+    """One model with an adapter, and plain PyTorch's result for it."""
+
+    def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self.adapter = adapter_of(shape, method)
+        self.stage = random_stage(shape, self.adapter, dtype=dtype, device=device)
+        unsettle(self.stage)
+        self.documents = random_documents(shape.vocab_size, device)
+        self.expected = self.plain(torch.float64)
+
+    def plain(self, dtype: torch.dtype) -> Computed:
+        """Plain PyTorch's result in this dtype, from the stage's own weights."""
+        trained = list(self.adapter.num_trained())
+        weights, factors = plain_tensors(self.stage, dtype)
+        flat = [document for row in self.documents for document in row]
+        return Computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
+
+    def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
+        """The package's result, with packed rows or one document per row."""
+        stage, adapter = self.stage, self.stage.adapter
+        assert adapter is not None
+        give_kernels(stage, kernels)
+        recompute(stage, how)
+        tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
+        stage.zero_grad()
+        loss = stage(tokens, positions, labels, documents=ids)
+        loss.backward()
+        gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
+        return Computed(float(loss.detach()), gradients)
+
+    def errors(self, answer: Computed) -> dict[str, float]:
+        """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
+        losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
+        errors = {"loss": relative(*losses)}
+        for name, expected in self.expected.gradients.items():
+            found = answer.gradients.get(name)
+            errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
+        return errors
+
+
+def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
+    assert stage.adapter is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    return weights, {name: value.detach().to(wide) for name, value in stage.adapter.named_parameters()}
+
+
+def check(report: Report, options: CheckOptions) -> None:
+    """All of the part."""
+    device = join_process_group(1.0, expected_ranks=1)  # as in a run: with PyTorch's settings for matmuls
+    small = small_shape()
+    for method in METHOD_NAMES:
+        with report.attempt(f"fp32, {method}"):
+            judge = Judge(small, method, dtype=torch.float32, device=device)
+            compare_fp32(report, f"fp32, {method}", judge)
+    forms(report, "small", small, device, all_forms=True)
+    if options.on_gpu:
+        wide = replace(shape_from_hf(PRESETS[options.model], source=options.model), num_layers=2)
+        forms(report, f"two layers of {options.model}", wide, device, all_forms=False)
+    check_zero_stages(report, options)
+
+
+def compare_fp32(report: Report, name: str, judge: Judge) -> None:
+    """Check that loss and gradients of packed rows in fp32 are within rounding errors."""
+    errors = judge.errors(judge.package())
+    report.at_most(f"{name}: loss", errors.pop("loss"), LOSS_BOUND, fix=WRONG_FIX)
+    worst = worst_of(errors)
+    report.at_most(f"{name}: gradients", errors[worst], GRADIENT_BOUND, why=f"the largest is {worst}'s", fix=WRONG_FIX)
+
+
+def forms(report: Report, name: str, shape: ModelShape, device: torch.device, *, all_forms: bool) -> None:
+    """Check bf16, packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
+    with report.attempt(f"bf16, {name}"):
+        judge = Judge(shape, "tl6", dtype=torch.bfloat16, device=device)
+        plain = judge.errors(judge.plain(torch.bfloat16))
+        worst = plain[worst_of(plain)]
+        report.at_most(f"bf16, {name}: plain PyTorch's error", worst, PLAIN_BOUND, why=_words(plain), fix=PLAIN_FIX)
+        kinds = {"eager": EAGER}
+        if device.type == "cuda":  # on a CPU this takes minutes, and its compiler is not checked
+            with report.attempt(f"bf16, {name}: compiling", fix="see `compiled kernels` of part env"):
+                kinds["compiled"] = compiled_kernels(shape, dtype=torch.bfloat16, device=device)
+        for kind, kernels in kinds.items():
+            for packed in (True, False) if all_forms else (True,):
+                for how in ("none", "selective", "full"):
+                    label = f"bf16, {name}, {kind}, {'packed' if packed else 'one a row'}, recompute {how}"
+                    with report.attempt(label):
+                        compare_bf16(
+                            report, label, judge, plain, judge.package(packed=packed, how=how, kernels=kernels)
+                        )
+
+
+def compare_bf16(report: Report, label: str, judge: Judge, plain: dict[str, float], answer: Computed) -> None:
+    """Compare the package's errors with plain PyTorch's in bf16: the largest share of its bound."""
+    errors = judge.errors(answer)
+    shares = {name: error / (MULTIPLE * plain[name] + BEYOND) for name, error in errors.items()}
+    report.at_most(label, shares[worst_of(shares)], 1.0, unit="of the bound", why=_words(errors), fix=WRONG_FIX)
+
+
+def _words(errors: dict[str, float]) -> str:
+    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
+    """An adapter of all linears of all layers, whose alpha is not its rank."""
+    return make_adapter_config(
+        method,
+        rank=RANK,
+        alpha=1.5 * RANK,
+        layers=tuple(range(1, shape.num_layers + 1)),
+        targets=targets_of(shape, TARGET_NAMES),
+        seed=0,
+    )
+
+
+def unsettle(stage: Stage) -> None:
+    """Move norms away from one and the adapter from its initial values, so that a missing term is detected."""
+    draw = torch.Generator().manual_seed(1)
+    adapter = stage.adapter
+    assert adapter is not None
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw).to(parameter))
+        for name, factor in adapter.named_parameters():
+            drawn = torch.randn(factor.shape, generator=draw)
+            scale = SCALES.get(name[-1])
+            factor.copy_(1 + 0.3 * drawn if scale is None else drawn * scale)
+
+
+def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
+    """Rows of documents with random tokens; the first third of each and its last token have no labels."""
+    draw, rows = torch.Generator().manual_seed(2), []
+    for lengths in LENGTHS:
+        row = []
+        for length in lengths:
+            tokens = torch.randint(3, vocab_size, (length,), generator=draw)
+            labels = torch.cat((tokens[1:], torch.tensor([-100])))
+            labels[: length // 3] = -100
+            row.append(Document(tokens.to(device), labels.to(device)))
+        rows.append(row)
+    return rows
+
+
+def rows_of(
+    documents: Sequence[Sequence[Document]], *, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, position ids, labels and, if packed, document ids on the host, each (b, s); unpacked rows are padded."""
+    rows = documents if packed else [[document] for row in documents for document in row]
+    longest = max(sum(len(document.tokens) for document in row) for row in rows)
+    device = rows[0][0].tokens.device
+    tokens, labels = (torch.full((len(rows), longest), fill, device=device) for fill in (0, -100))
+    positions, ids = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        start = 0
+        for document_id, document in enumerate(row):
+            part = slice(start, start + len(document.tokens))
+            tokens[number, part], labels[number, part] = document
+            positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), document_id
+            start = part.stop
+    return tokens, positions.to(device), labels, ids if packed else None
+
+
+def give_kernels(stage: Stage, kernels: Kernels) -> None:
+    """Let every layer use these kernels."""
+    for module in stage.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels  # type: ignore[assignment]

@@ -1,0 +1,125 @@
+"""The reference implementation: the model and its adapter in plain PyTorch, one document at a time, in any dtype.
+
+It shares only data with the package: a model's shape and the names of weights. Norms, softmax and loss are in
+max(fp32, dtype), angles in fp32, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from megatron_tiedlora.base.shapes import ModelShape
+
+Tensors = Mapping[str, torch.Tensor]
+Linear = Callable[[str, str, torch.Tensor], torch.Tensor]  # from a weight's name, a target's prefix and the input
+
+
+class Document(NamedTuple):
+    """Tokens and labels (the next token or -100) of one document, each (s,) int64."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+def loss_and_gradients(
+    shape: ModelShape,
+    scale: float,
+    weights: Tensors,
+    factors: Tensors,
+    trained: Sequence[str],
+    documents: Sequence[Document],
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The summed loss of all documents, and the gradients of the trained factors.
+
+    Args:
+        scale: alpha / r.
+        weights: by the package's names, in the dtype of the computation.
+        factors: the existing ones of A, B, u, v of each target, tied or stacked over layers.
+    """
+    leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
+    total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
+    for document in documents:
+        logits = document_logits(shape, scale, weights, leaves, document.tokens)
+        loss = functional.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
+        found = torch.autograd.grad(loss, [leaves[name] for name in trained])
+        for name, gradient in zip(trained, found, strict=True):
+            gradients[name] += gradient
+        total += float(loss.detach())
+    return total, gradients
+
+
+def document_logits(
+    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: torch.Tensor
+) -> torch.Tensor:
+    """The logits of each token, (s, V), in max(fp32, dtype)."""
+    hidden = weights["layers.0.weight"][tokens]
+    for layer in range(1, shape.num_layers + 1):
+        own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
+        linear = partial(_linear, scale, own, _of_layer(factors, layer))
+        hidden = hidden + _attention(shape, linear, _norm(hidden, own["attention.qkv.norm"], shape.final_norm.eps))
+        normed = _norm(hidden, own["mlp.gate_up.norm"], shape.final_norm.eps)
+        gate, up = linear("mlp.gate_up", "gate_up.", normed).chunk(2, dim=-1)
+        hidden = hidden + linear("mlp.down", "down_proj.", functional.silu(gate) * up)
+    head = f"layers.{shape.num_layers + 1}"
+    normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.final_norm.eps)
+    return _wide(normed @ weights[f"{head}.weight"].t())
+
+
+def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
+    """A (r, d), B (o, r), u (r), v (o) of one layer, by target and name; u and v only where they exist."""
+    dims = {"A": 2, "B": 2, "u": 1, "v": 1}
+    return {name: tensor if tensor.ndim == dims[name[-1]] else tensor[layer - 1] for name, tensor in factors.items()}
+
+
+def _linear(
+    scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: torch.Tensor
+) -> torch.Tensor:
+    """W x + scale diag(v) B diag(u) A x of one linear, with factors whose names begin with `target`; W x without."""
+    own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
+    if not own:
+        return hidden @ weights[f"{name}.weight"].t()
+    ax = hidden @ own["A"].t()
+    ax = ax * own["u"] if "u" in own else ax
+    update = ax @ own["B"].t()
+    update = update * own["v"] if "v" in own else update
+    return hidden @ weights[f"{name}.weight"].t() + scale * update
+
+
+def _attention(shape: ModelShape, linear: Linear, normed: torch.Tensor) -> torch.Tensor:
+    heads = shape.heads
+    fused = linear("attention.qkv", "", normed)
+    length, width = normed.shape[0], heads.dim
+    rows = (heads.num * width, heads.num_kv * width, heads.num_kv * width)
+    query, key, value = (part.view(length, -1, width).transpose(0, 1) for part in fused.split(rows, dim=-1))
+    query, key = (_rotate(part, heads.rope.theta) for part in (query, key))
+    groups = heads.num // heads.num_kv
+    key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value))
+    scores = _wide(query @ key.transpose(1, 2)) / width**0.5
+    hidden_keys = torch.ones(length, length, dtype=torch.bool, device=normed.device).triu(1)
+    probs = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1).to(normed.dtype)
+    output = (probs @ value).transpose(0, 1).reshape(length, -1)
+    return linear("attention.output", "o_proj.", output)
+
+
+def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary embedding of (heads, s, head_dim), over the halves of each head."""
+    half = heads.shape[-1] // 2
+    exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
+    angles = torch.arange(heads.shape[1], device=heads.device, dtype=torch.float32)[:, None] / theta**exponents
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    first, second = heads[..., :half], heads[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = _wide(hidden)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,82 @@
+"""Runs for several parts, made as in tools/bench_step.py, whose steps the caller chooses."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.wording import bytes_in_words
+from megatron_tiedlora.benchmark.layout import Started, start
+from megatron_tiedlora.benchmark.plan import make_plan
+from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.gpu_checks.package import SMALL, planned_bytes
+
+
+def step_settings(model: str, *flags: str) -> BenchSettings:
+    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
+    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
+
+
+def write_small(folder: Path) -> str:
+    """Write the config.json of SMALL for --random_weights; returns the folder as a value for --model."""
+    (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    return str(folder)
+
+
+def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
+    """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
+
+    Raises:
+        UserError: not even one layer fits.
+    """
+    free = share * torch.cuda.mem_get_info()[0]
+    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
+        plan = make_plan(step_settings(model, *flags, f"--num_layers={layers}"))
+        if planned_bytes(plan) <= free:
+            return layers
+    raise UserError(f"--model {model}: not one layer fits into {bytes_in_words(free)}; give a smaller one")
+
+
+@contextmanager
+def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
+    """One rank's run inside the block, whose memory is freed afterwards. `changes` of settings as in `make_plan`."""
+    run = start(make_plan(settings, **changes), settings)
+    try:
+        yield run
+    finally:
+        run.runner.engine.destroy()
+        del run
+        release()
+
+
+def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
+    """A loader of the run's steps over random samples of these lengths."""
+    draw = np.random.default_rng(0)
+    dataset = TokenDataset(
+        tokens=draw.integers(3, run.plan.source.shape.vocab_size, int(lengths.sum())).astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        prompt_lengths=np.ones(len(lengths), np.int32),
+        truncated_prompts=0,
+    )
+    return run.plan.training_loader(dataset, pad_id=0)
+
+
+def release() -> None:
+    """Free unreferenced memory and reset the peak statistics."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

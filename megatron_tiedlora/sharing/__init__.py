@@ -1,0 +1,1 @@
+"""Collections of adapters, and their way to others: an index of a folder, model cards, uploads."""

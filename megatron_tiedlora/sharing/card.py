@@ -1,0 +1,138 @@
+"""The model card of an exported adapter: its base, method, scores, the command that trained it, and versions."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_tiedlora.base.errors import printable
+from megatron_tiedlora.base.paths import last_name
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.config.fields import flag_value
+
+# The settings of a run that a reader wants to know, and those of them that are files.
+_SETTINGS = (
+    *("task", "method", "rank", "alpha", "targets", "max_steps", "learning_rate", "warmup_steps", "weight_decay"),
+    *("global_batch_size", "max_length", "gradient_clipping", "packing", "dtype", "seed"),
+    *("train_file", "validation_file", "prompt_template"),
+)
+_FILES = ("train_file", "validation_file")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says of an adapter.
+
+    Attributes:
+        repo: OWNER/NAME.
+        base: hub id or name of the base.
+        base_on_hub: whether `base` is a hub id.
+        settings: content of run.yaml; empty if there is none.
+        scores: content of scores.json.
+    """
+
+    repo: str
+    adapter: NativeAdapter
+    base: str
+    base_on_hub: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of README.md, with the metadata in front that the hub reads."""
+    config = facts.adapter.config
+    targets = ", ".join(target.name for target in config.targets)
+    trained = sum(config.num_trained().values())
+    return "\n".join(
+        [
+            "---",
+            _metadata(facts),
+            "---",
+            "",
+            f"# {_plain(last_name(facts.repo))}",
+            "",
+            f"A [Tied-LoRA](https://arxiv.org/abs/2311.09578) adapter of `{_plain(facts.base)}`: method"
+            f" `{config.method}` of rank {config.rank} on {targets} of {len(config.layers)} layers, with {trained:,}"
+            " trained parameters.",
+            "",
+            "`adapter_model.safetensors` is the same adapter as a plain LoRA, for PEFT, vLLM and others."
+            " `native/` has the tied tensors themselves, for megatron_tiedlora.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({_plain(facts.base)!r})",
+            f"model = PeftModel.from_pretrained(model, {_plain(facts.repo)!r})",
+            "```",
+            *_score_section(facts),
+            *_training_section(facts),
+            "",
+        ]
+    )
+
+
+def _metadata(facts: CardFacts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = str(facts.settings.get("task", "custom"))
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=name,
+            metric_value=score["score"],
+            dataset_args={"samples": score["n"]},
+        )
+        for name, score in facts.scores.get("after", {}).items()
+    ]
+    base: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
+    data = ModelCardData(
+        model_name=last_name(facts.repo),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "tied-lora", "megatron_tiedlora"],
+        eval_results=results or None,
+        **base,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _score_section(facts: CardFacts) -> Iterator[str]:
+    rows = [
+        f"| {moment} training | {name} | {score['score']:.2f} | {low:.2f} to {high:.2f} | {score['n']} |"
+        for moment in ("before", "after")
+        for name, score in facts.scores.get(moment, {}).items()
+        for low, high in [score["confidence_interval"]]
+    ]
+    if rows:
+        heading = "| | metric | score | 95 % interval | samples |"
+        yield from ("", "## Scores", "", heading, "|---|---|---|---|---|", *rows)
+
+
+def _training_section(facts: CardFacts) -> Iterator[str]:
+    chosen = {name: facts.settings[name] for name in _SETTINGS if facts.settings.get(name) is not None}
+    if not chosen:
+        return
+    chosen |= {name: last_name(str(chosen[name])) for name in _FILES if name in chosen}
+    words = [f"--{name} {shlex.quote(_word(value))}" for name, value in chosen.items()]
+    yield from ("", "## Training", "", "```")
+    yield _plain(f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}")
+    yield "```"
+    versions = facts.settings.get("versions")
+    if isinstance(versions, dict):
+        yield from ("", _plain("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."))
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else flag_value(value)
+
+
+def _plain(text: str) -> str:
+    return printable(text).replace("`", "'")

@@ -1,0 +1,217 @@
+"""`tiedlora`: its table of commands, its help without heavy imports, its errors, and how texts name commands."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from folders import ROOT
+
+import megatron_tiedlora
+from megatron_tiedlora.base.command_names import COMMANDS, Command, find_command, for_user, program_name
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
+from megatron_tiedlora.base.logs import show_messages
+from megatron_tiedlora.commands import env, front
+
+HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
+
+
+def start(*words: str, folder: Path | None = None, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """`python OPTIONS -m megatron_tiedlora WORDS`, with any width for help."""
+    command = [sys.executable, *options, "-m", "megatron_tiedlora", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+
+
+def leave(argv: Sequence[str]) -> int:
+    """The exit status of the front, in this process."""
+    with pytest.raises(SystemExit) as end:
+        front.main(argv)
+    return int(end.value.code or 0)
+
+
+def test_every_command_is_a_module_and_every_script_runs_one() -> None:
+    names = [command.name for command in COMMANDS]
+    assert len(set(names)) == len(names) and all(name == name.lower() for name in names)
+    modules = {file.stem for file in (ROOT / "megatron_tiedlora" / "commands").glob("*.py")} - {"__init__", "front"}
+    assert {command.module for command in COMMANDS} == modules
+    for command in COMMANDS:
+        module = importlib.import_module(f"megatron_tiedlora.commands.{command.module}")
+        assert next(iter(inspect.signature(module.run).parameters)) == "argv"
+        if command.script:
+            text = (ROOT / command.script).read_text()
+            assert f"from megatron_tiedlora.commands.{command.module} import run\n" in text
+            assert len(text.splitlines()) < 12, "scripts are thin"
+    scripts = {str(file.relative_to(ROOT)) for folder in ("launch", "tools") for file in (ROOT / folder).glob("*.py")}
+    assert scripts - {command.script for command in COMMANDS} == {"tools/pack_gpu_check.py"}  # needs a clone
+
+
+@pytest.mark.parametrize("words", [["--help"], *([command.name, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    """The time of `--help` is that of its imports: torch takes a second or two, all others 0.2 s together."""
+    done = start(*words, options=["-X", "importtime"])
+    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora")
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "megatron_tiedlora" in imported and not imported & HEAVY
+    if len(words) > 1:
+        assert f"usage: tiedlora {words[0]} " in done.stdout
+    assert not re.search(r"(launch|tools)/\w+\.py", done.stdout), "a help names a script that a wheel lacks"
+
+
+def test_what_the_front_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(["--help"]) == leave(["-h"]) == leave(["help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {command.name} " in listed and command.about in listed for command in COMMANDS)
+    assert leave(["--version"]) == 0
+    assert capsys.readouterr().out == f"tiedlora {megatron_tiedlora.__version__}\n"
+    assert leave(["help", "merge"]) == 0
+    assert "usage: tiedlora merge" in capsys.readouterr().out
+    for argv, said in (
+        ([], "give a command"),
+        (["trian", "--x"], "trian: no such command (did you mean train?)"),
+        (["--learning_rate=1"], "--learning_rate=1: no such command"),
+        (["merge", "--adaptor=x"], "--adapter"),
+    ):
+        assert leave(argv) == 2
+        output = capsys.readouterr()
+        assert said in output.err and output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert output.out == ""
+
+
+@pytest.mark.parametrize("before", [["--local_rank=3"], ["--local-rank", "3"], []])
+def test_the_rank_that_a_launcher_puts_first_is_no_command(
+    before: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave([*before, "convert_nemo", "--help"]) == 0
+    assert "usage: tiedlora convert-nemo" in capsys.readouterr().out
+
+
+# How texts name commands ---------------------------------------------------------------------------------------------
+
+
+def test_a_text_names_what_its_reader_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(
+        [
+            "check it with: python tools/verify_export.py --adapter a --merged m",
+            "run `python launch/doctor.py`, see tools/export_peft.py or launch/README.md",
+            "    python launch/run.py --num_gpus 4 ...     this machine",
+            "    deepspeed launch/evaluate.py --task x     a task",
+            "deepspeed --num_gpus 8 tools/bench_step.py --model m; deepspeed launch/train.py --model m",
+            "/home/me/launch/train.py and launch/trainer.py are others",
+        ]
+    )
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/tiedlora", "train"])
+    assert for_user(text).split("\n") == [
+        "check it with: tiedlora verify --adapter a --merged m",
+        "run `tiedlora doctor`, see tiedlora export or launch/README.md",
+        "    tiedlora run --num_gpus 4 ...             this machine",
+        "    deepspeed --no_python tiedlora evaluate --task x  a task",
+        "deepspeed --num_gpus 8 --no_python tiedlora bench --model m; tiedlora run --model m",
+        "/home/me/launch/train.py and launch/trainer.py are others",
+    ]
+    assert program_name("merge_adapter.py") == "tiedlora merge" and program_name("pack.py") == "pack.py"
+    assert str(UserError("see tools/merge_adapter.py")) == "see tiedlora merge"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py")])
+    assert for_user(text) == text and program_name("merge_adapter.py") == "merge_adapter.py"
+    assert str(UserError("see tools/merge_adapter.py")) == "see tools/merge_adapter.py"
+
+
+def test_a_command_with_another_spelling() -> None:
+    assert find_command("check_gpu") is find_command("check-gpu") is not None
+    assert find_command("nothing") is None and isinstance(find_command("import"), Command)
+
+
+# Extras --------------------------------------------------------------------------------------------------------------
+
+
+def test_extras_are_those_of_the_metadata() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def names(extra: str) -> set[str]:
+        return {re.split(r"[\[<>=; ]", line)[0].replace("-", "_") for line in extras[extra]}
+
+    assert names("train") == set(EXTRAS["train"]) and names("eval") == set(EXTRAS["eval"])
+    assert names("mpi") == set(EXTRAS["mpi"]) and {"train", "eval", "demo", "test", "mpi", "gpu"} <= set(extras)
+    for extra in ("demo-base", "test-base"):
+        assert any("[train,eval]" in line or "[demo-base]" in line for line in extras[extra])
+
+
+def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(UserError, match=r"^this needs deepspeed; .*pip install 'megatron_tiedlora\[train\]'$"):
+        require_extra("train")
+    with pytest.raises(UserError, match=r"this needs deepspeed and rouge_score; .*\[train,eval\]"):
+        require_extra("train", "eval")
+    require_extra("eval", only=["sacrebleu"])
+    assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))
+    assert missing_module(ModuleNotFoundError(name="megatron_tiedlora.x")) is None
+
+
+WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+from megatron_tiedlora.commands.front import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "sweep", "bench", "doctor", "check-gpu"])
+def test_a_command_without_its_extra_says_what_to_install(name: str, tmp_path: Path) -> None:
+    flags = ["--output_dir=s"] if name == "sweep" else []
+    words = [sys.executable, "-c", WITHOUT, "deepspeed,sacrebleu", name, *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("error: this needs deepspeed") and done.stderr.count("\n") == 1
+    assert re.search(r"pip install 'megatron_tiedlora\[(train|eval|train,eval)\]'$", done.stderr.strip())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Messages and the report for bugs ----------------------------------------------------------------------------------
+
+
+def test_messages_of_the_library_are_shown_by_commands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = logging.getLogger("megatron_tiedlora")
+    before = ours.handlers[:], ours.level, ours.propagate
+    logger = logging.getLogger("megatron_tiedlora.training.anything")
+    try:
+        ours.handlers[:], ours.propagate = [], True
+        logger.info("unseen")
+        assert capsys.readouterr() == ("", "")
+        show_messages()
+        show_messages()
+        logger.info("compiling %s\n\x1b[2J", "kernels")
+        logger.debug("unseen")
+        assert capsys.readouterr() == ("", "compiling kernels\n\\x1b[2J\n")
+    finally:
+        ours.handlers[:], ours.propagate = before[0], before[2]
+        ours.setLevel(before[1])
+
+
+def test_the_report_for_bugs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert env.main([]) == 0
+    text = capsys.readouterr().out
+    assert "s3cret" not in text and re.search(r"\n  NCCL_DEBUG +INFO\n", text)
+    assert re.search(r"\n  torch +\d", text) and re.search(r"\n  train +installed\n", text)
+    assert env.main([f"--json={tmp_path / 'env.json'}"]) == 0
+    found = json.loads((tmp_path / "env.json").read_text())
+    assert found["versions"]["megatron_tiedlora"] == megatron_tiedlora.__version__
+    assert Path(found["paths"]["package"]) == ROOT / "megatron_tiedlora"

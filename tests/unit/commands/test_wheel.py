@@ -1,0 +1,213 @@
+"""The wheel, built from what the Dockerfile copies and installed without a network: its files, and commands from it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+import yaml
+from folders import ROOT
+from native_files import with_adapter, write_native
+from run_helpers import Base, write_base
+
+import megatron_tiedlora
+
+LIMIT = 280  # seconds of a command
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def instructions(name: str) -> list[str]:
+    """The arguments of every instruction of the Dockerfile called so, each as one line."""
+    joined = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", DOCKERFILE))
+    return [line.partition(" ")[2] for line in joined.splitlines() if line.startswith(f"{name} ")]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A wheel, and a folder in which it is installed alone; its dependencies are this environment's."""
+
+    wheel: Path
+    site: Path
+
+    def run(self, *words: object, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+        """A command of the installed package in `folder`: one that it brings, or a path."""
+        environment = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", **changes}
+        first, *rest = map(str, words)
+        command = [str(self.site / "bin" / first) if "/" not in first else first, *rest]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started = subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **pipes)
+        try:
+            output, errors = started.communicate(timeout=LIMIT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)  # ranks too
+        return subprocess.CompletedProcess(command, started.returncode, output, errors)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel of a copy of the repository that has only what the Dockerfile copies."""
+    root = tmp_path_factory.mktemp("wheel")
+    source, site = root / "src", root / "site"
+    for instruction in instructions("COPY"):
+        *names, target = instruction.split()
+        folder = root / target.strip("/")
+        for name in names:
+            place = folder / name if target.endswith("/") else folder
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, place, symlinks=True, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, place)
+    build = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(root)], cwd=source, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    wheel = root / done.stdout.split()[-1]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--no-compile", "--target", str(site), str(wheel)], check=True, timeout=100)
+    return Installed(wheel, site)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_what_is_in_the_wheel(installed: Installed) -> None:
+    with zipfile.ZipFile(installed.wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"megatron_tiedlora", f"megatron_tiedlora-{megatron_tiedlora.__version__}.dist-info"}
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "megatron_tiedlora").rglob("*.py")}
+    assert files <= set(names) and "megatron_tiedlora/py.typed" in names
+    shipped = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(shipped) > 3
+    for file in shipped:
+        assert (installed.site / "megatron_tiedlora" / "ds_configs" / file.name).read_bytes() == file.read_bytes()
+    fields = HeaderParser().parsestr(metadata)
+    assert fields["License-Expression"] == "Apache-2.0" and "Paper, https://arxiv.org" in fields["Project-URL"]
+    core = [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert not any(re.match("deepspeed|datasets|tensorboard|matplotlib|sacrebleu|rouge", line) for line in core)
+    assert any(line.startswith("torch") for line in core)
+
+
+def test_help_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
+    done = installed.run("tiedlora", "--help", folder=tmp_path)
+    assert done.returncode == 0 and "\n  merge " in done.stdout and done.stderr == ""
+    where = "import megatron_tiedlora; print(megatron_tiedlora.__file__)"
+    found = installed.run(sys.executable, "-c", where, folder=tmp_path).stdout
+    assert found.startswith(str(installed.site)), "not the clone's package is tested"
+
+
+def test_the_engine_files_are_found_by_name_from_any_folder(installed: Installed, base: Base, tmp_path: Path) -> None:
+    flags = base.arguments(dry_run=True, max_steps=2, ds_config="zero3.json")
+    done = installed.run("tiedlora", "train", *flags, folder=tmp_path, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "first sample" in done.stdout and "ZeRO-3" in done.stdout
+    wrong = base.arguments(dry_run=True, ds_config="zero4.json")
+    done = installed.run("tiedlora", "train", *wrong, folder=tmp_path, DS_ACCELERATOR="cpu")
+    assert done.returncode == 2 and "zero4.json: no such file here or in ds_configs/ (did you mean zero" in done.stderr
+
+
+NO_EXTRAS = """
+import sys
+for name in ("deepspeed", "datasets", "accelerate", "tensorboard", "matplotlib", "rouge_score", "sacrebleu"):
+    sys.modules[name] = None
+from megatron_tiedlora.commands.front import main
+main()
+"""
+
+
+def test_merge_export_and_import_need_no_extra(installed: Installed, base: Base, tmp_path: Path) -> None:
+    write_native(tmp_path / "adapter", base.model, with_adapter(base.model, "tl6")[2])
+    start = functools.partial(installed.run, sys.executable, "-c", NO_EXTRAS, folder=tmp_path)
+    done = start("merge", "--adapter=adapter", "--output=merged")
+    assert done.returncode == 0, done.stderr
+    assert "check it with: tiedlora verify --adapter adapter --merged merged" in done.stdout
+    assert start("export", "--adapter=adapter", "--output=peft").returncode == 0
+    done = start("import", "--peft=peft", "--output=back")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "back" / "adapter_config.json").is_file()
+    done = start("verify", "--adapter=adapter", "--merged=merged", "--in=none")
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_starts_the_ranks_from_the_wheel(installed: Installed, base: Base, tmp_path: Path) -> None:
+    shown = installed.run("tiedlora", "run", "--num_gpus=2", "--show_command", *base.arguments(), folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    (command,) = [line for line in shown.stdout.splitlines() if line.startswith("command ")]
+    assert str(installed.site / "megatron_tiedlora" / "commands" / "train.py") in shlex.split(command)
+
+
+# Several ranks by every way that has no script ---------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713"]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--master_port=29713"]
+STARTS: Mapping[str, Sequence[str]] = {
+    "alone": ["tiedlora", "train"],
+    "run": ["tiedlora", "run", "--num_gpus=2"],
+    "deepspeed --no_python": [*DEEPSPEED, "--no_python", "tiedlora", "train"],
+    "deepspeed --module": [*DEEPSPEED, "--module", "megatron_tiedlora", "train"],
+    "torchrun -m": [*TORCHRUN, "-m", "megatron_tiedlora", "train"],
+    "torchrun --no-python": [*TORCHRUN, "--no-python", "tiedlora", "train"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", STARTS)
+def test_a_run_from_the_wheel(name: str, installed: Installed, base: Base, tmp_path: Path) -> None:
+    flags = base.arguments(max_steps=2, eval_interval=2, warmup_steps=1, output_dir="run", ds_config="zero1.json")
+    path = os.pathsep.join([str(installed.site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = installed.run(*STARTS[name], *flags, folder=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert record["ranks"] == (1 if name == "alone" else 2)
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
+    assert "  tiedlora merge --adapter run/adapter" in done.stdout
+
+
+# The image and the other files of a package ------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_image(installed: Installed, tmp_path: Path) -> None:
+    """Without docker: each RUN is a shell command, and its requirement and the start command are this package's."""
+    assert [line.split()[0] for line in instructions("FROM")] == ["${CUDA_IMAGE}"]
+    assert instructions("ARG")[0].startswith("CUDA_IMAGE=nvidia/cuda:")
+    for command in instructions("RUN"):
+        assert subprocess.run(["sh", "-n", "-c", command]).returncode == 0, command
+    (extras,) = re.findall(r'pip install .*"/src\[([\w,]+)\]"', "\n".join(instructions("RUN")))
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"train", "eval"} == set(extras.split(",")) <= set(known)
+    (entry,), (arguments,) = (map(json.loads, instructions(name)) for name in ("ENTRYPOINT", "CMD"))
+    done = installed.run(*entry, *arguments, folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora")
+    sent = (ROOT / ".dockerignore").read_text().split()
+    copied = {name for instruction in instructions("COPY") for name in instruction.split()[:-1]}
+    assert {f"!{name}" for name in copied} <= set(sent)
+
+
+def test_the_citation_and_the_changelog_have_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == megatron_tiedlora.__version__ and citation["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert f"\n## {megatron_tiedlora.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()

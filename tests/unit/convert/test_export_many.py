@@ -1,0 +1,199 @@
+"""Exports that travel: the base's name, dtypes, many adapters in one call, and bases that are found by their hashes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_files import with_adapter, write_native
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.commands.export import main
+from megatron_tiedlora.commands.verify import main as verify
+from megatron_tiedlora.convert.inputs import open_inputs
+from megatron_tiedlora.convert.open_adapter import find_peft_base, import_peft, open_adapter
+from megatron_tiedlora.convert.verify import verify_export
+
+WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "tiedlora_export.json"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two models of one shape, one of them as the hub's cache has it, and of other files."""
+    root = tmp_path_factory.mktemp("models")
+    write_tiny_model(root / "models--org--other/snapshots/0a1b", seed=1)
+    write_tiny_model(root / "mine")
+    (root / "broken").mkdir()
+    (root / "broken/config.json").write_text("{")
+    return root
+
+
+@pytest.fixture(scope="module")
+def adapters(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/tl6/adapter, runs/lora/adapter and plain/, which has another layer."""
+    root, base = tmp_path_factory.mktemp("adapters"), models / "mine"
+    for path, method, layers in (("runs/tl6/adapter", "tl6", None), ("runs/lora/adapter", "lora", None),
+                                 ("plain", "tl5", (2,))):  # fmt: skip
+        write_native(root / path, base, with_adapter(base, method, layers)[2])
+    return root
+
+
+def content(folder: Path, file: str = CONFIG) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / file).read_text())
+    return found
+
+
+def test_the_base_is_named_without_its_path(models: Path, adapters: Path, tmp_path: Path) -> None:
+    """The path stands beside it, where our own commands find it."""
+    plain = str(adapters / "plain")
+    assert main(["--adapter", plain, "--output", str(tmp_path / "peft")]) == 0
+    assert content(tmp_path / "peft")["base_model_name_or_path"] == "mine"
+    assert content(tmp_path / "peft", RECORD)["base_path"] == str(models / "mine")
+    assert open_adapter(str(tmp_path / "peft"), None).source.folder == models / "mine"
+    assert main(["--adapter", plain, "--output", str(tmp_path / "named"), "--base_name", "org/name"]) == 0
+    assert content(tmp_path / "named")["base_model_name_or_path"] == "org/name"
+
+
+def test_the_commands_that_serve_are_shown(
+    adapters: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
+    out = capsys.readouterr().out
+    assert f"vllm serve {models / 'mine'} " in out and "--lora-target-modules qkv_proj" in out
+    assert "sglang.launch_server" in out and "convert_lora_to_gguf.py" in out
+
+
+# Dtypes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_an_export_in_16_bits(models: Path, adapters: Path, tmp_path: Path, dtype: str) -> None:
+    """Its tensors are rounded once, the check knows their bits, and the import gives the adapter itself."""
+    given, peft = adapters / "runs/tl6/adapter", tmp_path / "peft"
+    main(["--adapter", str(given), "--output", str(tmp_path / "exact")])
+    main(["--adapter", str(given), "--output", str(peft), "--dtype", dtype])
+    exact, rounded = load_file(tmp_path / "exact" / WEIGHTS), load_file(peft / WEIGHTS)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert exact.keys() == rounded.keys()
+    assert all(torch.equal(exact[name].to(kind), rounded[name]) for name in exact)
+    source, native = open_inputs(str(given), None)
+    found = verify_export(source, native, peft=peft)
+    rows = {row.name: row for row in found.logits}
+    assert found.passed and found.exported == () and not found.notes
+    assert rows["PEFT adapter"].largest > 1e-6 and "information" in rows["PEFT adapter"].verdict
+    assert rows["PEFT adapter, in peft"].largest < 1e-5 and rows["PEFT adapter, in peft"].wanted == "equal"
+    import_peft(source, peft, tmp_path / "back")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "back" / name).read_bytes() == (given / name).read_bytes()
+
+
+def test_a_changed_bit_of_an_export_in_16_bits(adapters: Path, tmp_path: Path) -> None:
+    from flipped_bits import flip_bit
+
+    given, peft = str(adapters / "runs/tl6/adapter"), tmp_path / "peft"
+    main(["--adapter", given, "--output", str(peft), "--dtype", "bf16"])
+    assert verify(["--adapter", given, "--peft", str(peft), "--in", "none"]) == 0
+    flip_bit(peft / WEIGHTS, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    assert verify(["--adapter", given, "--peft", str(peft), "--in", "none"]) == 1
+
+
+def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> None:
+    _, _, oracle = with_adapter(models / "mine", "lora")
+    oracle.B[:] = 1e5
+    write_native(tmp_path / "large", models / "mine", oracle)
+    words = ["--adapter", str(tmp_path / "large"), "--output", str(tmp_path / "peft")]
+    with pytest.raises(UserError, match=r"lora_B\.weight of its export holds numbers .*; give --dtype fp32"):
+        main([*words, "--dtype", "fp16"])
+    assert not (tmp_path / "peft").exists() and main(words) == 0
+
+
+# Many adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
+    assert main(["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
+    assert capsys.readouterr().out == f"exported 3 adapters: {tmp_path / 'all'}\n"
+    assert sorted(item.name for item in (tmp_path / "all").iterdir()) == ["lora", "plain", "tl6"]
+    for name, folder in {"tl6": "runs/tl6/adapter", "lora": "runs/lora/adapter", "plain": "plain"}.items():
+        main(["--adapter", str(adapters / folder), "--output", str(tmp_path / "one" / name)])
+        for file in (WEIGHTS, CONFIG, RECORD, f"native/{WEIGHTS}", f"native/{CONFIG}"):
+            assert (tmp_path / "all" / name / file).read_bytes() == (tmp_path / "one" / name / file).read_bytes()
+
+
+def test_a_pattern_of_one_adapter_is_many(adapters: Path, tmp_path: Path) -> None:
+    """What a command writes where does not depend on how many there are."""
+    main(["--adapter", str(adapters / "pl*"), "--output", str(tmp_path / "all")])
+    assert (tmp_path / "all/plain" / CONFIG).is_file()
+
+
+def test_the_base_is_read_once(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tiedlora.convert import export_many
+
+    seen: list[str] = []
+    real = export_many.identify_model
+    monkeypatch.setattr(export_many, "identify_model", lambda *words: seen.append("") or real(*words))
+    main(["--adapter", str(adapters / "runs/*/adapter"), "--output", str(tmp_path / "all")])
+    assert len(seen) == 1
+
+
+WRONG_MANY = {
+    "no match": (["runs/none*"], "--adapter runs/none*: matches no folder of an adapter"),
+    "no adapter": (["plain", "runs"], "runs: has no adapter_config.json"),
+    "one name": (["runs/*/adapter", "copy/tl6"], "would both be exported as tl6; rename one"),
+    "there": (["plain", "runs/tl6/adapter"], "--output out: tl6 is there already"),
+    "peft": (["plain", "exported"], "exported: this is a PEFT adapter already"),
+    "rank": (["plain", "runs/tl6/adapter", "--pad_rank_to", "2"], "--pad_rank_to 2 is less than the adapter's rank 4"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MANY)
+def test_wrong_inputs_of_many(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    shutil.copytree(adapters, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(adapters / "plain", tmp_path / "copy/tl6")
+    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "exported")])
+    monkeypatch.chdir(tmp_path)
+    if case == "there":
+        (tmp_path / "out/tl6").mkdir(parents=True)
+    words, message = WRONG_MANY[case]
+    with pytest.raises(UserError) as error:
+        main(["--adapter", *words, "--output", "out"])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    written = [item.name for item in tmp_path.glob("out/*") if any(item.iterdir())]
+    assert written == (["plain"] if case in ("no adapter", "peft") else [])  # those before the error stay whole
+
+
+# The base, by its hashes ---------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Path) -> None:
+    """The path that the adapter names is gone; another model of its shape lies before it."""
+    shutil.copytree(models, tmp_path / "moved")
+    folder, base = tmp_path / "adapter", tmp_path / "gone"
+    shutil.copytree(models / "mine", base)
+    write_native(folder, base, with_adapter(base, "tl6")[2])
+    main(["--adapter", str(folder), "--output", str(tmp_path / "peft")])
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder that holds it"):
+        open_inputs(str(folder), None)
+    found, _ = open_inputs(str(folder), str(tmp_path / "moved"))
+    assert found.folder == tmp_path / "moved/mine"
+    assert find_peft_base(tmp_path / "peft", str(tmp_path / "moved")).folder == tmp_path / "moved/mine"
+    shutil.rmtree(tmp_path / "moved/mine")
+    with pytest.raises(UserError, match=r"moved: none of its 2 models is the base of .*/adapter"):
+        open_inputs(str(folder), str(tmp_path / "moved"))
+
+
+def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:
+    main(["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
+    (tmp_path / "peft" / RECORD).unlink()
+    with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
+        find_peft_base(tmp_path / "peft", str(models))
+    assert load_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")

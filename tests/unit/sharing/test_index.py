@@ -1,0 +1,162 @@
+"""The index of a folder of adapters: its rows, finding, verifying and comparing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+from flipped_bits import flip_bit
+from native_files import reseal, with_adapter, write_exports, write_native
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.checksums import file_sha256
+from megatron_tiedlora.commands.index import main
+from megatron_tiedlora.sharing.index import INDEX_FILE, build_index, find_entries, verify_entries
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with exports and a checkpoint, and two adapters outside of runs."""
+    root = tmp_path_factory.mktemp("collection")
+    base = write_tiny_model(tmp_path_factory.mktemp("base") / "tiny")
+    (root / "runs" / "first").mkdir(parents=True)
+    write_exports(root / "runs" / "first", base)
+    shutil.copytree(root / "runs/first/adapter", root / "runs/first/checkpoints/step_3")
+    (root / "runs/first/run.yaml").write_text(yaml.safe_dump({"task": "squad", "method": "tl6"}))
+    (root / "runs/first/scores.json").write_text(json.dumps({"after": {"f1": {"score": 50.0}}}))
+    write_native(root / "others/lora", base, with_adapter(base, "lora", targets=("qkv", "o_proj"))[2])
+    write_native(root / "others/layers", base, with_adapter(base, "tl5", (2,))[2])
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "root"))
+
+
+def test_rows(root: Path) -> None:
+    assert build_index(root) == (3, [])
+    layers, lora, first = find_entries(root, {})
+    assert [entry.path for entry in (layers, lora, first)] == ["others/layers", "others/lora", "runs/first/adapter"]
+    assert (first.name, first.run, first.task) == ("first", "runs/first", "squad")
+    assert json.loads(first.scores or "") == {"f1": {"score": 50.0}}
+    assert (first.method, first.rank, first.alpha, first.targets, first.layers) == ("tl6", 4, 6.0, "qkv", 3)
+    assert first.sha256 == file_sha256(root / "runs/first/adapter" / WEIGHTS)
+    assert first.size == sum((root / "runs/first/adapter" / name).stat().st_size for name in (CONFIG, WEIGHTS))
+    assert first.base_hash == lora.base_hash and first.weights_hash == lora.weights_hash is not None
+    assert (lora.targets, lora.task, lora.run, lora.scores) == ("qkv,o_proj", None, None, None)
+    with sqlite3.connect(root / INDEX_FILE) as database:  # as another program reads it
+        assert database.execute("SELECT name FROM adapters WHERE method = 'tl5'").fetchall() == [("layers",)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ({"method": "tl*"}, ["layers", "first"]),
+        ({"task": "squad"}, ["first"]),
+        ({"targets": "qkv,o_proj"}, ["lora"]),
+        ({"rank": 4, "name": "l*"}, ["layers", "lora"]),
+        ({"base_model": "*/tiny", "method": "lora"}, ["lora"]),
+        ({"name": "none"}, []),
+    ],
+)
+def test_find(root: Path, wanted: dict[str, object], names: list[str]) -> None:
+    build_index(root)
+    assert [entry.name for entry in find_entries(root, wanted)] == names
+
+
+def test_an_index_is_written_anew(root: Path) -> None:
+    build_index(root)
+    shutil.rmtree(root / "others/lora")
+    assert build_index(root) == (2, [])
+    assert len(find_entries(root, {})) == 2
+
+
+def test_what_cannot_be_read_is_said_and_left_out(root: Path) -> None:
+    file = root / "others/lora" / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank": 5}))
+    count, problems = build_index(root)
+    assert count == 2 and len(problems) == 1 and "does not match its own checksum" in problems[0]
+
+
+def test_verify_names_what_is_damaged_or_changed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_index(root)
+    assert verify_entries(root, find_entries(root, {})) == []
+    flip_bit(root / "others/lora" / WEIGHTS, "A")
+    damaged, changed = root / "others/lora", root / "others/layers"
+    flip_bit(changed / WEIGHTS, "A")
+    reseal(changed)
+    problems = verify_entries(root, find_entries(root, {}))
+    assert problems[0] == f"{changed}: has changed since it was indexed"
+    assert problems[1].startswith(f"{damaged / WEIGHTS}: does not match its checksum") and len(problems) == 2
+    assert main([str(root), "verify"]) == 1
+    assert capsys.readouterr().out.count("FAILED") == 2
+    assert main([str(root), "verify", "--method", "tl6"]) == 0
+
+
+def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "others/lora", root / "others/copy")
+    flip_bit(root / "others/copy" / WEIGHTS, "o_proj.B", bit=20)
+    reseal(root / "others/copy")
+    build_index(root)
+    assert main([str(root), "diff", "lora", "others/lora"]) == 0
+    assert capsys.readouterr().out == "the same\n"
+    assert main([str(root), "diff", "lora", "copy"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("o_proj.B: differs by up to ")
+    assert main([str(root), "diff", "lora", "layers"]) == 1
+    out = capsys.readouterr().out
+    assert "method: 'lora' and 'tl5'" in out and f"o_proj.A: only in {root / 'others/lora'}" in out
+
+
+def test_the_table_and_the_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root)]) == 0
+    assert capsys.readouterr().out == f"indexed 3 adapters: {root / INDEX_FILE}\n"
+    main([str(root), "find", "--targets", "o_proj,qkv"])
+    heading, row, _, count = capsys.readouterr().out.splitlines()
+    assert heading.split()[:3] == ["name", "base", "method"] and row.split()[:4] == ["lora", "tiny", "lora", "4"]
+    assert count == "1 adapter"
+    main([str(root), "find", "--json"])
+    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["layers", "lora", "first"]
+
+
+WRONG = {
+    "no folder": (["none"], "none: no such folder"),
+    "no index": ([".", "find"], "no such file; write it with `tiedlora index"),
+    "flag": ([".", "--method", "tl6"], "--method is for find and verify, not for build"),
+    "json": ([".", "verify", "--json"], "--json is for find, not for verify"),
+    "one": ([".", "diff", "a"], "diff: give the names or paths of two adapters"),
+    "name": ([".", "find", "a"], "find takes no name of an adapter; give a with --name"),
+    "action": ([".", "remove"], "invalid choice: 'remove'"),
+    "target": ([".", "find", "--targets", "q"], "--targets"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, message = WRONG[case]
+    with pytest.raises(UserError) as error:
+        main(words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all, but as long as a header of one would be at least"])
+def test_a_broken_index_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / INDEX_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{INDEX_FILE}: (cannot be read|has format 0)"):
+        find_entries(tmp_path, {})
+
+
+def test_two_of_one_name_are_asked_by_path(root: Path) -> None:
+    shutil.copytree(root / "others/lora", root / "more/lora")
+    build_index(root)
+    with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give one's path"):
+        main([str(root), "diff", "lora", "first"])

@@ -1,0 +1,148 @@
+"""Publishing an adapter: what the folder holds, and what the hub is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from folders import ROOT
+from hub_stand_in import Hub, hub_stand_in
+from native_files import with_adapter, write_exports
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.sharing.push import check_repo, write_published
+
+SCORES = {
+    "before": {"gsm8k": {"score": 10.0, "n": 24, "confidence_interval": [2.0, 20.0]}},
+    "after": {"gsm8k": {"score": 12.5, "n": 24, "confidence_interval": [4.0, 25.0]}},
+}
+SETTINGS = {"task": "gsm8k", "method": "tl6", "rank": 4, "targets": ["qkv"], "train_file": "/secret/rows.jsonl",
+            "packing": True, "max_steps": 3, "versions": {"torch": "2.6"}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("host") / "tiny-base")
+
+
+@pytest.fixture(scope="module")
+def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    folder.mkdir()
+    write_exports(folder, base)
+    (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (folder / "scores.json").write_text(json.dumps(SCORES))
+    (folder / "loss.png").write_bytes(b"png")
+    return folder
+
+
+def push(hub: Hub, *words: object) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_tiedlora", "push", *map(str, words)],
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp_path: Path) -> None:
+    write_published(str(run_folder), "me/demo", tmp_path / "out")
+    files = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    native = {"native/adapter_config.json", "native/adapter_model.safetensors"}
+    exported = {"adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"}
+    assert files == native | exported | {"README.md", "loss.png"}
+    for file in files:
+        content = (tmp_path / "out" / file).read_bytes()
+        assert str(base.parent).encode() not in content and b"/secret" not in content, file
+    source, adapter, _ = with_adapter(base, "tl6")
+    assert verify_export(source, adapter, peft=tmp_path / "out", inside="none").passed
+    back = load_adapter(tmp_path / "out" / "native")
+    assert back.base.base_model == "tiny-base" and back.sha256 == load_adapter(run_folder / "adapter").sha256
+
+
+def test_the_card(run_folder: Path, tmp_path: Path) -> None:
+    write_published(str(run_folder), "me/demo", tmp_path / "out", named="org/base")
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/base", "adapter")
+    assert metadata["library_name"] == "peft" and "tied-lora" in metadata["tags"]
+    (result,) = metadata["model-index"][0]["results"]
+    assert (result["metrics"][0]["type"], result["metrics"][0]["value"]) == ("gsm8k", 12.5)
+    assert "method `tl6` of rank 4 on qkv of 3 layers" in body
+    assert "| after training | gsm8k | 12.50 | 4.00 to 25.00 | 24 |" in body
+    assert "tiedlora train --model org/base --task gsm8k --method tl6 --rank 4 --targets qkv --max_steps 3" in body
+    assert "--packing true" in body and "--train_file rows.jsonl" in body and "torch 2.6" in body
+    assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:
+    """The hub takes `base_model` for one of its ids. An adapter outside of a run has neither scores nor settings."""
+    shutil.copytree(run_folder / "adapter", tmp_path / "alone")
+    write_published(str(tmp_path / "alone"), "me/demo", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in text and "## Scores" not in text and "## Training" not in text
+
+
+def test_the_hub_is_sent_the_folder(run_folder: Path, tmp_path: Path) -> None:
+    with hub_stand_in() as hub:
+        done = push(hub, run_folder, "--repo", "me/demo", "--private", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(f"published: {hub.address}/me/demo")
+    assert hub.created["name"] == "demo" and (hub.created.get("private") or hub.created.get("visibility") == "private")
+    sent = {str(file.relative_to(tmp_path / "out")): file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    assert hub.files == sent and len(sent) == 7
+
+
+@pytest.mark.parametrize("call", ["/api/repos/create", "/api/models/me/demo/commit"])
+def test_what_the_hub_refuses_is_one_line(run_folder: Path, call: str) -> None:
+    with hub_stand_in(refuses=call) as hub:
+        done = push(hub, run_folder, "--repo", "me/demo")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and lines[-1].startswith("error: --repo me/demo: the hub has not taken it (")
+    assert "Traceback" not in done.stderr and not hub.files
+
+
+def test_a_dry_run_asks_the_hub_nothing(run_folder: Path, tmp_path: Path) -> None:
+    with hub_stand_in() as hub:
+        done = push(hub, run_folder, "--repo", "me/demo", "--dry_run", "--output", tmp_path / "out")
+    assert done.returncode == 0 and not hub.calls and (tmp_path / "out" / "README.md").is_file()
+
+
+WRONG = {
+    "repo": (["--repo", "demo"], "--repo demo: give OWNER/NAME"),
+    "name": (["--repo", "me/de mo"], "--repo me/de mo: Repo id must"),
+    "no output": (["--repo", "me/demo", "--dry_run"], "--dry_run writes the folder; give it with --output DIR"),
+    "exists": (["--repo", "me/demo", "--output", "."], "--output ."),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line(run_folder: Path, case: str) -> None:
+    from megatron_tiedlora.commands.push import main
+
+    words, message = WRONG[case]
+    with pytest.raises(UserError) as error:
+        main([str(run_folder), *words])
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: has no adapter_config\.json"):
+        write_published(str(tmp_path / "empty"), "me/demo", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check_repo("me/demo")
