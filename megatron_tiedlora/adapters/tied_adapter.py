@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.input_dropout import InputDropout
 from megatron_tiedlora.adapters.targets import Target
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.parallel.backward import first_derivative_only
@@ -200,12 +201,14 @@ class LinearUpdate(NamedTuple):
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
         grad_a: stand-in that receives A's gradient: A's shape, the adapter's dtype, no values. None if A is frozen.
         grad_f: the same for F. None if B, u and v are frozen.
+        dropout: of the update's input, in a training step with --dropout.
     """
 
     a: torch.Tensor | None = None
     f: torch.Tensor | None = None
     grad_a: torch.Tensor | None = None
     grad_f: torch.Tensor | None = None
+    dropout: InputDropout | None = None
 
 
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name

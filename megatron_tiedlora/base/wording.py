@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME, _MOST_NAMES = 200, 8
+_LIKENESS = 0.6  # of a name that is suggested; below it most suggestions mislead
 
 
 def bytes_in_words(size: float) -> str:
@@ -26,7 +27,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' with the known name nearest to `name`, or '' if none is near."""
     if len(name) > _LONGEST_NAME:
         return ""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=_LIKENESS)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 

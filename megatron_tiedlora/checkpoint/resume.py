@@ -53,8 +53,8 @@ def moment_name(moment: str, name: str) -> str:
 class Progress:
     """The progress of a run after `step` optimizer steps.
 
-    The order of samples and the learning rate are functions of the settings, the seed and these numbers. Training draws
-    no random numbers, so there is no random state to save.
+    The order of samples, dropout and the learning rate are functions of the settings, the seed and these numbers, so
+    there is no random state to save.
     """
 
     step: Count = 0

@@ -62,6 +62,7 @@ def train_rank(settings: Settings) -> End:
 
         plan = plan_run(settings, rank=rank, world_size=world_size)
         data = prepare_data(plan, progress=is_main)
+        plan = plan.counted(len(data.train))
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         session.check_same_data(data)

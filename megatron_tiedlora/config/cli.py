@@ -21,7 +21,6 @@ from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
-from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.config.fields import (
     AnySettings,
@@ -31,6 +30,7 @@ from megatron_tiedlora.config.fields import (
     field_group,
     validate_settings,
 )
+from megatron_tiedlora.config.other_names import name_hint
 
 # Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
@@ -82,17 +82,17 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse `argv`. An unknown flag is a UserError with the nearest known one."""
+        """Parse `argv`. An unknown flag is a UserError that says which is meant."""
         namespace, unknown = self.parse_known_args(argv)
         reject_unknown(unknown, known=[option for action in self._actions for option in action.option_strings])
         return namespace
 
 
 def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:
-    """Raise UserError if there are `words` that belong to no flag. It names the nearest of the `known` flags."""
+    """Raise UserError if there are `words` that belong to no flag. It says which of the `known` flags is meant."""
     if words:
         name = words[0].split("=")[0]
-        raise UserError(f"unknown argument {name}{nearest_name(name, known)}; see --help")
+        raise UserError(f"unknown argument {name}{name_hint(name, known)}; see --help")
 
 
 def path_value(given: str) -> Path:
@@ -149,12 +149,13 @@ def read_yaml(path: str, known: Collection[str]) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such file")
     content = read_yaml_mapping(file)
     if RECORD_MARK in content:
-        content = {name: value for name, value in content.items() if name not in RECORDED_NAMES}
+        counted = ("max_steps",) if content.get("epochs") is not None else ()
+        content = {name: value for name, value in content.items() if name not in (*RECORDED_NAMES, *counted)}
     for name in content:
         if name in _COMMAND_LINE_ONLY:
             raise UserError(f"{path}: {name} is not read from a file; give --{name} on the command line")
         if name not in known:
-            near = nearest_name(name, known) if isinstance(name, str) else ""
+            near = name_hint(name, known) if isinstance(name, str) else ""
             raise UserError(f"{path}: unknown setting {shown(name)}{near}")
     return content
 
@@ -170,6 +171,9 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     config = values.pop("config")
     given = {name: value for name, value in values.items() if value is not None}
     read = read_yaml(config, kind.model_fields) if config else {}
+    for one, other in (*kind.instead, *((other, one) for one, other in kind.instead)):
+        if one in given:
+            read.pop(other, None)
     with naming_file(config, read.keys() - given.keys()):
         return validate_settings({**read, **given}, kind)
 

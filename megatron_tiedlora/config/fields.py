@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.base.wording import nearest_name
+from megatron_tiedlora.config.other_names import name_hint
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
 LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; libraries below us count milliseconds, some in 32 bits
@@ -82,6 +83,7 @@ class CommandSettings(BaseModel):
         about: what the command does, for its help.
         groups: name and description of each group of flags, in the order of the help.
         missing: by field, a hint to add to "is required" if the value is missing.
+        instead: pairs of fields that exclude each other. The one on the command line replaces the other in a file.
     """
 
     model_config = ConfigDict(
@@ -96,6 +98,7 @@ class CommandSettings(BaseModel):
     about: ClassVar[str]
     groups: ClassVar[Mapping[str, str]]
     missing: ClassVar[Mapping[str, str]] = {}
+    instead: ClassVar[Sequence[tuple[str, str]]] = ()
 
     def __init__(self, **values: Any) -> None:
         """Raises UserError with the first thing that is wrong, in one line."""
@@ -165,11 +168,11 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
 
     Raises:
-        UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
+        UserError: a name is unknown (the message says which is meant), or a value is out of range.
     """
     for name in values:
         if name not in kind.model_fields:
-            raise UserError(f"unknown setting {shown(name)}{nearest_name(str(name), kind.model_fields)}; see --help")
+            raise UserError(f"unknown setting {shown(name)}{name_hint(str(name), kind.model_fields)}; see --help")
     return kind(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -188,9 +191,11 @@ def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {shown(name)}{nearest_name(name, kind.model_fields)}; see --help"
+        return f"unknown setting {shown(name)}{name_hint(name, kind.model_fields)}; see --help"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        found = first["ctx"]["error"]
+        # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
+        return found.object if isinstance(found, UnicodeEncodeError) else str(found)
     if first["type"] == "missing":
         hint = kind.missing.get(name)
         return f"--{name} is required" + (f": {hint}" if hint else "")

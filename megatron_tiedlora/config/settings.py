@@ -6,10 +6,11 @@ made where those are known. `cli.py` turns the fields below into flags; a YAML f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import ModelWrapValidatorHandler, ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.base.errors import as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
@@ -44,6 +45,7 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
+from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_trackers
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
@@ -63,13 +65,15 @@ class Settings(CommandSettings):
 
     Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
     model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
-    `micro_batch_size`, `output_dir`.
+    `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit, and with `epochs` the
+    number of steps is counted once the data is known (`training/length.py`).
     """
 
     prog: ClassVar[str] = "train.py"
     about: ClassVar[str] = "Fine-tune a language model with Tied-LoRA."
     groups: ClassVar[Mapping[str, str]] = GROUPS
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
+    instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
 
     ds_config: str = setting_field(
         "run", "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json"
@@ -102,6 +106,12 @@ class Settings(CommandSettings):
     deterministic: bool = setting_field(
         "run", "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False
     )
+    report_to: tuple[str, ...] = setting_field(
+        "run", f"where metrics.jsonl is shown as well: none, or some of {', '.join(TRACKER_NAMES)}", (TENSORBOARD,)
+    )
+    profile: str | None = optional_field(
+        "run", "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz"
+    )
     timeout_minutes: float = setting_field(
         "run", "longest wait for another rank before the run fails", 30.0, gt=0, le=LONGEST_WAIT_MINUTES
     )
@@ -116,7 +126,9 @@ class Settings(CommandSettings):
         "model",
         "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
     )
-    max_length: int = setting_field("model", "maximum tokens of a sample; longer prompts lose their middle", ge=8)
+    max_length: int = setting_field(
+        "model", "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8
+    )
 
     init_from: str | None = optional_field(
         "adapter",
@@ -135,6 +147,10 @@ class Settings(CommandSettings):
     init_std_a: float | None = optional_field("adapter", "init std of A (default: by method)", gt=0, le=1e3)
     init_std_b: float | None = optional_field(
         "adapter", "init std of B, for methods that do not initialise B to zero (default: by method)", gt=0, le=1e3
+    )
+
+    dropout: float = setting_field(
+        "adapter", "LoRA's dropout: probability that an input of the update is dropped in training", 0.0, ge=0, le=0.9
     )
 
     tensor_parallel: int = setting_field(
@@ -192,9 +208,22 @@ class Settings(CommandSettings):
         ge=1,
     )
     max_steps: int = setting_field("optimisation", "optimizer steps", ge=1)
+    epochs: float | None = optional_field(
+        "optimisation",
+        "in place of --max_steps: passes over the training samples, at --global_batch_size samples per step",
+        gt=0,
+        le=1e6,
+    )
     learning_rate: float = setting_field("optimisation", "peak learning rate of AdamW", gt=0)
     weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
-    warmup_steps: int = setting_field("optimisation", "linear warm-up from lr / warmup_steps, then cosine to 0", ge=0)
+    beta1: float = setting_field("optimisation", "AdamW's decay of the mean of gradients", 0.9, ge=0, lt=1)
+    beta2: float = setting_field("optimisation", "AdamW's decay of the mean of their squares", 0.999, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = setting_field(
+        "optimisation", "learning rate after warm-up: to 0 at the last step, or constant", "cosine"
+    )
+    warmup_steps: int = setting_field(
+        "optimisation", "linear warm-up from lr / warmup_steps; by default at most the number of steps", ge=0
+    )
     gradient_clipping: float = setting_field("optimisation", "maximum gradient norm; 0 disables clipping", 1.0, ge=0)
     eval_interval: int = setting_field("optimisation", "steps between evaluations on the validation rows", ge=1)
     eval_metric: str = setting_field(
@@ -217,9 +246,16 @@ class Settings(CommandSettings):
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
         return "; ".join([f"{PAPER_DEFAULTS[name]:g}", *by_task])
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _with_defaults(cls, values: dict[str, Any], check: ModelWrapValidatorHandler[Settings]) -> Settings:
+        """Fill in the defaults. `model_fields_set` holds only what was given."""
+        made = check(cls._filled(values))
+        object.__setattr__(made, "__pydantic_fields_set__", set(values))
+        return made
+
+    @classmethod
+    def _filled(cls, values: dict[str, Any]) -> dict[str, Any]:
         filled = with_first_rules(values, cls.model_fields)
         if "task" not in filled and "train_file" in filled:
             filled["task"] = "custom"
@@ -241,6 +277,16 @@ class Settings(CommandSettings):
         whole = isinstance(value, str) and value.strip().lower() in ("", "all", "none")
         return None if whole else comma_separated(value)
 
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _is_range_of_steps(cls, value: Any) -> Any:
+        if isinstance(value, int):  # YAML reads 3:5 as 3 * 60 + 5
+            raise ValueError('--profile: in a YAML file, write FIRST:LAST in quotes, for example "3:5"')
+        if isinstance(value, str):
+            profiled_steps(value)
+        return value
+
+    _parse_trackers = field_validator("report_to", mode="before")(parse_trackers)
     _parse_targets = field_validator("targets", mode="before")(parse_targets)
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
@@ -265,10 +311,16 @@ class Settings(CommandSettings):
             raise ValueError(f"--layers {','.join(map(str, self.layers))}: layers count from 1, and each appears once")
         if self.layers is not None and list(self.layers) != sorted(self.layers):
             raise ValueError(f"--layers {','.join(map(str, self.layers))}: write them in ascending order")
-        if self.warmup_steps > self.max_steps:
+        if self.epochs is not None and "max_steps" in self.model_fields_set:
+            raise ValueError(
+                f"--epochs {self.epochs:g} and --max_steps {self.max_steps} both say how long to train; give one"
+            )
+        if self.epochs is None and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower the first"
             )
+        if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
+            raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if self.task == "custom" and self.train_file is None and not is_preset(self.model):
             raise ValueError("--task custom needs --train_file (JSONL with prompt and completion, or a hub id)")
         if self.world_size is not None and not self.dry_run:
@@ -282,6 +334,14 @@ class Settings(CommandSettings):
         if self.eval_samples is not None and self.eval_metric == "loss":
             raise ValueError("--eval_samples needs --eval_metric with a metric of the task; the loss uses all rows")
         return self
+
+
+def profiled_steps(value: str) -> range:
+    """The steps, counted from 1, of a --profile FIRST:LAST. Raises ValueError for any other text."""
+    found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--profile {value}: give FIRST:LAST, two steps that count from 1, for example 3:5")
+    return range(int(found[1]), int(found[2]) + 1)
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:

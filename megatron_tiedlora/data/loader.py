@@ -25,6 +25,10 @@ from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.layout import BASE_MULTIPLE
 
+# Numbers of tokens that belong to one sample: token t of the run's sample i (in its order, from 0) has the number
+# i * NUMBERS_OF_SAMPLE + t. So it follows from the step, the sample and the place in it, whatever the packing.
+NUMBERS_OF_SAMPLE = 2**24
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -33,7 +37,8 @@ class MicroBatch:
     input_ids: (b, s) int64. labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised,
     else -100. position_ids: (b, s) int64, counted from 0 in each sample.
     documents: (b, s) int64, document ids: the index of each token's sample in its row, with padding as one more
-    document; None if each row is one sample. lengths: (b,) int64, real tokens of each row. num_samples: 0 for a batch
+    document; None if each row is one sample. numbers: (b, s) int64, the number of each token in the whole run, 0 for
+    padding; None if nothing asks for them. lengths: (b,) int64, real tokens of each row. num_samples: 0 for a batch
     of padding alone. num_tokens: real tokens. num_supervised: labels that are not -100.
     """
 
@@ -45,11 +50,12 @@ class MicroBatch:
     num_samples: int
     num_tokens: int
     num_supervised: int
+    numbers: torch.Tensor | None = None
 
     @property
     def model_input(self) -> StepInput:
         """The input of the model."""
-        return StepInput(self.input_ids, self.position_ids, self.labels, self.documents)
+        return StepInput(self.input_ids, self.position_ids, self.labels, self.documents, self.numbers)
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ class GlobalBatch:
     """The plan of one optimizer step, the same on every rank.
 
     micro_batches: lists of rows of sample indices; unpacked rows are sorted by length.
+    places: the same rows, with each sample's place in the order of all samples of the run, whatever its index.
     num_supervised, num_tokens, squared_lengths: totals of all samples of the step.
     consumed_samples: samples consumed after this step; a resumed run starts from it.
     """
 
     micro_batches: Sequence[Rows]
+    places: Sequence[Rows]
     num_supervised: int
     num_tokens: int
     squared_lengths: int
@@ -72,6 +80,10 @@ class GlobalBatch:
         if len(self.micro_batches) % dp_size:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
+
+    def places_on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
+        """`places` of the micro-batches that `on_rank` returns."""
+        return self.places[dp_rank::dp_size]
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
         )
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
+        places=[[[consumed_samples + index for index in row] for row in rows] for rows in micro_batches],
         num_supervised=int(dataset.supervised_counts[indices].sum()),
         num_tokens=int(lengths.sum()),
         squared_lengths=int((lengths**2).sum()),
@@ -151,10 +164,12 @@ def training_steps(
     pad_id: int,
     pad_multiple: int = BASE_MULTIPLE,
     consumed_samples: int = 0,
+    numbered: bool = False,
 ) -> Iterator[TrainingStep]:
     """Yield the steps of one data-parallel rank after `consumed_samples`, without end.
 
-    With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there.
+    With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there. If `numbered`,
+    micro-batches have their tokens' numbers.
     """
     packed = shape.packed_length is not None
     while True:
@@ -162,8 +177,19 @@ def training_steps(
         consumed_samples = plan.consumed_samples
         yield TrainingStep(
             micro_batches=tuple(
-                collate(dataset, rows, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
-                for rows in plan.on_rank(dp_rank, dp_size=shape.dp_size)
+                collate(
+                    dataset,
+                    rows,
+                    pad_id=pad_id,
+                    pad_multiple=pad_multiple,
+                    packed=packed,
+                    places=places if numbered else None,
+                )
+                for rows, places in zip(
+                    plan.on_rank(dp_rank, dp_size=shape.dp_size),
+                    plan.places_on_rank(dp_rank, dp_size=shape.dp_size),
+                    strict=True,
+                )
             ),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
@@ -207,6 +233,7 @@ def collate(
     pad_id: int,
     pad_multiple: int = BASE_MULTIPLE,
     packed: bool = False,
+    places: Rows | None = None,
 ) -> MicroBatch:
     """Concatenate the samples of each row, and pad the rows to a common multiple of `pad_multiple`.
 
@@ -214,6 +241,7 @@ def collate(
 
     Args:
         packed: whether rows may hold several samples; the batch then has document ids.
+        places: of each sample in the order of all samples of the run; the batch then has its tokens' numbers.
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
@@ -221,6 +249,7 @@ def collate(
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int64)
+    numbers = np.zeros(shape, dtype=np.int64)
     for number, row in enumerate(rows or [[]]):
         start = 0
         for document, index in enumerate(row):
@@ -230,6 +259,8 @@ def collate(
             labels[number, start : stop - 1] = np.where(supervised[1:], sample[1:], IGNORED_LABEL)
             positions[number, start:stop] = np.arange(len(sample))
             documents[number, start:stop] = document
+            if places is not None:
+                numbers[number, start:stop] = places[number][document] * NUMBERS_OF_SAMPLE + np.arange(len(sample))
             start = stop
         # Padding after one sample continues its positions, as it attends to it; packed, it is its own document.
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
@@ -243,6 +274,7 @@ def collate(
         num_samples=sum(map(len, rows)),
         num_tokens=sum(lengths),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
+        numbers=torch.from_numpy(numbers) if places is not None else None,
     )
 
 

@@ -33,7 +33,7 @@ REJECTED_SECTIONS = {
     "gradient_predivide_factor": "nothing: the loss is divided by the supervised tokens of the global batch",
     "sparse_gradients": "nothing: no trained tensor is sparse",
     "optimizer": "--learning_rate and --weight_decay",
-    "scheduler": "--learning_rate, --warmup_steps and --max_steps",
+    "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _SWITCH, _SECTION = ((bool,), "true or false"), ((dict,), "an object")

@@ -1,6 +1,7 @@
 """The flat list of layers as DeepSpeed pipeline stages: our partition and layers, DeepSpeed's 1F1B schedule.
 
-Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). Stages send hidden states to
+Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout the tokens'
+numbers are in one tensor with the position ids. Stages send hidden states to
 each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator.
 """
 
@@ -57,9 +58,10 @@ class PipelinedModel(PipelineModule):
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
         """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
-        tokens_or_hidden, positions, *documents = inputs
+        tokens_or_hidden, places, *documents = inputs
+        positions, numbers = places.unbind() if places.ndim == 3 else (places, None)
         output: torch.Tensor | Attended = self.stage(
-            tokens_or_hidden, positions, documents=documents[0] if documents else None
+            tokens_or_hidden, positions, documents=documents[0] if documents else None, numbers=numbers
         )
         return output
 

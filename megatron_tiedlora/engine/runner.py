@@ -30,12 +30,14 @@ class StepInput(NamedTuple):
     """One micro-batch: tokens, position ids and labels (the next token or -100), each (b, s) int64, on the host.
 
     `documents` holds document ids, (b, s) int64: tokens attend only within their document. None: one per row.
+    `numbers`, (b, s) int64, are the tokens' numbers, from which dropout follows. None: there is none.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
     documents: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
 
 def inputs_to_fill(num_stages: int) -> int:
@@ -126,9 +128,12 @@ class PlainRunner(Runner):
         """Summed loss of a micro-batch, a scalar."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
+        numbers = None if batch.numbers is None else self._on_device(batch.numbers)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
-            loss: torch.Tensor = self.engine(tokens, positions, supervised, documents=batch.documents)
+            loss: torch.Tensor = self.engine(
+                tokens, positions, supervised, documents=batch.documents, numbers=numbers
+            )
         return loss
 
     def accumulate(self, batches: Sequence[StepInput], denominator: float, between: Callable[[], None]) -> float:
@@ -226,8 +231,13 @@ class PipelineRunner(Runner):
         return *self._supervised(batch), self._denominator
 
     def _position_ids(self, batch: StepInput) -> tuple[torch.Tensor, ...]:
-        """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries."""
-        positions = self._on_device(batch.positions)
+        """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
+
+        With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are
+        tensors, of which only the last may be missing.
+        """
+        places = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
+        positions = self._on_device(places)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _forward(self, buffer_id: int) -> None:

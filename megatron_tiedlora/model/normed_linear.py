@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.adapters import low_rank
+from megatron_tiedlora.adapters.input_dropout import InputDropout
 from megatron_tiedlora.parallel.collectives import SEQUENCE_DIM, all_gather, all_reduce, end_to_end, reduce_scatter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -56,13 +57,16 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int) -> Projection:
+    def projection(
+        self, tensor_parallel: TensorParallel, *, num_rows: int, dropout: InputDropout | None = None
+    ) -> Projection:
         """The linear for one call. Its parameters go to autograd beside, see `tensors`.
 
         Args:
             num_rows: b of the call's (b, s) tokens.
+            dropout: of the update's input.
         """
-        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels)
+        return Projection(self.frozen, self.eps, num_rows, tensor_parallel, self.kernels, dropout)
 
     @property
     def tensors(self) -> Parameters:
@@ -108,6 +112,7 @@ class Projection:
     num_rows: int
     tensor_parallel: TensorParallel
     kernels: Kernels
+    dropout: InputDropout | None = None
 
     def forward(
         self,
@@ -129,7 +134,7 @@ class Projection:
         normed = normed.view(hidden.shape)
         known = ax is not None
         if a is not None and not known:
-            ax = low_rank.reduce_input(normed, a)
+            ax = low_rank.reduce_input(normed, a, self._drop_local)
         normed, gathered = self._enter(normed, None if known else ax)
         ax = ax if known else gathered
         projected = self.weight.times_transposed(_flat(normed), bias).view(*normed.shape[:-1], -1)
@@ -169,13 +174,18 @@ class Projection:
         if needs.a:
             assert grad_ax is not None and hidden is not None and wide is not None
             normed = self.kernels.apply_norm(as_rows(hidden), norm.detach(), detached(norm_bias), root)
-            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, wide)
+            grad_a = low_rank.gradient_of_a(_flat(grad_ax), normed, wide, self._drop_local)
         if grad_normed is not None:
             assert hidden is not None
             inputs = (as_rows(grad_normed), as_rows(hidden))
             found = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root)
             grad_hidden = found.view(hidden.shape)
         return grad_hidden, grad_a, grad_f
+
+    @property
+    def _drop_local(self) -> low_rank.Drop | None:
+        """Dropout for this rank's part of the sequence, which is all of it without sequence parallelism."""
+        return None if self.dropout is None else self.dropout.of_local
 
     def _enter(
         self, normed: torch.Tensor, ax: torch.Tensor | None
@@ -210,10 +220,11 @@ class Projection:
             size = grad_ax.shape[-1]
             joined = reduce_scatter(low_rank.beside(grad_normed, grad_ax), group, SEQUENCE_DIM)
             grad_normed, grad_ax = low_rank.apart(joined, size)
-            return low_rank.add_share_(grad_normed, grad_ax, a), grad_ax
+            return low_rank.add_share_(grad_normed, grad_ax, a, self._drop_local), grad_ax
         if grad_normed is None:
             return None, grad_ax
-        grad_normed = low_rank.add_share_(grad_normed, grad_ax, a)
+        whole = None if self.dropout is None else self.dropout.of_whole
+        grad_normed = low_rank.add_share_(grad_normed, grad_ax, a, whole)
         if in_parts:
             return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
         return all_reduce(grad_normed, group), grad_ax

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tiedlora.adapters.input_dropout import InputDropout, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
@@ -59,7 +60,15 @@ class Stage(nn.Module):
         *,
         tensor_parallel: TensorParallel | None = None,
         recompute: str = "none",
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        """Build the layers.
+
+        Args:
+            dropout: probability that an input of the adapter is dropped, in calls with the tokens' numbers.
+            seed: of the dropout.
+        """
         super().__init__()
         self.tensor_parallel = tensor_parallel or TensorParallel()
         self.layers = nn.ModuleDict({str(spec.index): spec.build() for spec in specs})
@@ -70,6 +79,7 @@ class Stage(nn.Module):
             self._give_head_its_weight()
         self.adapter = adapter
         self.recompute = recompute
+        self.dropout, self.seed = dropout, seed
         anchored = adapter is not None and not adapter.part.layers
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
@@ -109,6 +119,7 @@ class Stage(nn.Module):
         labels: torch.Tensor | Supervised | None = None,
         *,
         documents: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
         prediction: _Prediction | None = None,
     ) -> torch.Tensor | Attended:
         """The forward pass for training; for predictions call `predict`.
@@ -118,6 +129,7 @@ class Stage(nn.Module):
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised` on the host.
             documents: (b, s) int64, document ids; None: one document per row.
+            numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or
@@ -129,7 +141,8 @@ class Stage(nn.Module):
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
-        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents)
+        updates = self.read_adapter() if numbers is None else self._with_dropout(self.read_adapter(), numbers)
+        output = self.run_blocks(hidden, positions, self.tensor_parallel, documents=documents, updates=updates)
         output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
         if labels is None or isinstance(output, torch.Tensor):
             return output
@@ -207,6 +220,29 @@ class Stage(nn.Module):
         dtype = next(self.layers.parameters()).dtype
         updates = self.adapter(self.tensor_parallel.group, dtype=dtype)
         return dict(zip(self.adapter.part.layers, updates, strict=True))
+
+    def _with_dropout(
+        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor
+    ) -> dict[int, LayerUpdate]:
+        """The updates with dropout of their inputs, for tokens of these numbers (b, s)."""
+        if self.adapter is None or not self.dropout:
+            return dict(updates)
+        part, parts = self.adapter.part, self.tensor_parallel.sequence_parts
+        keys = token_keys(numbers.flatten(), seed=self.seed)
+        local_keys = keys.chunk(parts)[self.tensor_parallel.group.rank] if parts > 1 else keys
+        first = {
+            target.name: part.tp_rank * target.local_sizes(part.tp_size)[0] if target.cut == "row" else 0
+            for target in part.config.targets
+        }
+
+        def dropped(layer: int, name: str) -> InputDropout:
+            salt = dropout_salt(self.seed, layer=layer, target=name)
+            return InputDropout(keys, local_keys, salt=salt, first=first[name], probability=self.dropout)
+
+        return {
+            layer: {name: linear._replace(dropout=dropped(layer, name)) for name, linear in update.items()}
+            for layer, update in updates.items()
+        }
 
     def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
         """Tokens (b, s) int64 -> activations between layers."""

@@ -50,7 +50,8 @@ class Attended(NamedTuple):
             for name in ("grad_a", "grad_f")
             if (tensor := getattr(linear, name)) is not None
         )
-        return self._replace(update={**update, target: update[target]._replace(**{name: function(tensor)})})
+        changed: dict[str, Any] = {name: function(tensor)}
+        return self._replace(update={**update, target: update[target]._replace(**changed)})
 
 
 class SupervisedTail:
@@ -78,8 +79,8 @@ class SupervisedTail:
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`."""
-        supervised, joined = self._supervised(attended, labels, tensor_parallel)
-        update = attended.mlp_update
+        supervised, local_rows, joined = self._supervised(attended, labels, tensor_parallel)
+        update = _at_rows(attended.mlp_update, supervised.rows, local_rows)
         stand_ins = [tensor for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
 
         def summed(joined: torch.Tensor, *stand_ins: torch.Tensor | None) -> torch.Tensor:
@@ -98,19 +99,19 @@ class SupervisedTail:
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel
     ) -> torch.Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
-        supervised, joined = self._supervised(attended, labels, tensor_parallel)
+        supervised, _, joined = self._supervised(attended, labels, tensor_parallel)
         losses = self._losses(joined, attended.mlp_update, supervised, tensor_parallel, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
     def _supervised(
         self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
-    ) -> tuple[Supervised, torch.Tensor]:
-        """The supervised positions, and the last block's result there, up to its MLP."""
+    ) -> tuple[Supervised, torch.Tensor, torch.Tensor]:
+        """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts = tensor_parallel.sequence_parts
         supervised = labels if isinstance(labels, Supervised) else find_supervised(labels, num_parts)
         local_rows = supervised.of_part(tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
-        return supervised, self._join(attended, tensor_parallel, supervised.rows, local_rows)
+        return supervised, local_rows, self._join(attended, tensor_parallel, supervised.rows, local_rows)
 
     def _losses(
         self,
@@ -145,4 +146,13 @@ class SupervisedTail:
         if rows is not None and local_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, rows)[None]
+            update = _at_rows(update or {}, rows, local_rows)
         return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
+
+
+def _at_rows(update: LayerUpdate, rows: torch.Tensor, local_rows: torch.Tensor) -> LayerUpdate:
+    """The update for some tokens only: its dropout is that of these tokens."""
+    return {
+        name: linear if linear.dropout is None else linear._replace(dropout=linear.dropout.at(rows, local_rows))
+        for name, linear in update.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,9 @@ from megatron_tiedlora.base.paths import PathIn, last_name, user_path
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.yaml_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.trackers import TENSORBOARD
 from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
+from megatron_tiedlora.runtime.trackers import Trackers
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
@@ -42,6 +44,7 @@ class RunFolder:
     checkpoints = PathIn("checkpoints")  # resumable ones, and `latest`
     logs = PathIn(LOGS_FOLDER)  # the output of each rank
     tensorboard = PathIn("tensorboard")  # the numbers of `metrics` for TensorBoard
+    profile = PathIn("profile")  # the trace of each rank, with --profile
     adapter = PathIn("adapter")  # the best adapter so far, native format
     status = PathIn("run_status.json")  # how the run ended; absent while it runs
     settings = PathIn("run.yaml")  # every setting as resolved, versions and seed
@@ -126,7 +129,7 @@ def choose_run_folder(output_dir: str | None, *, name: str, resume: str) -> RunF
         UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
     folder = _named_or_next(output_dir, name=name, resume=resume)
-    reject_links(folder.checkpoints, folder.logs, folder.tensorboard)
+    reject_links(folder.checkpoints, folder.logs, folder.tensorboard, folder.profile)
     return folder
 
 
@@ -155,15 +158,27 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. After a resume, rows beyond the resumed step are removed: they are written again.
+    """metrics.jsonl, TensorBoard and trackers. After a resume, rows beyond the resumed step are removed from the first
+    two: they are written again.
 
     metrics.jsonl is replaced and opened once, so that a start which has lost the folder cannot add rows to it.
     """
 
-    def __init__(self, folder: RunFolder, *, resumed_step: int, evaluated_step: int | None = None) -> None:
-        """Open the logs of a run that resumes from `resumed_step` and was last evaluated after `evaluated_step`."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        resumed_step: int,
+        evaluated_step: int | None = None,
+        report_to: Sequence[str] = (TENSORBOARD,),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the logs of a run that resumes from `resumed_step` and was last evaluated after `evaluated_step`.
 
+        Args:
+            report_to: of --report_to.
+            settings: what trackers show as the run's configuration.
+        """
         self._folder = folder
         last = {"train": resumed_step, "validation": evaluated_step or 0}
         rows = read_metrics(folder.metrics) if resumed_step else []
@@ -173,13 +188,8 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
         folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
-        try:
-            self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
-        except OSError as error:
-            raise UserError(
-                f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder that you own,"
-                " or remove it"
-            ) from error
+        self._board = _open_board(folder, resumed_step) if TENSORBOARD in report_to else None
+        self._trackers = Trackers(report_to, folder=folder.path, settings=settings or {})
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row: `step`, `split`, and unrounded numbers.
@@ -194,17 +204,33 @@ class MetricsLog:
             line = (json.dumps(dict(row)) + "\n").encode()
             while line:  # on a full disk only a part may be written; the next write raises the reason
                 line = line[self._stream.write(line) :]
-            for name, value in row.items():
-                if name not in ("step", "split"):
-                    self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
-            self._board.flush()
+            if self._board is not None:
+                for name, value in row.items():
+                    if name not in ("step", "split"):
+                        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
+                self._board.flush()
         except OSError as error:
             raise UserError(f"{self._folder.path}: its logs cannot be written ({error.strerror or error})") from error
+        self._trackers.log(row)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files, and end the run of each tracker."""
         self._stream.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+        self._trackers.close()
+
+
+def _open_board(folder: RunFolder, resumed_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+    try:
+        return SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
+    except OSError as error:
+        raise UserError(
+            f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder that you own,"
+            " or remove it"
+        ) from error
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

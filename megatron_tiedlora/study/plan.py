@@ -18,6 +18,7 @@ import torch
 from megatron_tiedlora.base.atomic import discard
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings
@@ -39,11 +40,12 @@ from megatron_tiedlora.study.record import (
     last_lines,
 )
 from megatron_tiedlora.study.scores import BASE_NAME, best_run, read_run, read_score
+from megatron_tiedlora.training.length import with_models_length
 from megatron_tiedlora.training.plan import plan_run
 
 # Training settings that the evaluation on the test set shares.
 _SHARED_WITH_EVALUATE = (
-    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "max_length", "tensor_parallel", "pipeline_parallel"),
+    *("seed", "timeout_minutes", "model", "tokenizer", "dtype", "tensor_parallel", "pipeline_parallel"),
     *("task", "test_file", "prompt_template", "max_new_tokens", "columns", "chat_template", "add_bos"),
     *("special_tokens_in_text", "data_rules"),
 )
@@ -112,10 +114,15 @@ class SweepPlan:
         best = best_run(self.folder, self.grid.runs(point), metric=self.command.train.eval_metric)
         return None if best is None else best.name
 
+    def _max_steps(self, run: Path) -> int:
+        """The number of steps of a run that has started; with --epochs it has counted them itself."""
+        train, recorded = self.command.train, RunFolder(run).settings
+        found = None if train.epochs is None else read_yaml_mapping(recorded).get("max_steps")
+        return found if isinstance(found, int) else train.max_steps
+
     def _train(self, run: Run, lock: int) -> StudyJob:
         path = self.folder.run(run.name)
         guard = self.folder.guard
-        max_steps = self.command.train.max_steps
 
         def command(slot: tuple[str, ...]) -> Command:
             guard()
@@ -134,7 +141,7 @@ class SweepPlan:
             row = last_row(RunFolder(path).metrics)
             if row is None:
                 return 0.0, "starting"
-            step = int(row["step"])
+            step, max_steps = int(row["step"]), self._max_steps(path)
             return min(step / max_steps, 1.0), f"step {step} of {max_steps}, {row['split']} loss {row['loss']:.4f}"
 
         return StudyJob(run.name, (), command, failure, done)
@@ -151,6 +158,7 @@ class SweepPlan:
             discard(folder, guard=self.folder.guard)  # it has no result
             settings = {
                 **{setting: getattr(self.command.train, setting) for setting in _SHARED_WITH_EVALUATE},
+                "max_length": with_models_length(self.command.train, self.source).max_length,
                 "adapter": None if point is None else self.folder.run(name) / "adapter",
                 "batch_size": self.settings.test_batch_size,
                 "limit": self.test_limit,

@@ -135,7 +135,14 @@ def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
-        return Stage(specs, adapter, tensor_parallel=tensor_parallel, recompute=plan.settings.recompute)
+        return Stage(
+            specs,
+            adapter,
+            tensor_parallel=tensor_parallel,
+            recompute=plan.settings.recompute,
+            dropout=plan.settings.dropout,
+            seed=plan.settings.seed,
+        )
 
     if grid.pp_size == 1:
         process_grid = make_process_grid(grid)
@@ -156,8 +163,15 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
     settings, adapter = plan.settings, built.stage.adapter
     assert adapter is not None
     trained = [parameter for parameter in built.stage.parameters() if parameter.requires_grad]  # the anchor too
-    optimizer = make_optimizer(trained, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-    scheduler = make_scheduler(optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps)
+    optimizer = make_optimizer(
+        trained,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+    )
+    scheduler = make_scheduler(
+        optimizer, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps, schedule=settings.schedule
+    )
     engine = initialize_engine(
         built.module, plan.engine, optimizer=optimizer, scheduler=scheduler, process_grid=built.process_grid
     )

@@ -28,6 +28,7 @@ from megatron_tiedlora.planning.memory import (
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
 from megatron_tiedlora.training.init_from import start_lines
+from megatron_tiedlora.training.length import epochs_of, length_warnings
 from megatron_tiedlora.training.plan import RunPlan, plan_run
 from megatron_tiedlora.training.run_data import RunData, prepare_data
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
@@ -46,6 +47,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         sections += [_memory(plan), _messages(plan), _batches(plan), no_data]
     else:
         data = prepare_data(plan, progress=True)
+        plan = plan.counted(len(data.train))
         first = FirstStep(data, plan.global_batch(data.train))
         sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]
         sections += [_data(plan, data), _sample(data)]
@@ -255,6 +257,8 @@ def _batches(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         f"  global batch {b.global_batch_size} samples, {plan.batches_in_words}",
         f"  {plan.settings.max_steps} steps, {plan.settings.max_steps * b.global_batch_size:,} samples",
     ]
+    if first is None and plan.settings.epochs is not None:
+        lines[-1] = f"  --epochs {plan.settings.epochs:g}: its steps are counted from data, and a preset reads none"
     if first is not None:
         lines.append(_fill(plan, first))
     elif plan.settings.packing:
@@ -286,10 +290,9 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
             f"  {name:<12}{len(split):>10,}{len(split.tokens):>14,}{split.num_supervised:>14,}"
             f"{int(split.lengths.max()):>10,}{split.truncated_prompts:>8,}"
         )
-    epochs = plan.settings.max_steps * plan.settings.global_batch_size / len(data.train)
-    lines.append(f"  the run sees the training part {epochs:.2f} times")
+    lines.append(f"  the run sees the training part {epochs_of(plan.settings, len(data.train)):.2f} times")
     lines += (f"  {line}" for line in data.notes)
-    return lines
+    return [*lines, *(f"  warning: {warning}" for warning in length_warnings(plan.settings, data.train))]
 
 
 def _sample(data: RunData) -> list[str]:

@@ -60,7 +60,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
     recorded = recorded_run(settings)
     if recorded is not None:  # what was given is compared with all of the record once it is resumed
         taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
-        return make_settings({**settings.model_dump(), **taken, **_given(settings, source)})
+        return make_settings({**settings.model_dump(exclude_unset=True), **taken, **_given(settings, source)})
     given, folder = _given(settings, source), user_path(settings.init_from)
     if settings.resume != "none" and given.keys() == set(_TAKEN_OVER) and not folder.exists():
         return settings  # this host does not see the run that is resumed, but a --config of it says everything
@@ -72,7 +72,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
                 f"--{name} {flag_value(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
                 f" {flag_value(decided[name])}; leave --{name} out, or give another adapter"
             )
-    return make_settings({**settings.model_dump(), **decided})
+    return make_settings({**settings.model_dump(exclude_unset=True), **decided})
 
 
 def load_start(

@@ -30,6 +30,7 @@ from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.checks import require_finite
 from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.profiling import StepProfiler
 from megatron_tiedlora.training.run_data import RunData
 from megatron_tiedlora.training.step import StepReport, TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
@@ -55,6 +56,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._step = TrainStep(self.plan, self.runner, self.stop, finished=self.progress.step)
+        self._profiler = StepProfiler(self.plan.settings.profile, self.folder, rank=self.plan.grid.rank)
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +90,10 @@ class Trainer:
             except RunStopped:
                 self.save()
                 raise
+            finally:
+                self._profiler.finish()
+                if self.log is not None:
+                    self.log.close()
 
     def _out_of_patience(self) -> bool:
         return self.progress.evaluations_since_best >= self.plan.settings.patience
@@ -103,9 +109,10 @@ class Trainer:
 
     def _train_step(self, step: TrainingStep, bar: Any) -> None:
         """Take one step on this rank's micro-batches; afterwards raise RunStopped if any rank should stop."""
-        report = self._step.run(
-            step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
-        )
+        with self._profiler.step(self.progress.step + 1):
+            report = self._step.run(
+                step, save_due=self._save_is_due, failure=self._log_failure, saved_step=self._saved_step
+            )
         self.progress = replace(self.progress, step=report.number, consumed_samples=step.consumed_samples)
         self._save_due = bool(report.votes.save_due)
         self._report(bar, report, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,10 @@ from megatron_tiedlora.adapters.gathering import AdapterLayout
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.load_model import DTYPES, resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.batch import GPU_MICRO_BATCH_TOKENS, BatchPlan, default_rows, plan_batches
 from megatron_tiedlora.config.decoding import resolve_max_new_tokens
-from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
@@ -32,8 +30,10 @@ from megatron_tiedlora.planning.stages import StagePlan, plan_stages
 from megatron_tiedlora.planning.traffic import MicroBatchShape, micro_batch_shape
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import run_name
+from megatron_tiedlora.runtime.trackers import check_installed
 from megatron_tiedlora.training.init_from import with_start
 from megatron_tiedlora.training.kept_rules import with_kept_rules
+from megatron_tiedlora.training.length import with_counted_steps, with_models_length
 
 # Settings that may differ between a checkpoint and the run that resumes it: they do not change what it computes.
 LAYOUT_SETTINGS = frozenset(
@@ -41,7 +41,7 @@ LAYOUT_SETTINGS = frozenset(
         *("ds_config", "output_dir", "resume", "take_over", "base_differs", "dry_run", "world_size", "plan_for"),
         *("deterministic", "timeout_minutes", "tensor_parallel", "pipeline_parallel", "sequence_parallel", "recompute"),
         *("replica_check_steps", "compile", "micro_batch_size", "packing", "save_interval", "save_interval_minutes"),
-        *("keep_checkpoints", "test_file", "eval_batch_size"),
+        *("keep_checkpoints", "test_file", "eval_batch_size", "report_to", "profile"),
         # Compared by content, not by name: the base by its hashes, the data by its tokens.
         *("model", "tokenizer", "train_file", "validation_file", "prompt_template", "columns", "chat_template"),
     )
@@ -137,6 +137,7 @@ class RunPlan:
             pad_id=pad_id,
             pad_multiple=self.layout.pad_multiple,
             consumed_samples=consumed_samples,
+            numbered=self.settings.dropout > 0,
         )
 
     @property
@@ -190,6 +191,10 @@ class RunPlan:
         """MODEL-TASK-METHOD-rRANK[-TARGETS], for the run folder."""
         return run_name(self.settings)
 
+    def counted(self, num_samples: int) -> RunPlan:
+        """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
+        return replace(self, settings=with_counted_steps(self.settings, num_samples))
+
     def resolved_settings(self) -> dict[str, Any]:
         """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
         values = self.settings.model_dump()
@@ -197,6 +202,7 @@ class RunPlan:
             dtype=self.dtype_name,
             layers=list(self.adapter.layers),
             targets=list(self.settings.targets),
+            report_to=list(self.settings.report_to),
             init_std_a=self.adapter.init_std_a,
             init_std_b=self.adapter.init_std_b,
             micro_batch_size=self.batches.micro_batch_size,
@@ -223,8 +229,13 @@ def plan_run(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
+    if rank == 0:  # only rank 0 reports
+        check_installed(settings.report_to)
     grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     on_gpu = uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu"
+    # An error must not wait for a download of weights.
+    found = source or find_model(settings.model, weights=False)
+    shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     batches = plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
@@ -238,9 +249,6 @@ def plan_run(
         min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    # An error must not wait for a download of weights.
-    found = source or find_model(settings.model, weights=False)
-    shape, settings = found.shape, with_start(settings, found)
     resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
@@ -260,23 +268,3 @@ def plan_run(
     if weights and source is None:
         found = find_model(settings.model)
     return RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
-
-
-def check_resumed_settings(plan: RunPlan, saved: Mapping[str, Any], *, data_sha256: str, source: str) -> None:
-    """Raise UserError if a checkpoint's settings contradict the plan's; it names the setting and both values."""
-    # Checkpoints of earlier versions adapt QKV alone, read rows by their own rules, and do not say so.
-    saved = {"targets": [QKV], "data_rules": 1, **saved}
-    for name, value in plan.resolved_settings().items():
-        if name in LAYOUT_SETTINGS or (name not in saved and name != "init_from"):  # no old run had --init_from
-            continue
-        if name == "max_new_tokens" and plan.settings.eval_metric == "loss":  # changes nothing in such a run
-            continue
-        before = saved.get(name)
-        if (list(before) if isinstance(before, (list, tuple)) else before) != value:
-            was, now = ("left out" if given is None else flag_value(given) for given in (before, value))
-            raise UserError(f"{source}: trained with --{name} {was}, but now it is {now}; resume with the same value")
-    if saved.get("data_sha256") != data_sha256:
-        raise UserError(
-            f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
-            " tokenised differently). Resume with the same data"
-        )

@@ -38,7 +38,9 @@ from megatron_tiedlora.runtime.run_folder import (
 )
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
-from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings
+from megatron_tiedlora.training.length import length_warnings, steps_in_words
+from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.resumed import check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 
 
@@ -80,8 +82,19 @@ def _reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None
     except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
         return
     if checkpoint is not None:
-        check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(checkpoint.folder))
+        _check_settings(plan, data, checkpoint)
         check_resumed_base(plan, checkpoint)
+
+
+def _check_settings(plan: RunPlan, data: RunData, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's."""
+    check_resumed_settings(
+        plan,
+        checkpoint.settings,
+        step=checkpoint.progress.step,
+        data_sha256=data.sha256,
+        source=str(checkpoint.folder),
+    )
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
@@ -97,7 +110,13 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
                 adopt_checkpoint(folder, checkpoint)
             write_run_settings(plan, folder)
             start = checkpoint.progress if checkpoint is not None else Progress()
-            log = MetricsLog(folder, resumed_step=start.step, evaluated_step=start.evaluated_step)
+            log = MetricsLog(
+                folder,
+                resumed_step=start.step,
+                evaluated_step=start.evaluated_step,
+                report_to=plan.settings.report_to,
+                settings=plan.resolved_settings(),
+            )
         except UserError as error:
             failure = error
     raise_on_every_rank(failure)
@@ -130,7 +149,7 @@ def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpo
     if checkpoint is None:
         return None
     step_folder = checkpoint.folder
-    check_resumed_settings(plan, checkpoint.settings, data_sha256=data.sha256, source=str(step_folder))
+    _check_settings(plan, data, checkpoint)
     best = checkpoint.progress.best_step
     if best in (None, checkpoint.progress.step):
         return checkpoint
@@ -226,11 +245,13 @@ def headline(
         layers += f" ({', '.join(targets)})"
     lines = [
         f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
-        f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters",
+        f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+        + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
         f" {data.train.truncated_prompts} prompts truncated to {settings.max_length} tokens",
         f"batches    {plan.batches.global_batch_size} samples per step, {plan.batches_in_words},"
         f" ZeRO-{plan.engine.zero_stage}",
+        f"length     {steps_in_words(settings, len(data.train))}, schedule {settings.schedule}",
     ]
     lines[3:3] = [f"           {note}" for note in data.notes]
     if grid.tp_size * grid.pp_size > 1:
@@ -248,4 +269,5 @@ def headline(
         lines.append(f"start      values of {settings.init_from}")
     notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    return [*lines, *(f"note       {note}" for note in notes)]
+    warnings = length_warnings(settings, data.train)
+    return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

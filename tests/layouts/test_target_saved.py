@@ -46,6 +46,7 @@ class Case(NamedTuple):
     shards_sequences: bool
     stages: int
     index: int
+    dropout: float = 0.0
 
 
 CASES = [
@@ -56,6 +57,7 @@ CASES = [
     for number, targets in enumerate(SUBSETS)
     for method, layers in ((("tl6", (1, 2, 3, 4)), ("tl1", (2, 4)), ("tl3", (4,)), ("lora", (2, 3)))[number - index],)
 ]
+CASES += [case._replace(dropout=0.3) for case in CASES[::5]]  # whose masks are computed again, and not saved
 
 
 def run_case(case: Case, groups: ParallelGroups) -> float:
@@ -78,7 +80,8 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
     labels[:, : LENGTH // 2] = -100
     inputs = tokens if plan.is_first else stage.empty_hidden(ROWS, LENGTH).normal_().requires_grad_()
     with saved_by_autograd(stage) as saved:
-        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH))
+        numbers = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) if case.dropout else None
+        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), numbers=numbers)
         if plan.is_last:
             stage.tail.loss(output, labels, stage.tensor_parallel)
     after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else None
@@ -99,7 +102,13 @@ def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGr
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)
     tensor_parallel = TensorParallel(groups.tensor, case.shards_sequences)
-    stage = Stage(specs[first : last + 1], adapter, tensor_parallel=tensor_parallel, recompute=case.recompute)
+    stage = Stage(
+        specs[first : last + 1],
+        adapter,
+        tensor_parallel=tensor_parallel,
+        recompute=case.recompute,
+        dropout=case.dropout,
+    )
     for parameter in stage.parameters():
         parameter.data.normal_(0.0, 0.05)
     return stage

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from engine_worker import run_cases
 from forked_ranks import run_on_ranks
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
+from oracle_dropout import dropout
 from oracle_training import OracleBatch, OracleRun, oracle_train
 from safetensors.torch import load_file, save_file
 from tiny_models import pack_samples
@@ -117,14 +119,20 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, o
     for step in range(settings["max_steps"]):
         count = settings["global_batch_size"]
         indices = sample_indices(len(dataset), seed=settings["seed"], consumed=step * count, count=count)
-        samples = []
-        for index in indices.tolist():
+        samples, numbers = [], []
+        for place, index in enumerate(indices.tolist(), start=step * count):
             tokens = torch.from_numpy(dataset.sample(index).astype("int64"))
             labels = torch.full_like(tokens, -100)
             learned = torch.from_numpy(dataset.supervised_of(index)[1:])
             labels[:-1][learned] = tokens[1:][learned]
             samples.append(OracleBatch(tokens[None], labels[None]))
-        steps.append([pack_samples(samples[first : first + 4]) for first in range(0, count, 4)])
+            numbers.append([place * 2**24 + t for t in range(len(tokens))])
+        rows = [pack_samples(samples[first : first + 4]) for first in range(0, count, 4)]
+        if p := settings.get("dropout"):
+            joined = [list(itertools.chain(*numbers[first : first + 4])) for first in range(0, count, 4)]
+            draws = [dropout(ids, seed=settings["seed"], probability=p) for ids in joined]
+            rows = [replace(row, drops=[drawn]) for row, drawn in zip(rows, draws, strict=True)]
+        steps.append(rows)
     # One thread: on busy cores, threads that share such small products mostly wait for each other (50 s in place of 1).
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

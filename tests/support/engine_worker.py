@@ -20,7 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 
 
-def sgd(parameters: Any, *, learning_rate: float, weight_decay: float) -> Any:
+def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: Any) -> Any:
     """In place of training.optimizer.make_optimizer: p -= lr (g + decay p), without momentum."""
     from torch.optim import SGD
 

@@ -6,7 +6,7 @@ Owns the case, its micro-batches and what a rank does with them. Leaves the answ
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_tiedlora.adapters.tying import sum_of_u, sum_tied_gradients_, tied
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
@@ -34,6 +35,7 @@ from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_ha
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 
 DTYPE = torch.float64
+SEED = 7  # of dropout
 ALPHA = 6.0  # another number than any rank here, so that a forgotten alpha / r shows
 
 
@@ -50,6 +52,7 @@ class Case:
     sequence_parallel: bool = False
     recompute: str = "none"
     packed: bool = False
+    dropout: float = 0.0
 
     @property
     def counted(self) -> bool:
@@ -106,6 +109,27 @@ class Case:
         """
         samples = self.samples
         assert samples[2].num_supervised == 0 and all(samples[i].num_supervised for i in (0, 1, 3, 4, 5))
+        return self._arranged(samples)
+
+    @cached_property
+    def numbers(self) -> list[list[int]]:
+        """The number of each token of each sample: of places that are not next to each other, one beyond 32 bits."""
+        places = [5, 6, 2**20, 8, 9, 17]
+        return [
+            [place * NUMBERS_OF_SAMPLE + t for t in range(sample.input_ids.shape[1])]
+            for place, sample in zip(places, self.samples, strict=True)
+        ]
+
+    @cached_property
+    def micro_batch_numbers(self) -> list[torch.Tensor]:
+        """The same for the micro-batches, with anything for padding."""
+        pairs = zip(self.samples, self.numbers, strict=True)
+        return [
+            batch.input_ids
+            for batch in self._arranged([replace(sample, input_ids=torch.tensor([n])) for sample, n in pairs])
+        ]
+
+    def _arranged(self, samples: list[OracleBatch]) -> list[OracleBatch]:
         multiple = self.layout[0] if self.sequence_parallel else 1
         if not self.packed:
             parts = [samples[2:3], samples[:2], samples[3:]]
@@ -186,6 +210,8 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
         adapter,
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
+        dropout=case.dropout,
+        seed=SEED,
     )
     with torch.no_grad():  # a weight that nobody reads must not go unseen
         for name, parameter in stage.named_parameters():
@@ -215,11 +241,12 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
+    numbers = case.micro_batch_numbers[grid.dp_rank :: grid.dp_size]
     loss, input_gradients = 0.0, []
     adapter.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
-        for batch in batches:
-            value, gradient = walk.train(batch, num_supervised)
+        for batch, drawn in zip(batches, numbers, strict=True):
+            value, gradient = walk.train(batch, num_supervised, drawn if case.dropout else None)
             loss += value
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
@@ -253,13 +280,16 @@ class _Walk:
     grid: Grid
     groups: ParallelGroups
 
-    def train(self, batch: OracleBatch, num_supervised: int) -> tuple[float, torch.Tensor | None]:
+    def train(
+        self, batch: OracleBatch, num_supervised: int, numbers: torch.Tensor | None
+    ) -> tuple[float, torch.Tensor | None]:
         """(loss, gradient of what came from the stage before)."""
         inputs = self._inputs(batch)
         if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
-            loss = self.stage(batch.input_ids, _position_ids(batch), batch.labels) / num_supervised
+            summed = self.stage(batch.input_ids, _position_ids(batch), batch.labels, numbers=numbers)
+            loss = summed / num_supervised
         else:
-            output = self.stage(inputs, _position_ids(batch), documents=batch.documents)
+            output = self.stage(inputs, _position_ids(batch), documents=batch.documents, numbers=numbers)
             if not self._is_last:
                 distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
                 gradient = torch.empty_like(output)

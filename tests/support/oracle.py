@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 IGNORED_LABEL = -100
+Drop = Callable[[Tensor, int, str], Tensor]  # of x (S, d), a 1-based layer and a target
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The base model's shape
@@ -207,12 +208,14 @@ def _linears(
     target: str,
     layer: int,
     update_dtype: torch.dtype | None,
+    drop: Drop | None,
 ) -> list[Tensor]:
     """The linears of a target in the 1-based `layer`, each a product of its own, with their rows of the update."""
     parts = [_project(x, weights, f"model.layers.{layer - 1}.{module}") for module in TARGET_PARTS[target].values()]
     if adapter is None or adapter.of_layer(layer, target) is None:
         return parts
-    update = adapter_update(x, adapter, layer, update_dtype, target=target)
+    dropped = x if drop is None else drop(x, layer, target)
+    update = adapter_update(dropped, adapter, layer, update_dtype, target=target)
     return [part + rows for part, rows in zip(parts, update.split(config.target_rows(target), dim=-1), strict=True)]
 
 
@@ -244,11 +247,12 @@ def _logits_of_sequence(
     positions: Tensor,
     rope_dtype: torch.dtype,
     update_dtype: torch.dtype | None,
+    drop: Drop | None,
 ) -> Tensor:
     """tokens and positions (S,), visible (S, S) -> (S, vocabulary)."""
 
     def linears(x: Tensor, target: str, layer: int) -> list[Tensor]:
-        return _linears(x, weights, config, adapter, target, layer, update_dtype)
+        return _linears(x, weights, config, adapter, target, layer, update_dtype, drop)
 
     x = embedding(tokens, weights["model.embed_tokens.weight"])
     size = int(config.head_dim * config.rotary_share)
@@ -284,6 +288,7 @@ def oracle_logits(
     documents: Tensor | None = None,
     rope_dtype: torch.dtype = torch.float32,
     update_dtype: torch.dtype | None = None,
+    drops: Sequence[Drop] | None = None,
 ) -> Tensor:
     """Logits (B, S, vocabulary) in the dtype of `weights` (HF names), each sequence on its own.
 
@@ -296,6 +301,7 @@ def oracle_logits(
             the same; only differences of positions matter).
         documents: (B, S) ids of packed documents; a token sees only its own. Positions do not restart by themselves.
         update_dtype: where the adapter's product is computed, by default the dtype of `weights`.
+        drops: dropout of the adapter's inputs, one function for each sequence.
     """
     batch, length = input_ids.shape
     every = torch.ones(batch, length, dtype=torch.bool)
@@ -307,7 +313,7 @@ def oracle_logits(
         if documents is not None:
             visible &= documents[b][:, None] == documents[b][None, :]
         visible |= torch.eye(length).bool()
-        rows.append(
-            _logits_of_sequence(weights, config, adapter, input_ids[b], visible, positions[b], rope_dtype, update_dtype)
-        )
+        drop = None if drops is None else drops[b]
+        tokens = input_ids[b], visible, positions[b]
+        rows.append(_logits_of_sequence(weights, config, adapter, *tokens, rope_dtype, update_dtype, drop))
     return torch.stack(rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from oracle import IGNORED_LABEL, OracleAdapter, OracleConfig, _wide, oracle_logits
+from oracle import IGNORED_LABEL, Drop, OracleAdapter, OracleConfig, _wide, oracle_logits
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,6 +27,7 @@ class OracleBatch:
     attention_mask: Tensor | None = None
     positions: Tensor | None = None
     documents: Tensor | None = None
+    drops: Sequence[Drop] | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -66,6 +67,7 @@ def oracle_loss(
             part.attention_mask,
             part.positions,
             documents=part.documents,
+            drops=part.drops,
             **precision,
         )
         total = total + token_losses(logits, part.labels).sum()

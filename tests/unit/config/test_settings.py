@@ -24,15 +24,16 @@ from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONF
 # interface.md, "Settings of launch/train.py": scripts rely on these names.
 INTERFACE = {
     "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
-    " keep_checkpoints take_over base_differs",
+    " keep_checkpoints take_over base_differs report_to profile",
     "model": "model tokenizer dtype max_length",
-    "adapter": "init_from method rank alpha layers targets init_std_a init_std_b",
+    "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
     " chat_template add_bos special_tokens_in_text data_rules",
     "speed": "packing compile recompute",
-    "optimisation": "global_batch_size micro_batch_size max_steps learning_rate weight_decay warmup_steps"
-    " gradient_clipping eval_interval eval_metric eval_samples patience save_interval save_interval_minutes",
+    "optimisation": "global_batch_size micro_batch_size max_steps epochs learning_rate weight_decay warmup_steps"
+    " schedule beta1 beta2 gradient_clipping eval_interval eval_metric eval_samples patience save_interval"
+    " save_interval_minutes",
 }
 
 
@@ -103,6 +104,30 @@ def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
     assert settings.alpha == 2  # follows the rank that holds in the end
 
 
+def test_epochs_and_steps_replace_each_other_where_one_is_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 3\nwarmup_steps: 1\n")
+    assert parse_settings(["--config", str(file)], Settings).epochs == 3
+    settings = parse_settings(["--config", str(file), "--max_steps=7"], Settings)
+    assert (settings.epochs, settings.max_steps) == (None, 7)
+    file.write_text("max_steps: 7\n")
+    assert parse_settings(["--config", str(file), "--epochs=0.5"], Settings).epochs == 0.5
+    file.write_text("max_steps: 7\nepochs: 2\n")
+    assert "give one" in refusal("--config", str(file))
+    file.write_text("max_steps: 7\nepochs: 2\nversions: {torch: '2'}\n")  # a run.yaml: its steps were counted
+    assert parse_settings(["--config", str(file)], Settings).epochs == 2
+
+
+def test_only_what_was_given_counts_as_set() -> None:
+    assert parse_settings(["--rank=2"], Settings).model_fields_set == {"rank"}
+
+
+def test_report_to() -> None:
+    assert parse_settings([], Settings).report_to == ("tensorboard",)
+    assert parse_settings(["--report_to=none"], Settings).report_to == ()
+    assert parse_settings(["--report_to", "wandb, tensorboard,wandb"], Settings).report_to == ("wandb", "tensorboard")
+
+
 def test_what_run_yaml_records_beside_settings_is_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("rank: 4\ntokenizer: null\nranks: 2\nversions: {torch: '2'}\n")
@@ -163,6 +188,14 @@ def test_launchers_local_rank_is_accepted_before_the_users_arguments() -> None:
         (["--layers=3,1"], ["--layers 3,1", "ascending"]),
         (["--layers=a"], ["--layers"]),
         (["--warmup_steps=90", "--max_steps=80"], ["--warmup_steps 90", "--max_steps 80"]),
+        (["--epochs=3", "--max_steps=80"], ["--epochs 3 and --max_steps 80", "give one"]),
+        (["--epochs=0"], ["--epochs 0"]),
+        (["--schedule=cos"], ["--schedule cos", "'cosine'"]),
+        (["--beta2=1"], ["--beta2 1"]),
+        (["--report_to=wanbd"], ["'wanbd' is unknown (did you mean wandb?)", "or none"]),
+        (["--profile=3"], ["--profile 3: give FIRST:LAST"]),
+        (["--profile=5:3"], ["--profile 5:3"]),
+        (["--profile=30:31", "--max_steps=20"], ["--profile 30:31", "--max_steps 20"]),
         (["--global_batch_size=0"], ["--global_batch_size 0"]),
         (["--max_steps=-1"], ["--max_steps -1"]),
         (["--patience=0"], ["--patience 0"]),
@@ -186,6 +219,7 @@ def test_refused_flags(argv: list[str], parts: list[str]) -> None:
     [
         ("learning_rte: 1", ["unknown setting 'learning_rte'", "did you mean learning_rate?"]),
         ("rank: 0", ["--rank 0"]),
+        ("profile: 3:5", ["--profile", "in quotes"]),
         ("rank: [", ["run.yaml:", "not valid YAML"]),
         ("- a\n- b", ["run.yaml", "found a list"]),
         ("1: 2", ["unknown setting 1"]),

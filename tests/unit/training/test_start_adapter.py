@@ -21,7 +21,8 @@ from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.training.dry_run import dry_run_report
 from megatron_tiedlora.training.init_from import read_start
-from megatron_tiedlora.training.plan import RunPlan, check_resumed_settings, plan_run
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+from megatron_tiedlora.training.resumed import check_resumed_settings
 
 TARGETS = ("o_proj", "gate_up")
 

@@ -1,0 +1,164 @@
+"""Names that people know from other tools, and what they are here: the answer to a flag or YAML key that is unknown.
+
+`{name}` stands for one of our settings, and is written as a flag or as a key. An answer is only given by a command that
+has all the settings that it names. For a name that is in no table the nearest spelling is guessed.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping
+
+from megatron_tiedlora.base.wording import nearest_name
+
+
+def _same(answer: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), answer)
+
+
+OUR_NAMES: Mapping[str, str] = {
+    # optimisation
+    **_same("{learning_rate}", "lr learning_rates base_lr max_lr"),
+    **_same("{epochs}", "num_train_epochs num_epochs n_epochs max_epochs epoch"),
+    **_same("{max_steps}", "steps num_steps train_iters max_iters total_steps num_training_steps iterations"),
+    **_same(
+        "{micro_batch_size}, the rows of a forward pass; {global_batch_size} sets the samples of a step",
+        "per_device_train_batch_size per_device_batch_size micro_batch train_micro_batch_size_per_gpu device_batch_size"
+        " mbs",
+    ),
+    **_same("{global_batch_size}, the samples of a step over all ranks", "batch_size train_batch_size gbs batch bs"),
+    **_same(
+        "{global_batch_size}: it is micro batch x accumulation steps x data-parallel ranks, and the steps follow",
+        "gradient_accumulation_steps grad_accum gradient_accumulation accumulate_grad_batches grad_acc accum_steps",
+    ),
+    **_same("{eval_batch_size}", "per_device_eval_batch_size"),
+    **_same("{weight_decay}", "wd"),
+    **_same("{warmup_steps}", "warmup num_warmup_steps lr_warmup_steps lr_warmup_iters warmup_iters"),
+    **_same("{warmup_steps}, a number of steps", "warmup_ratio warmup_proportion lr_warmup_fraction"),
+    **_same("{schedule}", "lr_scheduler_type lr_scheduler scheduler lr_schedule lr_decay_style scheduler_type"),
+    **_same("{beta1}", "adam_beta1"),
+    **_same("{beta2}", "adam_beta2"),
+    **_same("{beta1} and {beta2}", "betas adam_betas adamw_betas"),
+    **_same("{gradient_clipping}", "max_grad_norm grad_clip clip_grad gradient_clip_val max_norm grad_norm"),
+    **_same(
+        "{eval_interval}, a number of steps", "eval_steps eval_every evaluation_strategy eval_strategy val_interval"
+    ),
+    **_same("{save_interval}, a number of steps", "save_steps save_every save_strategy save_freq ckpt_interval"),
+    **_same("{keep_checkpoints}", "save_total_limit keep_last save_top_k max_checkpoints"),
+    **_same("{patience}", "early_stopping_patience early_stopping"),
+    **_same("{eval_metric}", "metric_for_best_model load_best_model_at_end"),
+    # the adapter
+    **_same("{rank}", "lora_r r lora_rank lora_dim adapter_dim low_rank"),
+    **_same("{alpha}", "lora_alpha lora_scale lora_scaling"),
+    **_same("{alpha}: the scale is alpha / rank, so rank-stabilised LoRA is alpha = sqrt(rank)", "use_rslora rslora"),
+    **_same("{dropout}", "lora_dropout adapter_dropout"),
+    **_same(
+        "{targets}: qkv (q_proj, k_proj and v_proj), o_proj, gate_up (gate_proj and up_proj), down_proj, or all",
+        "target_modules lora_target_modules lora_target modules lora_modules lora_target_linear target",
+    ),
+    **_same("{layers}", "layers_to_transform lora_layers num_lora_layers"),
+    **_same("{method}", "peft_type peft_method tuner_type train_type finetuning_type peft adapter_type lora"),
+    **_same(
+        "{init_from}", "adapters lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter"
+    ),
+    # the model
+    **_same(
+        "{model}", "model_name_or_path model_name model_id base_model base_model_name_or_path model_path checkpoint"
+    ),
+    **_same("{tokenizer}", "tokenizer_name_or_path tokenizer_name tokenizer_path tokenizer_model"),
+    **_same("{dtype} bf16", "bf16 bfloat16 pure_bf16"),
+    **_same("{dtype} fp32", "fp32 float32"),
+    **_same("{dtype}", "torch_dtype precision mixed_precision"),
+    **_same("{dtype} bf16; fp16 is not offered", "fp16 float16 half"),
+    **_same(
+        "{max_length}",
+        "max_seq_length max_seq_len seq_length seq_len sequence_len cutoff_len block_size model_max_length max_len"
+        " max_tokens context_length sequence_length max_sequence_length",
+    ),
+    # ranks
+    **_same("{tensor_parallel}", "tp tp_size tensor_model_parallel_size tensor_parallel_size"),
+    **_same("{pipeline_parallel}", "pp pp_size pipeline_model_parallel_size pipeline_parallel_size"),
+    **_same("{sequence_parallel}", "sp"),
+    **_same(
+        "what {tensor_parallel} and {pipeline_parallel} leave of the ranks that the launcher starts",
+        "dp dp_size data_parallel data_parallel_size num_gpus nproc_per_node nproc num_processes gpus devices",
+    ),
+    **_same("{ds_config}, for example zero2.json", "deepspeed deepspeed_config ds zero_stage zero"),
+    **_same("{ds_config} zero3.json, which shards the base as FSDP does", "fsdp fsdp_config"),
+    **_same(
+        "{recompute} full",
+        "gradient_checkpointing activation_checkpointing checkpoint_activations recompute_granularity",
+    ),
+    # data and the run
+    **_same(
+        "{train_file}", "dataset dataset_name data data_path train_data train_dataset dataset_path train_files datasets"
+    ),
+    **_same(
+        "{validation_file}", "val_dataset eval_dataset validation_data val_data eval_file val_file validation_files"
+    ),
+    **_same("{chat_template}", "template chat_template_path"),
+    **_same("{columns}", "column_mapping columns_mapping text_column dataset_text_field prompt_column"),
+    **_same(
+        "{train_on}", "assistant_only_loss train_on_inputs completion_only_loss loss_scale train_on_responses_only"
+    ),
+    **_same("{packing}", "sample_packing pack padding_free"),
+    **_same("{output_dir}", "output out_dir save_dir run_name save_path save output_path logging_dir experiment_name"),
+    **_same("{resume}", "resume_from_checkpoint resume_from load_checkpoint"),
+    **_same("{report_to}", "logger log_with trackers tracker loggers"),
+    **_same(
+        "{report_to} wandb, where the variable WANDB_PROJECT names the project",
+        "wandb wandb_project use_wandb wandb_run_name",
+    ),
+    **_same("{profile}", "profiler use_profiler torch_profiler"),
+    **_same("{compile}", "torch_compile"),
+    **_same("{seed}", "random_seed data_seed"),
+}
+
+# What no command offers, and what there is instead.
+NOT_OFFERED: Mapping[str, str] = {
+    **_same(
+        "a 4-bit or 8-bit base is not offered yet; the base is bf16 or fp32, and ZeRO-3, tensor and pipeline"
+        " parallelism divide it over ranks",
+        "load_in_4bit load_in_8bit quantization quantization_bit quantize bnb_4bit_quant_type use_qlora qlora quant"
+        " quantization_config bnb_4bit_compute_dtype",
+    ),
+    **_same("FP8 is not offered yet", "fp8 fp8_format"),
+    **_same("DoRA is not offered", "use_dora dora"),
+    **_same("NEFTune is not offered", "neftune_noise_alpha neftune"),
+    **_same("the optimizer is always AdamW", "optim optimizer optimizer_type optim_type"),
+    **_same("context parallelism is not offered yet", "cp cp_size context_parallel context_parallel_size"),
+    **_same("streaming is not offered: rows are tokenised once and cached", "streaming stream"),
+    **_same("a run does not upload anything", "push_to_hub hub_model_id hub_token"),
+    **_same("code of a model's author is never run", "trust_remote_code"),
+    **_same("every step is logged", "logging_steps log_interval log_every logging_strategy"),
+    **_same(
+        "attention is chosen by device and installed packages; a run says which at its start",
+        "attn_implementation flash_attn use_flash_attention use_flash_attn flash_attention attention_backend attn_impl",
+    ),
+    **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
+}
+
+
+def name_hint(given: str, known: Iterable[str]) -> str:
+    """What an unknown name means here: ' (...)' with the answer of the tables, else with the nearest name, else ''.
+
+    Args:
+        given: a flag with its dashes, or a key; `known` likewise.
+    """
+    names = list(known)
+    dashes = "--" if given.startswith("-") else ""
+    bare = given.lstrip("-").replace("-", "_").lower()
+    if f"{dashes}{bare}" in names:
+        return f" (did you mean {dashes}{bare}?)"
+    if bare in NOT_OFFERED:
+        return f" ({NOT_OFFERED[bare]})"
+    answer = OUR_NAMES.get(bare)
+    if answer is None:
+        return nearest_name(given, names)
+    if not _settings_in(answer) <= {name.lstrip("-") for name in names}:
+        return ""  # this command has nothing of the kind, so a similar spelling would mislead
+    return f" (here it is {answer.format(**{name: dashes + name for name in _settings_in(answer)})})"
+
+
+def _settings_in(answer: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(answer) if name}

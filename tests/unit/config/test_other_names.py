@@ -1,0 +1,80 @@
+"""Names from other tools: the tables hold, and every command answers with its own names, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import CommandSettings
+from megatron_tiedlora.config.other_names import NOT_OFFERED, OUR_NAMES, _settings_in, name_hint
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.sweep_settings import parse_sweep
+
+# Settings that the table names and that a training run will have.
+ANNOUNCED = {"chat_template", "columns", "train_on"}
+
+
+def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_settings(list(argv), kind)
+    return str(caught.value)
+
+
+def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
+    named = set().union(*map(_settings_in, OUR_NAMES.values()))
+    assert named - ANNOUNCED <= set(Settings.model_fields)
+    assert not OUR_NAMES.keys() & NOT_OFFERED.keys()
+    assert not (OUR_NAMES.keys() | NOT_OFFERED.keys()) & set(Settings.model_fields)
+    for name in (*OUR_NAMES, *NOT_OFFERED):
+        assert name == name.replace("-", "_").lower()
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--lr", "--learning_rate"),
+        ("--num_train_epochs", "--epochs"),
+        ("--num-train-epochs", "--epochs"),
+        ("--lora_r", "--rank"),
+        ("--bf16", "--dtype bf16"),
+        ("--load_in_4bit", "not offered yet"),
+        ("--target_modules", "--targets: qkv (q_proj"),
+        ("--per_device_train_batch_size", "--micro_batch_size"),
+        ("--gradient_accumulation_steps", "--global_batch_size"),
+        ("--lr_scheduler_type", "--schedule"),
+        ("--max_seq_length", "--max_length"),
+        ("--wandb_project", "--report_to"),
+        ("--fp16", "fp16 is not offered"),
+        ("--deepspeed", "--ds_config"),
+        ("--LR", "--learning_rate"),
+    ],
+)
+def test_flags(flag: str, answer: str) -> None:
+    message = refusal(flag, "1")
+    assert message.startswith(f"unknown argument {flag} (") and answer in message and message.endswith("; see --help")
+    assert "did you mean" not in message
+
+
+def test_keys_of_a_file_and_of_a_program_have_no_dashes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-4\n")
+    assert refusal("--config", str(file)) == f"{file}: unknown setting 'lr' (here it is learning_rate)"
+    file.write_text("load_in_4bit: true\n")
+    assert "'load_in_4bit' (a 4-bit or 8-bit base is not offered yet" in refusal("--config", str(file))
+
+
+def test_a_command_answers_with_its_own_names_only() -> None:
+    assert refusal("--lr=1", kind=EvaluateSettings) == "unknown argument --lr; see --help"
+    assert "(here it is --model)" in refusal("--model_name_or_path=x", kind=EvaluateSettings)
+    with pytest.raises(UserError, match=r"--lora_alpha \(here it is --alpha\)"):
+        parse_sweep(["--output_dir=x", "--lora_alpha=4"])
+
+
+def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:
+    assert name_hint("--learning-rate", ["--learning_rate"]) == " (did you mean --learning_rate?)"
+    assert name_hint("--rnak", ["--rank", "--alpha"]) == " (did you mean --rank?)"
+    assert name_hint("--gibberish", ["--help", "--rank"]) == ""

@@ -1,0 +1,101 @@
+"""--max_length by default, the steps of --epochs, and the warnings on both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_helpers import write_rows
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.data.order import sample_indices
+from megatron_tiedlora.training.length import length_warnings, steps_in_words, steps_of_epochs, with_counted_steps
+from megatron_tiedlora.training.plan import RunPlan, plan_run
+
+
+def settings_of(**values: Any) -> Settings:
+    return make_settings({"model": "llama2-7b", "dry_run": True, **values})
+
+
+def plan_of(model: Path, **values: Any) -> RunPlan:
+    given = {"model": str(model), "task": "custom", "train_file": "rows.jsonl", **values}
+    return plan_run(make_settings(given), rank=0, world_size=1)
+
+
+def test_a_default_max_length_is_the_model_s_and_a_given_one_holds(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    positions = plan_of(model).source.shape.max_positions
+    assert 8 < positions < 512
+    assert plan_of(model).settings.max_length == positions
+    assert plan_of(model, task="demo").settings.max_length == positions  # the demo's 512 is a default too
+    assert plan_of(model, max_length=16).settings.max_length == 16
+    with pytest.raises(UserError, match=f"--max_length {positions + 1}: .* Give at most {positions}"):
+        plan_of(model, max_length=positions + 1)
+    long = plan_run(settings_of(model="llama3.1-8b"), rank=0, world_size=1, weights=False)
+    assert long.settings.max_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    [(3, 24, 4, 18), (1, 25, 4, 7), (0.5, 24, 4, 3), (1.1, 50, 1, 55), (2, 5, 256, 1), (1.5, 7, 2, 6)],
+)
+def test_steps_of_epochs(epochs: float, samples: int, batch: int, steps: int) -> None:
+    """1.1 * 50 is more than 55 in binary; and every sample is seen at least so often as whole epochs say."""
+    assert steps_of_epochs(epochs, num_samples=samples, global_batch_size=batch) == steps
+    seen = np.bincount(sample_indices(samples, seed=1, consumed=0, count=steps * batch), minlength=samples)
+    assert seen.min() >= int(epochs)
+
+
+def test_the_default_warm_up_is_shortened_and_a_given_one_is_not() -> None:
+    counted = with_counted_steps(settings_of(epochs=2), 1000)
+    assert (counted.max_steps, counted.warmup_steps, counted.epochs) == (8, 8, 2)
+    assert with_counted_steps(settings_of(epochs=2), 10**6).warmup_steps == 50
+    assert with_counted_steps(settings_of(epochs=2, warmup_steps=3), 1000).warmup_steps == 3
+    with pytest.raises(UserError, match="--warmup_steps 9 is more than the 8 steps of --epochs 2"):
+        with_counted_steps(settings_of(epochs=2, warmup_steps=9), 1000)
+    plain = settings_of(max_steps=7)
+    assert with_counted_steps(plain, 1000) is plain
+
+
+class Train:
+    """The part of a data set that the warnings read."""
+
+    def __init__(self, samples: int, truncated_prompts: int) -> None:
+        self.samples, self.truncated_prompts = samples, truncated_prompts
+
+    def __len__(self) -> int:
+        return self.samples
+
+
+def test_warnings_name_the_number_and_the_flag() -> None:
+    def found(cut: int, max_steps: int) -> list[str]:
+        train: Any = Train(12800, cut)
+        return length_warnings(settings_of(max_steps=max_steps), train)
+
+    assert found(128, 1000) == []  # 1 % and 20 epochs are not too much
+    (cut,) = found(129, 1000)
+    assert cut.startswith("129 of 12,800 training prompts (1.0%)") and "--max_length 4096" in cut
+    (often,) = found(0, 1001)
+    assert "12,800 training samples 20.0 times; --epochs 3 in place of --max_steps 1001" in often
+
+
+def test_the_first_lines_say_how_steps_and_epochs_follow() -> None:
+    assert steps_in_words(settings_of(max_steps=10), 512) == "10 steps, 5.00 passes over the 512 training samples"
+    counted = with_counted_steps(settings_of(epochs=1.5), 512)
+    assert steps_in_words(counted, 512) == "3 steps, for --epochs 1.5 of 512 training samples at 256 per step"
+
+
+def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
+    from megatron_tiedlora.training.dry_run import dry_run_report
+
+    model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
+    given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
+    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"}))
+    assert "  75 steps, 600 samples" in report and "sees the training part 30.00 times" in report
+    assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
+    preset = dry_run_report(settings_of(epochs=2))
+    assert "--epochs 2: its steps are counted from data" in preset and "2000 steps" not in preset
