@@ -20,6 +20,6 @@ def with_kept_rules(settings: Settings) -> Settings:
     recorded = recorded_run(settings)
     if recorded is None or "data_rules" in recorded:
         return settings
-    values, given = settings.model_dump(), settings.model_fields_set
+    values, given = settings.model_dump(exclude_unset=True), settings.model_fields_set
     first = {name: value for name, value in FIRST_RULES.items() if name not in given}
     return make_settings({**values, **first, "data_rules": 1})

@@ -55,6 +55,7 @@ def test_a_resumed_run_keeps_its_rules(tmp_path: Path) -> None:
     assert rules(with_kept_rules(given(new, resume="auto"))) == NEW
     assert rules(with_kept_rules(given(tmp_path / "none", resume="auto"))) == NEW
     assert rules(with_kept_rules(given(old, resume="auto", data_rules=2))) == NEW  # the resume itself rejects it
+    assert with_kept_rules(given(old, resume="auto", epochs=2)).epochs == 2  # its steps are not counted yet
     message = refusal(lambda: with_kept_rules(given(old, resume="auto", add_bos="false")))
     assert message.startswith("--add_bos false contradicts --data_rules 1, which means true")
 
