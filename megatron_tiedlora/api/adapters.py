@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.native_adapter import load_adapter as load_nat
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_model, model_source
-from megatron_tiedlora.hf.update import Place, find_places, merge_, with_update
+from megatron_tiedlora.hf.update import Place, check_whole, find_places, merge_, with_update
 
 
 @dataclass
@@ -63,6 +63,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     folder = find_model(model or adapter.base.base_model).weights_folder()
+    keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or DTYPES[adapter.base.dtype], use_safetensors=True, trust_remote_code=False, **keywords
     )
@@ -111,9 +112,16 @@ def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: boo
         UserError: as `attach`; or the weights are quantised, offloaded or sharded.
     """
     if adapter is None:
-        adapter, base_differs = _attached(model).adapter, True  # it was checked when it was attached
+        attached = _attached(model).adapter  # it was checked when it was attached
         detach(model)
+        try:
+            return merge(model, attached, base_differs=True)
+        except UserError:
+            attach(model, attached, base_differs=True)
+            raise
     update, places = _on(model, adapter, base_differs=base_differs)
+    for name, place in places.items():  # before any weight is changed
+        check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
         merge_(model.get_submodule(name).weight.data, update, place)
     setattr(model, _STATE, _State(adapter, merged=True))
@@ -129,13 +137,16 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
 
     Args:
         prompts: a text, or several.
-        tokenizer: a tokenizer of transformers (default: the one of the model's folder).
+        tokenizer: a tokenizer of transformers (default: the one that the attached adapter was trained with, or else the
+            one of the model's folder).
         keywords: further arguments of transformers' `generate` [max_new_tokens=256, do_sample=False].
     """
     if tokenizer is None:
         from megatron_tiedlora.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(model.config.name_or_path)
+        state = getattr(model, _STATE, None)
+        own = None if state is None else state.adapter.base.tokenizer
+        tokenizer = load_tokenizer(own or model.config.name_or_path)
     options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
     answers = []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, so that no padding changes a bit
@@ -160,7 +171,8 @@ def _on(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> tuple[Tied
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(find_places(source.shape, adapter.config))
-    return update.to(base_layer_of(model.get_submodule(next(iter(places)))).weight.device), places
+    device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device
+    return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module
 
 
 def _attached(model: Any) -> _State:

@@ -36,7 +36,7 @@ PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter of format versi
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
-_LARGEST_STD = 1e3  # of the initial values
+LARGEST_STD = 1e3  # of the initial values
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class StoredAdapter(BaseIdentity):
         if not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
             raise UserError(f"{file}: alpha = {self.alpha:g} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
         for name in ("init_std_a", "init_std_b"):
-            if not 0 <= getattr(self, name) <= _LARGEST_STD:
-                raise UserError(f"{file}: {name} = {getattr(self, name):g} is not between 0 and {_LARGEST_STD:g}")
+            if not 0 <= getattr(self, name) <= LARGEST_STD:
+                raise UserError(f"{file}: {name} = {getattr(self, name):g} is not between 0 and {LARGEST_STD:g}")
         for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
                 raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")

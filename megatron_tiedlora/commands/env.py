@@ -31,13 +31,16 @@ LIBRARIES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
     *("huggingface_hub", "numpy", "pydantic", "triton", "flash_attn", "mpi4py", "rouge-score", "sacrebleu"),
 )
-# Prefixes of variables that change what runs.
+# Variables that change what runs: names, and prefixes that end with an underscore.
 VARIABLES = (
-    *("CUDA_VISIBLE_DEVICES", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE", "GLOO_"),
+    *("CUDA_VISIBLE_DEVICES", "NCCL_", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE", "GLOO_"),
+    *("TORCH_NCCL_", "TORCH_LOGS", "TORCH_EXTENSIONS_DIR", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_", "TORCHELASTIC_"),
     *("OMP_NUM_THREADS", "LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE"),
-    *("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    *("SLURM_JOB_", "SLURM_STEP_", "SLURM_PROCID", "SLURM_LOCALID"),
     *("OMPI_COMM_WORLD_", "PMI_RANK", "PMI_SIZE", "MEGATRON_TIEDLORA_"),
 )
+_PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
 _LONGEST = 200  # characters of a value
 
 
@@ -67,13 +70,15 @@ def environment_report() -> dict[str, dict[str, Any]]:
         "extras": {name: _extra(name) for name in EXTRAS},
         "machine": _machine(),
         "variables": {
-            name: value[:_LONGEST] for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+            name: value[:_LONGEST]
+            for name, value in sorted(os.environ.items())
+            if name in VARIABLES or name.startswith(_PREFIXES)
         },
     }
 
 
 def _extra(name: str) -> str:
-    missing = missing_modules(name)
+    missing = missing_modules(*(("train", "eval") if name == "demo" else ()), name)
     return f"lacks {', '.join(missing)}" if missing else "installed"
 
 

@@ -24,7 +24,8 @@ examples:
   tiedlora index runs diff one-run another-run
 
 The index has a row for each native adapter below DIR: path, name, base and its hashes, method, rank, alpha, targets,
-layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are left out.
+layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are left out, and
+links are not followed. It exits with 1 if an adapter cannot be read, which is said and left out.
 `verify` reads every adapter, checks its checksums, and exits with 1 if one is damaged or has changed since it was
 indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite file.
 """
@@ -74,8 +75,9 @@ def main(argv: Sequence[str]) -> int:
     match options.action:
         case "build":
             count, problems = build_index(root, progress=True)
-            show(f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}", *(f"left out: {p}" for p in problems))
-            return 0
+            indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
+            show(*(f"left out: {problem}" for problem in problems), indexed)
+            return 1 if problems else 0
         case "find":
             entries = find_entries(root, wanted)
             lines = [json.dumps(asdict(entry)) for entry in entries] if options.json else _table(entries)

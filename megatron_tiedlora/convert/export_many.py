@@ -80,7 +80,10 @@ def export_all(
     there = [name for name in names.values() if (output / name).exists()]
     if there:
         raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}; give a folder that can be written") from None
 
     @cache
     def base_of(named: str, *hashes: str | None) -> ModelSource:

@@ -16,9 +16,14 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import first_line
 
 
+def has_peft() -> bool:
+    """Whether PEFT is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
 def require_peft() -> None:
     """Raise UserError if PEFT is not installed."""
-    if importlib.util.find_spec("peft") is None:
+    if not has_peft():
         raise UserError("checking a PEFT adapter needs peft; run `pip install peft`")
 
 

@@ -149,9 +149,12 @@ def is_merged(source: ModelSource) -> bool:
 
 
 def _named_base(folder: Path) -> str:
-    """The path or else the name of the base in a PEFT folder; '' if there is none."""
-    content = read_peft_config(folder)
-    named = _export_record(folder).get(BASE_PATH, content.get("base_model_name_or_path"))
+    """The path of the base on this host, or else its name in a PEFT folder; '' if there is none."""
+    named = read_peft_config(folder).get("base_model_name_or_path")
+    path = _export_record(folder).get(BASE_PATH)
+    with suppress(UserError):  # it cannot be a path
+        if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(named, str)):
+            return path
     return named if isinstance(named, str) else ""
 
 

@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adapter, stored_dtype
-from megatron_tiedlora.convert.in_transformers import peft_logits, require_peft, transformers_logits
+from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
@@ -91,6 +91,8 @@ def choose_runtimes(
             (),
             f"{source.name} takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too",
         )
+    if given is None and "peft" in there and not has_peft():
+        return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
     if given is None:
         return there, ""
     names = [] if given == "none" else given.split(",")

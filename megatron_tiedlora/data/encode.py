@@ -261,8 +261,10 @@ class _Encoder:
         return int(self._tokenizer.eos_token_id)
 
     def _shortened(self, example: Example) -> Example | None:
-        """A chat without its first exchange; None if no more can be left out."""
-        shorter = None if example.conversation is None else example.conversation.without_first_exchange()
+        """A chat without its first exchange; None if no more can be left out, or by the rules of version 0.1."""
+        if example.conversation is None or self._chat.reading.first_rules:
+            return None
+        shorter = example.conversation.without_first_exchange()
         if shorter is None:
             return None
         segments, num_prompt = self._chat.segments(shorter, example.source)

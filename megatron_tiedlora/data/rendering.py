@@ -89,9 +89,15 @@ def _place(
     """Where the answer `index` stands in the rendering of all messages."""
     prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
     start = _common(prompt, whole)
-    # The start of an answer may hold more than an answer has, but the turns before it have to be the same.
-    if start < len(prompt) and not whole.startswith(_render(tokenizer, messages[:index], tools)):
-        raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
+    if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
+        before = _render(tokenizer, messages[:index], tools)
+        if not whole.startswith(before):
+            raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
+        # What the answer has in common with that start belongs to the answer, so look where another one would begin.
+        other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
+        begins = other.find(_OTHER)
+        if begins >= 0 and whole.startswith(other[:begins]):
+            start = min(start, begins)
     until = _render(tokenizer, messages[: index + 1], tools)
     if whole.startswith(until):
         return start, len(until)
@@ -103,6 +109,9 @@ def _place(
         if (not added or added.rstrip().endswith(_THOUGHT_END)) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
     raise TurnsChange(f"writes message {index + 1} ({shown(text[:40])}) in another way once others follow")
+
+
+_OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use
 
 
 def _common(first: str, second: str) -> int:

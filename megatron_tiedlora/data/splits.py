@@ -232,7 +232,7 @@ def _prompt(task: Task, parts: Parts, source: str, template: str | None, chat: C
         if len(parts.conversation.answers) > 1 and chat.reading.train_on != "last_turn":
             raise UserError(f"{source}: --prompt_template makes one answer of a chat; give --train_on last_turn too")
         segments, num_prompt = chat.segments(parts.conversation, source)
-        fields = {**_guarded(fields, chat, source), "prompt": marked(segments[:num_prompt])}
+        fields = {**_guarded(fields, chat, source, only=_names(template)), "prompt": marked(segments[:num_prompt])}
     elif parts.prompt is None or template is not None:
         fields = _guarded(fields, chat, source, only=_names(template or task.template))
     if template is not None:

@@ -203,7 +203,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _parsed(text: str, name: str, where: str) -> Any:
     try:
-        return plain_json(json.loads(text), name, where)
+        return json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: field {name!r} is not JSON: {shown(text)}") from None
 

@@ -57,6 +57,14 @@ def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: P
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
+def check_whole(weight: torch.Tensor, place: Place) -> None:
+    """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
+    shape = dict(zip(place.rule.hf_names, place.rule.hf_shapes(), strict=True))[place.stored]
+    plain = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
+    if not plain or tuple(weight.shape) != tuple(shape):
+        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tools/merge_adapter.py")
+
+
 @torch.no_grad()
 def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: Place, *, sign: int = 1) -> None:
     """W += sign B' A' in place, with the bits of a merged checkpoint.
@@ -64,8 +72,7 @@ def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: Place, *, sign: in
     Raises:
         UserError: the weight is quantised, offloaded or sharded.
     """
+    check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter))
-    if not weight.is_floating_point() or tuple(weight.shape) != (len(b), a.shape[1]) or weight.is_meta:
-        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tools/merge_adapter.py")
     for rows in row_blocks(tuple(weight.shape)):
         weight[rows] = merged_rows(weight[rows], a, sign * b[rows], weight.dtype)

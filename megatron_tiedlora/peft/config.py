@@ -20,6 +20,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.checksums import check_file
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
+    LARGEST_STD,
     PEFT_TYPE,
     WEIGHTS_FILE,
     StoredAdapter,
@@ -59,6 +60,12 @@ class TiedLoraConfig(PeftConfig):
             raise UserError(f"r = {shown(self.r)} is not a positive integer")
         if self.alpha is not None and not SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA:
             raise UserError(f"alpha = {shown(self.alpha)} is not between {SMALLEST_ALPHA:g} and {LARGEST_ALPHA:g}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise UserError(f"seed = {shown(self.seed)} is not an integer from 0 on")
+        for name in ("init_std_a", "init_std_b"):
+            std = getattr(self, name)
+            if std is not None and not 0 <= std <= LARGEST_STD:
+                raise UserError(f"{name} = {shown(std)} is not between 0 and {LARGEST_STD:g}")
         if self.task_type != "CAUSAL_LM":
             raise UserError(f"task_type {self.task_type} is not implemented; only CAUSAL_LM is")
         try:
@@ -68,8 +75,9 @@ class TiedLoraConfig(PeftConfig):
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
-        layers = tuple(self.layers or range(1, shape.num_layers + 1))
-        if list(layers) != sorted({*layers}) or not 1 <= layers[0] <= layers[-1] <= shape.num_layers:
+        layers = tuple(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
+        numbers = all(type(layer) is int and 1 <= layer <= shape.num_layers for layer in layers)
+        if not layers or not numbers or list(layers) != sorted({*layers}):
             raise UserError(f"layers {shown(list(layers))} are not ascending numbers from 1 to {shape.num_layers}")
         config = make_adapter_config(
             self.method,

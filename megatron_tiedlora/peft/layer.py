@@ -95,5 +95,6 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast to the base's dtype too; adapters stay in fp32.
         adapter, base = self._adapter(adapter_name), self.get_base_layer()
-        if not next(adapter.parameters()).is_meta:
-            adapter.to(device or next(base.parameters()).device)
+        target = device or next(base.parameters()).device
+        if not next(adapter.parameters()).is_meta and target.type != "meta":  # meta: an offloaded module
+            adapter.to(target)

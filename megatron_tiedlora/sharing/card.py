@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +12,12 @@ from megatron_tiedlora.base.errors import printable
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.config.fields import flag_value
+from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.training.plan import LAYOUT_SETTINGS
 
-# The settings of a run that a reader wants to know, and those of them that are files.
-_SETTINGS = (
-    *("task", "method", "rank", "alpha", "targets", "max_steps", "learning_rate", "warmup_steps", "weight_decay"),
-    *("global_batch_size", "max_length", "gradient_clipping", "packing", "dtype", "seed"),
-    *("train_file", "validation_file", "prompt_template"),
-)
-_FILES = ("train_file", "validation_file")
+# Settings that do not decide what was trained: those of the layout, without those that name data.
+_FILES = ("train_file", "validation_file", "chat_template", "tokenizer", "init_from")
+_LEFT_OUT = LAYOUT_SETTINGS - {*_FILES, "prompt_template", "columns"} | {"ranks", "versions", "data_sha256"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _metadata(facts: CardFacts) -> str:
 
 def _score_section(facts: CardFacts) -> Iterator[str]:
     rows = [
-        f"| {moment} training | {name} | {score['score']:.2f} | {low:.2f} to {high:.2f} | {score['n']} |"
+        f"| {moment} training | {_plain(name)} | {score['score']:.2f} | {low:.2f} to {high:.2f} | {score['n']} |"
         for moment in ("before", "after")
         for name, score in facts.scores.get(moment, {}).items()
         for low, high in [score["confidence_interval"]]
@@ -117,17 +116,40 @@ def _score_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _training_section(facts: CardFacts) -> Iterator[str]:
-    chosen = {name: facts.settings[name] for name in _SETTINGS if facts.settings.get(name) is not None}
+    chosen = {
+        name: value
+        for name, value in facts.settings.items()
+        if name in Settings.model_fields and name not in _LEFT_OUT and value not in (None, _default(name))
+    }
     if not chosen:
         return
-    chosen |= {name: last_name(str(chosen[name])) for name in _FILES if name in chosen}
+    if chosen.get("layers") == list(range(1, facts.adapter.base.num_layers + 1)):
+        del chosen["layers"]
+    chosen |= {name: _without_folders(str(chosen[name])) for name in _FILES if name in chosen}
     words = [f"--{name} {shlex.quote(_word(value))}" for name, value in chosen.items()]
-    yield from ("", "## Training", "", "```")
-    yield _plain(f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}")
-    yield "```"
+    # Four marks, because a template of prompts may have three.
+    yield from ("", "## Training", "", "````")
+    yield printable(f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}")
+    yield "````"
     versions = facts.settings.get("versions")
     if isinstance(versions, dict):
         yield from ("", _plain("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."))
+
+
+def _default(name: str) -> Any:
+    """A setting's own default; None if it depends on others."""
+    default = Settings.model_fields[name].default
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _without_folders(given: str) -> str:
+    """The value of a flag for files without the folders of this host; a hub id stays."""
+
+
+    def shortened(part: str) -> str:
+        return last_name(part) if part.startswith(("/", "~", ".")) or os.path.exists(part) else part
+
+    return ",".join(shortened(part.strip()) for part in given.split(","))
 
 
 def _word(value: Any) -> str:
@@ -135,4 +157,4 @@ def _word(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return printable(text).replace("`", "'")
+    return printable(text).replace("`", "'").replace("|", "/")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import astuple, dataclass, fields
+from contextlib import closing
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_file
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.errors import UserError, as_given, shown
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.checksums import file_sha256
@@ -67,17 +67,27 @@ FILTERS = ("name", "base_model", "method", "rank", "targets", "task")  # what `f
 
 
 def read_entry(root: Path, folder: Path) -> Entry:
-    """The row of the native adapter in `folder`, below `root`. Raises UserError if its config cannot be read."""
+    """The row of the native adapter in `folder`, which is `root` or below it.
+
+    Raises:
+        UserError: its config, or the files of its run, cannot be read.
+    """
     config, base, sums = read_config(folder)
     weights, run = folder / WEIGHTS_FILE, RunFolder(folder.parent)
-    in_run = folder.name == "adapter" and run.is_run
+    in_run = folder != root and folder.name == "adapter" and run.is_run
     settings = read_yaml_mapping(run.settings) if in_run else {}
     scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
     try:
         written, size = (folder / CONFIG_FILE).stat(), weights.stat().st_size
     except OSError as error:
         raise UserError(f"{weights}: cannot be read ({error.strerror or error})") from None
+    task = settings.get("task")
+    if not (task is None or isinstance(task, str)):
+        raise UserError(f"{run.settings}: task = {shown(task)} is not a name")
     named = folder.parent if folder.name in ("adapter", NATIVE_FOLDER) else folder
+    for name in (named.name, str(folder)):
+        if not name.isprintable():
+            raise UserError(f"{folder}: its name has characters that cannot be shown; rename it")
     return Entry(
         path=str(folder.relative_to(root)),
         name=named.name,
@@ -90,7 +100,7 @@ def read_entry(root: Path, folder: Path) -> Entry:
         targets=",".join(target.name for target in config.targets),
         layers=len(config.layers),
         parameters=sum(config.num_trained().values()),
-        task=settings.get("task"),
+        task=task,
         scores=None if scores is None else json.dumps(scores),
         run=str(folder.parent.relative_to(root)) if in_run else None,
         sha256=sums.get(WEIGHTS_FILE) or file_sha256(weights),
@@ -100,16 +110,16 @@ def read_entry(root: Path, folder: Path) -> Entry:
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """The folders below `root` that may hold a native adapter. A run's checkpoints and exports are left out."""
+    """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
+    exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
     for file in sorted(root.rglob(CONFIG_FILE)):
         folder = file.parent
+        if any(part.startswith(".") for part in folder.relative_to(root).parts):
+            continue
         in_export = folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file()
         run = RunFolder(folder.parent.parent)
-        if run.is_run and (in_export or folder.parent.name == run.checkpoints.name):
-            continue
-        with suppress(UserError):  # neither native nor PEFT
-            if adapter_kind(folder) == "native":
-                yield folder
+        if not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
+            yield folder
 
 
 def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
@@ -126,16 +136,20 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
     entries, problems = [], []
     for folder in tqdm(find_folders(root), desc="index", unit="adapter", disable=not progress, leave=False):
         try:
-            entries.append(read_entry(root, folder))
+            if adapter_kind(folder, flag=str(folder)) == "native":
+                entries.append(read_entry(root, folder))
         except UserError as error:
             problems.append(str(error))
-    with new_file(root / INDEX_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
-        columns = ", ".join(f"{name} PRIMARY KEY" if name == "path" else name for name in _COLUMNS)
-        database.execute(f"CREATE TABLE adapters ({columns})")
-        database.execute(f"PRAGMA user_version = {FORMAT}")
-        places = ", ".join("?" * len(_COLUMNS))
-        database.executemany(f"INSERT INTO adapters VALUES ({places})", map(astuple, entries))
-        database.commit()
+    try:
+        with new_file(root / INDEX_FILE) as temporary, closing(sqlite3.connect(temporary)) as database:
+            columns = ", ".join(f"{name} PRIMARY KEY" if name == "path" else name for name in _COLUMNS)
+            database.execute(f"CREATE TABLE adapters ({columns})")
+            database.execute(f"PRAGMA user_version = {FORMAT}")
+            places = ", ".join("?" * len(_COLUMNS))
+            database.executemany(f"INSERT INTO adapters VALUES ({places})", map(astuple, entries))
+            database.commit()
+    except sqlite3.Error as error:
+        raise UserError(f"{root / INDEX_FILE}: cannot be written ({error})") from None
     return len(entries), problems
 
 
@@ -181,6 +195,11 @@ def _select(root: Path, condition: str, values: Sequence[Any]) -> list[Entry]:
         raise UserError(f"{file}: cannot be read ({error}); write it again") from None
 
 
+def _identity(entry: Entry) -> Entry:
+    """The row without what may change although the adapter does not."""
+    return replace(entry, scores=None, task=None, run=None, date="", size=0)
+
+
 def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = False) -> list[str]:
     """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
     was indexed."""
@@ -189,7 +208,7 @@ def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = Fal
         folder = root / entry.path
         try:
             load_adapter(folder)
-            if read_entry(root, folder).sha256 != entry.sha256:
+            if _identity(read_entry(root, folder)) != _identity(entry):
                 problems.append(f"{folder}: has changed since it was indexed")
         except UserError as error:
             problems.append(str(error))

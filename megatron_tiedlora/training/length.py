@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, profiled_steps
 from megatron_tiedlora.data.encode import TokenDataset
 
 MANY_CUT = 0.01  # of the training prompts
@@ -37,12 +37,17 @@ def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
     """The settings with the number of steps of --epochs, if that is given. The default warm-up is shortened to it.
 
     Raises:
-        UserError: --warmup_steps is more than that.
+        UserError: --warmup_steps is more than that, or --profile begins after it.
     """
     if settings.epochs is None:
         return settings
     steps = steps_of_epochs(settings.epochs, num_samples=num_samples, global_batch_size=settings.global_batch_size)
     warmup = settings.warmup_steps
+    if settings.profile is not None and profiled_steps(settings.profile)[0] > steps:
+        raise UserError(
+            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}; give earlier"
+            " steps"
+        )
     if warmup > steps and "warmup_steps" in settings.model_fields_set:
         raise UserError(
             f"--warmup_steps {warmup} is more than the {steps} steps of --epochs {settings.epochs:g}; lower it"

@@ -82,8 +82,39 @@ def test_an_index_is_written_anew(root: Path) -> None:
 def test_what_cannot_be_read_is_said_and_left_out(root: Path) -> None:
     file = root / "others/lora" / CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text()), "rank": 5}))
+    (root / "cut").mkdir()
+    (root / "cut" / CONFIG).write_text('{"format_version": 2')
+    (root / ".writing-adapter-1").mkdir()
+    (root / ".writing-adapter-1" / CONFIG).write_text("{")
     count, problems = build_index(root)
-    assert count == 2 and len(problems) == 1 and "does not match its own checksum" in problems[0]
+    assert count == 2 and len(problems) == 2
+    assert "cut/adapter_config.json: not valid JSON" in problems[0] and "does not match its own checksum" in problems[1]
+    assert main([str(root)]) == 1
+
+
+def test_odd_folders_are_one_line(root: Path) -> None:
+    assert build_index(root / "runs/first/adapter") == (1, [])
+    (root / "runs/first/run.yaml").write_text("task: [a]")
+    (root / "others/lora").rename(root / "others/a\nb")
+    count, problems = build_index(root)
+    assert count == 1 and len(problems) == 2
+    assert all("cannot be shown" in problem or "is not a name" in problem for problem in problems)
+    (root / INDEX_FILE).unlink()
+    (root / INDEX_FILE).mkdir()
+    with pytest.raises(UserError, match=INDEX_FILE.replace(".", r"\.")):
+        build_index(root)
+
+
+def test_a_changed_config_is_found(root: Path) -> None:
+    """PEFT writes folders without checksums."""
+    file = root / "others/lora" / CONFIG
+    content = {name: value for name, value in json.loads(file.read_text()).items() if "sha256" not in name}
+    file.write_text(json.dumps(content))
+    build_index(root)
+    file.write_text(json.dumps({**content, "alpha": 80.0}))
+    assert verify_entries(root, find_entries(root, {"name": "lora"})) == [
+        f"{root / 'others/lora'}: has changed since it was indexed"
+    ]
 
 
 def test_verify_names_what_is_damaged_or_changed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,8 @@ SCORES = {
     "after": {"gsm8k": {"score": 12.5, "n": 24, "confidence_interval": [4.0, 25.0]}},
 }
 SETTINGS = {"task": "gsm8k", "method": "tl6", "rank": 4, "targets": ["qkv"], "train_file": "/secret/rows.jsonl",
-            "packing": True, "max_steps": 3, "versions": {"torch": "2.6"}}  # fmt: skip
+            "packing": False, "max_steps": 3, "dropout": 0.1, "layers": [1, 2, 3], "output_dir": "/secret/out",
+            "prompt_template": "```{prompt}", "versions": {"torch": "2.6"}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,9 @@ def test_the_card(run_folder: Path, tmp_path: Path) -> None:
     assert (result["metrics"][0]["type"], result["metrics"][0]["value"]) == ("gsm8k", 12.5)
     assert "method `tl6` of rank 4 on qkv of 3 layers" in body
     assert "| after training | gsm8k | 12.50 | 4.00 to 25.00 | 24 |" in body
-    assert "tiedlora train --model org/base --task gsm8k --method tl6 --rank 4 --targets qkv --max_steps 3" in body
-    assert "--packing true" in body and "--train_file rows.jsonl" in body and "torch 2.6" in body
+    assert "tiedlora train --model org/base --" in body and "--dropout 0.1" in body and "--layers" not in body
+    assert "--train_file rows.jsonl" in body and "--prompt_template '```{prompt}'" in body and "--max_steps 3" in body
+    assert "--output_dir" not in body and "torch 2.6" in body
     assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
 
 
