@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_tiedlora.base.errors import UserError
     from megatron_tiedlora.config.settings import Settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Settings",
     "TrainedRun",
