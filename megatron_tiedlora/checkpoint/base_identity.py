@@ -17,6 +17,7 @@ import torch
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.json_files import Size, Text
 from megatron_tiedlora.base.text_files import read_small_text
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.data.tokenizer_files import tokenizer_hash
 from megatron_tiedlora.model.weights import WeightRule
@@ -112,6 +113,12 @@ def weights_hash(source: ModelSource, weights: StoredValues) -> str:
     if record and record.is_file():
         digest.update(read_small_text(record, kind="JSON").encode())
     return digest.hexdigest()
+
+
+def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
+    """The identity of a base model on the disk, see `identify_base`. Raises UserError if its files cannot be read."""
+    with BaseWeights(source.weights_folder(), source.shape) as weights:
+        return identify_base(source, weights, dtype, tokenizer=tokenizer)
 
 
 def sample_hash(weights: StoredValues) -> str:

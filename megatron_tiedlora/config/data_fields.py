@@ -63,3 +63,9 @@ def parse_columns(text: str | None) -> Mapping[str, str] | None:
         said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
         raise ValueError(f"{said} with each of ours once, e.g. prompt=query,completion=response")
     return columns
+
+
+def checked_columns(text: str | None) -> str | None:
+    """The value of --columns as it was given. Raises ValueError as `parse_columns`."""
+    parse_columns(text)
+    return text

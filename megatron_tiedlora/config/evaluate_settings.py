@@ -19,7 +19,7 @@ from megatron_tiedlora.config.data_fields import (
     SpecialTokensInText,
     boolean_word,
     check_first_rules,
-    parse_columns,
+    checked_columns,
     with_first_rules,
 )
 from megatron_tiedlora.config.fields import LONGEST_WAIT_MINUTES, CommandSettings, optional_field, setting_field
@@ -111,11 +111,7 @@ class EvaluateSettings(CommandSettings):
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
 
-    @field_validator("columns")
-    @classmethod
-    def _check_columns(cls, value: str | None) -> str | None:
-        parse_columns(value)
-        return value
+    _check_columns = field_validator("columns")(checked_columns)
 
     @model_validator(mode="before")
     @classmethod

@@ -30,7 +30,7 @@ from megatron_tiedlora.config.data_fields import (
     TrainOn,
     boolean_word,
     check_first_rules,
-    parse_columns,
+    checked_columns,
     with_first_rules,
 )
 from megatron_tiedlora.config.fields import (
@@ -291,11 +291,7 @@ class Settings(CommandSettings):
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)
 
-    @field_validator("columns")
-    @classmethod
-    def _check_columns(cls, value: str | None) -> str | None:
-        parse_columns(value)
-        return value
+    _check_columns = field_validator("columns")(checked_columns)
 
     @field_validator("model", "tokenizer", "ds_config", "output_dir", "resume", "init_from", "chat_template")
     @classmethod

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.find_base import find_base
-from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind, identify_model
+from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
 
 _UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
 

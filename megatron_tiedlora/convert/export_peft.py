@@ -20,6 +20,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.paths import last_name
 from megatron_tiedlora.base.shapes import BlockShape
+from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, copy_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import (
@@ -28,7 +29,6 @@ from megatron_tiedlora.convert.inputs import (
     NATIVE_FOLDER,
     Identify,
     check_base,
-    identify_model,
 )
 
 

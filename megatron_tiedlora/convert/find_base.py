@@ -10,8 +10,7 @@ from typing import Any
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import count_text
-from megatron_tiedlora.checkpoint.base_identity import identify_base
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.presets import is_preset
 
@@ -66,6 +65,5 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
 
 
 def _has_weights(source: ModelSource, wanted: Mapping[str, Any]) -> bool:
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
-        found = identify_base(source, weights, "fp32")
+    found = identify_model(source, "fp32")
     return all(getattr(found, name) == value for name, value in wanted.items())

@@ -17,8 +17,7 @@ from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.json_files import read_fields, read_json_object
-from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_base
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.base_identity import OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -58,9 +57,7 @@ class PeftContent:
         given tokenizer."""
         if self.native is not None:
             return self.native
-        with BaseWeights(source.weights_folder(), source.shape) as weights:
-            base = identify_base(source, weights, "fp32", tokenizer=tokenizer)
-        return NativeAdapter(self.config, base, self.state)
+        return NativeAdapter(self.config, identify_model(source, "fp32", tokenizer), self.state)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:

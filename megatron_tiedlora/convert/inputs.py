@@ -16,9 +16,8 @@ from megatron_tiedlora.checkpoint.base_identity import (
     BaseIdentity,
     base_differences,
     check_same_base,
-    identify_base,
+    identify_model,
 )
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.checksums import UNSEALED_NOTE
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter, load_adapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
@@ -77,12 +76,6 @@ def open_inputs(adapter: str, model: str | None) -> tuple[ModelSource, NativeAda
 
 
 Identify = Callable[[ModelSource, str, str | None], BaseIdentity]
-
-
-def identify_model(source: ModelSource, dtype: str, tokenizer: str | None) -> BaseIdentity:
-    """The identity of a base, see `identify_base`. Raises UserError if its files cannot be read."""
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
-        return identify_base(source, weights, dtype, tokenizer=tokenizer)
 
 
 class CheckedBase(NamedTuple):

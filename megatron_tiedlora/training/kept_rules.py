@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.config.data_fields import FIRST_RULES
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.training.init_from import recorded_run
 
@@ -20,6 +19,4 @@ def with_kept_rules(settings: Settings) -> Settings:
     recorded = recorded_run(settings)
     if recorded is None or "data_rules" in recorded:
         return settings
-    values, given = settings.model_dump(exclude_unset=True), settings.model_fields_set
-    first = {name: value for name, value in FIRST_RULES.items() if name not in given}
-    return make_settings({**values, **first, "data_rules": 1})
+    return make_settings({**settings.model_dump(exclude_unset=True), "data_rules": 1})
