@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import ModelWrapValidatorHandler, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
 from megatron_tiedlora.base.errors import as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from versions import require_exact_sentencepiece
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache
@@ -58,6 +59,7 @@ def spm_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def spm(spm_file):
+    require_exact_sentencepiece()
     return load_tokenizer(spm_file)
 
 
@@ -119,6 +121,12 @@ def refusal(call) -> str:
 # Loading ----------------------------------------------------------------------------------------------------
 
 
+def test_an_old_transformers_is_told_to_those_with_a_sentencepiece_file(spm_file, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.23.1")
+    with pytest.raises(UserError, match=r"tokenizer.model: transformers 5.23.1 gives other ids .*>=5.24'`$"):
+        load_tokenizer(spm_file)
+
+
 def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(spm_file))
     (tmp_path / "bare").mkdir()
@@ -149,6 +157,7 @@ def test_tokenizer_json_is_read_as_it_stands(byte_folder, byte_level, tmp_path):
 
 
 def test_folder_with_file_and_config_keeps_the_template(spm_file, tmp_path):
+    require_exact_sentencepiece()
     (tmp_path / "tokenizer.model").write_bytes(spm_file.read_bytes())
     config = {
         "bos_token": "<s>",
