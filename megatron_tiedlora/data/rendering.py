@@ -1,6 +1,6 @@
-"""What a chat template writes for a conversation, and where in it each answer of the assistant stands.
+"""What a chat template writes for a conversation, and the span of each answer of the assistant in it.
 
-It runs in the process of `chat_template`, which limits it. The place of answer i is
+It runs in the process of `chat_template`, which limits it. The span of answer i is
 [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
 """
 
@@ -30,7 +30,7 @@ class Rendered:
 
 
 class TurnsChange(ValueError):
-    """The template writes a turn in another way once others follow, so its place cannot be found."""
+    """The template writes a turn in another way once others follow, so its span cannot be found."""
 
 
 def has_marks(template: str) -> bool:
@@ -43,28 +43,37 @@ def render_prompt(tokenizer: Any, messages: Sequence[Any]) -> Rendered:
     return Rendered(_render(tokenizer, messages, None, starts_answer=True))
 
 
-def render_with_places(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, answers: Sequence[int]
+def render_with_spans(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    answers: Sequence[int],
+    *,
+    names: Sequence[str] = (),
 ) -> Rendered:
-    """The messages with the places of those with the indices `answers`.
+    """The messages with the spans of those with the indices `answers`.
+
+    Args:
+        names: what each message is called in errors; by default "message 1" and so on.
 
     Raises:
-        TurnsChange: a place cannot be found. Whatever the template raises.
+        TurnsChange: a span cannot be found. Whatever the template raises.
     """
     if marked := _by_marks(tokenizer, messages, tools):
         return Rendered(marked.text, tuple(marked.answers[_number(messages, index)] for index in answers))
+    names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
     whole = _render(tokenizer, messages, tools)
-    return Rendered(whole, tuple(_place(tokenizer, messages, tools, whole, index) for index in answers))
+    return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
 
 
 def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> Rendered | None:
-    """The places of all answers by the template's generation marks; None unless there is one for each answer."""
+    """The spans of all answers by the template's generation marks; None unless there is one for each answer."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template(tools=tools)
     if not has_marks(template):
         return None
-    # It returns (texts, places by text), which its own annotation does not say.
+    # It returns (texts, spans by text), which its own annotation does not say.
     found: Any = render_jinja_template(
         conversations=[list(messages)],
         tools=None if tools is None else list(tools),
@@ -72,10 +81,10 @@ def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | No
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    (text,), (places,) = found
-    if len(places) != _number(messages, len(messages)):
+    (text,), (spans,) = found
+    if len(spans) != _number(messages, len(messages)):
         return None
-    return Rendered(text, tuple((start, end) for start, end in places))
+    return Rendered(text, tuple((start, end) for start, end in spans))
 
 
 def _number(messages: Sequence[Any], index: int) -> int:
@@ -83,16 +92,21 @@ def _number(messages: Sequence[Any], index: int) -> int:
     return sum(message["role"] == "assistant" for message in messages[:index])
 
 
-def _place(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, whole: str, index: int
+def _span(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    whole: str,
+    index: int,
+    names: Sequence[str],
 ) -> tuple[int, int]:
-    """Where the answer `index` stands in the rendering of all messages."""
+    """The span of the answer `index` in the rendering of all messages."""
     prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
     start = _common(prompt, whole)
     if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
         before = _render(tokenizer, messages[:index], tools)
         if not whole.startswith(before):
-            raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
+            raise TurnsChange(f"writes what comes before {names[index]} in another way once that follows")
         # What the answer has in common with that start belongs to the answer, so look where another one would begin.
         other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
         begins = other.find(_OTHER)
@@ -108,7 +122,7 @@ def _place(
         added = until[start:extra]
         if (not added or added.rstrip().endswith(_THOUGHT_END)) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes message {index + 1} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use

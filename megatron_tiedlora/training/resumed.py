@@ -11,13 +11,14 @@ from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.config.fields import flag_value
 from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
 
 # What runs of earlier versions did without recording it: QKV alone, one schedule, AdamW's own betas, no dropout.
 _EARLIER = {
-    **{"targets": [QKV], "data_rules": 1, "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "dropout": 0.0},
-    "init_from": None,
+    **{"targets": [QKV], "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "dropout": 0.0},
+    **{"data_rules": FIRST_DATA_RULES, "init_from": None},
 }
 
 
@@ -46,9 +47,9 @@ def check_resumed_settings(
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
             raise UserError(
-                f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only"
-                " --schedule constant, from the first step on, lets a run go on); resume with the same value, or start"
-                f" a new run with --init_from {source}"
+                f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only a"
+                " run with --schedule constant from its first step can be given more steps); resume with the same"
+                f" value, or start a new run with --init_from {source}"
             )
         raise UserError(f"{found} {now}; resume with the same value")
     if saved.get("data_sha256") != data_sha256:

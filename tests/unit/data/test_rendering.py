@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.data.rendering import render_with_places
+from megatron_tiedlora.data.rendering import render_with_spans
 
 
 class OpensThoughts:
@@ -32,6 +32,6 @@ def test_an_answer_that_begins_like_the_open_thought(text: str) -> None:
     """What both have in common is a part of the answer."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text},
                 {"role": "user", "content": "<html>"}, {"role": "assistant", "content": text}]  # fmt: skip
-    found = render_with_places(OpensThoughts(), messages, None, [1, 3])
+    found = render_with_spans(OpensThoughts(), messages, None, [1, 3])
     expected = f"{text}<eos>" if not text.startswith("<think>\n") else "no<eos>"
     assert [found.text[start:end] for start, end in found.answers] == [expected, expected]
