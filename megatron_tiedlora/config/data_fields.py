@@ -17,6 +17,8 @@ FIRST_DATA_RULES, DATA_RULES = 1, 2
 # What version 0.1 did where there are choices now.
 FIRST_RULES: Mapping[str, str] = {"train_on": "last_turn", "add_bos": "true", "special_tokens_in_text": "control"}
 
+TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
+
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
     " commas, each with a weight (a.jsonl:0.7,b.csv:0.3)"

@@ -27,6 +27,8 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     move_latest,
 )
+from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import (
@@ -211,10 +213,12 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: every resolved setting, and the versions of the libraries."""
+    """Write run.yaml: every resolved setting, the content of --chat_template as a hash, and versions of libraries."""
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
+    if plan.settings.chat_template is not None:
+        settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
 
 

@@ -37,8 +37,14 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | None:
-    """The rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets of rows.
+def _aligned_files(argument: str, flag: str, reading: Reading) -> list[Row] | None:
+    """The rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets of rows."""
+    pair = _pair(argument, flag)
+    return None if pair is None else _read_aligned(*pair, reading)
+
+
+def _pair(argument: str, flag: str) -> tuple[str, str] | None:
+    """The names of a German and an English text file, or None if the argument names files or data sets of rows.
 
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
@@ -60,7 +66,10 @@ def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | Non
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
-    german_name, english_name = reversed(names) if first == "en" or second == "de" else names
+    return (names[1], names[0]) if first == "en" or second == "de" else (names[0], names[1])
+
+
+def _read_aligned(german_name: str, english_name: str, reading: Reading) -> list[Row]:
     german, english = (_sentences(name, reading) for name in (german_name, english_name))
     _check_aligned(german, english)
     rows: list[Row] = []
@@ -156,5 +165,5 @@ TASK = Task(
     ),
     validation_rows=888,  # the size of the official part
     unfold=_unfold,
-    read_files=_read_aligned,
+    read_files=_aligned_files,
 )
