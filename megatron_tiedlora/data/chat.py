@@ -7,6 +7,7 @@ Owns what is supervised in it, and which roles and fields a template knows. Leav
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,9 @@ from megatron_tiedlora.data.template_names import TemplateNames
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
+
+
+_WORD = re.compile("[A-Za-z0-9]+")
 
 
 class Chat:
@@ -75,6 +79,7 @@ class Chat:
         found = self._template.render(
             conversation.messages, source, answers=wanted, tools=conversation.tools, names=conversation.names
         )
+        self._check_written(conversation, found.text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0
         for index, (start, end) in zip(wanted, found.answers, strict=True):
@@ -153,6 +158,17 @@ class Chat:
                     f"{source}, {turn}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
                     " --special_tokens_in_text plain to write it as it is"
                 )
+
+    def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
+        """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""
+        for turn, message in zip(conversation.names, conversation.messages, strict=True):
+            content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
+            word = max(_WORD.findall(content), key=len, default="")
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            for dropped, what in ((word, f"its text ({shown(content)})"), *((name, "a tool call") for name in calls)):
+                if dropped not in text:
+                    said = f"{source}, {turn}: {self.name} does not write {what}"
+                    raise UserError(f"{said}; give another --chat_template, or remove it")
 
     def _other_name(self, field: str, names: TemplateNames) -> str:
         """The advice to rename a thought where the template reads one by another name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from megatron_tiedlora.base.errors import shown
@@ -67,24 +68,38 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> Rendered | None:
-    """The spans of all answers by the template's generation marks; None unless there is one for each answer."""
+    """The spans of all answers by the template's generation marks; None unless each answer is one piece of them."""
+    if not has_marks(tokenizer.get_chat_template(tools=tools)):
+        return None
+    text, marks = _marked(tokenizer, messages, tools)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(marks) == len(answers):
+        return Rendered(text, tuple(marks))
+    # Some templates mark the end of the whole as well. The marks before an answer are those of the turns before it.
+    before = [len(_marked(tokenizer, messages[:index], tools, starts_answer=True)[1]) for index in answers]
+    pieces = [marks[first:last] for first, last in pairwise([*before, len(marks)])]
+    if not all(pieces) or any(one[1] != other[0] for piece in pieces for one, other in pairwise(piece)):
+        return None
+    return Rendered(text, tuple((piece[0][0], piece[-1][1]) for piece in pieces))
+
+
+def _marked(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of messages, and the spans that the template marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = tokenizer.get_chat_template(tools=tools)
-    if not has_marks(template):
-        return None
     # It returns (texts, spans by text), which its own annotation does not say.
     found: Any = render_jinja_template(
         conversations=[list(messages)],
         tools=None if tools is None else list(tools),
-        chat_template=template,
+        chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
+        add_generation_prompt=starts_answer,
         **tokenizer.special_tokens_map,
     )
     (text,), (spans,) = found
-    if len(spans) != _number(messages, len(messages)):
-        return None
-    return Rendered(text, tuple((start, end) for start, end in spans))
+    return text, [(start, end) for start, end in spans]
 
 
 def _number(messages: Sequence[Any], index: int) -> int:
@@ -115,14 +130,23 @@ def _span(
     until = _render(tokenizer, messages[: index + 1], tools)
     if whole.startswith(until):
         return start, len(until)
-    # As the last turn it is written with more before its text, e.g. an empty thought: compare what comes after that.
+    end = getattr(tokenizer, "eos_token", None) or ""
+    ended = until.endswith(end) and _render(tokenizer, messages[:index], tools).endswith(end)
+    if ended and whole.startswith(until.removesuffix(end)):  # the template ends every text with it, whatever is last
+        return start, len(until) - len(end)
+    # As the last turn it may be written with an empty thought before its text: compare what comes after that.
     text = str(messages[index].get("content") or "").strip()
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
     for extra in range(start, max(longest_extra, 0) + 1):
         added = until[start:extra]
-        if (not added or added.rstrip().endswith(_THOUGHT_END)) and whole.startswith(until[extra:], start):
+        if (not added or _is_empty_thought(added)) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
     raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
+
+
+def _is_empty_thought(text: str) -> bool:
+    """Whether a text is the end of a thought in which nothing is thought, with or without its start."""
+    return text.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", text).strip()
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use

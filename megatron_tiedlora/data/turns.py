@@ -98,7 +98,7 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
     """The turns of a list of messages, {role, content} or {from, value}, in a field of a row.
 
     Args:
-        prefix: what stands before the number of a message in error messages.
+        prefix: text before the number of a message in errors.
 
     Raises:
         UserError: a message is incomplete; names the source and the message.

@@ -47,9 +47,9 @@ def check_resumed_settings(
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
             raise UserError(
-                f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only a"
-                " run with --schedule constant from its first step can be given more steps); resume with the same"
-                f" value, or start a new run with --init_from {source}"
+                f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only"
+                " --schedule constant, from the first step on, lets a run go on); resume with the same value, or start"
+                f" a new run with --init_from {source}"
             )
         raise UserError(f"{found} {now}; resume with the same value")
     if saved.get("data_sha256") != data_sha256:
