@@ -51,11 +51,11 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>"
     "{% elif messages[-1].role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
 )
-# A thought and a text marked apart, with something between them that is not.
+# A thought and a text marked apart, with something between them that is not: the renderings are compared.
 APART = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}{% generation %}{{ 'hm' }}"
-    "{% endgeneration %}:{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% endgeneration %}:{% generation %}{{ m.content }}{% endgeneration %}{{ '<end>' }}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 # A thought before the last answer only.
 THOUGHT = (
@@ -72,7 +72,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one"
     [
         (ENDED, ["one<end>", "two<end><|im_end|>"]),
         (MARKED, ["one", "two<|im_end|>"]),
-        (APART, ["hm:one", "hm:two"]),
+        (APART, ["hm:one<end>", "hm:two<end>"]),
         (THOUGHT, ["one<end>", "<think></think>two<end>"]),
     ],
 )
