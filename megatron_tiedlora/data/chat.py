@@ -23,7 +23,7 @@ from megatron_tiedlora.data.examples import Segment, join_answer
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.rendering import has_marks
 from megatron_tiedlora.data.template_names import TemplateNames
-from megatron_tiedlora.data.turns import ASSISTANT, REASONING, Conversation
+from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
 
@@ -151,9 +151,9 @@ class Chat:
                         f"{source}, {turn}: {field!r} is not read by {self.name}; {self._fix},"
                         f" {self._other_name(field, names)}or remove the field"
                     )
-            role = message["role"]
-            known = role in _PLAIN_ROLES or role in names.constants or self.reading.special_tokens != "refuse"
-            if not known:
+            role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
+            known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
+            if not known and self.reading.special_tokens == "refuse":
                 raise UserError(
                     f"{source}, {turn}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
                     " --special_tokens_in_text plain to write it as it is"

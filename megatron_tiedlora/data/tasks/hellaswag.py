@@ -59,7 +59,7 @@ def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
         )
     text = str(label).strip()
     if isinstance(label, bool | float) or text not in map(str, range(num_endings)):
-        raise UserError(f"{source}: field 'label' is {shown(label)}; expected 0 to {num_endings - 1}")
+        raise UserError(f"{source}: field 'label' is {shown(label)}; expected 0 to {num_endings - 1}; correct the row")
     return int(text)
 
 

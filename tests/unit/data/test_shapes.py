@@ -242,6 +242,18 @@ def test_an_unknown_role_may_be_written_as_it_stands(tmp_path: Path, folder: Pat
     assert example.prompt == "User: Hi\nCritic: x\nAssistant:"
 
 
+def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    text = "(m.tool_calls[0].function.name if m.tool_calls else m.content)"
+    tokenizer.chat_template = CHATML.replace("m.content", text)
+    called = answer("", tool_calls=[{"name": "add"}])
+    rows = [{"messages": [user(), called, {"role": "tool", "content": "3"}, answer()]}]
+    (example,) = custom(write_rows(tmp_path / "a.jsonl", rows), tokenizer=tokenizer)
+    assert "<|im_start|>tool\n3<|im_end|>" in example.prompt
+    rows[0]["messages"][2]["role"] = "critic"
+    assert ":1, message 3: role 'critic' is not known" in said(tmp_path, rows, tokenizer=tokenizer)
+
+
 def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
     tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
     (example,) = custom(path, tokenizer=tokenizer, prompt_template="<|im_start|>{prompt}<|im_end|>")
