@@ -28,7 +28,7 @@ from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversatio
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
 
 
-_WORD = re.compile("[A-Za-z0-9]+")
+_WORD = re.compile(r"\w+")
 
 
 class Chat:

@@ -26,7 +26,7 @@ from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_promp
 from megatron_tiedlora.data.template_names import TemplateNames, template_names
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
-# the memory of the text, and add some kB to it. A conversation is rendered up to three times for each of its answers.
+# the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.
 _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time

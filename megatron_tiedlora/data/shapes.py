@@ -259,9 +259,10 @@ def renamed(row: Fields, columns: Mapping[str, str], source: str, *, known: Coll
     """
     for ours, theirs in columns.items():
         if known and ours not in known:
+            turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
             raise UserError(
-                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}; ours are"
-                f" {', '.join(sorted(known))}"
+                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
+                f" are {', '.join(sorted(known))}"
             )
         if theirs not in row:
             raise UserError(

@@ -84,6 +84,7 @@ def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path) -> None:
     [
         (PLAIN, "prompt=q", [":1: --columns prompt=q: there is no field 'q'", "'prompt', 'completion'", "null"]),
         (PLAIN, "promt=prompt", ["'promt' is not a field of ours (did you mean prompt?)"]),
+        ({"question": "x", "response": "y"}, "question=query", ["'question' is not a field", "mean query=question?"]),
         ({**PLAIN, "q": "x"}, "prompt=q", [":1: --columns prompt=q: the row has a field 'prompt' too ('a')", "rename"]),
         ({**PLAIN, "sys": "x"}, "system=sys", ["--columns system=sys", "prompt/completion are read without 'system'"]),
         ({**PLAIN, "messages": TURNS, "t": []}, "tools=t",

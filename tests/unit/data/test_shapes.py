@@ -153,6 +153,8 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
          [":1, message 1", "does not write its text ('Hi')", "another --chat_template"]),
         ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
          {"query": "Hi", "response": "Yo", "system": "Be brief."}, [":1, field 'system'", "its text ('Be brief.')"]),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+         {"query": "Hi", "response": "Yo", "system": "短く。"}, ["does not write its text ('短く。')"]),
         ("{% for m in messages %}{{ m.content }}{% for c in (m.tool_calls or [])[:1] %}{{ c.function.name }}"
          "{% endfor %}{% endfor %}",
          {"messages": [user(), answer("", tool_calls=[{"name": "f"}, {"name": "gg"}]), user("x"), answer()]},
