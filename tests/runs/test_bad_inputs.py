@@ -238,7 +238,7 @@ def test_no_supervised_token() -> None:
     import numpy as np
 
     from megatron_tiedlora.base.errors import UserError
-    from megatron_tiedlora.data.encode import TokenDataset, check_supervised
+    from megatron_tiedlora.data.token_dataset import TokenDataset, check_supervised
 
     tokens = np.arange(6, dtype=np.int32)
     nothing = TokenDataset.after_prompts(tokens, np.array([0, 3, 6]), np.array([3, 3], np.int32))
