@@ -20,7 +20,7 @@ FACTS = np.dtype([("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
 a chat lost."""
 
-_BLOCK = 2**14  # samples
+_BLOCK = 2**11  # samples
 
 
 @dataclass(frozen=True)
