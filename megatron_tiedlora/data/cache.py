@@ -30,6 +30,7 @@ from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, sour
 from megatron_tiedlora.data.sources import mixed
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
 from megatron_tiedlora.data.tables import Row
+from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
 
@@ -73,9 +74,10 @@ def tokenised_once(
     files: Files,
     seed: int,
     cache_dir: str | Path | None = None,
-    progress: bool = False,
 ) -> TrainingData:
     """Return the training and the validation part, which are read and tokenised if no process did so before.
+
+    The process that does so shows a progress bar, whichever rank it is: all others wait for it.
 
     cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged one is written again.
 
@@ -86,25 +88,23 @@ def tokenised_once(
     try:
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
-        return _training_data(folder, encoding, files=files, seed=seed, progress=progress)
+        return _training_data(folder, encoding, files=files, seed=seed)
     except OSError as error:
         raise UserError(
             f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
         ) from error
 
 
-def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int, progress: bool) -> TrainingData:
+def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
     carves = source_kind(encoding.task, "validation", files) == "carve"
-    stored: dict[str, _Found] = {}
-    keys: dict[str, str] = {}
-    streams = {
-        split: row_stream(encoding.task, split, files=files, reading=encoding.reading)
-        for split in (("train",) if carves else ("train", "validation"))
-    }
+    stored: dict[Split, _Found] = {}
+    keys: dict[Split, str] = {}
+    parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
+    streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
     for split, stream in streams.items():
         content = stream.sha256()
         keys[split] = cache_key(encoding, content)
-        write = partial(_write_rows, stream=stream, content=content, encoding=encoding, name=split, progress=progress)
+        write = partial(_write_rows, stream=stream, content=content, encoding=encoding, name=split)
         stored[split] = _once(folder / keys[split], _STORE, write)
     shares = [source.weight for source in streams["train"].sources]
     choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
@@ -142,9 +142,7 @@ def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> To
 # All rows ---------------------------------------------------------------------------------------------------------
 
 
-def _write_rows(
-    path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, progress: bool
-) -> None:
+def _write_rows(path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str) -> None:
     """Tokenise all rows of a stream into the folder `path`."""
     sizes = [0] * len(stream.sources)
     numbers = SampleNumbers(encoding.task)
@@ -162,8 +160,8 @@ def _write_rows(
     with written_arrays(path, _STORE, facts) as writer:
         writer.append(offsets=np.zeros(1, np.int64))
         num_tokens = num_samples = 0
-        total = stream.about_num_rows() if progress else None
-        with tqdm(total=total, desc=f"tokenising {name}", unit=" rows", delay=2, disable=not progress) as bar:
+        total = stream.about_num_rows()
+        with tqdm(total=total, desc=f"tokenising {name}", unit=" rows", delay=2, mininterval=1) as bar:
             for part in encoded_rows(chunks(), encoding):
                 rows = np.empty(len(part.samples), ROWS)
                 rows["first_sample"] = num_samples + np.cumsum(part.samples) - part.samples
@@ -188,7 +186,7 @@ def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool
 
 
 def _write_splits(
-    path: Path, *, stored: Mapping[str, _Found], streams: Mapping[str, RowStream], seed: int
+    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
 ) -> None:
     """Write which samples are trained on and which are held out, with their hash."""
     train, facts = stored["train"]
@@ -210,7 +208,7 @@ def _write_splits(
     for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
         dataset = _dataset(arrays, order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
-        dataset.feed(digest)
+        dataset.update_digest(digest)
     with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as writer:
         writer.append(**order)
 

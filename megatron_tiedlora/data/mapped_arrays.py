@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class ArrayWriter:
 
     def __init__(self, folder: Path, dtypes: Mapping[str, np.dtype[Any]], stack: ExitStack) -> None:
         self._dtypes, self._sizes = dtypes, dict.fromkeys(dtypes, 0)
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, BufferedRandom] = {}
         for name in dtypes:
             self._files[name] = stack.enter_context((folder / f"{name}.npy").open("w+b"))
             self._write_header(name)  # again at the end, when the size is known; it has room for any number

@@ -126,7 +126,7 @@ class TokenDataset:
         stored = index if self.order is None else self.order[index]
         return self.supervised[self.offsets[stored] : self.offsets[stored + 1]]
 
-    def feed(self, digest: hashlib._Hash) -> None:
+    def update_digest(self, digest: hashlib._Hash) -> None:
         """Add ids, offsets and what is supervised to a hash, as version 0.1 did with its arrays."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)

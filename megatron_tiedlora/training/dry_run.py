@@ -46,7 +46,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
         sections += [_memory(plan), _messages(plan), _batches(plan), no_data]
     else:
-        data = prepare_data(plan, progress=True)
+        data = prepare_data(plan)
         plan = plan.counted(len(data.train))
         first = FirstStep(data, plan.global_batch(data.train))
         sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]

@@ -94,7 +94,7 @@ class RunData:
         return " ".join([self.sha256, *scored])
 
 
-def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
+def prepare_data(plan: RunPlan) -> RunData:
     """Read, check and tokenise every split of the run.
 
     Raises:
@@ -114,7 +114,7 @@ def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
         max_length=settings.max_length,
         end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
-    parts = tokenised_once(encoding, files=files_of(settings), seed=settings.seed, progress=progress)
+    parts = tokenised_once(encoding, files=files_of(settings), seed=settings.seed)
     return RunData(
         tokenizer,
         parts,
