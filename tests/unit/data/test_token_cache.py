@@ -20,7 +20,7 @@ from task_files import refusal, write_rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data import cache, encode_rows
+from megatron_tiedlora.data import cache, encode_rows, token_dataset
 from megatron_tiedlora.data.cache import TrainingData, cache_key, tokenised_once
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.encode_rows import Encoding
@@ -41,7 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=["one process", "several"])
 def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Chunks of three rows, encoded by this process or by others."""
+    """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
+    monkeypatch.setattr(token_dataset, "_BLOCK", 7)
     monkeypatch.setattr(cache, "CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
     return str(request.param)
