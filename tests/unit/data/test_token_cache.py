@@ -145,6 +145,9 @@ def test_chats_that_lose_turns(tokenizer: Any, tmp_path: Path, processes: str) -
     found = check(encoding(tokenizer, max_length=26), files, tmp_path)
     assert found.chats and not found.unended and found.train.shortened_chats > 0 and found.train.lost_turns > 0
     assert check(encoding(tokenizer, max_length=400), files, tmp_path).train.prompt_lengths is None
+    single = [row for row in chats(40) if len(row["messages"]) == 2]  # a block of them has nothing but last answers
+    files = {"train": write_rows(tmp_path / "b.jsonl", [*single, *chats(9)]), "validation": files["train"]}
+    check(encoding(tokenizer, max_length=400), files, tmp_path)
 
 
 def test_long_texts_become_several_samples(tokenizer: Any, tmp_path: Path, processes: str) -> None:
