@@ -40,7 +40,7 @@ from megatron_tiedlora.runtime.run_folder import (
 )
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
-from megatron_tiedlora.training.length import length_warnings, steps_in_words
+from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.resumed import check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
@@ -273,5 +273,5 @@ def headline(
         lines.append(f"start      values of {settings.init_from}")
     notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    warnings = length_warnings(settings, data.train)
+    warnings = data.warnings(settings)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

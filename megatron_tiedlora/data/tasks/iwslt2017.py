@@ -8,8 +8,9 @@ with aligned lines, given as `train.de,train.en`: plain sentences, or the files 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _aligned_files(argument: str, flag: str, reading: Reading) -> list[Row] | None:
-    """The rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets of rows."""
+def _aligned_files(argument: str, flag: str, reading: Reading) -> Callable[[], list[Row]] | None:
+    """What reads the rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets."""
     pair = _pair(argument, flag)
-    return None if pair is None else _read_aligned(*pair, reading)
+    return None if pair is None else partial(_read_aligned, *pair, reading)
 
 
 def _pair(argument: str, flag: str) -> tuple[str, str] | None:
