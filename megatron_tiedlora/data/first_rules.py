@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text, required_texts, without
 from megatron_tiedlora.data.shapes import REFERENCES, alpaca_prompt
 from megatron_tiedlora.data.task import Parts
@@ -38,7 +39,7 @@ def parts_by_first_rules(row: Mapping[str, Any], source: str, *, columns: Collec
             break
     else:
         expected = " or ".join("{" + ", ".join(map(repr, needs)) + "}" for needs, _ in _SHAPES)
-        said = f"{source}: the row has {describe_fields(row)}; by --data_rules 1 it needs {expected}"
+        said = f"{source}: the row has {describe_fields(row)}; by --data_rules {FIRST_DATA_RULES} it needs {expected}"
         raise UserError(f"{said}; name your fields with --columns OURS=YOURS[,...]")
     references = row.get(REFERENCES)
     more = () if references is None else required_texts(references, REFERENCES, source)
