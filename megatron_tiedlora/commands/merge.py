@@ -19,7 +19,7 @@ cast once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the
 own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
 
 The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
-After a kill -9 or a crash, the same command goes on with the files that are complete.
+After a kill -9 or a crash, the same command continues with the files that are complete.
 """
 
 
