@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     show(f"merged {options.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
-    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {output}")
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {shlex.quote(str(output))}")
     return 0
 
 

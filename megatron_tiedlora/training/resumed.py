@@ -7,6 +7,7 @@ warm-up that was not given is the checkpoint's.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -57,8 +58,8 @@ def check_resumed_settings(
         if name == "max_steps":
             raise UserError(
                 f"{found} {_steps_in_words(plan)}, and --schedule {saved['schedule']} reaches 0 at --max_steps (only"
-                " --schedule constant, from the first step on, lets a run continue); resume with the same value, or start"
-                f" a new run with --init_from {source}"
+                " --schedule constant, from the first step on, lets a run continue); resume with the same value, or"
+                f" start a new run with --init_from {shlex.quote(source)}"
             )
         same = f"leave it out, or give {was}" if name == "warmup_steps" else "resume with the same value"
         raise UserError(f"{found} {now}; {same}")
