@@ -18,7 +18,15 @@ import pytest
 from folders import ROOT
 
 import megatron_tiedlora
-from megatron_tiedlora.base.command_names import COMMANDS, Command, find_command, for_user, program_name
+from megatron_tiedlora.base.command_names import (
+    _OTHER_NAMES,
+    COMMANDS,
+    Command,
+    find_command,
+    for_user,
+    other_command,
+    program_name,
+)
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
 from megatron_tiedlora.base.logs import show_messages
@@ -125,6 +133,22 @@ def test_a_text_names_what_its_reader_has_started(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py")])
     assert for_user(text) == text and program_name("merge_adapter.py") == "merge_adapter.py"
     assert str(UserError("see tools/merge_adapter.py")) == "see tools/merge_adapter.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("finetune", "train"), ("SFT", "train"), ("merge_lora", "merge"), ("inference", "evaluate")]
+)
+def test_a_command_of_other_tools_is_answered_with_ours(
+    name: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave([name, "--lr", "1e-4"]) == 2
+    expected = f"error: tiedlora {name}: no such command (here it is tiedlora {ours}); `tiedlora --help` lists them\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_every_name_of_other_tools_has_a_command_and_is_none_of_ours() -> None:
+    for name, ours in _OTHER_NAMES.items():
+        assert find_command(ours) is not None and find_command(name) is None and other_command(name) == ours
 
 
 def test_a_command_with_another_spelling() -> None:
