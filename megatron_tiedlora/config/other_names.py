@@ -124,6 +124,9 @@ ELSEWHERE: Mapping[str, str] = {
     **_same("{batch_size}", "batch bs eval_batch_size per_device_eval_batch_size"),
     **_same("{max_new_tokens}", "max_tokens max_generated_tokens max_gen_tokens"),
     **_same("{limit}", "max_samples num_samples eval_samples"),
+    **_same("{learning_rates}", "lr"),
+    **_same("{ranks}", "r lora_r lora_rank"),
+    **_same("{repo}", "repo_id hub_model_id push_to_hub"),
     **_same("{output}", "output_dir out out_dir save_dir save_path output_path export_dir output_folder"),
 }
 
@@ -167,16 +170,15 @@ def name_hint(given: str, known: Iterable[str]) -> str:
     bare = given.lstrip("-").replace("-", "_").lower()
     if f"{dashes}{bare}" in names:
         return f" (did you mean {dashes}{bare}?)"
-    if bare in NOT_OFFERED:
-        return f" ({NOT_OFFERED[bare]})"
     answers = [table[bare] for table in (OUR_NAMES, ELSEWHERE) if bare in table]
-    if not answers:
-        return nearest_name(given, names)
     held = {name.lstrip("-") for name in names}
     for answer in answers:
         if _settings_in(answer) <= held:
             return f" (here it is {answer.format(**{name: dashes + name for name in _settings_in(answer)})})"
-    return ""  # this command has nothing of the kind, so a similar spelling would mislead
+    if bare in NOT_OFFERED:
+        return f" ({NOT_OFFERED[bare]})"
+    # If this command has nothing of a kind that is in the tables, a similar spelling would mislead.
+    return "" if answers else nearest_name(given, names)
 
 
 def _settings_in(answer: str) -> set[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.commands import merge
+from megatron_tiedlora.commands import merge, push
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
@@ -25,11 +25,10 @@ def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
 def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
     named = set().union(*map(_settings_in, OUR_NAMES.values()))
     assert named <= set(Settings.model_fields)
-    elsewhere = set().union(*map(_settings_in, ELSEWHERE.values()))
-    assert elsewhere <= {
-        *EvaluateSettings.model_fields,
-        *vars(merge.parser().parse_args(["--adapter=a", "--output=o"])),
-    }
+    elsewhere = set().union(*map(_settings_in, ELSEWHERE.values())) - {"learning_rates", "ranks"}
+    parsers = (merge.parser(), push.parser())
+    flags = {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
+    assert elsewhere <= {*EvaluateSettings.model_fields, *flags}
     assert not OUR_NAMES.keys() & NOT_OFFERED.keys()
     assert not (OUR_NAMES.keys() | NOT_OFFERED.keys()) & set(Settings.model_fields)
     for name in (*OUR_NAMES, *NOT_OFFERED):
@@ -76,6 +75,11 @@ def test_a_command_answers_with_its_own_names_only() -> None:
     assert "(here it is --model)" in refusal("--model_name_or_path=x", kind=EvaluateSettings)
     assert "(here it is --adapter)" in refusal("--lora_path=x", kind=EvaluateSettings)
     assert "(here it is --batch_size)" in refusal("--batch=4", kind=EvaluateSettings)
+    with pytest.raises(UserError, match=r"--lr \(here it is --learning_rates\)"):
+        parse_sweep(["--output_dir=x", "--lr=1"])
+    with pytest.raises(UserError, match=r"--hub_model_id \(here it is --repo\)"):
+        push.main(["run", "--hub_model_id=x"])
+    assert refusal("--hub_model_id=x").endswith("(a run does not upload anything); see --help")
     with pytest.raises(UserError, match=r"--lora_alpha \(here it is --alpha\)"):
         parse_sweep(["--output_dir=x", "--lora_alpha=4"])
 
