@@ -189,7 +189,7 @@ class Settings(CommandSettings):
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
 
-    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
+    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are answered together", 16, ge=1)
 
     packing: bool = setting_field("speed", "pack samples into rows of --max_length; no attention across samples", True)
     compile: Literal["auto", "true", "false"] = setting_field(

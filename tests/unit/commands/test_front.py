@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,11 @@ def test_extras_are_those_of_the_metadata() -> None:
         assert any("[train,eval]" in line or "[demo-base]" in line for line in extras[extra])
 
 
-def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def not_installed(name: str) -> None:
+    raise PackageNotFoundError(name)
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     with pytest.raises(UserError, match=r"^this needs deepspeed; .*pip install 'megatron_tiedlora\[train\]'$"):
@@ -179,6 +184,9 @@ def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"this needs deepspeed and rouge_score; .*\[train,eval\]"):
         require_extra("train", "eval")
     require_extra("eval", only=["sacrebleu"])
+    monkeypatch.setattr("megatron_tiedlora.base.extras.distribution", not_installed)
+    with pytest.raises(UserError, match=r"pip install '?" + re.escape(f"{ROOT}[train]")):
+        require_extra("train")
     assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))
     assert missing_module(ModuleNotFoundError(name="megatron_tiedlora.x")) is None
 
