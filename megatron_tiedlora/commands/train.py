@@ -62,7 +62,7 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training.throughput import start_meter
 
         plan = plan_run(settings, rank=rank, world_size=world_size)
-        data = prepare_data(plan, progress=is_main)
+        data = prepare_data(plan)
         plan = plan.counted(len(data.train))
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)

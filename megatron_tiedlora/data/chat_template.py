@@ -7,7 +7,6 @@ state. The kernel limits the memory of that process, and it is killed if it take
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
 from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_prompt, render_with_places
@@ -29,7 +29,6 @@ from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_promp
 _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
-_PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
 
 class ChatTemplate:
@@ -141,7 +140,7 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
             signal.signal(number, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        end_with_parent(parent)
         with limited(memory=_MEMORY):
             while os.getppid() == parent and (request := _receive(connection)) is not None:
                 _send(connection, _render(tokenizer, request))

@@ -14,7 +14,7 @@ from fractions import Fraction
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import Settings, profiled_steps
-from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.token_dataset import TokenDataset
 
 MANY_CUT = 0.01  # of the training prompts
 MANY_EPOCHS = 20

@@ -38,7 +38,7 @@ from megatron_tiedlora.runtime.run_folder import (
 )
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
-from megatron_tiedlora.training.length import length_warnings, steps_in_words
+from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.plan import RunPlan
 from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import check_resumed_settings
@@ -272,5 +272,5 @@ def headline(
     if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
         notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    warnings = length_warnings(settings, data.train)
+    warnings = data.warnings(settings)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

@@ -8,7 +8,8 @@ with aligned lines, given as `train.de,train.en`: plain sentences, or the files 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | None:
-    """The rows of two text files "GERMAN,ENGLISH", or None if the argument is one file of rows.
+def _aligned_files(argument: str, flag: str, reading: Reading) -> Callable[[], list[Row]] | None:
+    """What reads the rows of two text files "GERMAN,ENGLISH", or None if the argument is one file of rows.
 
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
@@ -55,6 +56,10 @@ def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | Non
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
     german_name, english_name = reversed(names) if first == "en" or second == "de" else names
+    return partial(_read_aligned, german_name, english_name, reading)
+
+
+def _read_aligned(german_name: str, english_name: str, reading: Reading) -> list[Row]:
     german, english = (_sentences(name, reading) for name in (german_name, english_name))
     if len(german) != len(english):
         raise UserError(
@@ -108,5 +113,5 @@ TASK = Task(
     ),
     validation_rows=888,  # the size of the official part
     unfold=_unfold,
-    read_files=_read_aligned,
+    read_files=_aligned_files,
 )

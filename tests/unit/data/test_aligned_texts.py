@@ -80,7 +80,8 @@ def test_names_that_are_no_pair(names: str, words: list[str], tmp_path: Path, mo
 
 def test_several_files_of_rows_with_weights(tmp_path: Path) -> None:
     a, b = (write_rows(tmp_path / name, [{"de": "Ja.", "en": name}]) for name in ("a.jsonl", "b.csv.jsonl"))
-    samples = read("iwslt2017", f"{a}:0.5,{b}:0.5")
+    files = {"train": f"{a}:0.5,{b}:0.5", "validation": a}
+    samples = load_split("iwslt2017", "train", files=files, seed=0)
     assert [sample.completion for sample in samples] == [" a.jsonl", " b.csv.jsonl"]
 
 

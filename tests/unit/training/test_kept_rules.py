@@ -16,9 +16,10 @@ from megatron_tiedlora.config.data_fields import FIRST_RULES
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.encode import TokenDataset, encode_dataset, encode_examples
+from megatron_tiedlora.data.encode import encode_dataset, encode_examples
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.plan import _as_trained
 from megatron_tiedlora.training.kept_rules import with_kept_rules
@@ -132,7 +133,7 @@ def test_the_first_rules_give_the_tokens_of_version_0_1(template: str | None, tm
     found = encode_examples(tokenizer, examples, max_length=300, reading=reading)
     expected = [[*first, *second] for first, second in zip(before, after, strict=True)]
     assert [sample.tokens.tolist() for sample in found] == expected
-    assert [sample.prompt_length for sample in found] == [len(first) for first in before]
+    assert [int(sample.supervised.argmax()) for sample in found] == [len(first) for first in before]
     dataset = encode_dataset(examples, tokenizer, max_length=300, reading=reading)
     assert dataset.prompt_lengths is not None and dataset.prompt_lengths.dtype == np.int32
     again = TokenDataset.after_prompts(dataset.tokens, dataset.offsets, dataset.prompt_lengths)
