@@ -4,6 +4,7 @@ wins."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import select
 import shlex
@@ -84,9 +85,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`. An unknown flag is a UserError that says which is meant."""
+        known = [option for action in self._actions for option in action.option_strings]
+        flags = itertools.takewhile(lambda word: word != "--", argv)
+        # Before argparse says which flag is missing: an unknown one may be what the user calls it.
+        reject_unknown([word for word in flags if _is_flag(word) and word.partition("=")[0] not in known], known=known)
         namespace, unknown = self.parse_known_args(argv)
-        reject_unknown(unknown, known=[option for action in self._actions for option in action.option_strings])
+        reject_unknown(unknown, known=known)
         return namespace
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse takes a word for a flag, and not for a value."""
+    return word.startswith("--") and " " not in word
 
 
 def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:

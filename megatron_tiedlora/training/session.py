@@ -42,6 +42,7 @@ from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 
@@ -272,6 +273,8 @@ def headline(
     if settings.init_from is not None and checkpoint is None:
         lines.append(f"start      values of {settings.init_from}")
     notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
+    if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
+        notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
     warnings = data.warnings(settings)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

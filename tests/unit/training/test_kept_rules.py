@@ -61,6 +61,21 @@ def test_a_resumed_run_keeps_its_rules(tmp_path: Path) -> None:
     assert message.startswith("--add_bos false contradicts --data_rules 1, which means true")
 
 
+def test_without_output_dir_the_last_run_of_the_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --resume auto chooses it: runs/NAME, or the last of NAME-2, NAME-3, ...; a run of another name is not read."""
+    monkeypatch.chdir(tmp_path)
+
+    def kept(**more: Any) -> dict[str, Any]:
+        values = {"task": "custom", "train_file": "a.jsonl", "model": "m", "resume": "auto", **more}
+        return rules(with_kept_rules(make_settings(values)))
+
+    assert kept() == NEW
+    run_folder(tmp_path / "runs" / "m-custom-tl6-r8")
+    assert kept() == OLD and kept(rank=4) == kept(method="lora") == kept(resume="none") == NEW
+    run_folder(tmp_path / "runs" / "m-custom-tl6-r8-2", **NEW)
+    assert kept() == NEW
+
+
 def test_an_adapter_of_a_run_keeps_its_rules(tmp_path: Path) -> None:
     def evaluated(folder: Path, **more: Any) -> dict[str, Any]:
         values = {"task": "custom", "test_file": "a.jsonl", "adapter": str(folder / "adapter"), **more}
