@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.control_tokens import marked, unmarked
 from megatron_tiedlora.data.examples import Example, join_answer
@@ -141,10 +141,11 @@ def _parts(task: Task, row: Mapping[str, Any], source: str, reading: Reading) ->
         if row.get(name) is None:
             expected = ", ".join(repr(field) for field in task.fields)
             found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
-            raise UserError(f"{found}, and task {task.name} reads {expected}")
+            fix = "name your fields with --columns OURS=YOURS[,...]"
+            raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
     parts = task.parts(row, source, reading)
     if not parts.answers:
-        raise UserError(f"{source}: the row has no answer; every row needs at least one")
+        raise UserError(f"{source}: the row has no answer; give one, or remove the row")
     return parts
 
 
@@ -160,10 +161,11 @@ def _check_template(template: str) -> str:
     except ValueError as error:
         raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
     if not is_text(template):
-        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text")
+        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text; remove it")
     for name, spec, conversion in names:
         if not name.isidentifier() or spec or conversion:
-            raise UserError(f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name")
+            found = f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name"
+            raise UserError(f"{found}; write {{{{ for a brace")
     return template.replace("\\n", "\n")
 
 
@@ -173,6 +175,7 @@ def _fill(template: str, fields: Mapping[str, Any], source: str) -> str:
             known = ", ".join(sorted(fields)) or "none"
             raise UserError(f"--prompt_template: {source} has no field {name!r}; the fields for prompts are {known}")
         if not isinstance(fields[name], str):
-            raise UserError(f"--prompt_template: {source}: field {name!r} is not text; use another field")
+            found = f"--prompt_template: {source}: field {name!r} is {shown(fields[name])}, not text"
+            raise UserError(f"{found}; use another field")
         checked_text(fields[name], name, source, allow_empty=True)
     return template.format_map(fields)

@@ -247,7 +247,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 if header and values:  # a blank line is no row
                     source = f"{path}:{first}"
                     if len(values) != len(header):
-                        raise UserError(f"{source}: has {len(values)} fields, but the first line names {len(header)}")
+                        found = f"{source}: has {len(values)} fields, but the first line names {len(header)}"
+                        raise UserError(f"{found}; put quotes around values with commas, or remove the line")
                     yield dict(zip(header, values, strict=True)), source
                 elif not header:
                     header = values
@@ -255,7 +256,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                         raise UserError(f"{path}:1: names a field twice; rename one")
                 first = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
+            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; correct or remove the line") from error
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -308,17 +309,18 @@ def _parse_json(raw: bytes, source: str) -> Any:
         # The source of a .jsonl line already has its number; for a .json file the line is added here.
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         lines = error.lineno > 1 and error.msg == "Extra data"
-        fix = "; if each line is an object, name the file .jsonl" if lines else ""
+        fix = "; if each line is an object, name the file .jsonl" if lines else "; correct it"
         raise UserError(f"{source}: broken JSON: {error.msg} at {where}{fix}") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{source}: broken JSON: {first_line(error)}") from error
+        raise UserError(f"{source}: broken JSON: {first_line(error)}; correct or remove it") from error
 
 
 def _decode(raw: bytes, source: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})") from error
+        found = f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})"
+        raise UserError(f"{found}; save the file as UTF-8") from error
 
 
 def _object(value: Any, source: str) -> dict[str, Any]:

@@ -92,6 +92,23 @@ def test_rows_give_the_texts_and_tokens_of_version_0_1(template: str | None, tmp
         assert sample.supervised.tolist() == [*(False for _ in before), *(True for _ in after), True]
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt"), [(TEMPLATE, "<s>[user] aaaa a aa"), (None, "User: aaaa a aa\nAssistant:")]
+)
+def test_a_prompt_loses_the_tokens_that_version_0_1_cut(template: str | None, prompt: str, tmp_path: Path) -> None:
+    """It put <s> in front of what it cut. An <s> that the template wrote was cut as any other token."""
+    tokenizer = load_tokenizer(write_zoo_tokenizer(tmp_path / "tokenizer", template=template))
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [turn("user", "aaaa a aa"), answer()]}])
+    (example,) = load_split("custom", "test", files={"test": path}, seed=0, tokenizer=tokenizer, reading=FIRST)
+    start, ids = ([] if template else [tokenizer.bos_token_id]), tokenizer.encode(prompt, add_special_tokens=False)
+    after = [*tokenizer.encode(" d", add_special_tokens=False), tokenizer.eos_token_id]
+    for length in range(6, 12):
+        (sample,) = encode_examples(tokenizer, [example], max_length=length, reading=FIRST)
+        keep = length - len(after) - len(start)
+        head = (keep + 1) // 2
+        assert sample.tokens.tolist() == [*start, *ids[:head], *ids[len(ids) - (keep - head) :], *after]
+
+
 def test_a_prompt_template_reads_every_field_but_the_answer(tmp_path: Path) -> None:
     row = {"instruction": "Add.", "output": "d", "system": "Be."}
     path = write_rows(tmp_path / "rows.jsonl", [row, {"messages": CHAT, "system": "x"}])
