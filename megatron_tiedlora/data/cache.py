@@ -44,6 +44,8 @@ together)."""
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS, "rows": ROWS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
+_BLOCK = 2**14  # rows
+
 _Found = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 
@@ -220,10 +222,21 @@ def _first_rows(numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[
 
 
 def _samples_of(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The samples of rows, in order; a long text has several."""
-    starts = arrays["rows"]["first_sample"]
-    counts = np.diff(starts, append=len(arrays["offsets"]) - 1)[rows]
-    return np.repeat(starts[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    """The samples of rows, in order; a long text has several. Nothing but the result is as long as the rows."""
+    starts, num_samples = arrays["rows"]["first_sample"], len(arrays["offsets"]) - 1
+
+    def blocks() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        for first in range(0, len(rows), _BLOCK):
+            block = rows[first : first + _BLOCK]
+            last = block == len(starts) - 1
+            yield starts[block], np.where(last, num_samples, starts[np.where(last, block, block + 1)]) - starts[block]
+
+    found = np.empty(sum(int(counts.sum()) for _, counts in blocks()), np.int64)
+    end = 0
+    for firsts, counts in blocks():
+        start, end = end, end + int(counts.sum())
+        found[start:end] = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(end - start)
+    return found
 
 
 # Keys -------------------------------------------------------------------------------------------------------------

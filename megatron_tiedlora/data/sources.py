@@ -114,7 +114,7 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
             raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return Mix(np.concatenate(kept))
+        return Mix(kept[0] if len(kept) == 1 else np.concatenate(kept))
     total = max(len(rows) / weight for rows, weight in zip(kept, weights, strict=True))
     lines = []
     for number, (source, weight, rows) in enumerate(zip(sources, weights, kept, strict=True)):

@@ -43,6 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
     monkeypatch.setattr(token_dataset, "_BLOCK", 7)
+    monkeypatch.setattr(cache, "_BLOCK", 5)
     monkeypatch.setattr(cache, "CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
     return str(request.param)
