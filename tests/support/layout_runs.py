@@ -119,7 +119,7 @@ def prepare(
     file = folder / f"{'-'.join(map(str, key))}.safetensors"
     if key not in oracles:
         save_start(start, file)
-        oracles[key] = oracle_run(settings, start, folder / "cache", optimizer=optimizer)
+        oracles[key] = oracle_run(settings, start, optimizer=optimizer)
     return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
 
 
