@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,15 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, remove
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.data.encode_rows import CHUNK, EncodedRows, Encoding, encoded_rows
+from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
 from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
 from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
 from megatron_tiedlora.data.sources import mixed
 from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
-from megatron_tiedlora.data.tables import Row
+from megatron_tiedlora.data.tables import Row, num_bytes
 from megatron_tiedlora.data.task import Split
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
@@ -45,6 +47,7 @@ _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "fact
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _BLOCK = 2**14  # rows
+_ABANDONED = 24 * 3600.0  # seconds; a host whose locks are not seen here may still write to a younger folder
 
 _Found = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
@@ -105,10 +108,11 @@ def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int)
     streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
     for split, stream in streams.items():
         content = stream.sha256()
-        keys[split] = cache_key(encoding, content)
-        write = partial(_write_rows, stream=stream, content=content, encoding=encoding, name=split)
-        stored[split] = _once(folder / keys[split], _STORE, write)
-    shares = [source.weight for source in streams["train"].sources]
+        first_only = split != "train" and encoding.task.merge_by is not None
+        keys[split] = cache_key(encoding, content, first_only=first_only)
+        rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
+        stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split))
+    shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
     choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
     write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed)
     order, facts = _once(folder / choice, _SPLITS, write_splits)
@@ -124,14 +128,24 @@ def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int)
     )
 
 
-def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path], None]) -> _Found:
+class _WrittenByAnother(Exception):
+    """The folder is there and whole: other processes may have mapped it, so it must not be replaced."""
+
+
+def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path, Guard], None]) -> _Found:
+    def guard() -> None:
+        if mapped_arrays(path, dtypes) is not None:
+            raise _WrittenByAnother
+
     found = mapped_arrays(path, dtypes)  # a finished folder needs no lock: it is renamed into place when complete
     if found is None:
         with FileLock(f"{path}.lock"):
-            found = mapped_arrays(path, dtypes)  # another process may have written it while we waited
-            if found is None:
-                write(path)
-                found = mapped_arrays(path, dtypes)
+            for folder in path.parent.glob(f"{TEMPORARY_PREFIX}{path.name}-*"):
+                if time.time() - folder.stat().st_mtime > _ABANDONED:  # its process was killed
+                    remove(folder)
+            with suppress(_WrittenByAnother):  # while we waited, or on a host whose locks are not seen here
+                write(path, guard)
+            found = mapped_arrays(path, dtypes)
     if found is None:
         raise UserError(f"{path}: was damaged right after it was written; check the disk")
     return found
@@ -144,22 +158,38 @@ def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> To
 # All rows ---------------------------------------------------------------------------------------------------------
 
 
-def _write_rows(path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str) -> None:
-    """Tokenise all rows of a stream into the folder `path`."""
+def _write_rows(
+    path: Path, guard: Guard, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
+) -> None:
+    """Tokenise the rows of a stream into the folder `path`.
+
+    Args:
+        first_only: leave out rows that belong to the sample of an earlier row.
+    """
     sizes = [0] * len(stream.sources)
     numbers = SampleNumbers(encoding.task)
     of_rows: list[int] = []  # the numbers of rows that are read and not written yet
     facts = {"sizes": sizes, "chats": False, "templated": False, "ended": False}
 
     def chunks() -> Iterator[list[Row]]:
-        rows = iter(stream)
-        while chunk := list(islice(rows, CHUNK)):
-            for source, (row, _) in chunk:
-                sizes[source] += 1
-                of_rows.append(numbers.of(row))
-            yield [row for _, row in chunk]
+        chunk: list[Row] = []
+        size = seen = 0
+        for source, row in stream:
+            number = numbers.of(row[0])
+            if first_only and number < seen:
+                continue
+            seen = max(seen, number + 1)
+            sizes[source] += 1
+            of_rows.append(number)
+            chunk.append(row)
+            size += num_bytes(row[0])
+            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
 
-    with written_arrays(path, _STORE, facts) as writer:
+    with written_arrays(path, _STORE, facts, guard=guard) as writer:
         writer.append(offsets=np.zeros(1, np.int64))
         num_tokens = num_samples = 0
         total = stream.about_num_rows()
@@ -188,7 +218,7 @@ def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool
 
 
 def _write_splits(
-    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
+    path: Path, guard: Guard, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
 ) -> None:
     """Write which samples are trained on and which are held out, with their hash."""
     train, facts = stored["train"]
@@ -196,22 +226,22 @@ def _write_splits(
     held_out = np.zeros(len(train["rows"]), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
-        validation_rows = np.arange(len(other["rows"]))
+        validation_rows = np.arange(len(other["rows"]))  # one for each sample
     else:
         other, other_stream = train, stream
         held_out = check_held_out(held_out_rows(stream.task, train["rows"]["number"], seed=seed), stream)
-        validation_rows = np.flatnonzero(held_out)
+        validation_rows = _first_rows(train["rows"]["number"], np.flatnonzero(held_out))
     mix = mixed(stream.sources, facts["sizes"], held_out, seed=seed)
     order = {
         "train": _samples_of(train, mix.rows),
-        "validation": _samples_of(other, _first_rows(other["rows"]["number"], validation_rows)),
+        "validation": _samples_of(other, validation_rows),
     }
     digest = hashlib.sha256()
     for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
         dataset = _dataset(arrays, order[name])
         check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
         dataset.update_digest(digest)
-    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}) as writer:
+    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}, guard=guard) as writer:
         writer.append(**order)
 
 
@@ -242,8 +272,13 @@ def _samples_of(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> 
 # Keys -------------------------------------------------------------------------------------------------------------
 
 
-def cache_key(encoding: Encoding, content: str) -> str:
-    """The hash of everything that the ids of rows depend on. content: the hash of the files that hold them."""
+def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> str:
+    """The hash of everything that the ids of rows depend on.
+
+    Args:
+        content: the hash of the files that hold them.
+        first_only: see `_write_rows`.
+    """
     reading = encoding.reading
     choices = [
         encoding.task.name,
@@ -251,7 +286,7 @@ def cache_key(encoding: Encoding, content: str) -> str:
         encoding.max_length,
         sorted(encoding.end_ids),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
-        *(reading.first_rules, reading.template_fields, content, _code()),
+        *(reading.first_rules, reading.template_fields, content, first_only, _code()),
     ]
     return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
 

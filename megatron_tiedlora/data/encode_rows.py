@@ -31,7 +31,9 @@ from megatron_tiedlora.data.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 500  # rows: enough for a tokenizer's threads, and few enough for the memory of long rows
+# The most rows of a chunk, or bytes of long rows: enough for a tokenizer's threads. Ids as Python objects and what the
+# tokenizer knows of each need a hundred times a row's bytes.
+CHUNK, CHUNK_BYTES = 500, 2**18
 _FEW_CHUNKS = 4  # are encoded before other processes would have started
 _MOST_PROCESSES = 32
 
@@ -153,12 +155,20 @@ class _Worker:
     def __init__(self, encoding: Encoding) -> None:
         self._connection, theirs = Pipe()
         self._process = get_context("fork").Process(target=_serve, args=(encoding, theirs, os.getpid()), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:
+            raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
         theirs.close()
 
     def give(self, rows: list[Row]) -> None:
-        with suppress(BrokenPipeError):  # it has ended, which `result` reports
+        try:
             self._connection.send(rows)
+        except RecursionError:
+            first, last = rows[0][1], rows[-1][1]
+            raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
+        except BrokenPipeError:  # it has ended, which `result` reports
+            return
 
     def result(self) -> EncodedRows:
         """The samples of the rows that were given last. Raises UserError as `RowEncoder.encode`."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.atomic import new_folder, write_json
+from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 
 _META_FILE = "content.json"
 
@@ -56,16 +56,19 @@ class ArrayWriter:
 
 
 @contextmanager
-def written_arrays(folder: Path, dtypes: Mapping[str, Any], facts: dict[str, Any]) -> Iterator[ArrayWriter]:
+def written_arrays(
+    folder: Path, dtypes: Mapping[str, Any], facts: dict[str, Any], *, guard: Guard = unguarded
+) -> Iterator[ArrayWriter]:
     """Yield a writer of arrays of these dtypes. `folder` appears when the block ends without an error.
 
     Args:
         facts: JSON that belongs to the arrays; it may be filled in the block.
+        guard: see `new_folder`.
 
     Raises:
         UserError: the disk is full or the folder's parent is not writable.
     """
-    with new_folder(folder) as temporary:
+    with new_folder(folder, guard=guard) as temporary:
         with ExitStack() as stack:
             writer = ArrayWriter(temporary, {name: np.dtype(dtype) for name, dtype in dtypes.items()}, stack)
             yield writer

@@ -7,6 +7,7 @@ It uses PCG64's raw stream and a stable sort. NumPy promises that both stay the 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,9 @@ def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1)  # consecutive steps are in the same epoch, and sorting millions of numbers takes a second
-def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    order = permutation(num_items, seed=seed, stream=epoch)
+def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[Any]]:
+    """`permutation` in the fewest bytes, since every rank holds it."""
+    order = permutation(num_items, seed=seed, stream=epoch).astype(np.min_scalar_type(num_items))
     order.flags.writeable = False
     return order
 
@@ -41,7 +43,7 @@ def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) ->
     missing = count
     while missing > 0:
         part = _epoch(num_samples, seed, epoch)[offset : offset + missing]
-        parts.append(part)
+        parts.append(part.astype(np.int64))
         missing -= len(part)
         epoch, offset = epoch + 1, 0
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

@@ -27,6 +27,7 @@ from megatron_tiedlora.data.tables import HubData, Row
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _COMPRESSED = ".gz"
+_EXPECTED = f"a {', '.join(SUFFIXES)} file or a hub id"
 
 # No model reads a sample as long as _LONGEST_LINE, and its JSON becomes at most some hundred MB of objects. A .json
 # file is read as a whole, into several times its size.
@@ -146,6 +147,14 @@ def named_files(path: Path, name: str) -> list[Path]:
     return found
 
 
+def checked_files(path: Path, name: str) -> list[Path]:
+    """`named_files`. Raises UserError also if one of them is missing or not a regular file."""
+    files = named_files(path, name)
+    for file in files:
+        _check_file(file, _EXPECTED)
+    return files
+
+
 def read_lines(name: str | Path) -> list[str]:
     r"""Read the lines of a UTF-8 text file without their ends (\n or \r\n).
 
@@ -192,7 +201,7 @@ def _check_file(path: Path, expected: str) -> None:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    _check_file(path, f"a {', '.join(SUFFIXES)} file or a hub id")
+    _check_file(path, _EXPECTED)
     packed = path.suffix.lower() == _COMPRESSED
     suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {

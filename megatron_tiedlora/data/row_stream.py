@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.readers import about_num_rows, hub_data, iter_rows
+from megatron_tiedlora.base.paths import user_path
+from megatron_tiedlora.data.readers import about_num_rows, checked_files, hub_data, iter_rows
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.shapes import OUR_FIELDS, renamed
 from megatron_tiedlora.data.sources import Source, local_files, parse_sources
-from megatron_tiedlora.data.tables import HubData, Row, files_sha256, rows_sha256
+from megatron_tiedlora.data.tables import HubData, Row, files_sha256, is_saved_folder, rows_sha256
 from megatron_tiedlora.data.task import Split, Task
 
 Files = Mapping[str, str | Path | None]
@@ -50,12 +52,13 @@ class RowStream:
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         """Yield (number of the source, row)."""
         for number, part in enumerate(self._parts):
-            rows = self._flat(part.rows())
-            first = next(rows, None)
-            if first is None:
-                raise UserError(f"{part.source.name}: holds no samples of task {self.task.name}; give another file")
-            yield number, first
-            yield from ((number, row) for row in rows)
+            with _readable(part.source.name):
+                rows = self._flat(part.rows())
+                first = next(rows, None)
+                if first is None:
+                    raise UserError(f"{part.source.name}: holds no samples of task {self.task.name}; give another file")
+                yield number, first
+                yield from ((number, row) for row in rows)
 
     def about_num_rows(self) -> int | None:
         """About how many rows there are, for a progress bar; None: not known."""
@@ -65,8 +68,16 @@ class RowStream:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def sha256(self) -> str:
-        """Hash of all files. Of rows that are in no file, such as those of a generator, the rows are hashed."""
-        return hashlib.sha256(" ".join(part.sha256() for part in self._parts).encode()).hexdigest()
+        """Hash of the names and contents of all files that are read, and of generated rows.
+
+        Raises:
+            UserError: a file is missing or unreadable.
+        """
+        found = []
+        for part in self._parts:
+            with _readable(part.source.name):
+                found.append(part.sha256())
+        return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
         task, columns = self.task, self.reading.columns
@@ -99,15 +110,16 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         raise UserError(f"--task {task.name} has no {split} data; give --{split}_file")
     given, flag = str(files.get(split) or ""), f"--{split}_file"
     own_id = task.hub is not None and given == task.hub.id and split in task.hub.splits
-    pair = task.read_files(given, flag, reading) if given and task.read_files else None
+    with _readable(given):
+        pair = task.read_files(given, flag, reading) if given and task.read_files else None
     parts: tuple[_Part, ...]
     if pair is not None:
-        parts = (_Part(Source(given), pair, partial(_sha256, given)),)
+        parts = (_Part(Source(given), pair, lambda: _names_and_contents(local_files(given).values())),)
     elif given and not own_id:
         parts = tuple(_part_of(source, split) for source in parse_sources(given, flag))
     elif task.generate is not None:
         generated = partial(task.generate, split)
-        parts = (_Part(Source(task.name), generated, lambda: rows_sha256(generated())),)
+        parts = (_Part(Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
     else:
         assert task.hub is not None
         hub = HubData(task.hub.id, task.hub.splits[split], task.hub.config, task.hub.parquet_branch)
@@ -116,16 +128,31 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
 
 
 def _part_of(source: Source, split: Split) -> _Part:
-    hub = hub_data(source.name, split=split)
+    with _readable(source.name):
+        hub = hub_data(source.name, split=split)
     if hub is not None:
         return _Part(source, hub.rows, hub.sha256)
-    return _Part(source, partial(iter_rows, source.name, split=split), partial(_sha256, source.name))
+    return _Part(source, partial(iter_rows, source.name, split=split), partial(_files_sha256, source.name, split))
 
 
-def _sha256(given: str) -> str:
-    """Hash of the files that a name stands for. Without any, reading them says what is wrong."""
-    files = local_files(given)
+def _files_sha256(name: str, split: Split) -> str:
+    """Hash of the files that a name stands for."""
+    path = user_path(name)
+    if path.is_dir() and is_saved_folder(path):  # which of its files have the split's rows, the library knows
+        return split + _names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
+    return _names_and_contents(checked_files(path, name))
+
+
+def _names_and_contents(files: Iterable[Path]) -> str:
+    """Names decide how a file is read, so they are in the hash; folders do not."""
+    files = list(files)
+    return " ".join([*(file.name for file in files), files_sha256(files)])
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turns errors of the file system into one line."""
     try:
-        return files_sha256(files.values()) + "".join(path.suffix for path in files.values())
-    except OSError:
-        return "unreadable"
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error})") from error

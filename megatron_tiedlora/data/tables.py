@@ -80,16 +80,16 @@ def _bounded(parts: Iterator[list[dict[str, Any]]], path: Path, kind: str) -> It
             return
         for row in part:
             number += 1
-            size += _num_bytes(row)
+            size += num_bytes(row)
             if size > memory:
                 raise UserError(too_large)
             yield row, f"{path}: row {number}"
 
 
-def _num_bytes(value: Any) -> int:
+def num_bytes(value: Any) -> int:
     """Memory of a value and everything in it."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return sys.getsizeof(value) + sum(map(_num_bytes, parts))
+    return sys.getsizeof(value) + sum(map(num_bytes, parts))
 
 
 def is_saved_folder(path: Path) -> bool:
@@ -158,7 +158,8 @@ class HubData:
     def sha256(self) -> str:
         """Hash of the files to which the library has downloaded it; of the rows if there are none."""
         files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
-        return rows_sha256(self.rows()) if not files else files_sha256(files)
+        content = files_sha256(files) if files else rows_sha256(self.rows())
+        return f"{self.config_name} {self.split} {content}"  # splits may be parts of one file
 
 
 def files_sha256(files: Iterable[Path]) -> str:

@@ -20,7 +20,7 @@ FACTS = np.dtype([("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np
 """What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
 a chat lost."""
 
-_BLOCK = 2**11  # samples
+_BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # the most samples and tokens of a block, or one sample
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class TokenDataset:
         """Which stored samples the given ones are."""
         if self.order is not None:
             return self.order[indices]
-        return np.arange(len(self))[indices] if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
+        if isinstance(indices, slice):
+            return np.arange(*indices.indices(len(self)))
+        return np.asarray(indices, dtype=np.int64)
 
     def lengths_of(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
         """Number of tokens of the given samples, (number of samples,) int64."""
@@ -143,7 +145,12 @@ class TokenDataset:
             digest.update((part.supervised if prompts is None else prompts).data)
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(start, start + _BLOCK) for start in range(0, len(self), _BLOCK))
+        start = 0
+        while start < len(self):
+            ends = np.cumsum(self.lengths_of(slice(start, start + _BLOCK)))
+            count = max(int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")), 1)
+            yield slice(start, start + count)
+            start += count
 
     def _gathered(self, block: slice) -> TokenDataset:
         """The samples of a block, in arrays of their own."""

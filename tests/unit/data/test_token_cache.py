@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
-import multiprocessing
 import os
-import signal
-import time
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from task_files import refusal, write_rows
+from task_files import write_rows
+from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data import cache, encode_rows, token_dataset
 from megatron_tiedlora.data.cache import TrainingData, cache_key, tokenised_once
-from megatron_tiedlora.data.encode import encode_dataset
-from megatron_tiedlora.data.encode_rows import Encoding
-from megatron_tiedlora.data.example_maker import with_template
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @pytest.fixture(scope="module")
@@ -47,79 +36,6 @@ def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cache, "CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
     return str(request.param)
-
-
-def rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
-    return [
-        {"prompt": " ".join(WORDS[: 1 + number % 10]) + f" {number}", "completion": " ".join(WORDS[number % 7 :])}
-        for number in range(first, first + count)
-    ]
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    def turns(number: int) -> list[dict[str, Any]]:
-        return [
-            {"role": role, "content": WORDS[(number + index) % 10]}
-            for index in range(1 + number % 4)
-            for role in ("user", "assistant")
-        ]
-
-    return [{"messages": turns(number)} for number in range(count)]
-
-
-def encoding(tokenizer: Any, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
-    reading, checked = with_template(Reading(), template)
-    ends = frozenset([tokenizer.eos_token_id])
-    return Encoding(get_task(task), tokenizer, reading, checked, max_length, ends)
-
-
-def expected(how: Encoding, files: Mapping[str, str], seed: int) -> dict[str, TokenDataset]:
-    """The same from lists of samples, in this process."""
-    return {
-        split: encode_dataset(
-            load_split(how.task, split, files=files, seed=seed, tokenizer=how.tokenizer, reading=how.reading),
-            how.tokenizer,
-            max_length=how.max_length,
-            reading=how.reading,
-        )
-        for split in ("train", "validation")
-    }
-
-
-def check_same(found: TokenDataset, right: TokenDataset) -> None:
-    assert len(found) == len(right) > 0
-    for index in range(len(right)):
-        assert found.sample(index).tolist() == right.sample(index).tolist()
-        assert found.supervised_of(index).tolist() == right.supervised_of(index).tolist()
-    assert found.lengths.tolist() == right.lengths.tolist()
-    assert found.num_supervised_of(slice(None)).tolist() == right.num_supervised_of(slice(None)).tolist()
-    for name in ("num_tokens", "num_supervised", "longest", "truncated_prompts", "shortened_chats", "lost_turns"):
-        assert getattr(found, name) == getattr(right, name), name
-    prompts, of_right = found.prompt_lengths, right.prompt_lengths
-    assert (prompts is None) == (of_right is None)
-    assert prompts is None or of_right is None or prompts.tolist() == of_right.tolist()
-
-
-def sha256_of_arrays(parts: Mapping[str, TokenDataset]) -> str:
-    """As version 0.1 hashed the arrays of both parts."""
-    digest = hashlib.sha256()
-    for part in parts.values():
-        prompts = part.prompt_lengths
-        for array in (part.tokens, part.offsets, part.supervised if prompts is None else prompts):
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def check(how: Encoding, files: Mapping[str, str], folder: Path, *, seed: int = 3) -> TrainingData:
-    found = tokenised_once(how, files=files, seed=seed, cache_dir=folder)
-    right = expected(how, files, seed)
-    check_same(found.train, right["train"])
-    check_same(found.validation, right["validation"])
-    assert found.sha256 == sha256_of_arrays(right)
-    first = load_split(how.task, "train", files=files, seed=seed, reading=how.reading)[0]
-    order = load_split(how.task, "train", files={**files, "validation": files["train"]}, seed=seed, reading=how.reading)
-    assert order[found.first_row].prompt == first.prompt
-    return found
 
 
 # What is in it ----------------------------------------------------------------------------------------------------
@@ -205,7 +121,7 @@ def test_a_second_start_reads_no_rows_and_maps_the_files(
     assert not list((tmp_path / "tokens").glob(".writing-*"))
     made = []
     monkeypatch.setattr(cache, "encoded_rows", lambda *_: pytest.fail("tokenised twice"))
-    monkeypatch.setattr(cache, "_write_splits", lambda path, **_: made.append(path))
+    monkeypatch.setattr(cache, "_write_splits", lambda path, *_, **__: made.append(path))
     again = tokenised_once(how, files=files, seed=3, cache_dir=tmp_path)
     check_same(again.train, first.train)
     assert again.sha256 == first.sha256 and again.first_row == first.first_row
@@ -275,102 +191,3 @@ def test_every_choice_of_the_user_is_in_the_key() -> None:
     # The template's text is a part of the tokenizer's, the fields it names are those of --prompt_template, and only
     # what is trained on is stored.
     assert names | {"chat_template", "template_fields", "trains"} == set(Reading.__dataclass_fields__)
-
-
-# Faults -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_broken_row_is_one_line(tokenizer: Any, tmp_path: Path, processes: str) -> None:
-    broken = [*rows(10), {"prompt": "x", "completion": 3}, *rows(10)]
-    files = {"train": write_rows(tmp_path / "a.jsonl", broken)}
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(f"{tmp_path}/a.jsonl:11: field 'completion' is 3 (int)")
-    assert not list((tmp_path / "tokens").glob("*/")) and not list((tmp_path / "tokens").glob(".writing-*"))
-    mixed = [*rows(10), {"text": "x"}]
-    files = {"train": write_rows(tmp_path / "a.jsonl", mixed)}
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(f"{tmp_path}/a.jsonl:11: a row of shape") and f"({tmp_path}/a.jsonl:1)" in message
-
-
-def test_a_file_that_changes_while_it_is_read(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = Path(write_rows(tmp_path / "a.jsonl", rows(40)))
-    original = cache.encoded_rows
-
-    def changing(chunks: Any, how: Encoding) -> Iterator[Any]:
-        for part in original(chunks, how):
-            with file.open("a") as stream:
-                stream.write(json.dumps(rows(1)[0]) + "\n")
-            yield part
-
-    monkeypatch.setattr(cache, "encoded_rows", changing)
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files={"train": file}, seed=0, cache_dir=tmp_path))
-    assert message == f"{file}: changed while it was read; start again when it is complete"
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(tokenizer: Any, tmp_path: Path) -> None:
-    files = {"train": write_rows(tmp_path / "a.jsonl", rows(4))}
-    (tmp_path / "tokens").write_text("a file where the folder has to be")
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert str(tmp_path) in message
-
-
-def test_parts_without_a_supervised_token_are_named(tokenizer: Any, tmp_path: Path) -> None:
-    a, b = write_rows(tmp_path / "a.jsonl", rows(4)), write_rows(tmp_path / "b.jsonl", chats(4))
-    nothing = replace(encoding(tokenizer), max_length=400)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    write_rows(tmp_path / "b.jsonl", [{"messages": turns}])
-    files = {"train": a, "validation": b}
-    message = refusal(lambda: tokenised_once(nothing, files=files, seed=0, cache_dir=tmp_path))
-    assert message.startswith(b), message
-
-
-def test_a_process_that_is_killed_is_one_line(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache, "CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 0)
-    files = {"train": write_rows(tmp_path / "a.jsonl", rows(40))}
-    parent = os.getpid()
-
-    def killed(self: Any, chunk: Any) -> Any:
-        assert os.getpid() != parent
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(encode_rows.RowEncoder, "encode", killed)
-    message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-    assert message == "a process that tokenises rows ended (-9); start again with more memory"
-    monkeypatch.setattr(encode_rows.RowEncoder, "encode", lambda *_: 1 / 0)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path)
-    assert not multiprocessing.active_children()
-
-
-def _tokenise_in_process(folder: str, file: str, cache_dir: str, results: Any) -> None:
-    original = cache.encoded_rows
-
-    def slow(*arguments: Any) -> Iterator[Any]:
-        (Path(cache_dir) / f"made-{time.monotonic_ns()}").touch()
-        time.sleep(1.0)  # long enough for the others to arrive
-        return original(*arguments)
-
-    cache.encoded_rows = slow
-    found = tokenised_once(encoding(load_tokenizer(folder)), files={"train": file}, seed=0, cache_dir=cache_dir)
-    results.put(found.train.sample(0).tolist())
-
-
-def test_one_of_several_processes_tokenises(tmp_path: Path) -> None:
-    folder = write_zoo_tokenizer(tmp_path / "tokenizer", template=CHATML)
-    file = write_rows(tmp_path / "a.jsonl", rows(4))
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    arguments = (str(folder), str(file), str(tmp_path), results)
-    processes = [context.Process(target=_tokenise_in_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    outcomes = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    assert outcomes[0] == outcomes[1] and len(list(tmp_path.glob("made-*"))) == 1
