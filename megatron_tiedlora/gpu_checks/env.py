@@ -18,7 +18,7 @@ from megatron_tiedlora.gpu_checks.records import CheckOptions, Report
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.training.throughput import listed_peak, matmul_rate, timed
 
-OLDEST_TORCH = (2, 6)
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 PACKAGES = ("deepspeed", "triton", "flash_attn", "flash_attn_3", "transformers", "pydantic", "numpy")
 # Prefixes of variables that change what runs or how a failure shows.
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "DS_", "OMP_NUM_THREADS", "LD_PRELOAD")
@@ -73,9 +73,9 @@ def check(report: Report, options: CheckOptions) -> None:
 def _software(report: Report) -> None:
     report.tell("python", platform.python_version(), why=platform.platform())
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    report.expect(
-        "torch", found >= OLDEST_TORCH, torch.__version__, expected=">= 2.6", fix=f"upgrade torch; {INSTALL_FIX}"
-    )
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    fix = f"upgrade torch; {INSTALL_FIX}"
+    report.expect("torch", found >= OLDEST_TORCH, torch.__version__, expected=f">= {oldest}", fix=fix)
     report.tell("CUDA of torch", torch.version.cuda or "none")
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     report.tell("cuDNN", _dotted(cudnn) if cudnn else "none")
