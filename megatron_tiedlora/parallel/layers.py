@@ -21,7 +21,6 @@ from megatron_tiedlora.parallel.groups import TensorParallel
 # 16-bit numbers to start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
 _HALF = (torch.bfloat16, torch.float16)
-_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
@@ -44,10 +43,10 @@ class _FrozenLinear(torch.autograd.Function):
 def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in `dtype`, from matrices of one dtype, which is not wider than `dtype`.
 
-    From 16 bits to fp32, on CUDA, from torch 2.8 on, the sums are returned unrounded. With any other pair of dtypes
+    From 16 bits to fp32, on CUDA, the sums are returned unrounded. With any other pair of dtypes
     they are first rounded to the dtype of the matrices.
     """
-    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32 and _HAS_OUT_DTYPE:
+    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
