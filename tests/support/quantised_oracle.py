@@ -19,6 +19,7 @@ NF4 = np.array(
     ],
     F,
 )
+NF4_BORDERS = (NF4[:-1] + NF4[1:]) / F(2)
 
 
 def nf4_codes(values: Floats, block: int = 64) -> tuple[Codes, Floats]:
@@ -29,12 +30,11 @@ def nf4_codes(values: Floats, block: int = 64) -> tuple[Codes, Floats]:
     for row in range(rows):
         for number in range(scales.shape[1]):
             part = range(number * block, min((number + 1) * block, width))
-            scale = max(abs(values[row, column]) for column in part)
+            scale = np.abs(values[row, part]).max()
             scales[row, number] = 0 if scale < 2.0**-120 else scale
             for column in part:
                 share = F(values[row, column] * F(F(1) / max(scale, F(1e-38))))
-                borders = [F(F(NF4[level] + NF4[level + 1]) / F(2)) for level in range(15)]
-                codes[row, column] = sum(share > border for border in borders)
+                codes[row, column] = np.count_nonzero(share > NF4_BORDERS)
     return codes, scales
 
 
@@ -51,7 +51,7 @@ def row_values(values: Floats, name: str) -> tuple[Floats, Floats]:
     levels = np.zeros(values.shape, F)
     scales = np.zeros(len(values), F)
     for row, numbers in enumerate(values):
-        scales[row] = F(max(abs(number) for number in numbers) / F(largest))
+        scales[row] = F(np.abs(numbers).max() / F(largest))
         for column, number in enumerate(numbers):
             share = F(0) if scales[row] == 0 else F(number / scales[row])
             share = F(min(max(share, -largest), largest))
