@@ -61,3 +61,4 @@ BASE_FORMATS: dict[str, BaseFormat] = {
         BaseFormat("nf4", bits=4, block=64),  # QLoRA's 16 levels
     )
 }
+BASE_NAMES = tuple(BASE_FORMATS)

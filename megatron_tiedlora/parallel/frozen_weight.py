@@ -63,11 +63,6 @@ class FrozenWeight:
         """The shape of this rank's shard."""
         return tuple(self.tensor.shape)
 
-    @staticmethod
-    def num_bytes(num_elements: int, dtype: torch.dtype) -> int:
-        """Bytes of a weight with `num_elements` elements, for activations of `dtype`."""
-        return num_elements * dtype.itemsize
-
     def times_transposed(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -160,6 +160,10 @@ class QuantisedWeight(FrozenWeight):
         self.tensor.data[rows].copy_(codes)
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
+    def _moved(self, values: torch.Tensor) -> torch.Tensor:
+        """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
+        return values.to(self.tensor.device)
+
     def _parts(self, at_once: int = _AT_ONCE, num_rows: int | None = None) -> Iterator[slice]:
         """Slices of the first `num_rows` rows, or all, of about `at_once` elements each."""
         rows = self._local_shape[0] if num_rows is None else num_rows
@@ -181,9 +185,9 @@ class BlockScaledWeight(QuantisedWeight):
         assert block is not None
         before = columns.start - self.columns_to_read(columns).start
         # The block of the full tensor in which each stored block lies.
-        blocks = (before + torch.arange(self.scale_bits.shape[1], device=values.device) * self.block) // block
+        blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
         for rows in self._parts(num_rows=len(values)):
-            codes, scales = quantise_nf4(values[rows], block)
+            codes, scales = quantise_nf4(self._moved(values[rows]), block)
             own = codes[:, before : before + width]
             self._store(slice(start + rows.start, start + rows.stop), pack_nf4(own), scales[:, blocks])
 
@@ -219,13 +223,13 @@ class RowScaledWeight(QuantisedWeight):
     """int8 and fp8: a scale for each row of the full tensor."""
 
     def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
-        maxima = torch.cat([row_maxima(values[rows]) for rows in self._parts(num_rows=len(values))])
+        maxima = torch.cat([row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))])
         if columns.largest is not None:  # infinite, not NaN: all ranks of the group raise the error, and none waits
             maxima = columns.largest(maxima.nan_to_num(nan=torch.inf, posinf=torch.inf))
         else:
             assert columns.stop - columns.start == columns.full, "a row's scale is that of the whole row"
         for rows in self._parts(num_rows=len(values)):
-            codes, scales = quantise_rows(values[rows], maxima[rows], self.storage.name)
+            codes, scales = quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     @property
@@ -267,8 +271,10 @@ def _scale_columns(
     """matrix diag(scales) + bias, computed in max(fp32, the matrix's dtype) and written to `out`, which may be it."""
     size = max((NUMBERS_AT_ONCE if matrix.is_cuda else _AT_ONCE) // matrix.shape[1], 1)
     for part, result in zip(matrix.split(size), out.split(size), strict=True):
-        scaled = part * scales
-        result.copy_(scaled if bias is None else scaled.add_(bias))
+        if bias is None:
+            torch.mul(part, scales, out=result)
+        else:
+            result.copy_((part * scales).add_(bias))
     return out
 
 

@@ -95,7 +95,7 @@ def _partition(plan: RunPlan) -> list[str]:
                 " + ".join(names),
                 f"{stage.cost_share:.1%}",
                 _ranges(stage.part.layers) or "none",
-                bytes_in_words(layout.base_bytes(stage.full_base)),
+                bytes_in_words(stage.full_base_bytes),
             ]
         )
     return [
@@ -119,6 +119,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         memory = stage_memory(stage, tokens=layout.rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
+            **({"one dequantised": memory.dequantised} if layout.base else {}),
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,

@@ -17,7 +17,7 @@ from megatron_tiedlora.training.plan import LAYOUT_SETTINGS, RunPlan
 # What runs of earlier versions did without recording it: QKV alone, one schedule, AdamW's own betas, no dropout.
 _EARLIER = {
     **{"targets": [QKV], "data_rules": 1, "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "dropout": 0.0},
-    "init_from": None,
+    **{"init_from": None, "base": None},
 }
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import quantised_oracle as oracle
 import torch
+from quantised_models import CROSSING, FORMATS, expected_values, with_values
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +27,6 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, froz
 from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 
-FORMATS = ("nf4", "int8", "fp8")
-# Of a model whose tensor-parallel cut lies within a block: 48 columns of output, 40 of down at TP 2.
-CROSSING: dict[str, Any] = {"hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 80}
-
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -42,14 +37,6 @@ def made(name: str, values: torch.Tensor, dtype: torch.dtype = torch.float64) ->
     assert isinstance(weight, QuantisedWeight)
     weight.load(values)
     return weight
-
-
-def expected_values(name: str, values: torch.Tensor) -> torch.Tensor:
-    """By the oracle, in fp64: nf4's are rounded to fp32, as bitsandbytes' are."""
-    if name == "nf4":
-        return torch.from_numpy(oracle.nf4_values(values.float().numpy())).double()
-    levels, scales = oracle.row_values(values.float().numpy(), name)
-    return torch.from_numpy(levels.astype(np.float64) * scales[:, None].astype(np.float64))
 
 
 @pytest.mark.parametrize("width", [64, 100, 7])
@@ -206,23 +193,6 @@ def step(model: Stage) -> list[torch.Tensor]:
     loss.backward()
     assert model.adapter is not None
     return [loss.detach(), *(p.grad for p in model.adapter.parameters() if p.grad is not None)]
-
-
-def with_values(folder: Path, into: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A copy of a model whose blocks have the values that a format makes of theirs, by the oracle."""
-    into.mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".json":
-            (into / file.name).write_bytes(file.read_bytes())
-    source = find_model(str(folder))
-    with BaseWeights(folder, source.shape) as weights:
-        tensors = {tensor: weights.read(tensor).clone() for tensor in weight_map(folder)}
-    for key, value in tensors.items():
-        if ".layers." in key and value.ndim == 2:
-            value = expected_values(name, value)
-        tensors[key] = value.to(dtype).contiguous()
-    save_file(tensors, into / "model.safetensors")
-    return into
 
 
 @pytest.fixture(scope="module")
