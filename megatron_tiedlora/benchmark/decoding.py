@@ -35,7 +35,8 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     texts = [example.prompt for example in examples]
     encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
-    decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.shape)
+    stage = load_model(source, None, dtype=dtype, base=settings.base, device=device)
+    decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     turns = {
         # No token ends a sequence.

@@ -1,14 +1,16 @@
 """Frozen weights of 4 or 8 bits: codes, and scales that belong to the full tensor, so that its values are the same
 however it is sharded.
 
-    nf4:        y = x D(W)^T + c              dx = dy D(W)           D(W) in memory that all weights of a rank share
-    int8, fp8:  y = (x Q^T) diag(s) + c       dx = (dy diag(s)) Q    Q the codes as numbers, s a scale for each row
+    y = x D(W)^T + c        dx = dy D(W)
+
+D(W), the dequantised weight, exists during the matmul only, in memory that all weights of a rank share. Its values are
+fp32 numbers, rounded once more to the activations' dtype.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 
@@ -151,8 +153,29 @@ class QuantisedWeight(FrozenWeight):
     def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
 
     @abstractmethod
+    def _dequantise(self, out: torch.Tensor) -> None:
+        """Write D(W) to `out`, of any float dtype."""
+
     def values(self) -> torch.Tensor:
-        """W in max(fp32, the activations' dtype), in memory of its own."""
+        """D(W) in fp32, in memory of its own."""
+        found = torch.empty(self._local_shape, device=self.tensor.device)
+        self._dequantise(found)
+        return found
+
+    def _dequantised(self) -> FrozenWeight:
+        out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=self.tensor.device)
+        self._dequantise(out)
+        return FrozenWeight(out)
+
+    def times_transposed(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `FrozenWeight.times_transposed`."""
+        return self._dequantised().times_transposed(x, bias, out=out)
+
+    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `FrozenWeight.times`."""
+        return self._dequantised().times(grad_y, out=out)
 
     def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
         if not scales.isfinite().all():
@@ -164,9 +187,10 @@ class QuantisedWeight(FrozenWeight):
         """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
         return values.to(self.tensor.device)
 
-    def _parts(self, at_once: int = _AT_ONCE, num_rows: int | None = None) -> Iterator[slice]:
-        """Slices of the first `num_rows` rows, or all, of about `at_once` elements each."""
+    def _parts(self, num_rows: int | None = None) -> Iterator[slice]:
+        """Slices of the first `num_rows` rows, or all, of so many elements as are processed at one time."""
         rows = self._local_shape[0] if num_rows is None else num_rows
+        at_once = NUMBERS_AT_ONCE if self.tensor.is_cuda else _AT_ONCE
         size = max(at_once // max(self._local_shape[1], 1), 1)
         return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
@@ -191,32 +215,14 @@ class BlockScaledWeight(QuantisedWeight):
             own = codes[:, before : before + width]
             self._store(slice(start + rows.start, start + rows.stop), pack_nf4(own), scales[:, blocks])
 
-    def values(self) -> torch.Tensor:
-        """W in max(fp32, the activations' dtype), in memory of its own."""
-        found = dequantise_nf4(self.tensor.detach(), self.scales, self._local_shape[1], self.block)
-        return found.double() if self.dtype == torch.float64 else found
-
-    def _dequantised(self) -> FrozenWeight:
-        """W in the activations' dtype, in the memory that all weights share."""
+    def _dequantise(self, out: torch.Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
-        out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=codes.device)
         kernel = nf4_kernel(out, self.block)
         if kernel is not None:
             kernel(codes, scales, self.block, out)
-            return FrozenWeight(out)
-        for rows in self._parts(NUMBERS_AT_ONCE if codes.is_cuda else _AT_ONCE):
+            return
+        for rows in self._parts():
             out[rows] = dequantise_nf4(codes[rows], scales[rows], out.shape[1], self.block)
-        return FrozenWeight(out)
-
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `FrozenWeight.times_transposed`."""
-        return self._dequantised().times_transposed(x, bias, out=out)
-
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `FrozenWeight.times`."""
-        return self._dequantised().times(grad_y, out=out)
 
 
 class RowScaledWeight(QuantisedWeight):
@@ -232,50 +238,25 @@ class RowScaledWeight(QuantisedWeight):
             codes, scales = quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
-    @property
-    def _codes(self) -> torch.Tensor:
-        return self.tensor.detach().view(CODE_TYPE[self.storage.name])
-
-    def values(self) -> torch.Tensor:
-        """W in max(fp32, the activations' dtype), in memory of its own."""
-        scales = self.scales[:, 0]
-        return dequantise_rows(self._codes, scales.double() if self.dtype == torch.float64 else scales)
-
-    def _levels(self) -> torch.Tensor:
-        """The codes as numbers in the activations' dtype, which has all of them, in the memory that weights share."""
-        codes = self._codes
-        out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=codes.device)
-        if codes.dtype != torch.float8_e4m3fn or codes.is_cuda:
-            return out.copy_(codes)
-        levels = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(self.dtype)
-        for rows in self._parts():  # a table is four times as fast as the conversion on a CPU (torch 2.13)
-            torch.index_select(levels, 0, self.tensor.detach()[rows].flatten().int(), out=out[rows].view(-1))
-        return out
-
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `FrozenWeight.times_transposed`."""
-        y = torch.mm(x, self._levels().t(), out=out)
-        return _scale_columns(y, self.scales[:, 0], bias, out=y)
-
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `FrozenWeight.times`. The scales are folded into dy, so that both passes multiply by the same numbers."""
-        scaled = _scale_columns(grad_y, self.scales[:, 0], out=torch.empty_like(grad_y))
-        return torch.mm(scaled, self._levels(), out=out)
-
-
-def _scale_columns(
-    matrix: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor
-) -> torch.Tensor:
-    """matrix diag(scales) + bias, computed in max(fp32, the matrix's dtype) and written to `out`, which may be it."""
-    size = max((NUMBERS_AT_ONCE if matrix.is_cuda else _AT_ONCE) // matrix.shape[1], 1)
-    for part, result in zip(matrix.split(size), out.split(size), strict=True):
-        if bias is None:
-            torch.mul(part, scales, out=result)
+    def _dequantise(self, out: torch.Tensor) -> None:
+        codes = self.tensor.detach().view(CODE_TYPE[self.storage.name])
+        if codes.dtype == torch.int8:
+            for rows in self._parts():
+                torch.mul(codes[rows], self.scales[rows], out=out[rows])
+        elif out.dtype == torch.float64 or codes.is_cuda:
+            for rows in self._parts():
+                out[rows] = dequantise_rows(codes[rows], self.scales[rows, 0])
         else:
-            result.copy_((part * scales).add_(bias))
-    return out
+            _look_up(self.tensor.detach(), self.scales, out, self._parts())
+
+
+def _look_up(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, parts: Iterable[slice]) -> None:
+    """fp8's values by a table of its 256 levels: on a CPU four times as fast as the conversion (torch 2.13)."""
+    levels = torch.arange(256, dtype=torch.uint8).view(CODE_TYPE["fp8"]).to(out.dtype)
+    for rows in parts:
+        part = out[rows]
+        torch.index_select(levels, 0, codes[rows].flatten().int(), out=part.view(-1))
+        part.mul_(scales[rows])  # computed in fp32
 
 
 def weight_maker(name: str | None) -> WeightMaker:

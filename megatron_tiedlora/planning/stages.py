@@ -19,10 +19,11 @@ from megatron_tiedlora.planning.partition import layer_costs, partition
 
 
 class StoredTensor(NamedTuple):
-    """A parameter of a base: its elements, and the bytes of each."""
+    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
 
     size: int
     itemsize: int
+    quantised: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -40,7 +41,7 @@ def stored_tensors(
     rows, width = local_shape
     storage, shards_rows = BASE_FORMATS[layout.base], rule.spec.dim == 1 and tp_size > 1
     scales = rows * storage.row_scales(width, shards_rows=shards_rows)
-    return (StoredTensor(rows * storage.row_bytes(width), 1), StoredTensor(scales, SCALE_BYTES))
+    return (StoredTensor(rows * storage.row_bytes(width), 1, True), StoredTensor(scales, SCALE_BYTES, True))
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class StagePlan:
     def base_bytes(self) -> int:
         """The bytes of a rank's base parameters."""
         return sum(tensor.num_bytes for tensor in self.local_base)
+
+    @property
+    def quantised_bytes(self) -> int:
+        """Those of them that store quantised weights."""
+        return sum(tensor.num_bytes for tensor in self.local_base if tensor.quantised)
 
     @property
     def dequantised_bytes(self) -> int:

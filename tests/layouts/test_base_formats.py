@@ -179,9 +179,7 @@ def test_runs_are_the_oracles_at_every_layout(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_run_on_nf4_is_that_on_its_dequantised_weights(
-    folders: dict[str, Path], tmp_path: Path, dtype: str
-) -> None:
+def test_a_run_is_that_on_the_dequantised_weights(folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     """On one process bit for bit: all losses, all norms and the adapter at the end."""
     start = random_adapter(
         "tl6", OracleConfig.from_folder(folders[""]), rank=3, alpha=6.0, layers=None, seed=3, scale=0.2
@@ -189,9 +187,10 @@ def test_a_run_on_nf4_is_that_on_its_dequantised_weights(
     shared = {**settings_of(folders[""], tmp_path), "dtype": dtype}
     cases = [
         {"settings": {**shared, **changes}, "start": str(save_start(start, tmp_path / "start.safetensors"))}
-        for changes in ({"base": "nf4"}, {"model": str(folders["nf4"])}, {})
+        for changes in ({}, *({"base": name} for name in FORMATS), *({"model": str(folders[name])} for name in FORMATS))
     ]
-    on_nf4, on_values, on_original = run_engine(cases, tmp_path, ranks=1)
-    assert on_nf4.losses == on_values.losses != on_original.losses and len(on_nf4.losses) == 6
-    assert on_nf4.grad_norms == on_values.grad_norms
-    assert all(torch.equal(value, on_values.adapter[name]) for name, value in on_nf4.adapter.items())
+    original, *runs = run_engine(cases, tmp_path, ranks=1)
+    for found, expected in zip(runs[:3], runs[3:], strict=True):
+        assert found.losses == expected.losses != original.losses and len(found.losses) == 6
+        assert found.grad_norms == expected.grad_norms
+        assert all(torch.equal(value, expected.adapter[name]) for name, value in found.adapter.items())

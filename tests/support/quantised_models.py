@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import quantised_oracle as oracle
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +15,12 @@ CROSSING: dict[str, Any] = {"hidden_size": 96, "num_heads": 8, "num_kv_heads": 4
 
 
 def expected_values(name: str, values: torch.Tensor) -> torch.Tensor:
-    """What a format makes of a weight, in fp64: nf4's are rounded to fp32, as bitsandbytes' are."""
+    """What a format makes of a weight: fp32 numbers, returned in fp64."""
+    numbers = values.float().numpy()
     if name == "nf4":
-        return torch.from_numpy(oracle.nf4_values(values.float().numpy())).double()
-    levels, scales = oracle.row_values(values.float().numpy(), name)
-    return torch.from_numpy(levels.astype(np.float64) * scales[:, None].astype(np.float64))
+        return torch.from_numpy(oracle.nf4_values(numbers)).double()
+    levels, scales = oracle.row_values(numbers, name)
+    return torch.from_numpy(levels * scales[:, None]).double()
 
 
 def quantised(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

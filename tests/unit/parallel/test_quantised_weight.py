@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import nf4_kernels
-from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 
@@ -45,7 +45,7 @@ def test_matmuls_and_the_input_gradient(name: str, width: int) -> None:
     values, x = drawn(6, width, dtype=torch.float32), drawn(2, 3, width, seed=1).requires_grad_()
     bias, grad_y, memory = drawn(6, seed=2), drawn(2, 3, 6), torch.empty(6, 6, dtype=torch.float64)
     weight, full = made(name, values), expected_values(name, values)
-    assert weight.local_shape == (6, width) and torch.equal(weight.values(), full)
+    assert weight.local_shape == (6, width) and torch.equal(weight.values(), full.float())
     y = frozen_linear(x, weight)
     y.backward(grad_y)
     assert x.grad is not None
@@ -59,18 +59,11 @@ def test_matmuls_and_the_input_gradient(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_bf16_matmuls_are_as_exact_as_plain_ones(name: str) -> None:
-    values, x, grad_y = drawn(192, 128, dtype=torch.bfloat16), drawn(40, 128, seed=1), drawn(40, 192, seed=2)
-    weight, full = made(name, values, torch.bfloat16), expected_values(name, values)
-    plain, before = FrozenWeight(full.bfloat16()), grad_y.bfloat16()
-    for method, of, exact in (
-        ("times_transposed", x.bfloat16(), x.bfloat16().double() @ full.t()),
-        ("times", before, before.double() @ full),
-    ):
-        found, other = (getattr(stored, method)(of).double() for stored in (weight, plain))
-        error, plain_error = ((result - exact).norm() / exact.norm() for result in (found, other))
-        assert error < 1.5 * plain_error < 6e-3, method
-    assert torch.equal(before, grad_y.bfloat16()), "dy is not changed"
+def test_16_bit_weights_are_rounded_once(name: str) -> None:
+    values = drawn(96, 128, dtype=torch.bfloat16)
+    weight, full = made(name, values, torch.bfloat16), expected_values(name, values).bfloat16()
+    x, grad_y = drawn(5, 128, seed=1).bfloat16(), drawn(5, 96, seed=2).bfloat16()
+    assert torch.equal(weight.times_transposed(x), x @ full.t()) and torch.equal(weight.times(grad_y), grad_y @ full)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -109,7 +102,8 @@ def test_shards_joined_are_the_whole(name: str, width: int, size: int, dim: int)
     values = drawn(16, width, dtype=torch.bfloat16)
     shards = [shard(name, values, rank, size, dim) for rank in range(size)]
     joined = torch.cat([part.values() for part in shards], dim)
-    assert torch.equal(joined, made(name, values).values()) and torch.equal(joined, expected_values(name, values))
+    assert torch.equal(joined, made(name, values).values())
+    assert torch.equal(joined, expected_values(name, values).float())
     for part in shards:
         stored = sum(parameter.nbytes for parameter in part.parameters.values())
         assert stored == part.storage.num_bytes(*part.local_shape, shards_rows=dim == 1)
@@ -209,15 +203,9 @@ def test_a_model_trains_as_on_its_dequantised_weights(
     name: str, recompute: str, folders: dict[str, Path], kernels: str
 ) -> None:
     folder, plain = folders[""], folders[name]
-    if name == "nf4":  # in bf16 to the last bit
-        found, expected = (
-            step(build(at, base, torch.bfloat16, recompute)) for at, base in ((folder, name), (plain, None))
-        )
-        assert all(map(torch.equal, found, expected)) and len(found) == len(expected) > 4
-    found, expected = (step(build(at, base, torch.float64, recompute)) for at, base in ((folder, name), (plain, None)))
-    bound = 1e-12 if name == "nf4" else 1e-5  # a folder has fp32 numbers: the products of codes and scales are rounded
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= bound * other.norm() > 0
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        found, expected = (step(build(at, base, dtype, recompute)) for at, base in ((folder, name), (plain, None)))
+        assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 5
 
 
 class _Alive(TorchDispatchMode):
