@@ -62,3 +62,4 @@ BASE_FORMATS: dict[str, BaseFormat] = {
     )
 }
 BASE_NAMES = tuple(BASE_FORMATS)
+UNQUANTISED = "none"  # where a format that was trained with is the default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,7 @@ def build_model(
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), shape) as weights:
-        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+        base = _identify(plan, weights)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
         state: Mapping[str, torch.Tensor] | None
@@ -203,10 +203,15 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
     return make_runner(engine, built.stage, built.groups, plan.engine, device)
 
 
+def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
+    found = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+    return replace(found, base_format=plan.settings.base)
+
+
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), plan.source.shape) as weights:
-        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+        base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 
 
