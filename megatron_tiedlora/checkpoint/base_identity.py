@@ -197,7 +197,9 @@ def check_same_base(
                 f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
                 " give its own base with --model"
             )
-    notes = () if trained.base_sample is not None or found.base_sample is None else (f"{source}: {OLD_BASE_NOTE}",)
+    notes: tuple[str, ...] = ()
+    if trained.base_sample is None and found.base_sample is not None:
+        notes += (f"{source}: {OLD_BASE_NOTE}",)
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
         notes += (f"{source}: trained on its base {kinds}",)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from megatron_tiedlora.base.base_formats import BaseFormat
+
 # The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -69,6 +71,14 @@ def dequantise_nf4(packed: torch.Tensor, scales: torch.Tensor, width: int, block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
     values[:, whole:].mul_(scales[:, whole // block :])
     return values
+
+
+def quantised_rows(values: torch.Tensor, storage: BaseFormat) -> torch.Tensor:
+    """What a format makes of whole rows, (rows, width) fp32: D(W) for W."""
+    if storage.block is None:
+        return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
+    codes, scales = quantise_nf4(values, storage.block)
+    return dequantise_nf4(pack_nf4(codes), scales, values.shape[1], storage.block)
 
 
 def row_maxima(values: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def stored_tensors(
 ) -> tuple[StoredTensor, ...]:
     """The parameters that store a rank's shard of a weight: one, or codes and scales if it is quantised."""
     local_shape = rule.spec.local_shape(rule.shape, tp_size)
-    if layout.base is None or rule.linear is None or rule.layer not in range(1, shape.num_layers + 1):
+    if layout.base is None or not rule.is_quantised(shape):
         return (StoredTensor(math.prod(local_shape), layout.dtype.itemsize),)
     rows, width = local_shape
     storage, shards_rows = BASE_FORMATS[layout.base], rule.spec.dim == 1 and tp_size > 1
