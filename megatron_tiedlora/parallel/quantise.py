@@ -39,9 +39,10 @@ def quantise_nf4(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.
     rows, width = values.shape
     blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
     scales = blocks.abs().amax(-1)
-    scaled = (blocks * (1.0 / scales.clamp(min=_LEAST_DIVISOR))[..., None]).clamp_(-1, 1)
-    levels = nf4_levels(values.device)
-    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    scaled = blocks * (1.0 / scales.clamp(min=_LEAST_DIVISOR))[..., None]
+    codes, levels = torch.zeros_like(scaled, dtype=torch.uint8), nf4_levels(torch.device("cpu"))
+    for border in ((levels[:-1] + levels[1:]) / 2).tolist():  # torch.bucketize takes twice as long on a CPU
+        codes += scaled > border
     return codes.view(rows, -1)[:, :width], without_tiny(scales)
 
 

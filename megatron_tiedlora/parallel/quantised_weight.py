@@ -33,6 +33,7 @@ from megatron_tiedlora.parallel.quantise import (
 
 # Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
 _AT_ONCE = 2**19
+_QUANTISED_AT_ONCE = 2**17  # in nf4, which needs more of them
 
 
 class Workspace:
@@ -187,10 +188,10 @@ class QuantisedWeight(FrozenWeight):
         """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
         return values.to(self.tensor.device)
 
-    def _parts(self, num_rows: int | None = None) -> Iterator[slice]:
-        """Slices of the first `num_rows` rows, or all, of so many elements as are processed at one time."""
+    def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
+        """Slices of the first `num_rows` rows, or all. A CPU processes `at_once` elements at one time, a GPU more."""
         rows = self._local_shape[0] if num_rows is None else num_rows
-        at_once = NUMBERS_AT_ONCE if self.tensor.is_cuda else _AT_ONCE
+        at_once = NUMBERS_AT_ONCE if self.tensor.is_cuda else at_once
         size = max(at_once // max(self._local_shape[1], 1), 1)
         return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
@@ -210,7 +211,7 @@ class BlockScaledWeight(QuantisedWeight):
         before = columns.start - self.columns_to_read(columns).start
         # The block of the full tensor in which each stored block lies.
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
-        for rows in self._parts(num_rows=len(values)):
+        for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
             codes, scales = quantise_nf4(self._moved(values[rows]), block)
             own = codes[:, before : before + width]
             self._store(slice(start + rows.start, start + rows.stop), pack_nf4(own), scales[:, blocks])
