@@ -63,3 +63,8 @@ BASE_FORMATS: dict[str, BaseFormat] = {
 }
 BASE_NAMES = tuple(BASE_FORMATS)
 UNQUANTISED = "none"  # where a format that was trained with is the default
+
+
+def precision_in_words(dtype: str, base: str | None) -> str:
+    """The dtype of a model, and the storage format of the linears of its blocks if they have one."""
+    return dtype if base is None else f"{dtype} with the linears in {base}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -47,7 +48,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     timers = {name: partial(timed, decode, device) for name, decode in turns.items()}
     return {
         "model": source.name,
-        "dtype": settings.dtype,
+        "dtype": precision_in_words(settings.dtype, settings.base),
         **timing.describe_setup(device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
