@@ -67,8 +67,9 @@ demo: $(VENV)/.installed-demo
 train: demo
 	PATH="$(BIN):$$PATH" deepspeed $(DEEPSPEED_ARGS) launch/train.py --ds_config zero2.json $(ARGS)
 
+# Bytecode is written even where the environment says otherwise: some hundred processes would compile the package again.
 test: $(VENV)/.installed-test
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
+	PYTHONDONTWRITEBYTECODE= PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter as load_native
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_model, model_source
+from megatron_tiedlora.hf.base_model import base_layer_of, check_model, identify_in_memory, model_source
 from megatron_tiedlora.hf.update import Place, check_whole, find_places, merge_, with_update
 
 
@@ -167,7 +167,7 @@ def _on(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> tuple[Tied
             else "the model has an adapter already; detach(model) first"
         )
     source = model_source(model)
-    check_model(adapter.base, identify_model(model, source), differs=base_differs)
+    check_model(adapter.base, identify_in_memory(model, source), differs=base_differs)
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(find_places(source.shape, adapter.config))

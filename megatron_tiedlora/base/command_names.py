@@ -50,6 +50,15 @@ COMMANDS = (
     Command("env", "env", "versions, devices and variables, for a bug report"),
 )
 
+# What other tools call a command; what is in no table is guessed by its spelling.
+_OTHER_NAMES = {
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "tune", "pt", "pretrain", "fit"), "train"),
+    **dict.fromkeys(("launch", "torchrun", "deepspeed", "start"), "run"),
+    **dict.fromkeys(("eval", "infer", "inference", "generate", "predict", "test"), "evaluate"),
+    **dict.fromkeys(("merge-lora", "merge-adapter", "merge-peft"), "merge"),
+    **dict.fromkeys(("push-to-hub", "upload", "publish"), "push"),
+    **dict.fromkeys(("version", "info", "collect-env"), "env"),
+}
 _BY_SCRIPT = {command.script: command for command in COMMANDS if command.script}
 _SCRIPTS = "|".join(map(re.escape, _BY_SCRIPT))
 _CALL = re.compile(rf"(?:python3? |(deepspeed (?:--num_gpus \S+ )?))?(?<![\w/.])({_SCRIPTS})\b")
@@ -59,6 +68,11 @@ _GAP = re.compile(r"(?<=\S)  +(?=\S)")
 def find_command(name: str) -> Command | None:
     """The command called `name`; an underscore counts as a dash."""
     return next((command for command in COMMANDS if command.name == name.replace("_", "-")), None)
+
+
+def other_command(name: str) -> str:
+    """The command of ours that other tools call `name`; '' if there is none."""
+    return _OTHER_NAMES.get(name.replace("_", "-").lower(), "")
 
 
 def started_as_script() -> bool:

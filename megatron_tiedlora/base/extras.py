@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 
+import megatron_tiedlora
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.wording import enumerate_names
 
@@ -27,15 +31,25 @@ def require_extra(*names: str, only: Collection[str] | None = None) -> None:
     """Raise UserError if a module of these extras, or one of `only`, is not installed."""
     missing = [module for module in missing_modules(*names) if only is None or module in only]
     if missing:
-        raise UserError(f"this needs {enumerate_names(missing)}; {_install(names)}")
+        raise UserError(f"this needs {enumerate_names(missing)}; {install_hint(*names)}")
 
 
 def missing_module(error: ModuleNotFoundError) -> UserError | None:
     """The error for a user who lacks an extra; None if the module belongs to none."""
     module = (error.name or "").partition(".")[0]
     names = [name for name, modules in EXTRAS.items() if module in modules]
-    return UserError(f"this needs {module}; {_install(names[:1])}") if names else None
+    return UserError(f"this needs {module}; {install_hint(*names[:1])}") if names else None
 
 
-def _install(names: Sequence[str]) -> str:
-    return f"install it with: pip install 'megatron_tiedlora[{','.join(names)}]'"
+def install_hint(*names: str) -> str:
+    """How to install these extras.
+
+    pip adds what they bring to the package that is installed. One that is not, but runs from a clone, is named by its
+    folder, because a package of the same name in an index would be somebody else's.
+    """
+    try:
+        distribution(what := "megatron_tiedlora")
+    except PackageNotFoundError:
+        what = str(Path(megatron_tiedlora.__file__).parents[1])
+    extras = ",".join(names)
+    return f"install it with: pip install {shlex.quote(f'{what}[{extras}]')}"

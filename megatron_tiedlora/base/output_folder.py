@@ -50,10 +50,10 @@ class NewOutput:
     """An output folder that one process writes. It appears at `path` complete or not at all.
 
     Until then it lies in PARENT/.NAME.partial, which the process owns. The next process that writes the same output
-    removes what a killed one left there, or goes on with it.
+    removes what a killed one left there, or continues with it.
 
     Attributes:
-        found: the folder of a killed process that this one goes on with.
+        found: the folder of a killed process that this one continues with.
     """
 
     path: Path
@@ -87,7 +87,7 @@ def take_output(path: Path, *, take_over: bool = False, journal: str | None = No
     """Become the one process that writes the output `path`.
 
     Args:
-        journal: name of a file. If this user's folder of a killed process has it, `written` goes on with that folder.
+        journal: name of a file. If this user's folder of a killed process has it, `written` continues with that folder.
 
     Raises:
         UserError: another process is writing it and `take_over` is False, or it is not writable.

@@ -28,8 +28,8 @@ from megatron_tiedlora.benchmark.timing import (
     take_turns,
 )
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.traffic import TrafficCounter, named_handles

@@ -14,9 +14,10 @@ from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.tasks import DEFAULT_TASK
-from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
+from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.loader import MicroBatch
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config

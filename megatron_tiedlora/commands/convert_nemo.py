@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     layers, rows = config["num_hidden_layers"], config["vocab_size"]
     show(f"converted {options.nemo} ({layers} layers, {rows:,} pieces, {config['dtype']}): {output}")
-    show(f"train it with: deepspeed launch/train.py --model {output} --train_file data.jsonl")
+    show(f"train it with: deepspeed launch/train.py --model {shlex.quote(str(output))} --train_file data.jsonl")
     return 0
 
 

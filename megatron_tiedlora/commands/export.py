@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     show(f"exported {options.adapter} as LoRA of rank {rank} on {location}: {output}")
     targets = [target.name for target in adapter.config.targets]
     show(*serve_hints(output, location, rank, source.shape, targets))
-    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {output}")
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --peft {shlex.quote(str(output))}")
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import megatron_tiedlora
-from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command
+from megatron_tiedlora.base.command_names import COMMANDS, PROGRAM, find_command, other_command
 from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.wording import nearest_name
 
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _leave(f"{PROGRAM} {megatron_tiedlora.__version__}")
     command = find_command(name)
     if command is None:
-        near = nearest_name(name, [command.name for command in COMMANDS])
+        ours = other_command(name)
+        near = f" (here it is {PROGRAM} {ours})" if ours else nearest_name(name, [one.name for one in COMMANDS])
         _leave(f"error: {PROGRAM} {name}: no such command{near}; `{PROGRAM} --help` lists them", status=2)
     importlib.import_module(f"megatron_tiedlora.commands.{command.module}").run(rest)
     raise AssertionError("a command ends the process")

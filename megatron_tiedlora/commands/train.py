@@ -57,11 +57,12 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training import build, compiling, finish, session
         from megatron_tiedlora.training.loop import Trainer
         from megatron_tiedlora.training.plan import plan_run
+        from megatron_tiedlora.training.resumed import with_kept_warmup
         from megatron_tiedlora.training.run_data import prepare_data
         from megatron_tiedlora.training.throughput import start_meter
 
         plan = plan_run(settings, rank=rank, world_size=world_size)
-        data = prepare_data(plan, progress=is_main)
+        data = prepare_data(plan)
         plan = plan.counted(len(data.train))
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
@@ -69,6 +70,7 @@ def train_rank(settings: Settings) -> End:
         folder = session.open_run_folder(plan, data, keep=end.hold)
         end.owner = folder.owner
         checkpoint = session.find_checkpoint(plan, data, folder)
+        plan = with_kept_warmup(plan, checkpoint.settings if checkpoint else None)
         start = checkpoint.progress if checkpoint else Progress()
         chosen = compiling.choose_kernels(plan, device)
         built = build.build_model(plan, device, checkpoint, kernels=chosen.kernels)

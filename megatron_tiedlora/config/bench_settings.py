@@ -114,7 +114,7 @@ class BenchSettings(CommandSettings):
     ds_config: str = setting_field("layout", "DeepSpeed JSON with engine knobs", "zero1.json")
     packing: bool | None = optional_field("layout", "several samples of --task in a row [true]")
     micro_batches: int | None = optional_field(
-        "layout", "made-up micro-batches per rank and step [1; with a pipeline 2 x its stages]", ge=1
+        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", ge=1
     )
     documents: int | None = optional_field("layout", "equal samples that are packed in each made-up row [1]", ge=1)
 

@@ -4,6 +4,7 @@ wins."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import select
 import shlex
@@ -22,6 +23,7 @@ from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.logs import show_messages
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
+from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.config.fields import (
     AnySettings,
     CommandSettings,
@@ -33,7 +35,7 @@ from megatron_tiedlora.config.fields import (
 from megatron_tiedlora.config.other_names import name_hint
 
 # Names in a run's run.yaml that hold for that run only. They are ignored, so that the file can be given to --config.
-RECORDED_NAMES = ("ranks", "versions", "output_dir", "resume", "take_over", "base_differs")
+RECORDED_NAMES = ("ranks", "versions", TEMPLATE_HASH, "output_dir", "resume", "take_over", "base_differs")
 RECORD_MARK = "versions"
 _COMMAND_LINE_ONLY = ("take_over", "base_differs")  # the user decides these anew at each start
 
@@ -83,9 +85,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_names(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse `argv`. An unknown flag is a UserError that says which is meant."""
+        known = [option for action in self._actions for option in action.option_strings]
+        flags = itertools.takewhile(lambda word: word != "--", argv)
+        # Before argparse says which flag is missing: an unknown one may be what the user calls it.
+        reject_unknown([word for word in flags if _is_flag(word) and word.partition("=")[0] not in known], known=known)
         namespace, unknown = self.parse_known_args(argv)
-        reject_unknown(unknown, known=[option for action in self._actions for option in action.option_strings])
+        reject_unknown(unknown, known=known)
         return namespace
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse takes a word for a flag, and not for a value."""
+    return word.startswith("--") and " " not in word
 
 
 def reject_unknown(words: Sequence[str], *, known: Iterable[str]) -> None:

@@ -11,10 +11,13 @@ AddBos = Literal["auto", "true", "false"]
 SpecialTokensInText = Literal["refuse", "plain", "control"]
 TrainOn = Literal["all_turns", "last_turn"]
 
-# 1: version 0.1, whose runs and adapters keep their rules. Increase it if a row would give other tokens.
-DATA_RULES = 2
+# The rules of version 0.1, which its runs and adapters keep, and those of new runs. Increase the second if a row would
+# give other tokens.
+FIRST_DATA_RULES, DATA_RULES = 1, 2
 # What version 0.1 did where there are choices now.
 FIRST_RULES: Mapping[str, str] = {"train_on": "last_turn", "add_bos": "true", "special_tokens_in_text": "control"}
+
+TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
 
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
@@ -28,7 +31,9 @@ SPECIAL_TOKENS_HELP = (
     "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as plain"
     " text, or as the control tokens"
 )
-DATA_RULES_HELP = "rules by which rows become tokens; 1: those of version 0.1, which its runs keep on resume"
+DATA_RULES_HELP = (
+    f"rules by which rows become tokens; {FIRST_DATA_RULES}: those of version 0.1, which its runs keep on resume"
+)
 
 
 def boolean_word(value: Any) -> Any:
@@ -37,16 +42,17 @@ def boolean_word(value: Any) -> Any:
 
 
 def with_first_rules(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The values with those `known` ones of version 0.1 where --data_rules 1 asks for them."""
+    """The values with those `known` ones of version 0.1 where --data_rules asks for them."""
     first = {name: value for name, value in FIRST_RULES.items() if name in known}
-    return {**(first if str(values.get("data_rules")) == "1" else {}), **values}
+    return {**(first if str(values.get("data_rules")) == str(FIRST_DATA_RULES) else {}), **values}
 
 
 def check_first_rules(data_rules: int | None, values: Mapping[str, Any]) -> None:
-    """Raise ValueError if `values` contradict --data_rules 1."""
+    """Raise ValueError if `values` contradict the first rules, if `data_rules` are these."""
     for name, value in FIRST_RULES.items():
-        if data_rules == 1 and values.get(name, value) != value:
-            raise ValueError(f"--{name} {values[name]} contradicts --data_rules 1, which means {value}; leave one out")
+        if data_rules == FIRST_DATA_RULES and values.get(name, value) != value:
+            said = f"--{name} {values[name]} contradicts --data_rules {FIRST_DATA_RULES}, which means {value}"
+            raise ValueError(f"{said}; leave one out")
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:

@@ -112,7 +112,7 @@ class EvaluateSettings(CommandSettings):
     max_new_tokens: int | None = optional_field(
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
-    batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
+    batch_size: int = setting_field("data", "prompts per data-parallel rank that are answered together", 16, ge=1)
     limit: int | None = optional_field("data", "answer only the first N rows [all; demo 24]", ge=1)
 
     _add_bos_as_word = field_validator("add_bos", mode="before")(boolean_word)

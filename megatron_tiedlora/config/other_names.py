@@ -1,7 +1,8 @@
 """Names that people know from other tools, and what they are here: the answer to a flag or YAML key that is unknown.
 
 `{name}` stands for one of our settings, and is written as a flag or as a key. An answer is only given by a command that
-has all the settings that it names. For a name that is in no table the nearest spelling is guessed.
+has all the settings that it names; one that lacks them looks in `ELSEWHERE`. For a name that is in no table the nearest
+spelling is guessed.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ OUR_NAMES: Mapping[str, str] = {
     **_same("{sequence_parallel}", "sp"),
     **_same(
         "what {tensor_parallel} and {pipeline_parallel} leave of the ranks that the launcher starts",
-        "dp dp_size data_parallel data_parallel_size num_gpus nproc_per_node nproc num_processes gpus devices",
+        "dp dp_size data_parallel data_parallel_size",
     ),
     **_same("{ds_config}, for example zero2.json", "deepspeed deepspeed_config ds zero_stage zero"),
     **_same("{ds_config} zero3.json, which shards the base as FSDP does", "fsdp fsdp_config"),
@@ -119,6 +120,21 @@ OUR_NAMES: Mapping[str, str] = {
     **_same("{dtype}", "bnb_4bit_compute_dtype"),
 }
 
+# What commands that do not train call it, where `OUR_NAMES` has a setting of training.
+ELSEWHERE: Mapping[str, str] = {
+    **_same(
+        "{adapter}",
+        "adapters lora lora_path adapter_path adapter_name_or_path peft_model_id peft_path adapter_dir lora_dir",
+    ),
+    **_same("{batch_size}", "batch bs eval_batch_size per_device_eval_batch_size"),
+    **_same("{max_new_tokens}", "max_tokens max_generated_tokens max_gen_tokens"),
+    **_same("{limit}", "max_samples num_samples eval_samples"),
+    **_same("{learning_rates}", "lr"),
+    **_same("{ranks}", "r lora_r lora_rank"),
+    **_same("{repo}", "repo_id hub_model_id push_to_hub"),
+    **_same("{output}", "output_dir out out_dir save_dir save_path output_path export_dir output_folder"),
+}
+
 # What no command offers, and what there is instead.
 NOT_OFFERED: Mapping[str, str] = {
     **_same("DoRA is not offered", "use_dora dora"),
@@ -132,6 +148,10 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same(
         "attention is chosen by device and installed packages; a run says which at its start",
         "attn_implementation flash_attn use_flash_attention use_flash_attn flash_attention attention_backend attn_impl",
+    ),
+    **_same(
+        "the launcher starts one process for each GPU: python launch/run.py --num_gpus N",
+        "nproc_per_node nproc num_processes gpus devices num_gpus",
     ),
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
@@ -148,14 +168,15 @@ def name_hint(given: str, known: Iterable[str]) -> str:
     bare = given.lstrip("-").replace("-", "_").lower()
     if f"{dashes}{bare}" in names:
         return f" (did you mean {dashes}{bare}?)"
+    answers = [table[bare] for table in (OUR_NAMES, ELSEWHERE) if bare in table]
+    held = {name.lstrip("-") for name in names}
+    for answer in answers:
+        if _settings_in(answer) <= held:
+            return f" (here it is {answer.format(**{name: dashes + name for name in _settings_in(answer)})})"
     if bare in NOT_OFFERED:
         return f" ({NOT_OFFERED[bare]})"
-    answer = OUR_NAMES.get(bare)
-    if answer is None:
-        return nearest_name(given, names)
-    if not _settings_in(answer) <= {name.lstrip("-") for name in names}:
-        return ""  # this command has nothing of the kind, so a similar spelling would mislead
-    return f" (here it is {answer.format(**{name: dashes + name for name in _settings_in(answer)})})"
+    # If this command has nothing of a kind that is in the tables, a similar spelling would mislead.
+    return "" if answers else nearest_name(given, names)
 
 
 def _settings_in(answer: str) -> set[str]:

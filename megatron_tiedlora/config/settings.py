@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import ModelWrapValidatorHandler, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
 from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import as_given
@@ -49,6 +50,7 @@ from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL, DEFAULT_TASK, PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.config.trackers import TENSORBOARD, TRACKER_NAMES, parse_trackers
 
+Schedule = Literal["cosine", "linear", "constant"]  # training/optimizer.py has what they are
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
 GROUPS = {
@@ -191,7 +193,7 @@ class Settings(CommandSettings):
         "data", "maximum tokens of an answer [500, or half of a shorter context; demo 200]", ge=1
     )
 
-    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are decoded together", 16, ge=1)
+    eval_batch_size: int = setting_field("data", "prompts per data-parallel rank that are answered together", 16, ge=1)
 
     packing: bool = setting_field("speed", "pack samples into rows of --max_length; no attention across samples", True)
     compile: Literal["auto", "true", "false"] = setting_field(
@@ -221,7 +223,7 @@ class Settings(CommandSettings):
     weight_decay: float = setting_field("optimisation", "decoupled weight decay on all trained tensors", 0.01, ge=0)
     beta1: float = setting_field("optimisation", "AdamW's decay of the mean of gradients", 0.9, ge=0, lt=1)
     beta2: float = setting_field("optimisation", "AdamW's decay of the mean of their squares", 0.999, ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = setting_field(
+    schedule: Schedule = setting_field(
         "optimisation", "learning rate after warm-up: to 0 at the last step, or constant", "cosine"
     )
     warmup_steps: int = setting_field(
@@ -255,6 +257,12 @@ class Settings(CommandSettings):
         """Fill in the defaults. `model_fields_set` holds only what was given."""
         made = check(cls._filled(values))
         object.__setattr__(made, "__pydantic_fields_set__", set(values))
+        return made
+
+    def completed(self, **values: Any) -> Settings:
+        """A copy with other defaults: `model_fields_set` still holds only what was given."""
+        made = self.model_copy(update=values)
+        object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made
 
     @classmethod

@@ -88,7 +88,7 @@ class SweepSettings(CommandSettings):
     )
     single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
 
-    test_batch_size: int | None = optional_field("scores", "samples that are decoded together", ge=1)
+    test_batch_size: int | None = optional_field("scores", "samples that are answered together", ge=1)
     test_limit: int | None = optional_field(
         "scores", "score only the first N test rows (default: all; a single run of the demo scores 24)", ge=1
     )

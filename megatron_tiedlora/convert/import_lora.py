@@ -102,7 +102,7 @@ def native_lora(lora: Lora, source: ModelSource) -> tuple[AdapterConfig, dict[st
 
 
 def trains_as_peft(lora: Lora, source: ModelSource) -> bool:
-    """Whether training goes on as PEFT's would with one A for all modules that are fused in a linear here: these have
+    """Whether training continues as PEFT's would with one A for all modules that are fused in a linear here: these have
     the same A now, and all of them are adapted where one is."""
     layers = {layer for layer, _ in lora.pairs}
     for linear in adapted_linears(lora.pairs, source).values():

@@ -41,7 +41,7 @@ class PeftContent:
     Attributes:
         state: full fp32 tensors.
         native: the adapter that was exported, if it travelled along and is the same; it has this config and state.
-        apart: says why training goes on differently from PEFT's, even if PEFT has one A for modules that are fused
+        apart: says why training continues differently from PEFT's, even if PEFT has one A for modules that are fused
             here; None if it does not.
         notes: what else a user should know.
     """
@@ -107,7 +107,7 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> PeftCo
         raise UserError(f"{file}: its native alpha {config.alpha:g} is not between {bounds}; scale lora_B instead")
     check_update(config, state, source=folder / WEIGHTS_FILE)
     if apart is not None:
-        apart = f"{folder}: {apart}, so training goes on differently from PEFT's"
+        apart = f"{folder}: {apart}, so training continues differently from PEFT's"
     return PeftContent(config, state, native, apart, notes)
 
 

@@ -1,7 +1,7 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
 It copies the base's files one by one and computes the adapted tensors some rows at a time (`merged_file`). So it needs
-little memory, whatever the model. A merge that was killed goes on with the files that are whole (`merge_journal`).
+little memory, whatever the model. A merge that was killed continues with the files that are whole (`merge_journal`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which files of an unfinished merge are whole, so that the same command goes on after it was killed.
+"""Which files of an unfinished merge are whole, so that the same command continues after it was killed.
 
 The journal lies in the hidden folder in which the merge is written, and goes before that gets its name. It names a file
 only when that is on the disk, with its size and the time of its last change. Files that were changed since then, and

@@ -18,6 +18,7 @@ from megatron_tiedlora.checkpoint.streamed_files import SHARD_BYTES, write_strea
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.convert.nemo_config import read_nemo_model
 from megatron_tiedlora.convert.nemo_weights import stablelm_tensors
+from megatron_tiedlora.data.tokenizer import check_conversion
 from megatron_tiedlora.data.tokenizer_files import LARGEST_TOKENIZER
 
 # Ordinary texts, for which transformers must give SentencePiece's ids.
@@ -43,6 +44,7 @@ def convert_nemo(
     archive = NemoArchive(nemo)
     model = read_nemo_model(archive)
     sentencepiece = archive.read(model.tokenizer, largest=LARGEST_TOKENIZER)
+    check_conversion(nemo)
     with readable(nemo, f"{model.tokenizer} cannot be read as a SentencePiece model"):
         vocab_size, ids, settings = _read_tokenizer(sentencepiece)
     tensors = stablelm_tensors(archive, model, vocab_size=vocab_size)

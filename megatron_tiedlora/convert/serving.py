@@ -21,19 +21,27 @@ def serve_hints(output: Path, base: str, rank: int, shape: ModelShape, targets: 
         rank: of the export.
         targets: names of the adapted linears.
     """
+    rest = [f"        or: {_sglang(output, base)}", f"        or, from llama.cpp: {_llama_cpp(output, base)}"]
     if shape.final_norm.bias_name is not None:  # StableLM
-        return ["vLLM serves this model without adapters; serve the merged model instead"]
+        return ["vLLM serves this model without adapters; serve the merged model instead", *rest]
     fitting = min((known for known in VLLM_RANKS if known >= rank), default=None)
     if fitting is None:
-        return [f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead"]
+        return [f"vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model instead", *rest]
     vllm = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"tied={output}", "--max-lora-rank", str(fitting)]
     modules = ["--lora-target-modules", *(_VLLM_MODULES[name] for name in targets)]
-    sglang = ["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", f"tied={output}"]
-    gguf = f"{output.name}.gguf"
-    convert = ["python", "convert_lora_to_gguf.py", str(output), "--base", base, "--outfile", gguf]
     return [
         f"serve with: {shlex.join(vllm)}",
         f"        (a newer vLLM needs less memory with {shlex.join(modules)})",
-        f"        or: {shlex.join(sglang)}",
-        f"        or, from llama.cpp: {shlex.join(convert)}; llama-server -m BASE.gguf --lora {shlex.quote(gguf)}",
+        *rest,
     ]
+
+
+def _sglang(output: Path, base: str) -> str:
+    """SGLang finds the adapter's rank and modules itself, and has no maximum rank."""
+    return shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", f"tied={output}"])
+
+
+def _llama_cpp(output: Path, base: str) -> str:
+    gguf = f"{output.name}.gguf"
+    convert = ["python", "convert_lora_to_gguf.py", str(output), "--base", base, "--outfile", gguf]
+    return f"{shlex.join(convert)}; llama-server -m BASE.gguf --lora {shlex.quote(gguf)}"

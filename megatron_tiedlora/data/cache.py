@@ -1,93 +1,301 @@
-"""Tokenised data, stored once under a key that is a hash of everything it depends on.
+"""The training data of a run as ids, read and tokenised once on a host and mapped by every process.
 
-The first process on a host to take the file lock tokenises. The others wait for the file, not for each other: no
-process group exists yet, so no collective can time out while a large data set is tokenised.
+Two kinds of folders in the cache, each named by a hash of everything that it depends on: all rows of a data flag as ids
+(the key has the hash of its files, so a start reads no rows), and which of their samples are trained on and which are
+held out. The first process on a host to take a folder's lock writes it. The others wait for the file, not for each
+other: no process group exists yet, so no collective can time out while a large data set is tokenised.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from megatron_tiedlora.base.atomic import new_file
+from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, remove
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.data.encode import TokenDataset, encode_dataset
-from megatron_tiedlora.data.examples import Example
-from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.encode_rows import CHUNK, CHUNK_BYTES, EncodedRows, Encoding, encoded_rows
+from megatron_tiedlora.data.mapped_arrays import mapped_arrays, written_arrays
+from megatron_tiedlora.data.row_stream import Files, RowStream, row_stream, source_kind
+from megatron_tiedlora.data.sources import mixed
+from megatron_tiedlora.data.splits import SampleNumbers, check_held_out, held_out_rows
+from megatron_tiedlora.data.tables import Row, num_bytes
+from megatron_tiedlora.data.task import Split
+from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2  # increase it whenever the same text may give other ids
+ROWS = np.dtype([("first_sample", np.int64), ("number", np.int64)])
+"""Of a row: its first sample, and the number of its sample by `SampleNumbers` (rows of one number are held out
+together)."""
+
+_STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS, "rows": ROWS}
+_SPLITS = {"train": np.int64, "validation": np.int64}
+
+_BLOCK = 2**14  # rows
+_ABANDONED = 24 * 3600.0  # seconds; a host whose locks are not seen here may still write to a younger folder
+
+_Found = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 
-def tokenise_once(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True)
+class TrainingData:
+    """The parts of a run's data.
+
+    Attributes:
+        sha256: hash of both parts' ids and of what is supervised.
+        mix: how often the rows of each source are used, in words; empty if each is used once.
+        first_row: the row of the first training sample, as an index into all rows of the training files.
+        chats: whether rows are conversations.
+        unended: whether a chat template wrote the texts, and no answer in them ends with an end-of-sequence token.
+    """
+
+    train: TokenDataset
+    validation: TokenDataset
+    sha256: str
+    mix: tuple[str, ...]
+    first_row: int
+    chats: bool
+    unended: bool
+
+
+def tokenised_once(
+    encoding: Encoding,
     *,
-    max_length: int,
-    reading: Reading | None = None,
+    files: Files,
+    seed: int,
     cache_dir: str | Path | None = None,
-    progress: bool = False,
-) -> TokenDataset:
-    """Return the samples as ids, from the cache if the same texts were tokenised with the same tokenizer before.
+) -> TrainingData:
+    """Return the training and the validation part, which are read and tokenised if no process did so before.
 
-    cache_dir: default `user_cache()`; its files are `tokens/<key>.safetensors`. A broken file is written
-    again. Raises UserError as `encode_dataset` does, and if the cache cannot be written.
+    The process that does so shows a progress bar, whichever rank it is: all others wait for it.
+
+    cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged one is written again.
+
+    Raises UserError as `RowStream` and `encoded_rows` do, if no token is supervised, if a file changes while it is
+    read, and if the cache cannot be written.
     """
     folder = Path(cache_dir or user_cache()) / "tokens"
-    path = folder / f"{cache_key(examples, tokenizer, max_length=max_length, reading=reading)}.safetensors"
     try:
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
-        dataset = _load(path)  # a finished file needs no lock: it is renamed into place when complete
-        if dataset is not None:
-            return dataset
-        with FileLock(str(path.with_suffix(".lock"))):
-            dataset = _load(path)  # another process may have written it while we waited
-            if dataset is None:
-                dataset = encode_dataset(
-                    examples, tokenizer, max_length=max_length, reading=reading, progress=progress
-                )
-                _save(dataset, path)
-    except (OSError, SafetensorError) as error:
+        return _training_data(folder, encoding, files=files, seed=seed)
+    except OSError as error:
         raise UserError(
             f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
         ) from error
-    return dataset
 
 
-def cache_key(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    reading: Reading | None = None,
-) -> str:
-    """Return the hash of everything the ids depend on: texts, tokenizer, length, settings and this code's version."""
-    reading = reading or Reading()
-    choices = f"{reading.add_bos} {reading.train_on} {reading.special_tokens} {reading.first_rules}"
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {choices} {len(examples)}\n".encode())
-    digest.update(_tokenizer_content(tokenizer))
-    for example in examples:
-        digest.update(bytes([example.templated, len(example.segments) % 256]))
-        for segment in example.segments:
-            raw = segment.text.encode("utf-8")
-            digest.update(bytes([segment.supervised, segment.plain, segment.ends]))
-            digest.update(len(raw).to_bytes(8, "little"))  # lengths, so that moving a boundary changes the hash
-            digest.update(raw)
-        if example.conversation is not None:  # the turns that a chat can lose
-            digest.update(json.dumps([example.conversation.messages, example.conversation.tools]).encode())
+def _training_data(folder: Path, encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
+    carves = source_kind(encoding.task, "validation", files) == "carve"
+    stored: dict[Split, _Found] = {}
+    keys: dict[Split, str] = {}
+    parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
+    streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
+    for split, stream in streams.items():
+        content = stream.sha256()
+        first_only = split != "train" and encoding.task.merge_by is not None
+        keys[split] = cache_key(encoding, content, first_only=first_only)
+        rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
+        stored[split] = _once(folder / keys[split], _STORE, partial(rows, name=split))
+    shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
+    choice = hashlib.sha256(json.dumps([keys, seed, shares, _code()]).encode()).hexdigest()
+    write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed)
+    order, facts = _once(folder / choice, _SPLITS, write_splits)
+    train, held_out = stored["train"], stored["train" if carves else "validation"]
+    return TrainingData(
+        train=_dataset(train[0], order["train"]),
+        validation=_dataset(held_out[0], order["validation"]),
+        sha256=facts["sha256"],
+        mix=tuple(facts["mix"]),
+        first_row=int(np.searchsorted(train[0]["rows"]["first_sample"], order["train"][0], side="right")) - 1,
+        chats=train[1]["chats"],
+        unended=train[1]["templated"] and not train[1]["ended"],
+    )
+
+
+class _WrittenByAnother(Exception):
+    """The folder is there and whole: other processes may have mapped it, so it must not be replaced."""
+
+
+def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path, Guard], None]) -> _Found:
+    def guard() -> None:
+        if mapped_arrays(path, dtypes) is not None:
+            raise _WrittenByAnother
+
+    found = mapped_arrays(path, dtypes)  # a finished folder needs no lock: it is renamed into place when complete
+    if found is None:
+        with FileLock(f"{path}.lock"):
+            for folder in path.parent.glob(f"{TEMPORARY_PREFIX}{path.name}-*"):
+                if time.time() - folder.stat().st_mtime > _ABANDONED:  # its process was killed
+                    remove(folder)
+            with suppress(_WrittenByAnother):  # while we waited, or on a host whose locks are not seen here
+                write(path, guard)
+            found = mapped_arrays(path, dtypes)
+    if found is None:
+        raise UserError(f"{path}: was damaged right after it was written; check the disk")
+    return found
+
+
+def _dataset(arrays: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> TokenDataset:
+    return TokenDataset(arrays["tokens"], arrays["offsets"], arrays["supervised"], arrays["facts"], order)
+
+
+# All rows ---------------------------------------------------------------------------------------------------------
+
+
+def _write_rows(
+    path: Path, guard: Guard, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
+) -> None:
+    """Tokenise the rows of a stream into the folder `path`.
+
+    Args:
+        first_only: leave out rows that belong to the sample of an earlier row.
+    """
+    sizes = [0] * len(stream.sources)
+    numbers = SampleNumbers(encoding.task)
+    of_rows: list[int] = []  # the numbers of rows that are read and not written yet
+    facts = {"sizes": sizes, "chats": False, "templated": False, "ended": False}
+
+    def chunks() -> Iterator[list[Row]]:
+        chunk: list[Row] = []
+        size = seen = 0
+        for source, row in stream:
+            number = numbers.of(row[0])
+            if first_only and number < seen:
+                continue
+            seen = max(seen, number + 1)
+            sizes[source] += 1
+            of_rows.append(number)
+            chunk.append(row)
+            size += num_bytes(row[0])
+            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    with written_arrays(path, _STORE, facts, guard=guard) as writer:
+        writer.append(offsets=np.zeros(1, np.int64))
+        num_tokens = num_samples = 0
+        total = stream.about_num_rows()
+        with tqdm(total=total, desc=f"tokenising {name}", unit=" rows", delay=2, mininterval=1) as bar:
+            for part in encoded_rows(chunks(), encoding):
+                rows = np.empty(len(part.samples), ROWS)
+                rows["first_sample"] = num_samples + np.cumsum(part.samples) - part.samples
+                rows["number"] = of_rows[: len(rows)]
+                del of_rows[: len(rows)]
+                arrays = {**part.arrays, "offsets": num_tokens + part.arrays["offsets"][1:]}
+                writer.append(**arrays, rows=rows)
+                num_tokens += len(part.arrays["tokens"])
+                num_samples += int(part.samples.sum())
+                facts |= _joined_facts(facts, part)
+                bar.update(len(rows))
+        if stream.sha256() != content:
+            names = ", ".join(source.name for source in stream.sources)
+            raise UserError(f"{names}: changed while it was read; start again when it is complete")
+
+
+def _joined_facts(facts: Mapping[str, Any], part: EncodedRows) -> dict[str, bool]:
+    return {name: facts[name] or getattr(part, name) for name in ("chats", "templated", "ended")}
+
+
+# Which samples ----------------------------------------------------------------------------------------------------
+
+
+def _write_splits(
+    path: Path, guard: Guard, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int
+) -> None:
+    """Write which samples are trained on and which are held out, with their hash."""
+    train, facts = stored["train"]
+    stream = streams["train"]
+    held_out = np.zeros(len(train["rows"]), np.bool_)
+    if "validation" in stored:
+        other, other_stream = stored["validation"][0], streams["validation"]
+        validation_rows = np.arange(len(other["rows"]))  # one for each sample
+    else:
+        other, other_stream = train, stream
+        held_out = check_held_out(held_out_rows(stream.task, train["rows"]["number"], seed=seed), stream)
+        validation_rows = _first_rows(train["rows"]["number"], np.flatnonzero(held_out))
+    mix = mixed(stream.sources, facts["sizes"], held_out, seed=seed)
+    order = {
+        "train": _samples_of(train, mix.rows),
+        "validation": _samples_of(other, validation_rows),
+    }
+    digest = hashlib.sha256()
+    for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
+        dataset = _dataset(arrays, order[name])
+        check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
+        dataset.update_digest(digest)
+    with written_arrays(path, _SPLITS, {"sha256": digest.hexdigest(), "mix": mix.lines}, guard=guard) as writer:
+        writer.append(**order)
+
+
+def _first_rows(numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of the rows that are the first of their sample."""
+    _, first = np.unique(numbers[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
+def _samples_of(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The samples of rows, in order; a long text has several. Nothing but the result is as long as the rows."""
+    starts, num_samples = arrays["rows"]["first_sample"], len(arrays["offsets"]) - 1
+
+    def blocks() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        for first in range(0, len(rows), _BLOCK):
+            block = rows[first : first + _BLOCK]
+            last = block == len(starts) - 1
+            yield starts[block], np.where(last, num_samples, starts[np.where(last, block, block + 1)]) - starts[block]
+
+    found = np.empty(sum(int(counts.sum()) for _, counts in blocks()), np.int64)
+    end = 0
+    for firsts, counts in blocks():
+        start, end = end, end + int(counts.sum())
+        found[start:end] = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(end - start)
+    return found
+
+
+# Keys -------------------------------------------------------------------------------------------------------------
+
+
+def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> str:
+    """The hash of everything that the ids of rows depend on.
+
+    Args:
+        content: the hash of the files that hold them.
+        first_only: see `_write_rows`.
+    """
+    reading = encoding.reading
+    choices = [
+        encoding.task.name,
+        encoding.template,
+        encoding.max_length,
+        sorted(encoding.end_ids),
+        *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
+        *(reading.first_rules, reading.template_fields, content, first_only, _code()),
+    ]
+    return hashlib.sha256(json.dumps(choices).encode() + _tokenizer_content(encoding.tokenizer)).hexdigest()
+
+
+def _code() -> str:
+    """Hash of the modules that make ids of rows, so that another version of them tokenises again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -109,39 +317,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         start_ids(tokenizer, "auto"),
     ]
     return hashlib.sha256(rules).digest() + json.dumps(settings, sort_keys=True).encode()
-
-
-_ARRAYS = ("tokens", "offsets", "supervised")
-_COUNTS = ("truncated_prompts", "shortened_chats", "lost_turns")
-
-
-def _save(dataset: TokenDataset, path: Path) -> None:
-    arrays: dict[str, np.ndarray] = {name: getattr(dataset, name) for name in _ARRAYS}
-    counts = {name: str(getattr(dataset, name)) for name in _COUNTS}
-    with new_file(path) as temporary:
-        save_file(arrays, str(temporary), metadata={**counts, "sha256": _checksum(arrays)})
-
-
-def _load(path: Path) -> TokenDataset | None:
-    """Return the stored data set, or None if the file is missing or damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            metadata = file.metadata() or {}
-        if metadata["sha256"] != _checksum(arrays):
-            return None
-        counts = [int(metadata[name]) for name in _COUNTS]
-        return TokenDataset(arrays["tokens"], arrays["offsets"], arrays["supervised"], *counts)
-    # AttributeError: unusual dtypes. MemoryError: a sparse file larger than memory.
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError):
-        return None
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ Owns what is supervised in it, and which roles and fields a template knows. Leav
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,13 @@ from megatron_tiedlora.data.control_tokens import ControlTokens
 from megatron_tiedlora.data.examples import Segment, join_answer
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.rendering import has_marks
-from megatron_tiedlora.data.turns import ASSISTANT, REASONING, Conversation
+from megatron_tiedlora.data.template_names import TemplateNames
+from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
+
+
+_WORD = re.compile(r"\w+")
 
 
 class Chat:
@@ -41,6 +46,7 @@ class Chat:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
+        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
         """The text of a conversation, and how many of its segments are before the last answer.
@@ -50,8 +56,6 @@ class Chat:
         """
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_trained()
-            if not conversation.trained[-1]:
-                raise UserError(f"{source}: the last turn is not to be trained, so --train_on last_turn has none")
         if self.reading.first_rules:
             return self._by_first_rules(conversation, source)
         self._check_known(conversation, source)
@@ -72,7 +76,10 @@ class Chat:
         assert self._template is not None
         trained = [index for index in conversation.answers if conversation.trained[index]]
         wanted = sorted({*trained, conversation.answers[-1]})
-        found = self._template.render(conversation.messages, source, answers=wanted, tools=conversation.tools)
+        found = self._template.render(
+            conversation.messages, source, answers=wanted, tools=conversation.tools, names=conversation.names
+        )
+        self._check_written(conversation, found.text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0
         for index, (start, end) in zip(wanted, found.answers, strict=True):
@@ -113,10 +120,10 @@ class Chat:
         """The conversation with the control tokens of its texts marked, or rejected."""
         messages = [
             {
-                name: self.control.guard(value, f"field {name!r}", f"{source}, message {number}")
+                name: self.control.guard(value, _said_of(name), f"{source}, {turn}")
                 for name, value in message.items()
             }
-            for number, message in enumerate(conversation.messages, start=1)
+            for turn, message in zip(conversation.names, conversation.messages, strict=True)
         ]
         tools = self.control.guard(conversation.tools, "field 'tools'", source)
         return replace(conversation, messages=tuple(messages), tools=tools)
@@ -134,23 +141,46 @@ class Chat:
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
-        calls = any("tool_calls" in message for message in conversation.messages)
-        fields = (("tools", bool(conversation.tools)), ("tool_calls", calls))
-        template = self._template_text(conversation.tools) if self.templated else ""
-        for name, used in fields:
-            if used and name not in template:
-                raise UserError(f"{source}: {name!r} is not read by {self.name}; {self._fix}")
-        thinks = any(name in message for message in conversation.messages for name in REASONING)
-        if thinks and not any(name in template for name in REASONING):
-            raise UserError(f"{source}: {REASONING[0]!r} is not read by {self.name}; {self._fix}, or remove the field")
-        if self.reading.special_tokens != "refuse":
-            return
-        for role in dict.fromkeys(message["role"] for message in conversation.messages):
-            if role not in _PLAIN_ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", template):
+        names = self._template_names(bool(conversation.tools), source)
+        if conversation.tools and "tools" not in names.variables:
+            raise UserError(f"{source}: 'tools' is not read by {self.name}; {self._fix}, or remove the field")
+        for turn, message in zip(conversation.names, conversation.messages, strict=True):
+            for field in ("tool_calls", *REASONING):
+                if field in message and field not in names.fields:
+                    raise UserError(
+                        f"{source}, {turn}: {field!r} is not read by {self.name}; {self._fix},"
+                        f" {self._other_name(field, names)}or remove the field"
+                    )
+            role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
+            known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
+            if not known and self.reading.special_tokens == "refuse":
                 raise UserError(
-                    f"{source}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
-                    " --special_tokens_in_text plain to write it as it stands"
+                    f"{source}, {turn}: role {shown(role)} is not known to {self.name}; {self._fix}, or"
+                    " --special_tokens_in_text plain to write it as it is"
                 )
+
+    def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
+        """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""
+        for turn, message in zip(conversation.names, conversation.messages, strict=True):
+            content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
+            word = max(_WORD.findall(content), key=len, default="")
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            for dropped, what in ((word, f"its text ({shown(content)})"), *((name, "a tool call") for name in calls)):
+                if dropped not in text:
+                    said = f"{source}, {turn}: {self.name} does not write {what}"
+                    raise UserError(f"{said}; give another --chat_template, or remove it")
+
+    def _other_name(self, field: str, names: TemplateNames) -> str:
+        """The advice to rename a thought where the template reads one by another name."""
+        other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
+        return "" if other is None else f"rename it {other!r}, "
+
+    def _template_names(self, has_tools: bool, source: str) -> TemplateNames:
+        if self._template is None:
+            return TemplateNames()
+        if has_tools not in self._names:
+            self._names[has_tools] = self._template.names(self._template_text([] if has_tools else None), source)
+        return self._names[has_tools]
 
     @property
     def name(self) -> str:
@@ -177,6 +207,11 @@ class Chat:
             return f"{self.name}; {what} is supervised"
         how = "its generation marks" if has_marks(self._template_text(None)) else "comparing its renderings"
         return f"{self.name}; {what} is supervised, found by {how}"
+
+
+def _said_of(name: str) -> str:
+    """How errors call a field of a turn, whose text has several names in users' files."""
+    return "the text" if name == "content" else f"field {name!r}"
 
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
@@ -209,10 +244,20 @@ def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:
     """
     if file is None:
         return
+    tokenizer.chat_template = read_chat_template(file)
+
+
+def read_chat_template(file: str | Path) -> str:
+    """The text of the file given to --chat_template. Raises UserError if it is missing, not text, or empty."""
     path = user_path(file)
     if not path.is_file():
         raise UserError(f"--chat_template {file}: no such file; give a Jinja template")
     text = read_small_text(path, kind="a chat template")
     if not text.strip():
         raise UserError(f"--chat_template {file}: is empty; give a Jinja template")
-    tokenizer.chat_template = text
+    return text
+
+
+def chat_template_sha256(file: str | Path) -> str:
+    """Hash of a chat template's text. Raises UserError as `read_chat_template`."""
+    return hashlib.sha256(read_chat_template(file).encode()).hexdigest()

@@ -7,7 +7,6 @@ state. The kernel limits the memory of that process, and it is killed if it take
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,16 +19,17 @@ from typing import Any, NoReturn
 
 import psutil
 
+from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError, one_line
 from megatron_tiedlora.data.limits import limited
-from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_prompt, render_with_places
+from megatron_tiedlora.data.rendering import Rendered, TurnsChange, render_prompt, render_with_spans
+from megatron_tiedlora.data.template_names import TemplateNames, template_names
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
-# the memory of the text, and add some kB to it. A conversation is rendered up to three times for each of its answers.
+# the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.
 _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
-_PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
 
 class ChatTemplate:
@@ -56,29 +56,41 @@ class ChatTemplate:
         *,
         answers: Sequence[int],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        names: Sequence[str] = (),
     ) -> Rendered:
-        """Return the text of a conversation, with the places of the assistant's turns whose indices are `answers`.
+        """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
-        The template's generation marks give a place, if there is one for each answer of the assistant. Otherwise a turn
+        The template's generation marks give a span, if there is one for each answer of the assistant. Otherwise a turn
         is what its rendering adds to that of the turns before it, with the start of an answer.
+
+        Args:
+            names: what each turn is called in errors.
 
         Raises:
             UserError: the template rejects the turns or fails; it writes a turn in another way once others follow; it
                 needs more than a second of CPU time or 256 MiB; its text is longer than ten times the conversation's
                 plus 100,000 characters.
         """
-        return self._asked(
-            {"messages": list(messages), "tools": list(tools) if tools else None, "answers": list(answers)}, source
-        )
+        turns = {"messages": list(messages), "names": list(names)}
+        return self._asked({**turns, "tools": list(tools) if tools else None, "answers": list(answers)}, source)
+
+    def names(self, text: str, source: str) -> TemplateNames:
+        """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
+        found = self._answered({"template": text, "answers": None}, source)
+        return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
     def _asked(self, request: Mapping[str, Any], source: str) -> Rendered:
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([request["messages"], request["tools"]])
-        answer = self._ask({**request, "longest": longest})
-        text, places = answer.get("text"), answer.get("answers", ())
-        if isinstance(text, str):
-            return Rendered(text, tuple((int(start), int(end)) for start, end in places))
+        answer = self._answered({**request, "longest": longest}, source)
+        return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
+
+    def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The answer of the process. Raises UserError with its reason if there is none."""
+        answer = self._ask(request)
+        if "reason" not in answer:
+            return answer
         reason = one_line(str(answer.get("reason")))
-        fix = answer.get("fix", "give other rows or another --tokenizer")
+        fix = answer.get("fix", "give other rows, or another --chat_template")
         raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def close(self) -> None:
@@ -141,7 +153,7 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
             signal.signal(number, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        end_with_parent(parent)
         with limited(memory=_MEMORY):
             while os.getppid() == parent and (request := _receive(connection)) is not None:
                 _send(connection, _render(tokenizer, request))
@@ -151,11 +163,15 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
 
 
 def _render(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    if "template" in request:
+        return _names(request["template"])
     try:
         if request["answers"] is None:
             found = render_prompt(tokenizer, request["messages"])
         else:
-            found = render_with_places(tokenizer, request["messages"], request["tools"], request["answers"])
+            found = render_with_spans(
+                tokenizer, request["messages"], request["tools"], request["answers"], names=request["names"]
+            )
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
     except TurnsChange as error:
@@ -168,6 +184,15 @@ def _render(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
             "reason": f"makes {len(found.text):,} characters from these messages (the limit is {request['longest']:,})"
         }
     return {"text": found.text, "answers": found.answers}
+
+
+def _names(text: str) -> dict[str, Any]:
+    try:
+        return {"found": {name: sorted(words) for name, words in vars(template_names(text)).items()}}
+    except MemoryError:
+        return {"reason": f"needs more than {_MEMORY:,} bytes to be parsed"}
+    except Exception as error:  # a template is a stranger's program
+        return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
 
 
 def _num_characters(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""Control tokens that stand in a row's own text, where they could end a turn or start another.
+"""Control tokens in a row's own text, where they could end a turn or start another.
 
 `guard` rejects them, or marks them so that `pieces` can cut them out of the finished text to be tokenised as plain
 text. The control tokens that a template writes stay what they are. Owns nothing but this.
@@ -44,7 +44,7 @@ class ControlTokens:
         if isinstance(value, str):
             return self._guarded(value, what, source)
         if isinstance(value, dict):
-            return {key: self.guard(item, what, source) for key, item in value.items()}
+            return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
 
     def _guarded(self, text: str, what: str, source: str) -> str:

@@ -6,32 +6,29 @@ depend on the answer. What is supervised is known by position, never by id (padd
 not fit loses its middle, and a chat its first exchanges; an answer is never cut. A text without a prompt becomes
 several samples.
 
-Owns samples, labels, lengths and counts. Leaves batches to `loader`, storage to `cache`, and a chat's text to `chat`.
+Owns samples, labels and what they lost. Leaves batches to `loader`, storage to `cache`, and a chat's text to `chat`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.data.chat import Chat, opened_chat
 from megatron_tiedlora.data.examples import Example, Segment
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.text_ids import segment_ids
+from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import start_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_CHUNK = 1000  # samples per tokenizer call: enough for its threads, and frequent updates of the progress bar
 
 
 @dataclass(frozen=True)
@@ -48,81 +45,6 @@ class EncodedExample:
     supervised: NDArray[np.bool_]
     truncated: bool = False
     lost_turns: int = 0
-
-    @property
-    def prompt_length(self) -> int:
-        """Number of tokens before the first supervised one."""
-        return int(self.supervised.argmax()) if self.supervised.any() else len(self.tokens)
-
-
-@dataclass(frozen=True)
-class TokenDataset:
-    """All samples of a split, concatenated.
-
-    tokens: (N,) int32. offsets: (n + 1,) int64; sample i is tokens[offsets[i]:offsets[i + 1]].
-    supervised: (N,) bool, which tokens are learned; never the first of a sample.
-    truncated_prompts: how many prompts lost their middle.
-    shortened_chats, lost_turns: how many chats lost turns, and how many turns those are.
-    """
-
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    supervised: NDArray[np.bool_]
-    truncated_prompts: int = 0
-    shortened_chats: int = 0
-    lost_turns: int = 0
-
-    @classmethod
-    def after_prompts(
-        cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
-    ) -> TokenDataset:
-        """Samples that are supervised from their prompts' ends on. prompt_lengths: (n,) tokens of the prompts."""
-        return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each sample, (n,) int64."""
-        return np.diff(self.offsets)
-
-    def lengths_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Number of tokens of the given samples, (len(indices),) int64."""
-        samples = np.asarray(indices, dtype=np.int64)
-        return self.offsets[samples + 1] - self.offsets[samples]
-
-    @cached_property
-    def supervised_counts(self) -> NDArray[np.int64]:
-        """Number of supervised tokens of each sample, (n,) int64."""
-        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.supervised, dtype=np.int64)])
-        return before[self.offsets[1:]] - before[self.offsets[:-1]]
-
-    @property
-    def num_supervised(self) -> int:
-        """Number of supervised tokens of all samples."""
-        return int(self.supervised_counts.sum())
-
-    @property
-    def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Tokens before the supervised ones of each sample, (n,) int32; None if some do not all come last."""
-        starts = self.offsets[1:] - self.supervised_counts
-        if not np.array_equal(self.supervised, _from(starts, self.offsets)):
-            return None
-        return (starts - self.offsets[:-1]).astype(np.int32)
-
-    def sample(self, index: int) -> NDArray[np.int32]:
-        """Return the ids of one sample, (length,) int32."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def supervised_of(self, index: int) -> NDArray[np.bool_]:
-        """Return which tokens of one sample are supervised, (length,) bool."""
-        return self.supervised[self.offsets[index] : self.offsets[index + 1]]
-
-
-def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(N,) bool: whether each token is at or after its sample's position in `starts`."""
-    return np.arange(offsets[-1]) >= np.repeat(starts, np.diff(offsets))
 
 
 def encode_prompts(
@@ -141,7 +63,7 @@ def encode_prompts_of(
     If a prompt fits, these are exactly the ids that training puts before the last answer.
     """
     with opened_chat(tokenizer, reading or Reading()) as chat:
-        encoded = list(_Encoder(tokenizer, chat, max_length).prompts(examples))
+        encoded = list(Encoder(tokenizer, chat, max_length).prompts(examples))
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
@@ -154,7 +76,7 @@ def encode_examples(
     their prompt do not fit in `max_length` (the message names the sample).
     """
     with opened_chat(tokenizer, reading or Reading()) as chat:
-        return list(_Encoder(tokenizer, chat, max_length).samples(examples))
+        return [sample for samples in Encoder(tokenizer, chat, max_length).samples(examples) for sample in samples]
 
 
 def encode_dataset(
@@ -163,40 +85,30 @@ def encode_dataset(
     *,
     max_length: int,
     reading: Reading | None = None,
-    progress: bool = False,
 ) -> TokenDataset:
-    """Tokenise all samples, with a progress bar if it takes more than a few seconds.
+    """Tokenise samples that are in memory.
 
     Raises UserError as `encode_examples` does, and if no token is supervised.
     """
-    encoded: list[EncodedExample] = []
-    bar = tqdm(total=len(examples), desc="tokenising", unit="sample", delay=2, disable=not progress)
-    with bar, opened_chat(tokenizer, reading or Reading()) as chat:
-        encoder = _Encoder(tokenizer, chat, max_length)
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            encoded += encoder.samples(chunk)
-            bar.update(len(chunk))
-    lengths = np.asarray([len(sample.tokens) for sample in encoded], dtype=np.int64)
-    dataset = TokenDataset(
-        tokens=np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in encoded)]),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        supervised=np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in encoded)]),
-        truncated_prompts=sum(sample.truncated for sample in encoded),
-        shortened_chats=sum(sample.lost_turns > 0 for sample in encoded),
-        lost_turns=sum(sample.lost_turns for sample in encoded),
-    )
+    samples = encode_examples(tokenizer, examples, max_length=max_length, reading=reading)
+    dataset = TokenDataset(**joined(samples))
     check_supervised(dataset, examples[0].source if examples else "data")
     return dataset
 
 
-def check_supervised(dataset: TokenDataset, source: str) -> None:
-    """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
-    if dataset.num_supervised < 1:
-        raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
+def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
+    """The arrays of samples, as `TokenDataset` has them."""
+    lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
+    facts = [(int(sample.supervised.sum()), sample.truncated, sample.lost_turns) for sample in samples]
+    return {
+        "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
+        "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        "supervised": np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in samples)]),
+        "facts": np.array(facts, dtype=FACTS),
+    }
 
 
-class _Encoder:
+class Encoder:
     """Ids of samples with one tokenizer, of at most `max_length` tokens. `chat` writes shorter chats."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat, max_length: int) -> None:
@@ -204,8 +116,8 @@ class _Encoder:
         self._add_bos = chat.reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
 
-    def samples(self, examples: Sequence[Example]) -> Iterator[EncodedExample]:
-        """Yield the samples of each example."""
+    def samples(self, examples: Sequence[Example]) -> Iterator[list[EncodedExample]]:
+        """Yield the samples of each example: one, or several of a long text."""
         ids = segment_ids(self._tokenizer, [example.segments for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, example.segments, parts)
@@ -215,9 +127,9 @@ class _Encoder:
                 (parts,) = segment_ids(self._tokenizer, [shorter.segments])
                 tokens, supervised = self._put_together(example, shorter.segments, parts)
             if len(tokens) > self._max_length and not example.prompt:
-                yield from self._continued(tokens, supervised)
+                yield list(self._continued(tokens, supervised))
             else:
-                yield self._cut_prompt(example, tokens, supervised, lost)
+                yield [self._cut_prompt(example, tokens, supervised, lost)]
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
         """Yield the ids of each prompt, and whether it lost something."""
@@ -230,7 +142,7 @@ class _Encoder:
                 (parts,) = segment_ids(self._tokenizer, [shorter.prompt_segments])
                 tokens, _ = self._put_together(example, shorter.prompt_segments, parts)
             if len(tokens) > self._max_length:
-                tokens = self._without_middle(tokens, room=self._max_length)
+                tokens = self._without_middle(example, tokens, room=self._max_length)
             yield tokens, tokens is not whole
 
     def _put_together(
@@ -292,15 +204,16 @@ class _Encoder:
                     f"{example.source}: the answer of {len(answer)} tokens (including EOS) does not fit in "
                     f"max_length {self._max_length} with a prompt before it; raise --max_length or remove the row"
                 )
-            prompt = self._without_middle(tokens[:first], room=room)
+            prompt = self._without_middle(example, tokens[:first], room=room)
             tokens, supervised = [*prompt, *answer], [*(False for _ in prompt), *supervised[first:]]
         return EncodedExample(
             np.asarray(tokens, dtype=np.int32), np.asarray(supervised, dtype=np.bool_), cut, lost_turns
         )
 
-    def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
-        """The start of a prompt and both its ends, `room` tokens in all."""
-        start = self._start if prompt[: len(self._start)] == self._start else []
+    def _without_middle(self, example: Example, prompt: list[int], *, room: int) -> list[int]:
+        """The start of a prompt and both its ends, `room` tokens in all. To version 0.1 a start in a text was text."""
+        is_text = self._chat.reading.first_rules and example.prompt.startswith(self._tokenizer.bos_token or "\0")
+        start = self._start if prompt[: len(self._start)] == self._start and not is_text else []
         ids, keep = prompt[len(start) :], max(room - len(start), 0)
         head = (keep + 1) // 2
         return [*start, *ids[:head], *ids[len(ids) - (keep - head) :]]

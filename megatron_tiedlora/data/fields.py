@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 
 # The lookbehind lets a match start only where white space starts; a search from every blank would be quadratic.
 _LINE_BREAK = re.compile(r"(?<!\s)\s*[\r\n]\s*")
@@ -16,18 +16,20 @@ def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
     """Return the text of field `name`. Raises UserError naming source and field if it is missing or empty."""
     value = row.get(name)
     if value is None:
-        raise UserError(f"{source}: field {name!r} is missing; the row has {describe_fields(row)}")
+        found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
+        raise UserError(f"{found}; fill the field, or remove the row")
     return checked_text(value, name, source)
 
 
 def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
     """Return `value` if it is text that can be tokenised. Raises UserError naming source and field."""
     if not isinstance(value, str):
-        raise UserError(f"{source}: field {name!r} is {type(value).__name__}, not text; put it in quotes")
+        fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
+        raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
     if not allow_empty and not value.strip():
         raise UserError(f"{source}: field {name!r} is empty; remove the row or fill it")
     if not is_text(value):
-        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text")
+        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text; remove it")
     return value
 
 
@@ -43,7 +45,8 @@ def is_text(value: str) -> bool:
 def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
     """Return the texts of the list in field `name`. Raises UserError if there is none, or one is empty."""
     if not isinstance(value, list | tuple):
-        raise UserError(f"{source}: field {name!r} is not a list of texts; give at least one text, as a list")
+        said = f"{source}: field {name!r} is {shown(value)}, not a list of texts"
+        raise UserError(f"{said}; give at least one text, as a list")
     if not value:
         raise UserError(f"{source}: field {name!r} is an empty list; every row needs at least one text in it")
     return tuple(checked_text(text, name, source) for text in value)

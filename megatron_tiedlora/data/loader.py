@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.order import sample_indices
 from megatron_tiedlora.data.packing import Rows, pack
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.runner import StepInput
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.layout import BASE_MULTIPLE
@@ -133,7 +133,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
     if size % micro:
         raise ValueError(f"global batch {size} does not divide into micro-batches of {micro}")
     indices = sample_indices(len(dataset), seed=seed, consumed=consumed_samples, count=size)
-    lengths = dataset.lengths[indices]
+    lengths = dataset.lengths_of(indices)
     if shape.packed_length is None:
         rows = [[index] for index in np.argsort(lengths, kind="stable").tolist()]
         micro_batches = [rows[start : start + micro] for start in range(0, size, micro)]
@@ -148,7 +148,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
         places=[[[consumed_samples + index for index in row] for row in rows] for rows in micro_batches],
-        num_supervised=int(dataset.supervised_counts[indices].sum()),
+        num_supervised=int(dataset.num_supervised_of(indices).sum()),
         num_tokens=int(lengths.sum()),
         squared_lengths=int((lengths**2).sum()),
         consumed_samples=consumed_samples + size,

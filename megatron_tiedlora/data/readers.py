@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from glob import has_magic, iglob
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,11 +22,12 @@ from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data import tables
 from megatron_tiedlora.data.limits import limited
-from megatron_tiedlora.data.tables import Row
+from megatron_tiedlora.data.tables import HubData, Row
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _COMPRESSED = ".gz"
+_EXPECTED = f"a {', '.join(SUFFIXES)} file or a hub id"
 
 # No model reads a sample as long as _LONGEST_LINE, and its JSON becomes at most some hundred MB of objects. A .json
 # file is read as a whole, into several times its size.
@@ -65,9 +67,25 @@ def split_hub_name(name: str) -> tuple[str, str | None, str | None]:
     return hub_id, config, split
 
 
+def hub_data(name: str, *, split: str) -> HubData | None:
+    """The hub data set that a name means; None if it means local files. `split`: where the name does not say it."""
+    if user_path(name).exists() or looks_like_path(name):
+        return None
+    hub_id, config_name, own_split = split_hub_name(name)
+    return HubData(hub_id, own_split or split, config_name)
+
+
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read all rows (at most `limit`) of a local file, of all files of a folder or pattern, or of one split of a hub
-    data set, `id[:config[:split]]`.
+    """All rows of `iter_rows`, or the first `limit`. Raises UserError as it does, and if memory does not suffice."""
+    try:
+        return list(islice(iter_rows(path_or_hub, split=split), limit))
+    except MemoryError:
+        raise UserError(f"{path_or_hub}: does not fit into memory; give a smaller part of it") from None
+
+
+def iter_rows(path_or_hub: str | Path, *, split: str = "train") -> Iterator[Row]:
+    """Yield the rows of a local file, of all files of a folder or pattern, or of one split of a hub data set,
+    `id[:config[:split]]`. Only a .json file is held as a whole.
 
     A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
     list are the rows, and the task unfolds them. A folder holds such files, or is one that `save_to_disk` wrote.
@@ -79,18 +97,35 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
     """
     name = str(path_or_hub)
     path = user_path(name)
-    if not path.exists() and not looks_like_path(name):
-        hub_id, config_name, own_split = split_hub_name(name)
-        return tables.read_hub_rows(hub_id, split=own_split or split, config_name=config_name, limit=limit)
-    if path.is_dir() and tables.is_saved_folder(path):
-        rows = tables.read_saved_folder(path, split=split, limit=limit)
+    rows: Iterator[Row]
+    if (hub := hub_data(name, split=split)) is not None:
+        rows = hub.rows()
+    elif path.is_dir() and tables.is_saved_folder(path):
+        rows = tables.saved_folder_rows(path, split=split)
     else:
-        rows = []
-        for file in named_files(path, name):
-            rows += _read_file(file, limit=None if limit is None else limit - len(rows))
-    if not rows:
+        rows = (row for file in named_files(path, name) for row in _file_rows(file))
+    first = next(rows, None)
+    if first is None:
         raise UserError(f"{name}: holds no rows; give a file with at least one")
-    return rows
+    yield first
+    yield from rows
+
+
+def about_num_rows(path_or_hub: str | Path) -> int | None:
+    """About how many rows local files have, for a progress bar: the lines of .jsonl and .csv files; None: not known."""
+    path = user_path(path_or_hub)
+    try:
+        files = named_files(path, str(path_or_hub))
+        if not all(file.is_file() and file.suffix.lower() in (".jsonl", ".csv") for file in files):
+            return None
+        return sum(map(_num_lines, files))
+    except (OSError, UserError):  # reading the rows says what is wrong
+        return None
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb", buffering=0) as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
 
 
 def named_files(path: Path, name: str) -> list[Path]:
@@ -110,6 +145,14 @@ def named_files(path: Path, name: str) -> list[Path]:
     if not found:
         raise UserError(f"{name}: no file has a name of this pattern; check the path")
     return found
+
+
+def checked_files(path: Path, name: str) -> list[Path]:
+    """`named_files`. Raises UserError also if one of them is missing or not a regular file."""
+    files = named_files(path, name)
+    for file in files:
+        _check_file(file, _EXPECTED)
+    return files
 
 
 def read_lines(name: str | Path) -> list[str]:
@@ -157,22 +200,22 @@ def _check_file(path: Path, expected: str) -> None:
         raise UserError(f"{path}: is not a regular file; give {expected}")
 
 
-def _read_file(path: Path, *, limit: int | None) -> list[Row]:
-    _check_file(path, f"a {', '.join(SUFFIXES)} file or a hub id")
+def _file_rows(path: Path) -> Iterator[Row]:
+    _check_file(path, _EXPECTED)
     packed = path.suffix.lower() == _COMPRESSED
     suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
-    readers: dict[str, Callable[..., list[Row]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": tables.read_parquet,
-        ".arrow": tables.read_arrow,
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".parquet": tables.parquet_rows,
+        ".arrow": tables.arrow_rows,
     }
     if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
         names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
         raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}")
     try:
-        return readers[suffix](path, limit=limit)
+        yield from readers[suffix](path)
     except MemoryError:
         raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
@@ -191,48 +234,41 @@ def _most(path: Path) -> int | None:
     return _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size if path.suffix.lower() == _COMPRESSED else None
 
 
-def _read_jsonl(path: Path, *, limit: int | None) -> list[Row]:
-    rows: list[Row] = []
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:  # as bytes, so that a message can name the line of a wrong encoding
         for number, line in _lines(file, path, most=_most(path)):
-            if limit is not None and len(rows) >= limit:
-                break
             source = f"{path}:{number}"
             row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
-            if row is _BLANK:
-                continue
-            rows.append((_object(row, source), source))
-    return rows
+            if row is not _BLANK:
+                yield _object(row, source), source
 
 
-def _read_csv(path: Path, *, limit: int | None) -> list[Row]:
+def _csv_rows(path: Path) -> Iterator[Row]:
     """Rows of a table with commas, whose first line names the fields. Every value is text."""
-    rows: list[Row] = []
     csv.field_size_limit(_LONGEST_LINE)
     with _open(path) as file:
         lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path, most=_most(path)))
         reader = csv.reader((line.removeprefix("\ufeff") for line in lines), strict=True)
         header: list[str] = []
+        first = 1  # the line on which a row begins
         try:
-            while limit is None or len(rows) < limit:
-                source = f"{path}:{reader.line_num + 1}"
-                values = next(reader, None)
-                if values is None:
-                    break
-                if not header:
-                    header = values
-                elif values:  # a blank line is no row
+            while (values := next(reader, None)) is not None:
+                if header and values:  # a blank line is no row
+                    source = f"{path}:{first}"
                     if len(values) != len(header):
-                        raise UserError(f"{source}: has {len(values)} fields, but the first line names {len(header)}")
-                    rows.append((dict(zip(header, values, strict=True)), source))
+                        found = f"{source}: has {len(values)} fields, but the first line names {len(header)}"
+                        raise UserError(f"{found}; put quotes around values with commas, or remove the line")
+                    yield dict(zip(header, values, strict=True)), source
+                elif not header:
+                    header = values
+                    if len(set(header)) < len(header):
+                        raise UserError(f"{path}:1: names a field twice; rename one")
+                first = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}:1: names a field twice; rename one")
-    return rows
+            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; correct or remove the line") from error
 
 
-def _read_json(path: Path, *, limit: int | None) -> list[Row]:
+def _json_rows(path: Path) -> Iterator[Row]:
     if path.stat().st_size > _LARGEST_JSON:
         raise UserError(f"{path}: is larger than {_LARGEST_JSON:,} bytes; write it as .jsonl, which is read by lines")
     memory = _JSON_MEMORY + _JSON_RATIO * path.stat().st_size
@@ -244,16 +280,14 @@ def _read_json(path: Path, *, limit: int | None) -> list[Row]:
     if content is None:
         raise UserError(f"{path}: needs more than {memory:,} bytes; write it as .jsonl, which is read by lines")
     if content is _BLANK:
-        return []
+        return
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise UserError(f"{path}: holds {_kind(content)}; expected a list of objects, or an object with a `data` list")
-    rows = []
-    for number, row in enumerate(content[:limit], start=1):
+    for number, row in enumerate(content, start=1):
         source = f"{path}: item {number}"
-        rows.append((_object(row, source), source))
-    return rows
+        yield _object(row, source), source
 
 
 def _json_bytes(path: Path) -> bytes:
@@ -283,16 +317,19 @@ def _parse_json(raw: bytes, source: str) -> Any:
     except json.JSONDecodeError as error:
         # The source of a .jsonl line already has its number; for a .json file the line is added here.
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{source}: broken JSON: {error.msg} at {where}") from error
+        lines = error.lineno > 1 and error.msg == "Extra data"
+        fix = "; if each line is an object, name the file .jsonl" if lines else "; correct it"
+        raise UserError(f"{source}: broken JSON: {error.msg} at {where}{fix}") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{source}: broken JSON: {first_line(error)}") from error
+        raise UserError(f"{source}: broken JSON: {first_line(error)}; correct or remove it") from error
 
 
 def _decode(raw: bytes, source: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})") from error
+        found = f"{source}: not UTF-8 (byte {raw[error.start]:#04x} at byte {error.start + 1})"
+        raise UserError(f"{found}; save the file as UTF-8") from error
 
 
 def _object(value: Any, source: str) -> dict[str, Any]:

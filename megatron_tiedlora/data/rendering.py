@@ -1,6 +1,6 @@
-"""What a chat template writes for a conversation, and where in it each answer of the assistant stands.
+"""What a chat template writes for a conversation, and the span of each answer of the assistant in it.
 
-It runs in the process of `chat_template`, which limits it. The place of answer i is
+It runs in the process of `chat_template`, which limits it. The span of answer i is
 [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from megatron_tiedlora.base.errors import shown
@@ -30,7 +31,7 @@ class Rendered:
 
 
 class TurnsChange(ValueError):
-    """The template writes a turn in another way once others follow, so its place cannot be found."""
+    """The template writes a turn in another way once others follow, so its span cannot be found."""
 
 
 def has_marks(template: str) -> bool:
@@ -43,39 +44,62 @@ def render_prompt(tokenizer: Any, messages: Sequence[Any]) -> Rendered:
     return Rendered(_render(tokenizer, messages, None, starts_answer=True))
 
 
-def render_with_places(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, answers: Sequence[int]
+def render_with_spans(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    answers: Sequence[int],
+    *,
+    names: Sequence[str] = (),
 ) -> Rendered:
-    """The messages with the places of those with the indices `answers`.
+    """The messages with the spans of those with the indices `answers`.
+
+    Args:
+        names: what each message is called in errors; by default "message 1" and so on.
 
     Raises:
-        TurnsChange: a place cannot be found. Whatever the template raises.
+        TurnsChange: a span cannot be found. Whatever the template raises.
     """
     if marked := _by_marks(tokenizer, messages, tools):
         return Rendered(marked.text, tuple(marked.answers[_number(messages, index)] for index in answers))
+    names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
     whole = _render(tokenizer, messages, tools)
-    return Rendered(whole, tuple(_place(tokenizer, messages, tools, whole, index) for index in answers))
+    return Rendered(whole, tuple(_span(tokenizer, messages, tools, whole, index, names) for index in answers))
 
 
 def _by_marks(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> Rendered | None:
-    """The places of all answers by the template's generation marks; None unless there is one for each answer."""
+    """The spans of all answers by the template's generation marks; None unless each answer is one piece of them."""
+    if not has_marks(tokenizer.get_chat_template(tools=tools)):
+        return None
+    text, marks = _marked(tokenizer, messages, tools)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(marks) == len(answers):
+        return Rendered(text, tuple(marks))
+    # Some templates mark the end of the whole as well. The marks before an answer are those of the turns before it.
+    before = [len(_marked(tokenizer, messages[:index], tools, starts_answer=True)[1]) for index in answers]
+    pieces = [marks[first:last] for first, last in pairwise([*before, len(marks)])]
+    if not all(pieces) or any(one[1] != other[0] for piece in pieces for one, other in pairwise(piece)):
+        return None
+    return Rendered(text, tuple((piece[0][0], piece[-1][1]) for piece in pieces))
+
+
+def _marked(
+    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of messages, and the spans that the template marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = tokenizer.get_chat_template(tools=tools)
-    if not has_marks(template):
-        return None
-    # It returns (texts, places by text), which its own annotation does not say.
+    # It returns (texts, spans by text), which its own annotation does not say.
     found: Any = render_jinja_template(
         conversations=[list(messages)],
         tools=None if tools is None else list(tools),
-        chat_template=template,
+        chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
+        add_generation_prompt=starts_answer,
         **tokenizer.special_tokens_map,
     )
-    (text,), (places,) = found
-    if len(places) != _number(messages, len(messages)):
-        return None
-    return Rendered(text, tuple((start, end) for start, end in places))
+    (text,), (spans,) = found
+    return text, [(start, end) for start, end in spans]
 
 
 def _number(messages: Sequence[Any], index: int) -> int:
@@ -83,16 +107,21 @@ def _number(messages: Sequence[Any], index: int) -> int:
     return sum(message["role"] == "assistant" for message in messages[:index])
 
 
-def _place(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, whole: str, index: int
+def _span(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    whole: str,
+    index: int,
+    names: Sequence[str],
 ) -> tuple[int, int]:
-    """Where the answer `index` stands in the rendering of all messages."""
+    """The span of the answer `index` in the rendering of all messages."""
     prompt = _render(tokenizer, messages[:index], tools, starts_answer=True)
     start = _common(prompt, whole)
     if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
         before = _render(tokenizer, messages[:index], tools)
         if not whole.startswith(before):
-            raise TurnsChange(f"writes messages before message {index + 1} in another way once it follows")
+            raise TurnsChange(f"writes what comes before {names[index]} in another way once that follows")
         # What the answer has in common with that start belongs to the answer, so look where another one would begin.
         other = _render(tokenizer, [*messages[:index], {**messages[index], "content": _OTHER}], tools)
         begins = other.find(_OTHER)
@@ -101,14 +130,23 @@ def _place(
     until = _render(tokenizer, messages[: index + 1], tools)
     if whole.startswith(until):
         return start, len(until)
-    # As the last turn it is written with more before its text, e.g. an empty thought: compare what comes after that.
+    end = getattr(tokenizer, "eos_token", None) or ""
+    ended = until.endswith(end) and _render(tokenizer, messages[:index], tools).endswith(end)
+    if ended and whole.startswith(until.removesuffix(end)):  # the template ends every text with it, whatever is last
+        return start, len(until) - len(end)
+    # As the last turn it may be written with an empty thought before its text: compare what comes after that.
     text = str(messages[index].get("content") or "").strip()
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
     for extra in range(start, max(longest_extra, 0) + 1):
         added = until[start:extra]
-        if (not added or added.rstrip().endswith(_THOUGHT_END)) and whole.startswith(until[extra:], start):
+        if (not added or _is_empty_thought(added)) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes message {index + 1} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {names[index]} ({shown(text[:40])}) in another way once others follow")
+
+
+def _is_empty_thought(text: str) -> bool:
+    """Whether a text is the end of a thought in which nothing is thought, with or without its start."""
+    return text.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", text).strip()
 
 
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.wording import nearest_name
 from megatron_tiedlora.data.fields import checked_text, describe_fields, required_text
-from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, make_conversation, read_messages
+from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, make_conversation, read_turns
 
 Fields = Mapping[str, Any]
 
@@ -54,16 +54,16 @@ class Shape:
 
 
 def _messages(row: Fields, source: str) -> Content:
-    tools = row.get("tools") or row.get("functions")
-    return Content(conversation=read_messages(row["messages"], "messages", source, tools=tools))
+    if row.get("tools") and row.get("functions"):
+        raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
+    field = "functions" if row.get("functions") else "tools"
+    turns = read_turns(row["messages"], "messages", source)
+    return Content(conversation=make_conversation(turns, source, tools=row.get(field), tools_field=field))
 
 
 def _sharegpt(row: Fields, source: str) -> Content:
-    turns = row["conversations"]
-    system = _optional_text(row, "system", source)
-    if system and isinstance(turns, list | tuple):
-        turns = [{"role": "system", "content": system}, *turns]
-    return Content(conversation=read_messages(turns, "conversations", source, tools=row.get("tools")))
+    turns = [*_system_turn(row, source), *read_turns(row["conversations"], "conversations", source)]
+    return Content(conversation=make_conversation(turns, source, tools=row.get("tools")))
 
 
 def _prompt_completion(row: Fields, source: str) -> Content:
@@ -71,19 +71,23 @@ def _prompt_completion(row: Fields, source: str) -> Content:
     lists = [isinstance(value, list | tuple) for value in (prompt, completion)]
     if not any(lists):
         if row.get("tools"):
-            raise UserError(f"{source}: field 'tools' needs 'prompt' and 'completion' to be lists of messages")
+            said = f"{source}: field 'tools' needs 'prompt' and 'completion' to be lists of messages"
+            raise UserError(f"{said}, but they are texts; make them lists, or remove 'tools'")
         return Content(required_text(row, "prompt", source), required_text(row, "completion", source))
     if not all(lists):
-        raise UserError(f"{source}: one of 'prompt' and 'completion' is a list of messages, the other is not")
-    whole = read_messages([*prompt, *completion], "prompt", source, tools=row.get("tools"))
-    trained = (*(False for _ in prompt), *whole.trained[len(prompt) :])
-    if not any(trained):
-        raise UserError(f"{source}: field 'completion' has no turn of the assistant to train on; correct the row")
-    return Content(conversation=replace(whole, trained=trained))
+        one, other = ("prompt", "completion") if lists[0] else ("completion", "prompt")
+        said = f"{source}: {one!r} is a list of messages, but {other!r} is {shown(row[other])}"
+        raise UserError(f"{said}; give two lists of messages, or two texts")
+    before = read_turns(prompt, "prompt", source, prefix="field 'prompt', ") if prompt else []
+    after = read_turns(completion, "completion", source, prefix="field 'completion', ")
+    turns = [*(replace(turn, trained=False) for turn in before), *after]
+    return Content(conversation=make_conversation(turns, source, tools=row.get("tools")))
 
 
 def _query_response(row: Fields, source: str) -> Content:
-    return _turns_of(row, required_text(row, "query", source), required_text(row, "response", source), source)
+    texts = [required_text(row, name, source) for name in ("query", "response")]
+    turns = [_turn(USER, texts[0], "query"), _turn(ASSISTANT, texts[1], "response")]
+    return _after_history(row, turns, source)
 
 
 def _input_output(row: Fields, source: str) -> Content:
@@ -106,27 +110,46 @@ def _alpaca(row: Fields, source: str) -> Content:
     instruction, answer = required_text(row, "instruction", source), required_text(row, "output", source)
     context = _optional_text(row, "input", source)
     if row.get("system") is not None or row.get("history") is not None:
-        return _turns_of(row, f"{instruction}\n{context}" if context.strip() else instruction, answer, source)
+        question = f"{instruction}\n{context}" if context.strip() else instruction
+        turns = [_turn(USER, question, "instruction"), _turn(ASSISTANT, answer, "output")]
+        return _after_history(row, turns, source)
+    return Content(alpaca_prompt(instruction, context), answer)
+
+
+def alpaca_prompt(instruction: str, context: str) -> str:
+    """Alpaca's own prompt; `context` is the field `input`, which may be empty."""
     template = _ALPACA_INPUT if context.strip() else _ALPACA
-    return Content(template.format(instruction=instruction, input=context), answer)
+    return template.format(instruction=instruction, input=context)
 
 
 def _text(row: Fields, source: str) -> Content:
     return Content(answer=required_text(row, "text", source))
 
 
-def _turns_of(row: Fields, question: str, answer: str, source: str) -> Content:
-    """The turns of a question with its answer, after the turns of `system` and `history`."""
+def _after_history(row: Fields, turns: list[Turn], source: str) -> Content:
+    """A conversation of `turns` after those of the fields `system` and `history`."""
     history = row.get("history") or []
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
-        raise UserError(f"{source}: field 'history' is not a list of [question, answer] pairs; correct the row")
-    system = _optional_text(row, "system", source)
-    messages = [{"role": "system", "content": system}] if system else []
-    for pair in [*history, (question, answer)]:
+        said = f"{source}: field 'history' is {shown(history)}, not a list of [question, answer] pairs"
+        raise UserError(f"{said}; correct the row")
+    before = []
+    for number, pair in enumerate(history, start=1):
         for role, text in zip((USER, ASSISTANT), pair, strict=True):
-            messages.append({"role": role, "content": checked_text(text, "history", source)})
-    trained = [message["role"] == ASSISTANT for message in messages]
-    return Content(conversation=make_conversation(messages, trained, source, tools=row.get("tools")))
+            part = f"{'question' if role == USER else 'answer'} of pair {number}"
+            before.append(_turn(role, checked_text(text, "history", f"{source}, {part}"), "history", part))
+    turns = [*_system_turn(row, source), *before, *turns]
+    return Content(conversation=make_conversation(turns, source, tools=row.get("tools")))
+
+
+def _system_turn(row: Fields, source: str) -> list[Turn]:
+    system = _optional_text(row, "system", source)
+    return [_turn("system", system, "system")] if system else []
+
+
+def _turn(role: str, text: str, field: str, part: str = "") -> Turn:
+    """A turn that a text field of a row holds, or a part of it."""
+    name = f"field {field!r}" + (f", {part}" if part else "")
+    return Turn({"role": role, "content": text}, role == ASSISTANT, name)
 
 
 def _optional_text(row: Fields, name: str, source: str) -> str:
@@ -162,60 +185,94 @@ def shape_names() -> str:
     return f"{', '.join(listed[:-1])} or {listed[-1]}"
 
 
-def find_shape(row: Fields, source: str, *, named: Collection[str] = (), strict: bool = True) -> Shape:
+def find_shape(
+    row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
+) -> Shape:
     """The shape of a row.
 
     Args:
         named: fields that the user's prompt template reads.
-        strict: whether a second shape, or a field that looks like data, is an error.
+        columns: our field -> the user's, of those that --columns names. The shape reads all of them. If they are all
+            that it needs, the user has chosen, and fields of other shapes are left alone.
 
     Raises:
         UserError: it has no shape, several, or a field that looks like data and would not be read.
     """
+    columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
     found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
     if not found:
+        after = ", under the names of --columns" if columns else ""
         raise UserError(
-            f"{source}: the row has {describe_fields(row)}; expected {shape_names()}. Name your fields with"
+            f"{source}: the row has {describe_fields(row)}{after}; expected {shape_names()}. Name your fields with"
             " --columns OURS=YOURS[,...]"
         )
+    found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
-    if not strict:
-        return shape
-    if others := [other for other in found[1:] if not set(other.needs) <= set(shape.fields)]:
+    for name in _unread_by(shape, columns):
         raise UserError(
-            f"{source}: the row has the fields of two shapes, {shape.name} and {others[0].name}; choose one, e.g."
-            f" --columns {','.join(f'{name}={name}' for name in shape.needs)}"
+            f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}, only"
+            f" with {', '.join((*shape.fields, REFERENCES))}; leave it out"
         )
+    if columns and set(shape.needs) <= columns.keys():
+        return shape
+    for other in found[1:]:
+        if not _unread_by(other, columns) and not set(other.needs) <= set(shape.fields):
+            raise UserError(
+                f"{source}: the row has the fields of two shapes, {shape.name} and {other.name}; choose one with"
+                f" --columns {_choice(shape, columns)} or --columns {_choice(other, columns)}"
+            )
     for name, value in row.items():
         unread = name in _LOOKS_LIKE_DATA and name not in (*shape.fields, REFERENCES) and name not in named
-        if unread and value not in (None, "", [], {}):
+        if unread and not _is_empty(value):
             raise UserError(
                 f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it; name"
-                f" the fields to read with --columns {','.join(f'{name}={name}' for name in shape.needs)}"
+                f" the fields to read with --columns {_choice(shape, columns)}"
             )
     return shape
 
 
+def _unread_by(shape: Shape, columns: Collection[str]) -> list[str]:
+    """Those of the fields that --columns names which the shape does not read."""
+    return [name for name in columns if name not in (*shape.fields, REFERENCES)]
+
+
+def _choice(shape: Shape, columns: Mapping[str, str]) -> str:
+    """The value of --columns that chooses the shape."""
+    fields = {**columns, **{name: columns.get(name, name) for name in shape.needs}}
+    return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items())
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field holds nothing; tables have every field in every row."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
 def renamed(row: Fields, columns: Mapping[str, str], source: str, *, known: Collection[str]) -> dict[str, Any]:
-    """The row with the fields that --columns names under our names.
+    """The row with the fields that --columns names under our names. Its other fields keep theirs.
 
     Args:
-        known: our fields, of which the row keeps those that --columns names, and none that looks like data. Empty for
-            a task with fields of its own: any name is accepted, and the row keeps its other fields.
+        known: our fields; empty for a task with fields of its own, which any name may be.
 
     Raises:
-        UserError: the row lacks a field, or a name of ours is unknown.
+        UserError: the row lacks a field, a name of ours is unknown, or another field of the row has it.
     """
     for ours, theirs in columns.items():
         if known and ours not in known:
+            turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
             raise UserError(
-                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}; they are"
-                f" {', '.join(sorted(known))}"
+                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
+                f" are {', '.join(sorted(known))}"
             )
         if theirs not in row:
             raise UserError(
-                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has {describe_fields(row)}"
+                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
+                f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
             )
-    others = {name: value for name, value in row.items() if not known or name not in _LOOKS_LIKE_DATA}
+        if ours not in columns.values() and not _is_empty(row.get(ours)):
+            raise UserError(
+                f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])}); rename"
+                " it in the file, or read it under another name with --columns"
+            )
+    others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import has_magic
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.order import permutation
-from megatron_tiedlora.data.readers import Row, named_files, read_rows
+from megatron_tiedlora.data.readers import named_files
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
+_MOST_REPEATS = 1000  # of a row in a mix; more are a mistake in a weight, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,12 @@ class Source:
     weight: float | None = None
 
 
-@dataclass(frozen=True)
-class Group:
-    """The rows of one source."""
-
-    source: Source
-    rows: list[Row]
-
-
 def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     """The sources that a data flag's value names.
 
     Raises:
-        UserError: a name is empty, only some have a weight, or the weights do not sum to 1.
+        UserError: a name is empty, only some have a weight, the weights do not sum to 1, or it is not the training
+            part that has them.
     """
     if _exists(given):
         return (Source(given),)
@@ -58,6 +55,8 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     if len(weights) < len(sources):
         without = next(source.name for source in sources if source.weight is None)
         raise UserError(f"{flag} {given}: {without} has no weight, others have one; give all or none, as NAME:WEIGHT")
+    if flag != "--train_file":
+        raise UserError(f"{flag} {given}: only --train_file takes weights; every row is evaluated once, so remove them")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise UserError(
             f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} ="
@@ -83,59 +82,53 @@ def _exists(name: str) -> bool:
         return False
 
 
-def read_sources(sources: Sequence[Source], *, split: str) -> list[Group]:
-    """The rows of each source, in order. Raises UserError as `read_rows` does."""
-    return [Group(source, read_rows(source.name, split=split)) for source in sources]
+@dataclass(frozen=True)
+class Mix:
+    """Which rows become training samples.
 
-
-def mixed(groups: Sequence[Group], *, seed: int) -> list[Row]:
-    """The rows of all groups, in order. With weights, rows are repeated until the shares of the groups are the weights.
-
-    Every row is used at least once. Which rows of a group are used once more than others depends on the seed alone.
+    rows: (n,) int64, the rows of the samples in order, as indices into the rows of all sources.
+    lines: how often the rows of each source are used, in words; empty without weights.
     """
-    rows = [row for group in groups for row in group.rows]
-    if groups[0].source.weight is None:
-        return rows
-    total = max(len(group.rows) / _weight(group) for group in groups)
-    result: list[Row] = []
-    for number, group in enumerate(groups):
-        wanted = round(total * _weight(group))
-        whole, rest = divmod(wanted, len(group.rows))
-        chosen = sorted(permutation(len(group.rows), seed=seed, stream=_MIX_STREAM + number)[:rest].tolist())
-        result += group.rows * whole + [group.rows[index] for index in chosen]
-    return result
+
+    rows: NDArray[np.int64]
+    lines: tuple[str, ...] = ()
 
 
-def mix_lines(places: Iterable[str]) -> list[str]:
-    """How often rows are used, by file, for the first lines of a run; nothing if none is used twice.
+def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int) -> Mix:
+    """All rows that are not held out, in order. With weights, rows are repeated until the shares of the sources are
+    the weights.
+
+    Every row is used at least once. Which rows of a source are used once more than others depends on the seed alone.
 
     Args:
-        places: where each sample was read, as in `Example.source`.
+        sizes: number of rows of each source.
+        held_out: (sum of the sizes,) bool, which rows are used for validation.
+
+    Raises:
+        UserError: a source has no row left, or its rows would be repeated very often.
     """
-    used: dict[str, Counter[str]] = {}
-    for place in places:
-        used.setdefault(place.rpartition(":")[0], Counter())[place] += 1
-    if all(len(counts) == counts.total() for counts in used.values()):
-        return []
-    return [
-        f"{file}: {len(counts):,} rows make {counts.total():,} samples, {counts.total() / len(counts):.2f} of each"
-        for file, counts in used.items()
-    ]
-
-
-def _weight(group: Group) -> float:
-    assert group.source.weight is not None
-    return group.source.weight
-
-
-def without_rows(groups: Sequence[Group], held_out: Sequence[bool]) -> list[Group]:
-    """The groups without the rows that are held out; `held_out` has one entry per row of all groups."""
-    taken = iter(held_out)
-    kept = [replace(group, rows=[row for row in group.rows if not next(taken)]) for group in groups]
-    for group in kept:
-        if not group.rows:
-            raise UserError(f"{group.source.name}: all of its rows became validation rows; give --validation_file")
-    return kept
+    edges = np.cumsum([0, *sizes])
+    kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
+    for source, rows in zip(sources, kept, strict=True):
+        if not len(rows):
+            raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return Mix(kept[0] if len(kept) == 1 else np.concatenate(kept))
+    total = max(len(rows) / weight for rows, weight in zip(kept, weights, strict=True))
+    lines = []
+    for number, (source, weight, rows) in enumerate(zip(sources, weights, kept, strict=True)):
+        wanted = round(total * weight)
+        if wanted > _MOST_REPEATS * len(rows):
+            raise UserError(
+                f"--train_file: {source.name} is {weight:g} of the samples if each of its {len(rows):,} rows is used"
+                f" {wanted // len(rows):,} times; lower its weight ({_MOST_REPEATS:,} times are the most)"
+            )
+        whole, rest = divmod(wanted, len(rows))
+        once_more = np.sort(permutation(len(rows), seed=seed, stream=_MIX_STREAM + number)[:rest])
+        kept[number] = np.concatenate([np.tile(rows, whole), rows[once_more]])
+        lines.append(f"{source.name}: {len(rows):,} rows make {wanted:,} samples, {wanted / len(rows):.2f} of each")
+    return Mix(np.concatenate(kept), tuple(lines))
 
 
 def local_files(given: str) -> dict[str, Path]:

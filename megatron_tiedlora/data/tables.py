@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +28,23 @@ Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
 
-def read_parquet(path: Path, *, limit: int | None) -> list[Row]:
-    """The rows of a parquet file. Raises UserError if it is broken, or its rows do not fit into memory."""
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet file. Raises UserError if it is broken, or much larger as rows than as a file."""
     import pyarrow.parquet
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def batches() -> Iterator[list[dict[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-            size = _ROWS if limit is None else min(max(limit, 1), _ROWS)
-            for batch in file.iter_batches(batch_size=size, use_threads=False):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
+                yield batch.to_pylist()
 
-    return _bounded(rows(), path, limit, "parquet")
+    return _bounded(batches(), path, "parquet")
 
 
-def read_arrow(path: Path, *, limit: int | None) -> list[Row]:
-    """The rows of an Arrow file, of its stream or its file format. Raises UserError as `read_parquet` does."""
+def arrow_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, of its stream or its file format. Raises UserError as `parquet_rows` does."""
     import pyarrow
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def parts() -> Iterator[list[dict[str, Any]]]:
         with pyarrow.OSFile(str(path)) as file:
             is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
             file.seek(0)
@@ -52,22 +55,41 @@ def read_arrow(path: Path, *, limit: int | None) -> list[Row]:
                 batches = pyarrow.ipc.open_stream(file)
             for batch in batches:
                 for start in range(0, batch.num_rows, _ROWS):
-                    yield from batch.slice(start, _ROWS).to_pylist()
+                    yield batch.slice(start, _ROWS).to_pylist()
 
-    return _bounded(rows(), path, limit, "arrow")
+    return _bounded(parts(), path, "arrow")
 
 
-def _bounded(rows: Iterator[dict[str, Any]], path: Path, limit: int | None, kind: str) -> list[Row]:
+def _bounded(parts: Iterator[list[dict[str, Any]]], path: Path, kind: str) -> Iterator[Row]:
     memory = _MEMORY + _RATIO * path.stat().st_size
-    reason = f"its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
-    try:
-        with limited(memory=memory):
-            return _number_rows(islice(rows, limit), str(path))
-    except MemoryError:  # raised below, outside the handler, so that the rows read so far are freed
-        pass
-    except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
-        reason = f"not a readable {kind} file ({first_line(error)})"
-    raise UserError(f"{path}: {reason}")
+    too_large = f"{path}: its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
+    number = size = 0
+    while True:
+        part: list[dict[str, Any]] | None = None
+        reason = None
+        try:
+            with limited(memory=memory):
+                part = next(parts, None)
+        except MemoryError:  # raised below, outside the handler, so that what was read so far is freed
+            reason = too_large
+        except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
+            reason = f"{path}: not a readable {kind} file ({first_line(error)})"
+        if reason is not None:
+            raise UserError(reason)
+        if part is None:
+            return
+        for row in part:
+            number += 1
+            size += num_bytes(row)
+            if size > memory:
+                raise UserError(too_large)
+            yield row, f"{path}: row {number}"
+
+
+def num_bytes(value: Any) -> int:
+    """Memory of a value and everything in it."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sys.getsizeof(value) + sum(map(num_bytes, parts))
 
 
 def is_saved_folder(path: Path) -> bool:
@@ -75,8 +97,8 @@ def is_saved_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def read_saved_folder(path: Path, *, split: str, limit: int | None) -> list[Row]:
-    """The rows of a folder that `save_to_disk` wrote, of one split if it has several.
+def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
+    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several.
 
     Raises:
         UserError: it cannot be read, or has no such split.
@@ -90,40 +112,72 @@ def read_saved_folder(path: Path, *, split: str, limit: int | None) -> list[Row]
                 names = ", ".join(data)
                 raise UserError(f"{path}: has no split {split!r}, only {names}; give the folder of one of them")
             data = data[split]
-        return _number_rows(data if limit is None else data.select(range(min(limit, len(data)))), str(path))
+        yield from _numbered(data, str(path))
     except UserError:
         raise
     except Exception as error:  # a broken folder raises many unrelated types
         raise UserError(f"{path}: not a readable folder of save_to_disk ({first_line(error)})") from error
 
 
-def read_hub_rows(
-    hub_id: str, *, split: str, config_name: str | None = None, parquet_branch: bool = False, limit: int | None = None
-) -> list[Row]:
-    """Read all rows (at most `limit`) of one split of a hub data set.
+@dataclass(frozen=True)
+class HubData:
+    """One split of a hub data set, which `datasets` downloads at the first use.
 
     parquet_branch: read the hub's parquet copy of the data set, whose folders are `config_name`/`split`. It is for
         repos with a loading script, which `datasets` no longer runs since version 4.
-
-    Raises UserError with the library's reason if the split cannot be loaded, or if it is empty.
     """
-    import datasets
 
-    try:
-        if parquet_branch:
-            folder = f"hf://datasets/{hub_id}@{_PARQUET_BRANCH}/{config_name}/{split}"
-            data = datasets.load_dataset("parquet", data_files={split: f"{folder}/*.parquet"}, split=split)
-        else:
-            data = datasets.load_dataset(hub_id, config_name, split=split)
-    except Exception as error:  # the library raises many unrelated types, including network errors
-        message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
-        raise UserError(f"{message}; give a local file, or ID:CONFIG:SPLIT of another data set") from error
-    if not len(data):
-        raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
-    if limit is not None:
-        data = data.select(range(min(limit, len(data))))
-    return _number_rows(data, f"{hub_id}[{split}]")
+    hub_id: str
+    split: str
+    config_name: str | None = None
+    parquet_branch: bool = False
+
+    @cached_property
+    def data(self) -> Any:
+        """The library's data set. Raises UserError with its reason if it cannot be loaded, or if it is empty."""
+        import datasets
+
+        hub_id, split = self.hub_id, self.split
+        try:
+            if self.parquet_branch:
+                folder = f"hf://datasets/{hub_id}@{_PARQUET_BRANCH}/{self.config_name}/{split}"
+                data = datasets.load_dataset("parquet", data_files={split: f"{folder}/*.parquet"}, split=split)
+            else:
+                data = datasets.load_dataset(hub_id, self.config_name, split=split)
+        except Exception as error:  # the library raises many unrelated types, including network errors
+            message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
+            raise UserError(f"{message}; give a local file, or ID:CONFIG:SPLIT of another data set") from error
+        if not len(data):
+            raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
+        return data
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows. Raises UserError as `data` does."""
+        yield from _numbered(self.data, f"{self.hub_id}[{self.split}]")
+
+    def sha256(self) -> str:
+        """Hash of the files to which the library has downloaded it; of the rows if there are none."""
+        files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
+        content = files_sha256(files) if files else rows_sha256(self.rows())
+        return f"{self.config_name} {self.split} {content}"  # splits may be parts of one file
 
 
-def _number_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
-    return [(dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1)]
+def files_sha256(files: Iterable[Path]) -> str:
+    """Hash of the content of files, in this order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def rows_sha256(rows: Iterable[Row]) -> str:
+    """Hash of the fields of rows, in this order."""
+    digest = hashlib.sha256()
+    for row, _ in rows:
+        digest.update(json.dumps(row, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    return ((dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1))

@@ -34,15 +34,15 @@ def segment_ids(
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
     for follows in (False, True):
         for plain in (False, True):
-            places = [
+            positions = [
                 (number, index)
                 for number, segments in enumerate(samples)
                 for index, segment in enumerate(segments)
                 if segment.plain == plain and (index > 0 and any(s.text for s in segments[:index])) == follows
             ]
-            texts = [samples[number][index].text for number, index in places]
+            texts = [samples[number][index].text for number, index in positions]
             encode = continuation_ids if follows else _ids
-            for (number, index), ids in zip(places, encode(tokenizer, texts, plain=plain), strict=True):
+            for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
                 found[number][index] = ids
     return found
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
 
+# The first release that follows a SentencePiece model's own settings. Earlier ones give other ids, and do not say so.
+_EXACT_SENTENCEPIECE = (5, 24)
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
 
@@ -169,6 +171,18 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerBase:
     return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
+def check_conversion(source: str | Path) -> None:
+    """Reject a SentencePiece model where transformers is too old to give its ids. Raises UserError naming `source`."""
+    from transformers import __version__
+
+    if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
+        needed = ".".join(map(str, _EXACT_SENTENCEPIECE))
+        raise UserError(
+            f"{source}: transformers {__version__} gives other ids than SentencePiece; run `pip install"
+            f" 'transformers>={needed}'`"
+        )
+
+
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrainedTokenizerBase:
     """Convert a SentencePiece model. `config_folder` has a tokenizer_config.json with special tokens and template."""
     import sentencepiece
@@ -177,6 +191,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> PreTrained
     with library_errors(path, "is not a SentencePiece model"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         expected = [processor.encode(text) for text in _PROBES]
+    check_conversion(path)
     # transformers finds the file by its name in a folder, so it gets a folder with nothing else.
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(path, Path(scratch, "tokenizer.model"))

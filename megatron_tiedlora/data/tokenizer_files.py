@@ -78,11 +78,12 @@ def _hash(files: list[Path], settings: dict[str, Any]) -> str:
     for file in files:
         try:
             if file.stat().st_size > LARGEST_TOKENIZER:
-                raise UserError(f"{file}: is larger than {LARGEST_TOKENIZER:,} bytes, too large for a tokenizer")
+                size = f"{LARGEST_TOKENIZER:,} bytes"
+                raise UserError(f"{file}: is larger than {size}, too large for a tokenizer; give another one")
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+            raise UserError(f"{file}: cannot be read ({error.strerror or error}); give another tokenizer") from None
     known = {name: value for name, value in settings.items() if value is not None}
     digest.update(json.dumps(known, sort_keys=True).encode())
     return digest.hexdigest()

@@ -12,19 +12,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError, shown
-from megatron_tiedlora.data.fields import checked_text
+from megatron_tiedlora.data.fields import checked_text, describe_fields
 
 ASSISTANT, USER, TOOL = "assistant", "user", "tool"
 _OPENING = ("system", "developer")
 ROLES = (*_OPENING, USER, ASSISTANT, TOOL)
-_SAME_ROLE = {"function": TOOL, "observation": TOOL, "function_response": TOOL, "human": USER, "gpt": ASSISTANT,
-              "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT, "model": ASSISTANT}  # fmt: skip
-_CALL_ROLE = "function_call"  # of ShareGPT: an assistant's turn whose value is the call, as JSON
+_SAME_ROLE = {"function": TOOL, "observation": TOOL, "function_response": TOOL, "tool_response": TOOL, "human": USER,
+              "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT,
+              "model": ASSISTANT}  # fmt: skip
+_CALL_ROLES = ("function_call", "tool_call")  # an assistant's turn whose text is the call, as JSON
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _PASSED_ON = ("name", "tool_calls", "tool_call_id", *REASONING)
 _UNREAD = ("images", "image", "videos", "video", "audios", "audio", "documents", "refusal")
 _FLAGS = ("train", "weight", "loss")
+# Other tools' names of such flags. One that is not read would supervise what its owner did not want supervised.
+_UNREAD_FLAGS = ("training", "trainable", "train_detail", "training_detail", "mask", "masked", "loss_scale")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a row.
+
+    message: `role`, `content` and what else a template reads.
+    trained: whether it is supervised.
+    name: which part of the row it is, for messages: "message 2", counted as in the user's file, or "field 'system'".
+    """
+
+    message: Mapping[str, Any]
+    trained: bool
+    name: str
 
 
 @dataclass(frozen=True)
@@ -34,11 +51,13 @@ class Conversation:
     messages: each with `role`, `content` and what else a template reads; the last one is the assistant's.
     trained: by message, whether it is supervised; only the assistant's are.
     tools: JSON schemas of functions; None if there are none.
+    names: by message, which part of the row it is, as in `Turn`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     trained: tuple[bool, ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None
+    names: tuple[str, ...]
 
     @property
     def answer(self) -> str:
@@ -54,6 +73,10 @@ class Conversation:
         """The same turns, of which at most the last is supervised."""
         return replace(self, trained=(False,) * (len(self.trained) - 1) + self.trained[-1:])
 
+    def with_last_turn_scored(self) -> Conversation:
+        """The same turns, of which the last is the answer that a prediction is compared with, whatever its flags."""
+        return replace(self, trained=(False,) * (len(self.trained) - 1) + (True,))
+
     def without_first_exchange(self) -> Conversation | None:
         """The turns without the first user turn and all up to the next one; None if no supervised turn would be left.
 
@@ -67,54 +90,74 @@ class Conversation:
             self,
             messages=tuple(self.messages[index] for index in keep),
             trained=tuple(self.trained[index] for index in keep),
+            names=tuple(self.names[index] for index in keep),
         )
 
 
-def read_messages(value: Any, name: str, source: str, *, tools: Any = None) -> Conversation:
-    """The conversation of a list of turns, {role, content} or {from, value}, in field `name` of a row.
+def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
+    """The turns of a list of messages, {role, content} or {from, value}, in a field of a row.
+
+    Args:
+        prefix: text before the number of a message in errors.
 
     Raises:
-        UserError: a turn is incomplete or out of order, or there is none to train on; names the source and message.
+        UserError: a message is incomplete; names the source and the message.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{source}: field {name!r} is not a list of messages; give at least a user's and an answer")
-    messages, trained = [], []
+        what = f"{source}: field {field!r} is {shown(value)}, not a list of messages"
+        raise UserError(f"{what}; give at least a user's message and an answer")
+    turns = []
     for number, item in enumerate(value, start=1):
-        where = f"{source}, message {number}"
+        name = f"{prefix}message {number}"
+        where = f"{source}, {name}"
         if not isinstance(item, Mapping):
-            raise UserError(f"{where}: is not an object with 'role' and 'content'; correct the row")
+            raise UserError(f"{where}: is {shown(item)}, not an object with 'role' and 'content'; correct the row")
         message = _message(item, where)
-        messages.append(message)
-        trained.append(_is_trained(item, message["role"], where))
-    return make_conversation(messages, trained, source, tools=tools)
+        turns.append(Turn(message, _is_trained(item, message["role"], where), name))
+    return turns
 
 
 def make_conversation(
-    messages: Sequence[Mapping[str, Any]], trained: Sequence[bool], source: str, *, tools: Any = None
+    turns: Sequence[Turn], source: str, *, tools: Any = None, tools_field: str = "tools"
 ) -> Conversation:
-    """The conversation of checked turns. Raises UserError as `read_messages` does."""
-    _check_order([message["role"] for message in messages], source)
-    if not any(trained):
-        raise UserError(f"{source}: no turn of the assistant is to be trained (train, weight or loss); remove the row")
-    return Conversation(tuple(messages), tuple(trained), _tools(tools, source))
+    """The conversation of a row's turns, with the value of its field for tools.
+
+    Raises:
+        UserError: the turns are out of order, or the schemas of tools are broken; names the source and the turn.
+    """
+    _check_order(turns, source)
+    return Conversation(
+        tuple(turn.message for turn in turns),
+        tuple(turn.trained for turn in turns),
+        _tools(tools, tools_field, source),
+        tuple(turn.name for turn in turns),
+    )
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """One turn with the names that templates know."""
     role_field, content_field = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    role, content = checked_text(item.get(role_field), role_field, where), item.get(content_field)
+    if role_field not in item:
+        raise UserError(f"{where}: 'role' is missing; the message has {describe_fields(item)}; give its role")
+    role, content = checked_text(item[role_field], role_field, where), item.get(content_field)
     if unread := next((name for name in _UNREAD if item.get(name)), None):
         raise UserError(f"{where}: {unread!r} is not read, only text is; remove the row, or the field if it is no data")
-    if role == _CALL_ROLE:
+    if unread := next((name for name in _UNREAD_FLAGS if item.get(name) is not None), None):
+        said = f"{where}: {unread!r} is {shown(item[unread])}, and is not read"
+        raise UserError(f"{said}; give 'train' (true or false) instead, which says whether the turn is supervised")
+    if role in _CALL_ROLES:
         call = _parsed(checked_text(content, content_field, where), content_field, where)
-        return {"role": ASSISTANT, "content": "", "tool_calls": _calls([call], where)}
+        return {"role": ASSISTANT, "content": "", "tool_calls": _calls(call if type(call) is list else [call], where)}
     role = _SAME_ROLE.get(role, role)
     passed = {name: plain_json(item[name], name, where) for name in _PASSED_ON if item.get(name) not in (None, [], "")}
+    if "tool_calls" in passed and item.get("function_call"):
+        raise UserError(f"{where}: has both 'tool_calls' and 'function_call'; remove one of them")
     calls = passed.get("tool_calls", [item["function_call"]] if item.get("function_call") else None)
     if calls is not None:
         passed["tool_calls"] = _calls(calls, where)
     elif content_field not in item:
-        raise UserError(f"{where}: {content_field!r} is missing; the message has {', '.join(map(repr, item))}")
+        said = f"{where}: {content_field!r} is missing; the message has {describe_fields(item)}"
+        raise UserError(f"{said}; give its text, or remove the row")
     may_be_empty = calls is not None or role in (TOOL, *_OPENING)
     return {"role": role, "content": _content(content, content_field, where, may_be_empty=may_be_empty), **passed}
 
@@ -144,9 +187,10 @@ def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
         if value is None:
             continue
         if value not in (0, 1):  # true and false too
-            raise UserError(f"{where}: {name!r} is {shown(value)}; a turn is trained (true, 1) or not (false, 0)")
+            raise UserError(f"{where}: {name!r} is {shown(value)}; give true or 1 to train on this turn, or false or 0")
         if value and role != ASSISTANT and name == "train":
-            raise UserError(f"{where}: 'train' is true for role {role!r}; only turns of the assistant are trained")
+            said = f"{where}: 'train' is {shown(value)} for role {shown(role)}"
+            raise UserError(f"{said}; only turns of the assistant are trained; remove it")
         trained = trained and bool(value)
     return trained
 
@@ -154,32 +198,34 @@ def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
 _MAY_FOLLOW = {USER: (None, *_OPENING, ASSISTANT), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
 
 
-def _check_order(roles: Sequence[str], source: str) -> None:
-    """Raise UserError if the turns do not alternate. A role that is not in `ROLES` may stand anywhere."""
+def _check_order(turns: Sequence[Turn], source: str) -> None:
+    """Raise UserError if the turns do not alternate. A role that is not in `ROLES` may be anywhere."""
     before: str | None = None
-    for number, role in enumerate(roles, start=1):
-        where = f"{source}, message {number}"
+    for turn in turns:
+        where, role = f"{source}, {turn.name}", turn.message["role"]
         if role in _OPENING and before not in (None, *_OPENING):
-            raise UserError(f"{where}: a {role!r} turn after {before!r}; it has to come first")
+            raise UserError(f"{where}: a {role!r} turn after {shown(before)}; move it to the start, or remove the row")
         known = role in _MAY_FOLLOW and (before is None or before in ROLES)
         if known and before not in _MAY_FOLLOW[role]:
             after = "at the start" if before is None else f"after {before!r}"
             raise UserError(f"{where}: turns are out of order: {role!r} {after}; correct or remove the row")
         before = role
-    if roles[-1] != ASSISTANT:
-        raise UserError(f"{source}: the last message is from {roles[-1]!r}, not from 'assistant'; remove it or the row")
+    if before != ASSISTANT:
+        said = f"{source}: the last message is from {shown(before)}, not from 'assistant'"
+        raise UserError(f"{said}; remove that message, or the row")
 
 
 # Tools ------------------------------------------------------------------------------------------------------
 
 
-def _tools(value: Any, source: str) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(value: Any, field: str, source: str) -> tuple[Mapping[str, Any], ...] | None:
     """Schemas of functions, each as {"type": "function", "function": ...}; a text is read as JSON."""
     if value is None or value in ("", [], ()):
         return None
-    found = _parsed(value, "tools", source) if isinstance(value, str) else plain_json(value, "tools", source)
+    found = _parsed(value, field, source) if isinstance(value, str) else plain_json(value, field, source)
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise UserError(f"{source}: field 'tools' is not a list of functions' schemas; correct the row")
+        said = f"{source}: field {field!r} is {shown(found)}, not a list of functions' schemas"
+        raise UserError(f"{said}; give a list, or remove the field")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found) or None
 
 
@@ -187,15 +233,20 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls as {"type": "function", "function": {"name", "arguments"}}, with arguments as an object."""
     found = _parsed(value, "tool_calls", where) if isinstance(value, str) else plain_json(value, "tool_calls", where)
     if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
-        raise UserError(f"{where}: 'tool_calls' is not a list of calls; correct the row")
+        raise UserError(f"{where}: 'tool_calls' is {shown(found)}, not a list of calls; correct the row")
     calls = []
     for call in found:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{where}: a tool call without the name of its function; correct the row")
+            raise UserError(f"{where}: a tool call without the name of its function, {shown(call)}; correct the row")
+        if "parameters" in function and "arguments" not in function:
+            raise UserError(f"{where}: a tool call with 'parameters', {shown(call)}; name them 'arguments'")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # as OpenAI has it; templates expect an object, and servers parse it too
-            arguments = _parsed(arguments, "arguments", where)
+            arguments = _parsed(arguments, "arguments", where) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            said = f"{where}: 'arguments' of the tool call are {shown(arguments)}, not an object"
+            raise UserError(f"{said} with the arguments' names; correct the row")
         outer = {"type": "function", **call} if "function" in call else {"type": "function"}
         calls.append({**outer, "function": {**function, "arguments": arguments}})
     return calls
@@ -205,7 +256,7 @@ def _parsed(text: str, name: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError(f"{where}: field {name!r} is not JSON: {shown(text)}") from None
+        raise UserError(f"{where}: field {name!r} is {shown(text)}, which is not JSON; correct the row") from None
 
 
 def plain_json(value: Any, name: str, where: str) -> Any:

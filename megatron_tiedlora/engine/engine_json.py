@@ -178,8 +178,10 @@ def _check_zero_section(path: Path, zero: Mapping[str, Any]) -> None:
         raise UserError(f"{path}: {where}: {first['msg']}") from None
     except Exception as error:  # DeepSpeed's own checks raise anything on values of an unexpected type
         raise UserError(f"{path}: zero_optimization cannot be read ({type(error).__name__}: {error})") from None
-    if checked.allgather_bucket_size <= 0:  # DeepSpeed accepts it and divides by it
-        raise UserError(
-            f"{path}: zero_optimization.allgather_bucket_size is {shown(zero['allgather_bucket_size'])}; give a number"
-            " of elements above 0, such as 500000000"
-        )
+    # DeepSpeed divides by both. It accepts an allgather_bucket_size of 0, and 0.19.3 a reduce_bucket_size of 0.
+    for name in ("allgather_bucket_size", "reduce_bucket_size"):
+        if getattr(checked, name) <= 0:
+            raise UserError(
+                f"{path}: zero_optimization.{name} is {shown(zero[name])}; give a number of elements above 0, such as"
+                " 500000000"
+            )

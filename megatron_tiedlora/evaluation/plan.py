@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.base_formats import UNQUANTISED
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.paths import last_name, user_path
+from megatron_tiedlora.base.yaml_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.load_model import DTYPES, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import read_yaml
+from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES, TEMPLATE_HASH
 from megatron_tiedlora.config.decoding import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
@@ -24,6 +26,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tasks import DEFAULT_MODEL
 from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.open_adapter import is_merged, open_adapter
+from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.parallel.grid import Grid
@@ -192,12 +195,15 @@ def _base_format(settings: EvaluateSettings, adapter: NativeAdapter | None) -> s
 
 
 def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
-    """The settings of the adapter's run, in a file beside it; none if there is no file, or no adapter."""
+    """The settings of the adapter's run and its `TEMPLATE_HASH`, in a file beside it; none without file or adapter."""
     if settings.adapter is None:
         return {}
     run_file = user_path(settings.adapter).parent / "run.yaml"
     with suppress(UserError):  # a file of another kind or version cannot be compared
-        return read_yaml(str(run_file), Settings.model_fields) if run_file.is_file() else {}
+        if run_file.is_file():
+            template = read_yaml_mapping(run_file).get(TEMPLATE_HASH)
+            trained = read_yaml(str(run_file), Settings.model_fields)
+            return trained if template is None else {**trained, TEMPLATE_HASH: template}
     return {}
 
 
@@ -205,25 +211,42 @@ def _as_trained(settings: EvaluateSettings) -> EvaluateSettings:
     """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none.
 
     Raises:
-        UserError: the user's contradict them.
+        UserError: the user's contradict them, or the file of the run's chat template has changed.
     """
     trained = _trained_with(settings)
     if not trained or settings.data_rules is not None:
         return settings
-    rules: dict[str, Any] = {"data_rules": trained.get("data_rules", 1)}
-    if rules["data_rules"] != 1:
-        rules |= {name: trained[name] for name in _READING if trained.get(name) is not None}
+    rules: dict[str, Any] = {"data_rules": trained.get("data_rules", FIRST_DATA_RULES)}
+    names = ("chat_template",) if rules["data_rules"] == FIRST_DATA_RULES else _READING
+    rules |= {name: trained[name] for name in names if trained.get(name) is not None}
+    if "chat_template" in rules and settings.chat_template is None:
+        _check_trained_template(str(rules["chat_template"]), trained.get(TEMPLATE_HASH))
     return validate_settings({**rules, **settings.model_dump(exclude_none=True)}, EvaluateSettings)
+
+
+def _check_trained_template(file: str, trained: Any) -> None:
+    """Raise UserError if the chat template of the adapter's run is missing, or its hash is no longer `trained`."""
+    said = f"--chat_template {file}, of the adapter's run,"
+    if not user_path(file).is_file():
+        raise UserError(f"{said} is not on this host; give the file with which it was trained with --chat_template")
+    if trained is not None and (now := chat_template_sha256(file)) != trained:
+        raise UserError(
+            f"{said} has changed since (sha256 {now[:12]}, then {as_given(trained)[:12]}); give the file with which it"
+            " was trained with --chat_template, or this one to use it as it is"
+        )
 
 
 def _notes(settings: EvaluateSettings) -> Iterator[str]:
     """Notes if the files beside an adapter show that it was trained with other prompts, or by old rules."""
     trained = _trained_with(settings)
     for name in ("task", "prompt_template", "tokenizer", *_READING):
-        if name in trained and trained[name] != getattr(settings, name):
+        if name == "chat_template" and settings.chat_template is not None and TEMPLATE_HASH in trained:
+            if chat_template_sha256(settings.chat_template) != trained[TEMPLATE_HASH]:
+                yield f"--chat_template {settings.chat_template} has other content than that of the adapter's run"
+        elif name in trained and trained[name] != getattr(settings, name):
             yield f"the adapter's run had --{name} {trained[name]}, this has {getattr(settings, name)}"
-    if settings.data_rules == 1:
-        yield "rows are read by the rules of version 0.1 (--data_rules 1)"
+    if settings.data_rules == FIRST_DATA_RULES:
+        yield f"rows are read by the rules of version 0.1 (--data_rules {FIRST_DATA_RULES})"
 
 
 def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:

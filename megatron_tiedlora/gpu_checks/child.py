@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tiedlora.gpu_checks.children import end_with_parent
+from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.gpu_checks.records import CheckOptions, PartOver, Report
 
 # Variables of a surrounding job, of which these processes are not ranks; and one that rounds fp32 to TF32 (see env).

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +14,6 @@ from megatron_tiedlora.gpu_checks.records import ERROR_FIX, Check, CheckOptions,
 
 _POLL_SECONDS = 0.2
 _LAST_WORDS = 2000  # characters at the end of a part's output that are searched for its last line
-_PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 HANG_FIX = "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
 STUCK_FIX = (
     "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"
@@ -79,12 +76,6 @@ def run_part(
         return told
     hear(told[-1])
     return told
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies for any reason, so that it does not keep a GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
 
 
 def _end_session(process: subprocess.Popen[bytes], seconds: float) -> bool:

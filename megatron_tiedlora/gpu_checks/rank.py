@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.gpu_checks.children import end_with_parent
 from megatron_tiedlora.gpu_checks.rank_orders import ADAPTER, RESULT, STEPPING, Case, RankOrder
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group

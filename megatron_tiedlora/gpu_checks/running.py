@@ -20,8 +20,8 @@ from megatron_tiedlora.benchmark.plan import make_plan
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.gpu_checks.package import SMALL, planned_bytes
 
 

@@ -69,16 +69,25 @@ class WeightsInMemory:
     def are_whole(self) -> bool:
         """Whether every tensor is there as it was stored: floating point, neither quantised, offloaded nor sharded."""
         pairs = (pair for rule in self.rules for pair in zip(rule.hf_names, rule.hf_shapes(), strict=True))
-        return all(tuple(self.read(name).shape) == shape and _is_plain(self.read(name)) for name, shape in pairs)
+        held = ((self._held(name)[1], shape) for name, shape in pairs)
+        return all(tuple(tensor.shape) == shape and _is_plain(tensor) for tensor, shape in held)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name. Raises UserError if the model has none."""
-        module, _, kind = name.rpartition(".")
+        """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
+        module, tensor = self._held(name)
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if tensor.is_meta and offloaded is not None:
+            tensor = offloaded[name.rpartition(".")[2]]
+        return tensor.detach()
+
+    def _held(self, name: str) -> tuple[Any, torch.Tensor]:
+        """The module that has the tensor of this name, and the tensor; on the meta device if it is offloaded."""
+        path, _, kind = name.rpartition(".")
         try:
-            tensor: torch.Tensor = getattr(base_layer_of(self.model.get_submodule(module)), kind)
+            module = base_layer_of(self.model.get_submodule(path))
+            return module, getattr(module, kind)
         except AttributeError:
             raise UserError(f"{self.source.name}: the model has no {name}; give the whole causal model") from None
-        return tensor.detach()
 
     def sample(self, name: str) -> torch.Tensor:
         """The values that `BaseWeights.sample` takes."""
@@ -91,7 +100,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
 
 
-def identify_model(model: Any, source: ModelSource) -> BaseIdentity:
+def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
 
     Raises:

@@ -171,7 +171,7 @@ class RotatedHeads(PlainHeads):
 class RotatedNormedHeads(RotatedHeads):
     """The same with an RMS norm of each head of queries and keys before the rotation.
 
-    It saves its result, which attention saves too, and one number per token and head.
+    It saves its result, which attention saves too, and one number per token per head.
 
     Attributes:
         norms: weights of the norms of queries and of keys, (head_dim,).

@@ -38,6 +38,7 @@ class TiedLoraConfig(PeftConfig):
 
     Attributes:
         base: fields of the model that the adapter belongs to.
+        unchecked: the folder of this config, if its weights were not there yet when it was read.
     """
 
     method: str = field(default="tl6", metadata={"help": f"which of the paper's methods: {', '.join(METHOD_NAMES)}"})
@@ -49,6 +50,7 @@ class TiedLoraConfig(PeftConfig):
     init_std_a: float | None = field(default=None, metadata={"help": "init std of A (default: by method)"})
     init_std_b: float | None = field(default=None, metadata={"help": "init std of B (default: by method)"})
     base: dict[str, Any] | None = field(default=None, metadata={"help": "fields of the base model; leave it out"})
+    unchecked: str | None = field(default=None, metadata={"help": "set by PEFT's download; leave it out"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,9 +120,7 @@ def native_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: its config is not valid, or a checksum does not match.
     """
-    config, base, sums = read_config(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        check_file(folder / WEIGHTS_FILE, sums)
+    config, base, _ = read_config(folder)
     names = ("method", "alpha", "seed", "init_std_a", "init_std_b")
     return {
         **{name: getattr(config, name) for name in names},
@@ -132,4 +132,18 @@ def native_arguments(folder: Path) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.base_model,
         "inference_mode": True,
+        "unchecked": None if weights_match(folder) else str(folder),
     }
+
+
+def weights_match(folder: Path) -> bool:
+    """Compare the weights of a native folder with their checksum; False if they are not there.
+
+    Raises:
+        UserError: they differ, or the config is not valid.
+    """
+    weights, (*_, sums) = folder / WEIGHTS_FILE, read_config(folder)
+    if not weights.is_file():
+        return False
+    check_file(weights, sums)
+    return True

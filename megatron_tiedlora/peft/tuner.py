@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import check_values
 from megatron_tiedlora.checkpoint.tensor_files import all_finite
-from megatron_tiedlora.hf.base_model import check_model, identify_model, model_source
+from megatron_tiedlora.hf.base_model import check_model, identify_in_memory, model_source
 from megatron_tiedlora.hf.update import Place, find_places
-from megatron_tiedlora.peft.config import TiedLoraConfig
+from megatron_tiedlora.peft.config import TiedLoraConfig, weights_match
 from megatron_tiedlora.peft.layer import TiedLoraLinear
 
 _NAMES = frozenset(f"{prefix}{factor}" for prefix in ("", *(f"{name}." for name in TARGET_NAMES)) for factor in FACTORS)
@@ -37,9 +38,10 @@ class TiedLoraModel(BaseTuner):
     uses_shared_state = True
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
+        _reject_dispatch(model)
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
-        self._found = identify_model(model, self._source)  # before anything is merged into the model
+        self._found = identify_in_memory(model, self._source)  # before anything is merged into the model
         self._places: Mapping[str, Place] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
@@ -139,6 +141,9 @@ class TiedLoraModel(BaseTuner):
         Raises:
             UserError: a tensor is missing, unknown or of the wrong shape, or its values are not valid.
         """
+        if config.unchecked is not None:  # the hub's cache has its config and, by now, its weights in one folder
+            weights_match(Path(config.unchecked))
+            config.unchecked = None
         adapter = cls._adapter_of(model, adapter_name)
         described, source = adapter.config, f"adapter {adapter_name}"
         for name in described.tensors:
@@ -155,3 +160,18 @@ class TiedLoraModel(BaseTuner):
         start = "" if isinstance(model, cls) else "base_model."
         held = (name for name, _ in adapter.named_parameters())
         return {f"{start}tied_lora_adapters.{adapter_name}.{name}": state_dict[name] for name in held}
+
+
+def _reject_dispatch(model: nn.Module) -> None:
+    """Raise UserError if PEFT is about to distribute a model over devices again, of which a part is offloaded.
+
+    Its `from_pretrained` has taken off accelerate's hooks then. It would put the adapter's tensors, which belong to no
+    module that is called, where no hook loads them.
+    """
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    offloads = "disk" in devices or ("cpu" in devices and len(devices) > 1)
+    if offloads and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UserError(
+            "PEFT cannot load a Tied-LoRA adapter on a model that is partly offloaded (device_map); load the model"
+            " again, and the adapter with megatron_tiedlora.attach, or load its export (tools/export_peft.py)"
+        )

@@ -107,7 +107,7 @@ class AttentionMemory:
     """The bytes that attention's kernel on a GPU needs beside its inputs and output.
 
     Attributes:
-        saved: what a block saves for its backward pass, beside one fp32 number for each token and head.
+        saved: what a block saves for its backward pass, beside one fp32 number per token per head.
         backward: the peak of its backward pass: the gradients of its inputs and output, and a workspace.
     """
 

@@ -149,12 +149,23 @@ def _named_or_next(output_dir: str | None, *, name: str, resume: str) -> RunFold
         folder = RunFolder(user_path(resume).parent.parent)
         if folder.is_run:
             return folder
+    last, following = _last_and_next(name)
+    if resume == "none" and last.path.exists():
+        return following
+    return last
+
+
+def last_run_folder(name: str) -> RunFolder:
+    """The folder that --resume auto continues without --output_dir: the last of runs/NAME, NAME-2, NAME-3, ..."""
+    return _last_and_next(name)[0]
+
+
+def _last_and_next(name: str) -> tuple[RunFolder, RunFolder]:
+    """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
     last, number = RunFolder(Path("runs") / name), 2
-    if resume == "none" and not last.path.exists():
-        return last
     while (following := RunFolder(Path("runs") / f"{name}-{number}")).path.exists():
         last, number = following, number + 1
-    return following if resume == "none" else last
+    return last, following
 
 
 class MetricsLog:

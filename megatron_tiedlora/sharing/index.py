@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -182,7 +183,7 @@ def find_entry(root: Path, name: str) -> Entry:
 def _select(root: Path, condition: str, values: Sequence[Any]) -> list[Entry]:
     file = root / INDEX_FILE
     if not file.is_file():
-        raise UserError(f"{file}: no such file; write it with `tiedlora index {root}`")
+        raise UserError(f"{file}: no such file; write it with `tiedlora index {shlex.quote(str(root))}`")
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()

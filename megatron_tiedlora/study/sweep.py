@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -66,7 +67,7 @@ def _end(plan: SweepPlan, outcome: Outcome) -> int:
     folder = plan.folder
     if outcome.stopped_by:
         write_status(folder, "stopped", outcome.failures)
-        show(f"stopped; the same command, or --output_dir {folder.path} alone, resumes it")
+        show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
         return 128 + outcome.stopped_by
     write_status(folder, "failed" if outcome.failures else "finished", outcome.failures)
     if not outcome.given_up:

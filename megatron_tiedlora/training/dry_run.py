@@ -28,9 +28,9 @@ from megatron_tiedlora.planning.memory import (
 from megatron_tiedlora.planning.saved import token_bytes
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, assumed_micro_batches, engine_bytes, step_traffic
 from megatron_tiedlora.training.init_from import start_lines
-from megatron_tiedlora.training.length import epochs_of, length_warnings
+from megatron_tiedlora.training.length import epochs_of
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.run_data import RunData, prepare_data
+from megatron_tiedlora.training.run_data import RunData, first_source, prepare_data
 from megatron_tiedlora.training.step import LONG_STEP_SECONDS
 
 
@@ -46,11 +46,11 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> str:
         no_data = ["data", "  (a preset shape has no tokenizer; give a model folder to count tokens)"]
         sections += [_memory(plan), _messages(plan), _batches(plan), no_data]
     else:
-        data = prepare_data(plan, progress=True)
+        data = prepare_data(plan)
         plan = plan.counted(len(data.train))
         first = FirstStep(data, plan.global_batch(data.train))
         sections += [_memory(plan, first), _messages(plan, first), _batches(plan, first)]
-        sections += [_data(plan, data), _sample(data)]
+        sections += [_data(plan, data), _sample(plan, data)]
     return "\n\n".join("\n".join(map(printable, section)) for section in sections)
 
 
@@ -107,7 +107,7 @@ def _partition(plan: RunPlan) -> list[str]:
 
 def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
     layout, packing = plan.layout, plan.settings.packing
-    longest = layout.length if first is None else int(first.data.train.lengths.max())
+    longest = layout.length if first is None else first.data.train.longest
     length = padded(layout.length if packing else longest, layout.pad_multiple)
     documents = layout.rows
     if first is not None and packing:  # a micro-batch's samples, and the padding of each row
@@ -301,18 +301,18 @@ def _data(plan: RunPlan, data: RunData) -> list[str]:
     ]
     for name, split in (("train", data.train), ("validation", data.validation)):
         lines.append(
-            f"  {name:<12}{len(split):>10,}{len(split.tokens):>14,}{split.num_supervised:>14,}"
-            f"{int(split.lengths.max()):>10,}{split.truncated_prompts:>8,}"
+            f"  {name:<12}{len(split):>10,}{split.num_tokens:>14,}{split.num_supervised:>14,}"
+            f"{split.longest:>10,}{split.truncated_prompts:>8,}"
         )
     lines.append(f"  the run sees the training part {epochs_of(plan.settings, len(data.train)):.2f} times")
     lines += (f"  {line}" for line in data.notes)
-    return [*lines, *(f"  warning: {warning}" for warning in length_warnings(plan.settings, data.train))]
+    return [*lines, *(f"  warning: {warning}" for warning in data.warnings(plan.settings))]
 
 
-def _sample(data: RunData) -> list[str]:
+def _sample(plan: RunPlan, data: RunData) -> list[str]:
     ids, supervised = data.train.sample(0), data.train.supervised_of(0)
     edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
-    lines = [f"first sample ({data.first_example.source}), {len(ids)} tokens"]
+    lines = [f"first sample ({first_source(plan.settings, data)}), {len(ids)} tokens"]
     for start, stop in itertools.pairwise(edges):
         name = "supervised" if supervised[start] else "not supervised"
         lines.append(f"  [{name}, {stop - start} tokens]")

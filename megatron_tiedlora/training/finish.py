@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,13 +173,11 @@ def next_steps(trainer: Trainer) -> list[str]:
         lines += ["  merged/   the base with the adapter merged in, for transformers", "", "next"]
         lines.append(f'  AutoModelForCausalLM.from_pretrained("{path / "merged"}")')
     else:
-        lines += [
-            "",
-            "next",
-            f"  python tools/merge_adapter.py --adapter {path / 'adapter'} --output {path / 'merged'}"
-            + ("" if settings.tokenizer is None else f" --tokenizer {settings.tokenizer}"),
-        ]
-        lines.append(f"  python tools/verify_export.py --adapter {path / 'adapter'} --peft {peft}")
+        adapter = ["--adapter", str(path / "adapter")]
+        merge = [*adapter, "--output", str(path / "merged")]
+        merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
+        lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
+        lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")
     serving, *_ = serve_hints(peft, base_location(source), settings.rank, source.shape, settings.targets)
     lines.append(f"  {serving}")
     return lines

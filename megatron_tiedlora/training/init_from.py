@@ -26,9 +26,10 @@ from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.convert.open_adapter import check_peft_base
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.parallel.messages import SentTensor
-from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
 
 _TAKEN_OVER = ("method", "rank", "alpha", "targets", "layers", "init_std_a", "init_std_b")
+_NAMING = {"method", "rank", "targets"}  # those of them that are in the name of a run's folder
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,10 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
         return None
     if settings.resume != "auto":
         return recorded_settings([user_path(settings.resume)])
-    if settings.output_dir is None:
+    if settings.output_dir is not None:
+        folder = RunFolder(user_path(settings.output_dir))
+    elif settings.init_from is None or settings.model_fields_set >= _NAMING:
+        folder = last_run_folder(run_name(settings))
+    else:  # the adapter decides how the folder is called, so it is read first
         return None
-    return recorded_settings(RunFolder(user_path(settings.output_dir)).checkpoints.glob("step_*"))
+    return recorded_settings(folder.checkpoints.glob("step_*"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.training.init_from import recorded_run
 
 
 def with_kept_rules(settings: Settings) -> Settings:
-    """The settings, with --data_rules 1 if they resume a run of version 0.1.
+    """The settings, with the first --data_rules if they resume a run of version 0.1.
 
     A host that does not see the run's folder needs that flag from the user.
 
@@ -19,4 +20,4 @@ def with_kept_rules(settings: Settings) -> Settings:
     recorded = recorded_run(settings)
     if recorded is None or "data_rules" in recorded:
         return settings
-    return make_settings({**settings.model_dump(exclude_unset=True), "data_rules": 1})
+    return make_settings({**settings.model_dump(exclude_unset=True), "data_rules": FIRST_DATA_RULES})

@@ -14,7 +14,7 @@ from fractions import Fraction
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.settings import Settings, profiled_steps
-from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.token_dataset import TokenDataset
 
 MANY_CUT = 0.01  # of the training prompts
 MANY_EPOCHS = 20
@@ -25,7 +25,7 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
     limit = source.shape.limit.tokens
     if "max_length" in settings.model_fields_set or settings.max_length <= limit:
         return settings
-    return settings.model_copy(update={"max_length": limit})
+    return settings.completed(max_length=limit)
 
 
 def steps_of_epochs(epochs: float, *, num_samples: int, global_batch_size: int) -> int:
@@ -52,7 +52,7 @@ def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
         raise UserError(
             f"--warmup_steps {warmup} is more than the {steps} steps of --epochs {settings.epochs:g}; lower it"
         )
-    return settings.model_copy(update={"max_steps": steps, "warmup_steps": min(warmup, steps)})
+    return settings.completed(max_steps=steps, warmup_steps=min(warmup, steps))
 
 
 def epochs_of(settings: Settings, num_samples: int) -> float:

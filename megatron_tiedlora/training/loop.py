@@ -91,7 +91,7 @@ class Trainer:
                 self.save()
                 raise
             finally:
-                self._profiler.finish()
+                self._profiler.finish(last_step=self.progress.step)
                 if self.log is not None:
                     self.log.close()
 

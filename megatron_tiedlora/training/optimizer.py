@@ -10,20 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from megatron_tiedlora.config.settings import Schedule
+
 # By name, the fraction of the peak rate after `done` of the `span` steps that follow warm-up.
-SCHEDULES: Mapping[str, Callable[[int, int], float]] = {
+SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
     "cosine": lambda done, span: 0.5 * (1.0 + math.cos(math.pi * min(done, span) / span)),
     "linear": lambda done, span: max(0.0, (span - done) / span),
     "constant": lambda done, span: 1.0,
 }
+assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names of this table"
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: str = "cosine") -> float:
+def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
     """The fraction of the peak learning rate at `step` (0-based).
 
     It is (step + 1) / warmup_steps during warm-up, so the first step uses 1 / warmup_steps of the peak; then it follows
@@ -46,7 +50,7 @@ def make_optimizer(
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, max_steps: int, schedule: str = "cosine"
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine"
 ) -> LambdaLR:
     """The schedule, set to step 0; `resume_scheduler` sets it to a later step."""
     factor = partial(learning_rate_factor, warmup_steps=warmup_steps, max_steps=max_steps, schedule=schedule)

@@ -24,6 +24,16 @@ from megatron_tiedlora.config.settings import profiled_steps
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
+def steps_over(profile: str | None, step: int) -> str:
+    """Which steps of a --profile a run that continues after `step` does not record, in a line; '' if there are none."""
+    steps = range(0) if profile is None else profiled_steps(profile)
+    if not steps or steps[0] > step:
+        return ""
+    last = min(steps[-1], step)
+    which = f"step {last} is" if steps[0] == last else f"steps {steps[0]} to {last} are"
+    return f"--profile {profile}: the run continues after step {step}, so {which} not recorded"
+
+
 class StepProfiler:
     """Records the steps of a --profile on one rank, and writes RUN/profile/rank_N.json.gz."""
 
@@ -47,11 +57,15 @@ class StepProfiler:
         with torch.profiler.record_function(f"step {number}"):
             yield
         if number == self._steps[-1]:
-            self.finish()
+            self.finish(last_step=number)
 
-    def finish(self) -> None:
-        """Write what was recorded, if anything was. A trace that cannot be written is no reason to end a run: a run
-        folder that only rank 0 sees may be read-only elsewhere."""
+    def finish(self, *, last_step: int) -> None:
+        """Write what was recorded, if anything was; rank 0 says if the run ended after `last_step`, before the first
+        step to record. A trace that cannot be written is no reason to end a run: a run folder that only rank 0 sees may
+        be read-only elsewhere."""
+        if self._steps and last_step < self._steps[0] and self._rank == 0:
+            first = self._steps[0]
+            show(f"note: --profile: the run ended after step {last_step}, before step {first}", file=sys.stderr)
         if self._recording is None:
             return
         recording, self._recording = self._recording, None

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from megatron_tiedlora.config.data_fields import FIRST_DATA_RULES
 from megatron_tiedlora.config.decoding import longest_prompt
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.cache import tokenise_once
-from megatron_tiedlora.data.chat import chat_note, set_chat_template
-from megatron_tiedlora.data.encode import TokenDataset
+from megatron_tiedlora.data.cache import TrainingData, tokenised_once
+from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
+from megatron_tiedlora.data.encode_rows import Encoding
+from megatron_tiedlora.data.example_maker import with_template
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.order import permutation
 from megatron_tiedlora.data.reading import Reading
-from megatron_tiedlora.data.sources import mix_lines
-from megatron_tiedlora.data.splits import read_split
-from megatron_tiedlora.data.task import Split
+from megatron_tiedlora.data.row_stream import row_stream
+from megatron_tiedlora.data.splits import files_of, read_split
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
+from megatron_tiedlora.training.length import length_warnings
 from megatron_tiedlora.training.plan import RunPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRAINED_ON: tuple[Split, ...] = ("train", "validation")
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
 
 
@@ -37,37 +36,39 @@ class RunData:
     """Tokenised splits and the tokenizer.
 
     Attributes:
+        parts: the training and the validation part.
         scored: samples to answer before and after training; None: none.
         scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
         reading: what the user decided about rows.
-        mix: how often the rows of each file are used, in words; empty if each is used once.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: TokenDataset
-    validation: TokenDataset
+    parts: TrainingData
     scored: ScoredSet | None
     scored_validation: ScoredSet | None
-    first_example: Example
     reading: Reading
-    mix: tuple[str, ...] = ()
 
-    @cached_property  # every save writes it
+    @property
+    def train(self) -> TokenDataset:
+        """The samples that are trained on."""
+        return self.parts.train
+
+    @property
+    def validation(self) -> TokenDataset:
+        """The samples that choose the best checkpoint."""
+        return self.parts.validation
+
+    @property
     def sha256(self) -> str:
         """Hash of the tokenised training and validation splits; a resumed run must have the same."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation):
-            prompts = split.prompt_lengths  # as version 0.1 stored what is supervised
-            for array in (split.tokens, split.offsets, split.supervised if prompts is None else prompts):
-                digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return self.parts.sha256
 
     @property
     def notes(self) -> list[str]:
         """How chats became text, what they lost, and old rules, for the first lines of a run."""
-        lines = ["rows by the rules of version 0.1, with which the run began (--data_rules 1)"]
-        lines = [*(lines if self.reading.first_rules else []), *self.mix]
-        if self.first_example.conversation is not None:
+        lines = [f"rows by the rules of version 0.1, with which the run began (--data_rules {FIRST_DATA_RULES})"]
+        lines = [*(lines if self.reading.first_rules else []), *self.parts.mix]
+        if self.parts.chats:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split.shortened_chats:
@@ -76,6 +77,17 @@ class RunData:
                 )
         return lines
 
+    def warnings(self, settings: Settings) -> list[str]:
+        """What a user probably does not want."""
+        found = length_warnings(settings, self.train)
+        if self.parts.unended:
+            ends = self.tokenizer.eos_token
+            found.append(
+                f"{chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an answer,"
+                " so the model does not learn to stop; give a --chat_template that ends answers with it"
+            )
+        return found
+
     @property
     def shared_sha256(self) -> str:
         """Hash of all data that ranks must have in common."""
@@ -83,36 +95,47 @@ class RunData:
         return " ".join([self.sha256, *scored])
 
 
-def prepare_data(plan: RunPlan, *, progress: bool) -> RunData:
+def prepare_data(plan: RunPlan) -> RunData:
     """Read, check and tokenise every split of the run.
 
     Raises:
         UserError: a file, row, tokenizer or vocabulary does not fit.
     """
-    settings = plan.settings
+    settings, vocab_size = plan.settings, plan.source.shape.vocab_size
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     tokenizer, reading = load_tokenizer(settings.tokenizer or model_folder), Reading.of(settings)
     set_chat_template(tokenizer, settings.chat_template)
-    check_vocabulary(tokenizer, plan.source.shape.vocab_size)
-    train, validation = (read_split(settings, split, tokenizer=tokenizer) for split in _TRAINED_ON)
-    train_set, validation_set = (
-        tokenise_once(examples, tokenizer, max_length=settings.max_length, reading=reading, progress=progress)
-        for examples in (train, validation)
+    check_vocabulary(tokenizer, vocab_size)
+    with_fields, template = with_template(reading, settings.prompt_template)
+    encoding = Encoding(
+        task=get_task(settings.task),
+        tokenizer=tokenizer,
+        reading=with_fields,
+        template=template,
+        max_length=settings.max_length,
+        end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
+    parts = tokenised_once(encoding, files=files_of(settings), seed=settings.seed)
     return RunData(
         tokenizer,
-        train_set,
-        validation_set,
+        parts,
         _encode(plan, tokenizer, _test_examples(settings, tokenizer)),
-        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(validation, settings)),
-        train[0],
+        _encode(plan, tokenizer, [] if settings.eval_metric == "loss" else _drawn(settings, tokenizer)),
         reading,
-        tuple(mix_lines(example.source for example in train)),
     )
 
 
-def _drawn(examples: list[Example], settings: Settings) -> list[Example]:
+def first_source(settings: Settings, data: RunData) -> str:
+    """Where the first training sample was read, for messages."""
+    reading, _ = with_template(data.reading, settings.prompt_template)
+    rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=reading)
+    _, (_, source) = next(islice(rows, data.parts.first_row, None))
+    return source
+
+
+def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """--eval_samples random validation samples, by the seed, in file order; files are often sorted."""
+    examples = read_split(settings, "validation", tokenizer=tokenizer)
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]
 

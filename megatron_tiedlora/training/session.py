@@ -27,6 +27,8 @@ from megatron_tiedlora.checkpoint.resume import (
     load_checkpoint,
     move_latest,
 )
+from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
+from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, raise_on_every_rank
 from megatron_tiedlora.runtime.run_folder import (
@@ -38,8 +40,9 @@ from megatron_tiedlora.runtime.run_folder import (
 )
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.compiling import ChosenKernels
-from megatron_tiedlora.training.length import length_warnings, steps_in_words
+from megatron_tiedlora.training.length import steps_in_words
 from megatron_tiedlora.training.plan import RunPlan
+from megatron_tiedlora.training.profiling import steps_over
 from megatron_tiedlora.training.resumed import check_resumed_settings
 from megatron_tiedlora.training.run_data import RunData
 
@@ -211,10 +214,12 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: every resolved setting, and the versions of the libraries."""
+    """Write run.yaml: every resolved setting, the content of --chat_template as a hash, and versions of libraries."""
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
+    if plan.settings.chat_template is not None:
+        settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
 
 
@@ -272,6 +277,8 @@ def headline(
     if settings.init_from is not None and checkpoint is None:
         lines.append(f"start      values of {settings.init_from}")
     notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes]
+    if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
+        notes.append(over)
     lines.append(f"run folder {folder.path}{_start(plan, checkpoint)}")
-    warnings = length_warnings(settings, data.train)
+    warnings = data.warnings(settings)
     return [*lines, *(f"note       {note}" for note in notes), *(f"warning    {warning}" for warning in warnings)]

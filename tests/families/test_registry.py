@@ -265,7 +265,7 @@ def test_rows_of_a_fused_tensor_are_read_and_given_back(tmp_path: Path) -> None:
     source = find_model(str(folder))
     weights = load_file(folder / "model.safetensors")
     names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
-    query, key, value = (weights.pop(name) for name in names)
+    query, key, value = (weights.pop(name).clone() for name in names)  # not views of the file, which is written again
     fused = torch.cat([key, query, value])
     save_file({**weights, "model.layers.0.self_attn.kqv.weight": fused}, folder / "model.safetensors")
     total = len(fused)

@@ -14,9 +14,11 @@ from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
 from zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data.cache import tokenise_once
+from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode import encode_examples
+from megatron_tiedlora.data.encode_rows import Encoding
 from megatron_tiedlora.data.examples import Example
+from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -65,7 +67,7 @@ def check_examples(draw: Draw, task: str, examples: list[Example], tokenizer: An
     else:
         for sample in encoded:
             assert sample.tokens.min() >= 0 and sample.tokens.max() < NUM_TOKENIZER_TOKENS
-            assert 0 < sample.prompt_length < len(sample.tokens) <= 512
+            assert 0 < int(sample.supervised.argmax()) < len(sample.tokens) <= 512
     answers = [
         Answer(draw.pick([*example.references, draw.text(20), ""]), example, tuple(-len(c) for c in example.choices))
         for example in examples
@@ -174,28 +176,30 @@ def test_a_broken_parquet_file(tokenizer: Any, area: Path, examples: int) -> Non
 
 @cases("cache")
 def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples: int) -> None:
-    rows = [Example("2 + 2 =", " 4", "rows:1"), Example("1 + 2 =", " 3", "rows:2")]
+    rows = write_rows(area / "rows.jsonl", [{"prompt": f"{number} + 2 =", "completion": "4"} for number in range(5)])
+    how = Encoding(get_task("custom"), tokenizer, Reading(), None, 64, frozenset([tokenizer.eos_token_id]))
 
     def tokens() -> Any:
-        return tokenise_once(rows, tokenizer, max_length=64, cache_dir=area / "cache")
+        return tokenised_once(how, files={"train": rows}, seed=0, cache_dir=area / "cache").train
 
-    expected = tokens()
-    (file,) = (area / "cache" / "tokens").glob("*.safetensors")
-    whole, elsewhere = file.read_bytes(), area / "elsewhere"
+    expected, elsewhere = tokens(), area / "elsewhere"
+    whole_files = {file: file.read_bytes() for file in (area / "cache" / "tokens").glob("*/*")}
 
     def body(draw: Draw) -> object:
+        file, whole = draw.pick(sorted(whole_files.items()))
+        draw.say(file.name)
         clear(file, elsewhere)
         file.write_bytes(whole)
         if draw.chance(0.2):
             odd_place(draw, file, elsewhere=elsewhere)
         else:
-            file.write_bytes(broken_file(draw, file.name, whole))
+            file.write_bytes(broken_file(draw, file.name, whole) if file.suffix == ".json" else damaged(draw, whole))
         try:
             found = tokens()
         except UserError as error:
             assert str(error).isprintable() and str(file.parent) in str(error), error
             return error
-        for name in ("tokens", "offsets", "supervised"):
+        for name in ("tokens", "offsets", "supervised", "facts", "order"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
         assert type(found.truncated_prompts) is int
         return found

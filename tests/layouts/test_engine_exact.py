@@ -70,7 +70,7 @@ def case(base: dict[str, Any], folder: Path, name: str, **changes: Any) -> tuple
         scale=0.2,
     )
     file = save_start(start, folder / f"{name}.safetensors")
-    return {"settings": settings, "start": str(file)}, oracle_run(settings, start, folder / "cache")
+    return {"settings": settings, "start": str(file)}, oracle_run(settings, start)
 
 
 def check(run: EngineRun, oracle: OracleRun, *, loss: float, norm: float = NORM_TOLERANCE) -> None:

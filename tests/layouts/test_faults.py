@@ -157,7 +157,7 @@ def from_one_rank(settings: dict[str, Any], folder: Path, oracles: dict[Any, Ora
         alone = {**settings, "tensor_parallel": 1, "pipeline_parallel": 1}
         config = plan_run(make_settings(alone), rank=0, world_size=1).adapter
         start = OracleAdapter(config.method, config.rank, config.alpha, config.layers, initial_values(config))
-        oracles["one rank"] = oracle_run(settings, start, folder / "cache", optimizer="sgd")
+        oracles["one rank"] = oracle_run(settings, start, optimizer="sgd")
     return oracles["one rank"]
 
 

@@ -55,7 +55,7 @@ def micro_batches(settings: dict[str, Any], layout: Layout, folder: Path) -> lis
     plan = plan_run(make_settings({**settings, **sizes}), rank=0, world_size=layout.ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
-        data = prepare_data(plan, progress=False).train
+        data = prepare_data(plan).train
     size = plan.batches.global_batch_size
     steps = [plan.global_batch(data, consumed_samples=step * size) for step in range(settings["max_steps"])]
     return [len(step.micro_batches) // layout.dp for step in steps]

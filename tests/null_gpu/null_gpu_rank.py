@@ -26,8 +26,8 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes th
 
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import TrainingStep
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.documents import find_documents, whole_rows
 from megatron_tiedlora.runtime.determinism import make_deterministic
 from megatron_tiedlora.runtime.launch_env import prepare_environment

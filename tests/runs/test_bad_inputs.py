@@ -231,14 +231,14 @@ def test_empty_data(copy: Base) -> None:
     copy.train.write_text("\n\n")
     refused(copy, ["train.jsonl", "holds no rows"])
     copy.train.write_text('{"prompt": "a", "completion": "b"}\n')
-    refused(copy, ["train.jsonl:1", "--validation_file"], validation_file=None)
+    refused(copy, ["train.jsonl: one sample", "--validation_file"], validation_file=None)
 
 
 def test_no_supervised_token() -> None:
     import numpy as np
 
     from megatron_tiedlora.base.errors import UserError
-    from megatron_tiedlora.data.encode import TokenDataset, check_supervised
+    from megatron_tiedlora.data.token_dataset import TokenDataset, check_supervised
 
     tokens = np.arange(6, dtype=np.int32)
     nothing = TokenDataset.after_prompts(tokens, np.array([0, 3, 6]), np.array([3, 3], np.int32))

@@ -10,6 +10,9 @@ import pytest
 from run_files import assert_same_run, losses, metrics, run_settings, status
 from run_helpers import Base, run, run_ranks, write_base
 
+from megatron_tiedlora.runtime.run_folder import RunFolder
+from megatron_tiedlora.training.profiling import StepProfiler
+
 pytestmark = pytest.mark.distributed
 
 
@@ -34,7 +37,7 @@ def test_epochs_are_counted_and_may_be_given_as_steps(base: Base, tmp_path: Path
     assert "  9 steps, 36 samples" in run_ranks(again, folder=tmp_path).expect(0).outputs[0]
 
 
-def test_a_constant_schedule_goes_on_where_it_ended(base: Base, tmp_path: Path) -> None:
+def test_a_constant_schedule_continues_where_it_ended(base: Base, tmp_path: Path) -> None:
     """A finished run of 4 steps, continued to 10, is the run of 10 steps, bit for bit."""
     constant = {"schedule": "constant", "beta2": 0.99}
     run(base, tmp_path / "long", **constant)
@@ -44,6 +47,15 @@ def test_a_constant_schedule_goes_on_where_it_ended(base: Base, tmp_path: Path) 
     assert_same_run(tmp_path / "short", tmp_path / "long")
     rates = [row["learning_rate"] for row in metrics(tmp_path / "short")]
     assert rates == [1e-2, *[2e-2] * 9]
+
+
+def test_a_longer_run_keeps_the_default_warm_up(base: Base, tmp_path: Path) -> None:
+    """4 steps have 4 of warm-up by default; continued to 6 on two ranks they stay 4, in the rates and the record."""
+    constant = {"schedule": "constant", "warmup_steps": None}
+    run(base, tmp_path / "run", max_steps=4, **constant)
+    run(base, tmp_path / "run", ranks=2, max_steps=6, resume="auto", **constant)
+    assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == [5e-3, 1e-2, 1.5e-2, 2e-2, 2e-2, 2e-2]
+    assert run_settings(tmp_path / "run")["warmup_steps"] == 4
 
 
 def test_a_cosine_run_says_how_it_could(base: Base, tmp_path: Path) -> None:
@@ -68,6 +80,16 @@ def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None
     assert not (tmp_path / "run" / "tensorboard").exists() and len(metrics(tmp_path / "run")) == 5
     run(base, tmp_path / "ends", max_steps=3, profile="3:9")
     assert (tmp_path / "ends" / "profile" / "rank_0.json.gz").is_file()
+    ended = run(base, tmp_path / "ends", max_steps=3, profile="2:9", resume="auto")
+    note = "note       --profile 2:9: the run continues after step 3, so steps 2 to 3 are not recorded"
+    assert note in ended.outputs[0].splitlines()
+
+
+def test_a_run_that_ends_before_the_profiled_steps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, last_step in ((0, 4), (0, 5), (1, 4)):
+        StepProfiler("5:6", RunFolder(tmp_path), rank=rank).finish(last_step=last_step)
+    StepProfiler(None, RunFolder(tmp_path), rank=0).finish(last_step=4)
+    assert capsys.readouterr().err == "note: --profile: the run ended after step 4, before step 5\n"
 
 
 def test_a_tracker_without_its_package_is_named_before_anything_is_read(base: Base, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_packed_rows_are_counted(base: Base, tmp_path: Path) -> None:
     settings = base.settings(micro_batch_size=1, global_batch_size=8)
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     plan = plan_run(make_settings(texts), rank=0, world_size=1)
-    data = prepare_data(plan, progress=False)
+    data = prepare_data(plan)
     step = next(plan.training_loader(data.train, pad_id=0))
     positions = sum(batch.input_ids.numel() for batch in step.micro_batches)
     rows = sum(len(batch.input_ids) for batch in step.micro_batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 @pytest.fixture(scope="module")
 def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """A finished run with a test part, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
+    folder = tmp_path_factory.mktemp("finished") / "a run"
     test = write_rows(base.folder / "test.jsonl", 3, seed=3)
     return folder, run(base, folder, test_file=test)
 
@@ -104,7 +105,11 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
     before, after = losses(folder, "validation")[0][1], min(loss for _, loss in losses(folder, "validation"))
     (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss")]
     assert f"{before:.4f}" in line and f"{after:.4f}" in line
-    assert "tools/merge_adapter.py" in ended.outputs[0] and str(folder) in ended.outputs[0]
+    commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  python tools/")]
+    merge, verify = (shlex.split(command) for command in commands)  # as a shell reads them
+    adapter = ["--adapter", str(folder / "adapter")]
+    assert merge[1:] == ["tools/merge_adapter.py", *adapter, "--output", str(folder / "merged")]
+    assert verify[1:] == ["tools/verify_export.py", *adapter, "--peft", str(folder / "peft")]
     assert "step/s" in ended.errors[0] and "tokens/s" in ended.errors[0]
 
 

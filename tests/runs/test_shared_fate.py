@@ -28,13 +28,18 @@ def other_data_on_rank_1(part: str) -> None:
 
     if os.environ["RANK"] == "1":
         module: Any = importlib.import_module("megatron_tiedlora.training.run_data")
-        load = module.read_split
+        name = "tokenised_once" if part == "train" else "read_split"
+        original = getattr(module, name)
 
-        def shorter(settings: Any, split: str, **keywords: Any) -> Any:
-            examples = load(settings, split, **keywords)
-            return examples[1:] if split == part else examples
+        def other_file(encoding: Any, *, files: Any, **keywords: Any) -> Any:
+            shorter = Path("shorter.jsonl")
+            shorter.write_text("".join(Path(files["train"]).read_text().splitlines(keepends=True)[1:]))
+            return original(encoding, files={**files, "train": shorter}, **keywords)
 
-        module.read_split = shorter
+        def one_less(settings: Any, split: str, **keywords: Any) -> Any:
+            return original(settings, split, **keywords)[1:]
+
+        setattr(module, name, other_file if part == "train" else one_less)
 
 
 def broken_log(step: int) -> None:

@@ -99,13 +99,13 @@ def _read(folder: Path, ranks: int) -> EngineRun:
     )
 
 
-def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, optimizer: str = "adamw") -> OracleRun:
+def oracle_run(settings: dict[str, Any], start: OracleAdapter, *, optimizer: str = "adamw") -> OracleRun:
     """The dense one-process answer: the same samples, in fp32.
 
     The oracle reads four of them as documents of one sequence, which test_oracle.py shows to be four sequences: it goes
     over sequences and heads in Python, one after another, and would take three times as long for each sample alone.
     """
-    from megatron_tiedlora.data.cache import tokenise_once
+    from megatron_tiedlora.data.encode import encode_dataset
     from megatron_tiedlora.data.order import sample_indices
     from megatron_tiedlora.data.splits import load_split
     from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -114,7 +114,7 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, cache: Path, *, o
     tokenizer = load_tokenizer(model)
     files = {"train": settings["train_file"], "validation": settings["validation_file"]}
     examples = load_split("custom", "train", files=files, seed=settings["seed"], tokenizer=tokenizer)
-    dataset = tokenise_once(examples, tokenizer, max_length=settings["max_length"], cache_dir=cache)
+    dataset = encode_dataset(examples, tokenizer, max_length=settings["max_length"])
     steps = []
     for step in range(settings["max_steps"]):
         count = settings["global_batch_size"]

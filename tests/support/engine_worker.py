@@ -40,7 +40,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     from megatron_tiedlora.training.throughput import Meter, Peak
 
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)
-    data = prepare_data(plan, progress=False)
+    data = prepare_data(plan)
     folder = RunFolder(Path(case["output"]))
     use_sgd = case.get("optimizer") == "sgd"
     build.make_optimizer = sgd if use_sgd else make_optimizer

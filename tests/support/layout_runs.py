@@ -126,7 +126,7 @@ def prepare(
     if key not in oracles:
         save_start(start, file)
         of_oracle = settings if oracle_model is None else {**settings, "model": str(oracle_model)}
-        oracles[key] = oracle_run(of_oracle, start, folder / "cache", optimizer=optimizer)
+        oracles[key] = oracle_run(of_oracle, start, optimizer=optimizer)
     return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
 
 

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import yaml
+from versions import require_exact_sentencepiece
 
 PREFIX = "model.language_model."
 TOKENIZER = "2053796188904e679f7e2754a2a1f280_pieces.model"
@@ -71,6 +72,7 @@ class Sizes:
 @cache
 def pieces(**options: Any) -> bytes:
     """A SentencePiece model with LLaMA's options, and a padding piece; fewer than 512 pieces."""
+    require_exact_sentencepiece()
     import sentencepiece
 
     written = io.BytesIO()

@@ -120,7 +120,8 @@ def load_weights(folder: str | Path, dtype: torch.dtype | None = None) -> dict[s
     """Every safetensors file of an HF folder, by HF name, cast to `dtype` where given; fused tensors taken apart."""
     weights: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        weights |= load_file(path)
+        # Copies: some versions of safetensors give views of the file, which tests write again.
+        weights |= {name: tensor.clone() for name, tensor in load_file(path).items()}
     assert weights, f"no safetensors in {folder}"
     for name in [name for name in weights if "qkv_proj" in name or "gate_up_proj" in name]:
         config, fused = OracleConfig.from_folder(folder), weights.pop(name)

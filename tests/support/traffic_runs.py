@@ -41,7 +41,7 @@ class Ran:
     def micro_batches(self, rank: int) -> Sequence[MicroBatchShape]:
         """Of the counted step, from settings and data alone."""
         plan = self.plan(rank)
-        data = prepare_data(plan, progress=False).train
+        data = prepare_data(plan).train
         batch = plan.global_batch(data, consumed_samples=self.case.steps_before * plan.batches.global_batch_size)
         return plan.micro_batches(data, batch)
 

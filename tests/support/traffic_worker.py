@@ -74,7 +74,7 @@ def _count(case: Case, device: torch.device) -> Counted:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = plan_run(make_settings(case.settings), rank=rank, world_size=world_size)
     assert plan.settings.replica_check_steps == 0
-    data = prepare_data(plan, progress=False)
+    data = prepare_data(plan)
     with _patched(case):
         built = build.build_model(plan, device, None)
         base = [p for name, p in built.stage.named_parameters() if name.startswith("layers.")]

@@ -33,7 +33,8 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     second = checked_text(row["ctx_b"], "ctx_b", source, allow_empty=True).capitalize()
     start = f"{required_text(row, 'ctx_a', source)} {second}"
     query = clean(f"{required_text(row, 'activity_label', source)}: {start}")
-    context, endings = query.rstrip(), required_texts(row["endings"], "endings", source)
+    context = query.strip() if reading.first_rules else query.rstrip()
+    endings = required_texts(row["endings"], "endings", source)
     cleaned = (clean(ending) for ending in endings)
     # An ending of only brackets keeps them.
     choices = tuple(text if text.strip() else ending.strip() for text, ending in zip(cleaned, endings, strict=True))
@@ -58,7 +59,7 @@ def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
         )
     text = str(label).strip()
     if isinstance(label, bool | float) or text not in map(str, range(num_endings)):
-        raise UserError(f"{source}: field 'label' is {shown(label)}; expected 0 to {num_endings - 1}")
+        raise UserError(f"{source}: field 'label' is {shown(label)}; expected 0 to {num_endings - 1}; correct the row")
     return int(text)
 
 

@@ -8,14 +8,16 @@ with aligned lines, given as `train.de,train.en`: plain sentences, or the files 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.data.fields import required_text, without, without_line_breaks
-from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, read_lines
+from megatron_tiedlora.data.readers import SUFFIXES, Row, is_rows_file, may_be_hub_id, read_lines
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.sources import without_weight
 from megatron_tiedlora.data.task import HubSource, Parts, Task
@@ -36,56 +38,112 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
-def _read_aligned(argument: str, flag: str, reading: Reading) -> list[Row] | None:
-    """The rows of two text files "GERMAN,ENGLISH", or None if the argument is one file of rows.
+def _aligned_files(argument: str, flag: str, reading: Reading) -> Callable[[], list[Row]] | None:
+    """What reads the rows of two text files "GERMAN,ENGLISH", or None if the argument names files or data sets."""
+    pair = _pair(argument, flag)
+    return None if pair is None else partial(_read_aligned, *pair, reading)
+
+
+def _pair(argument: str, flag: str) -> tuple[str, str] | None:
+    """The names of a German and an English text file, or None if the argument names files or data sets of rows.
 
     The last suffix that is .de or .en tells the language of a file; without one, the order does.
     """
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
-    if len(names) > 1 and all(is_rows_file(without_weight(name)) for name in names):
+    bare = [without_weight(name) for name in names]
+    if len(names) > 1 and all(map(_holds_rows, bare)):
         return None
     if len(names) == 1:
-        if not is_rows_file(argument) and (_language(argument) or argument.lower().endswith(".txt")):
+        if not is_rows_file(bare[0]) and (_language(bare[0]) or bare[0].lower().endswith(".txt")):
             raise UserError(f"{flag} {argument}: text of one language; give both as {flag} GERMAN,ENGLISH")
         return None
-    if len(names) != 2 or any(not name or is_rows_file(name) for name in names):
-        shapes = f"two text files as {flag} GERMAN,ENGLISH, or one {', '.join(SUFFIXES)} file of rows"
-        raise UserError(f"{flag} {argument}: {len(names)} files, expected {shapes}")
+    if len(names) != 2 or any(not name or _holds_rows(name) for name in bare):
+        kinds = f"two text files as {flag} GERMAN,ENGLISH, or only hub ids and files of rows ({', '.join(SUFFIXES)})"
+        raise UserError(f"{flag} {argument}: names {len(names)} files that do not fit together; give {kinds}")
+    if bare != names:
+        raise UserError(
+            f"{flag} {argument}: two aligned texts are one source, which has no weights; give {flag} {','.join(bare)}"
+        )
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
-    german_name, english_name = reversed(names) if first == "en" or second == "de" else names
+    return (names[1], names[0]) if first == "en" or second == "de" else (names[0], names[1])
+
+
+def _read_aligned(german_name: str, english_name: str, reading: Reading) -> list[Row]:
     german, english = (_sentences(name, reading) for name in (german_name, english_name))
-    if len(german) != len(english):
-        raise UserError(
-            f"{german_name} has {len(german)} lines and {english_name} has {len(english)}; line N of one must be the "
-            "translation of line N of the other"
-        )
+    _check_aligned(german, english)
     rows: list[Row] = []
-    for (number, de), (other, en) in zip(german, english, strict=True):
-        for name, place, line in ((german_name, number, de), (english_name, other, en)):
+    for (number, de), (other, en) in zip(german.lines, english.lines, strict=True):
+        for name, of_line, line in ((german_name, number, de), (english_name, other, en)):
             if not line.strip():
-                raise UserError(f"{name}:{place}: the line is empty; remove this line from both files or fill it")
+                raise UserError(f"{name}:{of_line}: the line is empty; remove this line from both files or fill it")
         rows.append(({"de": de, "en": en}, f"{german_name}:{number}"))
     return rows
 
 
-def _sentences(name: str, reading: Reading) -> list[tuple[int, str]]:
-    """Number and text of each sentence of a file. Version 0.1 took every line for one."""
+def _holds_rows(name: str) -> bool:
+    """Whether a name is that of a file of rows, or can only be that of a data set of the hub."""
+    if is_rows_file(name) or user_path(name).exists() or _language(name) or name.lower().endswith(".txt"):
+        return is_rows_file(name)
+    return "/" in name and may_be_hub_id(name.partition(":")[0])
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    """The sentences of a file.
+
+    unit: what they are called.
+    lines: number and text of each.
+    blank: (number of sentences before it, number of the line) of each blank line that was left out.
+    """
+
+    name: str
+    unit: str
+    lines: list[tuple[int, str]]
+    blank: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _sentences(name: str, reading: Reading) -> _Sentences:
+    """The sentences of a file: its lines, or in the formats of the release its segments and lines without a tag, where
+    blank lines separate them. Version 0.1 took every line for a sentence."""
     lines = list(enumerate(read_lines(name), start=1))
     base = Path(name.lower()).name
     if reading.first_rules or not (base.endswith(".xml") or base.startswith("train.tags.")):
-        return lines
-    found = []
+        return _Sentences(name, "line", lines)
+    found = _Sentences(name, "sentence", [])
     for number, line in lines:
         text = line.strip()
         segments = [segment.strip() for segment in _SEGMENT.findall(text)] if text.startswith("<") else [text]
         if text.startswith("<") and len(segments) < text.count("<seg"):
             raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each on a line of its own")
-        found += [(number, segment) for segment in segments]
-    if not found:
+        if text:
+            found.lines.extend((number, segment) for segment in segments)
+        elif not base.endswith(".xml"):  # where a lost sentence would be an empty segment
+            found.blank.append((len(found.lines), number))
+    if not found.lines:
         raise UserError(f"{name}: holds no sentence, only tags; give the file of the sentences")
     return found
+
+
+def _check_aligned(german: _Sentences, english: _Sentences) -> None:
+    """Raise UserError if the files have different numbers of sentences, or each lacks others."""
+    if len(german.lines) != len(english.lines):
+        shorter = min(german, english, key=lambda sentences: len(sentences.lines))
+        blank = f" ({shorter.name}:{shorter.blank[0][1]} is blank)" if shorter.blank else ""
+        raise UserError(
+            f"{german.name} has {len(german.lines)} {german.unit}s and {english.name} has {len(english.lines)}{blank};"
+            f" {german.unit} N of one must be the translation of {german.unit} N of the other"
+        )
+    before = [{count for count, _ in sentences.blank} for sentences in (german, english)]
+    if all(before) and before[0] != before[1]:
+        count = min(before[0] ^ before[1])
+        file = german if count in before[0] else english
+        number = next(line for start, line in file.blank if start == count)
+        raise UserError(
+            f"{file.name}:{number}: is blank, and the other file is blank elsewhere, so that sentences may be missing;"
+            " remove the blank lines from both files, or fill them"
+        )
 
 
 def _language(name: str) -> str | None:
@@ -108,5 +166,5 @@ TASK = Task(
     ),
     validation_rows=888,  # the size of the official part
     unfold=_unfold,
-    read_files=_read_aligned,
+    read_files=_aligned_files,
 )

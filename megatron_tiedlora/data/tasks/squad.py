@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.data.fields import required_text, required_texts, without
 from megatron_tiedlora.data.readers import Row
 from megatron_tiedlora.data.reading import Reading
@@ -38,7 +38,8 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str, Any]]:
     items = row.get(name)
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise UserError(f"{source}: field {name!r} is not a list of objects, as in nested SQuAD; correct the row")
+        said = f"{source}: field {name!r} is {shown(items)}, not a list of objects"
+        raise UserError(f"{said}, as nested SQuAD has; correct the row")
     return items
 
 

@@ -12,13 +12,22 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from folders import ROOT
 
 import megatron_tiedlora
-from megatron_tiedlora.base.command_names import COMMANDS, Command, find_command, for_user, program_name
+from megatron_tiedlora.base.command_names import (
+    _OTHER_NAMES,
+    COMMANDS,
+    Command,
+    find_command,
+    for_user,
+    other_command,
+    program_name,
+)
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
 from megatron_tiedlora.base.logs import show_messages
@@ -127,6 +136,22 @@ def test_a_text_names_what_its_reader_has_started(monkeypatch: pytest.MonkeyPatc
     assert str(UserError("see tools/merge_adapter.py")) == "see tools/merge_adapter.py"
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"), [("finetune", "train"), ("SFT", "train"), ("merge_lora", "merge"), ("inference", "evaluate")]
+)
+def test_a_command_of_other_tools_is_answered_with_ours(
+    name: str, ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave([name, "--lr", "1e-4"]) == 2
+    expected = f"error: tiedlora {name}: no such command (here it is tiedlora {ours}); `tiedlora --help` lists them\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_every_name_of_other_tools_has_a_command_and_is_none_of_ours() -> None:
+    for name, ours in _OTHER_NAMES.items():
+        assert find_command(ours) is not None and find_command(name) is None and other_command(name) == ours
+
+
 def test_a_command_with_another_spelling() -> None:
     assert find_command("check_gpu") is find_command("check-gpu") is not None
     assert find_command("nothing") is None and isinstance(find_command("import"), Command)
@@ -147,7 +172,11 @@ def test_extras_are_those_of_the_metadata() -> None:
         assert any("[train,eval]" in line or "[demo-base]" in line for line in extras[extra])
 
 
-def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def not_installed(name: str) -> None:
+    raise PackageNotFoundError(name)
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     with pytest.raises(UserError, match=r"^this needs deepspeed; .*pip install 'megatron_tiedlora\[train\]'$"):
@@ -155,6 +184,9 @@ def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"this needs deepspeed and rouge_score; .*\[train,eval\]"):
         require_extra("train", "eval")
     require_extra("eval", only=["sacrebleu"])
+    monkeypatch.setattr("megatron_tiedlora.base.extras.distribution", not_installed)
+    with pytest.raises(UserError, match=r"pip install '?" + re.escape(f"{ROOT}[train]")):
+        require_extra("train")
     assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))
     assert missing_module(ModuleNotFoundError(name="megatron_tiedlora.x")) is None
 

@@ -23,6 +23,7 @@ import pytest
 import yaml
 from folders import ROOT
 from native_files import with_adapter, write_native
+from ranks import free_port
 from run_helpers import Base, write_base
 
 import megatron_tiedlora
@@ -140,14 +141,17 @@ main()
 def test_merge_export_and_import_need_no_extra(installed: Installed, base: Base, tmp_path: Path) -> None:
     write_native(tmp_path / "adapter", base.model, with_adapter(base.model, "tl6")[2])
     start = functools.partial(installed.run, sys.executable, "-c", NO_EXTRAS, folder=tmp_path)
-    done = start("merge", "--adapter=adapter", "--output=merged")
+    done = start("merge", "--adapter=adapter", "--output=a merged one")
     assert done.returncode == 0, done.stderr
-    assert "check it with: tiedlora verify --adapter adapter --merged merged" in done.stdout
-    assert start("export", "--adapter=adapter", "--output=peft").returncode == 0
-    done = start("import", "--peft=peft", "--output=back")
+    assert "check it with: tiedlora verify --adapter adapter --merged 'a merged one'" in done.stdout
+    done = start("export", "--adapter=adapter", "--output=for peft")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "back" / "adapter_config.json").is_file()
-    done = start("verify", "--adapter=adapter", "--merged=merged", "--in=none")
+    assert "check it with: tiedlora verify --adapter adapter --peft 'for peft'" in done.stdout
+    done = start("import", "--peft=for peft", "--output=and back")
+    assert done.returncode == 0, done.stderr
+    assert "train it further with: --init_from 'and back'" in done.stdout
+    assert (tmp_path / "and back" / "adapter_config.json").is_file()
+    done = start("verify", "--adapter=adapter", "--merged=a merged one", "--in=none")
     assert done.returncode == 0, done.stderr
 
 
@@ -160,8 +164,8 @@ def test_run_starts_the_ranks_from_the_wheel(installed: Installed, base: Base, t
 
 # Several ranks by every way that has no script ---------------------------------------------------------------------
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713"]
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--master_port=29713"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=PORT"]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", "--master_port=PORT"]
 STARTS: Mapping[str, Sequence[str]] = {
     "alone": ["tiedlora", "train"],
     "run": ["tiedlora", "run", "--num_gpus=2"],
@@ -178,12 +182,14 @@ STARTS: Mapping[str, Sequence[str]] = {
 def test_a_run_from_the_wheel(name: str, installed: Installed, base: Base, tmp_path: Path) -> None:
     flags = base.arguments(max_steps=2, eval_interval=2, warmup_steps=1, output_dir="run", ds_config="zero1.json")
     path = os.pathsep.join([str(installed.site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = installed.run(*STARTS[name], *flags, folder=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=path)
+    start = [word.replace("=PORT", f"={free_port()}") for word in STARTS[name]]
+    done = installed.run(*start, *flags, folder=tmp_path, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["ranks"] == (1 if name == "alone" else 2)
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
-    assert "  tiedlora merge --adapter run/adapter" in done.stdout
+    folder = tmp_path / "run" if name == "run" else "run"  # which tells every host the whole path
+    assert f"  tiedlora merge --adapter {folder}/adapter" in done.stdout
 
 
 # The image and the other files of a package ------------------------------------------------------------------------

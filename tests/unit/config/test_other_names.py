@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.commands import merge, push
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.other_names import NOT_OFFERED, OUR_NAMES, _settings_in, name_hint
+from megatron_tiedlora.config.other_names import ELSEWHERE, NOT_OFFERED, OUR_NAMES, _settings_in, name_hint
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-
-# Settings that the table names and that a training run will have.
-ANNOUNCED = {"chat_template", "columns", "train_on"}
 
 
 def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
@@ -26,7 +24,11 @@ def refusal(*argv: str, kind: type[CommandSettings] = Settings) -> str:
 
 def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
     named = set().union(*map(_settings_in, OUR_NAMES.values()))
-    assert named - ANNOUNCED <= set(Settings.model_fields)
+    assert named <= set(Settings.model_fields)
+    elsewhere = set().union(*map(_settings_in, ELSEWHERE.values())) - {"learning_rates", "ranks"}
+    parsers = (merge.parser(), push.parser())
+    flags = {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
+    assert elsewhere <= {*EvaluateSettings.model_fields, *flags}
     assert not OUR_NAMES.keys() & NOT_OFFERED.keys()
     assert not (OUR_NAMES.keys() | NOT_OFFERED.keys()) & set(Settings.model_fields)
     for name in (*OUR_NAMES, *NOT_OFFERED):
@@ -52,6 +54,7 @@ def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
         ("--fp16", "fp16 is not offered"),
         ("--deepspeed", "--ds_config"),
         ("--LR", "--learning_rate"),
+        ("--num_gpus", "--num_gpus N"),
     ],
 )
 def test_flags(flag: str, answer: str) -> None:
@@ -71,8 +74,24 @@ def test_keys_of_a_file_and_of_a_program_have_no_dashes(tmp_path: Path) -> None:
 def test_a_command_answers_with_its_own_names_only() -> None:
     assert refusal("--lr=1", kind=EvaluateSettings) == "unknown argument --lr; see --help"
     assert "(here it is --model)" in refusal("--model_name_or_path=x", kind=EvaluateSettings)
+    assert "(here it is --adapter)" in refusal("--lora_path=x", kind=EvaluateSettings)
+    assert "(here it is --batch_size)" in refusal("--batch=4", kind=EvaluateSettings)
+    with pytest.raises(UserError, match=r"--lr \(here it is --learning_rates\)"):
+        parse_sweep(["--output_dir=x", "--lr=1"])
+    with pytest.raises(UserError, match=r"--hub_model_id \(here it is --repo\)"):
+        push.main(["run", "--hub_model_id=x"])
+    assert refusal("--hub_model_id=x").endswith("(a run does not upload anything); see --help")
     with pytest.raises(UserError, match=r"--lora_alpha \(here it is --alpha\)"):
         parse_sweep(["--output_dir=x", "--lora_alpha=4"])
+
+
+def test_an_unknown_flag_is_named_before_a_missing_one() -> None:
+    with pytest.raises(UserError, match=r"^unknown argument --lora \(here it is --adapter\); see --help$"):
+        merge.main(["--lora", "x", "--output_dir", "y"])
+    with pytest.raises(UserError, match=r"^unknown argument --output_dir \(here it is --output\)"):
+        merge.main(["--adapter=x", "--output_dir=y"])
+    with pytest.raises(UserError, match=r"^the following arguments are required: --output$"):
+        merge.main(["--adapter", "a --b"])
 
 
 def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:

@@ -363,9 +363,11 @@ def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
 
 
 def test_a_rank_that_vllm_does_not_serve_is_said() -> None:
-    assert "serve the merged model" in serve_hints(Path("peft"), "org/base", 513, PLAIN, ["qkv"])[0]
     layer_norm = shape_from_hf({"model_type": "stablelm"})
-    assert "serve the merged model" in serve_hints(Path("peft"), "org/base", 8, layer_norm, ["qkv"])[0]
+    for rank, shape in ((513, PLAIN), (8, layer_norm)):
+        vllm, sglang, llama_cpp = serve_hints(Path("peft"), "org/base", rank, shape, ["qkv"])
+        assert vllm.startswith("vLLM ") and "serve the merged model" in vllm
+        assert "sglang.launch_server --model-path org/base" in sglang and "convert_lora_to_gguf.py peft" in llama_cpp
 
 
 def test_what_is_not_finite_is_refused_by_tensor(bases: dict[str, Path], tmp_path: Path) -> None:

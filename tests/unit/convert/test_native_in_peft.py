@@ -281,7 +281,7 @@ def test_the_commands_go_there_and_back(base: Path, tmp_path: Path, capsys: pyte
     assert import_tool.main(["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
     note, said, _ = capsys.readouterr().out.splitlines()
     assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
-    assert note.endswith("so training goes on differently from PEFT's")
+    assert note.endswith("so training continues differently from PEFT's")
     assert f"as lora of rank 4 on qkv of 3 layers of {base}" in said
 
 

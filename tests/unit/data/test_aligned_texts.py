@@ -11,6 +11,7 @@ from task_files import refusal, write, write_rows
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tasks.iwslt2017 import TASK
 
 
 def read(task: str, path: str, split: Any = "test", **options: Any) -> list[Example]:
@@ -65,7 +66,10 @@ def test_aligned_files_that_do_not_fit(tmp_path: Path) -> None:
         ("x.de,y.de", ["both files end in .de"]),
         ("x.de,x.en,x.fr", ["3 files", "GERMAN,ENGLISH"]),
         ("x.de,", ["2 files", "GERMAN,ENGLISH"]),
-        ("x.jsonl,y.de", ["2 files", "one .jsonl, .json, .csv, .parquet, .arrow file"]),
+        ("x.jsonl,y.de", ["2 files", "files of rows (.jsonl, .json, .csv, .parquet, .arrow)"]),
+        ("IWSLT/iwslt2017,y.de", ["2 files", "only hub ids and files of rows"]),
+        ("x.de:0.5,y.de:0.5", ["two aligned texts are one source, which has no weights; give --test_file x.de,y.de"]),
+        ("x.de,x.en:0.3", ["which has no weights"]),
         ("x.de,missing.en", ["missing.en: no such file"]),
         ("x.de,.", ["is a folder", "a text file"]),
     ],
@@ -80,7 +84,8 @@ def test_names_that_are_no_pair(names: str, words: list[str], tmp_path: Path, mo
 
 def test_several_files_of_rows_with_weights(tmp_path: Path) -> None:
     a, b = (write_rows(tmp_path / name, [{"de": "Ja.", "en": name}]) for name in ("a.jsonl", "b.csv.jsonl"))
-    samples = read("iwslt2017", f"{a}:0.5,{b}:0.5")
+    files = {"train": f"{a}:0.5,{b}:0.5", "validation": a}
+    samples = load_split("iwslt2017", "train", files=files, seed=0)
     assert [sample.completion for sample in samples] == [" a.jsonl", " b.csv.jsonl"]
 
 
@@ -145,3 +150,38 @@ def test_the_release_is_read_as_its_segments(
         assert f"{broken}:1: a <seg> does not end" in refusal(lambda: read("iwslt2017", f"{broken},{files[1]}"))
     nothing = write(tmp_path / "train.tags.none.de", "<url>x</url>\n")
     assert "holds no sentence" in refusal(lambda: read("iwslt2017", f"{nothing},{files[1]}"))
+
+
+def release(folder: Path, german: str, english: str) -> list[Example]:
+    names = ("train.tags.de-en.de", "train.tags.de-en.en")
+    files = [write(folder / name, text) for name, text in zip(names, (german, english), strict=True)]
+    return read("iwslt2017", ",".join(files))
+
+
+def test_blank_lines_of_the_release_are_no_sentences(tmp_path: Path) -> None:
+    """Between talks, at the end, and in one file only, if both have the same number of sentences."""
+    german, english = (TAGS.format(**texts) for texts in (GERMAN, ENGLISH))
+    expected = [ENGLISH[name] for name in ("first", "second", "third")]
+    apart = [text.replace("<url>", "\n<url>") + "\n \n" for text in (german, english)]
+    for one, other in (apart, (apart[0], english), (german, apart[1])):
+        assert [sample.references[0] for sample in release(tmp_path, one, other)] == expected
+    # A sentence that one file lacks would move all later ones.
+    lost = german.replace(GERMAN["first"], "")
+    message = refusal(lambda: release(tmp_path, lost, english))
+    assert "has 2 sentences" in message and "train.tags.de-en.de:7 is blank" in message
+    message = refusal(lambda: release(tmp_path, lost, english.replace(ENGLISH["third"], "")))
+    assert message.startswith(f"{tmp_path}/train.tags.de-en.de:7: is blank, and the other file is blank elsewhere")
+    xml = [XML.format(**{**texts, "second": "a"}).replace("<doc ", "\n \n<doc ") for texts in (GERMAN, ENGLISH)]
+    files = [write(tmp_path / f"dev.{name}.xml", text) for name, text in zip(("de", "en"), xml, strict=True)]
+    assert len(read("iwslt2017", ",".join(files))) == 3
+    write(tmp_path / "dev.en.xml", xml[1].replace(">a<", "> <"))
+    assert f"{tmp_path}/dev.en.xml:9: the line is empty" in refusal(lambda: read("iwslt2017", ",".join(files)))
+
+
+def test_several_data_sets_of_the_hub_are_rows(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", [{"de": "Ja.", "en": "Yes."}])
+    message = refusal(lambda: read("iwslt2017", f"{rows}:0.5,./none/none:0.5"))
+    assert "2 files" in message
+    reading = Reading()
+    assert TASK.read_files is not None
+    assert TASK.read_files(f"{rows}:0.5,someone/pairs:de-en:train:0.5", "--train_file", reading) is None

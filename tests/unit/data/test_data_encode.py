@@ -1,9 +1,6 @@
-"""Tokenizers, ids, masks and the cache, on a byte-level tokenizer and a LLaMA-like SentencePiece model."""
+"""Tokenizers, ids and masks, on a byte-level tokenizer and a LLaMA-like SentencePiece model."""
 
 import json
-import multiprocessing
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +8,15 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from versions import require_exact_sentencepiece
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data import cache
-from megatron_tiedlora.data.cache import cache_key, tokenise_once
-from megatron_tiedlora.data.encode import check_supervised, encode_dataset, encode_examples, encode_prompts
+from megatron_tiedlora.data.encode import encode_dataset, encode_examples, encode_prompts
 from megatron_tiedlora.data.examples import Example
 from megatron_tiedlora.data.loader import collate
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.text_ids import adds_prefix_space
+from megatron_tiedlora.data.token_dataset import TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import check_vocabulary, load_tokenizer, padding_id, save_tokenizer
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -58,6 +55,7 @@ def spm_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def spm(spm_file):
+    require_exact_sentencepiece()
     return load_tokenizer(spm_file)
 
 
@@ -99,6 +97,11 @@ def tokenizer(request):
 WITH_BOS = Reading(add_bos="true")
 
 
+def prompt_length(sample) -> int:
+    """Number of tokens before the first supervised one."""
+    return int(sample.supervised.argmax())
+
+
 def encode_example(tokenizer, sample: Example, **keywords):
     """One sample alone, with BOS."""
     return encode_examples(tokenizer, [sample], reading=WITH_BOS, **keywords)[0]
@@ -117,6 +120,12 @@ def refusal(call) -> str:
 
 
 # Loading ----------------------------------------------------------------------------------------------------
+
+
+def test_an_old_transformers_is_told_to_those_with_a_sentencepiece_file(spm_file, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.23.1")
+    with pytest.raises(UserError, match=r"tokenizer.model: transformers 5.23.1 gives other ids .*>=5.24'`$"):
+        load_tokenizer(spm_file)
 
 
 def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):
@@ -149,6 +158,7 @@ def test_tokenizer_json_is_read_as_it_stands(byte_folder, byte_level, tmp_path):
 
 
 def test_folder_with_file_and_config_keeps_the_template(spm_file, tmp_path):
+    require_exact_sentencepiece()
     (tmp_path / "tokenizer.model").write_bytes(spm_file.read_bytes())
     config = {
         "bos_token": "<s>",
@@ -210,11 +220,11 @@ def test_one_bos_and_a_supervised_eos(tokenizer):
     assert tokens[0] == tokenizer.bos_token_id and tokens.count(tokenizer.bos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and tokens.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(tokens[1:-1]) == "Question: Tom?\nAnswer: 357 apples"
-    assert tokenizer.decode(tokens[sample.prompt_length : -1]).strip() == "357 apples"
+    assert tokenizer.decode(tokens[prompt_length(sample) : -1]).strip() == "357 apples"
     dataset = encode_dataset([example()], tokenizer, max_length=100, reading=WITH_BOS)
     batch = collate(dataset, [[0]], pad_id=tokenizer.eos_token_id)  # padding equals EOS, and EOS is still a target
     targets = batch.labels[batch.labels != IGNORED_LABEL].tolist()
-    assert targets == tokens[sample.prompt_length :] and targets[-1] == tokenizer.eos_token_id
+    assert targets == tokens[prompt_length(sample) :] and targets[-1] == tokenizer.eos_token_id
     assert len(targets) == batch.num_supervised == dataset.num_supervised
 
 
@@ -242,7 +252,7 @@ def test_prefix_space_is_noticed(byte_level, spm):
 def test_generation_sees_the_prompt_of_training(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
     (prompt,), _ = encode_prompts(tokenizer, [example().prompt], max_length=100, reading=WITH_BOS)
-    assert prompt.tolist() == sample.tokens[: sample.prompt_length].tolist()
+    assert prompt.tolist() == sample.tokens[: prompt_length(sample)].tolist()
     prompts = [example().prompt, "other " * 50]
     both, num_cut = encode_prompts(tokenizer, prompts, max_length=20, reading=WITH_BOS)
     assert num_cut == 1
@@ -253,10 +263,10 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
     long = example(prompt=" ".join(str(number) for number in range(100, 300)))
     whole = encode_example(tokenizer, long, max_length=1000)
     cut = encode_example(tokenizer, long, max_length=40)
-    answer = whole.tokens[whole.prompt_length :].tolist()
+    answer = whole.tokens[prompt_length(whole) :].tolist()
     assert cut.truncated and len(cut.tokens) == 40
-    assert cut.tokens[cut.prompt_length :].tolist() == answer
-    prompt, kept = whole.tokens[: whole.prompt_length].tolist(), cut.tokens[: cut.prompt_length].tolist()
+    assert cut.tokens[prompt_length(cut) :].tolist() == answer
+    prompt, kept = whole.tokens[: prompt_length(whole)].tolist(), cut.tokens[: prompt_length(cut)].tolist()
     head = 1 + len(kept) // 2  # BOS is not part of the halves
     assert kept[:head] == prompt[:head] and kept[head:] == prompt[head - len(kept) :]
     dataset = encode_dataset([long, example()], tokenizer, max_length=60, reading=WITH_BOS)
@@ -265,10 +275,10 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
 
 def test_an_answer_that_does_not_fit_is_refused(tokenizer):
     needed = len(encode_example(tokenizer, example(), max_length=1000).tokens)
-    prompt = encode_example(tokenizer, example(), max_length=1000).prompt_length
+    prompt = prompt_length(encode_example(tokenizer, example(), max_length=1000))
     shortest = needed - prompt + 2  # BOS and one token of the prompt
     sample = encode_example(tokenizer, example(), max_length=shortest)
-    assert len(sample.tokens) == shortest and sample.prompt_length == 2
+    assert len(sample.tokens) == shortest and prompt_length(sample) == 2
     message = refusal(lambda: encode_example(tokenizer, example(), max_length=shortest - 1))
     assert "data.jsonl:7" in message and "--max_length" in message and str(needed - prompt) in message
 
@@ -284,89 +294,16 @@ def test_dataset_layout_and_counts(tokenizer):
     dataset = encode_dataset(examples, tokenizer, max_length=100, reading=WITH_BOS)
     single = [encode_example(tokenizer, item, max_length=100) for item in examples]
     assert (dataset.tokens.dtype, dataset.offsets.dtype, dataset.supervised.dtype) == (np.int32, np.int64, np.bool_)
-    assert dataset.prompt_lengths.tolist() == [sample.prompt_length for sample in single]
+    assert dataset.prompt_lengths.tolist() == [prompt_length(sample) for sample in single]
     for index, sample in enumerate(single):
         assert (dataset.sample(index) == sample.tokens).all()
-        assert dataset.supervised_counts[index] == len(sample.tokens) - sample.prompt_length
-    assert dataset.num_supervised == sum(len(sample.tokens) - sample.prompt_length for sample in single)
+        assert dataset.num_supervised_of([index])[0] == len(sample.tokens) - prompt_length(sample)
+    assert dataset.num_supervised == sum(len(sample.tokens) - prompt_length(sample) for sample in single)
     assert dataset.lengths.sum() == len(dataset.tokens)
 
 
 def test_no_supervised_token(byte_level):
     assert "no supervised token" in refusal(lambda: encode_dataset([], byte_level, max_length=9))
     dataset = encode_dataset([example()], byte_level, max_length=99)
-    nothing = replace(dataset, supervised=np.zeros_like(dataset.supervised))
+    nothing = TokenDataset(dataset.tokens, dataset.offsets, np.zeros_like(dataset.supervised))
     assert "data.jsonl" in refusal(lambda: check_supervised(nothing, "data.jsonl"))
-
-
-# Cache ------------------------------------------------------------------------------------------------------
-
-
-def same(left, right) -> bool:
-    return all(
-        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "offsets", "supervised")
-    )
-
-
-def test_cache_hit_and_damage(tokenizer, tmp_path, monkeypatch):
-    examples = [example(), example("Question: " + "dog " * 99)]
-    first = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
-    (path,) = (tmp_path / "tokens").glob("*.safetensors")
-    assert not list((tmp_path / "tokens").glob(".writing-*"))
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "encode_dataset", lambda *_, **__: pytest.fail("tokenised twice"))
-        again = tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path)
-    assert same(first, again) and again.truncated_prompts == first.truncated_prompts == 1
-    whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:-8] + b"\1" + whole[-7:]):
-        path.write_bytes(damaged)
-        assert same(first, tokenise_once(examples, tokenizer, max_length=40, cache_dir=tmp_path))
-        assert path.stat().st_size == len(whole)
-
-
-def test_cache_key_covers_what_the_ids_depend_on(byte_folder, spm):
-    tokenizer = load_tokenizer(byte_folder)
-    base = cache_key([example()], tokenizer, max_length=40)
-    assert base == cache_key([example()], load_tokenizer(byte_folder), max_length=40)
-    others = [
-        cache_key([example(), example()], tokenizer, max_length=40),
-        cache_key([example("Question: Tom?\nAnswer: ", "357 apples")], tokenizer, max_length=40),
-        cache_key([example()], tokenizer, max_length=41),
-        cache_key([example()], spm, max_length=40),
-    ]
-    tokenizer.eos_token = "<|start|>"
-    others.append(cache_key([example()], tokenizer, max_length=40))
-    assert len({base, *others}) == len(others) + 1
-
-
-def test_unwritable_cache_is_one_line(byte_level, tmp_path):
-    (tmp_path / "tokens").write_text("a file where the folder has to be")
-    assert str(tmp_path) in refusal(lambda: tokenise_once([example()], byte_level, max_length=40, cache_dir=tmp_path))
-
-
-def _tokenise_in_process(folder: str, cache_dir: str, results) -> None:
-    original = cache.encode_dataset
-
-    def slow(*arguments, **options):
-        (Path(cache_dir) / f"made-{time.monotonic_ns()}").touch()
-        time.sleep(1.0)  # long enough for the others to arrive
-        return original(*arguments, **options)
-
-    cache.encode_dataset = slow
-    dataset = tokenise_once([example()], load_tokenizer(folder), max_length=40, cache_dir=cache_dir)
-    results.put(dataset.tokens.tolist())
-
-
-def test_one_of_several_processes_tokenises(byte_folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_tokenise_in_process, args=(str(byte_folder), str(tmp_path), results)) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    outcomes = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    assert outcomes[0] == outcomes[1] and len(list(tmp_path.glob("made-*"))) == 1

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_tiedlora.data.encode import TokenDataset
 from megatron_tiedlora.data.loader import (
     BatchShape,
     collate,
@@ -16,6 +15,7 @@ from megatron_tiedlora.data.loader import (
 )
 from megatron_tiedlora.data.order import permutation, sample_indices
 from megatron_tiedlora.data.packing import _halve, _spread, pack
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.supervised import find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 from megatron_tiedlora.planning.traffic import micro_batch_shape
@@ -133,7 +133,7 @@ def test_labels_are_shifted_and_masked_by_position():
     assert batch.position_ids.tolist() == [list(range(8))] * 2 and batch.documents is None
     assert batch.lengths.tolist() == [5, 3]
     assert (batch.num_samples, batch.num_tokens, batch.num_supervised) == (2, 8, 4)
-    assert dataset.supervised_counts.tolist() == [2, 2] and dataset.num_supervised == 4
+    assert dataset.num_supervised_of(slice(None)).tolist() == [2, 2] and dataset.num_supervised == 4
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
@@ -287,7 +287,8 @@ def test_labels_of_scattered_answers(packed):
     """Each is in the position before it, in its own sample."""
     dataset = scattered(60)
     assert dataset.prompt_lengths is None and dataset.num_supervised == dataset.supervised.sum()
-    assert dataset.supervised_counts.tolist() == [int(dataset.supervised_of(index).sum()) for index in range(60)]
+    counts = [int(dataset.supervised_of(index).sum()) for index in range(60)]
+    assert dataset.num_supervised_of(slice(None)).tolist() == counts
     rows = [[3, 9], [4], [5, 1, 7]] if packed else [[3], [9], [4]]
     batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=packed)
     for number, row in enumerate(rows):
@@ -298,7 +299,7 @@ def test_labels_of_scattered_answers(packed):
             expected += [*(token if is_label else IGNORED_LABEL for token, is_label in pairs), IGNORED_LABEL]
         assert batch.labels[number, : len(expected)].tolist() == expected
         assert (batch.labels[number, len(expected) :] == IGNORED_LABEL).all()
-    assert batch.num_supervised == sum(int(dataset.supervised_counts[row].sum()) for row in rows)
+    assert batch.num_supervised == sum(int(dataset.num_supervised_of(row).sum()) for row in rows)
 
 
 def test_the_messages_of_scattered_answers_are_those_that_are_planned():

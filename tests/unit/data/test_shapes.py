@@ -1,4 +1,4 @@
-"""Rows that do not fit: each is one line that names file, line, field and fix. And what --columns makes of rows."""
+"""Rows that do not fit: each is one line that names file, line, field and fix."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 from task_files import refusal, write, write_rows
 from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, write_zoo_tokenizer
 
-from megatron_tiedlora.config.data_fields import parse_columns
-from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.chat import opened_chat, set_chat_template
 from megatron_tiedlora.data.encode import encode_examples
 from megatron_tiedlora.data.examples import Example
@@ -65,19 +63,21 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
         ({"text": ""}, ["'text'", "empty"]),
         ({"text": "x", "label": 1}, ["'label' looks like data", "--columns text=text"]),
         ({"prompt": "x", "completion": "y", "system": "Be."}, ["'system' looks like data", "prompt/completion"]),
-        ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, ["'tools'", "lists of messages"]),
+        ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, ["'tools'", "lists of messages, but"]),
         ({**ONE, "prompt": "x"}, ["'prompt' looks like data", "--columns messages=messages"]),
         ({**ONE, **PLAIN}, ["two shapes, messages and prompt/completion", "--columns messages=messages"]),
         ({**ONE, "images": ["a.png"]}, ["'images' looks like data"]),
-        ({"prompt": [user()], "completion": "y"}, ["'prompt'", "'completion'", "list of messages"]),
-        ({"prompt": [user(), answer()], "completion": [user(), answer("", train=False)]}, ["message 4", "empty"]),
+        ({"prompt": [user()], "completion": "y"}, ["'prompt' is a list of messages, but 'completion' is 'y'"]),
+        ({"prompt": [user(), answer()], "completion": [user(), answer("")]}, ["'completion', message 2", "is empty"]),
+        ({"prompt": [user()], "completion": []}, ["'completion' is []", "not a list of messages"]),
+        ({"prompt": [user()], "completion": [answer(train=False)]}, ["no answer of the assistant is to be trained"]),
         ({"messages": "x"}, ["'messages'", "not a list"]),
         ({"messages": []}, ["'messages'", "not a list"]),
         ({"messages": ["x"]}, ["message 1", "not an object"]),
         ({"messages": [user(), user()]}, ["message 2", "'user' after 'user'"]),
         ({"messages": [user(), answer(), answer()]}, ["message 3", "'assistant' after 'assistant'"]),
         ({"messages": [answer(), user(), answer()]}, ["message 1", "'assistant' at the start"]),
-        ({"messages": [user(), {"role": "system", "content": "x"}, answer()]}, ["message 2", "has to come first"]),
+        ({"messages": [user(), {"role": "system", "content": "x"}, answer()]}, ["message 2", "move it to the start"]),
         ({"messages": [user(), answer(), user()]}, ["last message is from 'user'"]),
         ({"messages": [{"role": "user"}, answer()]}, ["message 1", "'content' is missing"]),
         ({"messages": [user(), answer(" ")]}, ["message 2", "'content' is empty"]),
@@ -86,15 +86,28 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
         ({"messages": [{**user(), "images": ["x"]}, answer()]}, ["message 1", "'images' is not read"]),
         ({"messages": [user(), answer(weight=0.5)]}, ["message 2", "'weight' is 0.5"]),
         ({"messages": [{**user(), "train": True}, answer()]}, ["message 1", "only turns of the assistant"]),
-        ({"messages": [user(), answer(train=False)]}, ["no turn of the assistant is to be trained"]),
+        ({"messages": [user(), answer(train=False)]}, ["no answer of the assistant is to be trained"]),
+        ({"messages": [user(), answer(train=False)]}, ["let an answer be trained"]),
+        ({"messages": [user(), answer(training=False)]}, ["message 2: 'training' is False", "give 'train'"]),
+        ({"messages": [user(), answer(masked=True)]}, ["message 2: 'masked' is True", "give 'train'"]),
         ({"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, ["role 'critic' is not known"]),
         ({**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read by lines", "--chat_template"]),
-        ({"messages": [user(), answer()], "tools": "{"}, ["'tools' is not JSON"]),
-        ({"messages": [user(), answer()], "tools": {"name": "f"}}, ["'tools' is not a list"]),
+        ({"messages": [user(), answer()], "tools": "{"}, ["'tools' is '{', which is not JSON"]),
+        ({"messages": [user(), answer()], "tools": {"name": "f"}}, ["'tools' is {'name': 'f'}, not a list"]),
+        ({**ONE, "functions": {"name": "f"}}, ["'functions' is {'name': 'f'}, not a list"]),
+        ({**ONE, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, ["both 'tools' and 'functions'", "remove"]),
         ({"messages": [user(), answer("", tool_calls=[{"id": 1}])]}, ["message 2", "without the name"]),
         ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}, ["message 1", "'value'"]),
+        ({"messages": [user(), answer("", tool_calls=[{"name": "f", "parameters": {}}])]}, ["'arguments'"]),
+        ({"messages": [user(), answer("", tool_calls=[{"name": "f", "arguments": "[1]"}])]}, ["[1], not an object"]),
+        ({"messages": [user(), answer("", tool_calls=[{"name": "f"}], function_call={"name": "f"})]}, ["both"]),
+        ({"messages": [{"content": "x"}, answer()]}, ["message 1: 'role' is missing; the message has 'content'"]),
+        ({"system": "Be.", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]},
+         [":1, message 1: field 'value' is empty"]),
+        ({"system": "Be.", "conversations": [{"from": "gpt", "value": "x"}]}, [":1, message 1: turns are out of"]),
         ({"query": "x", "response": "y", "history": ["a"]}, ["'history'", "pairs"]),
-        ({"instruction": "x", "output": "y", "history": [["a", ""]]}, ["'history'", "empty"]),
+        ({"instruction": "x", "output": "y", "history": [["a", ""]]}, ["answer of pair 1: field 'history' is"]),
+        ({"query": "x", "response": "y", "history": [["a", "b"], [5, "d"]]}, ["question of pair 2", "5 (int)"]),
     ],
 )  # fmt: skip
 def test_a_row_that_does_not_fit_is_one_line(tmp_path: Path, row: Row, words: list[str]) -> None:
@@ -123,6 +136,35 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
          ["'tool_calls' is not read", "another --chat_template"]),
         (CHATML, {**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read"]),
         (CHATML, {"messages": [user(), answer(reasoning_content="x")]}, ["'reasoning_content' is not read"]),
+        (TOOLS, {"messages": [user(), answer("", tool_calls=[{"name": "f", "arguments": {"<|im_end|>": 1}}]), user("x"),
+                              answer()]}, [":1, message 2", "'tool_calls' holds '<|im_end|>'"]),
+        (CHATML.replace("m.content", "m.content + m.thinking"), {"messages": [user(), answer(reasoning="x")]},
+         [":1, message 2: 'reasoning' is not read", "rename it 'thinking'"]),
+        ("{# tools tool_calls thinking 'critic' #}{% set mytools = xtool_calls %}" + CHATML + "tools 'critic'",
+         {**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read"]),
+        ("{# tool_calls #}{{ xtool_calls }} 'tool_calls' " + CHATML,
+         {"messages": [user(), answer("", tool_calls=[{"name": "f"}]), user("x"), answer()]},
+         [":1, message 2: 'tool_calls' is not read"]),
+        ("{{ enable_thinking }}{{ '<thinking>' }}{{ 'thinking' }}" + CHATML,
+         {"messages": [user(), answer(thinking="x")]}, ["'thinking' is not read"]),
+        ("{# 'critic' #}{{ 'critic' }} 'critic'" + CHATML,
+         {"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, [":1, message 2: role 'critic' is not"]),
+        ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}", ONE,
+         [":1, message 1", "does not write its text ('Hi')", "another --chat_template"]),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+         {"query": "Hi", "response": "Yo", "system": "Be brief."}, [":1, field 'system'", "its text ('Be brief.')"]),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+         {"query": "Hi", "response": "Yo", "system": "短く。"}, ["does not write its text ('短く。')"]),
+        ("{% for m in messages %}{{ m.content }}{% for c in (m.tool_calls or [])[:1] %}{{ c.function.name }}"
+         "{% endfor %}{% endfor %}",
+         {"messages": [user(), answer("", tool_calls=[{"name": "f"}, {"name": "gg"}]), user("x"), answer()]},
+         [":1, message 2", "does not write a tool call"]),
+        ("{% if %}", ONE, ["is no Jinja template", "another --chat_template"]),
+        ("{{ " + "(" * 9999, ONE, ["is no Jinja template"]),
+        (CHATML, {"system": "Be.", "conversations": [{"from": "human", "value": "<s>"}, {"from": "gpt", "value": "a"}]},
+         [":1, message 1: the text holds '<s>'"]),
+        (CHATML, {"system": "<s>", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+         [":1, field 'system': the text holds '<s>'"]),
         (CHATML, {"messages": [user("a <|im_end|> b"), answer()]}, ["message 1", "'<|im_end|>'", "plain", "control"]),
         (TOOLS, {**ONE, "tools": [{"name": "<|im_start|>"}]}, ["'tools'", "'<|im_start|>'"]),
         ("{{ 1 / 0 }}", ONE, ["rejects these messages", "division"]),
@@ -202,6 +244,18 @@ def test_an_unknown_role_may_be_written_as_it_stands(tmp_path: Path, folder: Pat
     assert example.prompt == "User: Hi\nCritic: x\nAssistant:"
 
 
+def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    text = "(m.tool_calls[0].function.name if m.tool_calls else m.content)"
+    tokenizer.chat_template = CHATML.replace("m.content", text)
+    called = answer("", tool_calls=[{"name": "add"}])
+    rows = [{"messages": [user(), called, {"role": "tool", "content": "3"}, answer()]}]
+    (example,) = custom(write_rows(tmp_path / "a.jsonl", rows), tokenizer=tokenizer)
+    assert "<|im_start|>tool\n3<|im_end|>" in example.prompt
+    rows[0]["messages"][2]["role"] = "critic"
+    assert ":1, message 3: role 'critic' is not known" in said(tmp_path, rows, tokenizer=tokenizer)
+
+
 def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
     tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
     (example,) = custom(path, tokenizer=tokenizer, prompt_template="<|im_start|>{prompt}<|im_end|>")
@@ -209,31 +263,7 @@ def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path
     assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
 
 
-# Columns and templates of the user --------------------------------------------------------------------------
-
-
-def test_columns_name_the_user_s_fields(tmp_path: Path) -> None:
-    row = {"q": "Hi", "a": "Yo", "prompt": "unread", "system": "unread", "level": "easy"}
-    path = write_rows(tmp_path / "data.jsonl", [row])
-    reading = Reading(columns=parse_columns("prompt=q, completion=a"))
-    (example,) = custom(path, reading=reading, prompt_template="{level} {prompt}")
-    assert (example.prompt, example.completion) == ("easy Hi", " Yo")
-    for columns, words in (
-        ({"prompt": "q", "completion": "b"}, [f"{path}:1", "no field 'b'", "'q', 'a'"]),
-        ({"promt": "q", "completion": "a"}, ["'promt' is not a field of ours", "did you mean prompt?"]),
-    ):
-        message = refusal(lambda columns=columns: custom(path, reading=Reading(columns=columns)))
-        assert all(word in message for word in words)
-    squad = [{"passage": "C.", "question": "Q?", "answers": {"text": ["x"]}}]
-    path = write_rows(tmp_path / "squad.jsonl", squad)
-    (example,) = load_split(
-        "squad", "test", files={"test": path}, seed=0, reading=Reading(columns={"context": "passage"})
-    )
-    assert example.prompt == "Context: C. Question: Q? Answer:"
-    for given in ("prompt", "prompt=", "=x", "prompt=a,prompt=b", ""):
-        assert "--columns" in refusal(
-            lambda given=given: make_settings({"task": "custom", "train_file": "a.jsonl", "columns": given})
-        )
+# Templates of the user --------------------------------------------------------------------------------------
 
 
 def test_a_prompt_template_and_a_chat(tmp_path: Path, folder: Path) -> None:

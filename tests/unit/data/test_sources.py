@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.readers import read_rows, split_hub_name
-from megatron_tiedlora.data.sources import Group, Source, local_files, mix_lines, mixed, parse_sources, read_sources
+from megatron_tiedlora.data.readers import about_num_rows, read_rows, split_hub_name
+from megatron_tiedlora.data.sources import Source, local_files, mixed, parse_sources
 from megatron_tiedlora.data.splits import load_split
 
 
@@ -48,11 +49,11 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     assert found == prompts(f"{a}:0.5,{b}:0.5") and found != prompts(f"{a}:0.5,{b}:0.5", seed=1)
     quarter = Counter(name[0] for name in prompts(f"{a}:0.75,{b}:.25"))
     assert quarter == {"a": 90, "b": 30}
-    said = mix_lines(sample.source for sample in load_split(
-        "custom", "train", files={"train": f"{a}:0.5,{b}:0.5", "validation": a}, seed=0
-    ))  # fmt: skip
-    assert said == [f"{a}: 90 rows make 90 samples, 1.00 of each", f"{b}: 20 rows make 90 samples, 4.50 of each"]
-    assert mix_lines(["a.jsonl:1", "b.jsonl:1"]) == []
+    sources = parse_sources(f"{a}:0.5,{b}:0.5", "--train_file")
+    assert mixed(sources, [90, 20], np.zeros(110, bool), seed=0).lines == (
+        f"{a}: 90 rows make 90 samples, 1.00 of each", f"{b}: 20 rows make 90 samples, 4.50 of each"
+    )  # fmt: skip
+    assert mixed([Source("a"), Source("b")], [1, 1], np.zeros(2, bool), seed=0).lines == ()
     assert [name[0] for name in prompts(f"{a}:0.9,{b}:0.1")] == ["a"] * 180 + ["b"] * 20
 
 
@@ -85,8 +86,21 @@ def test_a_weight_of_one_source_and_names_with_colons(tmp_path: Path) -> None:
     assert parse_sources("a/b:main:train", "--train_file") == (Source("a/b:main:train"),)
     both = (Source("a/b:main:train", 0.25), Source("c.csv", 0.75))
     assert parse_sources("a/b:main:train:0.25,c.csv:0.75", "--train_file") == both
-    group = Group(Source("a", 1.0), [({}, "a:1"), ({}, "a:2")])
-    assert mixed([group], seed=0) == group.rows
+    assert mixed([Source("a", 1.0)], [2], np.zeros(2, bool), seed=0).rows.tolist() == [0, 1]
+
+
+def test_a_weight_that_repeats_rows_very_often_is_rejected() -> None:
+    sources = (Source("a", 0.999), Source("b", 0.001))
+    assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0).rows) == 1000
+    message = refusal(lambda: mixed(sources, [1, 2], np.zeros(3, bool), seed=0))
+    assert len(mixed((Source("a", 0.999), Source("b", 0.001)), [1, 1], np.zeros(2, bool), seed=0).rows) == 1000
+    assert message.startswith("--train_file: a is 0.999 of the samples if each of its 1 rows is used 1,998 times")
+
+
+@pytest.mark.parametrize("flag", ["--validation_file", "--test_file"])
+def test_only_training_files_have_weights(flag: str) -> None:
+    message = refusal(lambda: parse_sources("a.jsonl:0.5,b.jsonl:0.5", flag))
+    assert message.startswith(f"{flag} a.jsonl:0.5,b.jsonl:0.5: only --train_file takes weights")
 
 
 def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
@@ -114,8 +128,7 @@ def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for given in ("some/data", "some/data:main", "some/data:main:part", "some/data::part"):
-        (group,) = read_sources(parse_sources(given, "--train_file"), split="train")
-        assert len(group.rows) == 2
+        assert len(read_rows(parse_sources(given, "--train_file")[0].name)) == 2
     assert calls == [
         ("some/data", None, "train"),
         ("some/data", "main", "train"),
@@ -206,3 +219,12 @@ def test_broken_saved_folders(tmp_path: Path) -> None:
         write(parts / "train" / "state.json", content)
         message = refusal(lambda: read_rows(parts / "train"))
         assert message.startswith(f"{parts / 'train'}: not a readable folder of save_to_disk")
+
+
+def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
+    a, b = write_rows(tmp_path / "a.jsonl", rows("a", 20)), write_rows(tmp_path / "b.json", rows("b", 7))
+    assert about_num_rows(a) == 20 and about_num_rows(b) is None
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "c.jsonl", rows("c", 3))
+    assert about_num_rows(f"{tmp_path}/**/*.jsonl") == 23
+    assert about_num_rows("some/data") is None and about_num_rows(f"{tmp_path}/missing.jsonl") is None

@@ -79,7 +79,7 @@ def test_prompts_are_as_long_as_in_a_training_run(models: Models, lengths: dict[
         rank=0,
         world_size=1,
     )
-    here, there = read_held_out(plan)[1], prepare_data(training, progress=False).scored
+    here, there = read_held_out(plan)[1], prepare_data(training).scored
     assert there is not None and plan.max_new_tokens == training.max_new_tokens
     assert [prompt.tolist() for prompt in here.prompts] == [prompt.tolist() for prompt in there.prompts]
     assert 0 < here.num_truncated == there.num_truncated < NUM_ROWS

@@ -154,6 +154,36 @@ def test_damage_is_found_by_the_checksums(bases: dict[str, Path], tmp_path: Path
             PeftModel.from_pretrained(hf_model(bases["llama"]), tmp_path / folder)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_first_download_is_compared_with_its_checksum(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The hub sends the config, PEFT reads it, and only then the weights are sent."""
+    native = write_adapter(tmp_path / "hub", bases["llama"])
+    if damaged:
+        raw = bytearray((tmp_path / "hub" / WEIGHTS).read_bytes())
+        raw[-5] ^= 1
+        (tmp_path / "hub" / WEIGHTS).write_bytes(raw)
+    sent = []
+
+    def download(repo: str, filename: str, **_: Any) -> str:
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        sent.append(filename)
+        return str(shutil.copy(tmp_path / "hub" / filename, tmp_path / "snapshot" / filename))
+
+    for module in ("peft.config", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda *_, **__: True)
+    if damaged:
+        with pytest.raises(UserError, match=r"snapshot/adapter_model.safetensors: does not match its checksum"):
+            PeftModel.from_pretrained(hf_model(bases["llama"]), "org/adapter")
+    else:
+        model = PeftModel.from_pretrained(hf_model(bases["llama"]), "org/adapter")
+        model.save_pretrained(tmp_path / "saved")
+        assert load_adapter(tmp_path / "saved").equals(native) and model.peft_config["default"].unchecked is None
+    assert sent.index(CONFIG) < sent.index(WEIGHTS)
+
+
 def test_another_base_is_an_error_or_a_warning(bases: dict[str, Path], tmp_path: Path) -> None:
     write_adapter(tmp_path / "native", bases["llama"])
     with pytest.raises(UserError, match=r"with head_dim 12, but .* has 8; use its own base"):

@@ -16,9 +16,10 @@ from megatron_tiedlora.config.data_fields import FIRST_RULES
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.encode import TokenDataset, encode_dataset, encode_examples
+from megatron_tiedlora.data.encode import encode_dataset, encode_examples
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.plan import _as_trained
 from megatron_tiedlora.training.kept_rules import with_kept_rules
@@ -58,6 +59,21 @@ def test_a_resumed_run_keeps_its_rules(tmp_path: Path) -> None:
     assert with_kept_rules(given(old, resume="auto", epochs=2)).epochs == 2  # its steps are not counted yet
     message = refusal(lambda: with_kept_rules(given(old, resume="auto", add_bos="false")))
     assert message.startswith("--add_bos false contradicts --data_rules 1, which means true")
+
+
+def test_without_output_dir_the_last_run_of_the_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --resume auto chooses it: runs/NAME, or the last of NAME-2, NAME-3, ...; a run of another name is not read."""
+    monkeypatch.chdir(tmp_path)
+
+    def kept(**more: Any) -> dict[str, Any]:
+        values = {"task": "custom", "train_file": "a.jsonl", "model": "m", "resume": "auto", **more}
+        return rules(with_kept_rules(make_settings(values)))
+
+    assert kept() == NEW
+    run_folder(tmp_path / "runs" / "m-custom-tl6-r8")
+    assert kept() == OLD and kept(rank=4) == kept(method="lora") == kept(resume="none") == NEW
+    run_folder(tmp_path / "runs" / "m-custom-tl6-r8-2", **NEW)
+    assert kept() == NEW
 
 
 def test_an_adapter_of_a_run_keeps_its_rules(tmp_path: Path) -> None:
@@ -117,7 +133,7 @@ def test_the_first_rules_give_the_tokens_of_version_0_1(template: str | None, tm
     found = encode_examples(tokenizer, examples, max_length=300, reading=reading)
     expected = [[*first, *second] for first, second in zip(before, after, strict=True)]
     assert [sample.tokens.tolist() for sample in found] == expected
-    assert [sample.prompt_length for sample in found] == [len(first) for first in before]
+    assert [int(sample.supervised.argmax()) for sample in found] == [len(first) for first in before]
     dataset = encode_dataset(examples, tokenizer, max_length=300, reading=reading)
     assert dataset.prompt_lengths is not None and dataset.prompt_lengths.dtype == np.int32
     again = TokenDataset.after_prompts(dataset.tokens, dataset.offsets, dataset.prompt_lengths)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from transformers import get_scheduler
 
+from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.training.optimizer import (
     SCHEDULES,
     learning_rate_factor,
@@ -36,6 +38,10 @@ def test_after_warm_up_the_rates_are_those_of_transformers(schedule: str, warmup
     assert ours == pytest.approx(theirs, abs=1e-15)
 
 
+def test_every_name_of_schedule_has_a_function() -> None:
+    assert set(get_args(Settings.model_fields["schedule"].annotation)) == SCHEDULES.keys()
+
+
 def test_cosine_has_the_bits_that_runs_have_used() -> None:
     for step in range(2010):
         expected = (step + 1) / 50 if step < 50 else 0.5 * (1.0 + math.cos(math.pi * min(step - 50, 1950) / 1950))
@@ -43,7 +49,7 @@ def test_cosine_has_the_bits_that_runs_have_used() -> None:
 
 
 def test_ends() -> None:
-    def factor(step: int, schedule: str) -> float:
+    def factor(step: int, schedule: Schedule) -> float:
         return learning_rate_factor(step, warmup_steps=4, max_steps=10, schedule=schedule)
 
     for schedule in SCHEDULES:

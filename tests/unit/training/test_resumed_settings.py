@@ -9,7 +9,8 @@ import pytest
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.plan import RunPlan, plan_run
-from megatron_tiedlora.training.resumed import check_resumed_settings
+from megatron_tiedlora.training.profiling import steps_over
+from megatron_tiedlora.training.resumed import check_resumed_settings, with_kept_warmup
 
 
 def plan_of(**values: Any) -> RunPlan:
@@ -47,7 +48,7 @@ def test_a_checkpoint_of_an_earlier_version_has_the_defaults(name: str, value: A
     assert f"trained with --{name}" in refusal(before, plan_of(**{name: value}), without=(name,))
 
 
-def test_a_constant_schedule_lets_a_run_go_on() -> None:
+def test_a_constant_schedule_lets_a_run_continue() -> None:
     before = plan_of(schedule="constant", max_steps=100)
     check(before, plan_of(schedule="constant", max_steps=200))
     check(before, plan_of(schedule="constant", max_steps=60))
@@ -75,5 +76,56 @@ def test_epochs_count_by_their_steps() -> None:
     assert "is 24 (--epochs 6)" in refusal(before, plan_of(epochs=6, warmup_steps=12).counted(1000))
 
 
+def test_the_default_warm_up_of_a_longer_run_is_that_of_its_checkpoint() -> None:
+    """20 steps have 20 of warm-up by default, 100 have 50; the 20 that were trained with stay."""
+    before, now = plan_of(schedule="constant", max_steps=20), plan_of(schedule="constant", max_steps=100)
+    saved = before.resolved_settings()
+    assert (saved["warmup_steps"], now.settings.warmup_steps) == (20, 50)
+    check(before, now)
+    kept = with_kept_warmup(now, saved)
+    assert (kept.settings.warmup_steps, kept.settings.max_steps) == (20, 100)
+    check(before, kept)
+    assert with_kept_warmup(now, None) == now
+    by_epochs = plan_of(schedule="constant", epochs=30).counted(1000)
+    assert by_epochs.settings.warmup_steps == 50
+    check(before, by_epochs)
+    assert with_kept_warmup(by_epochs, saved).settings.warmup_steps == 20
+    short = plan_of(schedule="constant", max_steps=10)
+    assert "with a warm-up of 20 steps, longer than 10; give at least 20" in refusal(before, short)
+
+
+def test_another_warm_up_that_was_given_is_rejected() -> None:
+    before = plan_of(schedule="constant", max_steps=20)
+    given = plan_of(schedule="constant", max_steps=100, warmup_steps=50)
+    assert with_kept_warmup(given, before.resolved_settings()) == given
+    message = refusal(before, given)
+    assert message.endswith("trained with --warmup_steps 20, but now it is 50; leave it out, or give 20")
+    check(before, plan_of(schedule="constant", max_steps=100, warmup_steps=20))
+
+
+@pytest.mark.parametrize("value", [None, "x", True, -1, 2.5])
+def test_a_warm_up_that_is_no_number_is_not_kept(value: Any) -> None:
+    now = plan_of(schedule="constant", max_steps=100)
+    assert with_kept_warmup(now, {"warmup_steps": value}) == now
+
+
+def test_profiled_steps_that_are_over_are_rejected() -> None:
+    """But not with --resume auto, where one command serves every start of a job."""
+    before = plan_of(max_steps=100)
+
+    def now(resume: str, profile: str = "3:5") -> RunPlan:
+        return plan_of(max_steps=100, profile=profile, resume=resume)
+
+    message = refusal(before, now("step_4"))
+    assert message == (
+        "--profile 3:5: the run continues after step 4, so steps 3 to 4 are not recorded; give steps from 5 to 100"
+    )
+    assert refusal(before, now("step_100"), step=100).endswith("so steps 3 to 5 are not recorded; leave it out")
+    check(before, now("step_4", "5:7"))
+    check(before, now("auto"))
+    assert steps_over("3:5", 3) == "--profile 3:5: the run continues after step 3, so step 3 is not recorded"
+    assert steps_over("3:5", 2) == steps_over(None, 9) == ""
+
+
 def test_where_it_is_reported_to_may_differ() -> None:
-    check(plan_of(), plan_of(report_to="none", profile="3:4"))
+    check(plan_of(), plan_of(report_to="none", profile="5:6", resume="auto"))

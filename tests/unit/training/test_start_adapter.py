@@ -144,7 +144,7 @@ def test_notes_say_where_training_is_not_peft_s(folder: Path) -> None:
 
     assert notes("native") == notes("peft") == notes("o") == ()
     (note,) = notes("lora")
-    assert note.endswith("an A each in it, or no adapter, so training goes on differently from PEFT's")
+    assert note.endswith("an A each in it, or no adapter, so training continues differently from PEFT's")
     named = {"base_model_name_or_path": "someone/other"}
     shutil.copytree(folder / "o", folder / "named")
     file = folder / "named" / "adapter_config.json"

@@ -1,0 +1,172 @@
+"""The samples of a split as ids: which of the stored samples they are, with their lengths and counts.
+
+The arrays may be mapped files that several splits and processes share. What is made here from all samples is made block
+by block, so that it needs the memory of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tiedlora.base.errors import UserError
+
+FACTS = np.dtype([("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)])
+"""What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
+a chat lost."""
+
+_BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # the most samples and tokens of a block, or one sample
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """The samples of a split.
+
+    tokens: (N,) int32, the ids of all stored samples.
+    offsets: (m + 1,) int64; stored sample i is tokens[offsets[i]:offsets[i + 1]].
+    supervised: (N,) bool, which tokens are learned; never the first of a sample.
+    facts: (m,) of `FACTS`; by default counted, of samples that lost nothing.
+    order: (n,) int64, which stored samples these are, possibly several times; None: all, once.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    facts: NDArray[np.void] = field(default_factory=lambda: np.empty(0, FACTS))
+    order: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.facts) != len(self.offsets) - 1:
+            facts = np.zeros(len(self.offsets) - 1, FACTS)
+            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.supervised, dtype=np.int64)])
+            facts["supervised"] = before[self.offsets[1:]] - before[self.offsets[:-1]]
+            object.__setattr__(self, "facts", facts)
+
+    @classmethod
+    def after_prompts(
+        cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
+    ) -> TokenDataset:
+        """Samples that are supervised from their prompts' ends on. prompt_lengths: (n,) tokens of the prompts."""
+        return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1 if self.order is None else len(self.order)
+
+    def _stored(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Which stored samples the given ones are."""
+        if self.order is not None:
+            return self.order[indices]
+        if isinstance(indices, slice):
+            return np.arange(*indices.indices(len(self)))
+        return np.asarray(indices, dtype=np.int64)
+
+    def lengths_of(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Number of tokens of the given samples, (number of samples,) int64."""
+        stored = self._stored(indices)
+        return self.offsets[stored + 1] - self.offsets[stored]
+
+    def num_supervised_of(self, indices: Sequence[int] | NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Number of supervised tokens of the given samples, (number of samples,) int64."""
+        return self.facts["supervised"][self._stored(indices)].astype(np.int64)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each sample, (n,) int64."""
+        return self.lengths_of(slice(None))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens of all samples."""
+        return sum(int(self.lengths_of(block).sum()) for block in self._blocks())
+
+    @cached_property
+    def longest(self) -> int:
+        """Number of tokens of the longest sample; 0 without samples."""
+        return max((int(self.lengths_of(block).max()) for block in self._blocks()), default=0)
+
+    @cached_property
+    def num_supervised(self) -> int:
+        """Number of supervised tokens of all samples."""
+        return sum(int(self.num_supervised_of(block).sum()) for block in self._blocks())
+
+    @cached_property
+    def truncated_prompts(self) -> int:
+        """How many prompts lost their middle."""
+        return sum(int(self.facts["cut"][self._stored(block)].sum()) for block in self._blocks())
+
+    @cached_property
+    def shortened_chats(self) -> int:
+        """How many chats lost turns."""
+        return sum(int((self.facts["lost_turns"][self._stored(block)] > 0).sum()) for block in self._blocks())
+
+    @cached_property
+    def lost_turns(self) -> int:
+        """How many turns those are."""
+        return sum(int(self.facts["lost_turns"][self._stored(block)].sum()) for block in self._blocks())
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32] | None:
+        """Tokens before the supervised ones of each sample, (n,) int32; None if some do not all come last."""
+        whole = self._gathered(slice(None))
+        starts = whole.offsets[1:] - whole.facts["supervised"]
+        if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):
+            return None
+        return (starts - whole.offsets[:-1]).astype(np.int32)
+
+    def sample(self, index: int) -> NDArray[np.int32]:
+        """Return the ids of one sample, (length,) int32."""
+        stored = index if self.order is None else self.order[index]
+        return self.tokens[self.offsets[stored] : self.offsets[stored + 1]]
+
+    def supervised_of(self, index: int) -> NDArray[np.bool_]:
+        """Return which tokens of one sample are supervised, (length,) bool."""
+        stored = index if self.order is None else self.order[index]
+        return self.supervised[self.offsets[stored] : self.offsets[stored + 1]]
+
+    def update_digest(self, digest: hashlib._Hash) -> None:
+        """Add ids, offsets and what is supervised to a hash, as version 0.1 did with its arrays."""
+        for block in self._blocks():
+            digest.update(self._gathered(block).tokens.data)
+        end = np.zeros(1, np.int64)
+        digest.update(end.data)
+        for block in self._blocks():
+            ends = end + np.cumsum(self.lengths_of(block))
+            digest.update(ends.data)
+            end = ends[-1:]
+        after_prompts = all(self._gathered(block).prompt_lengths is not None for block in self._blocks())
+        for block in self._blocks():
+            part = self._gathered(block)
+            prompts = part.prompt_lengths if after_prompts else None  # as version 0.1 stored what is supervised
+            digest.update((part.supervised if prompts is None else prompts).data)
+
+    def _blocks(self) -> Iterator[slice]:
+        start = 0
+        while start < len(self):
+            ends = np.cumsum(self.lengths_of(slice(start, start + _BLOCK)))
+            count = max(int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")), 1)
+            yield slice(start, start + count)
+            start += count
+
+    def _gathered(self, block: slice) -> TokenDataset:
+        """The samples of a block, in arrays of their own."""
+        stored = self._stored(block)
+        starts, lengths = self.offsets[stored], self.lengths_of(block)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenDataset(self.tokens[places], offsets, self.supervised[places], self.facts[stored])
+
+
+def check_supervised(dataset: TokenDataset, source: str) -> None:
+    """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
+    if dataset.num_supervised < 1:
+        raise UserError(f"{source}: no supervised token in {len(dataset)} samples; give samples with an answer")
+
+
+def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) bool: whether each token is at or after its sample's position in `starts`."""
+    return np.arange(offsets[-1]) >= np.repeat(starts, np.diff(offsets))

@@ -1,0 +1,94 @@
+"""Rows, and what tokenising them once has to give: the samples of lists of examples, and version 0.1's hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tiedlora.data.cache import TrainingData, tokenised_once
+from megatron_tiedlora.data.encode import encode_dataset
+from megatron_tiedlora.data.encode_rows import Encoding
+from megatron_tiedlora.data.example_maker import with_template
+from megatron_tiedlora.data.reading import Reading
+from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.token_dataset import TokenDataset
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"prompt": " ".join(WORDS[: 1 + number % 10]) + f" {number}", "completion": " ".join(WORDS[number % 7 :])}
+        for number in range(first, first + count)
+    ]
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    def turns(number: int) -> list[dict[str, Any]]:
+        return [
+            {"role": role, "content": WORDS[(number + index) % 10]}
+            for index in range(1 + number % 4)
+            for role in ("user", "assistant")
+        ]
+
+    return [{"messages": turns(number)} for number in range(count)]
+
+
+def encoding(tokenizer: Any, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
+    reading, checked = with_template(Reading(), template)
+    ends = frozenset([tokenizer.eos_token_id])
+    return Encoding(get_task(task), tokenizer, reading, checked, max_length, ends)
+
+
+def expected(how: Encoding, files: Mapping[str, str], seed: int) -> dict[str, TokenDataset]:
+    """The same from lists of samples, in this process."""
+    return {
+        split: encode_dataset(
+            load_split(how.task, split, files=files, seed=seed, tokenizer=how.tokenizer, reading=how.reading),
+            how.tokenizer,
+            max_length=how.max_length,
+            reading=how.reading,
+        )
+        for split in ("train", "validation")
+    }
+
+
+def check_same(found: TokenDataset, right: TokenDataset) -> None:
+    assert len(found) == len(right) > 0
+    for index in range(len(right)):
+        assert found.sample(index).tolist() == right.sample(index).tolist()
+        assert found.supervised_of(index).tolist() == right.supervised_of(index).tolist()
+    assert found.lengths.tolist() == right.lengths.tolist()
+    assert found.num_supervised_of(slice(None)).tolist() == right.num_supervised_of(slice(None)).tolist()
+    for name in ("num_tokens", "num_supervised", "longest", "truncated_prompts", "shortened_chats", "lost_turns"):
+        assert getattr(found, name) == getattr(right, name), name
+    prompts, of_right = found.prompt_lengths, right.prompt_lengths
+    assert (prompts is None) == (of_right is None)
+    assert prompts is None or of_right is None or prompts.tolist() == of_right.tolist()
+
+
+def sha256_of_arrays(parts: Mapping[str, TokenDataset]) -> str:
+    """As version 0.1 hashed the arrays of both parts."""
+    digest = hashlib.sha256()
+    for part in parts.values():
+        prompts = part.prompt_lengths
+        for array in (part.tokens, part.offsets, part.supervised if prompts is None else prompts):
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def check(how: Encoding, files: Mapping[str, str], folder: Path, *, seed: int = 3) -> TrainingData:
+    found = tokenised_once(how, files=files, seed=seed, cache_dir=folder)
+    right = expected(how, files, seed)
+    check_same(found.train, right["train"])
+    check_same(found.validation, right["validation"])
+    assert found.sha256 == sha256_of_arrays(right)
+    first = load_split(how.task, "train", files=files, seed=seed, reading=how.reading)[0]
+    order = load_split(how.task, "train", files={**files, "validation": files["train"]}, seed=seed, reading=how.reading)
+    assert order[found.first_row].prompt == first.prompt
+    return found
