@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.checkpoint.load_model import DTYPES, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -35,7 +36,8 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     texts = [example.prompt for example in examples]
     encoded, _ = encode_prompts(load_tokenizer(folder), texts, max_length=source.shape.limit.tokens - new_tokens)
     prompts = [ids.tolist() for ids in encoded]
-    decoder = Decoder(load_model(source, None, dtype=dtype, device=device), ParallelGroups(), source.shape)
+    stage = load_model(source, None, dtype=dtype, base=settings.base, device=device)
+    decoder = Decoder(stage, ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     turns = {
         # No token ends a sequence.
@@ -46,7 +48,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     timers = {name: partial(timed, decode, device) for name, decode in turns.items()}
     return {
         "model": source.name,
-        "dtype": settings.dtype,
+        "dtype": precision_in_words(settings.dtype, settings.base),
         **timing.describe_setup(device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),

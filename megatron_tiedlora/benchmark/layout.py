@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.benchmark.kernel_classes import CLASSES, kernel_seconds
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, read_samples, saved_formula
 from megatron_tiedlora.benchmark.report import compare_traffic
@@ -164,7 +165,7 @@ def _describe(plan: RunPlan, device: torch.device) -> dict[str, Any]:
         "method": settings.method,
         "targets": settings.targets,
         "rank": settings.rank,
-        "dtype": settings.dtype,
+        "dtype": precision_in_words(plan.dtype_name, settings.base),
         **describe_setup(device),
         "layout": {
             "ranks": grid.world_size,

@@ -35,7 +35,7 @@ LEARNING_RATE = 1e-4
 MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # that the settings of a run accept
 _SAME = (
-    *("model", "method", "targets", "rank", "dtype", "compile", "recompute", "train_file", "ds_config"),
+    *("model", "method", "targets", "rank", "dtype", "base", "compile", "recompute", "train_file", "ds_config"),
     *("tensor_parallel", "pipeline_parallel", "sequence_parallel"),
 )
 

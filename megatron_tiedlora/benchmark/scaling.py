@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark import timing
 from megatron_tiedlora.benchmark.plan import make_plan
@@ -28,7 +29,8 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     axes = {flag: [_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
     return {
-        **{name: getattr(settings, name) for name in ("model", "method", "targets", "dtype")},
+        **{name: getattr(settings, name) for name in ("model", "method", "targets")},
+        "dtype": precision_in_words(settings.dtype, settings.base),
         "kernels": chosen.description,
         **timing.describe_setup(device),
         "axes": {

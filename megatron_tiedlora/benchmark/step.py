@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.benchmark.kernel_classes import kernel_seconds
 from megatron_tiedlora.benchmark.plan import base_matmul_rate, make_plan, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, make_sides
@@ -27,7 +28,8 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     formula = saved_formula(plan, ours.batches)
     memory[OURS] |= {"saved_formula": formula, "saved_ratio": memory[OURS]["saved"] / formula}
     report = {
-        **{name: getattr(settings, name) for name in ("model", "method", "targets", "rank", "dtype", "recompute")},
+        **{name: getattr(settings, name) for name in ("model", "method", "targets", "rank", "recompute")},
+        "dtype": precision_in_words(settings.dtype, settings.base),
         "kernels": ours.kernels,
         **describe_setup(ours.device),
         "matmul_flops_per_second": base_matmul_rate(plan, ours.model, ours.batches, ours.device),

@@ -33,7 +33,8 @@ SHAPE_FIELDS = (
     "intermediate_size",
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
-OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash")  # unknown in files of earlier versions
+# Unknown in files of earlier versions, or the base is not quantised.
+OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", "base_format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class BaseIdentity:
         tokenizer: as the user gave it to --tokenizer; None for the base's own.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
         dtype: precision of the base in training.
+        base_format: storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
     """
 
     num_layers: Size
@@ -65,6 +67,12 @@ class BaseIdentity:
     tokenizer: Text | None = None
     tokenizer_hash: Text | None = None
     dtype: str
+    base_format: Text | None = None
+
+    @property
+    def precision(self) -> str:
+        """The format of the blocks' linears, or the precision of all weights."""
+        return self.base_format or self.dtype
 
 
 class StoredValues(Protocol):
@@ -189,7 +197,12 @@ def check_same_base(
                 f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
                 " give its own base with --model"
             )
-    notes = () if trained.base_sample is not None or found.base_sample is None else (f"{source}: {OLD_BASE_NOTE}",)
+    notes: tuple[str, ...] = ()
+    if trained.base_sample is None and found.base_sample is not None:
+        notes += (f"{source}: {OLD_BASE_NOTE}",)
+    if trained.base_format != found.base_format:
+        kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
+        notes += (f"{source}: trained on its base {kinds}",)
     differences = base_differences(trained, found)
     if not differences:
         return notes

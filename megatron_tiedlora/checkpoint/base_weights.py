@@ -20,7 +20,7 @@ from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, LARGEST_HEADER, Header, read_header, read_runs
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.random_streams import stream_seed
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -145,24 +145,43 @@ class BaseWeights:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1) -> None:
+    def fill(
+        self,
+        rule: WeightRule,
+        target: FrozenWeight,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Read this rank's shard of one weight into `target`, block by block.
 
+        Args:
+            largest: see `load_base_weights`.
+
         Raises:
-            UserError: a weight that the backward pass divides by has a zero.
+            UserError: a weight that the backward pass divides by has a zero, or one that cannot be quantised is there.
         """
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
             size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
-            values = self.read(stored.name, slice(start, start + size), dim)
+            part, columns = slice(start, start + size), None
+            if dim == 1 and tp_size > 1:
+                columns = Columns(part.start, part.stop, rule.shape[1], largest)
+                part = target.columns_to_read(columns)
+            values = self.read(stored.name, part, dim)
             if rule.divides and not values.all():
                 raise UserError(f"{self._files[stored.name]}: {stored.name} has a zero, by which training would divide")
-            target.load(values, dim=dim, start=offset)
+            try:
+                target.load(values, dim=dim, start=offset, columns=columns)
+            except ValueError as error:
+                raise UserError(f"{self._files[stored.name]}: {stored.name} has {error}; leave --base out") from None
             offset += size
         padding = list(target.local_shape)
         padding[dim] -= offset
-        target.load(torch.zeros(padding), dim=dim, start=offset)
+        if padding[dim]:
+            target.load(torch.zeros(padding), dim=dim, start=offset)
 
 
 def load_base_weights(
@@ -173,6 +192,7 @@ def load_base_weights(
     access: Access = nullcontext,
     tp_rank: int = 0,
     tp_size: int = 1,
+    largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
     reads: bool = True,
     progress: bool = False,
 ) -> None:
@@ -182,6 +202,7 @@ def load_base_weights(
         targets: the weights by the names of their rules; see `frozen_weights`.
         rules: the name table of the stage; None for all rules of the checkpoint.
         access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
+        largest: the elementwise maximum over the tensor-parallel ranks, for scales of rows that several ranks share.
         reads: False on ranks that only take part in opening.
         progress: show a bar.
     """
@@ -191,7 +212,7 @@ def load_base_weights(
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 if reads:
-                    weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size)
+                    weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size, largest=largest)
 
 
 def draw_base_weights(

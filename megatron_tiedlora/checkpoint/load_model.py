@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
@@ -15,10 +17,12 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
+from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.partition import Stages
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
@@ -50,6 +54,7 @@ def load_model(
     adapter: NativeAdapter | None,
     *,
     dtype: torch.dtype,
+    base: str | None = None,
     device: torch.device | str = "cpu",
     grid: Grid | None = None,
     groups: ParallelGroups | None = None,
@@ -63,6 +68,7 @@ def load_model(
     It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does.
 
     Args:
+        base: the storage format of the blocks' linears; None for `dtype`.
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
         kernels: of the layers, eager or compiled.
@@ -80,7 +86,8 @@ def load_model(
             adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
             part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
             part.load_full(adapter.state)
-        specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels)
+        make_weight = weight_maker(base)
+        specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
             model = Stage(specs[layers.start : layers.stop], part, tensor_parallel=TensorParallel(groups.tensor, False))
         load_base_weights(
@@ -89,9 +96,11 @@ def load_model(
             stage_weight_rules(shape, has_embedding=model.embedding is not None),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
+            largest=partial(largest_of_all, group=groups.tensor),
             progress=progress,
         )
         if adapter is not None and merged:
+            assert base is None, "a merged weight would be quantised again"
             _merge(model, adapter, weights, shape, grid)
     return model.eval()
 

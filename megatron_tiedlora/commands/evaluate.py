@@ -81,6 +81,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         plan.source,
         plan.adapter,
         dtype=plan.dtype,
+        base=plan.base,
         device=device,
         grid=plan.grid,
         groups=groups,

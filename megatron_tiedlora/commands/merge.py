@@ -33,6 +33,12 @@ def parser() -> CommandParser:
         "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the written weights [as stored in the base]"
     )
     described.add_argument(
+        "--onto",
+        choices=("original", "trained"),
+        default="original",
+        help="after a run with --base: the stored base, or its dequantised weights, which training saw [original]",
+    )
+    described.add_argument(
         "--tokenizer", metavar="T", help="tokenizer to include: folder, hub id or tokenizer.model [the base's own]"
     )
     return described
@@ -68,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
                     dtype=dtypes[options.dtype],
                     tokenizer=options.tokenizer,
                     base_differs=options.base_differs,
+                    onto_trained=options.onto == "trained",
                     say=lambda note: show(f"note: {note}"),
                     new=partial(new_output, take_over=options.take_over, journal=JOURNAL),
                     between=stop.raise_if_requested,

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
+from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.config.fields import (
+    BASE_HELP,
     TARGETS_HELP,
     CommandSettings,
     comma_separated,
@@ -86,6 +88,7 @@ class BenchSettings(CommandSettings):
 
     model: str = setting_field("model", "folder, hub id, demo, or a preset with random weights", DEFAULT_MODEL)
     dtype: Literal["bf16", "fp32"] = setting_field("model", "precision of the frozen base", "bf16")
+    base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
 
     random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
     num_layers: int | None = optional_field("step", "layers of a model with random weights", ge=1)

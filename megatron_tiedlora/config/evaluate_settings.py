@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
+from megatron_tiedlora.base.base_formats import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.data_fields import (
     ADD_BOS_HELP,
     CHAT_TEMPLATE_HELP,
@@ -75,6 +76,11 @@ class EvaluateSettings(CommandSettings):
         "model",
         "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
         " instructions]",
+    )
+    base: str | None = optional_field(
+        "model",
+        "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
+        choices=(*BASE_NAMES, UNQUANTISED),
     )
     max_length: int | None = optional_field(
         "model",

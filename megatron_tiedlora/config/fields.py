@@ -213,6 +213,11 @@ def comma_separated(value: Any) -> Any:
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
 
+BASE_HELP = (
+    "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
+    " computed, stays in --dtype (default: --dtype too)"
+)
+
 
 def parse_targets(value: Any) -> Any:
     """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.

@@ -113,6 +113,11 @@ OUR_NAMES: Mapping[str, str] = {
     **_same("{profile}", "profiler use_profiler torch_profiler"),
     **_same("{compile}", "torch_compile"),
     **_same("{seed}", "random_seed data_seed"),
+    **_same("{base} nf4", "load_in_4bit use_qlora qlora bnb_4bit_quant_type"),
+    **_same("{base} int8", "load_in_8bit"),
+    **_same("{base} fp8", "fp8 fp8_format"),
+    **_same("{base}", "quantization quantization_bit quantize quant quantization_config"),
+    **_same("{dtype}", "bnb_4bit_compute_dtype"),
 }
 
 # What commands that do not train call it, where `OUR_NAMES` has a setting of training.
@@ -132,13 +137,6 @@ ELSEWHERE: Mapping[str, str] = {
 
 # What no command offers, and what there is instead.
 NOT_OFFERED: Mapping[str, str] = {
-    **_same(
-        "a 4-bit or 8-bit base is not offered yet; the base is bf16 or fp32, and ZeRO-3, tensor and pipeline"
-        " parallelism divide it over ranks",
-        "load_in_4bit load_in_8bit quantization quantization_bit quantize bnb_4bit_quant_type use_qlora qlora quant"
-        " quantization_config bnb_4bit_compute_dtype",
-    ),
-    **_same("FP8 is not offered yet", "fp8 fp8_format"),
     **_same("DoRA is not offered", "use_dora dora"),
     **_same("NEFTune is not offered", "neftune_noise_alpha neftune"),
     **_same("the optimizer is always AdamW", "optim optimizer optimizer_type optim_type"),

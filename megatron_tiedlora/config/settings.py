@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
+from megatron_tiedlora.base.base_formats import BASE_NAMES
 from megatron_tiedlora.base.errors import as_given
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.paths import user_path
@@ -35,6 +36,7 @@ from megatron_tiedlora.config.data_fields import (
     with_first_rules,
 )
 from megatron_tiedlora.config.fields import (
+    BASE_HELP,
     LONGEST_WAIT_MINUTES,
     TARGETS_HELP,
     CommandSettings,
@@ -128,6 +130,7 @@ class Settings(CommandSettings):
         "model",
         "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
     )
+    base: str | None = optional_field("model", BASE_HELP, choices=BASE_NAMES)
     max_length: int = setting_field(
         "model", "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8
     )

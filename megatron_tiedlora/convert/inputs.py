@@ -97,6 +97,7 @@ def check_base(
     tokenizer: str | None = None,
     uses_tokenizer: bool = True,
     differs: bool = False,
+    base_format: str | None = None,
     flag: str = "--adapter",
     identify: Identify = identify_model,
 ) -> CheckedBase:
@@ -107,13 +108,14 @@ def check_base(
         uses_tokenizer: False if nothing is tokenised; an adapter that was trained with its own tokenizer then fits
             any.
         differs: value of --base_differs.
+        base_format: the storage format in which the base is used; None for that of --dtype.
         flag: the adapter's name in messages.
         identify: for a caller that checks many adapters of one base.
 
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    found = identify(source, adapter.base.dtype, tokenizer)
+    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=base_format)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)

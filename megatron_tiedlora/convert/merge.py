@@ -16,6 +16,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
+from megatron_tiedlora.base.base_formats import BASE_NAMES
+from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.json_files import read_json_object
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
@@ -24,11 +26,12 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.merge_journal import MergeJournal, fingerprint
-from megatron_tiedlora.convert.merged_file import Changed, MergedFile
-from megatron_tiedlora.convert.merged_rows import stored_factors
+from megatron_tiedlora.convert.merged_file import MergedFile
+from megatron_tiedlora.convert.merged_rows import Changes, stored_changes
 from megatron_tiedlora.convert.side_files import load_tokenizer_to_copy, side_files
 from megatron_tiedlora.data.tokenizer import save_tokenizer
 
+MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 # Files that are copied from the base besides its weights; others there are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
@@ -45,6 +48,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
     base_differs: bool = False,
+    onto_trained: bool = False,
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
     between: Callable[[], object] = lambda: None,
@@ -59,6 +63,7 @@ def merge_adapter(
         dtype: dtype of the written weights (default: each as it is stored in the base).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
         base_differs: merge into this base although the adapter was trained on another; the record says so.
+        onto_trained: merge onto the base that training saw, dequantised, in place of the stored one.
         say: called with each note about the base.
         new: makes the output folder. Whole files in it, of a merge of the same inputs that was killed, are kept.
         between: called many times a second; it may raise to end the merge.
@@ -74,15 +79,16 @@ def merge_adapter(
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
     saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
-    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs)
+    onto = trained_format(adapter) if onto_trained else None
+    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     for note in base.notes:
         say(note)
     places = weight_map(folder)
     side_files(folder, sorted({file.name for file in places.values()}))  # rejects links out of the folder here too
-    changed = stored_factors(adapter, source.shape)
+    changed = stored_changes(adapter, source.shape, base_format=onto)
     plans = {file: MergedFile.of(file, places, changed, dtype) for file in sorted(set(places.values()))}
     copied = [*model_files, *own_files, *side_files(folder, [INDEX_FILE])]
-    record = {**adapter.record(), **base.record}
+    record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
     with new(output) as temporary:
         journal = MergeJournal(temporary, fingerprint({**record, "dtype": str(dtype)}, plans))
         needed = sum(plan.size for file, plan in plans.items() if file.name not in journal)
@@ -99,10 +105,33 @@ def merge_adapter(
         journal.close()
 
 
+def trained_format(adapter: NativeAdapter) -> str:
+    """The storage format of the base that an adapter was trained on. Raises UserError if it was not quantised."""
+    if adapter.base.base_format is None:
+        raise UserError(
+            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
+            " leave --onto out"
+        )
+    return adapter.base.base_format
+
+
+def merged_onto(folder: Path) -> str | None:
+    """The storage format of the base onto which a folder's adapter was merged; None for the stored one.
+
+    Raises:
+        UserError: the folder's record is not one of this version.
+    """
+    file = folder / MERGE_RECORD
+    onto = read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
+    if onto is not None and onto not in BASE_NAMES:
+        raise UserError(f"{file}: {MERGED_ONTO} = {shown(onto)} is not one of {', '.join(BASE_NAMES)}")
+    return onto
+
+
 def _write_weights(
     folder: Path,
     plans: Mapping[Path, MergedFile],
-    changed: Changed,
+    changed: Changes,
     journal: MergeJournal,
     between: Callable[[], object],
     progress: bool,

@@ -21,7 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import open_weights, weight_map
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, Header, read_header
-from megatron_tiedlora.convert.merged_rows import Factors, merged_rows, row_blocks, stored_factors
+from megatron_tiedlora.convert.merged_rows import Change, row_blocks, stored_changes
 from megatron_tiedlora.model.weights import weight_rules
 
 _MOST_LINES = 8  # about tensors that differ
@@ -75,13 +75,23 @@ class _Tensors:
         return found
 
 
-def compare_merged(source: ModelSource, adapter: NativeAdapter, merged: Path, *, progress: bool = False) -> MergedBits:
+def compare_merged(
+    source: ModelSource,
+    adapter: NativeAdapter,
+    merged: Path,
+    *,
+    base_format: str | None = None,
+    progress: bool = False,
+) -> MergedBits:
     """Compare every tensor in the files of the folder `merged` with base and adapter.
+
+    Args:
+        base_format: of the base that it was merged onto; None for the stored one.
 
     Raises:
         UserError: a file is missing or not whole.
     """
-    factors = stored_factors(adapter, source.shape)
+    changes = stored_changes(adapter, source.shape, base_format=base_format)
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
         base, written = _Tensors(source.weights_folder(), opened), _Tensors(merged, opened)
@@ -93,10 +103,10 @@ def compare_merged(source: ModelSource, adapter: NativeAdapter, merged: Path, *,
             tqdm(total=total, desc="merged files", unit="B", unit_scale=True, disable=not progress, leave=False)
         )
         for file, name, entry in tensors:
-            counts[name in factors] += 1
+            counts[name in changes] += 1
             why = _why_unlike(entry, base.entry(name), dtype, of_model=name in names)
             if why is None:
-                why = _compare_values(base, written, file, name, entry, factors.get(name), bar.update)
+                why = _compare_values(base, written, file, name, entry, changes.get(name), bar.update)
             if why is not None:
                 differences.append(one_line(f"{file}: {name} {why}"))
     return MergedBits(counts[True], counts[False], tuple(differences))
@@ -150,15 +160,15 @@ def _compare_values(
     file: Path,
     name: str,
     entry: Mapping[str, Any],
-    factors: Callable[[], Factors] | None,
+    change: Callable[[], Change] | None,
     compared: Callable[[int], object],
 ) -> str | None:
     """How the values of a tensor differ from what they must be; None if they do not."""
-    a, b = (None, None) if factors is None else factors()
+    made = None if change is None else change()
     count, first_row, furthest = 0, 0, 0
     for rows in row_blocks(tuple(entry["shape"]) or (1,)):
         found, wanted = written.rows(file, name, rows), base.rows(base.files[name], name, rows)
-        wanted = wanted.to(found.dtype) if a is None or b is None else merged_rows(wanted, a, b[rows], found.dtype)
+        wanted = wanted.to(found.dtype) if made is None else made.rows(wanted, rows, found.dtype)
         compared(found.nbytes)
         found, wanted = (tensor.contiguous().view(_INTEGERS[tensor.itemsize]) for tensor in (found, wanted))
         if torch.equal(found, wanted):
@@ -170,7 +180,7 @@ def _compare_values(
         furthest = max(furthest, _steps(found, wanted))
     if not count:
         return None
-    like = "the base" if factors is None else "base + adapter"
+    like = "the base" if change is None else "base + adapter"
     where = f"in {count_text(count, 'value')}, first in row {first_row}"
     return f"differs from {like} {where}, by up to {count_text(furthest, 'unit')} in the last place"
 

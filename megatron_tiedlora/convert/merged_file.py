@@ -21,7 +21,7 @@ from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import open_weights
 from megatron_tiedlora.checkpoint.streamed_files import file_head
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, TYPE_NAMES, Header, all_finite, read_header
-from megatron_tiedlora.convert.merged_rows import Factors, merged_rows, row_blocks
+from megatron_tiedlora.convert.merged_rows import Change, Changes, row_blocks
 
 _PIECE = 2**25  # bytes that are copied at a time
 _BUFFER = 2**20  # and where the kernel cannot copy
@@ -29,7 +29,6 @@ _ALIGNED = 2**16  # ranges start at multiples of it: file systems share only who
 # The system, or one of the two file systems, cannot copy within the kernel.
 _REFUSALS = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
-Changed = Mapping[str, Callable[[], Factors]]  # the factors of each tensor that the adapter changes, by its name
 Wrote = Callable[[int], object]
 
 
@@ -75,7 +74,7 @@ class MergedFile:
     tensors: tuple[_Tensor, ...]
 
     @staticmethod
-    def of(source: Path, places: Mapping[str, Path], changed: Changed, dtype: torch.dtype | None) -> MergedFile:
+    def of(source: Path, places: Mapping[str, Path], changed: Changes, dtype: torch.dtype | None) -> MergedFile:
         """Plan the merged file.
 
         Args:
@@ -98,7 +97,7 @@ class MergedFile:
         """The bytes that `write` reports."""
         return sum(part.size for part in self.ranges) + sum(tensor.num_bytes for tensor in self.tensors)
 
-    def write(self, target: Path, changed: Changed, wrote: Wrote) -> None:
+    def write(self, target: Path, changed: Changes, wrote: Wrote) -> None:
         """Write the file, without flushing it to the disk. `wrote` is called with numbers of bytes; it may raise.
 
         Raises:
@@ -125,15 +124,15 @@ class MergedFile:
             wrote(done)
 
     def _compute(
-        self, reader: int, writer: int, tensor: _Tensor, factors: Callable[[], Factors] | None, wrote: Wrote
+        self, reader: int, writer: int, tensor: _Tensor, change: Callable[[], Change] | None, wrote: Wrote
     ) -> None:
-        a, b = (None, None) if factors is None else factors()
-        shape = tensor.shape if factors is not None else (math.prod(tensor.shape),)
+        made = None if change is None else change()
+        shape = tensor.shape if made is not None else (math.prod(tensor.shape),)
         start, target = tensor.start, tensor.target
         for block in row_blocks(shape):
             rows = torch.empty((block.stop - block.start, *shape[1:]), dtype=tensor.stored)
             start += self._read(reader, _bytes_of(rows), start)
-            merged = rows.to(tensor.dtype) if a is None or b is None else merged_rows(rows, a, b[block], tensor.dtype)
+            merged = rows.to(tensor.dtype) if made is None else made.rows(rows, block, tensor.dtype)
             if not all_finite(merged):
                 wide = str(tensor.dtype).removeprefix("torch.")
                 fits = f"merged, it does not fit {wide}; give --dtype bf16"
@@ -152,7 +151,7 @@ class MergedFile:
         return done
 
 
-def _rewritten(source: Path, header: Header, changed: Changed) -> MergedFile:
+def _rewritten(source: Path, header: Header, changed: Changes) -> MergedFile:
     """The base's file with some tensors changed where they lie."""
     tensors = []
     for name, entry in sorted(header.entries.items(), key=lambda item: item[1]["data_offsets"]):

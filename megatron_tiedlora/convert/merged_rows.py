@@ -1,5 +1,6 @@
 """The values of a merged weight, some rows at a time: W' = W + B' A', added in fp32 and cast once.
 
+In a merge onto the base that training saw, W stands for what the storage format of that base makes of it.
 Merging writes what this module computes, and the check of a merged folder computes it again. The last bits of a matmul
 can depend on its number of rows. So both take the same blocks of rows.
 """
@@ -7,14 +8,17 @@ can depend on its number of rows. So both take the same blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from megatron_tiedlora.adapters.targets import Target
+from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.model.weights import WeightRule
+from megatron_tiedlora.model.weights import WeightRule, weight_rules
+from megatron_tiedlora.parallel.quantise import quantised_rows
 
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
 _FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
@@ -42,16 +46,58 @@ def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor, dtype
     return rows.to(wide, copy=True).add_(b_rows @ a).to(dtype)
 
 
-def stored_factors(adapter: NativeAdapter, shape: ModelShape) -> Mapping[str, Callable[[], Factors]]:
-    """Functions that compute the factors of every stored tensor that the adapter changes, by its name.
+@dataclass(frozen=True)
+class Change:
+    """What a merge makes of a stored tensor.
+
+    Attributes:
+        factors: None if the adapter does not change it.
+        base_format: the storage format whose values stand for W; None for W itself.
+    """
+
+    factors: Factors | None
+    base_format: str | None = None
+
+    def rows(self, values: torch.Tensor, block: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `block` of W' in `dtype`, from the same rows of W as stored."""
+        if self.base_format is not None:
+            values = quantised_rows(values, BASE_FORMATS[self.base_format])
+        if self.factors is None:
+            return values.to(dtype)
+        a, b = self.factors
+        return merged_rows(values, a, b[block], dtype)
+
+
+Changes = Mapping[str, Callable[[], Change]]  # by the name of the stored tensor
+
+
+def stored_changes(adapter: NativeAdapter, shape: ModelShape, *, base_format: str | None = None) -> Changes:
+    """Functions that compute the change of every stored tensor that a merge changes.
 
     Factors of all layers at once would take memory for each layer.
+
+    Args:
+        base_format: of the base that the adapter is merged onto; None for the stored one.
     """
-    return {
-        name: partial(_factors, adapter, rule, target, name)
-        for rule, target in adapter.changed(shape)
-        for name in rule.hf_names
-    }
+    found: dict[str, Callable[[], Change]] = {}
+    if base_format is not None:
+        names = (name for rule in quantised_rules(shape) for name in rule.hf_names)
+        found = dict.fromkeys(names, lambda: Change(None, base_format))
+    for rule, target in adapter.changed(shape):
+        for name in rule.hf_names:
+            found[name] = partial(_change, adapter, rule, target, name, base_format)
+    return found
+
+
+def _change(
+    adapter: NativeAdapter, rule: WeightRule, target: Target, name: str, base_format: str | None
+) -> Change:
+    return Change(_factors(adapter, rule, target, name), base_format)
+
+
+def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
+    """The weights that are quantised in a base of fewer bits: the linears of all blocks."""
+    return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
 
 
 def _factors(adapter: NativeAdapter, rule: WeightRule, target: Target, name: str) -> Factors:

@@ -28,8 +28,9 @@ from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adap
 from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
+from megatron_tiedlora.convert.merge import merged_onto
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
-from megatron_tiedlora.convert.merged_rows import merged_rows, stored_factors
+from megatron_tiedlora.convert.merged_rows import Change, quantised_rules, stored_changes
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.weights import num_base_parameters
@@ -136,7 +137,8 @@ def verify_export(
     exported = None if peft is None else compare_export(peft, source, adapter)
     if imported is not None and "peft" in runtimes:
         require_peft()
-    bits = None if merged is None else compare_merged(source, adapter, merged, progress=progress)
+    onto, trained = None if merged is None else merged_onto(merged), adapter.base.base_format
+    bits = None if merged is None else compare_merged(source, adapter, merged, base_format=onto, progress=progress)
     # Equality must hold for any input, so it need not be text.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
@@ -144,23 +146,28 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
+        for name in {trained, onto} - {None}:
+            models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))
         if merged is not None:
             if rounds:
-                models.append(Weights(_rounded(base, source, adapter, stored), {"rounded": None}))
+                models.append(Weights(_rounded(base, source, adapter, stored, onto), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append(Weights(written.read, {"merged": None}))
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
+    if trained is not None:
+        rows.append(compare_logits(f"as trained, base in {trained}", native, found[trained], "rounded"))
+    of_merge = native if onto is None else found[onto]
 
     def compare_both(name: str, logits: torch.Tensor) -> None:
         wanted: Wanted = "equal" if rounded is None else "rounded"
-        rows.append(compare_logits(name, native, logits, wanted))
+        rows.append(compare_logits(name, of_merge, logits, wanted))
         if rounded is not None:
             rows.append(compare_logits("  against rounded weights", rounded, logits, "equal"))
 
     if merged is not None:
-        compare_both("merged", found["merged"])
+        compare_both("merged" if onto is None else f"merged onto {onto}", found["merged"])
         if "transformers" in runtimes:
             compare_both("merged, in transformers", transformers_logits(merged, tokens))
     if peft is not None:
@@ -197,17 +204,30 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 
 
 def _rounded(
-    base: BaseWeights, source: ModelSource, adapter: NativeAdapter, stored: Mapping[str, torch.dtype]
+    base: BaseWeights,
+    source: ModelSource,
+    adapter: NativeAdapter,
+    stored: Mapping[str, torch.dtype],
+    onto: str | None,
 ) -> ReadRows:
     """Reads rows of base + adapter, added in fp32 and rounded to the dtypes in the merged folder."""
-    factors = stored_factors(adapter, source.shape)
-    of_tensor = lru_cache(maxsize=1)(lambda name: factors[name]())
+    changes = stored_changes(adapter, source.shape, base_format=onto)
+    of_tensor = lru_cache(maxsize=1)(lambda name: changes[name]())
 
     def read(name: str, rows: slice) -> torch.Tensor:
         values = base.read(name, rows)
-        if name not in factors:
-            return values.to(stored[name])
-        a, b = of_tensor(name)
-        return merged_rows(values, a, b[rows], stored[name])
+        return values.to(stored[name]) if name not in changes else of_tensor(name).rows(values, rows, stored[name])
+
+    return read
+
+
+def _dequantised(base: BaseWeights, source: ModelSource, name: str) -> ReadRows:
+    """Reads rows of the base that a storage format makes of the stored one, in fp32."""
+    change = Change(None, name)
+    quantised = {stored for rule in quantised_rules(source.shape) for stored in rule.hf_names}
+
+    def read(stored: str, rows: slice) -> torch.Tensor:
+        values = base.read(stored, rows)
+        return change.rows(values, rows, torch.float32) if stored in quantised else values
 
     return read

@@ -63,6 +63,12 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
     return gathered
 
 
+def stored_bytes(module: nn.Module) -> int:
+    """The bytes of the frozen parameters of `module` that this rank stores: under ZeRO-3 a part of each."""
+    frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
+    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
+
+
 @contextmanager
 def all_open(module: nn.Module, config: EngineConfig) -> Iterator[None]:
     """Gather every parameter of `module` inside the block, for reading or writing; all ranks must enter it."""

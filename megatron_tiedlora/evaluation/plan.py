@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.base_formats import UNQUANTISED
 from megatron_tiedlora.base.errors import UserError, as_given
 from megatron_tiedlora.base.paths import last_name, user_path
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
@@ -66,6 +67,11 @@ class EvaluationPlan:
         return DTYPES[self.dtype_name]
 
     @property
+    def base(self) -> str | None:
+        """The storage format of the blocks' linears; None for `dtype`."""
+        return _base_format(self.settings, self.adapter)
+
+    @property
     def adapter_name(self) -> str:
         """METHOD-rRANK, or the kind of model if there is no adapter."""
         if self.adapter is None:
@@ -96,10 +102,11 @@ class EvaluationPlan:
         if self.adapter is not None:
             targets = ", ".join(target.name for target in self.adapter.config.targets)
             adapter = f" with {self.adapter_name} on {targets}, from {settings.adapter}"
+        quantised = "" if self.base is None else f" (the linears of its blocks in {self.base})"
         merged = ", merged" if settings.merge_adapter else ""
         cut = f", {num_truncated} of them without their middle or early turns to fit" if num_truncated else ""
         return [
-            f"model      {self.source.name} in {dtype}{adapter}{merged}",
+            f"model      {self.source.name} in {dtype}{quantised}{adapter}{merged}",
             f"data       task {self.task.name}, {num_samples} {settings.split} rows{cut}",
             f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size} ranks",
             f"decoding   greedy, at most {self.max_new_tokens} tokens, {settings.batch_size} prompts at once per rank",
@@ -115,6 +122,7 @@ class EvaluationPlan:
             "output_dir": str(output_dir),
             "model": self.source.name,
             "dtype": self.dtype_name,
+            "base": self.base or UNQUANTISED,
             "max_length": self.settings.max_length or self.source.shape.limit.tokens,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -127,6 +135,7 @@ class EvaluationPlan:
             adapter = {
                 **self.adapter.config.facts,
                 "merged": self.settings.merge_adapter,
+                **({"base_format": trained} if (trained := self.adapter.base.base_format) else {}),
                 **({"base_differs": True} if self.settings.base_differs else {}),
             }
         layout = {
@@ -167,6 +176,22 @@ def plan_evaluation(settings: EvaluateSettings, *, rank: int, world_size: int) -
         limit=settings.limit or task.scored_rows,
         notes=(*notes, *_notes(settings)),
     )
+
+
+def _base_format(settings: EvaluateSettings, adapter: NativeAdapter | None) -> str | None:
+    """The storage format in which the base is used: the one that was given, or that of the adapter's run.
+
+    Raises:
+        UserError: the adapter is to be merged into quantised weights.
+    """
+    given = settings.base or (adapter and adapter.base.base_format) or UNQUANTISED
+    if given == UNQUANTISED:
+        return None
+    if settings.merge_adapter:
+        raise UserError(
+            f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}; give --base none"
+        )
+    return given
 
 
 def _trained_with(settings: EvaluateSettings) -> dict[str, Any]:
@@ -242,5 +267,11 @@ def _find_model(settings: EvaluateSettings) -> tuple[ModelSource, NativeAdapter 
         longest=longest,
         differs=settings.base_differs,
     )
-    base = check_base(opened.source, opened.adapter, tokenizer=settings.tokenizer, differs=settings.base_differs)
+    base = check_base(
+        opened.source,
+        opened.adapter,
+        tokenizer=settings.tokenizer,
+        differs=settings.base_differs,
+        base_format=_base_format(settings, opened.adapter),
+    )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

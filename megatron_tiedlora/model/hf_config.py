@@ -107,6 +107,12 @@ class HfConfig:
         for name, value in self._values.items():
             if name in self._read or name in _HARMLESS or (name in _OFF and (value is None or value == _OFF[name])):
                 continue
+            if name == "quantization_config":
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                raise UserError(
+                    f"{self.source}: quantization_config: weights quantised by {shown(method)} are not read; give the"
+                    " model with weights in bf16, fp16 or fp32, and train on fewer bits with --base"
+                )
             if name in _OFF:
                 raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented")
             raise UserError(

@@ -20,7 +20,7 @@ from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.model.row_parallel import RowParallelLinear
 from megatron_tiedlora.model.supervised import Supervised
 from megatron_tiedlora.parallel.collectives import enter_tensor_parallel_region, gather_from_tensor_parallel_region
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter, register
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.layers import VocabularyParallelEmbedding, frozen_linear
@@ -155,22 +155,22 @@ def layer_specs(
     kernels: Kernels = EAGER,
     recomputes_gate: bool = False,
     deterministic: bool = False,
-    kind: type[FrozenWeight] = FrozenWeight,
+    make_weight: WeightMaker = FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
     them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
-    `deterministic` see `choose_attention`. `kind` is the storage format of the blocks' linears; embedding and head are
-    plain.
+    `deterministic` see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`);
+    embedding and head are plain.
     """
 
     def embedding() -> nn.Module:
-        return VocabularyParallelEmbedding(weight(shape.embedding, FrozenWeight))
+        return VocabularyParallelEmbedding(weight(shape.embedding, FrozenWeight.empty))
 
-    def weight(linear: LinearShape, kind: type[FrozenWeight] = kind) -> FrozenWeight:
+    def weight(linear: LinearShape, make: WeightMaker = make_weight) -> FrozenWeight:
         local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
-        return kind.empty(*local_shape, dtype=dtype)
+        return make(*local_shape, dtype=dtype, shards_rows=linear.cut == "row" and tp_size > 1)
 
     def bias(linear: LinearShape) -> nn.Parameter | None:
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
@@ -203,7 +203,7 @@ def layer_specs(
 
     def head() -> nn.Module:
         norm = Norm(shape.final_norm.size, **of_norm(shape.final_norm))
-        own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight)
+        own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight.empty)
         return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 
     return (

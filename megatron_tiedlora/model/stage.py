@@ -217,7 +217,7 @@ class Stage(nn.Module):
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered."""
         if self.adapter is None:
             return {}
-        dtype = next(self.layers.parameters()).dtype
+        dtype = self.attention.qkv.norm.dtype
         updates = self.adapter(self.tensor_parallel.group, dtype=dtype)
         return dict(zip(self.adapter.part.layers, updates, strict=True))
 

@@ -61,6 +61,10 @@ class WeightRule:
         """The number of elements in the full tensor."""
         return math.prod(self.shape)
 
+    def is_quantised(self, shape: ModelShape) -> bool:
+        """Whether it is quantised in a base of fewer bits: the matrix of a block's linear is."""
+        return self.linear is not None and 1 <= self.layer <= shape.num_layers
+
     def by_stored_tensor(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor that they belong to.
 

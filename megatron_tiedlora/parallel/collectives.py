@@ -33,6 +33,15 @@ def all_reduce(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
     return total
 
 
+def largest_of_all(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+    """The elementwise maximum over the group; a new tensor unless the group has one rank."""
+    if group.size == 1:
+        return tensor
+    largest = tensor.clone()
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group.handle)
+    return largest
+
+
 def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
     """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:

@@ -6,7 +6,9 @@ format is just a subclass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,6 +17,20 @@ from torch import nn
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter without a gradient, on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns `start` to `stop - 1` of the `full` ones of a tensor: a shard of its rows.
+
+    Attributes:
+        largest: the elementwise maximum over the ranks that have the other columns; None if nothing can be asked.
+    """
+
+    start: int
+    stop: int
+    full: int
+    largest: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class FrozenWeight:
@@ -27,8 +43,13 @@ class FrozenWeight:
         self.tensor = tensor
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype) -> FrozenWeight:
-        """Uninitialised memory on the current default device."""
+    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight:
+        """Uninitialised memory on the current default device.
+
+        Args:
+            dtype: of the activations.
+            shards_rows: whether the shard has only some of the full tensor's columns.
+        """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
 
     @property
@@ -41,11 +62,6 @@ class FrozenWeight:
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's shard."""
         return tuple(self.tensor.shape)
-
-    @staticmethod
-    def num_bytes(num_elements: int, dtype: torch.dtype) -> int:
-        """Bytes of a weight with `num_elements` elements, for activations of `dtype`."""
-        return num_elements * dtype.itemsize
 
     def times_transposed(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
@@ -69,9 +85,25 @@ class FrozenWeight:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty_like(self.tensor)
 
-    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0) -> None:
-        """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on."""
+    def columns_to_read(self, columns: Columns) -> slice:
+        """The columns of the full tensor that `load` needs for a shard with these columns."""
+        return slice(columns.start, columns.stop)
+
+    def load(
+        self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None
+    ) -> None:
+        """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
+
+        Args:
+            columns: those that a shard of rows has in the full tensor. `values` has the columns `columns_to_read`.
+        """
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
+
+
+class WeightMaker(Protocol):
+    """Makes an empty weight; see `FrozenWeight.empty`."""
+
+    def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:

@@ -13,7 +13,6 @@ import torch
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.shard_spec import weight_spec
 
@@ -40,7 +39,8 @@ class Layout:
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
-        dtype: the dtype of the base.
+        dtype: the dtype of the base, and of activations.
+        base: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
@@ -58,6 +58,7 @@ class Layout:
     zero_stage: int = 0
     live_parameters: int = 1_000_000_000
     dtype: torch.dtype = torch.bfloat16
+    base: str | None = None
     recompute: str = "none"
     on_gpu: bool = False
     compiled: bool = True
@@ -86,11 +87,6 @@ class Layout:
         loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else BASE_MULTIPLE, self.sequence_parts)
-
-    def base_bytes(self, num_elements: int) -> int:
-        """The bytes of base weights with `num_elements` elements."""
-        return FrozenWeight.num_bytes(num_elements, self.dtype)
-
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
     """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""

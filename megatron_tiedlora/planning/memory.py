@@ -33,6 +33,7 @@ class StageMemory:
     """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries`."""
 
     base: float
+    dequantised: float
     adapter: float
     gradients: float
     optimizer: float
@@ -63,7 +64,8 @@ def stage_memory(stage: StagePlan, *, tokens: int, documents: int = 1, longest: 
     attention = attention_memory(stage.shape, layout, tokens=tokens, documents=documents, longest=longest or tokens)
     of_gradients, of_moments, of_weights = (layout.dp_size if layout.zero_stage >= least else 1 for least in (2, 1, 3))
     return StageMemory(
-        base=layout.base_bytes(sum(stage.local_base)) / of_weights,
+        base=stage.base_bytes / of_weights,
+        dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_weights,
         gradients=FP32 * trained / of_gradients,
         # Two moments; from ZeRO-1 on also a copy of the values, which the optimizer updates.
@@ -229,9 +231,9 @@ def _engine_bytes(stage: StagePlan, *, tokens: int) -> float:
     if layout.pp_size == 1:
         block = stage.shape.block  # the linears of an MLP are gathered together
         mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size
-        most = layout.live_parameters + max(mlp, *stage.local_base)
-        gathers = layout.zero_stage == 3 and layout.dp_size > 1
-        return float(layout.base_bytes(min(sum(stage.local_base), most))) if gathers else 0.0
+        most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
+        share = min(most / sum(tensor.size for tensor in stage.local_base), 1.0)
+        return share * stage.base_bytes if layout.zero_stage == 3 and layout.dp_size > 1 else 0.0
     once = of_token.hidden
     if stage.is_last:
         once = of_token.hidden + of_token.attended if layout.micro_batches > 1 else 0.0

@@ -8,12 +8,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.base.base_formats import BASE_FORMATS, SCALE_BYTES
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, TARGET_NAMES, ModelShape
-from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.model.weights import WeightRule, stage_weight_rules
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.partition import layer_costs, partition
+
+
+class StoredTensor(NamedTuple):
+    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
+
+    size: int
+    itemsize: int
+    quantised: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """All of its bytes."""
+        return self.size * self.itemsize
+
+
+def stored_tensors(
+    rule: WeightRule, shape: ModelShape, layout: Layout, tp_size: int = 1
+) -> tuple[StoredTensor, ...]:
+    """The parameters that store a rank's shard of a weight: one, or codes and scales if it is quantised."""
+    local_shape = rule.spec.local_shape(rule.shape, tp_size)
+    if layout.base is None or not rule.is_quantised(shape):
+        return (StoredTensor(math.prod(local_shape), layout.dtype.itemsize),)
+    rows, width = local_shape
+    storage, shards_rows = BASE_FORMATS[layout.base], rule.spec.dim == 1 and tp_size > 1
+    scales = rows * storage.row_scales(width, shards_rows=shards_rows)
+    return (StoredTensor(rows * storage.row_bytes(width), 1, True), StoredTensor(scales, SCALE_BYTES, True))
 
 
 @dataclass(frozen=True)
@@ -23,8 +51,8 @@ class StagePlan:
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
         part: the part of the adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
-        local_base: the numbers in each base parameter of a rank, with padding of the vocabulary and a copied head.
-        full_base: the numbers in the base parameters of all ranks of the stage together, without padding.
+        local_base: each base parameter of a rank, with padding of the vocabulary and a copied head.
+        full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
         cost_share: the stage's share of the work of all stages.
     """
 
@@ -33,8 +61,8 @@ class StagePlan:
     index: int
     layers: range
     part: AdapterPart
-    local_base: tuple[int, ...]
-    full_base: int
+    local_base: tuple[StoredTensor, ...]
+    full_base_bytes: int
     cost_share: float
 
     @property
@@ -61,6 +89,24 @@ class StagePlan:
     def backward_blocks(self) -> tuple[int, ...]:
         """The blocks that have a backward pass. Blocks below the first adapted layer have none."""
         return tuple(block for block in self.blocks if block >= self.first_adapted)
+
+    @property
+    def base_bytes(self) -> int:
+        """The bytes of a rank's base parameters."""
+        return sum(tensor.num_bytes for tensor in self.local_base)
+
+    @property
+    def quantised_bytes(self) -> int:
+        """Those of them that store quantised weights."""
+        return sum(tensor.num_bytes for tensor in self.local_base if tensor.quantised)
+
+    @property
+    def dequantised_bytes(self) -> int:
+        """The bytes of the memory into which a rank dequantises one weight after another; 0 for a plain base."""
+        if self.layout.base is None:
+            return 0
+        largest = max(linear.num_weights for linear in self.shape.block.linears)
+        return largest // self.layout.tp_size * self.layout.dtype.itemsize
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -132,8 +178,8 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                 index,
                 layers,
                 part=AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, tp_size),
-                local_base=tuple(math.prod(rule.spec.local_shape(rule.shape, tp_size)) for rule in rules),
-                full_base=sum(rule.num_elements for rule in rules),
+                local_base=tuple(tensor for rule in rules for tensor in stored_tensors(rule, shape, layout, tp_size)),
+                full_base_bytes=sum(t.num_bytes for rule in rules for t in stored_tensors(rule, shape, layout)),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),
             )
         )

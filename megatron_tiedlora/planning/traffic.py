@@ -12,7 +12,7 @@ two if gate and up are. After the last attention h counts supervised positions o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,10 +115,11 @@ def engine_bytes(stage: StagePlan, *, num_micro_batches: int) -> int:
         sums = 1 if zero_stage == 1 else num_micro_batches
         return sums * gradients + FP32 * padded(sum(stage.trained), 2 * dp_size) + norm
 
-    def whole(sizes: Sequence[int]) -> int:
+    def whole(sizes: Iterable[int]) -> int:
         return sum(padded(size, dp_size) for size in sizes)
 
-    parameters = stage.layout.base_bytes(whole(stage.local_base)) + FP32 * whole(stage.held)
+    base = sum(padded(tensor.size, dp_size) * tensor.itemsize for tensor in stage.local_base)
+    parameters = base + FP32 * whole(stage.held)
     return num_micro_batches * (2 * parameters + FP32 * whole(stage.trained)) + norm
 
 

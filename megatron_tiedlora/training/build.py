@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron_tiedlora.engine.engine import (
     initialize_engine,
     mark_parameters,
     parameter_access,
+    stored_bytes,
     trained_parameters,
 )
 from megatron_tiedlora.engine.optimizer_state import MOMENTS, write_moments
@@ -31,9 +33,11 @@ from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
+from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.training.init_from import load_start
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
@@ -46,7 +50,7 @@ class BuiltModel:
     Attributes:
         module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
         process_grid: DeepSpeed's grid of process groups.
-        bytes_read: bytes of base weights read, by rank.
+        bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
         notes: what a user should know of the adapter that it starts with, and how the base differs from that one's.
     """
 
@@ -56,6 +60,7 @@ class BuiltModel:
     process_grid: Any
     base: BaseIdentity
     bytes_read: tuple[int, ...]
+    bytes_kept: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -69,7 +74,7 @@ def build_model(
     """
     shape, grid = plan.source.shape, plan.grid
     with BaseWeights(plan.source.weights_folder(), shape) as weights:
-        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+        base = _identify(plan, weights)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
         state: Mapping[str, torch.Tensor] | None
@@ -86,11 +91,12 @@ def build_model(
             access=parameter_access(plan.engine),
             tp_rank=grid.tp_rank,
             tp_size=grid.tp_size,
+            largest=partial(largest_of_all, group=groups.tensor),
             reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
             progress=grid.rank == 0,
         )
-        read = gather_numbers(weights.bytes_read)
-    return BuiltModel(module, stage, groups, process_grid, base, tuple(read), notes)
+        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(stage.layers))
+    return BuiltModel(module, stage, groups, process_grid, base, tuple(read), tuple(kept), notes)
 
 
 def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
@@ -106,7 +112,8 @@ def build_random_model(plan: RunPlan, device: torch.device, *, kernels: Kernels 
         progress=plan.grid.rank == 0,
     )
     base = identify_shape(plan.source, plan.dtype_name, weights_hash="random")
-    return BuiltModel(module, stage, groups, process_grid, base, (0,) * plan.grid.world_size)
+    none = (0,) * plan.grid.world_size
+    return BuiltModel(module, stage, groups, process_grid, base, none, none)
 
 
 def _fill_adapter(
@@ -130,6 +137,7 @@ def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple
         kernels=kernels,
         recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
+        make_weight=weight_maker(plan.settings.base),
     )
     adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 
@@ -195,10 +203,15 @@ def start_engine(plan: RunPlan, built: BuiltModel, device: torch.device, checkpo
     return make_runner(engine, built.stage, built.groups, plan.engine, device)
 
 
+def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
+    found = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+    return replace(found, base_format=plan.settings.base)
+
+
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), plan.source.shape) as weights:
-        base = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+        base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 
 

@@ -95,7 +95,7 @@ def _partition(plan: RunPlan) -> list[str]:
                 " + ".join(names),
                 f"{stage.cost_share:.1%}",
                 _ranges(stage.part.layers) or "none",
-                bytes_in_words(layout.base_bytes(stage.full_base)),
+                bytes_in_words(stage.full_base_bytes),
             ]
         )
     return [
@@ -119,6 +119,7 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         memory = stage_memory(stage, tokens=layout.rows * length, documents=documents, longest=longest)
         sizes = {
             "base weights": memory.base,
+            **({"one dequantised": memory.dequantised} if layout.base else {}),
             "adapter": memory.adapter,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
@@ -135,10 +136,23 @@ def _memory(plan: RunPlan, first: FirstStep | None = None) -> list[str]:
         *_stage_table(header, cells),
         f"  (a block saves {token_bytes(plan.source.shape, layout).saved / 1e3:,.1f} kB per token of each micro-batch"
         " in flight; the last block saves less, as its MLP runs its backward pass at once)",
+        *_base_line(plan),
         _kernels_line(plan, tokens=layout.rows * length),
         *_engine_line(plan),
         *_libraries_line(plan),
         *([] if first is None else _decoding(plan, first.data)),
+    ]
+
+
+def _base_line(plan: RunPlan) -> list[str]:
+    """The note on the base weights if they are quantised."""
+    if plan.layout.base is None:
+        return []
+    sizes = sorted({stage.quantised_bytes for stage in plan.stages})
+    words = " to ".join(bytes_in_words(size) for size in sizes[:: max(1, len(sizes) - 1)])
+    return [
+        f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {plan.layout.base}; each is"
+        " dequantised just before its matmul, in memory that all of them share)"
     ]
 
 

@@ -83,6 +83,7 @@ class RunPlan:
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             dtype=DTYPES[self.dtype_name],
+            base=settings.base,
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,

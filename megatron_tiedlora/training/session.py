@@ -249,7 +249,8 @@ def headline(
     if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
         layers += f" ({', '.join(targets)})"
     lines = [
-        f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen",
+        f"model      {settings.model}, {total / 1e6:,.1f} M parameters in {dtype}, frozen"
+        + ("" if settings.base is None else f"; the linears of its blocks in {settings.base}"),
         f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
         + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
         f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
@@ -266,8 +267,11 @@ def headline(
             f"layout     tensor {grid.tp_size}{sharded} x pipeline {grid.pp_size} ({stages} layers with embedding and"
             f" head) x data {grid.dp_size}"
         )
-    sizes = dict.fromkeys(map(bytes_in_words, (min(built.bytes_read), max(built.bytes_read))))
-    lines.append(f"read       {' to '.join(sizes)} of base weights per rank")
+    read, kept = (
+        " to ".join(dict.fromkeys(map(bytes_in_words, (min(sizes), max(sizes)))))
+        for sizes in (built.bytes_read, built.bytes_kept)
+    )
+    lines.append(f"read       {read} of base weights per rank{'' if settings.base is None else f', stored as {kept}'}")
     lines.append(f"kernels    {chosen.description}")
     lines.append(f"attention  {built.stage.attention.route(device, plan.dtype)}")
     if settings.init_from is not None and checkpoint is None:

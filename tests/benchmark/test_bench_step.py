@@ -18,12 +18,15 @@ from ranks import ENVIRONMENT
 from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.base_formats import precision_in_words
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.benchmark.plan import make_plan, saved_formula
 from megatron_tiedlora.benchmark.sides import OURS, PADDED, Side, make_sides
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 
 TOOL = ROOT / "tools" / "bench_step.py"
 
@@ -86,6 +89,14 @@ def test_what_a_step_keeps_is_the_formula_of_its_recompute(folder: Path, recompu
     beside = side.saved_bytes() - saved_formula(make_plan(settings), side.batches)
     positions = 0 if recompute == "full" else side.num_positions
     assert beside == beside_the_formula(side.num_supervised, positions, itemsize=4)
+
+
+def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
+    settings = settings_of(folder, "--base=nf4")
+    (side,) = sides_of(settings).values()
+    quantised = [weight for weight in frozen_weights(side.model).values() if isinstance(weight, QuantisedWeight)]
+    assert len(quantised) == 4 * len(side.model.blocks) and quantised[0].storage.name == "nf4"
+    assert precision_in_words(settings.dtype, settings.base) == "fp32 with the linears in nf4"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config
 from megatron_tiedlora.adapters.tying import sum_of_u
+from megatron_tiedlora.base.base_formats import BASE_FORMATS
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.saved import token_bytes
 
@@ -26,7 +29,7 @@ DTYPES, RECOMPUTES = (torch.float32, torch.bfloat16), ("none", "selective")
 
 
 def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, float]]:
-    """Of each model, in both dtypes and with both kinds of recompute, whole sequences and sharded ones."""
+    """Of each model, in both dtypes, with both kinds of recompute and with a base of each format."""
     found = []
     rank = torch.distributed.get_rank() if tp_size > 1 else 0
     groups = groups_of(Grid(rank, tp_size, tp_size=tp_size)) if tp_size > 1 else ParallelGroups()
@@ -34,12 +37,18 @@ def _counted_and_planned(folders: list[str], tp_size: int) -> list[tuple[float, 
         shape = find_model(folder).shape
         adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)
         for dtype in DTYPES:
-            for recompute in RECOMPUTES:
-                specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, recomputes_gate=recompute == "selective")
+            for recompute, base in product(RECOMPUTES, (None, *BASE_FORMATS)):
+                specs = layer_specs(
+                    shape,
+                    dtype=dtype,
+                    tp_size=tp_size,
+                    recomputes_gate=recompute == "selective",
+                    make_weight=weight_maker(base),
+                )
                 part = TiedAdapter(AdapterPart(adapter, (1, 2), rank, tp_size))
                 part.u_sum = sum_of_u(groups)
                 stage = Stage(specs, part, tensor_parallel=TensorParallel(groups.tensor, tp_size > 1))
-                layout = Layout(adapter, length=256, tp_size=tp_size, dtype=dtype, recompute=recompute)
+                layout = Layout(adapter, length=256, tp_size=tp_size, dtype=dtype, recompute=recompute, base=base)
                 found.append((saved_bytes_per_token(stage, dtype), token_bytes(shape, layout).saved))
     return found
 

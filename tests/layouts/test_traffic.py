@@ -36,6 +36,7 @@ from megatron_tiedlora.parallel.traffic import (
 from megatron_tiedlora.planning import traffic as planned_traffic
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.saved import token_bytes
+from megatron_tiedlora.planning.stages import StoredTensor
 from megatron_tiedlora.planning.traffic import STOP_VOTES_BYTES, engine_bytes
 from megatron_tiedlora.training.dry_run import bytes_in_words, dry_run_report
 
@@ -63,6 +64,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp zero2, offloaded": {"ds_config": "zero2_offload.json", "method": "tl5"},
         "dp zero3": {**LATER, "ds_config": "zero3.json", "method": "vera"},
         "dp zero3, base in parts": {**LATER, "ds_config": "parted3"},
+        "dp zero3, nf4": {**LATER, "ds_config": "zero3.json", "base": "nf4"},
+        "pp, fp8": {**PP, "base": "fp8"},
         "pp": {**PP},
         "pp zero0, one layer": {**PP, **ONE_LAYER, "ds_config": "zero0.json"},
         "pp, bf16": {**PP, "dtype": "bf16", "method": "tl5"},
@@ -70,6 +73,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp whole, recompute": {**ALONE, **WHOLE, **FULL, "method": "vera"},
         "tp, recompute": {**ALONE, **FULL},
         "tp, recompute of gate and up": {**ALONE, "recompute": "selective", "layers": (2, 4), **FIVE},
+        "tp, nf4": {**ALONE, "base": "nf4"},
         "tp, one layer": {**ALONE, **ONE_LAYER},
         "tp, short head": {**ALONE, "head_rows": 16, "ds_config": "zero0.json"},
         "tp, packed": {**ALONE, **PACKED},
@@ -188,12 +192,12 @@ def test_base_bytes_are_those_of_built_stages(ran: Mapping[str, Ran]) -> None:
         for rank, counted in enumerate(found.counted):
             plan = found.plan(rank)
             if plan.engine.zero_stage < 3:
-                assert plan.layout.base_bytes(sum(plan.stage.local_base)) == counted.base_bytes
+                assert plan.stage.base_bytes == counted.base_bytes
                 seen.add(counted.base_bytes)
     assert len(seen) >= 8, "models, cuts and stages differ"
 
 
-@pytest.mark.parametrize("name", ["dp zero0", "pp", "tp x pp", "tp x pp, tied embeddings", "tp x dp whole"])
+@pytest.mark.parametrize("name", ["dp zero0", "pp", "tp, nf4", "tp x pp", "tp x pp, tied embeddings", "tp x dp whole"])
 def test_the_report_says_it(ran: Mapping[str, Ran], name: str) -> None:
     """The tables of --dry_run hold what a built stage weighs and what is predicted for the first step."""
     found = ran[name]
@@ -229,7 +233,8 @@ def test_what_deepspeed_sends_at_each_zero_stage() -> None:
     bound, adapter = {}, make_adapter_config("tl6", rank=1, layers=(1,), targets=(target,), seed=0)
     for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
         layout = Layout(adapter, length=8, dp_size=dp_size, zero_stage=zero_stage)
-        stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=(5, 8))
+        base = (StoredTensor(5, 2), StoredTensor(8, 2))
+        stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=base)
         bound[zero_stage, dp_size] = engine_bytes(stage, num_micro_batches=4)
     assert bound == {
         (0, 3): 4 * 23,

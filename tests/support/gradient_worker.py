@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,17 @@ from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.grid import Grid
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.parallel.traffic import Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.partition import Stages, layer_costs, partition
 
 DTYPE = torch.float64
 SEED = 7  # of dropout
+ALONE_IN_ALL = ParallelGroups()
 ALPHA = 6.0  # another number than any rank here, so that a forgotten alpha / r shows
 
 
@@ -53,6 +56,7 @@ class Case:
     recompute: str = "none"
     packed: bool = False
     dropout: float = 0.0
+    base: str | None = None
 
     @property
     def counted(self) -> bool:
@@ -204,7 +208,13 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
     adapter.u_sum = sum_of_u(groups)
-    specs = layer_specs(case.shape, dtype=DTYPE, tp_size=grid.tp_size, recomputes_gate=case.recompute == "selective")
+    specs = layer_specs(
+        case.shape,
+        dtype=DTYPE,
+        tp_size=grid.tp_size,
+        recomputes_gate=case.recompute == "selective",
+        make_weight=weight_maker(case.base),
+    )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
         adapter,
@@ -216,13 +226,15 @@ def build_stage(case: Case, grid: Grid, groups: ParallelGroups) -> Stage:
     with torch.no_grad():  # a weight that nobody reads must not go unseen
         for name, parameter in stage.named_parameters():
             if name.startswith("layers."):
-                parameter.fill_(float("nan"))
+                parameter.view(torch.uint8).fill_(255)  # NaN, and as bits of scales too
     with BaseWeights(case.folder, case.shape) as weights:
-        fill_stage(stage, weights, case.shape, grid)
+        fill_stage(stage, weights, case.shape, grid, groups)
     return stage
 
 
-def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid) -> None:
+def fill_stage(
+    stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid, groups: ParallelGroups = ALONE_IN_ALL
+) -> None:
     """Read a rank's slices of the base into its stage."""
     load_base_weights(
         weights,
@@ -230,6 +242,7 @@ def fill_stage(stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid
         stage_weight_rules(shape, has_embedding=stage.embedding is not None),
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
+        largest=partial(largest_of_all, group=groups.tensor),
     )
 
 

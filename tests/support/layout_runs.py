@@ -92,12 +92,18 @@ def prepare(
     base: dict[str, Any],
     folder: Path,
     layout: Layout,
+    /,
     *,
     optimizer: str = "sgd",
     oracles: dict[Any, OracleRun],
+    oracle_model: Path | None = None,
     **changes: Any,
 ) -> Prepared:
-    """A case at `layout` that starts from random non-zero factors."""
+    """A case at `layout` that starts from random non-zero factors.
+
+    Args:
+        oracle_model: what the oracle computes with; None for the run's own model.
+    """
     settings = {**base, "tensor_parallel": layout.tp, "pipeline_parallel": layout.pp, **changes}
     if layout.pp * layout.dp == 1 and "micro_batch_size" not in changes:
         settings["micro_batch_size"] *= 2  # two micro-batches are enough where no stage waits for another
@@ -115,11 +121,12 @@ def prepare(
         scale=0.2,
         targets=targets,
     )
-    key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets))
+    key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets), settings.get("base"))
     file = folder / f"{'-'.join(map(str, key))}.safetensors"
     if key not in oracles:
         save_start(start, file)
-        oracles[key] = oracle_run(settings, start, optimizer=optimizer)
+        of_oracle = settings if oracle_model is None else {**settings, "model": str(oracle_model)}
+        oracles[key] = oracle_run(of_oracle, start, optimizer=optimizer)
     return Prepared({"settings": settings, "start": str(file), "optimizer": optimizer}, oracles[key], layout, optimizer)
 
 

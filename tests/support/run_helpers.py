@@ -226,7 +226,7 @@ def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
 
 
 def run(
-    base: Base, folder: Path, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
+    base: Base, folder: Path, /, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
 ) -> Ended:
     """One start with run folder `folder`, which must end with status `expect` on every rank."""
     arguments = base.arguments(**{"output_dir": folder, **changes})

@@ -43,7 +43,8 @@ def test_the_tables_name_settings_that_exist_and_no_name_of_ours() -> None:
         ("--num-train-epochs", "--epochs"),
         ("--lora_r", "--rank"),
         ("--bf16", "--dtype bf16"),
-        ("--load_in_4bit", "not offered yet"),
+        ("--load_in_4bit", "here it is --base nf4"),
+        ("--fp8", "here it is --base fp8"),
         ("--target_modules", "--targets: qkv (q_proj"),
         ("--per_device_train_batch_size", "--micro_batch_size"),
         ("--gradient_accumulation_steps", "--global_batch_size"),
@@ -67,7 +68,7 @@ def test_keys_of_a_file_and_of_a_program_have_no_dashes(tmp_path: Path) -> None:
     file.write_text("lr: 1e-4\n")
     assert refusal("--config", str(file)) == f"{file}: unknown setting 'lr' (here it is learning_rate)"
     file.write_text("load_in_4bit: true\n")
-    assert "'load_in_4bit' (a 4-bit or 8-bit base is not offered yet" in refusal("--config", str(file))
+    assert "'load_in_4bit' (here it is base nf4)" in refusal("--config", str(file))
 
 
 def test_a_command_answers_with_its_own_names_only() -> None:

@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "yarn": ({"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": 0}, "max_position_embeddings = 0"),
     "rope field": ({"rope_parameters": {"mrope_section": [1]}}, "'mrope_section'"),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config = "),
+    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "weights quantised by 'awq' are not read; give"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
     "mixtral": ({"model_type": "mixtral"}, "model_type 'mixtral'"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),

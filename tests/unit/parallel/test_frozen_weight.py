@@ -18,7 +18,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
 
 
@@ -30,7 +30,7 @@ class HalvedWeight(FrozenWeight):
         self.second = second
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype) -> HalvedWeight:
+    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> HalvedWeight:
         return cls(*(frozen_parameter(*local_shape, dtype=dtype) for _ in range(2)))
 
     @property
@@ -44,7 +44,7 @@ class HalvedWeight(FrozenWeight):
     def times(self, grad_y: torch.Tensor, *, out: Any = None) -> torch.Tensor:
         return FrozenWeight(self.tensor + self.second).times(grad_y, out=out)
 
-    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0) -> None:
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         for half in (self.tensor, self.second):
             FrozenWeight(half).load(values / 2, dim=dim, start=start)
 
@@ -87,7 +87,7 @@ def build(folder: Path, kind: type[FrozenWeight]) -> Stage:
     config = make_adapter_config("tl6", rank=4, layers=(1, 3), targets=targets_of(source.shape), seed=0)
     adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float64)
     adapter.load_full({name: drawn(*value.shape, seed=7) for name, value in initial_values(config).items()})
-    model = Stage(layer_specs(source.shape, dtype=torch.float64, kind=kind), adapter)
+    model = Stage(layer_specs(source.shape, dtype=torch.float64, make_weight=kind.empty), adapter)
     with BaseWeights(folder, source.shape) as weights:
         load_base_weights(weights, frozen_weights(model))
     return model
@@ -114,5 +114,5 @@ def test_another_storage_format_trains_as_the_plain_one(tmp_path: Path, tied: bo
 
 def test_every_rule_of_the_name_table_has_its_weight(tmp_path: Path) -> None:
     source = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, attention_bias=True)))
-    model = Stage(layer_specs(source.shape, dtype=torch.float32, kind=HalvedWeight), None)
+    model = Stage(layer_specs(source.shape, dtype=torch.float32, make_weight=HalvedWeight.empty), None)
     assert frozen_weights(model).keys() == {rule.name for rule in weight_rules(source.shape)}

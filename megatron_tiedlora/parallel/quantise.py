@@ -1,0 +1,105 @@
+"""Quantises rows of a weight and dequantises them, in plain torch: the same bits on every device.
+
+    value = scale * level(code)        scale = largest |value| of the block or row / largest level
+
+nf4 has 16 levels, of which the largest is 1, and two codes in a byte, the first in its upper half. int8 has the levels
+-127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from megatron_tiedlora.base.base_formats import BaseFormat
+
+# The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+LARGEST_LEVEL = {"int8": 127.0, "fp8": 448.0}
+CODE_TYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_LEAST_DIVISOR = 1e-38  # of bitsandbytes
+_LEAST_SCALE = 2.0**-120
+
+
+def nf4_levels(device: torch.device) -> torch.Tensor:
+    """The 16 levels, fp32."""
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+def quantise_nf4(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, width) uint8 of 0 to 15, not packed, and scales (rows, number of blocks) fp32, from rows of values.
+
+    The codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
+    `without_tiny` ones.
+    """
+    rows, width = values.shape
+    blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
+    scales = blocks.abs().amax(-1)
+    scaled = blocks * (1.0 / scales.clamp(min=_LEAST_DIVISOR))[..., None]
+    codes, levels = torch.zeros_like(scaled, dtype=torch.uint8), nf4_levels(torch.device("cpu"))
+    for border in ((levels[:-1] + levels[1:]) / 2).tolist():  # torch.bucketize takes twice as long on a CPU
+        codes += scaled > border
+    return codes.view(rows, -1)[:, :width], without_tiny(scales)
+
+
+def without_tiny(scales: torch.Tensor) -> torch.Tensor:
+    """nf4's scales, with 0 for those below 2^-120.
+
+    Values of such a block can be subnormal, and some CPUs make zeros of these as they round to bf16, others do not.
+    """
+    return torch.where(scales < _LEAST_SCALE, 0.0, scales)
+
+
+def pack_nf4(codes: torch.Tensor) -> torch.Tensor:
+    """Codes (rows, width) of 0 to 15, two in a byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
+    pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+    return (pairs[..., 0] << 4) | pairs[..., 1]
+
+
+def unpack_nf4(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of `pack_nf4`, (rows, width) uint8."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
+
+
+def dequantise_nf4(packed: torch.Tensor, scales: torch.Tensor, width: int, block: int) -> torch.Tensor:
+    """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
+    values = nf4_levels(packed.device)[unpack_nf4(packed, width).int()]
+    whole = width - width % block
+    values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
+    values[:, whole:].mul_(scales[:, whole // block :])
+    return values
+
+
+def quantised_rows(values: torch.Tensor, storage: BaseFormat) -> torch.Tensor:
+    """What a format makes of whole rows, (rows, width) fp32: D(W) for W."""
+    if storage.block is None:
+        return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
+    codes, scales = quantise_nf4(values, storage.block)
+    return dequantise_nf4(pack_nf4(codes), scales, values.shape[1], storage.block)
+
+
+def row_maxima(values: torch.Tensor) -> torch.Tensor:
+    """The largest |value| of each row, (rows,) fp32."""
+    return values.abs().amax(1).float()
+
+
+def quantise_rows(values: torch.Tensor, maxima: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, from rows of values.
+
+    Args:
+        maxima: the largest |value| of each full row, (rows,) fp32.
+    """
+    largest = LARGEST_LEVEL[name]
+    scales = maxima / largest
+    scaled = values.float() / torch.where(scales > 0, scales, 1.0)[:, None]
+    scaled = scaled.clamp_(-largest, largest)
+    return (scaled.round_() if name == "int8" else scaled).to(CODE_TYPE[name]), scales
+
+
+def dequantise_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Values (rows, width) fp32 of int8 or fp8 codes and scales (rows,)."""
+    return codes.float() * scales[:, None]

@@ -1,0 +1,87 @@
+"""transformers with bitsandbytes as an outside witness of --base nf4: the same codes, and the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.base_formats import BASE_FORMATS
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 320,
+    "num_layers": 3,
+}
+FUSED = {"attention.qkv": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up": ("gate_proj", "up_proj")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("bnb") / "model", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    """The folder in nf4 without double quantisation, which computes in bf16."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
+    ).eval()
+
+
+def test_codes_and_scales_are_theirs(folder: Path, theirs: Any) -> None:
+    ours = frozen_weights(load_model(find_model(str(folder)), None, dtype=torch.bfloat16, base="nf4"))
+    compared = 0
+    for index, layer in enumerate(theirs.model.layers):
+        linears = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
+        for name, weight in ours.items():
+            if not name.startswith(f"layers.{index + 1}.") or not isinstance(weight, QuantisedWeight):
+                continue
+            own = name.removeprefix(f"layers.{index + 1}.").removesuffix(".weight")
+            names = FUSED.get(own, ({"attention.output": "o_proj", "mlp.down": "down_proj"}.get(own, own),))
+            stored = [linears[part].weight for part in names]
+            codes = torch.cat([part.data.flatten() for part in stored])
+            scales = torch.cat([part.quant_state.absmax for part in stored])
+            assert torch.equal(codes, weight.tensor.flatten()), name
+            assert torch.equal(scales, weight.scales.flatten()), name
+            compared += len(stored)
+    assert compared == 7 * SHAPE["num_layers"] and BASE_FORMATS["nf4"].block == 64
+
+
+def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
+    """In bf16 within what it rounds: a plain model's logits differ nearly as much from transformers'.
+
+    Autograd is on, because bitsandbytes' kernel without it (0.50.2, on CPUs with bf16) rounds scales to bf16.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(3, 320, (2, 48), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(48).expand_as(tokens)
+    source = find_model(str(folder))
+
+    def distance(base: str | None, other: Any) -> float:
+        ours = load_model(source, None, dtype=torch.bfloat16, base=base).predict(tokens, positions).detach().float()
+        logits = other(tokens).logits.detach().float()
+        return float((ours - logits).norm() / logits.norm())
+
+    plain = distance(None, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
+    assert distance("nf4", theirs) <= 1.5 * plain < 0.03
+    assert distance(None, theirs) > 0.05

@@ -1,0 +1,87 @@
+"""Runs on a quantised base: what they say and record, and what may use their adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_runs import evaluate, results
+from quantised_models import CROSSING
+from run_files import run_settings
+from run_helpers import Base, run, write_base
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.fields import validate_settings
+from megatron_tiedlora.evaluation.plan import plan_evaluation
+
+pytestmark = pytest.mark.distributed
+
+TRAINED_ON = "trained on its base in nf4, but this uses it in"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("base"), num_layers=2, **CROSSING)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Base) -> Path:
+    """Two steps on nf4 over two tensor-parallel ranks."""
+    ended = run(base, base.folder / "run", ranks=2, tensor_parallel=2, max_steps=2, base="nf4")
+    text = ended.outputs[0]
+    assert "parameters in fp32, frozen; the linears of its blocks in nf4" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("read  ")]
+    assert "of base weights per rank, stored as " in line
+    return base.folder / "run"
+
+
+def test_the_record(trained: Path) -> None:
+    assert run_settings(trained)["base"] == "nf4"
+    native = load_adapter(trained / "adapter")
+    assert native.base.base_format == "nf4" and native.base.dtype == "fp32"
+    (step,) = (trained / "checkpoints").glob("step_2")
+    assert load_adapter(step).base == native.base == load_adapter(trained / "peft/native").base
+
+
+def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
+    ended = run(base, tmp_path / "run", max_steps=2)
+    assert "base_format" not in json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
+
+
+def test_it_resumes_on_the_same_format_alone(base: Base, trained: Path, tmp_path: Path) -> None:
+    for given, text in (("int8", "now it is int8"), (None, "now it is left out")):
+        ended = run(base, trained, max_steps=2, resume="auto", base=given, expect=2)
+        assert f"trained with --base nf4, but {text}; resume with the same value" in ended.error_line()
+    ended = run(base, trained, max_steps=2, resume="auto", base="nf4")  # at another layout
+    assert "resumed from step 2" in ended.outputs[0]
+    run(base, tmp_path / "plain", max_steps=2)
+    ended = run(base, tmp_path / "plain", max_steps=2, base="nf4", resume="auto", expect=2)
+    assert "trained with --base left out, but now it is nf4" in ended.error_line()
+
+
+def test_a_start_on_another_format_is_said(base: Base, trained: Path, tmp_path: Path) -> None:
+    start = {"init_from": trained / "adapter", "rank": None, "max_steps": 2}
+    for name, said in (("int8", True), ("nf4", False)):
+        ended = run(base, tmp_path / name, base=name, **start)
+        assert (f"{TRAINED_ON} {name}" in ended.outputs[0]) == said
+
+
+def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_path: Path) -> None:
+    rows = str(base.folder / "validation.jsonl")
+    shared = {"adapter": str(trained / "adapter"), "test_file": rows, "limit": 2, "max_new_tokens": 4}
+    for given, used, said in ((None, "nf4", None), ("none", "none", "fp32"), ("int8", "int8", "int8")):
+        more = {} if given is None else {"base": given}
+        ended = evaluate(tmp_path / used, work=tmp_path, **shared, **more)
+        quantised = f"(the linears of its blocks in {used})"
+        assert (quantised in ended.outputs[0]) == (used != "none")
+        assert (TRAINED_ON in ended.outputs[0]) == (said is not None)
+        assert said is None or f"{TRAINED_ON} {said};" in ended.outputs[0]
+        found = results(tmp_path / used)
+        assert found["settings"]["base"] == used and found["adapter"]["base_format"] == "nf4"
+    merged = validate_settings({**shared, "merge_adapter": True}, EvaluateSettings)
+    with pytest.raises(UserError, match=r"--merge_adapter adds the adapter to weights .* in nf4; give --base none"):
+        plan_evaluation(merged, rank=0, world_size=1)

@@ -1,0 +1,43 @@
+"""Models whose weights are what a format makes of another model's, by the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import quantised_oracle as oracle
+import torch
+from safetensors.torch import load_file, save_file
+
+FORMATS = ("nf4", "int8", "fp8")
+# A tensor-parallel cut lies within a block of 64: at TP 2 it is at column 48 of the output's 96 and at 40 of down's 80.
+CROSSING: dict[str, Any] = {"hidden_size": 96, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 80}
+
+
+def expected_values(name: str, values: torch.Tensor) -> torch.Tensor:
+    """What a format makes of a weight: fp32 numbers, returned in fp64."""
+    numbers = values.float().numpy()
+    if name == "nf4":
+        return torch.from_numpy(oracle.nf4_values(numbers)).double()
+    levels, scales = oracle.row_values(numbers, name)
+    return torch.from_numpy(levels * scales[:, None]).double()
+
+
+def quantised(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face model with the values of a format, in fp64, where a base is quantised."""
+    return {
+        key: expected_values(name, value) if ".layers." in key and value.ndim == 2 else value.double()
+        for key, value in weights.items()
+    }
+
+
+def with_values(folder: Path, into: Path, name: str) -> Path:
+    """A copy of a model with the values of a format, in fp32."""
+    into.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (into / file.name).write_bytes(file.read_bytes())
+    tensors = quantised(load_file(folder / "model.safetensors"), name)
+    found = {key: value.float().contiguous() for key, value in tensors.items()}
+    save_file(found, into / "model.safetensors", metadata={"format": "pt"})
+    return into

@@ -1,0 +1,125 @@
+"""Merging an adapter that was trained on a quantised base: onto the stored base, or onto what training saw."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from native_files import with_adapter
+from quantised_models import CROSSING, FORMATS, quantised
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
+
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_adapter, save_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.commands import merge as merge_command
+from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.verify import verify_export
+
+TARGETS = ("qkv", "down_proj")
+LAYERS = (1, 3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base in bf16, and an adapter of some of its linears."""
+
+    folder: Path
+    source: ModelSource
+    adapter: NativeAdapter
+
+    def on(self, name: str | None) -> NativeAdapter:
+        """The adapter as of a run with --base NAME."""
+        return replace(self.adapter, base=replace(self.adapter.base, base_format=name))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("merge")
+    model = write_tiny_model(folder / "model", dtype=torch.bfloat16, tokenizer=False, num_layers=3, **CROSSING)
+    source, adapter, _ = with_adapter(model, "tl6", LAYERS, targets=TARGETS)
+    return Trained(model, source, adapter)
+
+
+def expected(trained: Trained, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """base + update in fp32, cast once."""
+    found = {name: value.float() for name, value in base.items()}
+    for rule, a, b in trained.adapter.updates(trained.source.shape):
+        for name, rows in rule.by_stored_tensor(b @ a).items():
+            found[name] = found[name] + rows
+    return {name: value.bfloat16() for name, value in found.items()}
+
+
+def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Equal but for the last bit of bf16, as the update is summed here in one matmul."""
+    assert found.keys() == wanted.keys()
+    pairs = ((found[name].float(), wanted[name].float()) for name in wanted)
+    return all(bool(((one - other).abs() <= 2**-7 * other.abs() + 1e-6).all()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_onto_the_stored_base_and_onto_what_training_saw(trained: Trained, name: str, tmp_path: Path) -> None:
+    adapter, stored = trained.on(name), load_file(trained.folder / "model.safetensors")
+    notes: list[str] = []
+    merge_adapter(trained.source, adapter, tmp_path / "original", say=notes.append)
+    assert [f"trained on its base in {name}, but this uses it in" in note for note in notes] == [True]
+    merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True, say=notes.append)
+    assert len(notes) == 1, "this one uses what training saw"
+    original, onto = (load_file(tmp_path / kind / "model.safetensors") for kind in ("original", "trained"))
+    assert close(original, expected(trained, stored)) and close(onto, expected(trained, quantised(stored, name)))
+    for key, value in quantised(stored, name).items():
+        adapted = any(f".{layer - 1}." in key for layer in LAYERS) and ("_proj" in key) and "o_proj" not in key
+        if not adapted or "gate" in key or "up_proj" in key:
+            assert torch.equal(onto[key], value.bfloat16()), key
+    assert not torch.equal(onto["model.layers.1.mlp.up_proj.weight"], stored["model.layers.1.mlp.up_proj.weight"])
+    export_peft(trained.source, adapter, tmp_path / "peft")
+    for kind, title in (("original", "merged "), ("trained", f"merged onto {name}")):
+        found = verify_export(trained.source, adapter, merged=tmp_path / kind, peft=tmp_path / "peft")
+        assert found.passed and f"\n{title}" in found.report(), found.report()
+        (row,) = [row for row in found.logits if row.name == f"as trained, base in {name}"]
+        assert row.verdict == "for information" and row.largest > 1e-4
+
+
+def test_logits_of_a_merge_in_fp32_are_those_on_what_training_saw(trained: Trained, tmp_path: Path) -> None:
+    adapter = trained.on("nf4")
+    merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True, dtype=torch.float32)
+    found = verify_export(trained.source, adapter, merged=tmp_path / "trained", inside="none")
+    (row,) = [row for row in found.logits if row.name == "merged onto nf4"]
+    assert found.passed and row.verdict == "ok"
+
+
+def test_the_check_knows_onto_what_it_was_merged(trained: Trained, tmp_path: Path) -> None:
+    adapter = trained.on("int8")
+    merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True)
+    file = tmp_path / "trained" / MERGE_RECORD
+    record = json.loads(file.read_text())
+    assert record["merged_onto"] == "int8"
+    for wrong in (None, "nf4"):
+        file.write_text(json.dumps({**record, "merged_onto": wrong}))
+        found = verify_export(trained.source, adapter, merged=tmp_path / "trained", inside="none")
+        assert not found.passed and found.bits is not None and len(found.bits.differences) >= 7 * 3
+    file.write_text(json.dumps({**record, "merged_onto": "int4"}))
+    with pytest.raises(UserError, match=rf"{MERGE_RECORD}: merged_onto = 'int4' is not one of int8, fp8, nf4"):
+        verify_export(trained.source, adapter, merged=tmp_path / "trained", inside="none")
+
+
+def test_an_adapter_of_a_plain_base_has_no_other(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained.on(None)
+    with pytest.raises(UserError, match="--onto trained: the adapter was trained on its base in fp32, not on"):
+        merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True)
+    merge_adapter(trained.source, adapter, tmp_path / "plain")
+    assert "merged_onto" not in json.loads((tmp_path / "plain" / MERGE_RECORD).read_text())
+    native = trained.on("fp8")
+    save_adapter(tmp_path / "native", native.config, native.base, native.state)
+    assert load_adapter(tmp_path / "native").base.base_format == "fp8"
+    words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
+    assert merge_command.main(words) == 0 and "note" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"

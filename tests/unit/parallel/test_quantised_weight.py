@@ -1,0 +1,246 @@
+"""Quantised frozen weights: matmuls, values that do not depend on the shards, and the memory that weights share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantised_models import CROSSING, FORMATS, expected_values, with_values
+from safetensors.torch import save_file
+from tiny_models import write_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_tiedlora.adapters.targets import targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights, weight_map
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.layer_specs import layer_specs
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel import nf4_kernels
+from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
+from megatron_tiedlora.parallel.layers import frozen_linear
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def made(name: str, values: torch.Tensor, dtype: torch.dtype = torch.float64) -> QuantisedWeight:
+    weight = weight_maker(name)(*values.shape, dtype=dtype)
+    assert isinstance(weight, QuantisedWeight)
+    weight.load(values)
+    return weight
+
+
+@pytest.mark.parametrize("width", [64, 100, 7])
+@pytest.mark.parametrize("name", FORMATS)
+def test_matmuls_and_the_input_gradient(name: str, width: int) -> None:
+    values, x = drawn(6, width, dtype=torch.float32), drawn(2, 3, width, seed=1).requires_grad_()
+    bias, grad_y, memory = drawn(6, seed=2), drawn(2, 3, 6), torch.empty(6, 6, dtype=torch.float64)
+    weight, full = made(name, values), expected_values(name, values)
+    assert weight.local_shape == (6, width) and torch.equal(weight.values(), full.float())
+    y = frozen_linear(x, weight)
+    y.backward(grad_y)
+    assert x.grad is not None
+    torch.testing.assert_close(y, x @ full.t(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(x.grad, grad_y @ full, rtol=0, atol=1e-13)
+    rows = x.detach().flatten(0, 1)
+    torch.testing.assert_close(weight.times_transposed(rows, bias), rows @ full.t() + bias, rtol=0, atol=1e-13)
+    assert weight.times_transposed(rows, out=memory) is memory and torch.equal(memory, weight.times_transposed(rows))
+    first = weight.first_rows(2)
+    torch.testing.assert_close(first.times_transposed(rows), rows @ full[:2].t(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_16_bit_weights_are_rounded_once(name: str) -> None:
+    values = drawn(96, 128, dtype=torch.bfloat16)
+    weight, full = made(name, values, torch.bfloat16), expected_values(name, values).bfloat16()
+    x, grad_y = drawn(5, 128, seed=1).bfloat16(), drawn(5, 96, seed=2).bfloat16()
+    assert torch.equal(weight.times_transposed(x), x @ full.t()) and torch.equal(weight.times(grad_y), grad_y @ full)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_values_are_loaded_in_blocks_of_rows(name: str) -> None:
+    values = drawn(7, 100, dtype=torch.bfloat16)
+    whole, parts = made(name, values), weight_maker(name)(7, 100, dtype=torch.float64)
+    start = 0
+    for block in values.split((1, 4, 2)):
+        parts.load(block, start=start)
+        start += len(block)
+    assert all(torch.equal(parts.parameters[key], value) for key, value in whole.parameters.items())
+
+
+def shard(name: str, values: torch.Tensor, rank: int, size: int, dim: int) -> QuantisedWeight:
+    """The shard of a rank, loaded as from a checkpoint."""
+    local = list(values.shape)
+    local[dim] //= size
+    weight = weight_maker(name)(*local, dtype=torch.float64, shards_rows=dim == 1)
+    assert isinstance(weight, QuantisedWeight)
+    part = slice(rank * local[dim], (rank + 1) * local[dim])
+    if dim == 0:
+        weight.load(values[part])
+        return weight
+    maxima = values.float().abs().amax(1)
+    columns = Columns(part.start, part.stop, values.shape[1], lambda own: torch.maximum(own, maxima))
+    weight.load(values[:, weight.columns_to_read(columns)], dim=1, columns=columns)
+    return weight
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("width", [256, 1376, 96, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_shards_joined_are_the_whole(name: str, width: int, size: int, dim: int) -> None:
+    """1376 / 8 = 172 columns begin within a block and have scales in blocks of 4; 40 / 8 = 5, an odd number, in 1."""
+    values = drawn(16, width, dtype=torch.bfloat16)
+    shards = [shard(name, values, rank, size, dim) for rank in range(size)]
+    joined = torch.cat([part.values() for part in shards], dim)
+    assert torch.equal(joined, made(name, values).values())
+    assert torch.equal(joined, expected_values(name, values).float())
+    for part in shards:
+        stored = sum(parameter.nbytes for parameter in part.parameters.values())
+        assert stored == part.storage.num_bytes(*part.local_shape, shards_rows=dim == 1)
+
+
+def test_numbers_that_are_not_finite_are_rejected_by_name(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", tokenizer=False)
+    source = find_model(str(folder))
+    name = "model.layers.1.mlp.down_proj.weight"
+    with BaseWeights(folder, source.shape) as weights:
+        tensors = {tensor: weights.read(tensor).clone() for tensor in weight_map(folder)}
+    for value in (float("nan"), float("inf")):
+        tensors[name][3, 5] = value
+        save_file(tensors, folder / "model.safetensors")
+        for kind in FORMATS:
+            model = Stage(layer_specs(source.shape, dtype=torch.float32, make_weight=weight_maker(kind)), None)
+            with (
+                BaseWeights(folder, source.shape) as weights,
+                pytest.raises(UserError, match=rf"model.safetensors: {name} has numbers that are not finite"),
+            ):
+                load_base_weights(weights, frozen_weights(model))
+
+
+@pytest.fixture(params=["bitsandbytes", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With bitsandbytes' kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(nf4_kernels, "PACKAGE", "a_package_that_is_not_there")
+    elif nf4_kernels.find_spec(nf4_kernels.PACKAGE) is None:
+        pytest.skip("bitsandbytes is not installed: pip install 'megatron_tiedlora[quantised]'")
+    nf4_kernels._checked_kernel.cache_clear()
+    yield request.param
+    nf4_kernels._checked_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_kernels_give_the_same_bits(kernels: str, dtype: torch.dtype) -> None:
+    identity = torch.eye(1408, dtype=dtype)
+    for rows, width, size in ((64, 128, 1), (64, 1376, 8), (48, 96, 1), (48, 100, 1), (48, 96, 2), (16, 1408, 2)):
+        values = drawn(rows, width, dtype=torch.bfloat16)
+        weight = shard("nf4", values, size - 1, size, 1) if size > 1 else made("nf4", values)
+        weight.dtype = dtype
+        local = weight.local_shape[1]
+        empty = torch.empty(rows, local, dtype=dtype)
+        expects = kernels == "bitsandbytes" and local % weight.block == 0
+        assert (nf4_kernels.nf4_kernel(empty, weight.block) is not None) == expects, (width, size)
+        found = weight.times_transposed(identity[:local, :local].contiguous()).t()
+        own = expected_values("nf4", values)[:, (size - 1) * local :]
+        assert torch.equal(found, own.to(dtype)), (width, size)
+
+
+def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
+        out.copy_(nf4_kernels.dequantise_nf4(codes, scales, out.shape[1], block))
+        out[-1, -1] += 1e-3
+
+    nf4_kernels._checked_kernel.cache_clear()
+    monkeypatch.setattr(nf4_kernels, "_cpu_kernel", lambda dtype: wrong)
+    assert nf4_kernels.nf4_kernel(torch.empty(4, 64), 64) is None
+    nf4_kernels._checked_kernel.cache_clear()
+
+
+def build(folder: Path, base: str | None, dtype: torch.dtype, recompute: str = "none") -> Stage:
+    """A model with a trained adapter whose tensors are not zero."""
+    source = find_model(str(folder))
+    config = make_adapter_config("tl6", rank=4, layers=(1, 2, 3), targets=targets_of(source.shape), seed=0)
+    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.promote_types(dtype, torch.float32))
+    adapter.load_full({name: drawn(*value.shape, seed=7) * 0.1 for name, value in initial_values(config).items()})
+    gate = recompute == "selective"
+    specs = layer_specs(source.shape, dtype=dtype, make_weight=weight_maker(base), recomputes_gate=gate)
+    model = Stage(specs, adapter, recompute=recompute)
+    with BaseWeights(folder, source.shape) as weights:
+        load_base_weights(weights, frozen_weights(model))
+    return model
+
+
+def step(model: Stage) -> list[torch.Tensor]:
+    """Loss and gradients of a micro-batch."""
+    ids = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(3))
+    loss = model(ids, torch.arange(16).expand_as(ids), ids.roll(-1, 1))
+    loss.backward()
+    assert model.adapter is not None
+    return [loss.detach(), *(p.grad for p in model.adapter.parameters() if p.grad is not None)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, and by format a copy of it with the values that the format makes of it."""
+    root = tmp_path_factory.mktemp("models")
+    folder = write_tiny_model(root / "model", tokenizer=False, num_layers=3, attention_bias=True, **CROSSING)
+    return {"": folder, **{name: with_values(folder, root / name, name) for name in FORMATS}}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_model_trains_as_on_its_dequantised_weights(
+    name: str, recompute: str, folders: dict[str, Path], kernels: str
+) -> None:
+    folder, plain = folders[""], folders[name]
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        found, expected = (step(build(at, base, dtype, recompute)) for at, base in ((folder, name), (plain, None)))
+        assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 5
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the 16-bit tensors of a weight's size, but parameters, that exist at the same time."""
+
+    def __init__(self, model: Stage, least: int) -> None:
+        super().__init__()
+        self._stored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._least = least
+        self._alive = WeakTensorKeyDictionary()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16 and tensor.numel() >= self._least:
+                self._alive[tensor] = tensor.untyped_storage().data_ptr()
+        self.most = max(self.most, len(set(self._alive.values()) - self._stored))
+        return result
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_at_most_one_dequantised_weight_exists(
+    name: str, recompute: str, folders: dict[str, Path], kernels: str
+) -> None:
+    """A 16-bit tensor of a weight's size is one, as no activation of eight tokens is as large."""
+    model = build(folders[""], name, torch.bfloat16, recompute)
+    ids = torch.randint(3, 320, (1, 8), generator=torch.Generator().manual_seed(3))
+    weights = [weight for weight in frozen_weights(model).values() if isinstance(weight, QuantisedWeight)]
+    (workspace,) = {weight.workspace for weight in weights}
+    gc.collect()
+    with _Alive(model, least=80 * 96) as alive:
+        memory = set()
+        for _ in range(2):
+            model(ids, torch.arange(8)[None], ids.roll(-1, 1)).backward()
+            memory.add(workspace.take(1, dtype=torch.bfloat16, device=torch.device("cpu")).data_ptr())
+    assert alive.most == len(memory) == 1 and len(weights) == 4 * 3
