@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from megatron_tiedlora.base.command_names import program_name
 from megatron_tiedlora.base.errors import UserError, show
 from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.paths import user_path
 from megatron_tiedlora.base.private_folders import make_own_folder, user_cache
-from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.data.demo import demo_model_path
 

@@ -143,9 +143,11 @@ def _once(path: Path, dtypes: Mapping[str, Any], write: Callable[[Path, Guard], 
             for folder in path.parent.glob(f"{TEMPORARY_PREFIX}{path.name}-*"):
                 if time.time() - folder.stat().st_mtime > _ABANDONED:  # its process was killed
                     remove(folder)
-            with suppress(_WrittenByAnother):  # while we waited, or on a host whose locks are not seen here
-                write(path, guard)
-            found = mapped_arrays(path, dtypes)
+            found = mapped_arrays(path, dtypes)  # another process may have written it while we waited
+            if found is None:
+                with suppress(_WrittenByAnother):  # on a host whose locks are not seen here
+                    write(path, guard)
+                found = mapped_arrays(path, dtypes)
     if found is None:
         raise UserError(f"{path}: was damaged right after it was written; check the disk")
     return found

@@ -6,7 +6,6 @@ its hash beside it, so that a damaged one is noticed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
+from megatron_tiedlora.base.file_hash import file_sha256
 
 _META_FILE = "content.json"
 
@@ -45,8 +45,7 @@ class ArrayWriter:
             file.seek(0)
             self._write_header(name)
             file.flush()
-            file.seek(0)
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[name] = file_sha256(Path(file.name))
         return sums
 
     def _write_header(self, name: str) -> None:
@@ -87,9 +86,8 @@ def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> tuple[dict[str, ND
             path = folder / f"{name}.npy"
             if not path.is_file():  # opening a pipe would wait
                 return None
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"][name]:
-                    return None
+            if file_sha256(path) != meta["sha256"][name]:
+                return None
             array = np.load(path, mmap_mode="r")
             if array.dtype != dtype or array.ndim != 1:
                 return None

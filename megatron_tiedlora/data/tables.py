@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.wording import first_line
 from megatron_tiedlora.data.limits import limited
 
@@ -163,11 +164,10 @@ class HubData:
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Hash of the content of files, in this order."""
+    """Hash of the content of files, in this order. Raises UserError if one cannot be read."""
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for file in files:
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 
 

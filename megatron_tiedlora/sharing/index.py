@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from megatron_tiedlora.base.atomic import new_file
 from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.base.json_files import read_json_or_none
 from megatron_tiedlora.base.yaml_files import read_yaml_mapping
-from megatron_tiedlora.checkpoint.checksums import file_sha256
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.runtime.run_folder import RunFolder

@@ -15,28 +15,12 @@ from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.data import cache, encode_rows, token_dataset
+from megatron_tiedlora.data import cache
 from megatron_tiedlora.data.cache import TrainingData, cache_key, tokenised_once
 from megatron_tiedlora.data.reading import Reading
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(write_zoo_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML))
-
-
-@pytest.fixture(params=["one process", "several"])
-def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
-    monkeypatch.setattr(token_dataset, "_BLOCK", 7)
-    monkeypatch.setattr(cache, "_BLOCK", 5)
-    monkeypatch.setattr(cache, "CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
-    return str(request.param)
-
 
 # What is in it ----------------------------------------------------------------------------------------------------
 

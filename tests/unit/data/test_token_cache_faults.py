@@ -17,30 +17,13 @@ from task_files import refusal, write_rows
 from token_rows import WORDS, chats, check, check_same, encoding, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.data import cache, encode_rows, row_stream, token_dataset
+from megatron_tiedlora.data import cache, encode_rows, row_stream
 from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode_rows import Encoding
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(write_zoo_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML))
-
-
-@pytest.fixture(params=["one process", "several"])
-def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Chunks of three rows, encoded by this process or by others; totals and hashes by blocks of seven samples."""
-    monkeypatch.setattr(token_dataset, "_BLOCK", 7)
-    monkeypatch.setattr(cache, "_BLOCK", 5)
-    monkeypatch.setattr(cache, "CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_FEW_CHUNKS", 10**6 if request.param == "one process" else 0)
-    return str(request.param)
-
-
 # What is read -----------------------------------------------------------------------------------------------------
-
 
 
 def test_splits_of_one_folder_are_not_confused(tokenizer: Any, tmp_path: Path) -> None:
