@@ -14,7 +14,7 @@ from native_files import reseal, with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.errors import UserError
-from megatron_tiedlora.checkpoint.checksums import file_sha256
+from megatron_tiedlora.base.file_hash import file_sha256
 from megatron_tiedlora.commands.index import main
 from megatron_tiedlora.sharing.index import INDEX_FILE, build_index, find_entries, verify_entries
 
