@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from multiprocessing import Pipe, get_context
+from multiprocessing import Pipe, current_process, get_context
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ def encoded_rows(chunks: Iterable[list[Row]], encoding: Encoding) -> Iterator[En
     """
     chunks = iter(chunks)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
-    several = len(first) > _FEW_CHUNKS
+    # A process of multiprocessing's pool, or another daemonic one, may not start processes.
+    several = len(first) > _FEW_CHUNKS and not current_process().daemon
     one_shape = OneShape(encoding.reading)
     for found in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
         for shape, source in found.shapes:

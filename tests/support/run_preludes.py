@@ -22,9 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]  # `folders` is not on the path of a 
 TRAIN = ROOT / "launch" / "train.py"
 
 
-def slow_steps() -> None:
-    """Every training step takes 0.3 s longer, so that a signal comes between two of them."""
-    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", lambda *_: time.sleep(0.3))
+def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
+    """Every training step after step `after` takes so many seconds longer, so that a signal comes between two."""
+
+    def sleep(trainer: Any, *_: Any) -> None:
+        if trainer.progress.step >= after:
+            time.sleep(seconds)
+
+    before_call("megatron_tiedlora.training.loop", "Trainer._train_step", sleep)
 
 
 def quick_start() -> None:
@@ -67,8 +72,12 @@ def long_steps() -> None:
 
 
 def watched_steps() -> None:
-    """`long_steps`, and a rank that is silent for 5 s counts as lost."""
+    """`long_steps`, and a rank that is silent for 5 s counts as lost.
+
+    From step 4 on a step takes 1.3 s, so that on a busy machine too a fault after step 3 is noticed before the end.
+    """
     long_steps()
+    slow_steps(1.0, after=3)
     short_silence(5.0)
 
 

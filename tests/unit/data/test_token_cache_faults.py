@@ -249,6 +249,13 @@ def test_a_process_that_is_killed_is_one_line(
     assert not multiprocessing.active_children()
 
 
+def test_a_process_that_may_start_none_tokenises_by_itself(
+    tokenizer: Any, tmp_path: Path, processes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "daemon", True)  # as in a pool's workers
+    check(encoding(tokenizer), {"train": write_rows(tmp_path / "a.jsonl", rows(40))}, tmp_path)
+
+
 def _tokenise_in_process(folder: str, file: str, cache_dir: str, results: Any) -> None:
     original = cache.encoded_rows
 
