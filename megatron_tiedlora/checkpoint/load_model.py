@@ -79,7 +79,7 @@ def load_model(
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
-    with BaseWeights(source.weights_folder(), shape) as weights:
+    with BaseWeights(source.weights_folder(), shape, source.stored) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
         part = None
         if adapter is not None and not merged:

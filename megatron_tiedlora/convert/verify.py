@@ -144,7 +144,7 @@ def verify_export(
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
     rounds = any(kind.itemsize < 4 for kind in (dtype, *stored.values()))
     with ExitStack() as opened:
-        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape))
+        base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
         for name in {trained, onto} - {None}:
             models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))

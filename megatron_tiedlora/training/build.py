@@ -73,7 +73,7 @@ def build_model(
         UserError: weights are missing or do not fit, or the checkpoint or --init_from's adapter is of another base.
     """
     shape, grid = plan.source.shape, plan.grid
-    with BaseWeights(plan.source.weights_folder(), shape) as weights:
+    with BaseWeights(plan.source.weights_folder(), shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
         _check_same_base(base)
         check_same_dtype(plan.dtype_name)
@@ -210,7 +210,7 @@ def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
-    with BaseWeights(plan.source.weights_folder(), plan.source.shape) as weights:
+    with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 

@@ -237,6 +237,8 @@ def plan_run(
     # An error must not wait for a download of weights.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
+    if settings.base != (stored := found.base_format(settings.base)):
+        settings = settings.completed(base=stored)
     batches = plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
