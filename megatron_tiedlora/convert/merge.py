@@ -69,11 +69,12 @@ def merge_adapter(
         between: called many times a second; it may raise to end the merge.
 
     Raises:
-        UserError: the adapter is for another base, the base is already merged, the output exists, the tokenizer cannot
-            be read, the disk has too little room, a computed weight is not finite (the message names it), or a file is
-            a link out of the folder.
+        UserError: the adapter is for another base, the base is quantised or already merged, the output exists, the
+            tokenizer cannot be read, the disk has too little room, a computed weight is not finite (the message names
+            it), or a file is a link out of the folder.
     """
     folder = source.weights_folder()
+    reject_quantised(source)
     reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
@@ -103,6 +104,16 @@ def merge_adapter(
             save_tokenizer(saved, temporary)
         write_json(temporary / MERGE_RECORD, record)
         journal.close()
+
+
+def reject_quantised(source: ModelSource) -> None:
+    """Raise UserError if the weights of `source` are stored in 4 or 8 bits."""
+    if source.stored is not None:
+        raise UserError(
+            f"{source.name}: its weights are stored in {source.stored.in_words}, and no adapter can be merged into so"
+            " few bits: rounding would lose most of its update. Give the model that was quantised, with --model"
+            " ORIGINAL --base_differs"
+        )
 
 
 def trained_format(adapter: NativeAdapter) -> str:

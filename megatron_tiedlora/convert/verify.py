@@ -28,7 +28,7 @@ from megatron_tiedlora.convert.import_peft import compare_export, load_peft_adap
 from megatron_tiedlora.convert.in_transformers import has_peft, peft_logits, require_peft, transformers_logits
 from megatron_tiedlora.convert.layerwise import ReadRows, Weights, layerwise_logits
 from megatron_tiedlora.convert.logit_table import LogitComparison, Wanted, compare_logits, format_comparisons
-from megatron_tiedlora.convert.merge import merged_onto
+from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
 from megatron_tiedlora.convert.merged_bits import MergedBits, bit_lines, compare_merged
 from megatron_tiedlora.convert.merged_rows import Change, quantised_rules, stored_changes
 from megatron_tiedlora.model.families import shape_from_hf
@@ -130,6 +130,8 @@ def verify_export(
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
+    if merged is not None:
+        reject_quantised(source)
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
     stored = {} if merged is None else _stored_types(source, merged)
     notes = [note] if note else []
@@ -146,7 +148,8 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
-        for name in {trained, onto} - {None}:
+        # A folder that is quantised is what training saw.
+        for name in {trained, onto} - {None, source.stored and source.stored.base}:
             models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))
         if merged is not None:
             if rounds:
@@ -156,7 +159,7 @@ def verify_export(
         found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
-    if trained is not None:
+    if trained is not None and trained in found:
         rows.append(compare_logits(f"as trained, base in {trained}", native, found[trained], "rounded"))
     of_merge = native if onto is None else found[onto]
 

@@ -37,7 +37,6 @@ from megatron_tiedlora.parallel.collectives import largest_of_all
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.training.init_from import load_start
 from megatron_tiedlora.training.optimizer import make_optimizer, make_scheduler, resume_scheduler
 from megatron_tiedlora.training.plan import RunPlan
@@ -137,7 +136,7 @@ def _build_stage(plan: RunPlan, device: torch.device, kernels: Kernels) -> tuple
         kernels=kernels,
         recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
-        make_weight=weight_maker(plan.settings.base),
+        make_weight=plan.weight_maker(device),
     )
     adapter = TiedAdapter(plan.part).to(device)  # outside DeepSpeed's construction, which would partition or mark it
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_runs import evaluate, results
+from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING
 from run_files import run_settings
 from run_helpers import Base, run, write_base
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
+from megatron_tiedlora.commands import merge as merge_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluation
@@ -85,3 +88,33 @@ def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_p
     merged = validate_settings({**shared, "merge_adapter": True}, EvaluateSettings)
     with pytest.raises(UserError, match=r"--merge_adapter adds the adapter to weights .* in nf4; give --base none"):
         plan_evaluation(merged, rank=0, world_size=1)
+
+
+def test_a_folder_that_is_quantised_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trains in its own format, resumes, and merges into the original alone."""
+    original = write_base(tmp_path / "base", num_layers=2, **SHAPE)
+    quantised, values = quantised_folder(original.model, tmp_path / "nf4", "nf4 nested")
+    started = run(original, tmp_path / "run", ranks=2, tensor_parallel=2, max_steps=2, model=quantised)
+    assert "parameters in fp32, frozen; the linears of its blocks in nf4" in started.outputs[0]
+    assert run_settings(tmp_path / "run")["base"] == "nf4"
+    native = load_adapter(tmp_path / "run/adapter")
+    assert native.base.base_format == "nf4"
+    plain = run(original, tmp_path / "plain", ranks=2, tensor_parallel=2, max_steps=2, model=values)
+    for name, value in load_adapter(tmp_path / "plain/adapter").state.items():
+        assert torch.equal(value, native.state[name]), "the run on the folder's values has the same adapter"
+    assert plain.outputs[0] != started.outputs[0]
+    ended = run(original, tmp_path / "run", max_steps=2, model=quantised, resume="auto")
+    assert "resumed from step 2" in ended.outputs[0]
+    ended = run(original, tmp_path / "int8", max_steps=2, model=quantised, base="int8", expect=2)
+    assert "has its weights in nf4 (by bitsandbytes) already" in ended.error_line()
+    words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match="no adapter can be merged into so few bits: rounding would lose"):
+        merge_command.main(words)
+    with pytest.raises(UserError, match="give its own base with --model, or --base_differs"):
+        merge_command.main([*words, "--model", str(original.model)])
+    capsys.readouterr()
+    assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
+    assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "merged/tiedlora_merge.json").read_text())["base_differs"] == ["weights"]
