@@ -16,6 +16,7 @@ from megatron_tiedlora.data.text_ids import decode_ids
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.layers import padded
 from megatron_tiedlora.parallel.traffic import DATA, GROUPS, WORLD
+from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.memory import (
     COMMUNICATOR_BYTES,
     CONTEXT_BYTES,
@@ -158,7 +159,8 @@ def _base_line(plan: RunPlan) -> list[str]:
     kept = " with transposed copies" if plan.layout.keep_transposed else ""
     how = "each is dequantised just before its matmul, in memory that all of them share"
     if plan.layout.products and plan.layout.on_gpu:
-        how = "they are multiplied in fp8" + ("" if kept else ", each after its copy in the backward pass is transposed")
+        how = "they are multiplied in fp8"
+        how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
     return [
         f"  (base weights: {words} of them before ZeRO are the linears of the blocks in {plan.layout.base}{kept};"
         f" {how})"

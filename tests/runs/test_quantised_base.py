@@ -118,3 +118,22 @@ def test_a_folder_that_is_quantised_already(
     assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
     assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged/tiedlora_merge.json").read_text())["base_differs"] == ["weights"]
+
+
+def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
+    """Over two tensor-parallel ranks; a run without them is another run."""
+    losses = {}
+    for products in (None, "fp8"):
+        folder = tmp_path / str(products)
+        ended = run(base, folder, ranks=2, tensor_parallel=2, max_steps=2, base="fp8", products=products)
+        assert ("the linears of its blocks in fp8, products in fp8" in ended.outputs[0]) == (products == "fp8")
+        assert run_settings(folder)["products"] == products
+        assert load_adapter(folder / "adapter").base.base_format == "fp8"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[products] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses["fp8"]) == len(losses[None]) and losses["fp8"] != losses[None]
+    assert losses["fp8"] == pytest.approx(losses[None], rel=0.02)
+    ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", expect=2)
+    assert "trained with --products fp8, but now it is left out" in ended.error_line()
+    ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", products="fp8", keep_transposed=True)
+    assert "resumed from step 2" in ended.outputs[0]
