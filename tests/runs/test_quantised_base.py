@@ -49,9 +49,25 @@ def test_the_record(trained: Path) -> None:
     assert load_adapter(step).base == native.base == load_adapter(trained / "peft/native").base
 
 
+def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp_path: Path) -> None:
+    """It is the loss with which a run on that base starts from the adapter."""
+    ended = run(base, tmp_path / "again", max_steps=2, base="nf4", tensor_parallel=2, ranks=2)
+    (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss on ")]
+    assert line.startswith("validation loss on fp32 weights") and line.endswith("(of the base as it is stored)")
+    adapter = tmp_path / "again/adapter"
+    run(base, tmp_path / "plain", max_steps=1, warmup_steps=0, init_from=adapter, rank=None)
+    rows = [json.loads(row) for row in (tmp_path / "plain/metrics.jsonl").read_text().splitlines()]
+    (start,) = [row["loss"] for row in rows if row["split"] == "validation" and row["step"] == 0]
+    assert float(line.split()[6]) == pytest.approx(start, abs=1e-4)
+    quantised = [json.loads(row) for row in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+    last = [row["loss"] for row in quantised if row["split"] == "validation"][-1]
+    assert abs(last - start) > 1e-3, "nf4 and the stored weights differ"
+
+
 def test_a_plain_run_records_nothing(base: Base, tmp_path: Path) -> None:
     ended = run(base, tmp_path / "run", max_steps=2)
     assert "base_format" not in json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert "validation loss on " not in ended.outputs[0]
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
 
