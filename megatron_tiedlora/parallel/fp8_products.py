@@ -15,13 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.base_formats import BaseFormat
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.quantise import fp8_numbers, quantise_rows, row_maxima
 from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8
 
-LEAST_CAPABILITY = (8, 9)  # of a GPU with matrix units for fp8
 _MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
 
 
@@ -30,8 +29,8 @@ def check_fp8_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
-        name, least = torch.cuda.get_device_name(device), ".".join(map(str, LEAST_CAPABILITY))
+    if found < FP8_CAPABILITY:
+        name, least = torch.cuda.get_device_name(device), ".".join(map(str, FP8_CAPABILITY))
         raise UserError(
             f"--products fp8 needs a GPU of compute capability {least} or more, and {name} has"
             f" {'.'.join(map(str, found))}; leave --products out"

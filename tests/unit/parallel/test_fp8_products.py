@@ -11,13 +11,13 @@ from tiny_models import tiny_config
 
 from megatron_tiedlora.adapters.targets import targets_of
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, initial_values, make_adapter_config
+from megatron_tiedlora.base.base_formats import FP8_CAPABILITY
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel import fp8_products
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
@@ -129,7 +129,7 @@ def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     for capability in ((8, 0), (8, 9), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        if capability < fp8_products.LEAST_CAPABILITY:
+        if capability < FP8_CAPABILITY:
             with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 or more, and A100 has 8\.0"):
                 check_fp8_device(torch.device("cuda", 0))
         else:
