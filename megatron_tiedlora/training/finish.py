@@ -192,7 +192,7 @@ def export(trainer: Trainer) -> list[str]:
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
     export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
-    if not get_task(settings.task).exports_merged:
+    if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
     discard(merged, guard=folder.guard)
     merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
@@ -220,6 +220,7 @@ def next_steps(trainer: Trainer) -> list[str]:
     else:
         adapter = ["--adapter", str(path / "adapter")]
         merge = [*adapter, "--output", str(path / "merged")]
+        merge += [] if source.stored is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  python tools/merge_adapter.py {shlex.join(merge)}"]
         lines.append(f"  python tools/verify_export.py {shlex.join([*adapter, '--peft', str(peft)])}")

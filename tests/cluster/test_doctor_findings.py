@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.cluster.doctor.ask import explain_shared, explain_silence
-from megatron_tiedlora.cluster.doctor.compare import look_at_formats
 from megatron_tiedlora.cluster.doctor.examine import compare_hosts
 from megatron_tiedlora.cluster.doctor.rank_groups import group_members
 from megatron_tiedlora.cluster.doctor.records import (
@@ -309,23 +308,6 @@ def test_free_memory_of_gpus_is_in_the_table_and_makes_no_host_an_odd_one() -> N
     for line, free in zip(lines[1:], ("84.83", "80.53", "83.75"), strict=True):
         assert "2 x H100  8 " in line and f"  {free} GB of 85.90 GB  " in line
     assert "GPU memory" not in host_table(hosts())[0]
-
-
-def test_what_a_base_of_fewer_bits_needs() -> None:
-    def found(reports: list[HostReport], base: str | None, products: str | None) -> list[tuple[str, str, list[str]]]:
-        findings = look_at_formats(reports, base=base, products=products)
-        return [(finding.code, finding.level, finding.hosts) for finding in findings]
-
-    reports = hosts({"nodea": versions(bitsandbytes="0.50.2"), "nodec": versions(bitsandbytes="0.50.2")})
-    assert found(reports, "nf4", None) == [("bitsandbytes", "warning", ["nodeb"])]
-    assert found(reports, "int8", None) == found(reports, None, None) == found(reports, "fp8", "fp8") == []
-    gpus = {}
-    for name, capability in (("nodea", (9, 0)), ("nodeb", (8, 0)), ("nodec", (8, 9))):
-        gpus[name] = {"gpus": [Gpu(name=f"GPU {name}", total_bytes=1, free_bytes=1, capability=capability)]}
-    assert found(hosts(gpus), "fp8", "fp8") == [("products", "error", ["nodeb"])]
-    (finding,) = look_at_formats(hosts(gpus), base="fp8", products="fp8")
-    assert "nodeb: GPU nodeb cannot multiply in fp8: it needs compute capability 8.9" in finding.message
-    assert found(hosts(gpus), "fp8", None) == []
 
 
 def test_clocks_count_only_beyond_their_margin() -> None:

@@ -12,16 +12,19 @@ from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING
 from run_files import run_settings
 from run_helpers import Base, run, write_base
+from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_adapter
 from megatron_tiedlora.commands import merge as merge_command
+from megatron_tiedlora.commands import verify as verify_command
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluation
 
 pytestmark = pytest.mark.distributed
 
+UP, QUERY = (f"model.layers.0.{name}.weight" for name in ("mlp.up_proj", "self_attn.q_proj"))
 TRAINED_ON = "trained on its base in nf4, but this uses it in"
 
 
@@ -126,10 +129,21 @@ def test_a_folder_that_is_quantised_already(
     ended = run(original, tmp_path / "int8", max_steps=2, model=quantised, base="int8", expect=2)
     assert "has its weights in nf4 (by bitsandbytes) already" in ended.error_line()
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
-    with pytest.raises(UserError, match="no adapter can be merged into so few bits: rounding would lose"):
+    with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
         merge_command.main(words)
     with pytest.raises(UserError, match="give its own base with --model, or --base_differs"):
         merge_command.main([*words, "--model", str(original.model)])
+    onto = [*words[:3], str(tmp_path / "onto"), "--onto", "trained"]
+    assert merge_command.main(onto) == 0
+    assert verify_command.main([*words[:2], "--merged", onto[3], "--peft", str(tmp_path / "run/peft")]) == 0
+    assert "merged onto nf4" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "onto/config.json").read_text())
+    merged, was = load_file(tmp_path / "onto/model.safetensors"), load_file(values / "model.safetensors")
+    assert merged.keys() == was.keys() and torch.equal(merged[UP], was[UP].to(merged[UP].dtype))
+    assert not torch.equal(merged[QUERY], was[QUERY].to(merged[QUERY].dtype))
+    merged[UP][3, 5] += 1
+    save_file(merged, tmp_path / "onto/model.safetensors")
+    assert verify_command.main([*words[:2], "--merged", onto[3], "--in", "none"]) == 1
     capsys.readouterr()
     assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
     assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
