@@ -94,6 +94,9 @@ def choose_runtimes(
         )
     if given is None and "peft" in there and not has_peft():
         return tuple(name for name in there if name != "peft"), "peft is not installed, so it has not loaded the export"
+    if given is None and "peft" in there and source.stored is not None:
+        why = f"PEFT computes a base in {source.stored.base} in other ways, so it has not loaded the export; see --in"
+        return tuple(name for name in there if name != "peft"), why
     if given is None:
         return there, ""
     names = [] if given == "none" else given.split(",")

@@ -103,6 +103,10 @@ def test_a_kept_copy_is_transposed_and_is_counted() -> None:
     assert list(kept.parameters) == ["codes", "scale_bits", "transposed_codes"] and len(plain.parameters) == 2
     assert torch.equal(kept.parameters["transposed_codes"], plain.tensor.t())
     assert torch.equal(kept._transposed_codes(), plain._transposed_codes())
+    parts = weight_maker("fp8", products="fp8", keep_transposed=True)(24, 40, dtype=torch.float32)
+    for start in (0, 16):
+        parts.load(values[start : start + 16], start=start)
+    assert torch.equal(parts.parameters["transposed_codes"], plain.tensor.t())
     part = kept.first_rows(8)
     assert isinstance(part, Fp8ProductWeight) and torch.equal(part._transposed_codes(), plain.tensor[:8].t())
     shards = []
