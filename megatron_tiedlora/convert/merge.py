@@ -86,6 +86,11 @@ def merge_adapter(
     saved = load_tokenizer_to_copy(tokenizer or folder) if tokenizer is not None or own_files else None
     onto = trained_format(adapter) if onto_trained else None
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
+    if onto is not None and "weights" in base.record.get("base_differs", ()):
+        raise UserError(
+            f"--onto trained: {source.name} has other weights than the base that training saw; give that one with"
+            " --model, or leave --onto out"
+        )
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}

@@ -95,4 +95,9 @@ def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
     return "fp8", "" if status == "compressed" else f"quantization_status is {shown(status)}, not 'compressed'"
 
 
-_CHECKS = {BITSANDBYTES: _bitsandbytes, COMPRESSED: _compressed, FBGEMM: lambda config: ("fp8", "")}
+def _fbgemm(config: Mapping[str, Any]) -> tuple[str, str]:
+    """(format, why it cannot be read): it has one scheme alone."""
+    return "fp8", ""
+
+
+_CHECKS = {BITSANDBYTES: _bitsandbytes, COMPRESSED: _compressed, FBGEMM: _fbgemm}

@@ -144,10 +144,14 @@ def test_a_folder_that_is_quantised_already(
     merged[UP][3, 5] += 1
     save_file(merged, tmp_path / "onto/model.safetensors")
     assert verify_command.main([*words[:2], "--merged", onto[3], "--in", "none"]) == 1
+    with pytest.raises(UserError, match=r"--onto trained: .* has other weights than the base that training saw"):
+        merge_command.main([*words, "--model", str(original.model), "--base_differs", "--onto", "trained"])
     capsys.readouterr()
     assert merge_command.main([*words, "--model", str(original.model), "--base_differs"]) == 0
     assert "trained on its base in nf4, but this uses it in fp32" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged/tiedlora_merge.json").read_text())["base_differs"] == ["weights"]
+    checked = [*words[:2], "--merged", words[3], "--model", str(original.model), "--base_differs", "--in", "none"]
+    assert verify_command.main(checked) == 0
 
 
 def test_products_in_fp8(base: Base, tmp_path: Path) -> None:

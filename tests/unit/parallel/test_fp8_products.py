@@ -91,7 +91,12 @@ def test_it_is_pytorchs_operator_within_bf16() -> None:
 def test_nothing_is_saved_for_the_backward_pass() -> None:
     weight, x = made(drawn(16, 32, dtype=torch.bfloat16), torch.bfloat16), drawn(8, 32).bfloat16().requires_grad_()
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = frozen_linear(x, weight)
     y.sum().backward()
     assert not saved and all(parameter.grad is None for parameter in weight.parameters.values())
