@@ -18,9 +18,11 @@ from torch import nn
 from megatron_tiedlora.base.base_formats import FP8_CAPABILITY, BaseFormat
 from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter
-from megatron_tiedlora.parallel.quantise import fp8_numbers, quantise_rows, row_maxima
+from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
 from megatron_tiedlora.parallel.quantised_weight import RowScaledWeight, Workspace, look_up_fp8
 
+_AT_ONCE = 2**19  # numbers that a CPU rounds at one time: their temporaries stay in its cache
 _MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
 
 
@@ -119,8 +121,7 @@ class Fp8ProductWeight(RowScaledWeight):
 
     def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
-        wide = torch.promote_types(grad_y.dtype, torch.float32)
-        codes, scales = _rounded(grad_y.to(wide) * self.scales.view(1, -1))
+        codes, scales = _rounded(grad_y, self.scales.view(1, -1))
         if self._runs_in_fp8(grad_y):
             ones = torch.ones(1, self._local_shape[1], device=grad_y.device)
             dx = torch._scaled_mm(
@@ -156,6 +157,18 @@ class Fp8ProductWeight(RowScaledWeight):
         return out
 
 
-def _rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp8 numbers (n, width), and the scale of each row (n,) fp32."""
-    return quantise_rows(rows, row_maxima(rows), "fp8")
+def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8 numbers (n, width), and the scale of each row (n,) fp32; some rows at a time, as they are computed in fp32.
+
+    Args:
+        factors: (1, width) fp32, by which the columns are multiplied first.
+    """
+    codes = torch.empty(rows.shape, dtype=CODE_TYPE["fp8"], device=rows.device)
+    scales = torch.empty(len(rows), device=rows.device)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    size = max((NUMBERS_AT_ONCE if rows.is_cuda else _AT_ONCE) // max(rows.shape[1], 1), 1)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        values = rows[part] if factors is None else rows[part].to(wide) * factors
+        codes[part], scales[part] = quantise_rows(values, row_maxima(values), "fp8")
+    return codes, scales

@@ -18,6 +18,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.parallel import fp8_products
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_weights
 from megatron_tiedlora.parallel.layers import frozen_linear
@@ -48,7 +49,8 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [64, 100, 7])
-def test_both_passes_are_the_oracles(width: int) -> None:
+def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_products, "_AT_ONCE", 2 * width)  # so that five rows are three parts
     values, x = drawn(12, width, dtype=torch.float32), drawn(5, width, seed=1).requires_grad_()
     weight, bias, grad_y = made(values, torch.float64), drawn(12, seed=3), drawn(5, 12, seed=2)
     levels, scales = (torch.from_numpy(part).double() for part in oracle.row_values(values.numpy(), "fp8"))
