@@ -108,12 +108,22 @@ def save_checkpoint(
         content = {**asdict(progress), "settings": dict(settings)}
         write_json(temporary / PROGRESS_FILE, sealed(content, files=files))
     move_latest(checkpoints, progress.step, guard=guard)
+    remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
+    return folder
+
+
+def remove_superseded(
+    checkpoints: Path, progress: Progress, *, keep: int, later: bool = False, guard: Guard = unguarded
+) -> None:
+    """Remove earlier checkpoints but the newest `keep` and the best, and with `later` those of later steps.
+
+    A process that is killed between a save and this leaves one more, so a resumed run does it too.
+    """
     newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
     kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
     for other in checkpoints.glob("step_*"):
-        if other.name not in kept:
+        if other.name not in kept and (later or _step(other) < progress.step):
             discard(other, guard=guard)
-    return folder
 
 
 def move_latest(checkpoints: Path, step: int, *, guard: Guard = unguarded) -> None:

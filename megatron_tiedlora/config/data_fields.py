@@ -21,7 +21,7 @@ TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_
 
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
-    " commas, each with a weight (a.jsonl:0.7,b.csv:0.3)"
+    " commas"
 )
 TRAIN_ON_HELP = "chats: supervise every answer of the assistant, or only the last one"
 COLUMNS_HELP = "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response"

@@ -180,10 +180,11 @@ class Settings(CommandSettings):
     )
     train_file: str | None = optional_field(
         "data",
-        f"training rows: {FILES_HELP}, or for iwslt2017 two aligned texts A.de,A.en (default: the task's own)",
+        f"training rows: {FILES_HELP}, with or without weights (a.jsonl:0.7,b.csv:0.3), or for iwslt2017 two aligned"
+        " texts A.de,A.en (default: the task's own)",
     )
     validation_file: str | None = optional_field(
-        "data", "validation rows, as above (default: carved from the training rows)"
+        "data", "validation rows, as above without weights (default: some of the training rows)"
     )
     test_file: str | None = optional_field("data", "test rows, answered and scored before and after training")
     prompt_template: str | None = optional_field("data", "override the task's prompt, with {field} names of its rows")

@@ -26,6 +26,7 @@ from megatron_tiedlora.checkpoint.resume import (
     find_newest_checkpoint,
     load_checkpoint,
     move_latest,
+    remove_superseded,
 )
 from megatron_tiedlora.config.data_fields import TEMPLATE_HASH
 from megatron_tiedlora.data.chat import chat_template_sha256
@@ -111,6 +112,8 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
         try:
             if checkpoint is not None:
                 adopt_checkpoint(folder, checkpoint)
+                keep = plan.settings.keep_checkpoints
+                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
             write_run_settings(plan, folder)
             start = checkpoint.progress if checkpoint is not None else Progress()
             log = MetricsLog(

@@ -172,19 +172,16 @@ def test_a_whole_folder_is_never_replaced(tokenizer: Any, tmp_path: Path, monkey
     assert {path: path.stat().st_ino for path in (tmp_path / "tokens").rglob("*")} == inodes
 
 
-def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any, tmp_path: Path, processes: str) -> None:
+def test_rows_that_cannot_be_passed_to_a_process(tokenizer: Any) -> None:
     deep: Any = []
-    for _ in range(900):
+    for _ in range(5000):
         deep = [deep]
-    rows_of_file = [{**row, "x": deep} for row in rows(9)]
-    text = "".join(json.dumps(row) + "\n" for row in rows_of_file)
-    (tmp_path / "a.jsonl").write_text(text)
-    files = {"train": f"{tmp_path}/a.jsonl"}
-    if processes == "several":
-        message = refusal(lambda: tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path))
-        assert message.startswith(f"{tmp_path}/a.jsonl:1 to {tmp_path}/a.jsonl:3: a row has values that are nested")
-    else:
-        tokenised_once(encoding(tokenizer), files=files, seed=0, cache_dir=tmp_path)
+    worker = encode_rows._Worker(encoding(tokenizer))
+    try:
+        message = refusal(lambda: worker.give([({"x": 1}, "a.jsonl:1"), ({"x": deep}, "a.jsonl:3")]))
+    finally:
+        worker.close()
+    assert message == "a.jsonl:1 to a.jsonl:3: a row has values that are nested too deeply; remove it"
 
 
 def test_a_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
