@@ -79,6 +79,11 @@ class ModelSource:
             fields["unrotated"] = sorted(shape.unrotated)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def stored_base(self) -> str | None:
+        """The storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`."""
+        return None if self.stored is None else self.stored.base
+
     def base_format(self, given: str | None) -> str | None:
         """The storage format that the blocks' linears have in a run: `given`, or that of the folder if it has one.
 

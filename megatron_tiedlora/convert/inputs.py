@@ -115,7 +115,7 @@ def check_base(
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    used = base_format or (source.stored and source.stored.base)
+    used = base_format or source.stored_base
     found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=used)
     if not uses_tokenizer and adapter.base.tokenizer is not None:
         trained = adapter.base

@@ -153,7 +153,7 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         models = [Weights(base.read, {"native": adapter, "plain": None} | ({"peft": imported} if imported else {}))]
-        for name in {trained, onto} - {None, source.stored and source.stored.base}:
+        for name in {trained, onto} - {None, source.stored_base}:
             models.append(Weights(_dequantised(base, source, str(name)), {str(name): adapter}))
         if merged is not None:
             if rounds:

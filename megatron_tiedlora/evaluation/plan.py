@@ -184,8 +184,7 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     Raises:
         UserError: the adapter is to be merged into quantised weights.
     """
-    stored = source.stored and source.stored.base
-    given = settings.base or stored or (adapter and adapter.base.base_format) or UNQUANTISED
+    given = settings.base or source.stored_base or (adapter and adapter.base.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
